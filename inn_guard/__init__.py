@@ -1,0 +1,1 @@
+"""inn_guard: audit and repair the numerical stability of invertible neural networks."""

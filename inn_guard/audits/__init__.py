@@ -1,0 +1,1 @@
+"""Audits: Invertible + batch -> AuditResult."""

@@ -1,0 +1,71 @@
+"""What an audit returns: Verdict and AuditResult."""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+__all__ = ["AuditResult", "Verdict"]
+
+
+class Verdict(enum.Enum):
+    """What an audit found. Each member's value is its sentence; the order is from good to bad."""
+
+    NOT_APPLICABLE = "This question cannot be asked of this model."
+    STABLE = "Errors stay within what rounding explains."
+    UNSTABLE = "Errors exceed what a usable inverse, gradient or likelihood allows."
+    NON_FINITE = "NaN or Inf came out of the model."
+
+    @property
+    def label(self) -> str:
+        """Lower-case name for tables and JSON: stable, unstable, non_finite, not_applicable."""
+        return self.name.lower()
+
+    @property
+    def failed(self) -> bool:
+        """Whether this verdict is a finding: unstable or non_finite."""
+        return self in (Verdict.UNSTABLE, Verdict.NON_FINITE)
+
+    @classmethod
+    def worst(cls, verdicts: list[Verdict]) -> Verdict:
+        """The worst of several verdicts; NOT_APPLICABLE if there are none."""
+        order = list(cls)
+        return max(verdicts, key=order.index, default=cls.NOT_APPLICABLE)
+
+
+@dataclass(frozen=True)
+class AuditResult:
+    """One audit's answer.
+
+    Attributes:
+        name: the audit, as in AUDITS ("reconstruction").
+        verdict: stable, unstable, non_finite or not_applicable.
+        reason: one sentence in plain words with the figures that decided the verdict.
+        values: named numbers; NaN and Inf stay as they are.
+        units: unit of each value that has one ("nats", "degrees", "x eps").
+        per_sample: named tensors (B,), on the CPU.
+        per_layer: one row (name -> number or text) per layer, first layer first.
+        settings: everything needed to repeat the measurement: dtype, device, samples, thresholds, seeds.
+        advice: what to do about it; empty if nothing is wrong.
+        images: named tensors worth looking at, (n, C, H, W), on the CPU: original, reconstruction, difference.
+    """
+
+    name: str
+    verdict: Verdict
+    reason: str
+    values: Mapping[str, float] = field(default_factory=dict)
+    units: Mapping[str, str] = field(default_factory=dict)
+    per_sample: Mapping[str, Tensor] = field(default_factory=dict)
+    per_layer: tuple[Mapping[str, Any], ...] = ()
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    advice: str = ""
+    images: Mapping[str, Tensor] = field(default_factory=dict)
+
+    @classmethod
+    def not_applicable(cls, name: str, reason: str) -> AuditResult:
+        """The answer to a question that this model cannot be asked."""
+        return cls(name, Verdict.NOT_APPLICABLE, reason)

@@ -1,0 +1,126 @@
+"""Linearization: one forward pass with every layer's state kept, then Jacobian products chained at those states.
+
+J = J_n ... J_1 and J^-1 = J_1^-1 ... J_n^-1 with every factor taken where the *forward* pass was. The numerical
+inverse of the whole chain is never run, so J^-1 v stays right where F^-1(F(x)) is already NaN. Products of many
+layers leave the range of floats; each is therefore carried as a unit vector and the logarithm of its length.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from inn_guard.dense_tangent import trustworthy
+from inn_guard.invertible import Invertible
+from inn_guard.tangent import Tangent
+
+__all__ = ["Linearization", "Scaled"]
+
+Step = Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Scaled:
+    """vector * exp(log_scale) per sample: vector (B, *) of unit or zero length, log_scale (B,) float64, in nats."""
+
+    vector: Tensor
+    log_scale: Tensor
+
+    @classmethod
+    def of(cls, vector: Tensor) -> Scaled:
+        """``vector`` (B, *) split into direction and logarithm of its length."""
+        return cls(vector, torch.zeros(len(vector), dtype=torch.float64, device=vector.device)).normalized()
+
+    def normalized(self) -> Scaled:
+        """The same vectors, each with its length moved into the logarithm; zero and non-finite ones stay as they are."""
+        # the largest entry first: the square of a float32 above 1e19 is infinite
+        peak = self.vector.flatten(1).abs().amax(1)
+        usable = (peak > 0) & peak.isfinite()
+        peak = torch.where(usable, peak, torch.ones_like(peak))
+        vector = self.vector / _broadcast(peak, self.vector)
+        length = vector.flatten(1).norm(dim=1)
+        length = torch.where(usable, length, torch.ones_like(length))
+        return Scaled(vector / _broadcast(length, vector), self.log_scale + peak.double().log() + length.double().log())
+
+    def log_norm(self) -> Tensor:
+        """Natural logarithm of the length, (B,) float64: -inf for a zero vector, nan for a non-finite one."""
+        return self.log_scale + self.vector.flatten(1).double().norm(dim=1).log()
+
+    def value(self) -> Tensor:
+        """The vectors themselves, in float64; entries beyond its range are 0 or inf."""
+        return self.vector.double() * _broadcast(self.log_scale.exp(), self.vector)
+
+
+class Linearization:
+    """The layers of a model linearised along one forward pass over x.
+
+    Args:
+        model: the map; a model without layers() is one layer.
+        x: data, (B, *data).
+
+    Attributes:
+        layers: the layers, first one first.
+        states: the layers' inputs and last the output, n + 1 tensors, detached.
+        tangents: the layers' linear maps at ``states``.
+    """
+
+    def __init__(self, model: Invertible, x: Tensor) -> None:
+        self.layers = model.layers() or (model,)
+        self.states = [x.detach()]
+        self.tangents: list[Tangent] = []
+        self._trusted: set[int] = set()
+        for layer in self.layers:
+            tangent = layer.linearize(self.states[-1])
+            self.tangents.append(tangent)
+            self.states.append(tangent.output)
+
+    @property
+    def output(self) -> Tensor:
+        """z = F(x), (B, *latent)."""
+        return self.states[-1]
+
+    def jvp(self, v: Tensor | Scaled) -> Scaled:
+        """J v for one v (B, *data) per sample."""
+        return _chain(v, (tangent.jvp for tangent in self.tangents))
+
+    def vjp(self, u: Tensor | Scaled) -> Scaled:
+        """J^T u for one u (B, *latent) per sample."""
+        return _chain(u, (tangent.vjp for tangent in reversed(self.tangents)))
+
+    def inverse_jvp(self, u: Tensor | Scaled) -> Scaled:
+        """J^-1 u for one u (B, *latent) per sample.
+
+        Raises:
+            NotApplicable: if a layer's inverse has no correct derivative (measured: J^-1 J v is not v).
+        """
+        return _chain(u, (self.inverse_tangent(k).inverse_jvp for k in reversed(range(len(self.tangents)))))
+
+    def inverse_vjp(self, v: Tensor | Scaled) -> Scaled:
+        """J^-T v for one v (B, *data) per sample.
+
+        Raises:
+            NotApplicable: if a layer's inverse has no correct derivative (measured: J^-1 J v is not v).
+        """
+        return _chain(v, (self.inverse_tangent(k).inverse_vjp for k in range(len(self.tangents))))
+
+    def inverse_tangent(self, k: int) -> Tangent:
+        """Layer k's tangent, its inverse maps having been checked once against its forward maps."""
+        if k not in self._trusted:
+            name = f"layer {k} ({self.layers[k].name})"
+            self.tangents[k] = trustworthy(self.tangents[k], self.states[k], name)
+            self._trusted.add(k)
+        return self.tangents[k]
+
+
+def _chain(v: Tensor | Scaled, steps: Iterable[Step]) -> Scaled:
+    scaled = v if isinstance(v, Scaled) else Scaled.of(v)
+    for step in steps:
+        scaled = Scaled(step(scaled.vector), scaled.log_scale).normalized()
+    return scaled
+
+
+def _broadcast(per_sample: Tensor, like: Tensor) -> Tensor:
+    return per_sample.to(like.device).reshape(-1, *[1] * (like.dim() - 1))
