@@ -35,7 +35,7 @@ class Scaled:
         return cls(vector, torch.zeros(len(vector), dtype=torch.float64, device=vector.device)).normalized()
 
     def normalized(self) -> Scaled:
-        """The same vectors, each with its length moved into the logarithm; zero and non-finite ones stay as they are."""
+        """The same vectors, lengths moved into the logarithm; zero and non-finite ones stay as they are."""
         # the largest entry first: the square of a float32 above 1e19 is infinite
         peak = self.vector.flatten(1).abs().amax(1)
         usable = (peak > 0) & peak.isfinite()
