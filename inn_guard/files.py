@@ -1,0 +1,63 @@
+"""Files that are either the old one or the new one, never half of each."""
+
+from __future__ import annotations
+
+import os
+import secrets
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+__all__ = ["atomic_write"]
+
+
+@contextmanager
+def atomic_write(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """A path beside ``path`` to write to; on leaving without an error it replaces ``path``, else it is removed.
+
+    The content is on the disk before the name changes. A link keeps being a link: what it points to is replaced.
+    A device or a pipe (/dev/stdout) cannot be replaced and is written directly.
+
+    Args:
+        path: where the file shall be; its folder must exist.
+
+    Yields:
+        The path to write to, in the same folder and with the same suffix.
+
+    Raises:
+        FileNotFoundError: if the folder does not exist.
+        IsADirectoryError: if ``path`` is a folder.
+
+    >>> import tempfile
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     with atomic_write(Path(folder) / "a.txt") as partial:
+    ...         _ = partial.write_text("whole")
+    ...     [(file.name, file.read_text()) for file in Path(folder).iterdir()]
+    [('a.txt', 'whole')]
+    """
+    if Path(path).is_dir():
+        raise IsADirectoryError(f"expected the path of a file, got the folder {path}")
+    if Path(path).exists() and not Path(path).is_file():
+        yield Path(path)
+        return
+    target = Path(path).resolve()
+    if not target.parent.is_dir():
+        raise FileNotFoundError(f"the folder {target.parent} does not exist; create it first")
+    partial = target.with_name(f".{target.stem[:80]}.{secrets.token_hex(6)}{target.suffix}")
+    try:
+        yield partial
+        _flush_to_disk(partial)
+        _keep_mode(target, partial)
+        os.replace(partial, target)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def _flush_to_disk(path: Path) -> None:
+    with open(path, "rb+") as file:
+        os.fsync(file.fileno())
+
+
+def _keep_mode(old: Path, new: Path) -> None:
+    if old.exists():
+        new.chmod(old.stat().st_mode & 0o7777)
