@@ -1,0 +1,1 @@
+"""The experiments of four papers and of this package, one script each."""
