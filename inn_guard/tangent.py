@@ -7,7 +7,7 @@ its inverse transpose to one vector per sample, without forming a matrix.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -20,6 +20,7 @@ class NotApplicable(NotImplementedError):
     """A question that a model cannot answer, with the reason. `audit()` turns it into a verdict of that name."""
 
 
+@runtime_checkable
 class Tangent(Protocol):
     """The linear maps of z = F(x) at a batch x, one vector per sample each.
 
