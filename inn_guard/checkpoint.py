@@ -1,0 +1,104 @@
+"""Checkpoints of a training run in one safetensors file: weights, buffers, optimiser state and counters.
+
+A file is written whole or not at all, holds no pickles, and carries everything that an exact continuation needs:
+resuming from it gives, bit for bit, the weights of a run that was never interrupted.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor, nn
+
+from inn_guard.files import atomic_write
+
+__all__ = ["load_checkpoint", "save_checkpoint"]
+
+FORMAT = "inn_guard checkpoint 1"
+
+
+def save_checkpoint(
+    path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, *, progress: Mapping[str, Any]
+) -> None:
+    """Write model, optimiser and ``progress`` (counters, history: whatever JSON can hold) to ``path``, atomically.
+
+    Args:
+        path: the file; it is replaced only once the new one is complete.
+        model: its state_dict is stored; tensors shared between two names are stored under each.
+        optimizer: its per-parameter tensors and its parameter groups' settings are stored.
+        progress: stored as JSON; NaN and Inf survive.
+    """
+    state = optimizer.state_dict()
+    tensors = {f"model.{name}": tensor.detach().cpu().clone().contiguous() for name, tensor in _state(model).items()}
+    scalars: dict[str, Any] = {}
+    for index, entries in state["state"].items():
+        for key, value in entries.items():
+            if isinstance(value, Tensor):
+                tensors[f"optimizer.{index}.{key}"] = value.detach().cpu().clone().contiguous()
+            else:
+                scalars[f"{index}.{key}"] = value
+    header = {"format": FORMAT, "progress": progress, "groups": state["param_groups"], "scalars": scalars}
+    with atomic_write(path) as partial:
+        partial.write_bytes(save(tensors, metadata={"inn_guard": json.dumps(header)}))
+
+
+def load_checkpoint(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """Put the state saved at ``path`` back into model and optimiser; nothing is changed if the file does not fit.
+
+    Returns:
+        the ``progress`` that was saved.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: if it is not a checkpoint, is damaged, or belongs to another model.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"expected a checkpoint at {path}; there is no such file")
+    try:
+        with safe_open(path, framework="pt") as handle:
+            header = json.loads((handle.metadata() or {}).get("inn_guard", "{}"))
+            tensors = {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118
+    except (SafetensorError, json.JSONDecodeError, OSError) as error:
+        raise ValueError(f"{path} is not a complete checkpoint ({type(error).__name__}: {error})") from error
+    if header.get("format") != FORMAT:
+        raise ValueError(f"{path}: expected a file of format {FORMAT!r}, got {header.get('format')!r}")
+    saved = {name.removeprefix("model."): tensor for name, tensor in tensors.items() if name.startswith("model.")}
+    _check_fit(path, model, saved)
+    model.load_state_dict(saved)
+    optimizer.load_state_dict({"state": _optimizer_state(tensors, header), "param_groups": header["groups"]})
+    return header["progress"]
+
+
+def _state(model: nn.Module) -> dict[str, Tensor]:
+    return {name: value for name, value in model.state_dict().items() if isinstance(value, Tensor)}
+
+
+def _check_fit(path: Path, model: nn.Module, saved: dict[str, Tensor]) -> None:
+    here = {name: tuple(tensor.shape) for name, tensor in _state(model).items()}
+    there = {name: tuple(tensor.shape) for name, tensor in saved.items()}
+    different = sorted(name for name in here.keys() | there.keys() if here.get(name) != there.get(name))
+    if different:
+        name = different[0]
+        raise ValueError(
+            f"{path} belongs to another model: {len(different)} tensors differ, first {name!r}: "
+            f"expected shape {here.get(name)}, got {there.get(name)}"
+        )
+
+
+def _optimizer_state(tensors: dict[str, Tensor], header: dict[str, Any]) -> dict[int, dict[str, Any]]:
+    state: dict[int, dict[str, Any]] = {}
+    for name, tensor in tensors.items():
+        kind, _, rest = name.partition(".")
+        if kind == "optimizer":
+            index, key = rest.split(".", 1)
+            state.setdefault(int(index), {})[key] = tensor
+    for name, value in header["scalars"].items():
+        index, key = name.split(".", 1)
+        state.setdefault(int(index), {})[key] = value
+    return state
