@@ -1,0 +1,109 @@
+"""Adapted, the base of what wraps a foreign module, and Flipped, a map run the other way round."""
+
+from __future__ import annotations
+
+import abc
+from typing import Any
+
+from torch import Tensor, nn
+
+from inn_guard.invertible import Context, Invertible, NotApplicable, as_log_det
+
+__all__ = ["Adapted", "Flipped"]
+
+
+class Adapted(Invertible):
+    """A foreign module seen as an Invertible. Subclasses write ``_encode`` and ``_decode``; the rest follows.
+
+    Attributes:
+        module: the wrapped module itself, not a copy; its parameters and modes are shared.
+        context: what every call hands to the module, row-aligned with x; None if nothing.
+    """
+
+    def __init__(self, module: nn.Module, context: Context = None) -> None:
+        super().__init__()
+        self.module = module
+        self.context = context
+        self.training = module.training
+
+    missing_log_det = "the library returned no log-determinant (None)"
+
+    @abc.abstractmethod
+    def _encode(self, x: Tensor) -> tuple[Tensor, Any]:
+        """(z, log|det dz/dx| in whatever shape or type the library has, None where there is none)."""
+
+    @abc.abstractmethod
+    def _decode(self, z: Tensor) -> tuple[Tensor, Any]:
+        """(x, log|det dx/dz| in whatever shape or type the library has, None where there is none)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """z = F(x) by the module's own code."""
+        return self._encode(x.clone())[0]  # libraries write into their inputs
+
+    def inverse(self, z: Tensor) -> Tensor:
+        """x = F^-1(z) by the module's own code."""
+        return self._decode(z.clone())[0]
+
+    def forward_and_log_det(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """F(x) and log|det dF(x)/dx| of shape (B,) by the module's own code."""
+        z, log_det = self._encode(x.clone())
+        return z, self._as_log_det(log_det, x)
+
+    def inverse_and_log_det(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        """F^-1(z) and log|det dF^-1(z)/dz| of shape (B,) by the module's own code."""
+        x, log_det = self._decode(z.clone())
+        return x, self._as_log_det(log_det, z)
+
+    def _as_log_det(self, log_det: Any, like: Tensor) -> Tensor:
+        if log_det is None:
+            raise NotApplicable(f"{self.name}: {self.missing_log_det}")
+        return as_log_det(log_det, like)
+
+    @property
+    def block(self) -> nn.Module:
+        """The wrapped module."""
+        return self.module
+
+
+class Flipped(Invertible):
+    """The inverse map: forward is ``inner.inverse`` and inverse is ``inner.forward``, with its context.
+
+    Attributes:
+        inner: the map that is flipped.
+    """
+
+    def __init__(self, inner: Invertible) -> None:
+        super().__init__()
+        if not inner.bijective:
+            raise TypeError(f"expected a bijective map to invert, got {inner.name}, which is injective only")
+        self.inner = inner
+        self.context = inner.context
+        self.training = inner.training
+
+    def forward(self, x: Tensor) -> Tensor:
+        """z = inner^-1(x)."""
+        return self._inner().inverse(x)
+
+    def inverse(self, z: Tensor) -> Tensor:
+        """x = inner(z)."""
+        return self._inner().forward(z)
+
+    def forward_and_log_det(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """inner^-1(x) and its own log-determinant, (B,)."""
+        return self._inner().inverse_and_log_det(x)
+
+    def inverse_and_log_det(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        """inner(z) and its log-determinant, (B,)."""
+        return self._inner().forward_and_log_det(z)
+
+    def layers(self) -> tuple[Invertible, ...]:
+        """The inner layers in reverse order, each flipped; () if the inner map is opaque."""
+        return tuple(Flipped(layer) for layer in reversed(self._inner().layers()))
+
+    @property
+    def name(self) -> str:
+        """Inverse of the inner map's name."""
+        return f"inverse {self.inner.name}"
+
+    def _inner(self) -> Invertible:
+        return self.inner if self.context is None else self.inner.conditioned(self.context)
