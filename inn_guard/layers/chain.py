@@ -1,0 +1,75 @@
+"""Chain: the composition of invertible layers."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from inn_guard.invertible import Invertible
+
+__all__ = ["Chain"]
+
+
+class Chain(Invertible):
+    """z = F_n(...F_1(x)); log|det J| = sum_i log|det J_i|, every J_i at the input of its own layer.
+
+    ``layers()`` is flat: chains inside the chain are opened. A chain with a context hands it to every step; one
+    without leaves each step its own.
+
+    Args:
+        steps: the layers, the first one applied first; none gives the identity.
+
+    >>> import torch
+    >>> from inn_guard.layers.permutation import Permutation
+    >>> Chain(Permutation.reverse(3), Permutation.reverse(3))(torch.tensor([[1.0, 2.0, 3.0]])).tolist()
+    [[1.0, 2.0, 3.0]]
+    """
+
+    def __init__(self, *steps: Invertible) -> None:
+        super().__init__()
+        for step in steps:
+            if not isinstance(step, Invertible):
+                raise TypeError(
+                    f"expected Invertible steps, got {type(step).__name__}; wrap it with inn_guard.wrap(...)"
+                )
+        self.steps = nn.ModuleList(steps)
+        self.bijective = all(step.bijective for step in steps)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """z = F_n(...F_1(x))."""
+        for step in self._conditioned_steps():
+            x = step(x)
+        return x
+
+    def inverse(self, z: Tensor) -> Tensor:
+        """x = F_1^-1(...F_n^-1(z))."""
+        for step in reversed(self._conditioned_steps()):
+            z = step.inverse(z)
+        return z
+
+    def forward_and_log_det(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """F(x) and the sum of the steps' log-determinants."""
+        total = x.new_zeros(len(x))
+        for step in self._conditioned_steps():
+            x, log_det = step.forward_and_log_det(x)
+            total = total + log_det
+        return x, total
+
+    def inverse_and_log_det(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        """F^-1(z) and the sum of the steps' inverse log-determinants."""
+        total = z.new_zeros(len(z))
+        for step in reversed(self._conditioned_steps()):
+            z, log_det = step.inverse_and_log_det(z)
+            total = total + log_det
+        return z, total
+
+    def layers(self) -> tuple[Invertible, ...]:
+        """The steps, with nested chains opened."""
+        return tuple(layer for step in self._conditioned_steps() for layer in step.layers() or _unless_empty(step))
+
+    def _conditioned_steps(self) -> list[Invertible]:
+        steps: list[Invertible] = list(self.steps)  # type: ignore[arg-type]
+        return steps if self.context is None else [step.conditioned(self.context) for step in steps]
+
+
+def _unless_empty(step: Invertible) -> tuple[Invertible, ...]:
+    return () if isinstance(step, Chain) else (step,)

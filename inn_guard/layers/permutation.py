@@ -1,0 +1,72 @@
+"""Permutation of channels or features."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from inn_guard.invertible import Invertible
+from inn_guard.layers.linear_tangent import LinearTangent
+from inn_guard.tangent import Tangent
+
+__all__ = ["Permutation"]
+
+
+class Permutation(Invertible):
+    """z_k = x_order(k) along dimension 1; log|det J| = 0.
+
+    Args:
+        order: every index from 0 to channels - 1 once.
+
+    >>> Permutation(torch.tensor([2, 0, 1]))(torch.tensor([[10.0, 20.0, 30.0]])).tolist()
+    [[30.0, 10.0, 20.0]]
+    """
+
+    order: Tensor
+    back: Tensor
+
+    def __init__(self, order: Tensor) -> None:
+        super().__init__()
+        if order.dim() != 1 or not torch.equal(order.sort().values, torch.arange(len(order), device=order.device)):
+            raise ValueError(f"expected every index from 0 to n - 1 once, got {order.tolist()}")
+        self.register_buffer("order", order)
+        self.register_buffer("back", order.argsort())
+
+    @classmethod
+    def reverse(cls, channels: int) -> Permutation:
+        """The last channel first."""
+        return cls(torch.arange(channels).flip(0))
+
+    @classmethod
+    def shuffle(cls, channels: int, *, generator: torch.Generator) -> Permutation:
+        """A random order, drawn once."""
+        return cls(torch.randperm(channels, generator=generator))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """z = x[:, order]."""
+        return x.index_select(1, self.order)
+
+    def inverse(self, z: Tensor) -> Tensor:
+        """x = z[:, back]."""
+        return z.index_select(1, self.back)
+
+    def forward_and_log_det(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """z and 0."""
+        return self.forward(x), x.new_zeros(len(x))
+
+    def inverse_and_log_det(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        """x and 0."""
+        return self.inverse(z), z.new_zeros(len(z))
+
+    def linearize(self, x: Tensor) -> Tangent:
+        """The permutation itself: its transpose is its inverse."""
+        channels = 1 - x.dim()
+
+        def ahead(v: Tensor) -> Tensor:
+            return v.index_select(channels, self.order)
+
+        def back(u: Tensor) -> Tensor:
+            return u.index_select(channels, self.back)
+
+        with torch.no_grad():
+            return LinearTangent(self.forward(x), jvp=ahead, vjp=back, inverse_jvp=back, inverse_vjp=ahead)

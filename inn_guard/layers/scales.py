@@ -1,0 +1,186 @@
+"""Scale functions g of affine couplings: elementwise, positive, with the constants that bound their layers."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+__all__ = ["ClampedScale", "ExpScale", "ScaleFunction", "SigmoidScale", "squashed_sigmoid"]
+
+
+class ScaleFunction(Protocol):
+    """A positive elementwise function g of a network's raw output h."""
+
+    @property
+    def lower(self) -> float:
+        """inf g."""
+        ...
+
+    @property
+    def upper(self) -> float:
+        """sup g."""
+        ...
+
+    @property
+    def max_slope(self) -> float:
+        """sup |g'|, or an upper bound of it."""
+        ...
+
+    @property
+    def max_log_slope(self) -> float:
+        """sup |g'/g|, or an upper bound of it."""
+        ...
+
+    def value(self, h: Tensor) -> Tensor:
+        """g(h), the shape of h."""
+        ...
+
+    def log(self, h: Tensor) -> Tensor:
+        """log g(h), the shape of h."""
+        ...
+
+    def slope(self, h: Tensor) -> Tensor:
+        """g'(h), the shape of h."""
+        ...
+
+
+@dataclass(frozen=True)
+class SigmoidScale:
+    """g(h) = lower + (upper - lower) sigmoid(h + offset), in (lower, upper).
+
+    With a = lower / (upper - lower), sup g'/g = 1 + 2a - 2 sqrt(a^2 + a): 1 for lower = 0, 3 - 2 sqrt 2 for (0.5, 1).
+
+    Args:
+        lower: infimum; 0 gives Glow's sigmoid(h + 2), whose inverse 1/g is unbounded.
+        upper: supremum.
+        offset: added to h, so that a network of output 0 scales by nearly ``upper``.
+
+    >>> SigmoidScale().value(torch.zeros(1)).item() == torch.sigmoid(torch.tensor(2.0)).item()
+    True
+    """
+
+    lower: float = 0.0
+    upper: float = 1.0
+    offset: float = 2.0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.lower < self.upper:
+            raise ValueError(f"expected 0 <= lower < upper, got lower = {self.lower}, upper = {self.upper}")
+
+    @property
+    def max_slope(self) -> float:
+        """(upper - lower) / 4."""
+        return (self.upper - self.lower) / 4
+
+    @property
+    def max_log_slope(self) -> float:
+        """1 + 2a - 2 sqrt(a^2 + a)."""
+        a = self.lower / (self.upper - self.lower)
+        return 1 + 2 * a - 2 * math.sqrt(a * a + a)
+
+    def value(self, h: Tensor) -> Tensor:
+        """g(h)."""
+        scale = torch.sigmoid(h + self.offset) * (self.upper - self.lower)
+        return scale + self.lower if self.lower else scale
+
+    def log(self, h: Tensor) -> Tensor:
+        """log g(h)."""
+        if self.lower:
+            return self.value(h).log()
+        # logsigmoid stays finite where the sigmoid has underflown
+        return functional.logsigmoid(h + self.offset) + math.log(self.upper)
+
+    def slope(self, h: Tensor) -> Tensor:
+        """g'(h)."""
+        sigmoid = torch.sigmoid(h + self.offset)
+        return (self.upper - self.lower) * sigmoid * (1 - sigmoid)
+
+
+def squashed_sigmoid() -> SigmoidScale:
+    """0.5 + 0.5 sigmoid(h + 2), in (0.5, 1): the stable scale of the exploding-inverses paper.
+
+    References:
+        Understanding and Mitigating Exploding Inverses in Invertible Neural Networks (Behrmann, Vicol, Wang, Grosse,
+        Jacobsen, 2021), appendix C.
+    """
+    return SigmoidScale(lower=0.5)
+
+
+@dataclass(frozen=True)
+class ExpScale:
+    """g(h) = exp(h), in (0, inf): the scale of RealNVP without a bound."""
+
+    lower = 0.0
+    upper = math.inf
+    max_slope = math.inf
+    max_log_slope = 1.0
+
+    def value(self, h: Tensor) -> Tensor:
+        """g(h)."""
+        return h.exp()
+
+    def log(self, h: Tensor) -> Tensor:
+        """log g(h)."""
+        return h
+
+    def slope(self, h: Tensor) -> Tensor:
+        """g'(h)."""
+        return h.exp()
+
+
+@dataclass(frozen=True)
+class ClampedScale:
+    """g(h) = exp(clamp (2/pi) atan(h)), in (e^-clamp, e^clamp).
+
+    The slope's supremum is bounded by (2/pi) clamp e^clamp, which it does not reach.
+
+    Args:
+        clamp: bound of |log g|.
+
+    References:
+        Guided Image Generation with Conditional Invertible Neural Networks (Ardizzone, Lüth, Kruse, Rother, Köthe,
+        2019), where the factor 2/pi is rounded to 0.636.
+    """
+
+    clamp: float = 2.0
+
+    def __post_init__(self) -> None:
+        if self.clamp <= 0:
+            raise ValueError(f"expected a positive clamp, got {self.clamp}")
+
+    @property
+    def lower(self) -> float:
+        """e^-clamp."""
+        return math.exp(-self.clamp)
+
+    @property
+    def upper(self) -> float:
+        """e^clamp."""
+        return math.exp(self.clamp)
+
+    @property
+    def max_slope(self) -> float:
+        """(2/pi) clamp e^clamp."""
+        return self.max_log_slope * self.upper
+
+    @property
+    def max_log_slope(self) -> float:
+        """(2/pi) clamp."""
+        return self.clamp * 2 / math.pi
+
+    def value(self, h: Tensor) -> Tensor:
+        """g(h)."""
+        return self.log(h).exp()
+
+    def log(self, h: Tensor) -> Tensor:
+        """log g(h)."""
+        return self.max_log_slope * torch.atan(h)
+
+    def slope(self, h: Tensor) -> Tensor:
+        """g'(h)."""
+        return self.value(h) * self.max_log_slope / (1 + h.square())
