@@ -49,6 +49,7 @@ class AuditResult:
         units: unit of each value that has one ("nats", "degrees", "x eps").
         per_sample: named tensors (B,), on the CPU.
         per_layer: one row (name -> number or text) per layer, first layer first.
+        tables: further named tables, each a tuple of rows (name -> number or text): one row per dtype, probe, attack.
         settings: everything needed to repeat the measurement: dtype, device, samples, thresholds, seeds.
         advice: what to do about it; empty if nothing is wrong.
         images: named tensors worth looking at, (n, C, H, W), on the CPU: original, reconstruction, difference.
@@ -61,6 +62,7 @@ class AuditResult:
     units: Mapping[str, str] = field(default_factory=dict)
     per_sample: Mapping[str, Tensor] = field(default_factory=dict)
     per_layer: tuple[Mapping[str, Any], ...] = ()
+    tables: Mapping[str, tuple[Mapping[str, Any], ...]] = field(default_factory=dict)
     settings: Mapping[str, Any] = field(default_factory=dict)
     advice: str = ""
     images: Mapping[str, Tensor] = field(default_factory=dict)
