@@ -1,0 +1,134 @@
+"""Hooks for a training loop: when a regularizer is due, and what it adds to the loss."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from jaxtyping import Float, Shaped
+from torch import Tensor, nn
+
+from inn_guard.adapters import wrap
+from inn_guard.invertible import Context, Invertible
+
+__all__ = ["Regularizer", "RegularizerHook", "Schedule", "every"]
+
+Schedule = Callable[[int], bool]  #: step (0, 1, 2, ...) -> whether something is due
+
+
+def every(k: int) -> Schedule:
+    """Due at steps 0, k, 2k, ...
+
+    Raises:
+        ValueError: if k is below 1.
+
+    >>> [step for step in range(10) if every(4)(step)]
+    [0, 4, 8]
+    """
+    if k < 1:
+        raise ValueError(f"expected a period of at least 1 step; got {k}")
+    return lambda step: step % k == 0
+
+
+@runtime_checkable
+class Regularizer(Protocol):
+    """Anything that turns a map and a batch into a scalar. One that draws noise keeps it in ``generator``."""
+
+    def __call__(self, model: Invertible, x: Tensor, z: Tensor | None = None) -> Tensor:
+        """The penalty, already multiplied by its coefficient."""
+        ...
+
+
+class RegularizerHook:
+    """What the regularizers due at this step add to the loss; an exact 0 without graph or cost on the steps between.
+
+        loss = task_loss + hook(x, z=z)
+
+    The hook counts its own calls. With gradient accumulation, where one optimizer step takes several calls, hand it
+    the number of the optimizer step instead: ``hook(x, z=z, step=step)``; then every part of a due step is penalised.
+    NaN and Inf in a penalty are passed on, not hidden.
+
+    Args:
+        model: an Invertible, or a model that ``wrap`` knows.
+        regularizers: added up, in this order.
+        every: period in steps (due at 0, k, 2k, ...), or any function step -> bool.
+
+    Attributes:
+        step: number of the next step.
+    """
+
+    def __init__(self, model: nn.Module, regularizers: Sequence[Regularizer], *, every: int | Schedule = 10) -> None:
+        self.model: Invertible = wrap(model)
+        self.regularizers = tuple(regularizers)
+        self.due: Schedule = _schedule(every)
+        self.step = 0
+        self._last: dict[str, Tensor] = {}
+
+    def __call__(
+        self,
+        x: Shaped[Tensor, "batch *data"],
+        z: Tensor | None = None,
+        context: Context = None,
+        *,
+        step: int | None = None,
+    ) -> Float[Tensor, ""]:
+        """The sum of the penalties if this step is due, else 0.
+
+        Args:
+            x: data, (B, *data).
+            z: F(x) with its graph, if it has been computed already.
+            context: condition for this batch, in place of the model's own.
+            step: the optimizer's step; None: the hook's own count of calls.
+
+        Returns:
+            A scalar to be added to the loss.
+        """
+        step = self.step if step is None else step
+        self.step = step + 1
+        if not self.due(step):
+            return x.new_zeros(())
+        model = self.model if context is None else self.model.conditioned(context)
+        penalties = [regularizer(model, x, z) for regularizer in self.regularizers]
+        self._last = {name: penalty.detach() for name, penalty in zip(self._names(), penalties, strict=True)}
+        return torch.stack(penalties).sum() if penalties else x.new_zeros(())
+
+    @property
+    def last(self) -> dict[str, float]:
+        """Each regularizer's penalty at the last due step, coefficient included, for the log; {} before the first."""
+        return {name: penalty.item() for name, penalty in self._last.items()}
+
+    def state_dict(self) -> dict[str, Any]:
+        """The step counter and the noise generators' states: what resuming a run bit for bit takes."""
+        return {"step": self.step, "generators": [_state(regularizer) for regularizer in self.regularizers]}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue where ``state`` was taken.
+
+        Raises:
+            ValueError: if ``state`` belongs to a hook with other regularizers.
+        """
+        mine = [_state(regularizer) is not None for regularizer in self.regularizers]
+        theirs = [generator is not None for generator in state["generators"]]
+        if mine != theirs:
+            raise ValueError(
+                f"expected the state of {len(mine)} regularizers ({sum(mine)} of them with noise); "
+                f"got {len(theirs)} ({sum(theirs)} with noise): build the hook with the same regularizers"
+            )
+        self.step = int(state["step"])
+        for regularizer, generator in zip(self.regularizers, state["generators"], strict=True):
+            if generator is not None:
+                regularizer.generator.set_state(generator.cpu())  # type: ignore[attr-defined]
+
+    def _names(self) -> list[str]:
+        names = [getattr(regularizer, "__name__", type(regularizer).__name__) for regularizer in self.regularizers]
+        return [name if names.count(name) == 1 else f"{name}[{k}]" for k, name in enumerate(names)]
+
+
+def _schedule(period: int | Schedule) -> Schedule:
+    return every(period) if isinstance(period, int) else period
+
+
+def _state(regularizer: Regularizer) -> Tensor | None:
+    generator = getattr(regularizer, "generator", None)
+    return None if generator is None else generator.get_state()
