@@ -1,0 +1,1 @@
+"""Certified Lipschitz bounds: never below the truth, in both directions of an invertible network."""
