@@ -1,1 +1,43 @@
-"""Audits: Invertible + batch -> AuditResult."""
+"""Audits: Invertible + batch -> AuditResult.
+
+A new audit is one file with one function ``name(model, x, *, ...) -> AuditResult`` under ``@polite``, and one line
+below, in the table of the first level that runs it.
+"""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Callable
+
+from inn_guard.audits.base import AuditResult, Verdict
+from inn_guard.audits.reconstruction import reconstruction
+from inn_guard.audits.report import AuditReport
+from inn_guard.audits.watched import polite
+
+__all__ = ["AUDITS", "LEVELS", "Audit", "AuditReport", "AuditResult", "Level", "Verdict", "polite"]
+
+Audit = Callable[..., AuditResult]
+
+QUICK: dict[str, Audit] = {
+    "reconstruction": reconstruction,
+}
+STANDARD: dict[str, Audit] = {
+    **QUICK,
+}
+FULL: dict[str, Audit] = {
+    **STANDARD,
+}
+
+#: Every check by its name, in the order in which they run.
+AUDITS = FULL
+
+
+class Level(enum.Enum):
+    """How much is measured."""
+
+    QUICK = "quick"  #: seconds: does the inverse work, is the log-determinant right
+    STANDARD = "standard"  #: adds Jacobian extremes, layer blame and forecasts
+    FULL = "full"  #: adds full spectra, certificates and attacks
+
+
+LEVELS: dict[Level, dict[str, Audit]] = {Level.QUICK: QUICK, Level.STANDARD: STANDARD, Level.FULL: FULL}

@@ -1,0 +1,49 @@
+"""The thresholds that audits share, each with its reason, and the scale they are measured in."""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+__all__ = ["EXPLAINED", "FLOOR", "RESOLUTION", "USABLE", "data_scale", "usable_error"]
+
+#: Largest error that still leaves an inverse usable, in units of the data's scale: a quarter of a grey level of an
+#: eight-bit image whose values fill [0, 1].
+USABLE = 1e-3
+
+#: ... but never below this many rounding units of the dtype: a bfloat16 tensor cannot hold 1e-3.
+RESOLUTION = 8.0
+
+#: How far above the first-order estimate, eps times the condition of the inverse's computation, rounding may reach.
+EXPLAINED = 10.0
+
+#: Largest error of a float64 copy that is accepted as the floor of an inexact inverse (bisection, fixed point,
+#: integrator, constants stored in float32), in units of the data's scale. Above it the inverse is called wrong.
+FLOOR = 1e-4
+
+
+def usable_error(dtype: torch.dtype) -> float:
+    """Largest usable error in units of the data's scale, for tensors of ``dtype``.
+
+    >>> usable_error(torch.float32), usable_error(torch.bfloat16)
+    (0.001, 0.0625)
+    """
+    return max(USABLE, RESOLUTION * torch.finfo(dtype).eps)
+
+
+def data_scale(x: Float[Tensor, "batch *data"]) -> Float[Tensor, "batch"]:
+    """The unit that errors of each sample are measured in: its root mean square, at least the batch's median one.
+
+    A sample that is nearly zero is thereby held to the size of its neighbours, and one huge sample is not held
+    against the others. Non-finite samples and a batch of zeros have scale 1.
+
+    >>> data_scale(torch.tensor([[3.0, 3.0], [1.0, 1.0], [0.0, 0.0]])).tolist()
+    [3.0, 1.0, 1.0]
+    """
+    flat = x.detach().flatten(1).double()
+    peak = flat.abs().amax(1).clamp(min=torch.finfo(torch.float64).tiny)
+    own = peak * (flat / peak.unsqueeze(1)).square().mean(1).sqrt()
+    finite = own.isfinite()
+    typical = own[finite & (own > 0)].median() if bool((finite & (own > 0)).any()) else own.new_ones(())
+    return torch.where(finite, own.clamp(min=typical), torch.ones_like(own))

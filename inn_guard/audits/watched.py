@@ -1,0 +1,179 @@
+"""Watched(model): the same map, its inputs cloned, its exceptions named; and the decorator every audit runs under."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from inn_guard.audits.base import AuditResult, Verdict
+from inn_guard.invertible import Context, Invertible
+from inn_guard.tangent import NotApplicable, Tangent
+from inn_guard.untouched import untouched
+
+__all__ = ["ModelRaised", "Watched", "checked_batch", "polite"]
+
+Answer = TypeVar("Answer")
+
+
+class ModelRaised(RuntimeError):
+    """The audited model raised an exception of its own: a finding, not a failure of the audit."""
+
+
+def polite(audit: Callable[..., AuditResult]) -> Callable[..., AuditResult]:
+    """Make an audit leave no trace: checked input, eval mode, model and random state restored, exceptions named.
+
+    The audit sees a ``Watched`` model. A question that the model cannot answer becomes ``not_applicable``; an
+    exception out of the model becomes a finding that names it; an exception out of the audit itself is raised.
+    """
+    if isinstance(audit, functools.partial):
+        return functools.partial(polite(audit.func), *audit.args, **audit.keywords)
+    if getattr(audit, "polite", False):
+        return audit
+
+    @functools.wraps(audit)
+    def run(model: Invertible, x: Tensor, **settings: Any) -> AuditResult:
+        x = checked_batch(model, x)
+        with torch.inference_mode(mode=False), torch.enable_grad(), untouched(model):
+            model.eval()
+            try:
+                return audit(Watched(model), x.detach().clone(), **settings)
+            except NotApplicable as reason:
+                return AuditResult.not_applicable(audit.__name__, str(reason))
+            except ModelRaised as finding:
+                advice = "Call the model on this batch outside the audit to see the whole traceback."
+                return AuditResult(audit.__name__, Verdict.UNSTABLE, str(finding), advice=advice)
+
+    run.polite = True  # type: ignore[attr-defined]
+    return run
+
+
+def checked_batch(model: nn.Module, x: Any) -> Tensor:
+    """``x`` if it can be a batch for ``model``.
+
+    Raises:
+        TypeError: if x is not a real floating-point tensor.
+        ValueError: if x has no samples, no data dimension, or another dtype or device than the model.
+    """
+    if not isinstance(x, Tensor):
+        raise TypeError(f"expected x as a tensor (B, *data), got {type(x).__name__}: type torch.as_tensor(x)")
+    if not x.is_floating_point():
+        raise TypeError(f"expected a real floating-point x, got {x.dtype}: type x.to(torch.get_default_dtype())")
+    if x.dim() < 2:
+        raise ValueError(f"expected x of shape (B, *data), got {tuple(x.shape)}: type x.reshape(B, -1)")
+    if x.numel() == 0:
+        raise ValueError(f"expected at least one sample with at least one value, got x of shape {tuple(x.shape)}")
+    weights = [p for p in model.parameters() if p.is_floating_point()]
+    dtypes, devices = {p.dtype for p in weights}, {p.device for p in weights}
+    if weights and x.dtype not in dtypes:
+        wanted = str(next(iter(dtypes))) if len(dtypes) == 1 else "one of " + ", ".join(sorted(map(str, dtypes)))
+        raise ValueError(f"expected x in the dtype of the model's parameters, {wanted}; got {x.dtype}: x.to({wanted})")
+    if weights and x.device not in devices:
+        where = next(iter(devices))
+        raise ValueError(f"expected x on the model's device, {where}; got {x.device}: type x.to('{where}')")
+    return x
+
+
+class Watched(Invertible):
+    """``model`` seen by an audit: every call gets a clone of its input, every exception says whose it is.
+
+    Args:
+        model: the map.
+        label: what exceptions call it ("the model", "layer 3 (Coupling)").
+    """
+
+    def __init__(self, model: Invertible, label: str = "the model") -> None:
+        super().__init__()
+        self.model, self.label = model, label
+        self.bijective, self.context = model.bijective, model.context
+        self.training = model.training
+
+    def forward(self, x: Tensor) -> Tensor:
+        """F(x) of the watched model."""
+        return self._named("forward", lambda: self.model.forward(x.clone()))
+
+    def inverse(self, z: Tensor) -> Tensor:
+        """F^-1(z) of the watched model."""
+        return self._named("inverse", lambda: self.model.inverse(z.clone()))
+
+    def forward_and_log_det(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """F(x) and log|det J| of the watched model."""
+        return self._named("forward", lambda: self.model.forward_and_log_det(x.clone()))
+
+    def inverse_and_log_det(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        """F^-1(z) and log|det J^-1| of the watched model."""
+        return self._named("inverse", lambda: self.model.inverse_and_log_det(z.clone()))
+
+    def log_prob(self, x: Tensor) -> Tensor:
+        """log p(x) of the watched model."""
+        return self._named("log_prob", lambda: self.model.log_prob(x.clone()))
+
+    def layers(self) -> tuple[Invertible, ...]:
+        """The watched model's layers, watched."""
+        layers = self._named("layers()", self.model.layers)
+        return tuple(Watched(layer, f"layer {k} ({layer.name})") for k, layer in enumerate(layers))
+
+    def linearize(self, x: Tensor) -> Tangent:
+        """The watched model's tangent, watched."""
+        return _WatchedTangent(self, self._named("forward", lambda: self.model.linearize(x.clone())))
+
+    def conditioned(self, context: Context) -> Watched:
+        """The same map with another context, watched."""
+        return Watched(self.model.conditioned(context), self.label)
+
+    def select(self, rows: Tensor) -> Watched:
+        """The same map for some rows of the batch, watched."""
+        return Watched(self.model.select(rows), self.label)
+
+    def in_dtype(self, dtype: torch.dtype) -> Watched:
+        """A copy in another dtype, watched."""
+        what = f"conversion to {str(dtype).removeprefix('torch.')}"
+        return Watched(self._named(what, lambda: self.model.in_dtype(dtype)), self.label)
+
+    @property
+    def block(self) -> nn.Module:
+        """The block of the watched model."""
+        return self.model.block
+
+    @property
+    def name(self) -> str:
+        """The name of the watched model."""
+        return self.model.name
+
+    def _named(self, what: str, call: Callable[[], Answer]) -> Answer:
+        try:
+            return call()
+        except (NotApplicable, ModelRaised):
+            raise
+        except NotImplementedError as error:
+            raise NotApplicable(f"{self.label} has no {what}: {_described(error)}") from error
+        except Exception as error:  # whatever a foreign library raises is a finding about the model
+            raise ModelRaised(f"{what} of {self.label} raises {_described(error)}") from error
+
+
+class _WatchedTangent:
+    """A tangent whose exceptions say which layer's derivative they come from."""
+
+    def __init__(self, owner: Watched, tangent: Tangent) -> None:
+        self._owner, self._tangent = owner, tangent
+        self.output = tangent.output
+
+    def jvp(self, v: Tensor) -> Tensor:
+        return self._owner._named("the derivative J v", lambda: self._tangent.jvp(v))
+
+    def vjp(self, u: Tensor) -> Tensor:
+        return self._owner._named("the derivative J^T u", lambda: self._tangent.vjp(u))
+
+    def inverse_jvp(self, u: Tensor) -> Tensor:
+        return self._owner._named("the derivative J^-1 u", lambda: self._tangent.inverse_jvp(u))
+
+    def inverse_vjp(self, v: Tensor) -> Tensor:
+        return self._owner._named("the derivative J^-T v", lambda: self._tangent.inverse_vjp(v))
+
+
+def _described(error: BaseException) -> str:
+    message = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {message[0]}" if message else type(error).__name__
