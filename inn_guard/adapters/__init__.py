@@ -8,8 +8,9 @@ from typing import Any
 
 from torch import nn
 
-from inn_guard.adapters.functions import Chain, Functions
+from inn_guard.adapters.functions import Functions
 from inn_guard.invertible import Context, Invertible
+from inn_guard.layers.chain import Chain
 
 __all__ = ["ADAPTERS", "wrap"]
 
@@ -74,7 +75,7 @@ def _of_callables(encode: Any, decode: Any, layers: Any, log_det: Any, context: 
     if encode is not None and decode is not None:
         return Functions(encode, decode, layers=chain or (), log_det=log_det, context=context)
     if chain and encode is None and decode is None and log_det is None:
-        return Chain(chain, context)
+        return Chain(*chain).conditioned(context)
     given = [name for name, value in (("encode", encode), ("decode", decode), ("layers", layers)) if value is not None]
     raise TypeError(
         f"expected both directions of a map, got {' and '.join(given) or 'nothing'}; "

@@ -106,4 +106,4 @@ class Flipped(Invertible):
         return f"inverse {self.inner.name}"
 
     def _inner(self) -> Invertible:
-        return self.inner if self.context is None else self.inner.conditioned(self.context)
+        return self.inner.conditioned(self.context)

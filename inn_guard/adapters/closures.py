@@ -29,6 +29,7 @@ class Closure:
         self.function = function
 
     def __call__(self, *arguments: Any) -> Any:
+        """What the callable returns."""
         return self.function(*arguments)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Closure:

@@ -1,18 +1,18 @@
-"""Pairs of callables, chains of layers, and modules with forward and inverse methods as Invertibles."""
+"""Pairs of callables and modules with forward and inverse methods as Invertibles."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from inn_guard.adapters.adapted import Adapted
 from inn_guard.adapters.closures import Closure
 from inn_guard.invertible import Context, Invertible
+from inn_guard.layers.chain import Chain
 
-__all__ = ["Chain", "ForwardAndInverse", "Functions", "adapt"]
+__all__ = ["ForwardAndInverse", "Functions", "adapt"]
 
 
 def adapt(model: nn.Module, context: Context = None) -> Invertible:
@@ -54,15 +54,14 @@ class Functions(Adapted):
         log_det: Callable[..., Any] | None = None,
         context: Context = None,
     ) -> None:
-        self_evident = [Closure(function) for function in (encode, decode, log_det) if function is not None]
-        super().__init__(_registered(self_evident), context)
-        self._encoder, self._decoder, *rest = self_evident
+        closures = [Closure(function) for function in (encode, decode, log_det) if function is not None]
+        super().__init__(_registered(closures), context)
+        self._encoder, self._decoder, *rest = closures
         self._log_det = rest[0] if rest else None
-        self._chain = nn.ModuleList(layers)
+        self._chain = Chain(*layers)
 
     def _encode(self, x: Tensor) -> tuple[Tensor, Any]:
-        z, log_det = _split(self._encoder(*_arguments(x, self.context)), "encode")
-        return z, log_det
+        return _split(self._encoder(*_arguments(x, self.context)), "encode")
 
     def _decode(self, z: Tensor) -> tuple[Tensor, Any]:
         return _split(self._decoder(*_arguments(z, self.context)), "decode")
@@ -75,54 +74,12 @@ class Functions(Adapted):
 
     def layers(self) -> tuple[Invertible, ...]:
         """The chain given, flat, in this map's context; () if none was given."""
-        return _flat(self._chain, self.context)
+        return self._chain.layers() if self.context is None else self._chain.conditioned(self.context).layers()
 
     @property
     def block(self) -> nn.Module:
         """Itself: the callables are all there is."""
         return self
-
-
-class Chain(Invertible):
-    """The composition of layers, first one first, every one of them in the chain's context if there is one."""
-
-    def __init__(self, layers: Sequence[Invertible], context: Context = None) -> None:
-        super().__init__()
-        self._chain = nn.ModuleList(layers)
-        self.context = context
-        self.bijective = all(layer.bijective for layer in layers)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """z = F_n(... F_1(x))."""
-        for layer in self.layers():
-            x = layer(x)
-        return x
-
-    def inverse(self, z: Tensor) -> Tensor:
-        """x = F_1^-1(... F_n^-1(z))."""
-        for layer in reversed(self.layers()):
-            z = layer.inverse(z)
-        return z
-
-    def forward_and_log_det(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """z and the sum of the layers' log-determinants."""
-        total = torch.zeros((), dtype=x.dtype, device=x.device)
-        for layer in self.layers():
-            x, log_det = layer.forward_and_log_det(x)
-            total = total + log_det
-        return x, total
-
-    def inverse_and_log_det(self, z: Tensor) -> tuple[Tensor, Tensor]:
-        """x and the sum of the log-determinants of the layers' inverses."""
-        total = torch.zeros((), dtype=z.dtype, device=z.device)
-        for layer in reversed(self.layers()):
-            z, log_det = layer.inverse_and_log_det(z)
-            total = total + log_det
-        return z, total
-
-    def layers(self) -> tuple[Invertible, ...]:
-        """The layers, flat."""
-        return _flat(self._chain, self.context)
 
 
 def _arguments(x: Tensor, context: Context) -> tuple[Any, ...]:
@@ -147,8 +104,3 @@ def _registered(closures: Sequence[Closure]) -> nn.ModuleList:
     modules = nn.ModuleList(found.values())
     modules.training = any(module.training for module in found.values())
     return modules
-
-
-def _flat(chain: nn.ModuleList, context: Context) -> tuple[Invertible, ...]:
-    layers = [layer if context is None else layer.conditioned(context) for layer in chain]
-    return tuple(part for layer in layers for part in layer.layers() or (layer,))
