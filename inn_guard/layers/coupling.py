@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import abc
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from torch import Tensor, nn
@@ -11,7 +12,9 @@ from inn_guard.invertible import Invertible
 from inn_guard.layers.partition import Halves, Partition
 from inn_guard.layers.scales import ScaleFunction, SigmoidScale
 
-__all__ = ["AdditiveCoupling", "AffineCoupling", "Coupling", "Elementwise"]
+__all__ = ["AdditiveCoupling", "AffineCoupling", "Coupling", "Elementwise", "NetworkMaker"]
+
+NetworkMaker = Callable[[int, int], nn.Module]  #: (channels in, channels out) -> a network
 
 
 @dataclass(frozen=True)
@@ -119,6 +122,12 @@ class AdditiveCoupling(Coupling):
         NICE: Non-linear Independent Components Estimation (Dinh, Krueger, Bengio, 2014).
     """
 
+    @classmethod
+    def on_halves(cls, channels: int, network: NetworkMaker, *, swapped: bool = False) -> AdditiveCoupling:
+        """A layer on ``channels`` with the network that ``network(kept, changed)`` makes."""
+        partition = Halves(swapped=swapped)
+        return cls(network(*partition.sizes(channels)), partition=partition)
+
     def elementwise(self, raw: Tensor) -> Elementwise:
         """changed + t."""
         return Elementwise(self.partition.restrict(raw, neutral=0.0))
@@ -141,6 +150,15 @@ class AffineCoupling(Coupling):
     ) -> None:
         super().__init__(network, partition=partition)
         self.scale: ScaleFunction = SigmoidScale() if scale is None else scale
+
+    @classmethod
+    def on_halves(
+        cls, channels: int, network: NetworkMaker, *, swapped: bool = False, scale: ScaleFunction | None = None
+    ) -> AffineCoupling:
+        """A layer on ``channels`` with the network that ``network(kept, 2 * changed)`` makes."""
+        partition = Halves(swapped=swapped)
+        kept, changed = partition.sizes(channels)
+        return cls(network(kept, 2 * changed), partition=partition, scale=scale)
 
     def elementwise(self, raw: Tensor) -> Elementwise:
         """changed * g(s) + t."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -10,6 +10,7 @@ from torch import Tensor, nn
 __all__ = ["Halves", "Mask", "Partition"]
 
 
+@runtime_checkable
 class Partition(Protocol):
     """Splits x (B, C, ...) into a kept and a changed part and joins them again.
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -13,6 +13,7 @@ from torch.nn import functional
 __all__ = ["ClampedScale", "ExpScale", "ScaleFunction", "SigmoidScale", "squashed_sigmoid"]
 
 
+@runtime_checkable
 class ScaleFunction(Protocol):
     """A positive elementwise function g of a network's raw output h."""
 

@@ -1,0 +1,125 @@
+"""Maps that move entries: squeeze, flatten, and zero padding, which is injective only."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from inn_guard.invertible import Invertible
+from inn_guard.layers.linear_tangent import LinearTangent, Product
+from inn_guard.tangent import Tangent
+
+__all__ = ["Flatten", "Rearrangement", "Squeeze", "ZeroPadding"]
+
+
+class Rearrangement(Invertible):
+    """A map that only moves entries: its transpose is its inverse, its log-determinant zero."""
+
+    def forward_and_log_det(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """z and 0."""
+        return self.forward(x), x.new_zeros(len(x))
+
+    def inverse_and_log_det(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        """x and 0."""
+        return self.inverse(z), z.new_zeros(len(z))
+
+    def linearize(self, x: Tensor) -> Tangent:
+        """The rearrangement itself."""
+        output = self.forward(x.detach())
+        ahead = _over_leading(self.forward, dims=x.dim())
+        back = _over_leading(self.inverse, dims=output.dim())
+        return LinearTangent(output, jvp=ahead, vjp=back, inverse_jvp=back, inverse_vjp=ahead)
+
+
+class Squeeze(Rearrangement):
+    """Every block of factor x factor pixels becomes channels: (B, C, H, W) -> (B, C f^2, H/f, W/f); log|det J| = 0.
+
+    Args:
+        factor: f.
+
+    >>> Squeeze()(torch.zeros(1, 3, 8, 8)).shape
+    torch.Size([1, 12, 4, 4])
+    """
+
+    def __init__(self, factor: int = 2) -> None:
+        super().__init__()
+        self.factor = factor
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Space to channels.
+
+        Raises:
+            ValueError: if height or width is not a multiple of the factor.
+        """
+        if x.dim() != 4 or x.shape[2] % self.factor or x.shape[3] % self.factor:
+            raise ValueError(f"expected (B, C, H, W), H and W multiples of {self.factor}; got {tuple(x.shape)}")
+        return functional.pixel_unshuffle(x, self.factor)
+
+    def inverse(self, z: Tensor) -> Tensor:
+        """Channels to space."""
+        return functional.pixel_shuffle(z, self.factor)
+
+
+class Flatten(Rearrangement):
+    """(B, *shape) -> (B, D); log|det J| = 0.
+
+    Args:
+        shape: of one sample.
+    """
+
+    def __init__(self, shape: Sequence[int]) -> None:
+        super().__init__()
+        self.shape = tuple(shape)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, D)."""
+        return x.flatten(1)
+
+    def inverse(self, z: Tensor) -> Tensor:
+        """(B, *shape)."""
+        return z.reshape(len(z), *self.shape)
+
+
+class ZeroPadding(Invertible):
+    """Injective: the inverse (latent to data) appends channels of zeros, the forward map drops the last channels.
+
+    forward(inverse(z)) = z, and inverse(forward(x)) is the projection of x onto the subspace where those channels are
+    zero: a decoder whose images fill a linear subspace only.
+
+    Args:
+        channels: how many are appended in dimension 1.
+
+    >>> ZeroPadding(1).inverse(torch.tensor([[1.0, 2.0]])).tolist()
+    [[1.0, 2.0, 0.0]]
+    """
+
+    bijective = False
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        if channels < 1:
+            raise ValueError(f"expected at least one channel to append, got {channels}")
+        self.channels = channels
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x without its last channels."""
+        if x.shape[1] <= self.channels:
+            raise ValueError(f"expected more than {self.channels} channels, got {x.shape[1]}")
+        return x[:, : x.shape[1] - self.channels]
+
+    def inverse(self, z: Tensor) -> Tensor:
+        """z with channels of zeros after its own."""
+        return torch.cat([z, z.new_zeros(len(z), self.channels, *z.shape[2:])], dim=1)
+
+
+def _over_leading(function: Product, *, dims: int) -> Product:
+    """``function`` of (B, ...) applied to vectors with more leading dimensions."""
+
+    def apply(v: Tensor) -> Tensor:
+        leading = v.dim() - dims
+        return function(v) if leading == 0 else function(v.flatten(0, leading)).unflatten(0, v.shape[: leading + 1])
+
+    return apply
