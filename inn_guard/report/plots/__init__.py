@@ -1,0 +1,9 @@
+"""Plots: arrays of numbers -> a `Drawing` that a page can hold. One file for each kind."""
+
+from inn_guard.report.plots.bars import layer_bars, numeric_columns
+from inn_guard.report.plots.figure import Drawing
+from inn_guard.report.plots.histogram import histogram
+from inn_guard.report.plots.pictures import pictures
+from inn_guard.report.plots.spectrum import full_spectrum, spectrum_range
+
+__all__ = ["Drawing", "full_spectrum", "histogram", "layer_bars", "numeric_columns", "pictures", "spectrum_range"]

@@ -1,0 +1,75 @@
+"""How a quantity is spread over the samples."""
+
+from __future__ import annotations
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.ticker import MaxNLocator
+from torch import Tensor
+
+from inn_guard.report.numbers import format_number, heading, title
+from inn_guard.report.plots.figure import BAD, INK, LOW, MUTED, Drawing, axes, decades, drawing
+from inn_guard.report.plots.scale import Scale, scale_for, to_numpy
+
+__all__ = ["histogram"]
+
+
+def histogram(name: str, values: Tensor, *, unit: str = "") -> Drawing:
+    """A histogram of one number per sample, logarithmic where the numbers ask for it.
+
+    Numbers that have no place on the axis (NaN, Inf, and zeros on a logarithmic one) are counted in the caption.
+
+    Args:
+        name: the quantity, as in `AuditResult.per_sample`.
+        values: one number per sample, shape (B,).
+        unit: of the numbers.
+    """
+    numbers = to_numpy(values).ravel()
+    scale = scale_for(numbers)
+    places = scale.place(numbers)
+    figure, axis = axes()
+    axis.set_ylabel("samples")
+    axis.set_xlabel(scale.label(title(name), unit))
+    axis.grid(visible=False, axis="x")
+    if np.isnan(places).all():
+        axis.text(0.5, 0.5, "no finite number to show", color=BAD, ha="center", transform=axis.transAxes)
+        axis.set(xticks=[], yticks=[])
+    else:
+        _draw(axis, places[~np.isnan(places)], scale)
+    return drawing(figure, f"{_spread(numbers)} {left_out(numbers, scale)}".strip(), title=heading(name))
+
+
+def _draw(axis: Axes, places: np.ndarray, scale: Scale) -> None:
+    low, high = places.min(), places.max()
+    margin = 0.5 if scale.logarithmic else max(abs(low), 1.0) * 0.05
+    bounds = (low, high) if high - low > 1e-9 * max(1.0, abs(low)) else (low - margin, low + margin)
+    axis.hist(places, bins=int(np.clip(np.sqrt(places.size) * 2, 8, 40)), range=bounds, color=LOW, rwidth=0.92)
+    median = float(np.median(places))
+    axis.axvline(median, color=INK, linewidth=1, linestyle=(0, (3, 2)))
+    axis.annotate(
+        "median", (median, 1.0), xycoords=("data", "axes fraction"), xytext=(3, 2), textcoords="offset points",
+        color=MUTED, size=8.5,
+    )  # fmt: skip
+    axis.yaxis.set_major_locator(MaxNLocator(nbins=5, integer=True))
+    if scale.logarithmic:
+        decades(axis.xaxis)
+
+
+def _spread(numbers: np.ndarray) -> str:
+    shown = numbers[np.isfinite(numbers)]
+    if not shown.size:
+        return f"{numbers.size} samples."
+    middle, largest = format_number(float(np.median(shown))), format_number(float(shown.max()))
+    return f"{numbers.size} samples: median {middle}, largest {largest}."
+
+
+def left_out(numbers: np.ndarray, scale: Scale) -> str:
+    """A sentence on the numbers that have no place on the axis; empty if all have."""
+    counts = {"NaN": np.isnan(numbers).sum(), "infinite": np.isinf(numbers).sum()}
+    if scale.logarithmic:
+        counts["exactly zero"] = (numbers == 0).sum()
+        counts["negative"] = ((numbers < 0) & np.isfinite(numbers)).sum()
+    parts = [
+        f"{count} of {numbers.size} {'is' if count == 1 else 'are'} {what}" for what, count in counts.items() if count
+    ]
+    return f"Not drawn: {', '.join(parts)}." if parts else ""

@@ -1,0 +1,77 @@
+"""Singular values of the Jacobian: their range sample by sample, and whole spectra."""
+
+from __future__ import annotations
+
+import numpy as np
+from torch import Tensor
+
+from inn_guard.report.numbers import power_of_ten
+from inn_guard.report.plots.figure import BAD, GRID, HIGH, INK, LOW, MUTED, Drawing, axes, decades, drawing
+from inn_guard.report.plots.scale import to_numpy
+
+__all__ = ["full_spectrum", "spectrum_range"]
+
+
+def spectrum_range(log10_sigma_max: Tensor, log10_sigma_min: Tensor) -> Drawing:
+    """Smallest and largest singular value of every sample's Jacobian, samples in order of their condition number.
+
+    On this logarithmic axis the length of a line is the condition number.
+
+    Args:
+        log10_sigma_max: log10 of the largest singular value, shape (B,).
+        log10_sigma_min: log10 of the smallest singular value, shape (B,).
+    """
+    high, low = to_numpy(log10_sigma_max), to_numpy(log10_sigma_min)
+    shown = np.isfinite(high) & np.isfinite(low)
+    order = np.argsort((high - low)[shown], kind="stable")
+    high_shown, low_shown = high[shown][order], low[shown][order]
+    rank = np.arange(1, order.size + 1)
+    figure, axis = axes()
+    axis.vlines(rank, low_shown, high_shown, color=GRID, linewidth=max(0.5, min(3.0, 120 / max(1, order.size))))
+    size = float(np.clip(220 / max(1, order.size), 2, 5))
+    axis.plot(rank, high_shown, "o", color=HIGH, markersize=size, markeredgewidth=0)
+    axis.plot(rank, low_shown, "o", color=LOW, markersize=size, markeredgewidth=0)
+    axis.axhline(0, color=MUTED, linewidth=0.8, linestyle=(0, (3, 2)))
+    axis.set_xlabel("samples, by condition number")
+    axis.set_ylabel("singular values of J")
+    axis.grid(visible=False, axis="x")
+    decades(axis.yaxis)
+    if order.size:
+        axis.text(1, 1.03, "● largest σ", color=HIGH, size=9, ha="right", transform=axis.transAxes)
+        axis.text(0.72, 1.03, "● smallest σ", color=LOW, size=9, ha="right", transform=axis.transAxes)
+    else:
+        axis.text(0.5, 0.5, "no finite spectrum to show", color=BAD, ha="center", transform=axis.transAxes)
+    return drawing(figure, _range_caption(high, low, shown), title="Range of singular values, sample by sample")
+
+
+def _range_caption(high: np.ndarray, low: np.ndarray, shown: np.ndarray) -> str:
+    missing = int((~shown).sum())
+    left_out = (
+        f" Not drawn: {missing} of {shown.size}, whose spectrum is not finite or reaches zero." if missing else ""
+    )
+    if not shown.any():
+        return f"{shown.size} samples.{left_out}"
+    worst = power_of_ten(float(np.max((high - low)[shown])))
+    return f"The length of a line is the condition number; the longest spans {worst}.{left_out}"
+
+
+def full_spectrum(singular_values: Tensor) -> Drawing:
+    """All singular values of each sample's Jacobian, largest first, on a logarithmic axis.
+
+    Args:
+        singular_values: shape (B, k), in any order.
+    """
+    with np.errstate(all="ignore"):
+        powers = np.log10(-np.sort(-to_numpy(singular_values), axis=1))
+    powers = np.where(np.isfinite(powers), powers, np.nan)
+    index = np.arange(1, powers.shape[1] + 1)
+    figure, axis = axes()
+    axis.plot(index, powers.T, color=LOW, linewidth=0.7, alpha=float(np.clip(12 / max(1, len(powers)), 0.08, 0.8)))
+    whole = powers[:, ~np.isnan(powers).all(axis=0)]
+    axis.plot(index[: whole.shape[1]], np.nanmedian(whole, axis=0), color=INK, linewidth=1.4)
+    axis.set_xlabel("index of the singular value")
+    axis.set_ylabel("singular value of J")
+    decades(axis.yaxis)
+    missing = int(np.isnan(powers).any(axis=1).sum())
+    left_out = f" {missing} of {len(powers)} spectra hold zeros or are not finite there." if missing else ""
+    return drawing(figure, f"One line per sample, their median in dark.{left_out}", title="Whole spectrum")

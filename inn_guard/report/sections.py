@@ -1,0 +1,85 @@
+"""Which pictures an audit's section shows: a general set for every audit, and special ones by the audit's name."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from inn_guard.audits.base import AuditResult
+from inn_guard.report.plots import (
+    Drawing,
+    full_spectrum,
+    histogram,
+    layer_bars,
+    numeric_columns,
+    pictures,
+    spectrum_range,
+)
+
+__all__ = ["SPECIAL", "Special", "drawings"]
+
+
+@dataclass(frozen=True)
+class Special:
+    """What only one audit's section shows.
+
+    Attributes:
+        draw: its pictures, from its result.
+        shown: per-sample quantities that are in those pictures and need no histogram of their own.
+    """
+
+    draw: Callable[[AuditResult], Iterator[Drawing]]
+    shown: frozenset[str] = frozenset()
+
+
+def drawings(result: AuditResult) -> tuple[Drawing, ...]:
+    """Everything there is to see of one result: images first, then special pictures, histograms and layer bars."""
+    special = SPECIAL.get(result.name, Special(lambda _: iter(())))
+    return (*_images(result), *special.draw(result), *_histograms(result, special.shown), *_layers(result))
+
+
+def _images(result: AuditResult) -> Iterator[Drawing]:
+    shown = {name: tensor for name, tensor in result.images.items() if tensor.dim() == 4 and tensor.numel()}
+    if shown:
+        yield pictures(shown)
+
+
+def _histograms(result: AuditResult, shown: frozenset[str]) -> Iterator[Drawing]:
+    for name, values in result.per_sample.items():
+        if name not in shown and values.dim() == 1 and values.numel() and not values.is_complex():
+            yield histogram(name, values, unit=result.units.get(name, ""))
+
+
+def _layers(result: AuditResult) -> Iterator[Drawing]:
+    for name in numeric_columns(result.per_layer):
+        yield layer_bars(name, result.per_layer, unit=result.units.get(name, ""))
+
+
+_SPECTRUM_ENDS = frozenset(f"{log}sigma_{end}" for log in ("", "log10_") for end in ("max", "min"))
+
+
+def _spectrum(result: AuditResult) -> Iterator[Drawing]:
+    high, low = (_log10(result, f"sigma_{end}") for end in ("max", "min"))
+    if high is not None and low is not None:
+        yield spectrum_range(high, low)
+    for values in result.per_sample.values():
+        if values.dim() == 2 and values.numel():
+            yield full_spectrum(values)
+
+
+def _log10(result: AuditResult, name: str) -> Tensor | None:
+    """log10 of a per-sample quantity: as measured if the audit has it (it may not fit a float), else taken here."""
+    measured = result.per_sample.get(f"log10_{name}")
+    values = result.per_sample.get(name)
+    if measured is not None or values is None:
+        return measured
+    return values.to(torch.float64).log10()
+
+
+#: audit name -> its special pictures, drawn before the general ones. Add one line for a new kind.
+SPECIAL: dict[str, Special] = {
+    "jacobian_spectrum": Special(_spectrum, shown=_SPECTRUM_ENDS),
+}
