@@ -40,14 +40,23 @@ class Case(NamedTuple):
 
 
 @contextmanager
-def seeded(seed: int = 0) -> Iterator[None]:
-    """Everything random inside the block comes from ``seed``; afterwards the global generators are as before."""
+def seeded(seed: int = 0, dtype: torch.dtype = torch.float64) -> Iterator[None]:
+    """Everything random inside the block comes from ``seed``; afterwards the global generators are as before.
+
+    ``dtype`` is the default dtype inside. Foreign libraries are built with float32 and made ``.double()`` afterwards,
+    as users do, so that constants which a library bakes in float32 show.
+    """
+    default = torch.get_default_dtype()
     numpy_state, python_state = np.random.get_state(), random.getstate()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         np.random.seed(seed)
         random.seed(seed)
-        yield
+        torch.set_default_dtype(dtype)
+        try:
+            yield
+        finally:
+            torch.set_default_dtype(default)
     np.random.set_state(numpy_state)
     random.setstate(python_state)
 

@@ -79,7 +79,7 @@ def _flagged() -> Invertible:
 
 
 def _chain_in_context() -> Invertible:
-    return wrap(layers=[Coupling(), Coupling()], context=torch.randn(BATCH, FEATURES // 2))
+    return wrap(layers=[Coupling(), Coupling()], context=torch.randn(BATCH, FEATURES // 2, dtype=torch.float64))
 
 
 def _affine_transform() -> Invertible:
@@ -99,8 +99,8 @@ def _transform(make: Callable[[], torch.distributions.Transform]) -> Callable[[]
 
 def _case(name: str, model: Callable[[], Invertible], data: Callable[[Tensor], Tensor], **abilities: Any) -> Case:
     def make() -> tuple[Invertible, Tensor]:
-        with seeded():
-            return model().double().eval(), data(torch.randn(BATCH, FEATURES))
+        with seeded(dtype=torch.float32):
+            return model().double().eval(), data(torch.randn(BATCH, FEATURES, dtype=torch.float64))
 
     return Case(name, make, **abilities)
 
@@ -113,7 +113,11 @@ T = torch.distributions.transforms
 
 CASES = [
     _case("module-forward-inverse", lambda: wrap(Coupling()), _as_is),
-    _case("module-in-context", lambda: wrap(Coupling(), context=torch.ones(BATCH, FEATURES // 2)), _as_is),
+    _case(
+        "module-in-context",
+        lambda: wrap(Coupling(), context=torch.ones(BATCH, FEATURES // 2, dtype=torch.float64)),
+        _as_is,
+    ),
     _case("callables-closures-layers", _two_couplings, _as_is, has_layers=True),
     _case("callables-log-det-apart", _log_det_apart, _as_is, has_inverse_log_det=False),
     _case("callables-reverse-flag", _flagged, _as_is, has_log_det=False, has_inverse_log_det=False),
