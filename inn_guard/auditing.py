@@ -80,9 +80,10 @@ def _batch(model: Invertible, x: Any) -> Any:
     if isinstance(x, DataLoader):
         return _from_loader(model, x)
     if isinstance(x, (tuple, list)):
-        if not hasattr(model, "pack"):
+        pack: Callable[..., Tensor] | None = getattr(model, "pack", None)
+        if pack is None:
             raise TypeError(f"expected one tensor (B, *data) for {model.name}, got a {type(x).__name__} of {len(x)}")
-        return model.pack(x)
+        return pack(*x)
     return x
 
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from inn_guard.tangent import NotApplicable, Tangent
 
-__all__ = ["DenseTangent", "dense_jacobian", "trustworthy"]
+__all__ = ["DenseTangent", "RowTangent", "row_jacobian", "trustworthy", "with_forward_mode"]
 
 MAX_ENTRIES = 2**27  #: of all samples' float64 Jacobians together: 1 GiB
 SLACK = 100.0  #: rounding errors allowed, in units of eps * condition
@@ -22,7 +22,7 @@ class DenseTangent:
     def __init__(self, tangent: Tangent, x: Tensor) -> None:
         self._tangent, self._data_shape = tangent, x.shape
         self.output, self.jvp, self.vjp = tangent.output, tangent.jvp, tangent.vjp
-        self._factors = torch.linalg.lu_factor_ex(dense_jacobian(tangent, x).double())[:2]
+        self._factors = torch.linalg.lu_factor_ex(row_jacobian(tangent, x).double())[:2]
 
     def inverse_jvp(self, u: Tensor) -> Tensor:
         """J^-1 u: (B, *latent) -> (B, *data)."""
@@ -37,7 +37,20 @@ class DenseTangent:
         return torch.linalg.lu_solve(*self._factors, columns, adjoint=adjoint).squeeze(2).to(right.dtype)
 
 
-def dense_jacobian(tangent: Tangent, x: Tensor) -> Tensor:
+class RowTangent:
+    """A layer's maps with J v taken from its dense Jacobian, whose rows are J^T e_k."""
+
+    def __init__(self, tangent: Tangent, x: Tensor) -> None:
+        self.output, self.vjp = tangent.output, tangent.vjp
+        self.inverse_jvp, self.inverse_vjp = tangent.inverse_jvp, tangent.inverse_vjp
+        self._rows = row_jacobian(tangent, x)
+
+    def jvp(self, v: Tensor) -> Tensor:
+        """J v: (B, *data) -> (B, *latent)."""
+        return torch.einsum("bmn,bn->bm", self._rows, v.flatten(1)).reshape(self.output.shape)
+
+
+def row_jacobian(tangent: Tangent, x: Tensor) -> Tensor:
     """The Jacobians of one layer row by row: (B, dim z, dim x), one J^T u over the whole batch per row."""
     size = tangent.output[0].numel()
     basis = torch.zeros_like(tangent.output).reshape(len(x), size)
@@ -46,6 +59,26 @@ def dense_jacobian(tangent: Tangent, x: Tensor) -> Tensor:
         basis.zero_()[:, k] = 1
         rows.append(tangent.vjp(basis.reshape(tangent.output.shape)).flatten(1))
     return torch.stack(rows, dim=1)
+
+
+def with_forward_mode(tangent: Tangent, x: Tensor, name: str) -> Tangent:
+    """``tangent`` if its J v is the transpose of its J^T u; else one that forms J from its rows J^T e_k.
+
+    Measured on random vectors: <J v, w> = <v, J^T w> per sample, up to rounding. Operations without a forward-mode
+    derivative are found this way too.
+
+    Raises:
+        NotApplicable: if forward mode is wrong or missing and the layer is too large for a dense Jacobian.
+    """
+    try:
+        reason = _asymmetry(tangent, x)
+    except (NotApplicable, NotImplementedError, RuntimeError) as error:
+        reason = f"its forward-mode derivative fails ({type(error).__name__}: {error})"
+    if reason is None:
+        return tangent
+    if x.numel() * tangent.output[0].numel() > MAX_ENTRIES:
+        raise NotApplicable(f"{name}: {reason}; it is too large to form its Jacobian from reverse mode instead")
+    return RowTangent(tangent, x)
 
 
 def trustworthy(tangent: Tangent, x: Tensor, name: str) -> Tangent:
@@ -71,10 +104,22 @@ def trustworthy(tangent: Tangent, x: Tensor, name: str) -> Tangent:
     return DenseTangent(tangent, x)
 
 
+def _asymmetry(tangent: Tangent, x: Tensor) -> str | None:
+    v, w = _probes(x, tangent.output)
+    u, back = tangent.jvp(v), tangent.vjp(w)
+    finite = _finite(u) & _finite(back)
+    v, w, u, back = (t[finite].flatten(1).double() for t in (v, w, u, back))
+    # both sides are sums with random signs: their size is |u|, not |u| |w|
+    size = torch.maximum(u.norm(dim=1), back.norm(dim=1))
+    tolerance = max(SLACK * torch.finfo(x.dtype).eps * math.sqrt(x[0].numel()), FLOOR) * size
+    if bool((((u * w).sum(1) - (v * back).sum(1)).abs() <= tolerance).all()):
+        return None
+    return "forward- and reverse-mode derivatives disagree"
+
+
 def _disagreement(tangent: Tangent, x: Tensor) -> str | None:
     """What is wrong with the inverse maps, measured; None if nothing is."""
-    generator = torch.Generator().manual_seed(0)
-    v, w = (torch.randn(x.shape, generator=generator, dtype=torch.float64).to(x) for _ in range(2))
+    v, w = _probes(x, x)
     u = tangent.jvp(v)
     back, adjoint = tangent.inverse_jvp(u), tangent.inverse_vjp(w)
     finite = _finite(u) & _finite(x) & _finite(tangent.output)
@@ -84,13 +129,18 @@ def _disagreement(tangent: Tangent, x: Tensor) -> str | None:
     growth = (u.norm(dim=1) / v.norm(dim=1)) * (adjoint.norm(dim=1) / w.norm(dim=1))
     tolerance = torch.clamp(SLACK * torch.finfo(x.dtype).eps * growth * math.sqrt(v.shape[1]), min=FLOOR)
     roundtrip = (back - v).norm(dim=1) / v.norm(dim=1)
-    pairing = ((back * w).sum(1) - (u * adjoint).sum(1)).abs() / (v.norm(dim=1) * w.norm(dim=1))
+    pairing = ((back * w).sum(1) - (u * adjoint).sum(1)).abs() / v.norm(dim=1)
     if not bool((roundtrip <= tolerance).all()):
         worst = roundtrip.nan_to_num(math.inf).max().item()
         return f"the derivative of its inverse is wrong (J^-1 J v differs from v by {worst:.1e} of |v|)"
     if not bool((pairing <= tolerance).all()):
         return "forward- and reverse-mode derivatives of its inverse disagree"
     return None
+
+
+def _probes(*like: Tensor) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    return [torch.randn(t.shape, generator=generator, dtype=torch.float64).to(t) for t in like]
 
 
 def _finite(t: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from inn_guard.dense_tangent import trustworthy
+from inn_guard.dense_tangent import trustworthy, with_forward_mode
 from inn_guard.invertible import Invertible
 from inn_guard.tangent import Tangent
 
@@ -34,16 +34,20 @@ class Scaled:
         """``vector`` (B, *) split into direction and logarithm of its length."""
         return cls(vector, torch.zeros(len(vector), dtype=torch.float64, device=vector.device)).normalized()
 
+    def rescaled(self) -> Scaled:
+        """The same vectors, largest entries moved into the logarithm; zero and non-finite vectors stay as they are."""
+        peak = torch.linalg.vector_norm(self.vector.flatten(1), ord=torch.inf, dim=1)
+        peak = torch.where((peak > 0) & peak.isfinite(), peak, torch.ones_like(peak))
+        return Scaled(self.vector / _broadcast(peak, self.vector), self.log_scale + peak.double().log())
+
     def normalized(self) -> Scaled:
-        """The same vectors, lengths moved into the logarithm; zero and non-finite ones stay as they are."""
+        """The same vectors, lengths moved into the logarithm; zero and non-finite vectors stay as they are."""
         # the largest entry first: the square of a float32 above 1e19 is infinite
-        peak = self.vector.flatten(1).abs().amax(1)
-        usable = (peak > 0) & peak.isfinite()
-        peak = torch.where(usable, peak, torch.ones_like(peak))
-        vector = self.vector / _broadcast(peak, self.vector)
-        length = vector.flatten(1).norm(dim=1)
-        length = torch.where(usable, length, torch.ones_like(length))
-        return Scaled(vector / _broadcast(length, vector), self.log_scale + peak.double().log() + length.double().log())
+        scaled = self.rescaled()
+        length = scaled.vector.flatten(1).norm(dim=1)
+        length = torch.where((length > 0) & length.isfinite(), length, torch.ones_like(length))
+        vector = scaled.vector / _broadcast(length, scaled.vector)
+        return Scaled(vector, scaled.log_scale + length.double().log())
 
     def log_norm(self) -> Tensor:
         """Natural logarithm of the length, (B,) float64: -inf for a zero vector, nan for a non-finite one."""
@@ -71,7 +75,8 @@ class Linearization:
         self.layers = model.layers() or (model,)
         self.states = [x.detach()]
         self.tangents: list[Tangent] = []
-        self._trusted: set[int] = set()
+        self._forward_checked: set[int] = set()
+        self._inverse_checked: set[int] = set()
         for layer in self.layers:
             tangent = layer.linearize(self.states[-1])
             self.tangents.append(tangent)
@@ -83,8 +88,12 @@ class Linearization:
         return self.states[-1]
 
     def jvp(self, v: Tensor | Scaled) -> Scaled:
-        """J v for one v (B, *data) per sample."""
-        return _chain(v, (tangent.jvp for tangent in self.tangents))
+        """J v for one v (B, *data) per sample.
+
+        Raises:
+            NotApplicable: if a layer has no correct forward-mode derivative and is too large to do without.
+        """
+        return _chain(v, (self.forward_tangent(k).jvp for k in range(len(self.tangents))))
 
     def vjp(self, u: Tensor | Scaled) -> Scaled:
         """J^T u for one u (B, *latent) per sample."""
@@ -106,20 +115,29 @@ class Linearization:
         """
         return _chain(v, (self.inverse_tangent(k).inverse_vjp for k in range(len(self.tangents))))
 
+    def forward_tangent(self, k: int) -> Tangent:
+        """Layer k's tangent, its J v having been checked once against its J^T u."""
+        if k not in self._forward_checked:
+            self.tangents[k] = with_forward_mode(self.tangents[k], self.states[k], self._label(k))
+            self._forward_checked.add(k)
+        return self.tangents[k]
+
     def inverse_tangent(self, k: int) -> Tangent:
         """Layer k's tangent, its inverse maps having been checked once against its forward maps."""
-        if k not in self._trusted:
-            name = f"layer {k} ({self.layers[k].name})"
-            self.tangents[k] = trustworthy(self.tangents[k], self.states[k], name)
-            self._trusted.add(k)
+        if k not in self._inverse_checked:
+            self.tangents[k] = trustworthy(self.forward_tangent(k), self.states[k], self._label(k))
+            self._inverse_checked.add(k)
         return self.tangents[k]
+
+    def _label(self, k: int) -> str:
+        return f"layer {k} ({self.layers[k].name})"
 
 
 def _chain(v: Tensor | Scaled, steps: Iterable[Step]) -> Scaled:
     scaled = v if isinstance(v, Scaled) else Scaled.of(v)
     for step in steps:
-        scaled = Scaled(step(scaled.vector), scaled.log_scale).normalized()
-    return scaled
+        scaled = Scaled(step(scaled.vector), scaled.log_scale).rescaled()
+    return scaled.normalized()
 
 
 def _broadcast(per_sample: Tensor, like: Tensor) -> Tensor:

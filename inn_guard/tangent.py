@@ -54,7 +54,7 @@ class _Recorded:
         self.function = function
         self.leaf = point.detach().clone().requires_grad_()
         with torch.enable_grad():
-            self.value = function(self.leaf)
+            self.value = function(self.leaf.clone())  # a map that writes into its input may not write into a leaf
 
     def pull(self, u: Tensor) -> Tensor:
         """J^T u; with one more leading dimension than the value, all of its rows in one batched call."""
