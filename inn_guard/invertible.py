@@ -5,6 +5,7 @@ from __future__ import annotations
 import abc
 import copy
 import math
+from collections.abc import Callable
 from typing import Any, TypeVar
 
 import torch
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 
 from inn_guard.tangent import AutogradTangent, NotApplicable, Tangent
 
-__all__ = ["Context", "Invertible", "NotApplicable", "as_log_det", "standard_normal_log_prob"]
+__all__ = ["Context", "Invertible", "NotApplicable", "as_log_det", "map_tensors", "standard_normal_log_prob"]
 
 Context = Any  #: a tensor (B, ...) or a (nested) tuple, list or dict of tensors, row-aligned with x, or None
 Self = TypeVar("Self", bound="Invertible")
@@ -78,6 +79,15 @@ class Invertible(nn.Module, abc.ABC):
         """The four linear maps of this one layer at x: J v, J^T u, J^-1 v, J^-T u, by autograd unless overridden."""
         return AutogradTangent(self.forward, self.inverse, x)
 
+    def primed(self: Self, state: Tensor) -> Self:
+        """This layer with all that depends only on what it leaves unchanged computed once, at ``state``: x or z alike.
+
+        ``primed(x)`` maps x, and ``primed(F(x))`` inverts F(x), as the layer itself does, without computing that again;
+        itself unless overridden. Memory-saving backpropagation inverts and differentiates a primed layer with the one
+        evaluation, which must be the layer's only one that draws random numbers or moves running statistics.
+        """
+        return self
+
     def conditioned(self: Self, context: Context) -> Self:
         """The same map, sharing every parameter, with ``context`` (row-aligned with x) in place of its own."""
         twin = copy.copy(self)
@@ -91,7 +101,7 @@ class Invertible(nn.Module, abc.ABC):
     def in_dtype(self: Self, dtype: torch.dtype) -> Self:
         """A copy whose parameters, buffers and context are of ``dtype``; the original is not touched."""
         twin = copy.deepcopy(self).to(dtype)
-        return twin if self.context is None else twin.conditioned(_map_tensors(self.context, _caster(dtype)))
+        return twin if self.context is None else twin.conditioned(map_tensors(self.context, _caster(dtype)))
 
     @property
     def block(self) -> nn.Module:
@@ -140,18 +150,19 @@ def standard_normal_log_prob(z: Float[Tensor, "batch *latent"]) -> Float[Tensor,
 
 def select_rows(context: Context, rows: Tensor) -> Context:
     """``context`` with every tensor in it indexed by ``rows`` along its first dimension."""
-    return _map_tensors(context, lambda tensor: tensor[rows.to(tensor.device)])
+    return map_tensors(context, lambda tensor: tensor[rows.to(tensor.device)])
 
 
 def _caster(dtype: torch.dtype) -> Any:
     return lambda tensor: tensor.to(dtype) if tensor.is_floating_point() else tensor
 
 
-def _map_tensors(context: Context, function: Any) -> Context:
+def map_tensors(context: Context, function: Callable[[Tensor], Any]) -> Context:
+    """``context`` with ``function`` of every tensor in its place."""
     if isinstance(context, Tensor):
         return function(context)
     if isinstance(context, dict):
-        return {key: _map_tensors(value, function) for key, value in context.items()}
+        return {key: map_tensors(value, function) for key, value in context.items()}
     if isinstance(context, (list, tuple)):
-        return type(context)([_map_tensors(value, function) for value in context])
+        return type(context)([map_tensors(value, function) for value in context])
     return context
