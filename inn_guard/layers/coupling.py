@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import abc
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TypeVar
 
 from torch import Tensor, nn
 
@@ -14,6 +16,7 @@ from inn_guard.layers.scales import ScaleFunction, SigmoidScale
 
 __all__ = ["AdditiveCoupling", "AffineCoupling", "Coupling", "Elementwise", "NetworkMaker"]
 
+Self = TypeVar("Self", bound="Coupling")
 NetworkMaker = Callable[[int, int], nn.Module]  #: (channels in, channels out) -> a network
 
 
@@ -63,6 +66,8 @@ class Coupling(Invertible):
         partition: which part is kept; the first half of the channels unless given.
     """
 
+    _elementwise: Elementwise | None = None  #: of a primed layer
+
     def __init__(self, network: nn.Module, *, partition: Partition | None = None) -> None:
         super().__init__()
         self.network = network
@@ -86,7 +91,13 @@ class Coupling(Invertible):
 
     def parameters_of(self, kept: Tensor) -> Elementwise:
         """The map of the changed part, by one evaluation of the network at the kept part."""
-        return self.elementwise(self.raw(kept))
+        return self.elementwise(self.raw(kept)) if self._elementwise is None else self._elementwise
+
+    def primed(self: Self, state: Tensor) -> Self:
+        """The layer with its network evaluated at the kept part of ``state``, an input or an output."""
+        twin = copy.copy(self)
+        twin._elementwise = self.parameters_of(self.split(state)[0])
+        return twin
 
     def forward(self, x: Tensor) -> Tensor:
         """z: kept part as it is, changed part scaled and shifted."""
