@@ -1,0 +1,147 @@
+"""What a layer's second evaluation must find as the first one did: randomness, running statistics, autocast."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+__all__ = ["Autocast", "Surroundings"]
+
+
+@dataclass(frozen=True)
+class Autocast:
+    """Whether and how a block of code casts, for the CPU and for the device of a tensor."""
+
+    dtypes: dict[str, torch.dtype | None]
+
+    @classmethod
+    def current(cls, like: Tensor) -> Autocast:
+        """The state at this moment; None stands for off."""
+        return cls({device: _autocast_dtype(device) for device in sorted({"cpu", like.device.type})})
+
+    @contextmanager
+    def restored(self) -> Iterator[None]:
+        """The recorded state, without the cache of cast weights.
+
+        A weight cast under no_grad and kept in that cache would have no gradient in a pass with gradients.
+        """
+        with ExitStack() as stack:
+            for device, dtype in self.dtypes.items():
+                stack.enter_context(_autocast(device, dtype))
+            yield
+
+
+class Surroundings:
+    """The state outside a layer's parameters and input that its evaluation reads and writes, recorded before it.
+
+    These are the random number generators (the global ones, and every ``torch.Generator`` that a module of the layer
+    has as an attribute) and the buffers of modules in training mode.
+
+    Args:
+        layer: what is about to be evaluated.
+        like: a tensor on the device of the evaluation.
+    """
+
+    def __init__(self, layer: nn.Module, like: Tensor) -> None:
+        self._modules = list(layer.modules())
+        self._random = _Random(self._modules, like)
+        self._states = self._random.states()
+        self._buffers = _Buffers(self._modules)
+        self._versions = _versions(layer)
+        self._layer = layer
+
+    def reads(self) -> bool:
+        """Whether the evaluation since then has drawn randomness or written buffers, so that repeating it differs.
+
+        A layer that has set its own parameters meanwhile (initialisation from data) is to be repeated with the
+        buffers that say so.
+        """
+        self._random_used = not all(map(torch.equal, self._states, self._random.states()))
+        self._buffers_used = self._buffers.changed() and self._versions == _versions(self._layer)
+        return self._random_used or self._buffers_used
+
+    @contextmanager
+    def restored(self) -> Iterator[None]:
+        """The recorded state; whatever the block draws or writes leaves no trace."""
+        random = self._random.set_to(self._states) if self._random_used else nullcontext()
+        buffers = self._buffers.swapped_in() if self._buffers_used else nullcontext()
+        with random, buffers:
+            yield
+
+
+class _Random:
+    """The generators that a layer may draw from."""
+
+    def __init__(self, modules: list[nn.Module], like: Tensor) -> None:
+        found = [value for module in modules for value in vars(module).values() if isinstance(value, torch.Generator)]
+        self._own = list({id(generator): generator for generator in found}.values())
+        self._cuda = like.device if like.is_cuda else None
+
+    def states(self) -> list[Tensor]:
+        cuda = [torch.cuda.get_rng_state(self._cuda)] if self._cuda is not None else []
+        return [torch.get_rng_state(), *cuda, *(generator.get_state() for generator in self._own)]
+
+    @contextmanager
+    def set_to(self, states: list[Tensor]) -> Iterator[None]:
+        before = self.states()
+        try:
+            self._set(states)
+            yield
+        finally:
+            self._set(before)
+
+    def _set(self, states: list[Tensor]) -> None:
+        rest = iter(states)
+        torch.set_rng_state(next(rest))
+        if self._cuda is not None:
+            torch.cuda.set_rng_state(next(rest), self._cuda)
+        for generator, state in zip(self._own, rest, strict=True):
+            generator.set_state(state)
+
+
+class _Buffers:
+    """The buffers of modules in training mode, and a copy of their values."""
+
+    def __init__(self, modules: list[nn.Module]) -> None:
+        self._live = [
+            (module, name, buffer)
+            for module in modules
+            if module.training
+            for name, buffer in module._buffers.items()
+            if buffer is not None
+        ]
+        self._values = [buffer.detach().clone() for _, _, buffer in self._live]
+
+    def changed(self) -> bool:
+        now = (module._buffers[name] for module, name, _ in self._live)
+        return not all(new is not None and torch.equal(new, old) for new, old in zip(now, self._values, strict=True))
+
+    @contextmanager
+    def swapped_in(self) -> Iterator[None]:
+        # copies take the place of the buffers, so that their versions, which other graphs rely on, do not move
+        now = [module._buffers[name] for module, name, _ in self._live]
+        try:
+            for (module, name, _), value in zip(self._live, self._values, strict=True):
+                module._buffers[name] = value.clone()
+            yield
+        finally:
+            for (module, name, _), buffer in zip(self._live, now, strict=True):
+                module._buffers[name] = buffer
+
+
+def _versions(layer: nn.Module) -> list[tuple[int, int]]:
+    return [(parameter._version, parameter.data_ptr()) for parameter in layer.parameters()]
+
+
+def _autocast_dtype(device: str) -> torch.dtype | None:
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+
+
+def _autocast(device: str, dtype: torch.dtype | None) -> AbstractContextManager[None]:
+    if dtype is None:
+        return torch.autocast(device, enabled=False)
+    return torch.autocast(device, dtype=dtype, cache_enabled=False)

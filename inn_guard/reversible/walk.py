@@ -1,0 +1,146 @@
+"""The walk along a chain of layers: forwards without a graph, and what has to be noted for the way back."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from inn_guard.invertible import map_tensors
+from inn_guard.reversible.guard import Guard
+from inn_guard.reversible.replay import Autocast, Surroundings
+from inn_guard.reversible.steps import Measure, Step
+
+__all__ = ["Record", "Trace", "Walk"]
+
+
+@dataclass(frozen=True)
+class Record:
+    """What is noted of one step on the way forwards.
+
+    Attributes:
+        dtype: of the step's input.
+        primes: whether one evaluation serves inversion and differentiation.
+        surroundings: to be restored for a repetition; None if nothing but the input mattered.
+    """
+
+    dtype: torch.dtype
+    primes: bool
+    surroundings: Surroundings | None
+
+    def restored(self) -> AbstractContextManager[None]:
+        """A block in which the step finds what it found on the way forwards."""
+        return nullcontext() if self.surroundings is None else self.surroundings.restored()
+
+
+@dataclass
+class Trace:
+    """What the way back starts from, besides the output.
+
+    Attributes:
+        records: one per step.
+        kept: inputs of steps that are stored, by the number of the step; that of the first always.
+        sketches: one per step under a guard; else none.
+    """
+
+    records: list[Record] = field(default_factory=list)
+    kept: dict[int, Tensor] = field(default_factory=dict)
+    sketches: list[Tensor] = field(default_factory=list)
+
+
+class Walk:
+    """Steps to be walked, and the tensors other than the input on which their results depend.
+
+    Args:
+        steps: in the order of the walk.
+        measure: what is computed of every step.
+        parameters: every parameter that a step may use.
+        guard: compares rebuilt states with those of the way forwards, if given.
+    """
+
+    def __init__(
+        self, steps: Sequence[Step], measure: Measure, parameters: Sequence[Tensor], guard: Guard | None
+    ) -> None:
+        self.steps, self.measure, self.guard = steps, measure, guard
+        sources = {id(tensor): tensor for tensor in [*parameters, *self._contexts()]}
+        self.sources = list(sources.values())
+        self.position = {key: k for k, key in enumerate(sources)}
+
+    def wants_gradients(self, x: Tensor) -> bool:
+        """Whether anything at all is to be differentiated."""
+        return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (x, *self.sources))
+
+    def run(self, x: Tensor) -> tuple[tuple[Tensor, ...], Trace]:
+        """The outputs without a graph, and what the way back needs."""
+        self.autocast = Autocast.current(x)
+        trace, state = Trace(), x
+        log_dets: list[Tensor] = []
+        with torch.no_grad(), self.autocast.restored():
+            for k, step in enumerate(self.steps):
+                surroundings = Surroundings(step.layer, state)
+                primed = step.of(step.layer.primed(state))
+                output, *log_det = self.measure(primed, state)
+                self._note(trace, k, state, (surroundings, primed.layer is not step.layer))
+                state = output
+                log_dets += log_det
+        return self._results(state, log_dets), trace
+
+    def repeat(self, x: Tensor, trace: Trace) -> tuple[Tensor, ...]:
+        """The outputs once more, with the graph that autograd records."""
+        state = x
+        log_dets: list[Tensor] = []
+        with torch.enable_grad(), self.autocast.restored():
+            for step, record in zip(self.steps, trace.records, strict=True):
+                with record.restored():
+                    state, *log_det = self.measure(step, state)
+                log_dets += log_det
+        return self._results(state, log_dets)
+
+    def rerun(self, trace: Trace, start: int, stop: int) -> dict[int, Tensor]:
+        """Inputs of the steps start, ..., stop, without a graph, from the stored one of ``start``."""
+        states = {start: trace.kept[start]}
+        with torch.no_grad():
+            for k in range(start, stop):
+                with trace.records[k].restored():
+                    states[k + 1] = self.measure(self.steps[k], states[k])[0].detach()
+        return states
+
+    def first_differentiable(self, x: Tensor) -> int:
+        """Number of the first step with anything to differentiate at or before it."""
+        if x.requires_grad:
+            return 0
+        wanted = {key for key, tensor in zip(self.position, self.sources, strict=True) if tensor.requires_grad}
+        per_step = [wanted & {id(tensor) for tensor in self._sources_of(step)} for step in self.steps]
+        everything_found = set().union(*per_step) == wanted
+        return next((k for k, found in enumerate(per_step) if found), 0) if everything_found else 0
+
+    def _note(self, trace: Trace, k: int, state: Tensor, made: tuple[Surroundings, bool]) -> None:
+        surroundings, primes = made
+        reads = surroundings.reads()
+        trace.records.append(Record(state.dtype, primes, surroundings if reads else None))
+        stride = len(self.steps) if self.guard is None else math.isqrt(len(self.steps) - 1) + 1
+        # the inverse of a layer that draws randomness or moves statistics need not do so as its forward did
+        if k % stride == 0 or not self.steps[k].invertible or (reads and not primes):
+            trace.kept[k] = state
+        if self.guard is not None:
+            trace.sketches.append(self.guard.sketch(state))
+
+    def _results(self, state: Tensor, log_dets: list[Tensor]) -> tuple[Tensor, ...]:
+        return (state, torch.stack(log_dets).sum(0)) if log_dets else (state,)
+
+    def _contexts(self) -> list[Tensor]:
+        return [tensor for step in self.steps for tensor in _tensors(step.layer.context)]
+
+    def _sources_of(self, step: Step) -> list[Tensor]:
+        return [*step.layer.parameters(), *_tensors(step.layer.context)]
+
+
+def _tensors(context: Any) -> list[Tensor]:
+    found: list[Tensor] = []
+    map_tensors(context, found.append)
+    return found
