@@ -1,0 +1,1 @@
+"""What rounding does to an inverse: forecasts against measurements."""

@@ -1,0 +1,159 @@
+"""What every experiment shares: presets, rows that survive a kill, and results with all that repeating them takes.
+
+An experiment is a module with
+
+* ``Config``: a frozen dataclass with the class methods ``smoke()`` (seconds), ``cpu()`` (minutes on two cores) and,
+  where it makes sense, ``paper()`` (the paper's setting, for a GPU);
+* ``run(config) -> DataFrame``, most simply ``return collect(config, cases(config), measure)``;
+* optionally ``draw(frame) -> Figure``;
+
+and ends with ``if __name__ == "__main__": main(Config, run, draw)``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import enum
+import hashlib
+import importlib.metadata
+import json
+import platform
+import sys
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import torch
+from matplotlib.figure import Figure
+from tqdm import tqdm
+
+from inn_guard.files import atomic_write
+
+__all__ = ["PRESETS", "RESULTS", "Row", "collect", "main", "write_results"]
+
+Row = dict[str, Any]
+RESULTS = Path(__file__).parent / "results"
+UNFINISHED = Path("runs")
+PRESETS = ("smoke", "cpu", "paper")
+PACKAGES = ("torch", "numpy", "nflows", "FrEIA", "normflows", "zuko", "memcnn", "scikit-learn")
+
+
+def collect(config: Any, cases: Mapping[str, Any], measure: Callable[[Any, Any], Iterable[Row]]) -> pd.DataFrame:
+    """Rows of every case, one case after the other; a case that was finished before a kill is not run again.
+
+    Args:
+        config: the experiment's frozen dataclass; it names the file of finished cases.
+        cases: key -> case. Keys must tell the cases apart from one run to the next.
+        measure: (config, case) -> its rows.
+
+    Returns:
+        one line per row, in the order of the cases, with the key in the column ``case``.
+    """
+    path = UNFINISHED / f"{_name(config)}-{_digest(config)}.jsonl"
+    finished = _read_finished(path)
+    with tqdm(cases.items(), desc=_name(config), unit="case", disable=None) as bar:
+        for key, case in bar:
+            bar.set_postfix_str(key)
+            if key not in finished:
+                finished[key] = [dict(row) for row in measure(config, case)]
+                path.parent.mkdir(parents=True, exist_ok=True)
+                with path.open("a") as file:
+                    # the empty line ends whatever a kill cut short before
+                    file.write("\n" + json.dumps({"case": key, "rows": finished[key]}, default=_plain) + "\n")
+    frame = pd.DataFrame([{"case": key, **row} for key in cases for row in finished[key]])
+    path.unlink(missing_ok=True)
+    return frame
+
+
+def write_results(name: str, frame: pd.DataFrame, config: Any, *, folder: Path = RESULTS) -> Path:
+    """``name``.csv, and beside it ``name``.json with the configuration, versions and machine that gave it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    table = folder / f"{name}.csv"
+    with atomic_write(table) as partial:
+        frame.to_csv(partial, index=False, float_format="%.6g")
+    with atomic_write(folder / f"{name}.json") as partial:
+        partial.write_text(json.dumps({"config": _fields(config), **environment()}, indent=1, default=_plain) + "\n")
+    return table
+
+
+def environment() -> dict[str, Any]:
+    """Versions, processor count and accelerator of this run."""
+    installed = {dist.metadata["Name"]: dist.version for dist in importlib.metadata.distributions()}
+    return {
+        "python": platform.python_version(),
+        "packages": {name: installed[name] for name in PACKAGES if name in installed},
+        "threads": torch.get_num_threads(),
+        "accelerator": torch.cuda.get_device_name() if torch.cuda.is_available() else "none",
+    }
+
+
+def main(
+    config_class: Any,
+    run: Callable[[Any], pd.DataFrame],
+    draw: Callable[[pd.DataFrame], Figure] | None = None,
+    argv: list[str] | None = None,
+) -> None:
+    """The command line of one experiment: --preset smoke | cpu | paper, --out FOLDER, and one flag per field."""
+    first_line = (sys.modules[run.__module__].__doc__ or "").strip().splitlines()
+    parser = argparse.ArgumentParser(description=" ".join(first_line[:1]))
+    parser.add_argument("--preset", choices=[p for p in PRESETS if hasattr(config_class, p)], default="cpu")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder for the CSV, its JSON and the figure")
+    for field in dataclasses.fields(config_class):
+        parser.add_argument(f"--{field.name.replace('_', '-')}", default=argparse.SUPPRESS, help=f"{field.type}")
+    arguments = vars(parser.parse_args(argv))
+    preset, out = arguments.pop("preset"), arguments.pop("out")
+    config = getattr(config_class, preset)()
+    config = dataclasses.replace(config, **{key: _parsed(config, key, text) for key, text in arguments.items()})
+    frame = run(config)
+    name = _name(config) if preset == "cpu" else f"{_name(config)}_{preset}"
+    table = write_results(name, frame, config, folder=out)
+    print(frame.to_string(index=False))
+    print(f"written: {table}")
+    if draw is not None:
+        with atomic_write(table.with_suffix(".png")) as partial:
+            draw(frame).savefig(partial, dpi=110, bbox_inches="tight", format="png")
+        print(f"drawn: {table.with_suffix('.png')}")
+
+
+def _name(config: Any) -> str:
+    module = type(config).__module__
+    return module.rpartition(".")[2] if module != "__main__" else Path(sys.argv[0]).stem
+
+
+def _digest(config: Any) -> str:
+    return hashlib.sha256(json.dumps(_fields(config), sort_keys=True, default=_plain).encode()).hexdigest()[:12]
+
+
+def _fields(config: Any) -> dict[str, Any]:
+    return dataclasses.asdict(config)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, enum.Enum):
+        return value.name
+    return value.item() if hasattr(value, "item") else str(value)
+
+
+def _parsed(config: Any, key: str, text: str) -> Any:
+    """``text`` as the type of the preset's value: numbers as numbers, tuples comma by comma."""
+    current = getattr(config, key)
+    if isinstance(current, bool):
+        return text.lower() in ("1", "true", "yes")
+    if isinstance(current, tuple):
+        kind = type(current[0]) if current else str
+        return tuple(kind(part) for part in text.split(",") if part)
+    return type(current)(text) if current is not None else text
+
+
+def _read_finished(path: Path) -> dict[str, list[Row]]:
+    """Cases that were written whole; a line that a kill cut short is ignored."""
+    finished: dict[str, list[Row]] = {}
+    for line in path.read_text().splitlines() if path.exists() else []:
+        try:
+            entry = json.loads(line)
+        except json.JSONDecodeError:
+            continue
+        finished[entry["case"]] = entry["rows"]
+    return finished
