@@ -54,7 +54,7 @@ class Config:
     depths: tuple[int, ...] = (8, 24)
     gains: tuple[float, ...] = (1.0, 2.0, 4.0, 8.0)
     samples: int = 128
-    probes: int = 4
+    probes: int = 1
     seed: int = 0
 
     @classmethod

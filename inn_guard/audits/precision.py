@@ -21,6 +21,7 @@ __all__ = ["Arithmetic", "arithmetics", "precision"]
 USABLE = 1e-2  #: l2 error of a reconstruction, in units of |x|, up to which an inverse is called usable
 MARGIN = 5.0  #: a forecast this far below USABLE is decided; most samples lie within a factor of 3 of their forecast
 BROKEN = 1.0  #: a forecast error of the size of x itself: first order says nothing more, and nothing is left of x
+DRAWS = 128  #: realisations of the rounding errors, over all samples together, that the quantile is taken of
 QUANTILE = 0.95  #: of the samples; the few beyond it do not decide
 
 
@@ -56,21 +57,24 @@ def precision(
     *,
     candidates: Sequence[Arithmetic] | None = None,
     usable: float = USABLE,
-    probes: int = 4,
+    probes: int | None = None,
     seed: int = 0,
 ) -> AuditResult:
     """Relative error |F^-1(F(x)) - x| / |x| of the round trip in each arithmetic, forecast and measured.
 
     The forecast says works if its 95 % quantile over the samples is below usable / 5, breaks if it exceeds |x| or a
     state leaves the range of the dtype, uncertain in between; it costs ``probes`` sweeps of inverse Jacobian products
-    for all dtypes together. The measurement runs the model. The verdict is that of the model's own dtype.
+    for all dtypes together. Under autocast a state is rounded to the dtype of the layer that made it, but a coarser
+    rounding inside a sub-network may come out otherwise in the inverse, whose input differs in the last bits: works
+    is said only if every layer could round to the coarse dtype, breaks only if the finer roundings do it alone; the
+    larger forecast is printed. The measurement runs the model. The verdict is that of the model's own dtype.
 
     Args:
         model: the map.
         x: data, (B, *data).
         candidates: what to try; ``arithmetics(x.device)`` unless given.
         usable: error in units of |x| up to which an inverse is usable.
-        probes: sweeps of the forecast.
+        probes: sweeps of the forecast; as many as give 128 of them over all samples unless given.
         seed: of the forecast's random errors.
 
     Returns:
@@ -80,6 +84,7 @@ def precision(
         see ``inn_guard.rounding_forecast``.
     """
     candidates = arithmetics(x.device) if candidates is None else candidates
+    probes = math.ceil(DRAWS / len(x)) if probes is None else probes
     forecaster = _Forecaster(model, x, probes=probes, seed=seed)
     rows = [_row(model, x, arithmetic, forecaster, usable) for arithmetic in candidates]
     own = str(x.dtype).removeprefix("torch.")
@@ -123,16 +128,17 @@ class _Forecaster:
         except (NotApplicable, NotImplementedError, RuntimeError, ValueError) as error:
             self.reason = f"{type(error).__name__}: {error}"
 
-    def relative(self, arithmetic: Arithmetic) -> Tensor | None:
-        """Forecast error in units of |x|, (B,), inf where a state overflows; None if there is no forecast."""
+    def relative(self, arithmetic: Arithmetic) -> tuple[Tensor, Tensor] | None:
+        """Forecast error in units of |x|, least and most, (B,) each, inf where a state overflows; None without one."""
         if self._linearization is None or self._plain is None:
             return None
-        forecast = self._plain
+        most = self._plain
+        least = most
         if arithmetic.autocast is not None:
-            forecast = self._forecast(_layer_roundoff(self._linearization, arithmetic))
-        error = forecast.error(arithmetic.roundoff) / self.scale
-        overflow = forecast.largest_state > torch.finfo(arithmetic.autocast or arithmetic.storage).max
-        return torch.where(overflow.cpu(), math.inf, error.cpu())
+            least = self._forecast(_layer_roundoff(self._linearization, arithmetic))
+        overflow = most.largest_state > torch.finfo(arithmetic.autocast or arithmetic.storage).max
+        errors = [forecast.error(arithmetic.roundoff) / self.scale for forecast in (least, most)]
+        return tuple(torch.where(overflow, math.inf, error).cpu() for error in errors)  # type: ignore[return-value]
 
     def _forecast(self, layer_roundoff: list[float] | None) -> RoundingForecast:
         if self._linearization is None:
@@ -162,8 +168,8 @@ def _row(
     return {
         "arithmetic": arithmetic.name,
         "unit roundoff": arithmetic.roundoff,
-        "forecast": math.nan if forecast is None else _quantile(forecast),
-        "forecast verdict": "none" if forecast is None else _forecast_verdict(forecast, usable),
+        "forecast": math.nan if forecast is None else _quantile(forecast[1]),
+        "forecast verdict": "none" if forecast is None else _forecast_verdict(*forecast, usable),
         "measured": _quantile(measured),
         "measured median": finite.median().item() if len(finite) else math.nan,
         "non-finite samples": len(measured) - len(finite),
@@ -212,11 +218,10 @@ def _quantile(values: Tensor) -> float:
     return ordered[max(0, math.ceil(QUANTILE * len(ordered)) - 1)].item()
 
 
-def _forecast_verdict(forecast: Tensor, usable: float) -> str:
-    quantile = _quantile(forecast)
-    if quantile <= usable / MARGIN:
+def _forecast_verdict(least: Tensor, most: Tensor, usable: float) -> str:
+    if _quantile(most) <= usable / MARGIN:
         return "works"
-    return "breaks" if quantile >= BROKEN else "uncertain"
+    return "breaks" if _quantile(least) >= BROKEN else "uncertain"
 
 
 def _measured_verdict(measured: Tensor, usable: float) -> str:
