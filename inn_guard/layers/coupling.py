@@ -8,11 +8,16 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TypeVar
 
+import torch
 from torch import Tensor, nn
 
 from inn_guard.invertible import Invertible
+from inn_guard.layers.coupling_tangent import CouplingTangent
+from inn_guard.layers.networks import Conditional
 from inn_guard.layers.partition import Halves, Partition
 from inn_guard.layers.scales import ScaleFunction, SigmoidScale
+from inn_guard.network_tangent import ByAutograd, NetworkTangent, linearize_network
+from inn_guard.tangent import Tangent
 
 __all__ = ["AdditiveCoupling", "AffineCoupling", "Coupling", "Elementwise", "NetworkMaker"]
 
@@ -99,6 +104,27 @@ class Coupling(Invertible):
         twin._elementwise = self.parameters_of(self.split(state)[0])
         return twin
 
+    def gain(self, raw: Tensor, changed: Tensor) -> Tensor | None:
+        """The derivative of the output's changed part with respect to s; None where there is no s."""
+        return None
+
+    @torch.no_grad()
+    def linearize(self, x: Tensor) -> Tangent:
+        """The four products, from one evaluation of the network, without an autograd graph where it is feed-forward."""
+        kept, changed = self.split(x.detach())
+        network = self._network_tangent(kept)
+        elementwise = self.elementwise(network.output)
+        gain = self.gain(network.output, changed)
+        z = self.join(kept, elementwise.forward(changed))
+        return CouplingTangent(z, network, self.partition, scale=elementwise.scale, gain=gain)
+
+    def _network_tangent(self, kept: Tensor) -> NetworkTangent:
+        if self.context is None:
+            return linearize_network(self.network, kept)
+        if type(self.network) is Conditional:
+            return self.network.linearize(kept, self.context)
+        return ByAutograd(self.raw, kept)
+
     def forward(self, x: Tensor) -> Tensor:
         """z: kept part as it is, changed part scaled and shifted."""
         kept, changed = self.split(x)
@@ -179,6 +205,10 @@ class AffineCoupling(Coupling):
             scale=self.partition.restrict(self.scale.value(h), neutral=1.0),
             log_scale=self.partition.restrict(self.scale.log(h), neutral=0.0),
         )
+
+    def gain(self, raw: Tensor, changed: Tensor) -> Tensor:
+        """changed * g'(s)."""
+        return changed * self.scale.slope(self.halves(raw)[1])
 
     @staticmethod
     def halves(raw: Tensor) -> tuple[Tensor, Tensor]:

@@ -8,6 +8,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
+from inn_guard.network_tangent import NetworkTangent, PartialTangent, linearize_network
+
 __all__ = ["MLP", "Conditional", "ConvNet", "zero_last"]
 
 Activation = Callable[[], nn.Module]  #: a class or function without arguments that makes an activation module
@@ -69,6 +71,12 @@ class Conditional(nn.Module):
     def forward(self, x: Tensor, context: Tensor) -> Tensor:
         """network([x, c]): c of shape (B, C) is repeated over the positions of an image x."""
         return self.network(self.joined(x, context))
+
+    def linearize(self, x: Tensor, context: Tensor) -> NetworkTangent:
+        """The tangent with respect to x, at that context."""
+        joined = self.joined(x, context)
+        held = joined.shape[1] - x.shape[1]
+        return PartialTangent(linearize_network(self.network, joined), channels=x.shape[1], held=held)
 
     @staticmethod
     def joined(x: Tensor, context: Tensor) -> Tensor:

@@ -1,0 +1,93 @@
+"""The tangent of a coupling layer, from one evaluation of its network."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from inn_guard.layers.partition import Partition
+from inn_guard.network_tangent import NetworkTangent
+
+__all__ = ["CouplingTangent"]
+
+
+class CouplingTangent:
+    """The four products at one point, by the blocks of the Jacobian.
+
+    With the kept part x1 and the changed part x2 of x, and z2 = x2 * g(s(x1)) + t(x1):
+
+        J v     = [v1, g v2 + A v1]                 A = dt/dx1 + x2 g'(s) ds/dx1
+        J^T u   = [u1 + A^T u2, g u2]
+        J^-1 u  = [u1, (u2 - A u1) / g]
+        J^-T v  = [v1 - A^T (v2 / g), v2 / g]
+
+    A v1 and A^T u2 cost one product with the network's Jacobian each. Vectors may carry leading dimensions.
+
+    Args:
+        output: z.
+        network: the tangent of [t, s], or of t alone, at x1.
+        partition: splits x and z.
+        scale: g(s(x1)); None where it is one.
+        gain: x2 g'(s(x1)); None where there is no s.
+    """
+
+    def __init__(
+        self,
+        output: Tensor,
+        network: NetworkTangent,
+        partition: Partition,
+        *,
+        scale: Tensor | None = None,
+        gain: Tensor | None = None,
+    ) -> None:
+        self.output = output
+        self._network, self._partition = network, partition
+        self._scale, self._gain = scale, gain
+        self._dims = output.dim()
+
+    def jvp(self, v: Tensor) -> Tensor:
+        """J v."""
+        kept, changed = self._split(v)
+        if self._scale is not None:
+            changed = changed * self._scale
+        return self._join(kept, changed + self._coupled(kept))
+
+    def vjp(self, u: Tensor) -> Tensor:
+        """J^T u."""
+        kept, changed = self._split(u)
+        coupled = self._coupled_transpose(changed)
+        return self._join(kept + coupled, changed if self._scale is None else changed * self._scale)
+
+    def inverse_jvp(self, u: Tensor) -> Tensor:
+        """J^-1 u."""
+        kept, changed = self._split(u)
+        changed = changed - self._coupled(kept)
+        return self._join(kept, changed if self._scale is None else changed / self._scale)
+
+    def inverse_vjp(self, v: Tensor) -> Tensor:
+        """J^-T v."""
+        kept, changed = self._split(v)
+        if self._scale is not None:
+            changed = changed / self._scale
+        return self._join(kept - self._coupled_transpose(changed), changed)
+
+    def _coupled(self, kept: Tensor) -> Tensor:
+        """A v1."""
+        raw = self._network.jvp(kept)
+        if self._gain is not None:
+            shift, h = raw.chunk(2, dim=1 - self._dims)
+            raw = torch.addcmul(shift, self._gain, h)
+        return self._partition.restrict(raw, neutral=0.0)
+
+    def _coupled_transpose(self, changed: Tensor) -> Tensor:
+        """A^T u2."""
+        raw = self._partition.restrict(changed, neutral=0.0)
+        if self._gain is not None:
+            raw = torch.cat([raw, self._gain * raw], dim=1 - self._dims)
+        return self._network.vjp(raw)
+
+    def _split(self, v: Tensor) -> tuple[Tensor, Tensor]:
+        return self._partition.split(v, dims=self._dims)
+
+    def _join(self, kept: Tensor, changed: Tensor) -> Tensor:
+        return self._partition.join(kept, changed, dims=self._dims)

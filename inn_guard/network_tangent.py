@@ -1,0 +1,253 @@
+"""J v and J^T u of a feed-forward network at one input, from one forward pass whose slopes are kept.
+
+A network that is a Sequential of linear maps, convolutions and elementwise activations needs no autograd graph: its
+tangent is the same chain with every activation replaced by its slope. Anything else is differentiated by autograd.
+Vectors may carry leading dimensions more than the input: so many products in one call.
+"""
+
+from __future__ import annotations
+
+from functools import singledispatch
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.nn.grad import conv2d_input
+
+from inn_guard.tangent import AutogradTangent, Map, NotApplicable
+
+__all__ = ["ByAutograd", "NetworkTangent", "PartialTangent", "linearize_network"]
+
+ACTIVATIONS = (
+    *(nn.LeakyReLU, nn.ELU, nn.SELU, nn.CELU, nn.SiLU, nn.GELU, nn.Mish, nn.Tanh, nn.Sigmoid, nn.LogSigmoid),
+    *(nn.Softplus, nn.Softsign, nn.Hardtanh, nn.Hardswish, nn.Hardsigmoid, nn.ReLU6, nn.Tanhshrink),
+)  #: elementwise modules, differentiated by autograd
+
+
+@runtime_checkable
+class NetworkTangent(Protocol):
+    """The two products with the Jacobian J of a network at a batch.
+
+    Attributes:
+        output: the network's value, detached.
+    """
+
+    output: Tensor
+
+    def jvp(self, v: Tensor) -> Tensor:
+        """J v: (..., B, *in) -> (..., B, *out), a new tensor."""
+        ...
+
+    def vjp(self, u: Tensor) -> Tensor:
+        """J^T u: (..., B, *out) -> (..., B, *in), a new tensor."""
+        ...
+
+
+def linearize_network(network: nn.Module, x: Tensor) -> NetworkTangent:
+    """The tangent of ``network`` at x, (B, *in)."""
+    with torch.no_grad():
+        return _tangent(network, x.detach())
+
+
+@singledispatch
+def _tangent(module: nn.Module, x: Tensor) -> NetworkTangent:
+    return ByAutograd(module, x)
+
+
+class ByAutograd:
+    """The products of any differentiable map, by autograd."""
+
+    def __init__(self, function: Map, x: Tensor) -> None:
+        self._tangent = AutogradTangent(function, _no_inverse, x.detach())
+        self.output = self._tangent.output
+        self._dims = x.dim()
+
+    def jvp(self, v: Tensor) -> Tensor:
+        """J v by forward mode, one pass per leading entry."""
+        if v.dim() == self._dims:
+            return self._tangent.jvp(v)
+        return torch.stack([self.jvp(row) for row in v])
+
+    def vjp(self, u: Tensor) -> Tensor:
+        """J^T u by reverse mode."""
+        if u.dim() <= self.output.dim() + 1:
+            return self._tangent.vjp(u)
+        return torch.stack([self.vjp(row) for row in u])
+
+
+class PartialTangent:
+    """The products of a network with respect to the first channels of its input alone.
+
+    Args:
+        whole: the tangent with respect to all channels.
+        channels: how many come first; the others are held fixed.
+        held: how many are held.
+    """
+
+    def __init__(self, whole: NetworkTangent, *, channels: int, held: int) -> None:
+        self._whole, self._channels, self._held = whole, channels, held
+        self.output = whole.output
+        self._dim = 1 - whole.output.dim()
+
+    def jvp(self, v: Tensor) -> Tensor:
+        """J v."""
+        shape = list(v.shape)
+        shape[self._dim] = self._held
+        return self._whole.jvp(torch.cat([v, v.new_zeros(shape)], dim=self._dim))
+
+    def vjp(self, u: Tensor) -> Tensor:
+        """J^T u."""
+        return self._whole.vjp(u).narrow(self._dim, 0, self._channels)
+
+
+class _Composed:
+    def __init__(self, modules: nn.Sequential, x: Tensor) -> None:
+        self._steps: list[NetworkTangent] = []
+        for module in modules:
+            self._steps.append(_tangent(module, x))
+            x = self._steps[-1].output
+        self.output = x
+
+    def jvp(self, v: Tensor) -> Tensor:
+        for step in self._steps:
+            v = step.jvp(v)
+        return v
+
+    def vjp(self, u: Tensor) -> Tensor:
+        for step in reversed(self._steps):
+            u = step.vjp(u)
+        return u
+
+
+class _Dense:
+    def __init__(self, module: nn.Linear, x: Tensor) -> None:
+        self._weight = module.weight.detach()
+        self.output = functional.linear(x, self._weight, module.bias)
+
+    def jvp(self, v: Tensor) -> Tensor:
+        return functional.linear(v, self._weight)
+
+    def vjp(self, u: Tensor) -> Tensor:
+        return u @ self._weight
+
+
+class _PointwiseConvolution:
+    """A 1x1 convolution: a matrix applied to the channels, whatever the precision at the speed of a matrix product."""
+
+    def __init__(self, module: nn.Conv2d, x: Tensor) -> None:
+        self._weight = module.weight.detach().flatten(1)
+        output = functional.linear(x.movedim(-3, -1), self._weight, module.bias)
+        self.output = output.movedim(-1, -3)
+
+    def jvp(self, v: Tensor) -> Tensor:
+        return functional.linear(v.movedim(-3, -1), self._weight).movedim(-1, -3)
+
+    def vjp(self, u: Tensor) -> Tensor:
+        return (u.movedim(-3, -1) @ self._weight).movedim(-1, -3)
+
+
+class _Convolution:
+    def __init__(self, module: nn.Conv2d, x: Tensor) -> None:
+        self._weight = module.weight.detach().contiguous(memory_format=torch.channels_last)
+        geometry: Any = (module.stride, module.padding, module.dilation, module.groups)
+        self._geometry, self._shape = geometry, x.shape[1:]
+        self.output = functional.conv2d(_channels_last(x), self._weight, module.bias, *self._geometry)
+
+    def jvp(self, v: Tensor) -> Tensor:
+        v, leading = _merged(v)
+        return functional.conv2d(_channels_last(v), self._weight, None, *self._geometry).unflatten(0, leading)
+
+    def vjp(self, u: Tensor) -> Tensor:
+        u, leading = _merged(u)
+        shape = [len(u), *self._shape]
+        gradient = conv2d_input(shape, self._weight, _channels_last(u), *self._geometry)
+        return gradient.unflatten(0, leading)
+
+
+class _Diagonal:
+    """Multiplication with a slope that broadcasts to x."""
+
+    def __init__(self, output: Tensor, slope: Tensor) -> None:
+        self.output, self._slope = output, slope
+
+    def jvp(self, v: Tensor) -> Tensor:
+        return v * self._slope
+
+    vjp = jvp
+
+
+class _Identity:
+    def __init__(self, x: Tensor) -> None:
+        self.output = x
+
+    def jvp(self, v: Tensor) -> Tensor:
+        return v
+
+    vjp = jvp
+
+
+def _is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
+    """Whether calling the module does what its class says: no forward of its own, no hooks."""
+    return type(module).forward is kind.forward and not (module._forward_hooks or module._forward_pre_hooks)
+
+
+@_tangent.register
+def _(module: nn.Sequential, x: Tensor) -> NetworkTangent:
+    return _Composed(module, x) if _is_plain(module, nn.Sequential) else ByAutograd(module, x)
+
+
+@_tangent.register
+def _(module: nn.Linear, x: Tensor) -> NetworkTangent:
+    return _Dense(module, x) if _is_plain(module, nn.Linear) else ByAutograd(module, x)
+
+
+@_tangent.register
+def _(module: nn.Conv2d, x: Tensor) -> NetworkTangent:
+    zero_padded = module.padding_mode == "zeros" and not isinstance(module.padding, str)
+    if not zero_padded or x.dim() != 4 or not _is_plain(module, nn.Conv2d):
+        return ByAutograd(module, x)
+    ones = {*module.kernel_size, *module.stride, module.groups} == {1} and not any(module.padding)
+    return _PointwiseConvolution(module, x) if ones else _Convolution(module, x)
+
+
+@_tangent.register
+def _(module: nn.ReLU, x: Tensor) -> NetworkTangent:
+    return _Diagonal(x.relu(), (x > 0).to(x.dtype)) if _is_plain(module, nn.ReLU) else ByAutograd(module, x)
+
+
+@_tangent.register
+def _(module: nn.Identity, x: Tensor) -> NetworkTangent:
+    return _Identity(x) if _is_plain(module, nn.Identity) else ByAutograd(module, x)
+
+
+@_tangent.register
+def _(module: nn.Dropout, x: Tensor) -> NetworkTangent:
+    idle = _is_plain(module, nn.Dropout) and (not module.training or module.p == 0)
+    return _Identity(x) if idle else ByAutograd(module, x)
+
+
+def _elementwise(module: nn.Module, x: Tensor) -> NetworkTangent:
+    leaf = x.detach().clone().requires_grad_()
+    with torch.enable_grad():
+        # a copy: an activation that works in place must not do so on a leaf
+        output = module(leaf.clone())
+    (slope,) = torch.autograd.grad(output, leaf, torch.ones_like(output))
+    return _Diagonal(output.detach(), slope)
+
+
+for _kind in ACTIVATIONS:
+    _tangent.register(_kind, _elementwise)
+
+
+def _merged(v: Tensor) -> tuple[Tensor, list[int]]:
+    """All leading dimensions of (..., C, H, W) as one, and their sizes."""
+    return v.flatten(0, -4), list(v.shape[:-3])
+
+
+def _channels_last(v: Tensor) -> Tensor:
+    return v.contiguous(memory_format=torch.channels_last)
+
+
+def _no_inverse(_: Tensor) -> Tensor:
+    raise NotApplicable("a network has no inverse")

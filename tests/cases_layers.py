@@ -1,0 +1,132 @@
+"""Cases of our own layers and models."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from inn_guard.invertible import Invertible
+from inn_guard.layers.actnorm import ActNorm, Diagonal
+from inn_guard.layers.chain import Chain
+from inn_guard.layers.coupling import AdditiveCoupling, AffineCoupling
+from inn_guard.layers.linear import InvertibleLinear, LULinear
+from inn_guard.layers.multiscale import FactorOut, OnRemaining
+from inn_guard.layers.networks import MLP, Conditional, ConvNet
+from inn_guard.layers.partition import Mask
+from inn_guard.layers.permutation import Permutation
+from inn_guard.layers.preprocessing import Logit
+from inn_guard.layers.reshape import Flatten, Squeeze, ZeroPadding
+from inn_guard.layers.scales import ClampedScale, ExpScale, ScaleFunction, SigmoidScale, squashed_sigmoid
+from inn_guard.models.glow import GlowConfig, glow_classifier, glow_flow
+from inn_guard.models.toy import checkerboard_net, regression_net
+from tests.case import Case, randomize, seeded
+
+BATCH = 4
+IMAGE = (4, 4, 4)
+VECTOR = (5,)
+
+
+def case(name: str, build: Callable[[], Invertible], shape: tuple[int, ...], **abilities) -> Case:
+    """Parameters are moved off their initial values, so that no layer is trivial."""
+
+    def make() -> tuple[Invertible, Tensor]:
+        with seeded():
+            model = build()
+            model = build().double()
+            randomize(model, 0.1)
+            return model.eval(), torch.randn(BATCH, *shape, dtype=torch.float64)
+
+    return Case(f"ours/{name}", make, **abilities)
+
+
+def mlp(kept: int, out: int) -> nn.Module:
+    return MLP([kept, 16, out], activation=nn.SiLU)
+
+
+def convnet(kept: int, out: int) -> nn.Module:
+    return ConvNet(kept, 8, out)
+
+
+def affine(scale: ScaleFunction) -> Invertible:
+    return AffineCoupling.on_halves(VECTOR[0], mlp, scale=scale)
+
+
+def masked_affine() -> Invertible:
+    checkerboard = (torch.arange(4)[:, None] + torch.arange(4)) % 2 == 0
+    return AffineCoupling(ConvNet(4, 8, 8, activation=nn.ELU), partition=Mask(checkerboard))
+
+
+def conditional() -> Invertible:
+    chain = Chain(
+        AffineCoupling(Conditional(MLP([3 + 2, 16, 4]))),
+        Permutation.reverse(5),
+        Chain(ActNorm(5), AdditiveCoupling(Conditional(MLP([3 + 2, 16, 2])))),
+    )
+    return chain.conditioned(torch.randn(BATCH, 2))
+
+
+def nested() -> Invertible:
+    inner = Chain(Diagonal(5), Permutation.shuffle(5, generator=torch.Generator().manual_seed(1)))
+    return Chain(Chain(), inner, Chain(affine(SigmoidScale()), inner), LULinear(5))
+
+
+def injective() -> Invertible:
+    return Chain(InvertibleLinear(5), ZeroPadding(2), AdditiveCoupling.on_halves(3, mlp))
+
+
+def preprocessed() -> tuple[Invertible, Tensor]:
+    with seeded():
+        return Logit(0.05), torch.rand(BATCH, 5, dtype=torch.float64)
+
+
+def swish_trunk() -> Invertible:
+    return glow_classifier((3, 4, 4), config=GlowConfig(2, 1, 8, partial(AffineCoupling.on_halves, scale=ExpScale())))
+
+
+def additive_flow() -> Invertible:
+    config = GlowConfig(2, 2, 8, AdditiveCoupling.on_halves, LULinear)
+    return glow_flow((2, 4, 4), config=config)
+
+
+CASES = [
+    case("additive", lambda: AdditiveCoupling.on_halves(5, mlp), VECTOR),
+    case("additive swapped", lambda: AdditiveCoupling.on_halves(5, mlp, swapped=True), VECTOR),
+    case("additive images", lambda: AdditiveCoupling.on_halves(4, convnet), IMAGE),
+    case("affine sigmoid", lambda: affine(SigmoidScale()), VECTOR),
+    case("affine squashed sigmoid", lambda: affine(squashed_sigmoid()), VECTOR),
+    case("affine exp", lambda: affine(ExpScale()), VECTOR),
+    case("affine clamped", lambda: affine(ClampedScale()), VECTOR),
+    case("affine images", lambda: AffineCoupling.on_halves(4, convnet), IMAGE),
+    case("affine checkerboard mask", masked_affine, IMAGE),
+    case("actnorm", lambda: ActNorm(5), VECTOR),
+    case("actnorm images", lambda: ActNorm(4), IMAGE),
+    case("reverse", lambda: Permutation.reverse(5), VECTOR),
+    case("shuffle", lambda: Permutation.shuffle(4, generator=torch.Generator().manual_seed(1)), IMAGE),
+    case("linear", lambda: InvertibleLinear(5), VECTOR),
+    case("1x1 convolution", lambda: InvertibleLinear(4), IMAGE),
+    case("1x1 convolution LU", lambda: LULinear(4), IMAGE),
+    case("squeeze", Squeeze, IMAGE),
+    case("flatten", lambda: Flatten(IMAGE), IMAGE),
+    case("factor out", lambda: FactorOut((3, 2, 2)), (3, 2, 2)),
+    case("on remaining", lambda: OnRemaining(InvertibleLinear(2), shape=(2, 3)), (8,)),
+    Case("ours/logit", preprocessed),
+    case("zero padding", lambda: ZeroPadding(2), VECTOR, bijective=False, has_log_det=False, has_inverse_log_det=False),
+    case(
+        "injective chain",
+        injective,
+        VECTOR,
+        bijective=False,
+        has_layers=True,
+        has_log_det=False,
+        has_inverse_log_det=False,
+    ),
+    case("nested chains", nested, VECTOR, has_layers=True),
+    case("conditional chain", conditional, VECTOR, has_layers=True),
+    case("glow classifier", swish_trunk, (3, 4, 4), has_layers=True),
+    case("glow flow", additive_flow, (2, 4, 4), has_layers=True),
+    case("checkerboard net", lambda: checkerboard_net(blocks=4, hidden=8), (2,), has_layers=True),
+    case("regression net", lambda: regression_net(blocks=3, hidden=8), (2,), has_layers=True),
+]
