@@ -12,11 +12,11 @@ from typing import Any
 import jinja2
 
 from inn_guard.audits.base import AuditResult, Verdict
+from inn_guard.audits.report import AuditReport
 from inn_guard.files import atomic_write
 from inn_guard.report.numbers import format_number, format_value, heading, is_number, legible, title
 from inn_guard.report.plots import Drawing, numeric_columns
 from inn_guard.report.sections import drawings
-from inn_guard.report.tables import Report
 
 __all__ = ["render", "write_html"]
 
@@ -29,17 +29,17 @@ _HEADLINES = {
 _SIGNS = {Verdict.STABLE: "✓", Verdict.UNSTABLE: "!", Verdict.NON_FINITE: "✕", Verdict.NOT_APPLICABLE: "–"}
 
 
-def write_html(report: Report, path: str | os.PathLike[str]) -> None:
+def write_html(report: AuditReport, path: str | os.PathLike[str]) -> None:
     """Write the page of `render` to ``path``, whole or not at all."""
     with atomic_write(path) as partial:
         partial.write_text(render(report), encoding="utf-8")
 
 
-def render(report: Report) -> str:
+def render(report: AuditReport) -> str:
     """The report as one HTML page that fetches nothing and runs nothing; all of its text is escaped.
 
     Args:
-        report: with its results; its ``model``, ``settings`` and ``worst_layer`` are shown where it has them.
+        report: as `audit()` returns it, or as read by `from_json` (then without images).
     """
     sections = [_section(index, result) for index, result in enumerate(report.results)]
     return (

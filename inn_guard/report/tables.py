@@ -2,30 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Protocol
-
 import pandas
 
-from inn_guard.audits.base import AuditResult, Verdict
+from inn_guard.audits.report import AuditReport
 
-__all__ = ["Report", "frame", "layer_frame"]
-
-
-class Report(Protocol):
-    """What a table or a page needs of a report; `inn_guard.AuditReport` is one."""
-
-    @property
-    def results(self) -> tuple[AuditResult, ...]:
-        """One per audit, in the order in which they ran."""
-        ...
-
-    @property
-    def verdict(self) -> Verdict:
-        """The worst of the results' verdicts."""
-        ...
+__all__ = ["frame", "layer_frame"]
 
 
-def frame(report: Report) -> pandas.DataFrame:
+def frame(report: AuditReport) -> pandas.DataFrame:
     """One row per measured value: audit, verdict, quantity, value (NaN and Inf as they are) and unit ("" if none).
 
     Args:
@@ -43,7 +27,7 @@ def frame(report: Report) -> pandas.DataFrame:
     return table.astype({"value": "float64"})
 
 
-def layer_frame(report: Report) -> pandas.DataFrame:
+def layer_frame(report: AuditReport) -> pandas.DataFrame:
     """One row per layer and audit that looks at layers: audit, position in the chain, and that audit's columns.
 
     Args:

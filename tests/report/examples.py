@@ -2,35 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import Any
-
 import torch
 
 from inn_guard.audits.base import AuditResult, Verdict
+from inn_guard.audits.report import AuditReport
 
 
-@dataclass(frozen=True)
-class HandMade:
-    """The part of an AuditReport that pages and tables need."""
-
-    results: tuple[AuditResult, ...] = ()
-    model: str = "Glow"
-    worst_layer: str | None = None
-    settings: dict[str, Any] = field(default_factory=dict)
-
-    @property
-    def verdict(self) -> Verdict:
-        return Verdict.worst([result.verdict for result in self.results])
-
-
-def unstable_report(*, samples: int = 64, layers: int = 16) -> HandMade:
+def unstable_report(*, samples: int = 64, layers: int = 16) -> AuditReport:
     generator = torch.Generator().manual_seed(0)
     low = -3 * torch.rand(samples, generator=generator).sort().values - 1
     high = 2 * torch.rand(samples, generator=generator) + 0.5
     error = 10 ** (3 * torch.randn(samples, generator=generator) - 4)
     error[:2] = torch.tensor([torch.nan, torch.inf])
-    return HandMade(
+    return AuditReport(
         results=(
             reconstruction(error, generator=generator),
             spectrum(high, low, generator=generator),
@@ -42,7 +26,7 @@ def unstable_report(*, samples: int = 64, layers: int = 16) -> HandMade:
             ),
             AuditResult.not_applicable("gradient_angle", "the model has no loss; pass loss=..."),
         ),
-        worst_layer="layer 11 (AffineCoupling)",
+        model="Glow",
         settings={"samples": samples, "dtype": torch.float32, "device": "cpu", "seed": 0, "level": "standard"},
     )  # fmt: skip
 
@@ -101,4 +85,5 @@ def blame(layers: int, *, generator: torch.Generator) -> AuditResult:
     return AuditResult(
         "layer_blame", Verdict.UNSTABLE, "Layer 11 (AffineCoupling) makes 41 % of the error.", per_layer=rows,
         values={"worst_share": 0.41}, advice="Replace or regularize layer 11 first.",
+        settings={"worst_layer": "layer 11 (AffineCoupling)"},
     )  # fmt: skip

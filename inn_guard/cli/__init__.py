@@ -1,0 +1,5 @@
+"""The command line: ``inn-guard audit | report``, also as ``python -m inn_guard``."""
+
+from inn_guard.cli.commands import app, main
+
+__all__ = ["app", "main"]
