@@ -5,6 +5,7 @@ What is asked of the library is asked by feature, never by version: releases tha
 
 from __future__ import annotations
 
+import copy
 import inspect
 import warnings
 from typing import Any
@@ -83,6 +84,16 @@ class FreiaModule(Adapted):
         """x = F^-1(z) by the module's own code, without a log-determinant."""
         return pack(self._values(unpack(z, self.outputs), rev=True))
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> FreiaModule:
+        # a learned permutation leaves its latest matrix, graph and all, in an attribute; torch cannot copy graphs
+        for module in self.modules():
+            for value in vars(module).values():
+                if isinstance(value, Tensor) and not value.is_leaf:
+                    memo[id(value)] = value.detach().clone()
+        twin = memo[id(self)] = type(self).__new__(type(self))
+        vars(twin).update(copy.deepcopy(vars(self), memo))
+        return twin
+
     def _encode(self, x: Tensor) -> tuple[Tensor, Any]:
         outputs, log_det = self._with_log_det(unpack(x, self.inputs), rev=False)
         return pack(outputs), log_det
@@ -94,8 +105,8 @@ class FreiaModule(Adapted):
     def _values(self, tensors: tuple[Tensor, ...], **direction: bool) -> tuple[Tensor, ...]:
         try:
             return self._called(tensors, **direction, jac=False)[0]
-        except ValueError:  # without jac, InvertibleSigmoid returns no pair, and the nets cannot unpack that
-            return self._called(tensors, **direction, jac=True)[0]
+        except (ValueError, TypeError):  # without jac some modules return None or no pair, which SequenceINN cannot add
+            return self._with_log_det(tensors, **direction)[0]
 
     def _with_log_det(self, tensors: tuple[Tensor, ...], **direction: bool) -> tuple[tuple[Tensor, ...], Any]:
         try:
@@ -128,9 +139,10 @@ class FreiaModule(Adapted):
             ValueError: if conditions are missing, or given to a module that takes none.
         """
         conditions = _as_list(self.context)
-        if not conditions and self._needed() > 0:
+        if len(conditions) < self._needed():
             raise ValueError(
-                f"{self.name} expected {self._needed()} condition(s), got none; give them as context=[...]"
+                f"{self.name} expected {self._needed()} condition(s), got {len(conditions)}; "
+                "give them as context=[...], in the order of the library's argument c"
             )
         if conditions and not _takes_conditions(self.module):
             raise ValueError(f"{self.name} takes no conditions, got {len(conditions)}; leave out context")
