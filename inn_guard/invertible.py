@@ -100,7 +100,8 @@ class Invertible(nn.Module, abc.ABC):
 
     def in_dtype(self: Self, dtype: torch.dtype) -> Self:
         """A copy whose parameters, buffers and context are of ``dtype``; the original is not touched."""
-        twin = copy.deepcopy(self).to(dtype)
+        # without its context: the output of an embedding net is no leaf of the graph and cannot be deep-copied
+        twin = copy.deepcopy(self.conditioned(None)).to(dtype)
         return twin if self.context is None else twin.conditioned(map_tensors(self.context, _caster(dtype)))
 
     @property
