@@ -135,9 +135,11 @@ def test_the_floor_of_the_inverse_is_a_measured_one(case):
     if not case.float64_floor:
         pytest.skip("the case claims no floor")
     m = made(case)
-    error = reference.round_trip(m.model, m.x)
-    assert bool((error > m.x_error(eps(torch.float64))).any())
-    assert case.float64_floor <= 100 * error.max().item()
+    z = other_latents(case)
+    in_x, in_z = reference.round_trip(m.model, m.x), norms(m.model(m.model.inverse(z).detach()) - z)
+    unexplained = (in_x > m.x_error(eps(torch.float64))) | (in_z > m.z_error(eps(torch.float64)))
+    assert bool(unexplained.any()), f"{in_x.max():.1e} and {in_z.max():.1e} are rounding"
+    assert case.float64_floor <= 100 * max(in_x.max().item(), in_z.max().item())
 
 
 def test_forward_of_inverse_is_the_identity(case):
@@ -234,7 +236,7 @@ def test_in_dtype_converts_a_copy_and_leaves_the_original_alone(case):
     assert torch.equal(m.model(m.x).detach(), m.z)
     tensors = [*single.parameters(), *single.buffers()]
     assert all(tensor.dtype == torch.float32 for tensor in tensors if tensor.is_floating_point())
-    ours = {tensor.data_ptr() for tensor in [*m.model.parameters(), *m.model.buffers()]}
+    ours = {tensor.data_ptr() for tensor in [*m.model.parameters(), *m.model.buffers()] if tensor.numel()}
     assert not ours & {tensor.data_ptr() for tensor in tensors}
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import abc
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from inn_guard.invertible import Context, Invertible, NotApplicable, as_log_det
@@ -99,6 +100,10 @@ class Flipped(Invertible):
     def layers(self) -> tuple[Invertible, ...]:
         """The inner layers in reverse order, each flipped; () if the inner map is opaque."""
         return tuple(Flipped(layer) for layer in reversed(self._inner().layers()))
+
+    def in_dtype(self, dtype: torch.dtype) -> Flipped:
+        """The inner map's copy in ``dtype``, flipped."""
+        return Flipped(self._inner().in_dtype(dtype))
 
     @property
     def name(self) -> str:

@@ -43,7 +43,7 @@ class TorchTransform(Adapted):
     @property
     def transform(self) -> T.Transform:
         """A view of the transform that shares its tensors and has no cache; a transform that is a module, itself."""
-        return self.module.transform
+        return self.module.transform  # type: ignore[return-value]
 
     @property
     def block(self) -> nn.Module:
@@ -97,7 +97,7 @@ class _Holder(nn.Module):
 
     def __deepcopy__(self, memo: dict[int, Any]) -> _Holder:
         if isinstance(self.transform, nn.Module):
-            return _Holder(copy.deepcopy(self.transform, memo))
+            return _Holder(copy.deepcopy(self.transform, memo))  # type: ignore[arg-type]
         return _Holder(_view(self.transform, lambda t: copy.deepcopy(t, memo) if t.is_leaf else t.detach().clone()))
 
 
@@ -112,8 +112,7 @@ def _view(value: Any, tensor_map: Callable[[Tensor], Tensor]) -> Any:
     twin = object.__new__(type(value))
     vars(twin).update({key: _view(part, tensor_map) for key, part in vars(value).items() if not _cached(value, key)})
     if isinstance(value, T.Transform):
-        twin._cache_size = 0
-        vars(twin).setdefault("_inv", None)
+        vars(twin).update(_cache_size=0, _inv=vars(twin).get("_inv"))
     return twin
 
 

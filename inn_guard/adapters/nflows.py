@@ -60,8 +60,17 @@ class NflowsTransform(Adapted):
 
     def layers(self) -> tuple[Invertible, ...]:
         """The transforms inside containers, flat, in this map's context; () for a transform that is none."""
-        chain = _chain(self.module, self.context)
-        return () if len(chain) == 1 and chain[0].block is self.module else chain
+        chain = _chain(self.module)
+        is_leaf = len(chain) == 1 and chain[0].block is self.module
+        return () if is_leaf else tuple(layer.conditioned(self.context) for layer in chain)
+
+    def in_dtype(self, dtype: torch.dtype) -> NflowsTransform:
+        """A copy in ``dtype``; it computes what Linear(using_cache=True) keeps anew, which would stay in float32."""
+        twin = super().in_dtype(dtype)
+        for module in twin.modules():
+            if hasattr(module, "use_cache"):
+                module.use_cache(mode=False)  # type: ignore[operator]
+        return twin
 
     def __deepcopy__(self, memo: dict[int, Any]) -> NflowsTransform:
         # the weights that Linear(using_cache=True) keeps can neither be copied nor converted; a copy starts without
@@ -126,30 +135,30 @@ class Chunk(Rearrangement):
         return (size + 1) // 2, size // 2
 
 
-def _chain(transform: nn.Module, context: Context) -> tuple[Invertible, ...]:
+def _chain(transform: nn.Module) -> tuple[Invertible, ...]:
     if isinstance(transform, CompositeTransform):
-        return tuple(layer for part in transform._transforms for layer in _chain(part, context))
+        return tuple(layer for part in transform._transforms for layer in _chain(part))
     if isinstance(transform, InverseTransform):
-        return tuple(Flipped(layer) for layer in reversed(_chain(transform._transform, context)))
+        return tuple(Flipped(layer) for layer in reversed(_chain(transform._transform)))
     if isinstance(transform, MultiscaleCompositeTransform):
-        return _scales(transform, context)
-    return (NflowsTransform(transform, context),)
+        return _scales(transform)
+    return (NflowsTransform(transform),)
 
 
-def _scales(multiscale: MultiscaleCompositeTransform, context: Context) -> tuple[Invertible, ...]:
+def _scales(multiscale: MultiscaleCompositeTransform) -> tuple[Invertible, ...]:
     """The layers of every scale, from the second scale on acting on the remaining part of the state only."""
     dim = multiscale._split_dim
     latent_shapes = _latent_shapes(multiscale)
     layers: list[Invertible] = []
     for k, (transform, latent) in enumerate(zip(multiscale._transforms, latent_shapes, strict=True)):
         cut = Chunk(latent, dim) if k < len(latent_shapes) - 1 else Flatten(latent)
-        steps = (*_chain(transform, context), cut)
+        steps = (*_chain(transform), cut)
         if k == 0:
             layers += steps
             continue
         previous = latent_shapes[k - 1]
         shape = _resized(previous, dim, previous[dim - 1] // 2)
-        layers += _on_remaining(steps, shape, context) or _whole(transform, shape, latent, cut, context)
+        layers += _on_remaining(steps, shape) or _whole(transform, shape, cut)
     return tuple(layers)
 
 
@@ -168,34 +177,28 @@ def _latent_shapes(multiscale: MultiscaleCompositeTransform) -> list[Shape]:
     return shapes
 
 
-def _on_remaining(steps: tuple[Invertible, ...], shape: Shape, context: Context) -> list[Invertible]:
+def _on_remaining(steps: tuple[Invertible, ...], shape: Shape) -> list[Invertible]:
     """The steps acting on the remaining part; [] if the shapes between them cannot be told without running them."""
     lifted: list[Invertible] = []
     for step in steps:
-        if isinstance(step, (Chunk, Flatten)) and step.shape != shape:
-            return []
         latent = _shape_after(step, shape)
-        if latent is None:
+        if latent is None or (isinstance(step, (Chunk, Flatten)) and step.shape != shape):
             return []
-        lifted.append(OnRemaining(step, shape=shape, latent_shape=latent).conditioned(context))
+        lifted.append(OnRemaining(step, shape=shape, latent_shape=latent))
         shape = latent
     return lifted
 
 
-def _whole(transform: nn.Module, shape: Shape, latent: Shape, cut: Invertible, context: Context) -> list[Invertible]:
-    inner = NflowsTransform(transform, context)
-    flat = (math.prod(latent),)
-    return [
-        OnRemaining(inner, shape=shape, latent_shape=latent).conditioned(context),
-        OnRemaining(cut, shape=latent, latent_shape=flat).conditioned(context),
-    ]
+def _whole(transform: nn.Module, shape: Shape, cut: Chunk | Flatten) -> list[Invertible]:
+    inner = OnRemaining(NflowsTransform(transform), shape=shape, latent_shape=cut.shape)
+    return [inner, OnRemaining(cut, shape=cut.shape, latent_shape=(math.prod(cut.shape),))]
 
 
 def _shape_after(step: Invertible, shape: Shape) -> Shape | None:
     if isinstance(step, (Chunk, Flatten, OnRemaining)):
         return (math.prod(shape),)
     if hasattr(step.block, "get_output_shape"):
-        return tuple(step.block.get_output_shape(*shape))
+        return tuple(step.block.get_output_shape(*shape))  # type: ignore[operator]
     flips_shape = isinstance(step, Flipped) and _shape_after(step.inner, shape) != shape
     return None if flips_shape else shape
 
@@ -218,7 +221,7 @@ def _named_errors(name: str) -> Iterator[None]:
             f"{_condition(error)} to be false"
         ) from error
     except AssertionError as error:
-        raise ValueError(f"{name}: failed inside {_culprit(error)}: {error or _condition(error)}") from error
+        raise ValueError(f"{name}: failed inside {_culprit(error)}: {str(error) or _condition(error)}") from error
 
 
 def _culprit(error: Exception) -> str:
