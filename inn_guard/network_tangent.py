@@ -110,13 +110,17 @@ class _Composed:
         self.output = x
 
     def jvp(self, v: Tensor) -> Tensor:
+        ours = False
         for step in self._steps:
-            v = step.jvp(v)
+            v = step.scale_(v) if ours and isinstance(step, _Diagonal) else step.jvp(v)
+            ours = ours or isinstance(step, _MAKES_NEW)
         return v
 
     def vjp(self, u: Tensor) -> Tensor:
+        ours = False
         for step in reversed(self._steps):
-            u = step.vjp(u)
+            u = step.scale_(u) if ours and isinstance(step, _Diagonal) else step.vjp(u)
+            ours = ours or isinstance(step, _MAKES_NEW)
         return u
 
 
@@ -152,6 +156,7 @@ class _Convolution:
         self._weight = module.weight.detach().contiguous(memory_format=torch.channels_last)
         geometry: Any = (module.stride, module.padding, module.dilation, module.groups)
         self._geometry, self._shape = geometry, x.shape[1:]
+        self._flipped = self._transposed_kernel(module)
         self.output = functional.conv2d(_channels_last(x), self._weight, module.bias, *self._geometry)
 
     def jvp(self, v: Tensor) -> Tensor:
@@ -160,9 +165,19 @@ class _Convolution:
 
     def vjp(self, u: Tensor) -> Tensor:
         u, leading = _merged(u)
-        shape = [len(u), *self._shape]
-        gradient = conv2d_input(shape, self._weight, _channels_last(u), *self._geometry)
-        return gradient.unflatten(0, leading)
+        u = _channels_last(u)
+        if self._flipped is None:
+            return conv2d_input([len(u), *self._shape], self._weight, u, *self._geometry).unflatten(0, leading)
+        kernel, padding = self._flipped
+        return functional.conv2d(u, kernel, None, 1, padding).unflatten(0, leading)
+
+    def _transposed_kernel(self, module: nn.Conv2d) -> tuple[Tensor, list[int]] | None:
+        """Kernel and padding of the convolution that is the transpose, where it is one of stride 1."""
+        before: Any = module.padding
+        padding = [k - 1 - p for k, p in zip(module.kernel_size, before, strict=True)]
+        if {*module.stride, *module.dilation, module.groups} != {1} or min(padding) < 0:
+            return None
+        return _channels_last(self._weight.flip(2, 3).transpose(0, 1)), padding
 
 
 class _Diagonal:
@@ -176,6 +191,10 @@ class _Diagonal:
 
     vjp = jvp
 
+    def scale_(self, v: Tensor) -> Tensor:
+        """The product in place of v, which is the caller's own: it saves a pass over fresh memory."""
+        return v.mul_(self._slope)
+
 
 class _Identity:
     def __init__(self, x: Tensor) -> None:
@@ -185,6 +204,9 @@ class _Identity:
         return v
 
     vjp = jvp
+
+
+_MAKES_NEW = (_Dense, _PointwiseConvolution, _Convolution, _Diagonal)
 
 
 def _is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
