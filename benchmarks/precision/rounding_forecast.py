@@ -32,7 +32,7 @@ from inn_guard.layers.coupling import AdditiveCoupling, AffineCoupling
 from inn_guard.layers.networks import MLP
 from inn_guard.layers.permutation import Permutation
 from inn_guard.linearization import Linearization
-from inn_guard.rounding_forecast import rounding_forecast, unit_roundoff
+from inn_guard.rounding_forecast import RoundingForecast, rounding_forecast, unit_roundoff
 
 HIDDEN = 48
 
@@ -151,10 +151,7 @@ def measure(config: Config, stack: Stack) -> Iterator[Row]:
         amplify(module, stack.gain)
         x = torch.randn(config.samples, stack.dim)
     model = ig.wrap(module)
-    linearization = Linearization(model, x)
-    forecast = rounding_forecast(
-        linearization, probes=config.probes, generator=torch.Generator().manual_seed(config.seed)
-    )
+    forecast = forecast_of(model, x, config)
     inverse_passes = cost(model, x, config)
     result = precision(model, x, probes=config.probes, seed=config.seed)
     for row, arithmetic in zip(result.tables["arithmetic"], arithmetics(x.device), strict=True):
@@ -164,21 +161,31 @@ def measure(config: Config, stack: Stack) -> Iterator[Row]:
             "depth": stack.depth,
             "gain": stack.gain,
             **{key.replace(" ", "_"): row[key] for key in row},
-            **ratios(model, x, arithmetic, forecast.error(unit_roundoff(arithmetic.storage))),
+            **ratios(model, x, arithmetic, forecast),
             "cost_in_inverse_passes": inverse_passes,
         }
 
 
-def ratios(model: ig.Invertible, x: Tensor, arithmetic: Arithmetic, forecast: Tensor) -> Row:
+def forecast_of(model: ig.Invertible, x: Tensor, config: Config) -> RoundingForecast | None:
+    """The forecast, or None where a layer's inverse raises at its own output."""
+    try:
+        generator = torch.Generator().manual_seed(config.seed)
+        return rounding_forecast(Linearization(model, x), probes=config.probes, generator=generator)
+    except (ValueError, ig.NotApplicable):
+        return None
+
+
+def ratios(model: ig.Invertible, x: Tensor, arithmetic: Arithmetic, unit: RoundingForecast | None) -> Row:
     """Quantiles of measured / forecast over the samples for which first order can hold: forecast below 0.1 |x|."""
     nothing = {"first_order_samples": 0, "ratio_median": np.nan, "within_factor_3": np.nan}
-    if arithmetic.autocast is not None:
+    if arithmetic.autocast is not None or unit is None:
         return nothing
+    forecast = unit.error(unit_roundoff(arithmetic.storage))
     try:
         twin, cast = model.in_dtype(arithmetic.storage), x.to(arithmetic.storage)
         with torch.no_grad():
             error = (twin.inverse(twin(cast)).double() - cast.double()).norm(dim=1)
-    except (RuntimeError, AssertionError, NotImplementedError):
+    except (RuntimeError, ValueError, NotImplementedError):
         return nothing
     counted = (forecast < 0.1 * x.norm(dim=1)) & error.isfinite() & (forecast > 0)
     ratio = (error / forecast)[counted]
@@ -208,9 +215,12 @@ def cost(model: ig.Invertible, x: Tensor, config: Config) -> float:
     def forecast() -> None:
         rounding_forecast(Linearization(model, x), probes=config.probes, generator=generator)
 
-    with torch.no_grad():
-        inverse = np.median([seconds(lambda: model.inverse(z)) for _ in range(3)])
-    return float(np.median([seconds(forecast) for _ in range(3)]) / inverse)
+    try:
+        with torch.no_grad():
+            inverse = np.median([seconds(lambda: model.inverse(z)) for _ in range(3)])
+        return float(np.median([seconds(forecast) for _ in range(3)]) / inverse)
+    except ValueError:  # a spline's inverse that checks its own discriminant
+        return np.nan
 
 
 def seconds(function: Callable[[], object]) -> float:

@@ -173,23 +173,35 @@ def _row(
         "measured": _quantile(measured),
         "measured median": finite.median().item() if len(finite) else math.nan,
         "non-finite samples": len(measured) - len(finite),
-        "measured verdict": (problem and "refused") or _measured_verdict(measured, usable),
+        "measured verdict": "refused" if problem.startswith("refused") else _measured_verdict(measured, usable),
         "remark": problem or forecaster.reason,
     }
 
 
 def _relative(model: Invertible, x: Tensor, arithmetic: Arithmetic) -> tuple[Tensor, str]:
-    """Measured |F^-1(F(x)) - x| / |x| per sample, and why it could not be measured ('' if it could)."""
+    """Measured |F^-1(F(x)) - x| / |x| per sample, and what came instead, '' if the model ran.
+
+    It may have refused (no such operation in this dtype: nan) or raised (its own check of its numbers failed: inf).
+    """
     cast = x.to(arithmetic.storage)
     try:
         with torch.no_grad(), _tf32(arithmetic), _autocast(x.device.type, arithmetic):
             own = cast.dtype == x.dtype
             twin = model if own else model.in_dtype(arithmetic.storage)
             rebuilt = twin.inverse(twin(cast.clone()))
-    except (NotImplementedError, RuntimeError, ValueError, TypeError, AssertionError) as error:
-        message = str(error).strip().splitlines()
-        return torch.full((len(x),), math.nan, dtype=torch.float64), f"{type(error).__name__}: {' '.join(message[:1])}"
+    except (NotImplementedError, RuntimeError, TypeError) as error:
+        return _failed(x, math.nan), f"refused: {_one_line(error)}"
+    except (ValueError, AssertionError, ArithmeticError) as error:
+        return _failed(x, math.inf), f"raised: {_one_line(error)}"
     return ((rebuilt.double() - cast.double()).flatten(1).norm(dim=1) / _length(cast)).cpu(), ""
+
+
+def _failed(x: Tensor, value: float) -> Tensor:
+    return torch.full((len(x),), value, dtype=torch.float64)
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join([f"{type(error).__name__}:", *str(error).strip().splitlines()[:1]])
 
 
 @contextmanager
