@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -16,11 +17,12 @@ from inn_guard.reversible.steps import Backward, Forward, Measure, Step, output_
 from inn_guard.reversible.walk import Trace, Walk
 from inn_guard.reversible.walkback import Walkback
 from inn_guard.tangent import Tangent
+from inn_guard.untouched import untouched
 
 __all__ = ["MemorySaving", "memory_saving"]
 
 
-def memory_saving(model: Invertible, *, guard: float | None = None) -> MemorySaving:
+def memory_saving(model: nn.Module, *, guard: float | None = None) -> MemorySaving:
     """The same map with gradients that need no stored activations: peak memory of one layer, not of all.
 
     Between the forward and the backward pass only x, z and the contexts are held. The backward pass walks the layers
@@ -37,7 +39,7 @@ def memory_saving(model: Invertible, *, guard: float | None = None) -> MemorySav
     if every layer's inverse is unusable, that is one more forward pass, and the inputs of 2 sqrt(L) layers in memory.
 
     Args:
-        model: a chain of layers; parameters are shared, nothing in it is changed.
+        model: an Invertible that is a chain of layers; parameters are shared, nothing in it is changed.
         guard: largest relative error |x' - x| / |x| of a rebuilt layer input, per sample, with which a gradient is
             computed; None: no guard.
 
@@ -59,7 +61,9 @@ def memory_saving(model: Invertible, *, guard: float | None = None) -> MemorySav
         raise TypeError(f"expected an Invertible, got {type(model).__name__}; type memory_saving(wrap(model)) instead")
     if isinstance(model, MemorySaving):
         model = model.model
-    if not model.layers():
+    with untouched(model):  # a context may be embedded by a net whose statistics move
+        is_chain = bool(model.layers())
+    if not is_chain:
         raise NotApplicable(f"{model.name} has no layers(): there is nothing to walk back along")
     return MemorySaving(model, None if guard is None else Guard(guard))
 
@@ -154,7 +158,7 @@ class _Differentiable(torch.autograd.Function):
         outputs, trace = walk.run(x)
         if outputs[0].untyped_storage().data_ptr() == x.untyped_storage().data_ptr():
             outputs = (outputs[0].clone(), *outputs[1:])
-        ctx.walk, ctx.records, ctx.kept = walk, trace.records, list(trace.kept)
+        ctx.walk, ctx.kept, ctx.noted = walk, list(trace.kept), replace(trace, kept={}, sketches=[])
         ctx.set_materialize_grads(False)
         # through autograd, which notices changes in place and frees all of it after the backward pass
         ctx.save_for_backward(x, outputs[0], *sources, *trace.kept.values(), *trace.sketches)
@@ -164,7 +168,8 @@ class _Differentiable(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
         x, output, *rest = ctx.saved_tensors
         stored = iter(rest[len(ctx.walk.sources) :])
-        trace = Trace(ctx.records, {k: next(stored) for k in ctx.kept}, list(stored))
+        kept = {k: next(stored) for k in ctx.kept}
+        trace = replace(ctx.noted, kept=kept, sketches=list(stored))
         if torch.is_grad_enabled():
             return None, *_recorded_gradients(ctx.walk, trace, x, gradients)
         way_back = Walkback(ctx.walk, trace)

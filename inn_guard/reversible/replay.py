@@ -47,21 +47,16 @@ class Surroundings:
     """
 
     def __init__(self, layer: nn.Module, like: Tensor) -> None:
-        self._modules = list(layer.modules())
-        self._random = _Random(self._modules, like)
+        modules = list(layer.modules())
+        self._random = _Random(modules, like)
         self._states = self._random.states()
-        self._buffers = _Buffers(self._modules)
-        self._versions = _versions(layer)
-        self._layer = layer
+        self._buffers = _Buffers(modules)
+        self._random_used = self._buffers_used = False
 
-    def reads(self) -> bool:
-        """Whether the evaluation since then has drawn randomness or written buffers, so that repeating it differs.
-
-        A layer that has set its own parameters meanwhile (initialisation from data) is to be repeated with the
-        buffers that say so.
-        """
+    def changed(self) -> bool:
+        """Whether the evaluation since then has drawn randomness or written buffers, so that repeating it differs."""
         self._random_used = not all(map(torch.equal, self._states, self._random.states()))
-        self._buffers_used = self._buffers.changed() and self._versions == _versions(self._layer)
+        self._buffers_used = self._buffers.changed()
         return self._random_used or self._buffers_used
 
     @contextmanager
@@ -77,7 +72,7 @@ class _Random:
     """The generators that a layer may draw from."""
 
     def __init__(self, modules: list[nn.Module], like: Tensor) -> None:
-        found = [value for module in modules for value in vars(module).values() if isinstance(value, torch.Generator)]
+        found = [value for module in modules for value in vars(module).values() if type(value) is torch.Generator]
         self._own = list({id(generator): generator for generator in found}.values())
         self._cuda = like.device if like.is_cuda else None
 
@@ -104,7 +99,11 @@ class _Random:
 
 
 class _Buffers:
-    """The buffers of modules in training mode, and a copy of their values."""
+    """The buffers of modules in training mode, and a copy of their values.
+
+    A module that has set its own parameters since (initialisation from data) counts as unchanged: it is to be repeated
+    with the buffers that say so.
+    """
 
     def __init__(self, modules: list[nn.Module]) -> None:
         self._live = [
@@ -115,10 +114,17 @@ class _Buffers:
             if buffer is not None
         ]
         self._values = [buffer.detach().clone() for _, _, buffer in self._live]
+        self._versions = self._parameter_versions()
 
     def changed(self) -> bool:
         now = (module._buffers[name] for module, name, _ in self._live)
-        return not all(new is not None and torch.equal(new, old) for new, old in zip(now, self._values, strict=True))
+        same = all(new is not None and torch.equal(new, old) for new, old in zip(now, self._values, strict=True))
+        return not same and self._versions == self._parameter_versions()
+
+    def _parameter_versions(self) -> list[tuple[int, int]]:
+        owners = {id(module): module for module, _, _ in self._live}.values()
+        parameters = [p for module in owners for p in module._parameters.values() if p is not None]
+        return [(parameter._version, parameter.data_ptr()) for parameter in parameters]
 
     @contextmanager
     def swapped_in(self) -> Iterator[None]:
@@ -131,10 +137,6 @@ class _Buffers:
         finally:
             for (module, name, _), buffer in zip(self._live, now, strict=True):
                 module._buffers[name] = buffer
-
-
-def _versions(layer: nn.Module) -> list[tuple[int, int]]:
-    return [(parameter._version, parameter.data_ptr()) for parameter in layer.parameters()]
 
 
 def _autocast_dtype(device: str) -> torch.dtype | None:

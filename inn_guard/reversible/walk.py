@@ -43,11 +43,13 @@ class Trace:
     """What the way back starts from, besides the output.
 
     Attributes:
+        autocast: how the way forwards casted.
         records: one per step.
         kept: inputs of steps that are stored, by the number of the step; that of the first always.
         sketches: one per step under a guard; else none.
     """
 
+    autocast: Autocast
     records: list[Record] = field(default_factory=list)
     kept: dict[int, Tensor] = field(default_factory=dict)
     sketches: list[Tensor] = field(default_factory=list)
@@ -77,10 +79,9 @@ class Walk:
 
     def run(self, x: Tensor) -> tuple[tuple[Tensor, ...], Trace]:
         """The outputs without a graph, and what the way back needs."""
-        self.autocast = Autocast.current(x)
-        trace, state = Trace(), x
+        trace, state = Trace(Autocast.current(x)), x
         log_dets: list[Tensor] = []
-        with torch.no_grad(), self.autocast.restored():
+        with torch.no_grad(), trace.autocast.restored():
             for k, step in enumerate(self.steps):
                 surroundings = Surroundings(step.layer, state)
                 primed = step.of(step.layer.primed(state))
@@ -94,38 +95,38 @@ class Walk:
         """The outputs once more, with the graph that autograd records."""
         state = x
         log_dets: list[Tensor] = []
-        with torch.enable_grad(), self.autocast.restored():
+        with torch.enable_grad(), trace.autocast.restored():
             for step, record in zip(self.steps, trace.records, strict=True):
                 with record.restored():
                     state, *log_det = self.measure(step, state)
                 log_dets += log_det
         return self._results(state, log_dets)
 
-    def rerun(self, trace: Trace, start: int, stop: int) -> dict[int, Tensor]:
-        """Inputs of the steps start, ..., stop, without a graph, from the stored one of ``start``."""
-        states = {start: trace.kept[start]}
+    def rerun(self, trace: Trace, start: int, state: Tensor, stop: int) -> dict[int, Tensor]:
+        """Inputs of the steps start + 1, ..., stop, without a graph, from the one of ``start``."""
+        states: dict[int, Tensor] = {}
         with torch.no_grad():
             for k in range(start, stop):
                 with trace.records[k].restored():
-                    states[k + 1] = self.measure(self.steps[k], states[k])[0].detach()
+                    state = states[k + 1] = self.measure(self.steps[k], state)[0]
         return states
 
     def first_differentiable(self, x: Tensor) -> int:
         """Number of the first step with anything to differentiate at or before it."""
-        if x.requires_grad:
+        wanted = {id(tensor) for tensor in self.sources if tensor.requires_grad}
+        if x.requires_grad or len(wanted) == len(self.sources):
             return 0
-        wanted = {key for key, tensor in zip(self.position, self.sources, strict=True) if tensor.requires_grad}
         per_step = [wanted & {id(tensor) for tensor in self._sources_of(step)} for step in self.steps]
         everything_found = set().union(*per_step) == wanted
         return next((k for k, found in enumerate(per_step) if found), 0) if everything_found else 0
 
     def _note(self, trace: Trace, k: int, state: Tensor, made: tuple[Surroundings, bool]) -> None:
         surroundings, primes = made
-        reads = surroundings.reads()
-        trace.records.append(Record(state.dtype, primes, surroundings if reads else None))
+        changed = surroundings.changed()
+        trace.records.append(Record(state.dtype, primes, surroundings if changed else None))
         stride = len(self.steps) if self.guard is None else math.isqrt(len(self.steps) - 1) + 1
         # the inverse of a layer that draws randomness or moves statistics need not do so as its forward did
-        if k % stride == 0 or not self.steps[k].invertible or (reads and not primes):
+        if k % stride == 0 or not self.steps[k].invertible or (changed and not primes):
             trace.kept[k] = state
         if self.guard is not None:
             trace.sketches.append(self.guard.sketch(state))

@@ -52,7 +52,7 @@ class Walkback:
     def run(self, output: Tensor, gradients: Sequence[Tensor | None], first: int) -> Tensor | None:
         """The gradient of the input of step ``first``; those of the walk's sources are in ``self.gradients``."""
         state, (gradient, *log_det_gradient) = output.detach(), gradients
-        with self.walk.autocast.restored():
+        with self.trace.autocast.restored():
             for k in reversed(range(first, len(self.walk.steps))):
                 state, gradient = self._differentiate(k, state, [gradient, *log_det_gradient])
         return gradient
@@ -87,7 +87,7 @@ class Walkback:
             return local
         if k not in self._exact:
             start = max(j for j in self._exact if j < k)
-            self._exact |= self.walk.rerun(self.trace, start, k)
+            self._exact |= self.walk.rerun(self.trace, start, self._exact[start], k)
         return self._evaluated(k, self._exact.pop(k))
 
     def _evaluated(self, k: int, state: Tensor) -> Local:
