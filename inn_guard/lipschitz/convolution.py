@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from inn_guard.lipschitz.rounding import UNIT, gamma, up
 from inn_guard.lipschitz.spectral import exact, spectral_norm
 
-__all__ = ["convolution_norm", "riesz_norm", "symbol", "torus_norm"]
+__all__ = ["apply", "convolution_norm", "is_transposed", "kernels", "paddings", "riesz_norm", "symbol", "torus_norm"]
 
 Convolution = nn.Conv1d | nn.Conv2d | nn.Conv3d | nn.ConvTranspose1d | nn.ConvTranspose2d | nn.ConvTranspose3d
 Sizes = Sequence[int]
@@ -44,28 +44,28 @@ def convolution_norm(module: Any, size: Sizes | None = None) -> float:
     >>> 8.9 < convolution_norm(conv, (64, 64)) <= 9.0 + 1e-9
     True
     """
-    kernels = _kernels(module)
+    parts = kernels(module)
     stride = tuple(module.stride)
     if size is None:
         zero = module.padding_mode == "zeros"
-        return max(riesz_norm(kernel, stride) for kernel in kernels) if zero else math.inf
-    before, after = _padding(module)
-    size = _adjoint_size(module, size, before, after) if _is_transposed(module) else tuple(size)
+        return max(riesz_norm(kernel, stride) for kernel in parts) if zero else math.inf
+    before, after = paddings(module)
+    size = _adjoint_size(module, size, before, after) if is_transposed(module) else tuple(size)
     if module.padding_mode == "zeros":
-        return max(torus_norm(kernel, size, (before, after), stride) for kernel in kernels)
+        return max(torus_norm(kernel, size, (before, after), stride) for kernel in parts)
     if (
         module.padding_mode == "circular"
         and set(stride) == {1}
         and all(
             left + right <= k - 1 and k <= n
-            for left, right, k, n in zip(before, after, kernels[0].shape[2:], size, strict=True)
+            for left, right, k, n in zip(before, after, parts[0].shape[2:], size, strict=True)
         )
     ):
-        return max(_grid_norm(kernel, size) for kernel in kernels)
+        return max(_grid_norm(kernel, size) for kernel in parts)
     padded = tuple(left + n + right for left, n, right in zip(before, size, after, strict=True))
     copies = _multiplicity(module, size, before, after)
     none = (0,) * len(size)
-    valid = max(torus_norm(kernel, padded, (none, none), stride) for kernel in kernels)
+    valid = max(torus_norm(kernel, padded, (none, none), stride) for kernel in parts)
     return up(up(math.sqrt(copies)) * valid)
 
 
@@ -122,12 +122,15 @@ def riesz_norm(kernel: Float[Tensor, "out in *window"], stride: Sizes) -> float:
     return up(_grid_norm(kernel, grid) / shrink)
 
 
-def symbol(kernel: Float[Tensor, "out in *window"], grid: Sizes) -> tuple[Tensor, float]:
-    """K^(w) = sum_d K[d] e^{-i w d} at the grid frequencies (one of each conjugate pair), and its rounding error.
+def symbol(
+    kernel: Float[Tensor, "out in *window"], grid: Sizes, origin: Sizes | None = None
+) -> tuple[Tensor, float]:
+    """K^(w) = sum_d K[d] e^{-i w (d - p)} at the grid frequencies (one of each conjugate pair), and its rounding error.
 
     Args:
         kernel: K, (out, in, *window).
-        grid: torus size N_i per dimension, at least the window.
+        grid: torus size N_i per dimension.
+        origin: the offset p that is in place, the padding before; zero unless given.
 
     Returns:
         The symbol, (frequencies, out, in) complex128 (float64 if the window is one pixel), and a bound of the Frobenius
@@ -136,7 +139,16 @@ def symbol(kernel: Float[Tensor, "out in *window"], grid: Sizes) -> tuple[Tensor
     K = exact(kernel).flatten(2)
     if K.shape[2] == 1:
         return K.squeeze(2)[None], 0.0
-    return _transform(K, _waves(kernel.shape[2:], grid)), _symbol_error(K, len(grid))
+    return _transform(K, _waves(kernel.shape[2:], grid, origin)), _symbol_error(K, len(grid))
+
+
+def apply(module: Any, weight: Tensor, x: Tensor) -> Tensor:
+    """The convolution of ``module`` without bias and with another weight, on one sample x (C, *size)."""
+    if is_transposed(module):
+        function = {3: F.conv_transpose1d, 4: F.conv_transpose2d, 5: F.conv_transpose3d}[weight.dim()]
+        geometry = (module.stride, module.padding, module.output_padding, module.groups, module.dilation)
+        return function(x[None], weight, None, *geometry)[0]
+    return module._conv_forward(x[None], weight, None)[0]
 
 
 def polyphase(kernel: Tensor, stride: Sizes) -> Tensor:
@@ -171,11 +183,12 @@ def _symbol_error(K: Tensor, dimensions: int) -> float:
     return up(float(sums.square().sum().sqrt()) * relative * (1 + 1e-9), 2)
 
 
-def _waves(window: Sizes, grid: Sizes) -> Tensor:
-    """e^{-i w d} for the grid frequencies w (half of them: real kernels) and the window's offsets d."""
+def _waves(window: Sizes, grid: Sizes, origin: Sizes | None = None) -> Tensor:
+    """e^{-i w (d - p)} for the grid frequencies w (half of them: real kernels) and the window's offsets d."""
     half = grid[-1] // 2 + 1
     frequencies = torch.tensor(list(itertools.product(*[range(n) for n in grid[:-1]], range(half))))
-    offsets = torch.tensor(list(itertools.product(*[range(k) for k in window])))
+    starts = (0,) * len(grid) if origin is None else origin
+    offsets = torch.tensor(list(itertools.product(*[range(-p, k - p) for k, p in zip(window, starts, strict=True)])))
     waves = torch.ones(len(frequencies), len(offsets), dtype=torch.complex128)
     for axis, n in enumerate(grid):
         turns = (frequencies[:, axis, None] * offsets[None, :, axis]) % n
@@ -184,11 +197,11 @@ def _waves(window: Sizes, grid: Sizes) -> Tensor:
     return waves
 
 
-def _is_transposed(module: Any) -> bool:
+def is_transposed(module: Any) -> bool:
     return isinstance(module, (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d))
 
 
-def _kernels(module: Any) -> list[Tensor]:
+def kernels(module: Any) -> list[Tensor]:
     """One kernel per group, (out, in, *window) of the convolution or, transposed, of its adjoint, dilated."""
     weight = exact(module.weight)
     return [_dilated(part, module.dilation) for part in weight.chunk(module.groups, 0)]
@@ -203,7 +216,7 @@ def _dilated(kernel: Tensor, dilation: Sizes) -> Tensor:
     return wide
 
 
-def _padding(module: Any) -> tuple[tuple[int, ...], tuple[int, ...]]:
+def paddings(module: Any) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """Zeros before and after each dimension."""
     if module.padding == "valid":
         return (0,) * len(module.kernel_size), (0,) * len(module.kernel_size)

@@ -46,7 +46,7 @@ def spectral_norm(matrix: Num[Tensor, "*batch m n"], error: float = 0.0) -> floa
     return up(up(root * scale) + error) if error else up(root * scale)
 
 
-def inverse_norm(matrix: Num[Tensor, "n n"]) -> float:
+def inverse_norm(matrix: Num[Tensor, "m n"]) -> float:
     """A certified upper bound of ||W^-1||_2 from an approximate inverse X: ||X|| / (1 - ||I - X W||).
 
     Args:
@@ -76,7 +76,7 @@ def inverse_norm(matrix: Num[Tensor, "n n"]) -> float:
     return up(spectral_norm(X) / math.nextafter(1 - defect, 0.0), 2) if defect < 1 else math.inf
 
 
-def logarithmic_norm(matrix: Num[Tensor, "n n"]) -> float:
+def logarithmic_norm(matrix: Num[Tensor, "m n"]) -> float:
     """A certified upper bound of the logarithmic norm mu_2(A) = lmax((A + A^T) / 2).
 
     Args:

@@ -1,0 +1,153 @@
+"""A conditioner network bound in its three readings: values over a box, Lipschitz constants, and its part of a chain."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from inn_guard.lipschitz.building import ChainBuilder, ChainReading, Linear, Torus
+from inn_guard.lipschitz.chains import Chain, Multipliers
+from inn_guard.lipschitz.convolution import paddings
+from inn_guard.lipschitz.intervals import Interval
+from inn_guard.lipschitz.recursion import certify, fast_multipliers, optimise
+from inn_guard.lipschitz.semantics import Boxes, Constant, Norms
+from inn_guard.lipschitz.spectral import spectral_norm
+from inn_guard.lipschitz.subnetworks import CONVOLUTIONS, Network, Unbounded
+
+__all__ = ["Effort", "Proof", "Read", "bound_chain", "read", "subnetwork_lipschitz", "torus_of"]
+
+
+@dataclass(frozen=True)
+class Effort:
+    """How hard a bound is looked for.
+
+    Attributes:
+        steps: optimiser steps per chain; 0 takes the multipliers of ECLipsE-Fast.
+        seconds: time per chain.
+        width: chains with more neurons in a layer are left to norm products.
+    """
+
+    steps: int = 60
+    seconds: float = 5.0
+    width: int = 1024
+
+
+@dataclass(frozen=True)
+class Proof:
+    """A bound of a chain with what proves it."""
+
+    bound: float
+    chain: Chain
+    multipliers: Multipliers
+
+
+@dataclass(frozen=True)
+class Read:
+    """A network that was read on a box.
+
+    Attributes:
+        network: its graph.
+        box: of its input.
+        output: of its output.
+        seen: what goes into each activation.
+    """
+
+    network: Network
+    box: Interval
+    output: Interval
+    seen: dict[str, Interval]
+
+    def product(self) -> float:
+        """A Lipschitz constant by the product of certified norms; inf where an operation has none."""
+        try:
+            return self.network.read(Constant(1.0, tuple(self.box.shape)), Norms(self.seen)).lipschitz
+        except Unbounded:
+            return math.inf
+
+    def into(self, builder: ChainBuilder, x: Linear) -> Linear:
+        """The network's output for an input x, as layers of a builder."""
+        return self.network.read(x, ChainReading(builder, self.seen))
+
+
+def read(module: nn.Module, box: Interval, context: Any = None) -> Read:
+    """A module read on a box of its inputs.
+
+    Raises:
+        Unbounded: if the module is not understood.
+    """
+    network = Network(module, context if isinstance(context, Tensor) else None)
+    boxes = Boxes()
+    try:
+        output = network.read(box, boxes)
+    except RuntimeError as error:
+        raise Unbounded(f"{type(module).__name__} does not take an input of shape {tuple(box.shape)} ({error})") from error
+    return Read(network, box, output, boxes.seen)
+
+
+def torus_of(modules: list[nn.Module], shape: tuple[int, ...]) -> Torus | None:
+    """The torus on which all convolutions of some modules act for inputs (C, *size); None for vectors.
+
+    Raises:
+        Unbounded: if they pad in different ways.
+    """
+    if len(shape) == 1:
+        return None
+    spreading = [m for module in modules for m in module.modules() if isinstance(m, CONVOLUTIONS) and _spreads(m)]
+    modes = {str(module.padding_mode) for module in spreading}
+    if len(modes) > 1 or not modes <= {"zeros", "circular"}:
+        raise Unbounded(f"paddings {sorted(modes)} have no common torus")
+    margin = max([max(*side) for m in spreading for side in paddings(m)], default=0) if modes == {"zeros"} else 0
+    return Torus(tuple(shape[1:]), margin)
+
+
+def _spreads(module: Any) -> bool:
+    return any(k > 1 for k in module.kernel_size)
+
+
+def bound_chain(chain: Chain, effort: Effort) -> Proof:
+    """A certified bound of a chain with multipliers that were looked for with some effort."""
+    if not chain.layers:
+        return Proof(spectral_norm(chain.output, chain.error), chain, ())
+    if effort.steps:
+        multipliers = optimise(chain, steps=effort.steps, seconds=effort.seconds)
+        bound = certify(chain, multipliers)
+        if math.isfinite(bound):
+            return Proof(bound, chain, multipliers)
+    multipliers = fast_multipliers(chain)
+    return Proof(certify(chain, multipliers), chain, multipliers)
+
+
+def subnetwork_lipschitz(module: nn.Module, box: Interval, *, effort: Effort | None = None, context: Any = None) -> float:
+    """A certified Lipschitz constant of a feed-forward network on a box: the least of norm product and recursion.
+
+    Args:
+        module: the network.
+        box: its inputs, without batch; ``Box.everywhere(shape)`` for a global constant.
+        effort: how hard is looked.
+        context: its second argument (B, ...), the constant holding for every row of it.
+
+    Returns:
+        The constant.
+
+    Raises:
+        Unbounded: if the module is not understood; its text says why.
+
+    >>> net = nn.Sequential(nn.Linear(2, 2), nn.ReLU(), nn.Linear(2, 2))
+    >>> subnetwork_lipschitz(net, Interval.of(torch.zeros(2))) < 10
+    True
+    """
+    network = read(module, box, context)
+    product = network.product()
+    try:
+        builder = ChainBuilder(box.shape[0], torus_of([module], tuple(box.shape)))
+        chain = builder.finish(network.into(builder, builder.start()))
+    except Unbounded:
+        return product
+    effort = effort or Effort()
+    if max((len(layer.lower) for layer in chain.layers), default=0) > effort.width:
+        return product
+    return min(product, bound_chain(chain, effort).bound)

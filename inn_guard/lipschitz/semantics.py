@@ -1,0 +1,143 @@
+"""Two readings of a network: the box of its values, and a Lipschitz constant by products of certified norms."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from inn_guard.lipschitz.activations import Activation
+from inn_guard.lipschitz.convolution import apply, convolution_norm
+from inn_guard.lipschitz.intervals import Interval, linear
+from inn_guard.lipschitz.rounding import gamma, up
+from inn_guard.lipschitz.spectral import exact, spectral_norm
+from inn_guard.lipschitz.subnetworks import Unbounded
+
+__all__ = ["Boxes", "Constant", "Norms", "over_channels"]
+
+
+class Boxes:
+    """Interval bounds of every intermediate value, of the shape of one sample.
+
+    Attributes:
+        seen: what went into each activation, by its place; the local slopes follow from it.
+    """
+
+    def __init__(self) -> None:
+        self.seen: dict[str, Interval] = {}
+
+    def linear(self, x: Interval, weight: Tensor, bias: Tensor | None) -> Interval:
+        """W x + b."""
+        y = linear(exact(weight), x)
+        return y if bias is None else y + exact(bias)
+
+    def convolution(self, x: Interval, module: Any) -> Interval:
+        """Centre and radius, each convolved, with the rounding of both."""
+        weight = exact(module.weight)
+        if not x.bounded or not bool(weight.isfinite().all()):
+            shape = apply(module, weight, torch.zeros_like(x.lo)).shape
+            y = Interval(torch.full(shape, -math.inf), torch.full(shape, math.inf))
+            return Interval(y.lo.double(), y.hi.double())
+        centre, radius = apply(module, weight, x.centre), apply(module, weight.abs(), x.radius)
+        slack = 2 * gamma(weight[0].numel() * weight.shape[0] + 4) * (1 + 1e-9)
+        slack = slack * (apply(module, weight.abs(), x.magnitude) + radius)
+        y = Interval.of(centre) + Interval(-radius - slack, radius + slack)
+        return y if module.bias is None else y + over_channels(exact(module.bias), y.lo)
+
+    def activate(self, x: Interval, function: Activation, place: str) -> Interval:
+        """f(x), remembering x."""
+        self.seen[place] = x
+        return function.value(x)
+
+    def rescale(self, x: Interval, scale: Tensor, shift: Tensor) -> Interval:
+        """scale * x + shift, scale and shift being known up to a few roundings."""
+        scales, shifts = (_nearly(over_channels(exact(t), x.lo)) for t in (scale, shift))
+        return x * scales + shifts
+
+    def add(self, x: Interval, y: Interval) -> Interval:
+        """x + y."""
+        return x + y
+
+    def concatenate(self, parts: list[Interval]) -> Interval:
+        """Along the channels."""
+        return Interval.cat(parts)
+
+    def flatten(self, x: Interval) -> Interval:
+        """One dimension."""
+        return x.map(torch.flatten)
+
+    def constant(self, value: Tensor, like: Interval) -> Interval:
+        """The hull of a batch (B, *shape) of constants."""
+        value = exact(value)
+        return Interval(value.amin(0), value.amax(0))
+
+
+@dataclass(frozen=True)
+class Constant:
+    """A Lipschitz constant of a value of ``shape`` (without batch) with respect to the network's input."""
+
+    lipschitz: float
+    shape: tuple[int, ...]
+
+
+class Norms:
+    """Lipschitz constants by products of certified norms and largest slopes.
+
+    Args:
+        seen: what goes into each activation, for local slopes; empty for global ones.
+    """
+
+    def __init__(self, seen: dict[str, Interval] | None = None) -> None:
+        self.seen = seen or {}
+
+    def linear(self, x: Constant, weight: Tensor, bias: Tensor | None) -> Constant:
+        """||W||."""
+        return Constant(up(x.lipschitz * spectral_norm(weight)), (*x.shape[:-1], weight.shape[0]))
+
+    def convolution(self, x: Constant, module: Any) -> Constant:
+        """The torus bound."""
+        shape = apply(module, exact(module.weight), torch.zeros(x.shape, dtype=torch.float64)).shape
+        return Constant(up(x.lipschitz * convolution_norm(module, x.shape[1:])), tuple(shape))
+
+    def activate(self, x: Constant, function: Activation, place: str) -> Constant:
+        """The largest absolute slope."""
+        slope = function.slope(self.seen[place]).magnitude.max() if place in self.seen else max(map(abs, function.slopes()))
+        return Constant(up(x.lipschitz * float(slope)), x.shape)
+
+    def rescale(self, x: Constant, scale: Tensor, shift: Tensor) -> Constant:
+        """The largest absolute scale."""
+        return Constant(up(x.lipschitz * float(exact(scale).abs().max()), 16), x.shape)
+
+    def add(self, x: Constant, y: Constant) -> Constant:
+        """The sum."""
+        return Constant(up(x.lipschitz + y.lipschitz), torch.broadcast_shapes(x.shape, y.shape))
+
+    def concatenate(self, parts: list[Constant]) -> Constant:
+        """The root of the sum of squares."""
+        total = 0.0
+        for part in parts:
+            total = up(total + up(part.lipschitz**2))
+        return Constant(up(math.sqrt(total)), (sum(part.shape[0] for part in parts), *parts[0].shape[1:]))
+
+    def flatten(self, x: Constant) -> Constant:
+        """The same."""
+        return Constant(x.lipschitz, (math.prod(x.shape),))
+
+    def constant(self, value: Tensor, like: Constant) -> Constant:
+        """Zero."""
+        if len(value.shape) != len(like.shape) + 1:
+            raise Unbounded("the context has not the shape of the input")
+        return Constant(0.0, tuple(value.shape[1:]))
+
+
+def over_channels(values: Tensor, like: Tensor) -> Tensor:
+    """(channels,) broadcast over a sample (channels, ...); one number stays one."""
+    return values if values.dim() == 0 else values.reshape(-1, *[1] * (like.dim() - 1))
+
+
+def _nearly(x: Tensor) -> Interval:
+    slack = x.abs() * 2.0**-48
+    return Interval.of(x) + Interval(-slack, slack)

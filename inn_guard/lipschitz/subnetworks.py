@@ -1,0 +1,238 @@
+"""Conditioner networks as graphs of a few operations, read by torch.fx, and what is computed on such a graph.
+
+One graph serves several readings ("semantics"): boxes of values, Lipschitz constants by norm products, and chains for
+the LipSDP recursion. What is not understood raises Unbounded with the reason; nothing is guessed.
+"""
+
+from __future__ import annotations
+
+import inspect
+import operator
+from collections.abc import Callable, Mapping
+from typing import Any, Protocol, TypeVar, runtime_checkable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
+
+from inn_guard.lipschitz.activations import FUNCTIONS, Activation, activation
+
+__all__ = ["Network", "Semantics", "Unbounded"]
+
+Value = TypeVar("Value")
+CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+NORMALISATIONS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout)
+
+
+class Unbounded(Exception):
+    """Why no bound can be given; its text is the reason that a result shows."""
+
+
+@runtime_checkable
+class Semantics(Protocol[Value]):
+    """What the operations of a network mean for one kind of value. ``place`` names the operation in the graph."""
+
+    def linear(self, x: Value, weight: Tensor, bias: Tensor | None) -> Value:
+        """W x + b over the features."""
+        ...
+
+    def convolution(self, x: Value, module: nn.Module) -> Value:
+        """A convolution with bias."""
+        ...
+
+    def activate(self, x: Value, function: Activation, place: str) -> Value:
+        """An elementwise function."""
+        ...
+
+    def rescale(self, x: Value, scale: Tensor, shift: Tensor) -> Value:
+        """scale * x + shift per channel, both of shape (channels,) or one number."""
+        ...
+
+    def add(self, x: Value, y: Value) -> Value:
+        """x + y."""
+        ...
+
+    def concatenate(self, parts: list[Value]) -> Value:
+        """Along the channels."""
+        ...
+
+    def flatten(self, x: Value) -> Value:
+        """Everything but the batch in one dimension."""
+        ...
+
+    def constant(self, value: Tensor, like: Value) -> Value:
+        """A value (*shape) that does not depend on x."""
+        ...
+
+
+class Network:
+    """A module read once into a graph.
+
+    Args:
+        module: maps (B, n) to (B, m), or (B, C, H, W) to (B, C', H', W').
+        context: what the module is given as its second argument, or None.
+
+    Raises:
+        Unbounded: if the module cannot be read.
+    """
+
+    def __init__(self, module: nn.Module, context: Tensor | None = None) -> None:
+        self.module = module
+        self.context = context
+        try:
+            self.graph = _Tracer().trace(module, concrete_args={} if context is not None else _absent(module))
+        except Exception as error:  # noqa: BLE001 - tracing runs the user's forward, which may raise anything
+            raise Unbounded(f"{type(module).__name__} cannot be read as a graph ({type(error).__name__}: {error})") from error
+        self.modules = dict(module.named_modules())
+
+    def read(self, x: Value, semantics: Semantics[Value]) -> Value:
+        """The network's output for an input x, in the given semantics.
+
+        Raises:
+            Unbounded: at the first operation that has no meaning there.
+        """
+        known: dict[fx.Node, Any] = {}
+        inputs = iter([_Symbol(x), self._constant_context(x, semantics)])
+        for node in self.graph.nodes:
+            if node.op == "placeholder":
+                known[node] = next(inputs, None)
+            elif node.op == "output":
+                return _value_of(fx.node.map_arg(node.args[0], known.__getitem__), self.module)
+            else:
+                known[node] = self._step(node, known, semantics)
+        raise Unbounded(f"{type(self.module).__name__} returns nothing")
+
+    def _constant_context(self, x: Value, semantics: Semantics[Value]) -> _Symbol | None:
+        return None if self.context is None else _Symbol(semantics.constant(self.context, x))
+
+    def _step(self, node: fx.Node, known: Mapping[fx.Node, Any], semantics: Semantics[Value]) -> Any:
+        args = fx.node.map_arg(node.args, known.__getitem__)
+        kwargs = fx.node.map_arg(node.kwargs, known.__getitem__)
+        if node.op == "get_attr":
+            return operator.attrgetter(str(node.target))(self.module)
+        symbols = _symbols(args) + _symbols(tuple(kwargs.values()))
+        if node.op == "call_module":
+            return _Symbol(_module(self.modules[str(node.target)], _value_of(args[0], self.module), semantics, node.name))
+        function = node.target if node.op == "call_function" else getattr(_Methods, str(node.target), None)
+        if not symbols:
+            return node.target(*args, **kwargs) if node.op == "call_function" else getattr(args[0], str(node.target))(*args[1:], **kwargs)  # type: ignore
+        if function is None:
+            raise Unbounded(f"the operation .{node.target}() is not known")
+        return _Symbol(_function(function, args, kwargs, semantics, node.name))
+
+
+class _Symbol:
+    """A value that depends on x, as opposed to a constant of the module."""
+
+    def __init__(self, value: Any) -> None:
+        self.value = value
+
+
+class _Methods:
+    """Tensor methods by the function that does the same."""
+
+    add = staticmethod(torch.add)
+    flatten = staticmethod(torch.flatten)
+    relu = staticmethod(torch.relu)
+    tanh = staticmethod(torch.tanh)
+    sigmoid = staticmethod(torch.sigmoid)
+    contiguous = staticmethod(F.dropout)
+
+
+class _Tracer(fx.Tracer):
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        return super().is_leaf_module(m, module_qualified_name) or activation(m) is not None
+
+
+def _absent(module: nn.Module) -> dict[str, Any]:
+    """Every argument after the first, as None."""
+    names = list(inspect.signature(module.forward).parameters.values())[1:]
+    return {p.name: None for p in names if p.kind is p.POSITIONAL_OR_KEYWORD}
+
+
+def _symbols(args: Any) -> list[_Symbol]:
+    if isinstance(args, _Symbol):
+        return [args]
+    return [symbol for arg in args for symbol in _symbols(arg)] if isinstance(args, (tuple, list)) else []
+
+
+def _value_of(symbol: Any, module: nn.Module) -> Any:
+    if not isinstance(symbol, _Symbol):
+        raise Unbounded(f"{type(module).__name__} returns or feeds something that is not computed from its input")
+    return symbol.value
+
+
+def _module(module: nn.Module, x: Value, semantics: Semantics[Value], place: str) -> Value:
+    function = activation(module)
+    if isinstance(module, nn.Identity) or (isinstance(module, DROPOUTS) and not module.training):
+        return x
+    if function is not None:
+        return semantics.activate(x, function, place)
+    if isinstance(module, nn.Linear):
+        return semantics.linear(x, module.weight, module.bias)
+    if isinstance(module, CONVOLUTIONS):
+        return semantics.convolution(x, module)
+    if isinstance(module, NORMALISATIONS):
+        return _normalise(module, x, semantics)
+    if isinstance(module, nn.Flatten) and (module.start_dim, module.end_dim) == (1, -1):
+        return semantics.flatten(x)
+    training = " in training mode" if module.training else ""
+    raise Unbounded(f"no bound is known for {type(module).__name__}{training} (its name in the network: {place})")
+
+
+def _normalise(module: Any, x: Value, semantics: Semantics[Value]) -> Value:
+    if module.training or module.running_var is None:
+        raise Unbounded(f"{type(module).__name__} in training mode has no Lipschitz constant; call model.eval()")
+    variance, mean = module.running_var.double(), module.running_mean.double()
+    weight = torch.ones_like(variance) if module.weight is None else module.weight.double()
+    bias = torch.zeros_like(variance) if module.bias is None else module.bias.double()
+    scale = weight / (variance + module.eps).sqrt()
+    return semantics.rescale(x, scale, bias - mean * scale)
+
+
+def _function(function: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any], semantics: Semantics[Value], place: str) -> Value:
+    first = args[0]
+    if function in FUNCTIONS:
+        plain = len(args) == 1 and set(kwargs) <= {"inplace", "alpha", "negative_slope", "beta"}
+        known = activation(_with_options(function, kwargs)) if plain else None
+        if known is None:
+            raise Unbounded(f"{getattr(function, '__name__', function)} is called with options that are not known")
+        return semantics.activate(first.value, known, place)
+    if function is F.linear and not _symbols(args[1:]):
+        bias = args[2] if len(args) > 2 else kwargs.get("bias")
+        return semantics.linear(first.value, args[1], bias)
+    if function in (operator.add, operator.iadd, torch.add) and not kwargs:
+        return _sum(args, semantics)
+    if function in (operator.mul, operator.imul, torch.mul, operator.truediv) and len(args) == 2:
+        return _multiple(function, args, semantics)
+    if function is torch.cat and (args[1:] or (kwargs.get("dim", kwargs.get("axis")),))[0] in (1, -1):
+        return semantics.concatenate([_value_of(part, nn.Identity()) for part in args[0]])
+    if function is torch.flatten and (*args[1:], *kwargs.values()) == (1,):
+        return semantics.flatten(first.value)
+    if function is F.dropout and not kwargs.get("training", False):
+        return first.value
+    raise Unbounded(f"the operation {getattr(function, '__name__', function)} is not known")
+
+
+def _with_options(function: Any, kwargs: Mapping[str, Any]) -> nn.Module:
+    options = {key: value for key, value in kwargs.items() if key != "inplace"}
+    return type(FUNCTIONS[function])(**options) if options else FUNCTIONS[function]
+
+
+def _multiple(function: Callable[..., Any], args: tuple[Any, ...], semantics: Semantics[Value]) -> Value:
+    symbol, factor = args if isinstance(args[0], _Symbol) else args[::-1]
+    if not isinstance(factor, (int, float)) or (function is operator.truediv and symbol is not args[0]):
+        raise Unbounded("a product or quotient of two things that both depend on the input, or of a tensor")
+    scale = torch.tensor(float(factor), dtype=torch.float64)
+    return semantics.rescale(symbol.value, 1 / scale if function is operator.truediv else scale, torch.zeros(()))
+
+
+def _sum(args: tuple[Any, ...], semantics: Semantics[Value]) -> Value:
+    a, b = args
+    if isinstance(a, _Symbol) and isinstance(b, _Symbol):
+        return semantics.add(a.value, b.value)
+    symbol, constant = (a, b) if isinstance(a, _Symbol) else (b, a)
+    if isinstance(constant, (int, float)):
+        return semantics.rescale(symbol.value, torch.ones(()), torch.tensor(float(constant), dtype=torch.float64))
+    raise Unbounded("a tensor that is not computed from the input is added to the state")
