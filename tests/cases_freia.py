@@ -1,4 +1,4 @@
-"""Cases of FrEIA: every module, nested sequences, graphs; and the table of what cannot keep the contract.
+"""Cases of FrEIA: every module; and the table of what cannot keep the contract. Nets are in cases_freia_nets.py.
 
 Models are built in float32, as users build them, and converted: constants that the library rounds at construction stay
 rounded, which is where the floors below come from.
@@ -64,6 +64,19 @@ def freia(name: str, build: Build, shape: tuple[int, ...] = VECTOR, noise: float
     return Case(f"freia-{name}", make, **abilities)
 
 
+def built(build: Build) -> tuple[Any, Any]:
+    """A module as the cases have it, in float64 with noise on its parameters, and its context."""
+    with as_users_build():
+        module, context = build()
+        learned_noise(module)
+    return module.double().eval(), context
+
+
+def data(*shape: int) -> Tensor:
+    """Standard normal, (BATCH, *shape), always the same."""
+    return torch.randn(BATCH, *shape, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+
+
 def plain(module: type[nn.Module], shape: tuple[int, ...] = VECTOR, **arguments: Any) -> Build:
     return lambda: (module([shape], **arguments), None)
 
@@ -116,8 +129,8 @@ def all_in_one() -> Iterator[Case]:
         yield freia(
             f"AllInOneBlock-{name}",
             plain(Fm.AllInOneBlock, subnet_constructor=subnet, permute_soft=True, **arguments),
-            float64_floor=2e-6,
-            log_det_floor=2e-6,
+            float64_floor=5e-7,
+            log_det_floor=2e-7,
             floor_reason=ROUNDED_ROTATION,
         )
 
@@ -161,7 +174,7 @@ def linear() -> Iterator[Case]:
         "HouseholderPerm-fixed",
         plain(Fm.HouseholderPerm, n_reflections=3, fixed=True),
         float64_floor=3e-6,
-        log_det_floor=3e-6,
+        log_det_floor=1e-6,
         floor_reason="the orthogonal matrix is computed in float32 at construction and inverted by its transpose",
         skips={
             "test_gradients_reach_the_parameters": "its reflections still claim a gradient but nothing depends on them"
@@ -171,23 +184,23 @@ def linear() -> Iterator[Case]:
         "OrthogonalTransform",
         plain(Fm.OrthogonalTransform, correction_interval=10**6),
         noise=0.0,
-        float64_floor=5e-6,
-        log_det_floor=5e-6,
+        float64_floor=2e-6,
+        log_det_floor=1e-7,
         floor_reason="the matrix is orthogonal in float32 only and inverted by its transpose",
     )
     yield freia(
         "FixedLinearTransform",
         lambda: (Fm.FixedLinearTransform([VECTOR], M=well_conditioned(FEATURES), b=torch.randn(FEATURES)), None),
-        float64_floor=2e-6,
-        log_det_floor=2e-6,
+        float64_floor=1e-6,
+        log_det_floor=5e-7,
         floor_reason=ROUNDED_INVERSE,
     )
     yield freia(
         "Fixed1x1Conv",
         lambda: (Fm.Fixed1x1Conv([IMAGE], M=well_conditioned(IMAGE[0])), None),
         IMAGE,
-        float64_floor=2e-6,
-        log_det_floor=5e-6,
+        float64_floor=1e-6,
+        log_det_floor=5e-7,
         floor_reason=ROUNDED_INVERSE,
     )
 
@@ -244,116 +257,6 @@ def contractive(shape: tuple[int, ...]) -> nn.Module:
     return layer
 
 
-def sequence(*dims: int, **arguments: Any) -> Ff.SequenceINN:
-    net = Ff.SequenceINN(*dims, **arguments)
-    net.append(Fm.PermuteRandom)
-    net.append(Fm.GLOWCouplingBlock, cond=1, cond_shape=(CONDITION,), subnet_constructor=subnet)
-    net.append(Fm.AllInOneBlock, subnet_constructor=subnet)
-    net.append(Fm.RNVPCouplingBlock, cond=0, cond_shape=(2,), subnet_constructor=subnet)
-    return net
-
-
-def condition_list() -> list[Tensor]:
-    return [torch.randn(BATCH, 2, dtype=torch.float64), torch.randn(BATCH, CONDITION, dtype=torch.float64)]
-
-
-def inner(dims: Any, dims_c: Any = None) -> Ff.SequenceINN:
-    """A net as a block of another one: a tuple comes out, as it does of a block."""
-    net = Ff.SequenceINN(*dims[0], force_tuple_output=True)
-    shape = tuple(dims_c[0]) if dims_c else None
-    net.append(Fm.AllInOneBlock, cond=0 if dims_c else None, cond_shape=shape, subnet_constructor=subnet)
-    net.append(Fm.PermuteRandom)
-    net.append(Fm.NICECouplingBlock, subnet_constructor=subnet)
-    return net
-
-
-def innermost(dims: Any, dims_c: Any = None) -> Ff.SequenceINN:
-    net = Ff.SequenceINN(*dims[0], force_tuple_output=True)
-    net.append(inner)
-    net.append(Fm.InvAutoAct)
-    return net
-
-
-def nested() -> tuple[nn.Module, Tensor]:
-    net = Ff.SequenceINN(*VECTOR)
-    net.append(innermost)
-    net.append(inner, cond=0, cond_shape=(CONDITION,))
-    net.append(Fm.PermuteRandom)
-    return net, torch.randn(BATCH, CONDITION, dtype=torch.float64)
-
-
-def multiscale() -> tuple[nn.Module, None]:
-    net = Ff.SequenceINN(1, 4, 4)
-    net.append(Fm.HaarDownsampling)
-    net.append(Fm.GINCouplingBlock, subnet_constructor=conv_subnet)
-    net.append(Fm.ActNorm)
-    net.append(Fm.Flatten)
-    net.append(Fm.InvertibleSigmoid)
-    net([torch.randn(20, 1, 4, 4)])
-    return net, None
-
-
-def permutations() -> tuple[nn.Module, None]:
-    net = Ff.ReversibleSequential(*VECTOR)
-    net.append(Fm.PermuteRandom)
-    net.append(Fm.PermuteRandom)
-    return net, None
-
-
-def chain_graph(kind: type[Ff.GraphINN] = Ff.GraphINN) -> tuple[nn.Module, Tensor]:
-    start, condition = Ff.InputNode(*VECTOR), Ff.ConditionNode(CONDITION)
-    one = Ff.Node(start, Fm.RNVPCouplingBlock, {"subnet_constructor": subnet}, conditions=condition)
-    two = Ff.Node(one, Fm.PermuteRandom, {})
-    nodes = [start, condition, one, two, Ff.OutputNode(two)]
-    return kind(nodes), torch.randn(BATCH, CONDITION, dtype=torch.float64)
-
-
-def branching_graph() -> tuple[nn.Module, list[Tensor]]:
-    """Two inputs (an image and a vector), two conditions, branches that meet again, a nested net, three outputs."""
-    image, vector = Ff.InputNode(1, 4, 4, name="image"), Ff.InputNode(3, name="vector")
-    local, common = Ff.ConditionNode(2, name="local"), Ff.ConditionNode(CONDITION, name="common")
-    haar = Ff.Node(image, Fm.HaarDownsampling, {}, name="haar")
-    parts = Ff.Node(haar, Fm.Split, {"section_sizes": [1, 3], "dim": 0}, name="parts")
-    detail = Ff.Node(parts.out1, Fm.GLOWCouplingBlock, {"subnet_constructor": conv_subnet}, name="detail")
-    flat = Ff.Node(parts.out0, Fm.Flatten, {}, name="flat")
-    joined = Ff.Node([vector.out0, flat.out0], Fm.Concat, {}, name="joined")
-    block = {"subnet_constructor": subnet}
-    mixed = Ff.Node(joined, Fm.GLOWCouplingBlock, block, conditions=[common, local], name="mixed")
-    halves = Ff.Node(mixed, Fm.Split, {"section_sizes": [5, 2]}, name="halves")
-    net = Ff.Node(halves.out0, inner, {}, conditions=common, name="net")
-    outputs = [Ff.OutputNode(halves.out1), Ff.OutputNode(net), Ff.OutputNode(detail)]
-    nodes = [vector, image, local, common, haar, parts, detail, flat, joined, mixed, halves, net, *outputs]
-    return Ff.GraphINN(nodes), condition_list()
-
-
-def inner_graph(dims: Any, dims_c: Any = None) -> Ff.GraphINN:
-    """A graph as a node of another one, two edges in and two out."""
-    one, two = Ff.InputNode(*dims[0]), Ff.InputNode(*dims[1])
-    joined = Ff.Node([one.out0, two.out0], Fm.Concat, {})
-    mixed = Ff.Node(joined, Fm.AllInOneBlock, {"subnet_constructor": subnet})
-    parts = Ff.Node(mixed, Fm.Split, {"section_sizes": [1, 4]})
-    return Ff.GraphINN([one, two, joined, mixed, parts, Ff.OutputNode(parts.out1), Ff.OutputNode(parts.out0)])
-
-
-def nested_graph() -> tuple[nn.Module, None]:
-    start = Ff.InputNode(7)
-    parts = Ff.Node(start, Fm.Split, {"section_sizes": [2, 2, 3]})
-    graph = Ff.Node([parts.out2, parts.out0], inner_graph, {})
-    back = Ff.Node([graph.out1, parts.out1, graph.out0], Fm.Concat, {})
-    return Ff.GraphINN([start, parts, graph, back, Ff.OutputNode(back)]), None
-
-
-def nets() -> Iterator[Case]:
-    yield freia("SequenceINN", lambda: (sequence(*VECTOR), condition_list()), has_layers=True)
-    yield freia("SequenceINN-nested", nested, has_layers=True)
-    yield freia("SequenceINN-image", multiscale, (1, 4, 4), has_layers=True)
-    yield freia("SequenceINN-permutations", permutations, has_layers=True)
-    yield freia("GraphINN-chain", chain_graph, has_layers=True)
-    yield freia("GraphINN-branches", branching_graph, (19,), has_layers=True)
-    yield freia("GraphINN-nested", nested_graph, (7,), has_layers=True)
-    yield freia("ReversibleGraphNet", lambda: chain_graph(Ff.ReversibleGraphNet), has_layers=True)
-
-
 CASES: list[Case] = [
     *couplings(),
     *all_in_one(),
@@ -362,7 +265,6 @@ CASES: list[Case] = [
     *reshapes(),
     *topology(),
     *others(),
-    *nets(),
 ]
 
 
@@ -408,7 +310,7 @@ EXCEPTIONS: list[Exempt] = [
         | {"test_log_det_is_that_of_the_autograd_jacobian": "the log-det is the constant 0"},
     ),
     Exempt(
-        freia("OrthogonalTransform-trained", trained_orthogonal),
+        freia("OrthogonalTransform-trained", trained_orthogonal, noise=0.0),
         dict.fromkeys(ROUND_TRIPS, "orthogonal at construction only, and again after every 256 backward passes"),
     ),
     Exempt(

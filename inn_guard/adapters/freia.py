@@ -49,8 +49,9 @@ class FreiaModule(Adapted):
     """One InvertibleModule. Several inputs (or outputs) are one tensor: flattened and concatenated in their order.
 
     Attributes:
-        inputs: shapes of the module's inputs, without the batch.
-        outputs: shapes of its outputs.
+        inputs: shapes of the module's inputs as the library stores them, without the batch; what takes x apart where
+            there are several.
+        outputs: the same of its outputs and z.
         remarks: what the library warned about during calls, each message once.
     """
 
@@ -105,7 +106,7 @@ class FreiaModule(Adapted):
     def _values(self, tensors: tuple[Tensor, ...], **direction: bool) -> tuple[Tensor, ...]:
         try:
             return self._called(tensors, **direction, jac=False)[0]
-        except (ValueError, TypeError):  # without jac some modules return None or no pair, which SequenceINN cannot add
+        except (ValueError, TypeError, RuntimeError):  # some modules return None or no pair then; nets stumble over it
             return self._with_log_det(tensors, **direction)[0]
 
     def _with_log_det(self, tensors: tuple[Tensor, ...], **direction: bool) -> tuple[tuple[Tensor, ...], Any]:
