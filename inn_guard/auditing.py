@@ -44,7 +44,8 @@ def audit(
         x: data: a batch (B, *data); a tuple of tensors for a model with several inputs; or a DataLoader, of which the
             first 256 samples are used (the first entry of each item, if it yields tuples).
         context: what the model is conditioned on, row-aligned with x.
-        checks: names in AUDITS, or audits themselves (``functools.partial(reconstruction, batch_size=8)``).
+        checks: names in AUDITS, or audits themselves (``functools.partial(reconstruction, batch_size=8)``); preflight
+            runs before them in any case.
         level: which checks, where ``checks`` does not say: "quick", "standard" or "full".
         loss: z -> scalar, for the checks that need one.
 
@@ -117,9 +118,11 @@ def _tensors(context: Context) -> Iterator[Tensor]:
 def _chosen(checks: Iterable[str | Audit] | None, level: Level | str) -> list[Audit]:
     if checks is None:
         return list(LEVELS[_level(level)].values())
+    first = AUDITS["preflight"]
     if isinstance(checks, str):
         raise TypeError(f'expected a list of checks, got a string: type checks=["{checks}"]')
-    return [_known(check) if isinstance(check, str) else check for check in checks]
+    chosen = [_known(check) if isinstance(check, str) else check for check in checks]
+    return [first, *(check for check in chosen if check is not first)]
 
 
 def _level(level: Level | str) -> Level:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import time
 from collections.abc import Callable, Iterator
@@ -66,10 +67,9 @@ def extremes(
         NotApplicable: if a layer's inverse has no correct derivative, or the map is not square.
     """
     x, z = linearization.states[0], linearization.output
-    limits = {"tolerance": tolerance, "max_steps": max_steps}
-    forward = largest_singular_value(linearization.jvp, linearization.vjp, _random(x, generator), **limits)
-    products = linearization.inverse_jvp, linearization.inverse_vjp
-    return Extremes(forward, largest_singular_value(*products, _random(z, generator), **limits))
+    lanczos = functools.partial(largest_singular_value, tolerance=tolerance, max_steps=max_steps)
+    forward = lanczos(linearization.jvp, linearization.vjp, _random(x, generator))
+    return Extremes(forward, lanczos(linearization.inverse_jvp, linearization.inverse_vjp, _random(z, generator)))
 
 
 def dense_jacobian(function: Callable[[Tensor], Tensor], x: Float[Tensor, "batch *data"]) -> Tensor:

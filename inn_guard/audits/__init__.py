@@ -10,6 +10,12 @@ import enum
 from collections.abc import Callable
 
 from inn_guard.audits.base import AuditResult, Verdict
+from inn_guard.audits.full_spectrum import full_spectrum
+from inn_guard.audits.jacobian_spectrum import jacobian_spectrum
+from inn_guard.audits.layer_blame import layer_blame
+from inn_guard.audits.log_det import log_det
+from inn_guard.audits.precision import precision
+from inn_guard.audits.preflight import preflight
 from inn_guard.audits.reconstruction import reconstruction
 from inn_guard.audits.report import AuditReport
 from inn_guard.audits.watched import polite
@@ -19,13 +25,19 @@ __all__ = ["AUDITS", "LEVELS", "Audit", "AuditReport", "AuditResult", "Level", "
 Audit = Callable[..., AuditResult]
 
 QUICK: dict[str, Audit] = {
+    "preflight": preflight,
     "reconstruction": reconstruction,
+    "log_det": log_det,
 }
 STANDARD: dict[str, Audit] = {
     **QUICK,
+    "jacobian_spectrum": jacobian_spectrum,
+    "layer_blame": layer_blame,
+    "precision": precision,
 }
 FULL: dict[str, Audit] = {
     **STANDARD,
+    "full_spectrum": full_spectrum,
 }
 
 #: Every check by its name, in the order in which they run.

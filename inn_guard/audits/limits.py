@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-__all__ = ["EXPLAINED", "FLOOR", "RESOLUTION", "USABLE", "data_scale", "usable_error"]
+__all__ = ["EXPLAINED", "FLOOR", "RESOLUTION", "USABLE", "data_scale", "from_log10", "usable_error"]
 
-#: Largest error that still leaves an inverse usable, in units of the data's scale: a quarter of a grey level of an
-#: eight-bit image whose values fill [0, 1].
-USABLE = 1e-3
+#: Largest error that still leaves an inverse usable, in units of the data's scale: one per cent.
+USABLE = 1e-2
 
-#: ... but never below this many rounding units of the dtype: a bfloat16 tensor cannot hold 1e-3.
+#: ... but never below this many rounding units of the dtype: a bfloat16 tensor holds no better than 0.4 per cent.
 RESOLUTION = 8.0
 
 #: How far above the first-order estimate, eps times the condition of the inverse's computation, rounding may reach.
@@ -27,7 +28,7 @@ def usable_error(dtype: torch.dtype) -> float:
     """Largest usable error in units of the data's scale, for tensors of ``dtype``.
 
     >>> usable_error(torch.float32), usable_error(torch.bfloat16)
-    (0.001, 0.0625)
+    (0.01, 0.0625)
     """
     return max(USABLE, RESOLUTION * torch.finfo(dtype).eps)
 
@@ -47,3 +48,17 @@ def data_scale(x: Float[Tensor, "batch *data"]) -> Float[Tensor, "batch"]:
     finite = own.isfinite()
     typical = own[finite & (own > 0)].median() if bool((finite & (own > 0)).any()) else own.new_ones(())
     return torch.where(finite, own.clamp(min=typical), torch.ones_like(own))
+
+
+def from_log10(power: float) -> str:
+    """10 to that power with two digits, also where it fits no float.
+
+    >>> from_log10(-6.5), from_log10(412.0), from_log10(math.nan)
+    ('3.2e-07', '1.0e+412', 'nan')
+    """
+    if not math.isfinite(power):
+        return str(power) if math.isnan(power) or power > 0 else "0"
+    whole = math.floor(power)
+    digits, _, carry = f"{10 ** (power - whole):.1e}".partition("e")
+    whole += int(carry)
+    return f"{digits}e{'-' if whole < 0 else '+'}{abs(whole):02d}"

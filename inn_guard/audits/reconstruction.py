@@ -1,77 +1,185 @@
-"""Does the inverse invert: x -> z -> x on data, z -> x -> z on encoded and on prior latents."""
+"""reconstruction: does the inverse invert, and if not, is it rounding or is the inverse wrong."""
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from inn_guard.audits.base import AuditResult, Verdict
-from inn_guard.audits.limits import data_scale, usable_error
-from inn_guard.audits.watched import polite
+from inn_guard.audits.explanation import explain
+from inn_guard.audits.limits import FLOOR
+from inn_guard.audits.reconstruction_verdict import Explained, Measured, Trips, judged
+from inn_guard.audits.round_trip import (
+    RoundTrip,
+    finite_rows,
+    latent_trip,
+    round_trip,
+    standard_normal,
+)
+from inn_guard.audits.watched import ModelRaised, polite
 from inn_guard.invertible import Invertible
+from inn_guard.tangent import NotApplicable
 
 __all__ = ["reconstruction"]
 
-
-@dataclass(frozen=True)
-class _RoundTrip:
-    """Errors of one round trip, per sample, float64 on the CPU; NaN where the start is not finite."""
-
-    start: Tensor
-    middle: Tensor
-    end: Tensor
-
-    @property
-    def difference(self) -> Tensor:
-        return (self.end.double() - self.start.double()).flatten(1)
-
-    @property
-    def largest(self) -> Tensor:
-        return self.difference.abs().amax(1).cpu()
-
-    @property
-    def l2(self) -> Tensor:
-        return self.difference.norm(dim=1).cpu()
-
-    @property
-    def relative(self) -> Tensor:
-        return (self.difference.abs().amax(1) / data_scale(self.start)).cpu()
-
-    @property
-    def usable_start(self) -> Tensor:
-        return self.start.flatten(1).isfinite().all(1).cpu()
+EXPLAINED_SAMPLES = 8  #: the worst ones, whose condition number is measured
+SHOWN = 8  #: images kept for the report, the worst ones
+Prior = Callable[[Tensor, torch.Generator], Tensor]
 
 
 @polite
-def reconstruction(model: Invertible, x: Tensor, *, batch_size: int = 128, seed: int = 0) -> AuditResult:
-    """Error of the round trips, in units of the data."""
-    with torch.no_grad():
-        trip = _there_and_back(model, x, batch_size)
-    finite = trip.relative.isfinite()[trip.usable_start]
-    worst = trip.relative[trip.usable_start].max().item() if bool(trip.usable_start.any()) else math.nan
-    limit = usable_error(x.dtype)
-    if not bool(finite.all()):
-        verdict, reason = Verdict.NON_FINITE, f"{int((~finite).sum())} of {len(finite)} reconstructions are not finite"
-    elif worst > limit:
-        verdict, reason = Verdict.UNSTABLE, f"the worst reconstruction is off by {worst:.1e} of the data's scale"
-    else:
-        verdict, reason = Verdict.STABLE, f"every reconstruction is right to {worst:.1e} of the data's scale"
+def reconstruction(
+    model: Invertible,
+    x: Tensor,
+    *,
+    prior: Prior | None = standard_normal,
+    batch_size: int = 128,
+    seed: int = 0,
+) -> AuditResult:
+    """Error of x -> z -> x and of z -> x -> z per sample, in units of the data and relative to their scale.
+
+    Round trips are run on the data, on their latents and on latents from the prior, in the model's dtype and in a
+    float64 copy. The largest entry of each sample's error, over that sample's scale (`data_scale`), is judged twice:
+
+    * unusable: above `usable_error`. The inverse is of no use, whatever the reason.
+    * wrong: the float64 copy is off too, by more than FLOOR and more than rounding explains (eps times the condition
+      of the inverse's computation, `explain`). More precision does not help: the inverse is another map. Below FLOOR,
+      such an error is the floor of an inexact inverse (bisection, fixed point), and is reported.
+
+    A map that is injective only is judged by its latents; x -> z -> x is a projection there.
+
+    Args:
+        model: the map.
+        x: data, (B, *data).
+        prior: (tensor like z, generator) -> latents; None leaves them out.
+        batch_size: samples per call.
+        seed: of the prior latents and of the probes.
+
+    Returns:
+        max_error, l2_error, relative_error, latent_error and prior_error per sample; the floor; the verdict.
+    """
+    kept = finite_rows(x)
+    if not bool(kept.any()):
+        reason = "every sample of x contains NaN or Inf already: there is nothing to reconstruct"
+        return AuditResult("reconstruction", Verdict.NON_FINITE, reason, advice="Clean the data, then audit again.")
+    chosen = model.select(kept.nonzero()[:, 0])
+    trips = _trips(chosen, x[kept], prior, batch_size, seed)
+    measured = Measured(trips, _precise(chosen, trips, batch_size), _explained(chosen, trips.main, seed), x.dtype)
+    verdict, reason, advice = judged(measured, chosen)
+    if not bool(kept.all()):
+        reason += f"; {int((~kept).sum())} samples of x contain NaN or Inf themselves and are left out"
     return AuditResult(
         "reconstruction",
         verdict,
         reason,
-        values={"max_error": trip.largest.max().item(), "relative_error": worst},
-        per_sample={"max_error": trip.largest, "l2_error": trip.l2, "relative_error": trip.relative},
-        settings={"usable": limit, "batch_size": batch_size, "seed": seed},
+        values=_values(measured),
+        units={name: "units of x" for name in ("max_error", "l2_error")},
+        per_sample={name: _scattered(value, kept.cpu()) for name, value in _per_sample(measured).items()},
+        settings={
+            "usable": measured.usable,
+            "floor_limit": FLOOR,
+            "batch_size": batch_size,
+            "seed": seed,
+            "explained_samples": 0 if measured.explained is None else len(measured.explained.rows),
+            "float64": measured.precise if isinstance(measured.precise, str) else "measured",
+            "prior": trips.prior if isinstance(trips.prior, str) else getattr(prior, "__name__", "none"),
+        },
+        advice=advice,
+        images=_images(trips.data),
     )
 
 
-def _there_and_back(model: Invertible, x: Tensor, batch_size: int) -> _RoundTrip:
-    rows = torch.arange(len(x), device=x.device).split(batch_size)
-    parts = [model.select(row) for row in rows]
-    z = [part(x[row]) for part, row in zip(parts, rows, strict=True)]
-    back = [part.inverse(latent) for part, latent in zip(parts, z, strict=True)]
-    return _RoundTrip(x, torch.cat(z), torch.cat(back))
+def _trips(model: Invertible, x: Tensor, prior: Prior | None, batch_size: int, seed: int) -> Trips:
+    data = round_trip(model, x, batch_size=batch_size)
+    encoded = latent_trip(model, data.middle, x=data.end, batch_size=batch_size)
+    drawn: RoundTrip | str = "none"
+    if prior is not None:
+        try:
+            z = prior(data.middle, torch.Generator().manual_seed(seed))
+            drawn = latent_trip(model, z, batch_size=batch_size)
+        except (ModelRaised, NotApplicable) as error:
+            drawn = str(error)
+    return Trips(data, encoded, drawn, model.bijective)
+
+
+def _precise(model: Invertible, trips: Trips, batch_size: int) -> Tensor | str:
+    start = trips.main.start
+    if start.dtype == torch.float64:
+        return trips.main.relative
+    try:
+        copy = model.in_dtype(torch.float64)
+        trip = round_trip if trips.bijective else latent_trip
+        return trip(copy, start.double(), batch_size=batch_size).relative
+    except (ModelRaised, NotApplicable) as error:
+        return str(error)
+
+
+def _explained(model: Invertible, main: RoundTrip, seed: int) -> Explained | None:
+    """The explanation for the worst of the samples whose latents are finite."""
+    if not model.bijective:
+        return None
+    usable = finite_rows(main.middle).cpu().nonzero()[:, 0]
+    rows = usable[main.relative[usable].nan_to_num(math.inf).argsort(descending=True)][:EXPLAINED_SAMPLES]
+    if not len(rows):
+        return None
+    there = rows.to(main.start.device)
+    try:
+        return Explained(rows, explain(model.select(there), main.start[there], seed=seed))
+    except (ModelRaised, NotApplicable):
+        return None
+
+
+def _values(measured: Measured) -> dict[str, float]:
+    trips = measured.trips
+    values = {
+        "max_error": trips.data.largest.max().item(),
+        "relative_error": trips.data.relative.max().item(),
+        "l2_error": trips.data.l2.max().item(),
+        "latent_error": trips.encoded.relative.max().item(),
+        "non_finite_samples": float((~trips.data.finite).sum()),
+    }
+    if not isinstance(trips.prior, str):
+        values["prior_error"] = trips.prior.relative.max().item()
+    if not isinstance(measured.precise, str):
+        values["float64_error"] = measured.precise.max().item()
+    if measured.explained is not None:
+        condition = measured.explained.what.log_condition.max().item() / math.log(10)
+        values["log10_condition_number"] = condition
+        values["floor"] = measured.floor
+        values["explained_error"] = measured.rounding(measured.dtype)[measured.explained.rows].max().item()
+    return values
+
+
+def _per_sample(measured: Measured) -> dict[str, Tensor]:
+    trips = measured.trips
+    named = {
+        "max_error": trips.data.largest,
+        "l2_error": trips.data.l2,
+        "relative_error": trips.data.relative,
+        "latent_error": trips.encoded.relative,
+        "explained_error": measured.rounding(measured.dtype),
+    }
+    if not isinstance(trips.prior, str):
+        named["prior_error"] = trips.prior.relative
+    if not isinstance(measured.precise, str):
+        named["float64_error"] = measured.precise
+    return named
+
+
+def _scattered(values: Tensor, kept: Tensor) -> Tensor:
+    """One number per sample of x, NaN for those left out."""
+    whole = torch.full((len(kept),), math.nan, dtype=torch.float64)
+    whole[kept] = values
+    return whole
+
+
+def _images(trip: RoundTrip) -> dict[str, Tensor]:
+    """The worst samples beside their reconstructions, if they look like images."""
+    if trip.start.dim() != 4 or trip.start.shape[1] not in (1, 3) or min(trip.start.shape[2:]) < 2:
+        return {}
+    rows = trip.largest.nan_to_num(math.inf).argsort(descending=True)[:SHOWN].to(trip.start.device)
+    original, returned = (t[rows].detach().cpu() for t in (trip.start, trip.end))
+    return {"original": original, "reconstruction": returned, "difference": returned - original}

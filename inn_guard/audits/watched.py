@@ -38,9 +38,10 @@ def polite(audit: Callable[..., AuditResult]) -> Callable[..., AuditResult]:
     def run(model: Invertible, x: Tensor, **settings: Any) -> AuditResult:
         x = checked_batch(model, x)
         with torch.inference_mode(mode=False), torch.enable_grad(), untouched(model):
-            model.eval()
+            watched = Watched(model, trained=tuple(name for name, part in model.named_modules() if part.training))
+            watched.eval()
             try:
-                return audit(Watched(model), x.detach().clone(), **settings)
+                return audit(watched, x.detach().clone(), **settings)
             except NotApplicable as reason:
                 return AuditResult.not_applicable(audit.__name__, str(reason))
             except ModelRaised as finding:
@@ -83,21 +84,22 @@ class Watched(Invertible):
     Args:
         model: the map.
         label: what exceptions call it ("the model", "layer 3 (Coupling)").
+        trained: names of its modules that were in training mode before the audit.
     """
 
-    def __init__(self, model: Invertible, label: str = "the model") -> None:
+    def __init__(self, model: Invertible, label: str = "the model", *, trained: tuple[str, ...] = ()) -> None:
         super().__init__()
-        self.model, self.label = model, label
+        self.model, self.label, self.trained = model, label, trained
         self.bijective, self.context = model.bijective, model.context
         self.training = model.training
 
     def forward(self, x: Tensor) -> Tensor:
         """F(x) of the watched model."""
-        return self._named("forward", lambda: self.model.forward(x.clone()))
+        return self._tensor("forward", x, lambda: self.model.forward(x.clone()))
 
     def inverse(self, z: Tensor) -> Tensor:
         """F^-1(z) of the watched model."""
-        return self._named("inverse", lambda: self.model.inverse(z.clone()))
+        return self._tensor("inverse", z, lambda: self.model.inverse(z.clone()))
 
     def forward_and_log_det(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """F(x) and log|det J| of the watched model."""
@@ -120,13 +122,20 @@ class Watched(Invertible):
         """The watched model's tangent, watched."""
         return _WatchedTangent(self, self._named("forward", lambda: self.model.linearize(x.clone())))
 
+    def overwrites(self, t: Tensor, *, inverse: bool = False) -> bool:
+        """Whether a call writes into the tensor it is given, or frees its memory."""
+        given = t.clone()
+        self._named("inverse" if inverse else "forward", lambda: (self.model.inverse if inverse else self.model)(given))
+        # a tensor whose memory is gone must not even be read
+        return given.shape != t.shape or given.untyped_storage().nbytes() == 0 or not torch.equal(given, t)
+
     def conditioned(self, context: Context) -> Watched:
         """The same map with another context, watched."""
-        return Watched(self.model.conditioned(context), self.label)
+        return Watched(self.model.conditioned(context), self.label, trained=self.trained)
 
     def select(self, rows: Tensor) -> Watched:
         """The same map for some rows of the batch, watched."""
-        return Watched(self.model.select(rows), self.label)
+        return Watched(self.model.select(rows), self.label, trained=self.trained)
 
     def in_dtype(self, dtype: torch.dtype) -> Watched:
         """A copy in another dtype, watched."""
@@ -142,6 +151,15 @@ class Watched(Invertible):
     def name(self) -> str:
         """The name of the watched model."""
         return self.model.name
+
+    def _tensor(self, what: str, given: Tensor, call: Callable[[], Any]) -> Tensor:
+        value = self._named(what, call)
+        if not isinstance(value, Tensor):
+            raise ModelRaised(f"{what} of {self.label} returns {type(value).__name__}, expected one tensor (B, ...)")
+        if value.dim() < 2 or len(value) != len(given):
+            shapes = f"{tuple(value.shape)} for {tuple(given.shape)}"
+            raise ModelRaised(f"{what} of {self.label} returns shape {shapes}, expected (B, ...)")
+        return value
 
     def _named(self, what: str, call: Callable[[], Answer]) -> Answer:
         try:

@@ -1,0 +1,76 @@
+"""full_spectrum: all singular values of the Jacobian of a few samples."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from inn_guard.audits.base import AuditResult, Verdict
+from inn_guard.audits.jacobian_spectrum import usable_rows
+from inn_guard.audits.watched import polite
+from inn_guard.invertible import Invertible
+from inn_guard.jacobian import Spectrum, dense_jacobian, resolution, spectrum
+from inn_guard.tangent import NotApplicable
+
+__all__ = ["full_spectrum"]
+
+PATIENCE = 3.0  #: seconds after which a progress bar appears, on a terminal
+MAX_ENTRIES = 2**27  #: of one sample's dense Jacobian
+
+
+@polite
+def full_spectrum(model: Invertible, x: Tensor, *, samples: int = 2) -> AuditResult:
+    """All singular values of J = dF/dx of a few samples, no unit.
+
+    J is formed row by row in the model's dtype and decomposed in float64. Values below `resolution` of the largest
+    one are rounding noise of the dense J; they are counted as not resolved, not printed: jacobian_spectrum measures
+    the smallest one without a dense Jacobian.
+
+    Args:
+        model: the map.
+        x: data, (B, *data).
+        samples: the first so many samples that stay finite are measured.
+
+    Returns:
+        per sample ``singular_values`` (samples, D) in descending order, NaN where not resolved.
+
+    Raises:
+        NotApplicable: if a dense Jacobian would not fit into memory.
+    """
+    rows = usable_rows(model, x)[:samples]
+    if not len(rows):
+        reason = "no sample has a finite latent: there is no Jacobian to measure"
+        return AuditResult("full_spectrum", Verdict.NON_FINITE, reason)
+    if x[0].numel() ** 2 > MAX_ENTRIES:
+        raise NotApplicable(f"a dense Jacobian of D = {x[0].numel()} does not fit into memory")
+    found = [_one(model, x, row) for row in tqdm(rows, desc="spectrum", delay=PATIENCE, disable=None, leave=False)]
+    values = torch.cat([one.values for one in found])
+    resolved = torch.cat([one.resolved for one in found])
+    unreadable = int((~resolved).sum(1).max())
+    reason = f"{values.shape[1] - unreadable} of {values.shape[1]} singular values are resolved"
+    if unreadable:
+        reason += (
+            f"; the rest is below {resolution(x.dtype):.0e} of the largest one, rounding noise of a dense Jacobian"
+        )
+    finite = bool(values.isfinite().all())
+    readable = torch.where(resolved, values, torch.full_like(values, math.nan))
+    return AuditResult(
+        "full_spectrum",
+        Verdict.STABLE if finite else Verdict.NON_FINITE,
+        reason if finite else "the Jacobian has entries that are not finite",
+        values={
+            "sigma_max": values[:, 0].max().item(),
+            "smallest_resolved": readable.nan_to_num(math.inf).min().item(),
+            "not_resolved": float(unreadable),
+        },
+        per_sample={"singular_values": readable},
+        settings={"samples": len(rows), "of": len(x), "resolution": resolution(x.dtype)},
+    )
+
+
+def _one(model: Invertible, x: Tensor, row: Tensor) -> Spectrum:
+    chosen = row.reshape(1)
+    return spectrum(dense_jacobian(model.select(chosen).forward, x[chosen]))

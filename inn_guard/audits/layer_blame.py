@@ -1,0 +1,198 @@
+"""layer_blame: which layer costs the inverse most digits."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from inn_guard.amplification import inverse_gains, layer_extremes
+from inn_guard.audits.base import AuditResult, Verdict
+from inn_guard.audits.jacobian_spectrum import usable_rows
+from inn_guard.audits.limits import from_log10, usable_error
+from inn_guard.audits.watched import polite
+from inn_guard.invertible import Invertible
+from inn_guard.linearization import Linearization
+from inn_guard.tangent import NotApplicable
+
+__all__ = ["digits_lost", "layer_blame"]
+
+LN10 = math.log(10)
+
+
+@polite
+def layer_blame(model: Invertible, x: Tensor, *, samples: int = 8, probes: int = 8, seed: int = 0) -> AuditResult:
+    """Decimal digits that the inverse loses in each layer, and what each layer adds to the error of x.
+
+    For layer k with input h_k: its condition number; the gain ||J_1^-1 ... J_{k-1}^-1||_F / sqrt(D) with which an
+    error made there reaches x; the local error |F_k^-1(F_k(h_k)) - h_k|, measured; and their product, its part of the
+    error of x. Errors of different layers add up as squares. A layer's digits are log10 of the error over the error
+    that would be left if this layer neither erred nor amplified what comes from behind it; its share is its part of
+    all digits.
+
+    Args:
+        model: a bijective map.
+        x: data, (B, *data).
+        samples: the first so many samples that stay finite are measured; the worst one's layers are reported.
+        probes: sweeps that estimate the gains; exact if there are as many as dimensions.
+        seed: of the probes.
+
+    Returns:
+        one row per layer; the worst layer by name.
+
+    Raises:
+        NotApplicable: if the map is injective only or a layer's inverse has no correct derivative.
+    """
+    if not model.bijective:
+        raise NotApplicable("the map is injective only: errors of its layers cannot be carried through an inverse")
+    rows = usable_rows(model, x)[:samples]
+    if not len(rows):
+        return AuditResult("layer_blame", Verdict.NON_FINITE, "no sample has a finite latent: nothing to linearise")
+    linearization = Linearization(model.select(rows), x[rows])
+    measured = _measure(linearization, probes, torch.Generator().manual_seed(seed))
+    sample = int(measured.log_total.nan_to_num(math.inf).argmax())
+    table = measured.table(linearization, sample)
+    verdict, reason = _judged(measured, table, usable_error(x.dtype))
+    worst = _worst(table)
+    return AuditResult(
+        "layer_blame",
+        verdict,
+        reason,
+        values={
+            "expected_error": measured.log_relative[sample].exp().item(),
+            "log10_expected_error": measured.log_relative[sample].item() / LN10,
+            "digits_lost": sum(row["digits_lost"] for row in table),
+            "worst_share": worst["share"],
+        },
+        units={"expected_error": "of |x|", "log10_expected_error": "of |x|", "contribution": "units of x"},
+        per_layer=table,
+        settings={
+            "worst_layer": f"{_place(worst)}, {100 * worst['share']:.0f} % of the lost digits",
+            "samples": len(rows),
+            "worst_sample": int(rows[sample]),
+            "probes": "exact" if measured.exact else probes,
+            "seed": seed,
+            "limit": usable_error(x.dtype),
+        },
+        advice=f"Look at {_place(worst)} first: bound its scale, or replace it." if verdict.failed else "",
+    )
+
+
+def digits_lost(log_contribution: Tensor, log_amplification: Tensor, log_base: Tensor) -> Tensor:
+    """Digits lost per layer, (n, B): log10 of the total error over the error without that layer.
+
+    The total is sqrt(base^2 + sum_k contribution_k^2). Without layer k its own contribution is gone, and those of the
+    layers behind it, which pass through it on their way to x, lose its amplification if that is above 1.
+
+    Args:
+        log_contribution: ln of each layer's part of the error of x, (n, B).
+        log_amplification: ln of the growth of an error on its way back through each layer, (n, B).
+        log_base: ln of the error that remains in any case, (B,).
+    """
+    count = len(log_contribution)
+    total = torch.logsumexp(torch.cat([2 * log_contribution, 2 * log_base[None]]), dim=0) / 2
+    left = []
+    for k in range(count):
+        behind = log_contribution[k + 1 :] - log_amplification[k].clamp(min=0)
+        rest = torch.cat([log_contribution[:k], behind, log_base[None]])
+        left.append(torch.logsumexp(2 * rest, dim=0) / 2)
+    return (total - torch.stack(left)) / LN10
+
+
+@dataclass(frozen=True)
+class _Measurement:
+    log_condition: Tensor  #: (n, B), as all below
+    log_gain: Tensor
+    log_local: Tensor
+    digits: Tensor
+    log_x: Tensor  #: (B,)
+    log_base: Tensor  #: (B,)
+    exact: bool
+
+    @property
+    def log_contribution(self) -> Tensor:
+        return self.log_local + self.log_gain
+
+    @property
+    def log_total(self) -> Tensor:
+        return torch.logsumexp(torch.cat([2 * self.log_contribution, 2 * self.log_base[None]]), dim=0) / 2
+
+    @property
+    def log_relative(self) -> Tensor:
+        return self.log_total - self.log_x
+
+    def table(self, linearization: Linearization, sample: int) -> tuple[Mapping[str, Any], ...]:
+        lost = self.digits[:, sample].nan_to_num(0.0, posinf=0.0).clamp(min=0)
+        shares = lost / lost.sum().clamp(min=torch.finfo(lost.dtype).tiny)
+        return tuple(
+            {
+                "index": k,
+                "layer": layer.name,
+                "log10_condition_number": self.log_condition[k, sample].item() / LN10,
+                "log10_gain": self.log_gain[k, sample].item() / LN10,
+                "local_error": self.log_local[k, sample].exp().item(),
+                "contribution": self.log_contribution[k, sample].exp().item(),
+                "digits_lost": lost[k].item(),
+                "share": shares[k].item(),
+            }
+            for k, layer in enumerate(linearization.layers)
+        )
+
+
+def _measure(linearization: Linearization, probes: int, generator: torch.Generator) -> _Measurement:
+    gains = inverse_gains(linearization, probes=probes, generator=generator)
+    conditions, errors = [], []
+    for k, layer in enumerate(linearization.layers):
+        state, tangent = linearization.states[k], linearization.inverse_tangent(k)
+        forward, backward = layer_extremes(tangent, state, generator=generator)
+        conditions.append(forward.log_value + backward.log_value)
+        with torch.no_grad():
+            errors.append(_log_norm(layer.inverse(tangent.output).double() - state.double()))
+    x = linearization.states[0]
+    log_x = _log_norm(x.double())
+    base = log_x + math.log(torch.finfo(x.dtype).eps)
+    # an error of nothing at all still is no better than the dtype
+    base = torch.where(base.isfinite(), base, torch.full_like(base, math.log(torch.finfo(x.dtype).eps)))
+    log_gain, log_local = gains.log_rms[:-1], torch.stack(errors)
+    amplification = gains.log_rms[1:] - gains.log_rms[:-1]
+    digits = digits_lost(log_local + log_gain, amplification, base)
+    log_condition = torch.stack(conditions)
+    return _Measurement(
+        log_condition.cpu(), log_gain.cpu(), log_local.cpu(), digits.cpu(), log_x.cpu(), base.cpu(), gains.exact
+    )
+
+
+def _judged(measured: _Measurement, table: tuple[Mapping[str, Any], ...], limit: float) -> tuple[Verdict, str]:
+    worst = _worst(table)
+    broken = [row for row in table if not math.isfinite(row["local_error"])]
+    if broken:
+        return Verdict.NON_FINITE, f"the inverse of {_place(broken[0])} returns NaN or Inf at its own forward output"
+    expected = measured.log_relative.max().item() / LN10
+    reason = f"errors of the layers are expected to move x by {from_log10(expected)} of its length; "
+    reason += (
+        f"{_place(worst)} loses {worst['digits_lost']:.1f} of {sum(row['digits_lost'] for row in table):.1f} digits"
+    )
+    if not math.isfinite(expected):
+        return Verdict.NON_FINITE, f"the error that reaches x is not finite; {_place(worst)} loses most digits"
+    return (Verdict.UNSTABLE if expected > math.log10(limit) else Verdict.STABLE), reason
+
+
+def _worst(table: tuple[Mapping[str, Any], ...]) -> Mapping[str, Any]:
+    broken = [row for row in table if not math.isfinite(row["local_error"])]
+    return broken[0] if broken else max(table, key=lambda row: row["digits_lost"])
+
+
+def _place(row: Mapping[str, Any]) -> str:
+    return f"layer {row['index']} ({row['layer']})"
+
+
+def _log_norm(error: Tensor) -> Tensor:
+    """ln |error| per sample, (B,)."""
+    flat = error.flatten(1)
+    peak = flat.abs().amax(1)
+    unit = torch.where((peak > 0) & peak.isfinite(), peak, torch.ones_like(peak))
+    return unit.log() + (flat / unit.unsqueeze(1)).norm(dim=1).log()
