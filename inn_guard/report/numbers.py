@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import numbers
 import unicodedata
-from typing import Any
+from typing import Any, SupportsFloat
 
 import torch
 from torch import Tensor
@@ -15,7 +15,7 @@ __all__ = ["format_number", "format_value", "heading", "is_number", "legible", "
 _SUPERSCRIPTS = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 
 
-def format_number(value: float) -> str:
+def format_number(value: SupportsFloat) -> str:
     """A number with four significant digits; whole numbers below a million in full; NaN, Inf and −Inf by name.
 
     >>> [format_number(value) for value in (3.0, 0.25, 6.8018e-21, 123456.0, float("nan"), float("-inf"))]
@@ -31,22 +31,32 @@ def format_number(value: float) -> str:
     digits, _, exponent = f"{number:.3e}".partition("e")
     power = int(exponent)
     if -3 <= power < 6:
-        return f"{number:.{max(0, 3 - power)}f}".rstrip("0").rstrip(".").replace("-", "−")
-    return f"{digits.rstrip('0').rstrip('.')}×10{str(power).translate(_SUPERSCRIPTS)}".replace("-", "−")
+        text = _without_zeros(f"{number:.{max(0, 3 - power)}f}")
+    else:
+        text = f"{_without_zeros(digits)}×10{str(power).translate(_SUPERSCRIPTS)}"
+    return text.replace("-", "−")
 
 
-def power_of_ten(power: float) -> str:
+def _without_zeros(digits: str) -> str:
+    """Without the zeros after the decimal point that say nothing."""
+    return digits.rstrip("0").rstrip(".") if "." in digits else digits
+
+
+def power_of_ten(power: SupportsFloat) -> str:
     """10 to ``power`` as text; also where it would not fit a float.
 
     >>> [power_of_ten(power) for power in (0.0, 3.0, -400.0, 0.5)]
     ['1', '10³', '10⁻⁴⁰⁰', '3.2']
     """
-    if power == int(power):
-        return {0: "1", 1: "10"}.get(int(power), f"10{str(int(power)).translate(_SUPERSCRIPTS)}")
-    whole = math.floor(power)
-    factor = f"{10 ** (power - whole):.2g}"
+    exponent = float(power)
+    whole = math.floor(exponent)
+    if exponent == whole:
+        return {0: "1", 1: "10"}.get(whole, f"10{str(whole).translate(_SUPERSCRIPTS)}")
+    factor = f"{10 ** (exponent - whole):.2g}"
+    if factor == "10":
+        return power_of_ten(whole + 1)
     if -2 <= whole <= 3:
-        return f"{float(factor) * 10.0**whole:.3g}"
+        return format_number(float(factor) * 10.0**whole)
     return f"{factor}×10{str(whole).translate(_SUPERSCRIPTS)}"
 
 

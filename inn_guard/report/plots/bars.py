@@ -39,7 +39,7 @@ def layer_bars(name: str, rows: Sequence[Mapping[str, Any]], *, unit: str = "") 
         unit: of the numbers.
     """
     values = np.array([float(row[name]) if is_number(row.get(name)) else np.nan for row in rows])
-    scale = scale_for(values)
+    scale = Scale(logarithmic=False) if _are_shares(values) else scale_for(values)
     places = scale.place(values)
     if len(rows) <= _NAMED:
         figure, axis = axes(5.2, 0.9 + 0.19 * max(4, len(rows)))
@@ -50,6 +50,11 @@ def layer_bars(name: str, rows: Sequence[Mapping[str, Any]], *, unit: str = "") 
         _steps(axis, places, scale)
         axis.set_ylabel(scale.label(title(name), unit))
     return drawing(figure, _caption(values, rows), title=heading(name))
+
+
+def _are_shares(values: np.ndarray) -> bool:
+    """Whether the numbers are parts of a whole, to be compared by their lengths."""
+    return bool(values.size > 1 and ((values >= 0) & (values <= 1)).all() and abs(values.sum() - 1) < 1e-6)
 
 
 def _bars(axis: Axes, places: np.ndarray, scale: Scale, *, values: np.ndarray, labels: list[str]) -> None:

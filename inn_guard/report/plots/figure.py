@@ -5,6 +5,9 @@ from __future__ import annotations
 import io
 import math
 import re
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from xml.etree import ElementTree
 
@@ -88,7 +91,7 @@ def drawing(figure: Figure, caption: str, *, title: str = "", wide: bool = False
 def svg(figure: Figure, *, description: str) -> Markup:
     """``figure`` as one SVG element without addresses, fixed fonts or colours, fit to stand inside an HTML page."""
     buffer = io.BytesIO()
-    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": legible(description)}):
+    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": legible(description)}), _any_script():
         FigureCanvasSVG(figure).print_svg(buffer, metadata={"Date": None})
     root = ElementTree.fromstring(buffer.getvalue())
     _remove(root, f"{_SVG}metadata", f"{_SVG}style")
@@ -97,6 +100,14 @@ def svg(figure: Figure, *, description: str) -> Markup:
         _to_page(element, used)
     root.attrib = {"viewBox": root.attrib["viewBox"], "role": "img", "aria-label": legible(description)}
     return Markup(ElementTree.tostring(root, encoding="unicode"))
+
+
+@contextmanager
+def _any_script() -> Iterator[None]:
+    """No warnings about letters that matplotlib's font lacks: the page's reader has its own fonts."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Glyph .* missing from font")
+        yield
 
 
 def _remove(root: ElementTree.Element, *tags: str) -> None:

@@ -44,7 +44,7 @@ def _draw(axis: Axes, places: np.ndarray, scale: Scale) -> None:
     margin = 0.5 if scale.logarithmic else max(abs(low), 1.0) * 0.05
     bounds = (low, high) if high - low > 1e-9 * max(1.0, abs(low)) else (low - margin, low + margin)
     axis.hist(places, bins=int(np.clip(np.sqrt(places.size) * 2, 8, 40)), range=bounds, color=LOW, rwidth=0.92)
-    median = float(np.median(places))
+    median = _median(places)
     axis.axvline(median, color=INK, linewidth=1, linestyle=(0, (3, 2)))
     axis.annotate(
         "median", (median, 1.0), xycoords=("data", "axes fraction"), xytext=(3, 2), textcoords="offset points",
@@ -55,11 +55,16 @@ def _draw(axis: Axes, places: np.ndarray, scale: Scale) -> None:
         decades(axis.xaxis)
 
 
+def _median(numbers: np.ndarray) -> float:
+    """One of the numbers, so that it can neither overflow nor lie where there are none."""
+    return float(np.quantile(numbers, 0.5, method="inverted_cdf"))
+
+
 def _spread(numbers: np.ndarray) -> str:
     shown = numbers[np.isfinite(numbers)]
     if not shown.size:
         return f"{numbers.size} samples."
-    middle, largest = format_number(float(np.median(shown))), format_number(float(shown.max()))
+    middle, largest = format_number(_median(shown)), format_number(float(shown.max()))
     return f"{numbers.size} samples: median {middle}, largest {largest}."
 
 

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from inn_guard.report.numbers import power_of_ten
+from inn_guard.report.numbers import legible, power_of_ten
 
 __all__ = ["Scale", "scale_for", "to_numpy"]
 
@@ -33,16 +33,14 @@ class Scale:
 
     def label(self, text: str, unit: str = "") -> str:
         """``text`` with its unit and, where the axis is scaled, the power of ten."""
-        factor = f"{power_of_ten(self.power)} " if self.power else ""
-        return f"{text} [{factor}{unit}]".replace(" ]", "]") if factor or unit else text
+        factor = power_of_ten(self.power) if self.power else ""
+        return legible(f"{text} [{f'{factor} {unit}'.strip()}]" if factor or unit else text)
 
 
 def scale_for(values: np.ndarray) -> Scale:
     """The axis that fits the finite ones of ``values``."""
     shown = values[np.isfinite(values)]
     positive = shown[shown > 0]
-    if _are_shares(shown):
-        return Scale(logarithmic=False)
     if positive.size and not (shown < 0).any() and (positive.max() > 1e4 or positive.min() < positive.max() / _WIDE):
         return Scale(logarithmic=True)
     if positive.size == shown.size and positive.size and positive.max() < 1e-3:
@@ -50,11 +48,6 @@ def scale_for(values: np.ndarray) -> Scale:
     largest = np.abs(shown).max(initial=0.0)
     power = 0 if largest == 0 or 1e-2 <= largest < 1e4 else int(np.floor(np.log10(largest)))
     return Scale(logarithmic=False, power=max(power, -300))
-
-
-def _are_shares(shown: np.ndarray) -> bool:
-    """Whether the numbers are parts of a whole, to be compared by their lengths."""
-    return bool(shown.size > 1 and (shown >= 0).all() and shown.max() <= 1 and abs(shown.sum() - 1) < 1e-6)
 
 
 def to_numpy(values: Tensor) -> np.ndarray:

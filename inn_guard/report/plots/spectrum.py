@@ -23,7 +23,7 @@ def spectrum_range(log10_sigma_max: Tensor, log10_sigma_min: Tensor) -> Drawing:
     """
     high, low = to_numpy(log10_sigma_max), to_numpy(log10_sigma_min)
     shown = np.isfinite(high) & np.isfinite(low)
-    order = np.argsort((high - low)[shown], kind="stable")
+    order = np.argsort(high[shown] - low[shown], kind="stable")
     high_shown, low_shown = high[shown][order], low[shown][order]
     rank = np.arange(1, order.size + 1)
     figure, axis = axes()
@@ -51,7 +51,7 @@ def _range_caption(high: np.ndarray, low: np.ndarray, shown: np.ndarray) -> str:
     )
     if not shown.any():
         return f"{shown.size} samples.{left_out}"
-    worst = power_of_ten(float(np.max((high - low)[shown])))
+    worst = power_of_ten(float(np.max(high[shown] - low[shown])))
     return f"The length of a line is the condition number; the longest spans {worst}.{left_out}"
 
 

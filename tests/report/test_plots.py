@@ -1,0 +1,170 @@
+"""Plots place numbers where they belong, and say in words which ones they could not place."""
+
+from __future__ import annotations
+
+import base64
+import io
+import re
+from xml.etree import ElementTree
+
+import matplotlib
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as arrays
+from PIL import Image
+
+from inn_guard.report.plots import full_spectrum, histogram, layer_bars, pictures, spectrum_range
+from inn_guard.report.plots.scale import scale_for
+
+NAN, INF = float("nan"), float("inf")
+
+
+def texts(drawing) -> list[str]:
+    return ["".join(element.itertext()).strip() for element in ElementTree.fromstring(drawing.markup).iter("text")]
+
+
+def count(drawing, style: str) -> int:
+    return sum(style in element.get("style", "") for element in ElementTree.fromstring(drawing.markup).iter("path"))
+
+
+def painted(drawing) -> list[np.ndarray]:
+    data = re.findall(r"base64,([^\"]+)", drawing.markup)
+    return [np.asarray(Image.open(io.BytesIO(base64.b64decode(item))).convert("RGB")) for item in data]
+
+
+@settings(max_examples=12, deadline=None)
+@given(arrays.arrays(np.float64, st.integers(1, 30), elements=st.floats(allow_subnormal=True)))
+def test_any_numbers_can_be_drawn_and_the_missing_are_counted(values):
+    drawing = histogram("error", torch.from_numpy(values))
+    for name, bad in (("NaN", np.isnan(values)), ("infinite", np.isinf(values))):
+        found = re.search(rf"(\d+) of {values.size} (?:is|are) {name}", drawing.caption)
+        assert (int(found.group(1)) if found else 0) == bad.sum()
+    rows = [{"layer": "x", "gain": value} for value in values.tolist()]
+    ElementTree.fromstring(layer_bars("gain", rows).markup)
+    powers = torch.from_numpy(np.where(np.abs(values) > 1e4, np.copysign(np.inf, values), values))
+    ElementTree.fromstring(spectrum_range(powers, powers - 1).markup)
+
+
+@given(arrays.arrays(np.float64, st.integers(1, 30), elements=st.floats(allow_subnormal=False)))
+def test_every_finite_number_has_a_place_but_zero_and_negatives_on_a_logarithmic_axis(values):
+    scale = scale_for(values)
+    placed = ~np.isnan(scale.place(values))
+    expected = np.isfinite(values) & ((values > 0) if scale.logarithmic else True)
+    assert (placed == expected).all()
+
+
+def test_errors_are_logarithmic_unless_they_have_signs():
+    assert scale_for(np.array([1e-9, 1e-2])).logarithmic
+    assert not scale_for(np.array([-1e-9, 1e-2])).logarithmic
+
+
+def test_logarithmic_histogram_says_how_many_are_zero():
+    drawing = histogram("error", torch.tensor([0.0, 0.0, 1e-6, 1.0]), unit="nats")
+    assert "2 of 4 are exactly zero" in drawing.caption
+    assert "error [nats]" in texts(drawing)
+
+
+def test_histogram_of_nothing_finite_says_so():
+    drawing = histogram("error", torch.tensor([NAN, INF]))
+    assert "no finite number to show" in texts(drawing)
+    assert "1 of 2 is NaN, 1 of 2 is infinite" in drawing.caption
+
+
+def test_bar_heights_add_up_to_the_samples():
+    drawing = histogram("error", torch.linspace(1, 2, 50))
+    heights = []
+    for path in ElementTree.fromstring(drawing.markup).iter("path"):
+        if "fill: var(--low)" in path.get("style", ""):
+            y = [float(pair.split()[1]) for pair in re.findall(r"[ML] ([\d. -]+)", path.get("d"))]
+            heights.append(max(y) - min(y))
+    unit = sum(heights) / 50
+    assert all(abs(height / unit - round(height / unit)) < 1e-3 for height in heights)
+
+
+def test_bars_mark_the_largest_and_name_what_is_not_finite():
+    rows = [{"layer": "A", "gain": 1.0}, {"layer": "B", "gain": 7.0}, {"layer": "C", "gain": NAN}, {"layer": "D"}]
+    drawing = layer_bars("gain", rows[:2])
+    assert "largest: 7 in 1 B" in drawing.caption.replace("  ", " ")
+    assert count(drawing, "fill: var(--high)") == 1
+    assert {"0  A", "1  B"} <= set(texts(drawing))
+    assert texts(layer_bars("gain", rows)).count("NaN") == 2
+    assert "2 of 4 layers have no finite number" in layer_bars("gain", rows).caption
+
+
+def test_shares_of_a_whole_are_compared_by_length():
+    drawing = layer_bars("share", [{"share": 0.99}, {"share": 0.01}])
+    assert "0.6" in texts(drawing)
+    assert not any("10⁻" in text for text in texts(drawing))
+
+
+def test_many_layers_become_a_line():
+    drawing = layer_bars("gain", [{"gain": float(k + 1)} for k in range(300)])
+    assert "layer 299" in texts(drawing)
+    assert count(drawing, "fill: var(--low)") == 0
+
+
+@pytest.mark.parametrize(
+    "name", ["$", r"$\frac{", "<script>alert(1)</script>", 'id="a"', "a\x00b\ud800", "日本 μ", "x\ny"]
+)
+def test_names_are_text_never_mathematics_or_markup(name):
+    drawing = layer_bars(name, [{"layer": name, name: 1.0}, {"layer": name, name: 2.0}], unit=name)
+    root = ElementTree.fromstring(drawing.markup)
+    assert not list(root.iter("script"))
+    shown = "".join(texts(drawing))
+    assert name.replace("\x00", "�").replace("\ud800", "�").replace("\n", " ")[:20] in shown.replace("\n", " ")
+
+
+def test_spectrum_range_says_the_worst_condition_number_also_beyond_floats():
+    drawing = spectrum_range(torch.tensor([2.0, 200.0, 0.0]), torch.tensor([0.0, -300.0, -INF]))
+    assert "10⁵⁰⁰" in drawing.caption
+    assert "1 of 3" in drawing.caption
+
+
+def test_whole_spectrum_takes_any_order_and_counts_zeros():
+    drawing = full_spectrum(torch.tensor([[1.0, 100.0, 0.0], [1.0, 10.0, 0.1]]))
+    assert "1 of 2 spectra" in drawing.caption
+    assert full_spectrum(torch.full((2, 3), NAN)).caption
+
+
+def test_images_keep_values_and_paint_non_finite_pixels():
+    image = torch.tensor([[[[0.0, 1.0], [0.5, NAN]]]])
+    (shown,) = painted(pictures({"original": image}))
+    assert shown[0, 0].tolist() == [0, 0, 0]
+    assert shown[0, 1].tolist() == [255, 255, 255]
+    assert shown[1, 0, 0] in (127, 128)
+    assert len(set(shown[1, 1].tolist())) > 1
+    assert "1 values are not finite" in pictures({"original": image}).caption
+
+
+def test_difference_has_its_own_symmetric_scale_and_the_rest_that_of_the_first():
+    original = torch.rand(2, 3, 4, 4, generator=torch.Generator().manual_seed(0))
+    drawing = pictures({"original": original, "reconstruction": original * 100, "difference": original * 99})
+    assert "cut at its ends" in drawing.caption
+    assert len(painted(drawing)) == 6
+    zero = painted(pictures({"difference": torch.tensor([[[[0.0, 1.0, -1.0]]]])}))[0][0]
+    assert min(zero[0]) > 240
+    assert zero[1][0] > zero[1][2]
+    assert zero[2][2] > zero[2][0]
+
+
+@pytest.mark.parametrize("channels", [1, 2, 3, 5])
+def test_any_number_of_channels_is_shown_and_said(channels):
+    drawing = pictures({"original": torch.rand(12, channels, 3, 3)})
+    assert len(painted(drawing)) == 8
+    assert "first 8 of 12 images" in drawing.caption
+    assert ("channels" in drawing.caption) == (channels not in (1, 3))
+
+
+@pytest.mark.parametrize("value", [NAN, INF, 1e308, -1e308, 5e-324, 0.0])
+def test_images_of_one_extreme_value(value):
+    assert len(painted(pictures({"original": torch.full((1, 1, 2, 2), value, dtype=torch.float64)}))) == 1
+
+
+def test_matplotlib_is_left_as_it_was_and_drawing_is_repeatable():
+    before = dict(matplotlib.rcParams)
+    first = histogram("error", torch.tensor([1.0, 2.0]))
+    assert dict(matplotlib.rcParams) == before
+    assert histogram("error", torch.tensor([1.0, 2.0])) == first
