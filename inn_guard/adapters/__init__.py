@@ -35,16 +35,29 @@ def wrap(
 
     Nothing is copied and nothing is changed in the model: the result shares its parameters and its modes.
 
-    Four kinds of models:
+    Taken are an Invertible (returned as it is, with ``context`` if one is given), a model of a library in ADAPTERS,
+    a module whose ``forward`` and ``inverse`` return a tensor or (tensor, log_det), and any pair of callables.
+    Conventions met in the wild::
 
-    * an Invertible, which is returned as it is (with ``context``, if one is given);
-    * a model of a library in ADAPTERS: ``wrap(flow)``, ``wrap(inn)``, ``wrap(transform)``;
-    * a module with ``forward`` and ``inverse`` methods, each returning a tensor or (tensor, log_det);
-    * any pair of callables: ``wrap(encode=f, decode=g)``, for instance a model with its own convention::
+        # forward(x, reverse=False): one method and a flag
+        model = wrap(encode=net, decode=functools.partial(net, reverse=True))
+        audit(model, x)
 
-        wrap(encode=net.encode, decode=net.decode)
-        wrap(encode=net, decode=functools.partial(net, reverse=True))
-        wrap(encode=lambda x: net(x), decode=lambda z: net(z, rev=True)[0], log_det=lambda x: net.log_det(x))
+        # forward(x) -> (z, log_det) and decode(z): methods by other names
+        model = wrap(encode=net, decode=net.decode)
+        audit(model, x)
+
+        # forward(x, logp) -> (z, logp - log_det): a running sum with a minus sign
+        zero = torch.zeros(1)
+        model = wrap(encode=net, decode=net.inverse, log_det=lambda x: -net(x, zero)[1])
+        audit(model, x)
+
+    Modules that the callables use are found and registered, also in closures (see ``closures.Closure``).
+
+    >>> import torch
+    >>> model = wrap(encode=lambda x: 2 * x, decode=lambda z: z / 2)
+    >>> model(torch.tensor([[1.0, 3.0]])).tolist(), model.inverse(torch.tensor([[1.0, 3.0]])).tolist()
+    ([[2.0, 6.0]], [[0.5, 1.5]])
 
     Args:
         model: the model; leave it out when giving callables.

@@ -6,7 +6,7 @@ import copy
 import functools
 import inspect
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 from torch import nn
@@ -23,7 +23,7 @@ class Closure:
     bound to copies of those modules.
     """
 
-    def __init__(self, function: Callable[..., Any]) -> None:
+    def __init__(self, function: Any) -> None:
         if not callable(function):
             raise TypeError(f"expected a callable, got {type(function).__name__}; type encode=f, decode=g instead")
         self.function = function
@@ -76,7 +76,7 @@ def _variables(function: types.FunctionType) -> dict[str, Any]:
 
 
 def _same_file(value: Any, function: types.FunctionType) -> bool:
-    return not isinstance(value, types.FunctionType) or value.__globals__ is function.__globals__
+    return not isinstance(value, types.FunctionType) or value.__code__.co_filename == function.__code__.co_filename
 
 
 def _rebound(value: Any, memo: dict[int, Any]) -> Any:

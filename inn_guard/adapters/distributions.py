@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -57,18 +56,18 @@ class TorchTransform(Adapted):
 
     def forward(self, x: Tensor) -> Tensor:
         """z = transform(x)."""
-        return self.transform(self._event(x.clone()))
+        return _same_size(self.transform(self._event(x.clone())), x, self.transform)
 
     def inverse(self, z: Tensor) -> Tensor:
         """x = transform.inv(z)."""
-        return self.transform.inv(self._event(z.clone()))
+        return _same_size(self.transform.inv(self._event(z.clone())), z, self.transform)
 
     def _encode(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        z = self.transform(self._event(x))
+        z = self.forward(x)
         return z, self.transform.log_abs_det_jacobian(x, z)
 
     def _decode(self, z: Tensor) -> tuple[Tensor, Tensor]:
-        x = self.transform.inv(self._event(z))
+        x = self.inverse(z)
         return x, -self.transform.log_abs_det_jacobian(x, z)
 
     def _event(self, x: Tensor) -> Tensor:
@@ -132,16 +131,18 @@ def _tensors(value: Any) -> list[Tensor]:
 
 
 def _demand_bijection(transform: T.Transform) -> None:
-    if not isinstance(transform, T.Transform):
-        raise TypeError(f"expected a torch.distributions transform, got {type(transform).__name__}")
-    shape = (6,) * max(1, transform.domain.event_dim)
-    try:
-        keeps_size = math.prod(transform.forward_shape(shape)) == math.prod(shape)
-    except ValueError:  # made for one particular shape, as ReshapeTransform is
-        keeps_size = True
-    if not transform.bijective or not keeps_size:
-        reason = "is not bijective" if keeps_size else "changes the number of entries"
-        raise TypeError(
-            f"expected a bijective transform, got {type(transform).__name__}, which {reason}; "
-            "type wrap(encode=f, decode=g) with coordinates of its image instead"
-        )
+    if not transform.bijective:
+        raise TypeError(_refusal(transform, "is not bijective"))
+
+
+def _same_size(result: Tensor, argument: Tensor, transform: T.Transform) -> Tensor:
+    if result.shape[:1] != argument.shape[:1] or result.numel() != argument.numel():
+        raise TypeError(_refusal(transform, f"maps shape {tuple(argument.shape)} to {tuple(result.shape)}"))
+    return result
+
+
+def _refusal(transform: T.Transform, reason: str) -> str:
+    return (
+        f"expected a bijective transform, got {type(transform).__name__}, which {reason}; "
+        "type wrap(encode=f, decode=g) with coordinates of its image instead"
+    )
