@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import collections
 import random
-from collections.abc import Iterator
-from contextlib import contextmanager
+import types
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import numpy as np
@@ -13,28 +15,30 @@ from torch import Tensor, nn
 
 __all__ = ["changed_state", "untouched"]
 
-_TORCH_OWNED = frozenset({"_parameters", "_buffers", "_modules"})
+_REGISTRIES = ("_parameters", "_buffers", "_modules")
+_CONTAINERS = (list, dict, set, collections.deque, bytearray)
+_OPAQUE = (type, types.ModuleType, types.FunctionType, types.BuiltinFunctionType, types.MethodType)
+_DEPTH = 3  #: how far plain objects inside plain attributes are followed
+_INTEGER_OF = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 @contextmanager
 def untouched(model: nn.Module) -> Iterator[None]:
     """Restore, also after an error, everything that a call of ``model`` can change.
 
-    Parameters and buffers (values and identity), ``.grad``, ``requires_grad``, training flags module by module,
-    plain attributes of every module (flags and caches that libraries keep outside the state_dict), and the random
-    number generators of torch (CPU and every initialised CUDA device), numpy and python.
+    Parameters and buffers (values and identity), ``.grad``, ``requires_grad``, training flags module by module, plain
+    attributes of every module with the containers, tensors, generators and objects in them (flags and caches that
+    libraries keep outside the state_dict, hooks, modules in lists), and the global random number generators of torch
+    (CPU and every initialised CUDA device), numpy and python.
+
+    What did not change is not written to: graphs that the caller holds stay valid.
     """
-    modules = [_Module(module) for module in model.modules()]
-    tensors = [_Leaf(tensor) for tensor in _tensors(model)]
-    generators = _Generators()
-    try:
+    with ExitStack() as restorations:
+        restorations.callback(_global_generators())
+        # restored in reverse order: tensors and objects before the modules that hold them
+        for restore in _snapshots(model):
+            restorations.callback(restore)
         yield
-    finally:
-        for module in modules:
-            module.restore()
-        for tensor in tensors:
-            tensor.restore()
-        generators.restore()
 
 
 @contextmanager
@@ -48,83 +52,176 @@ def changed_state(model: nn.Module) -> Iterator[list[str]]:
     changed += [name for name in after if name not in before]
 
 
-class _Module:
-    """One module's registries, training flag and plain attributes."""
-
-    def __init__(self, module: nn.Module) -> None:
-        self.module = module
-        self.registries = {key: dict(vars(module)[key]) for key in _TORCH_OWNED}
-        self.attributes = {key: _shallow(value) for key, value in vars(module).items() if key not in _TORCH_OWNED}
-        self.objects = [
-            (value, {key: _shallow(inner) for key, inner in vars(value).items()})
-            for value in self.attributes.values()
-            if _is_plain_object(value)
-        ]
-
-    def restore(self) -> None:
-        state = vars(self.module)
-        for key, entries in self.registries.items():
-            _refill(state[key], entries)
-        for key in [key for key in state if key not in _TORCH_OWNED and key not in self.attributes]:
-            del state[key]
-        for key, saved in self.attributes.items():
-            state[key] = _restored(saved)
-        for owner, saved_vars in self.objects:
-            vars(owner).clear()
-            vars(owner).update({key: _restored(saved) for key, saved in saved_vars.items()})
+Restore = Callable[[], None]
 
 
-class _Container:
-    """A list, dict or set attribute: the object itself and what was in it."""
+def _snapshots(model: nn.Module) -> Iterator[Restore]:
+    """One restoration for each thing that is reachable from the model and can change."""
+    seen: set[int] = set()
+    stack: list[tuple[Any, int]] = [(model, 0)]
+    while stack:
+        value, depth = stack.pop()
+        if id(value) in seen or isinstance(value, _OPAQUE):
+            continue
+        seen.add(id(value))
+        inside, restore = _taken(value, depth)
+        stack += inside
+        if restore is not None:
+            yield restore
 
-    def __init__(self, container: Any) -> None:
-        self.container, self.content = container, container.copy()
 
-    def restore(self) -> Any:
-        if isinstance(self.container, list):
-            self.container[:] = self.content
-        elif self.container != self.content:
-            self.container.clear()
-            self.container.update(self.content)
-        return self.container
+def _taken(value: Any, depth: int) -> tuple[list[tuple[Any, int]], Restore | None]:
+    """What lies inside ``value``, and how to restore ``value`` itself."""
+    if isinstance(value, Tensor):
+        return [], _tensor(value)
+    if isinstance(value, nn.Module):
+        parts = [part for key in _REGISTRIES for part in vars(value)[key].values()]
+        plain = [part for key, part in vars(value).items() if key not in _REGISTRIES]
+        return [(part, 0) for part in parts] + [(part, 1) for part in plain], _module(value)
+    if isinstance(value, tuple):
+        return [(part, depth) for part in value], None
+    if isinstance(value, _CONTAINERS):
+        parts = [] if isinstance(value, bytearray) else list(value.values() if isinstance(value, dict) else value)
+        return [(part, depth) for part in parts], _container(value)
+    if isinstance(value, (torch.Generator, np.random.Generator, np.random.RandomState, random.Random)):
+        return [], _generator(value)
+    if isinstance(value, np.ndarray):
+        return [], _array(value)
+    if depth < _DEPTH and isinstance(getattr(value, "__dict__", None), dict):
+        return [(part, depth + 1) for part in vars(value).values()], _attributes(vars(value))
+    return [], None
 
 
-class _Leaf:
-    """One tensor: its values, its gradient and whether it wants one."""
+def _module(module: nn.Module) -> Restore:
+    state = vars(module)
+    registries = [(state[key], _container(state[key])) for key in _REGISTRIES]
+    attributes = _attributes(state)
 
-    def __init__(self, tensor: Tensor) -> None:
-        self.tensor, self.wants_grad = tensor, tensor.requires_grad
-        self.value = tensor.detach().clone()
-        self.data = tensor.data
-        self.grad = tensor.grad if tensor.is_leaf else None
-        self.grad_value = None if self.grad is None else self.grad.detach().clone()
+    def restore() -> None:
+        attributes()
+        for _, refill in registries:
+            refill()
 
-    def restore(self) -> None:
-        if self.tensor.data_ptr() != self.data.data_ptr() or self.tensor.shape != self.data.shape:
-            self.tensor.data = self.data
-        if not _identical(self.tensor.detach(), self.value):
+    return restore
+
+
+def _attributes(state: dict[str, Any]) -> Restore:
+    """Restore which names an object has and what they point to."""
+    saved = dict(state)
+
+    def restore() -> None:
+        for name in [name for name in state if name not in saved]:
+            del state[name]
+        for name, value in saved.items():
+            if name not in state or state[name] is not value:
+                state[name] = value
+
+    return restore
+
+
+def _container(container: Any) -> Restore:
+    content = container.copy()
+
+    def restore() -> None:
+        if _same_content(container, content):
+            return
+        if isinstance(container, (list, bytearray)):
+            container[:] = content
+            return
+        container.clear()
+        container.extend(content) if isinstance(container, collections.deque) else container.update(content)
+
+    return restore
+
+
+def _same_content(now: Any, before: Any) -> bool:
+    if len(now) != len(before) or isinstance(now, (set, bytearray)):
+        return bool(now == before)
+    if isinstance(now, dict):
+        return all(a is c and b is d for (a, b), (c, d) in zip(now.items(), before.items(), strict=True))
+    return all(a is b for a, b in zip(now, before, strict=True))
+
+
+def _tensor(tensor: Tensor) -> Restore:
+    """Restore one tensor: its memory, its values, its gradient and whether it wants one."""
+    restore_values = _values(tensor)
+    if not tensor.is_leaf:
+        return restore_values
+    wants_grad, grad = tensor.requires_grad, tensor.grad
+    restore_grad = None if grad is None else _values(grad)
+
+    def restore() -> None:
+        restore_values()
+        if tensor.requires_grad != wants_grad:
+            tensor.requires_grad_(wants_grad)
+        if restore_grad is not None:
+            restore_grad()
+        if tensor.grad is not grad:
+            tensor.grad = grad
+
+    return restore
+
+
+def _values(tensor: Tensor) -> Restore:
+    memory, value = tensor.data, tensor.detach().clone()
+
+    def restore() -> None:
+        if not _same_memory(tensor, memory):
+            tensor.data = memory
+        if not _identical(tensor.detach(), value):
             with torch.no_grad():
-                self.tensor.detach().copy_(self.value)
-        if self.tensor.is_leaf:
-            self.tensor.requires_grad_(self.wants_grad)
-            if self.grad is not None and self.grad_value is not None and not _identical(self.grad, self.grad_value):
-                self.grad.detach().copy_(self.grad_value)
-            self.tensor.grad = self.grad
+                tensor.detach().copy_(value)
+
+    return restore
 
 
-class _Generators:
+def _same_memory(tensor: Tensor, memory: Tensor) -> bool:
+    if tensor.shape != memory.shape or tensor.dtype != memory.dtype or tensor.layout != memory.layout:
+        return False
+    return tensor.layout != torch.strided or tensor.data_ptr() == memory.data_ptr()
+
+
+def _array(array: np.ndarray) -> Restore:
+    value = array.copy()
+
+    def restore() -> None:
+        if array.tobytes() != value.tobytes():
+            array[...] = value
+
+    return restore
+
+
+def _generator(generator: Any) -> Restore:
+    if isinstance(generator, torch.Generator):
+        state = generator.get_state()
+        return lambda: _put_back(generator, state)
+    if isinstance(generator, np.random.Generator):
+        numpy_state = generator.bit_generator.state
+        return lambda: setattr(generator.bit_generator, "state", numpy_state)
+    if isinstance(generator, np.random.RandomState):
+        legacy_state = generator.get_state()
+        return lambda: generator.set_state(legacy_state)
+    python_state = generator.getstate()
+    return lambda: generator.setstate(python_state)
+
+
+def _put_back(generator: torch.Generator, state: Tensor) -> None:
+    generator.set_state(state)
+
+
+def _global_generators() -> Restore:
     """The global random number generators."""
+    cpu, legacy, python = torch.get_rng_state(), np.random.get_state(), random.getstate()
+    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else None
 
-    def __init__(self) -> None:
-        self.torch, self.numpy, self.python = torch.get_rng_state(), np.random.get_state(), random.getstate()
-        self.cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else None
+    def restore() -> None:
+        torch.set_rng_state(cpu)
+        np.random.set_state(legacy)
+        random.setstate(python)
+        if cuda is not None:
+            torch.cuda.set_rng_state_all(cuda)
 
-    def restore(self) -> None:
-        torch.set_rng_state(self.torch)
-        np.random.set_state(self.numpy)
-        random.setstate(self.python)
-        if self.cuda is not None:
-            torch.cuda.set_rng_state_all(self.cuda)
+    return restore
 
 
 def _named_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
@@ -132,34 +229,18 @@ def _named_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     yield from model.named_buffers(remove_duplicate=False)
 
 
-def _tensors(model: nn.Module) -> list[Tensor]:
-    plain = [value for module in model.modules() for value in vars(module).values() if isinstance(value, Tensor)]
-    unique = {id(tensor): tensor for tensor in [*(tensor for _, tensor in _named_tensors(model)), *plain]}
-    return list(unique.values())
-
-
 def _identical(a: Tensor, b: Tensor) -> bool:
-    """Equal bit for bit, NaN equal to NaN."""
+    """Equal bit for bit: NaN equals the same NaN, and -0 is not 0."""
     if a.shape != b.shape or a.dtype != b.dtype or a.device != b.device:
         return False
-    if a.is_meta or torch.equal(a, b):
+    if a.is_meta or a.numel() == 0:
         return True
-    return a.is_floating_point() and bool(((a == b) | (a.isnan() & b.isnan())).all())
+    if a.layout != torch.strided:
+        return torch.equal(a.to_dense(), b.to_dense())
+    if a.is_complex():
+        a, b = torch.view_as_real(a.resolve_conj()), torch.view_as_real(b.resolve_conj())
+    return torch.equal(_bits(a), _bits(b))
 
 
-def _is_plain_object(value: Any) -> bool:
-    return hasattr(value, "__dict__") and not isinstance(value, (nn.Module, Tensor, type)) and not callable(value)
-
-
-def _shallow(value: Any) -> Any:
-    return _Container(value) if type(value) in (list, dict, set) else value
-
-
-def _restored(saved: Any) -> Any:
-    return saved.restore() if isinstance(saved, _Container) else saved
-
-
-def _refill(registry: Any, entries: dict[str, Any]) -> None:
-    if list(registry.items()) != list(entries.items()):
-        registry.clear()
-        registry.update(entries)
+def _bits(t: Tensor) -> Tensor:
+    return t.view(_INTEGER_OF[t.element_size()]) if t.is_floating_point() else t
