@@ -67,10 +67,11 @@ def main() -> None:
         sys.exit(CRASHED)
 
 
-def _print_version(wanted: bool) -> None:  # noqa: FBT001
+def _print_version(wanted: bool) -> bool:  # noqa: FBT001
     if wanted:
         typer.echo(f"inn_guard {version('inn_guard')}")
         raise typer.Exit
+    return wanted
 
 
 @app.callback()

@@ -95,7 +95,7 @@ def load_weights(model: Any, path: Path) -> None:
         raise WrongUsage(f"{path} does not fit the model: {error}") from error
 
 
-def _read(path: Path) -> Mapping[str, Tensor]:
+def _read(path: Path) -> Mapping[str, Any]:
     if not path.is_file():
         raise WrongUsage(f"there is no file of weights {path}")
     try:
@@ -109,7 +109,7 @@ def _read(path: Path) -> Mapping[str, Tensor]:
     return _state(content, path)
 
 
-def _state(content: Any, path: Path) -> Mapping[str, Tensor]:
+def _state(content: Any, path: Path) -> Mapping[str, Any]:
     """The weights in a checkpoint: the checkpoint itself, or what lies under one of the usual names."""
     nested = next(
         (name for name in _NESTED if isinstance(content, Mapping) and isinstance(content.get(name), Mapping)), ""

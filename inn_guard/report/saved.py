@@ -96,8 +96,14 @@ def _rows(value: Any) -> tuple[dict[str, Any], ...]:
 
 
 def _settings(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Plain values, in which "nan" and "inf" stand for numbers."""
-    return {key: _NON_FINITE.get(value, value) if isinstance(value, str) else value for key, value in values.items()}
+    return {key: _plain(value) for key, value in values.items()}
+
+
+def _plain(value: Any) -> Any:
+    """A setting or a cell: "nan" and "inf" stand for numbers, lists for tuples."""
+    if isinstance(value, list):
+        return tuple(_plain(item) for item in value)
+    return _NON_FINITE.get(value, value) if isinstance(value, str) else value
 
 
 def _number(value: Any) -> float:

@@ -1,0 +1,82 @@
+"""Models for the command line to import: each factory is one case."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+
+class Scale(nn.Module):
+    """x -> s x, whose inverse is exact up to rounding, useless, or NaN, depending on s."""
+
+    def __init__(self, scale: float = 2.0, *, features: int = 4) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.full((features,), scale))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.scale
+
+    def inverse(self, z: Tensor) -> Tensor:
+        return z / self.scale
+
+
+class Lossy(Scale):
+    """Adds 1e6 before it scales: the digits of x below 0.1 are lost in float32."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (x + 1e6) * self.scale
+
+    def inverse(self, z: Tensor) -> Tensor:
+        return z / self.scale - 1e6
+
+
+class Shift(nn.Module):
+    """x -> x + c, where c is the context."""
+
+    def forward(self, x: Tensor, context: Tensor) -> Tensor:
+        return x + context
+
+    def inverse(self, z: Tensor, context: Tensor) -> Tensor:
+        return z - context
+
+
+def stable() -> nn.Module:
+    return Scale()
+
+
+def unstable() -> nn.Module:
+    return Lossy()
+
+
+def singular() -> nn.Module:
+    return Scale(0.0)
+
+
+def image() -> nn.Module:
+    return Scale(features=3)
+
+
+def random() -> nn.Module:
+    net = Scale()
+    net.scale.data = torch.rand(4) + 1
+    return net
+
+
+def raises() -> nn.Module:
+    raise ValueError("first line\nsecond line")
+
+
+def leaves() -> nn.Module:
+    raise SystemExit(0)
+
+
+def needs(width: int) -> nn.Module:
+    return Scale(features=width)
+
+
+def number() -> int:
+    return 3
+
+
+ready = Scale()
+not_callable = 3
