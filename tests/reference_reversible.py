@@ -1,4 +1,4 @@
-"""Slow twin of memory-saving backpropagation: the walk written out, storing z alone, and the true gradient."""
+"""Slow twin of memory-saving backpropagation: the walk written out, storing z (and x) alone, and the true gradient."""
 
 from __future__ import annotations
 
@@ -17,17 +17,20 @@ def true_gradients(model: Invertible, x: Tensor, loss: Loss) -> list[Tensor]:
     return list(torch.autograd.grad(loss(*model.forward_and_log_det(x)), list(model.parameters())))
 
 
-def memory_saving_gradients(model: Invertible, x: Tensor, loss: Loss) -> list[Tensor]:
-    """The same from z = F(x) alone: every layer's input by its inverse, every layer differentiated on its own."""
+def memory_saving_gradients(model: Invertible, x: Tensor, loss: Loss, *, first: Tensor | None = None) -> list[Tensor]:
+    """The same from z = F(x) alone: every layer's input by its inverse, every layer differentiated on its own.
+
+    ``first``, if given, is the input of the first layer, known instead of rebuilt.
+    """
     with torch.no_grad():
         z, log_det = model.forward_and_log_det(x)
     z, log_det = z.requires_grad_(), log_det.requires_grad_()
     z_gradient, log_det_gradient = torch.autograd.grad(loss(z, log_det), [z, log_det])
     totals = {parameter: torch.zeros_like(parameter) for parameter in model.parameters()}
     state = z.detach()
-    for layer in reversed(model.layers()):
+    for k, layer in reversed(list(enumerate(model.layers()))):
         with torch.no_grad():
-            below = layer.inverse(state)
+            below = layer.inverse(state) if k or first is None else first.clone()
         below.requires_grad_()
         output, layer_log_det = layer.forward_and_log_det(below)
         scalar = (output * z_gradient).sum() + (layer_log_det * log_det_gradient).sum()

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from inn_guard.audits.base import AuditResult, Verdict
+from inn_guard.audits.gradient_comparison import GradientComparison, Pair
 from inn_guard.audits.watched import polite
 from inn_guard.invertible import Invertible, standard_normal_log_prob
 from inn_guard.reversible import Surroundings, memory_saving
@@ -26,7 +27,7 @@ MAX_ANGLE = math.degrees(math.acos(0.99))
 MAX_DISTANCE = math.sin(math.radians(MAX_ANGLE))
 
 Loss = Callable[..., Tensor]
-Pair = tuple[Tensor, Tensor]
+Measured = Callable[[Invertible, Tensor], Tensor]
 
 
 @polite
@@ -37,8 +38,8 @@ def gradient_angle(
 
         angle = arccos( <g, h> / (|g| |h|) ),    distance = |g - h| / |h|
 
-    g is what ``memory_saving(model)`` computes from z alone, h plain backpropagation; both at the same minibatches, with
-    the same randomness. A step along -g decreases the loss by cos(angle) of what a step of that length along -h would:
+    g is what ``memory_saving(model)`` computes from z, h plain backpropagation; both at the same minibatches, with the
+    same randomness. A step along -g decreases the loss by cos(angle) of what a step of that length along -h would:
     above MAX_ANGLE, or at a distance above its sine, training goes another way. What rounding alone explains is
     measured beside it: how far h itself moves when every entry of x moves by one rounding unit.
 
@@ -55,44 +56,42 @@ def gradient_angle(
 
     Raises:
         NotApplicable: if the model has no layers() or no parameters.
+        ValueError: if ``loss`` returns anything but one differentiable number.
 
     References:
         Understanding and Mitigating Exploding Inverses in Invertible Neural Networks (Behrmann, Vicol, Wang, Grosse,
         Jacobsen, 2021), section 4 and figure 18.
     """
     parameters = _parameters(model)
-    saving = memory_saving(model)
-    measure = _measure(model, x) if loss is None else _scalar(loss)
+    measure = _default_loss(model, x) if loss is None else _scalar(loss)
+    groups = _groups(model, parameters)
     batches = torch.arange(len(x), device=x.device).split(batch_size)
-    found: list[_Comparison] = []
+    saving = memory_saving(model)
+    compared = []
     for rows in batches:
-        surroundings = Surroundings(model, x)
-        true = _gradients(model.select(rows), x[rows], measure, parameters)
-        surroundings.changed()
-        with surroundings.restored():
-            found.append(_Comparison(_gradients(saving.select(rows), x[rows], measure, parameters), true))
-    nudged = _nudged(x[batches[0]], torch.Generator().manual_seed(seed))
-    moved = _gradients(model.select(batches[0]), nudged, measure, parameters)
-    rounding = _Comparison(moved, found[0].true).distance()
-    layers = _by_layer(model, parameters, found)
-    verdict, reason = _judged(found, rounding)
+        pairs = _pairs((saving.select(rows), x[rows]), (model.select(rows), x[rows]), measure, parameters)
+        parts = [GradientComparison.of([pairs[k] for k in group.members]) for group in groups]
+        compared.append((GradientComparison.of(pairs), parts))
+    minibatches = tuple(whole.row() for whole, _ in compared)
+    rounding = _rounding(model.select(batches[0]), x[batches[0]], measure, parameters, seed)
+    verdict, reason = _judged(minibatches, rounding)
     return AuditResult(
         "gradient_angle",
         verdict,
         reason,
         values={
-            "mean_angle": _mean([one.angle() for one in found]),
-            "max_angle": _worst([one.angle() for one in found]),
-            "mean_distance": _mean([one.distance() for one in found]),
-            "max_distance": _worst([one.distance() for one in found]),
+            **{f"mean_{name}": _mean([row[name] for row in minibatches]) for name in ("angle", "distance")},
+            **{f"max_{name}": _worst([row[name] for row in minibatches]) for name in ("angle", "distance")},
             "rounding_distance": rounding,
         },
-        units={"mean_angle": "degrees", "max_angle": "degrees"}
-        | dict.fromkeys(("mean_distance", "max_distance", "rounding_distance"), "of |h|"),
-        per_layer=layers,
-        tables={
-            "minibatch": tuple(one.row() | {"samples": len(rows)} for one, rows in zip(found, batches, strict=True))
-        },
+        units={"mean_angle": "degrees", "max_angle": "degrees", "angle": "degrees"}
+        | dict.fromkeys(("mean_distance", "max_distance", "rounding_distance", "distance"), "of |h|"),
+        per_layer=tuple(
+            group.row()
+            | {name: _worst([parts[k].row()[name] for _, parts in compared]) for name in ("angle", "distance")}
+            for k, group in enumerate(groups)
+        ),
+        tables={"minibatch": minibatches},
         settings={
             "loss": "default" if loss is None else getattr(loss, "__name__", type(loss).__name__),
             "batch_size": batch_size,
@@ -112,51 +111,44 @@ _ADVICE = (
 
 
 @dataclass(frozen=True)
-class _Comparison:
-    """Gradients g and h, one pair of tensors per parameter."""
+class _Group:
+    """The parameters of one layer, by their numbers."""
 
-    saving: Sequence[Tensor]
-    true: Sequence[Tensor]
-    pairs: list[Pair] = field(init=False)
-
-    def __post_init__(self) -> None:
-        pairs = [(g.double().flatten(), h.double().flatten()) for g, h in zip(self.saving, self.true, strict=True)]
-        object.__setattr__(self, "pairs", pairs)
-
-    def of(self, chosen: Iterable[int]) -> _Comparison:
-        """The same for some parameters only."""
-        kept = list(chosen)
-        return _Comparison([self.saving[k] for k in kept], [self.true[k] for k in kept])
-
-    def norms(self) -> tuple[float, float]:
-        """|g| and |h|."""
-        return _norm(g for g, _ in self.pairs), _norm(h for _, h in self.pairs)
-
-    def angle(self) -> float:
-        """Degrees, by the lengths of the unit vectors' difference and sum: exact for small angles too."""
-        a, b = self.norms()
-        if a == 0 or b == 0:
-            return 0.0 if a == b else 90.0
-        apart = _norm(g / a - h / b for g, h in self.pairs)
-        together = _norm(g / a + h / b for g, h in self.pairs)
-        return math.degrees(2 * math.atan2(apart, together))
-
-    def distance(self) -> float:
-        """|g - h| / |h|."""
-        difference, length = _norm(g - h for g, h in self.pairs), self.norms()[1]
-        if length == 0:
-            return 0.0 if difference == 0 else math.inf
-        return difference / length
+    index: int
+    layer: str
+    members: list[int]
+    parameters: int
 
     def row(self) -> dict[str, Any]:
-        """Angle, distance and lengths."""
-        saving, true = self.norms()
-        return {"angle": self.angle(), "distance": self.distance(), "memory_saving": saving, "true": true}
+        """Which layer this is, and how many parameters it has."""
+        return {"index": self.index, "layer": self.layer, "parameters": self.parameters}
 
 
-def _norm(vectors: Iterable[Tensor]) -> float:
-    lengths = [torch.linalg.vector_norm(vector) for vector in vectors if vector.numel()]
-    return float(torch.linalg.vector_norm(torch.stack(lengths))) if lengths else 0.0
+def _rounding(model: Invertible, x: Tensor, measure: Measured, parameters: list[Tensor], seed: int) -> float:
+    """|h(x') - h(x)| / |h(x)| with every entry of x moved by one rounding unit, up or down."""
+    sign = torch.randint(2, x.shape, generator=torch.Generator().manual_seed(seed)).to(x) * 2 - 1
+    moved = x * (1 + torch.finfo(x.dtype).eps * sign)
+    return GradientComparison.of(_pairs((model, moved), (model, x), measure, parameters)).row()["distance"]
+
+
+def _pairs(
+    first: tuple[Invertible, Tensor], second: tuple[Invertible, Tensor], measure: Measured, parameters: list[Tensor]
+) -> list[Pair]:
+    """Gradients at two models and batches, with the same random numbers, parameter by parameter."""
+    surroundings = Surroundings(*first)
+    g = _gradients(measure(*first), parameters)
+    surroundings.changed()
+    with surroundings.restored():
+        h = _gradients(measure(*second), parameters)
+    return list(zip(g, h, strict=True))
+
+
+def _gradients(loss: Tensor, parameters: list[Tensor]) -> list[Tensor]:
+    if not isinstance(loss, Tensor) or loss.numel() != 1 or not loss.requires_grad:
+        got = f"shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
+        raise ValueError(f"expected loss to return one differentiable number, got {got}: add .mean(), do not detach")
+    found = torch.autograd.grad(loss, parameters, allow_unused=True)
+    return [torch.zeros_like(p) if g is None else g for p, g in zip(parameters, found, strict=True)]
 
 
 def _parameters(model: Invertible) -> list[Tensor]:
@@ -168,15 +160,8 @@ def _parameters(model: Invertible) -> list[Tensor]:
     return list(trainable)
 
 
-def _gradients(
-    model: Invertible, x: Tensor, measure: Callable[[Invertible, Tensor], Tensor], parameters: list[Tensor]
-) -> list[Tensor]:
-    found = torch.autograd.grad(measure(model, x), parameters, allow_unused=True)
-    return [torch.zeros_like(p) if g is None else g for p, g in zip(parameters, found, strict=True)]
-
-
-def _measure(model: Invertible, x: Tensor) -> Callable[[Invertible, Tensor], Tensor]:
-    """The default loss that the model has."""
+def _default_loss(model: Invertible, x: Tensor) -> Measured:
+    """The likelihood where there is a log-determinant, else the mean square."""
     try:
         with torch.no_grad():
             model.select(torch.arange(1, device=x.device)).forward_and_log_det(x[:1])
@@ -193,7 +178,7 @@ def _negative_log_likelihood(z: Tensor, log_det: Tensor) -> Tensor:
     return -(standard_normal_log_prob(z) + log_det).mean()
 
 
-def _scalar(loss: Loss) -> Callable[[Invertible, Tensor], Tensor]:
+def _scalar(loss: Loss) -> Measured:
     """The loss as a function of model and x, by the number of arguments that it wants."""
     kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
     wanted = [p for p in inspect.signature(loss).parameters.values() if p.kind in kinds and p.default is p.empty]
@@ -202,46 +187,31 @@ def _scalar(loss: Loss) -> Callable[[Invertible, Tensor], Tensor]:
     return lambda model, x: loss(model(x))
 
 
-def _nudged(x: Tensor, generator: torch.Generator) -> Tensor:
-    """x with every entry moved by one rounding unit, up or down."""
-    sign = torch.randint(2, x.shape, generator=generator).to(x) * 2 - 1
-    return x * (1 + torch.finfo(x.dtype).eps * sign)
-
-
-def _by_layer(model: Invertible, parameters: list[Tensor], found: list[_Comparison]) -> tuple[dict[str, Any], ...]:
-    """One row per layer with parameters: the largest angle and distance of all minibatches."""
+def _groups(model: Invertible, parameters: list[Tensor]) -> list[_Group]:
     position = {id(parameter): k for k, parameter in enumerate(parameters)}
-    rows = []
-    for k, layer in enumerate(model.layers()):
-        own = sorted({position[id(parameter)] for parameter in layer.parameters() if id(parameter) in position})
-        if not own:
-            continue
-        parts = [one.of(own) for one in found]
-        rows.append(
-            {
-                "layer": k,
-                "name": layer.name,
-                "angle": _worst([part.angle() for part in parts]),
-                "distance": _worst([part.distance() for part in parts]),
-                "parameters": sum(parameters[j].numel() for j in own),
-            }
-        )
-    return tuple(rows)
+    groups = []
+    for index, layer in enumerate(model.layers()):
+        members = [position[id(parameter)] for parameter in layer.parameters() if id(parameter) in position]
+        if members:
+            groups.append(_Group(index, layer.name, members, sum(parameters[k].numel() for k in members)))
+    return groups
 
 
-def _judged(found: list[_Comparison], rounding: float) -> tuple[Verdict, str]:
-    true, saving = (all(math.isfinite(one.norms()[k]) for one in found) for k in (1, 0))
-    angle, distance = (_worst([measure(one) for one in found]) for measure in (_Comparison.angle, _Comparison.distance))
-    if not true:
+def _judged(minibatches: Sequence[Mapping[str, float]], rounding: float) -> tuple[Verdict, str]:
+    count = len(minibatches)
+    if not all(math.isfinite(row["true_norm"]) for row in minibatches):
         return Verdict.NON_FINITE, "the true gradient itself is not finite"
-    if not saving:
-        count = sum(not math.isfinite(one.norms()[0]) for one in found)
-        return Verdict.NON_FINITE, f"the memory-saving gradient is not finite in {count} of {len(found)} minibatches"
-    figures = f"{angle:.3g} degrees from the true one, {distance:.2g} of its length away, in the worst of {len(found)}"
-    explained = f"one rounding of x moves the true gradient by {rounding:.2g}"
+    broken = sum(not math.isfinite(row["memory_saving_norm"]) for row in minibatches)
+    if broken:
+        return Verdict.NON_FINITE, f"the memory-saving gradient is not finite in {broken} of {count} minibatches"
+    angle, distance = (_worst([row[name] for row in minibatches]) for name in ("angle", "distance"))
+    figures = (
+        f"{angle:.3g} degrees and {distance:.2g} of its length off the true one in the worst of {count} minibatches"
+    )
+    explained = f"one rounding of x moves the true gradient by {rounding:.2g} of its length"
     if angle > MAX_ANGLE or distance > MAX_DISTANCE:
-        return Verdict.UNSTABLE, f"memory-saving gradients point elsewhere: {figures} minibatches; {explained}"
-    return Verdict.STABLE, f"memory-saving gradients are right: {figures} minibatches; {explained}"
+        return Verdict.UNSTABLE, f"the memory-saving gradient is {figures}; {explained}"
+    return Verdict.STABLE, f"the memory-saving gradient is {figures}; {explained}"
 
 
 def _mean(values: list[float]) -> float:
