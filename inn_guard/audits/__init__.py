@@ -11,6 +11,7 @@ from collections.abc import Callable
 
 from inn_guard.audits.base import AuditResult, Verdict
 from inn_guard.audits.full_spectrum import full_spectrum
+from inn_guard.audits.gradient_angle import gradient_angle
 from inn_guard.audits.jacobian_spectrum import jacobian_spectrum
 from inn_guard.audits.layer_blame import layer_blame
 from inn_guard.audits.log_det import log_det
@@ -34,6 +35,7 @@ STANDARD: dict[str, Audit] = {
     "jacobian_spectrum": jacobian_spectrum,
     "layer_blame": layer_blame,
     "precision": precision,
+    "gradient_angle": gradient_angle,
 }
 FULL: dict[str, Audit] = {
     **STANDARD,

@@ -143,7 +143,7 @@ def _pairs(
     return list(zip(g, h, strict=True))
 
 
-def _gradients(loss: Tensor, parameters: list[Tensor]) -> list[Tensor]:
+def _gradients(loss: Any, parameters: list[Tensor]) -> list[Tensor]:
     if not isinstance(loss, Tensor) or loss.numel() != 1 or not loss.requires_grad:
         got = f"shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
         raise ValueError(f"expected loss to return one differentiable number, got {got}: add .mean(), do not detach")
