@@ -17,7 +17,14 @@ from torch.nn.grad import conv2d_input
 
 from inn_guard.tangent import AutogradTangent, Map, NotApplicable
 
-__all__ = ["ByAutograd", "NetworkTangent", "PartialTangent", "linearize_network"]
+__all__ = [
+    "ByAutograd",
+    "NetworkTangent",
+    "PartialTangent",
+    "elementwise_tangent",
+    "linearize_network",
+    "tangent_of_module",
+]
 
 ACTIVATIONS = (
     *(nn.LeakyReLU, nn.ELU, nn.SELU, nn.CELU, nn.SiLU, nn.GELU, nn.Mish, nn.Tanh, nn.Sigmoid, nn.LogSigmoid),
@@ -47,11 +54,12 @@ class NetworkTangent(Protocol):
 def linearize_network(network: nn.Module, x: Tensor) -> NetworkTangent:
     """The tangent of ``network`` at x, (B, *in)."""
     with torch.no_grad():
-        return _tangent(network, x.detach())
+        return tangent_of_module(network, x.detach())
 
 
 @singledispatch
-def _tangent(module: nn.Module, x: Tensor) -> NetworkTangent:
+def tangent_of_module(module: nn.Module, x: Tensor) -> NetworkTangent:
+    """The tangent of one module, by its class: a class is taught with ``tangent_of_module.register``."""
     return ByAutograd(module, x)
 
 
@@ -105,7 +113,7 @@ class _Composed:
     def __init__(self, modules: nn.Sequential, x: Tensor) -> None:
         self._steps: list[NetworkTangent] = []
         for module in modules:
-            self._steps.append(_tangent(module, x))
+            self._steps.append(tangent_of_module(module, x))
             x = self._steps[-1].output
         self.output = x
 
@@ -214,17 +222,17 @@ def _is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
     return type(module).forward is kind.forward and not (module._forward_hooks or module._forward_pre_hooks)
 
 
-@_tangent.register
+@tangent_of_module.register
 def _(module: nn.Sequential, x: Tensor) -> NetworkTangent:
     return _Composed(module, x) if _is_plain(module, nn.Sequential) else ByAutograd(module, x)
 
 
-@_tangent.register
+@tangent_of_module.register
 def _(module: nn.Linear, x: Tensor) -> NetworkTangent:
     return _Dense(module, x) if _is_plain(module, nn.Linear) else ByAutograd(module, x)
 
 
-@_tangent.register
+@tangent_of_module.register
 def _(module: nn.Conv2d, x: Tensor) -> NetworkTangent:
     zero_padded = module.padding_mode == "zeros" and not isinstance(module.padding, str)
     if not zero_padded or x.dim() != 4 or not _is_plain(module, nn.Conv2d):
@@ -233,23 +241,24 @@ def _(module: nn.Conv2d, x: Tensor) -> NetworkTangent:
     return _PointwiseConvolution(module, x) if ones else _Convolution(module, x)
 
 
-@_tangent.register
+@tangent_of_module.register
 def _(module: nn.ReLU, x: Tensor) -> NetworkTangent:
     return _Diagonal(x.relu(), (x > 0).to(x.dtype)) if _is_plain(module, nn.ReLU) else ByAutograd(module, x)
 
 
-@_tangent.register
+@tangent_of_module.register
 def _(module: nn.Identity, x: Tensor) -> NetworkTangent:
     return _Identity(x) if _is_plain(module, nn.Identity) else ByAutograd(module, x)
 
 
-@_tangent.register
+@tangent_of_module.register
 def _(module: nn.Dropout, x: Tensor) -> NetworkTangent:
     idle = _is_plain(module, nn.Dropout) and (not module.training or module.p == 0)
     return _Identity(x) if idle else ByAutograd(module, x)
 
 
-def _elementwise(module: nn.Module, x: Tensor) -> NetworkTangent:
+def elementwise_tangent(module: nn.Module, x: Tensor) -> NetworkTangent:
+    """The tangent of an elementwise module, its slope by autograd."""
     leaf = x.detach().clone().requires_grad_()
     with torch.enable_grad():
         # a copy: an activation that works in place must not do so on a leaf
@@ -259,7 +268,7 @@ def _elementwise(module: nn.Module, x: Tensor) -> NetworkTangent:
 
 
 for _kind in ACTIVATIONS:
-    _tangent.register(_kind, _elementwise)
+    tangent_of_module.register(_kind, elementwise_tangent)
 
 
 def _merged(v: Tensor) -> tuple[Tensor, list[int]]:

@@ -11,16 +11,21 @@ from torch import Tensor, nn
 from inn_guard.invertible import Invertible
 from inn_guard.layers.actnorm import ActNorm, Diagonal
 from inn_guard.layers.chain import Chain
+from inn_guard.layers.contraction import contractive_conv_net, contractive_mlp
 from inn_guard.layers.coupling import AdditiveCoupling, AffineCoupling
 from inn_guard.layers.linear import InvertibleLinear, LULinear
 from inn_guard.layers.multiscale import FactorOut, OnRemaining
 from inn_guard.layers.networks import MLP, Conditional, ConvNet
+from inn_guard.layers.ode import FixedStep, NeuralODE
 from inn_guard.layers.partition import Mask
 from inn_guard.layers.permutation import Permutation
 from inn_guard.layers.preprocessing import Logit
 from inn_guard.layers.reshape import Flatten, Squeeze, ZeroPadding
+from inn_guard.layers.residual import Residual
+from inn_guard.layers.residual_log_det import ExactLogDet
 from inn_guard.layers.scales import ClampedScale, ExpScale, ScaleFunction, SigmoidScale, squashed_sigmoid
 from inn_guard.models.glow import GlowConfig, glow_classifier, glow_flow
+from inn_guard.models.iresnet import IResNetConfig, checkerboard_residual_flow, iresnet
 from inn_guard.models.toy import checkerboard_net, regression_net
 from tests.case import Case, randomize, seeded
 
@@ -91,6 +96,27 @@ def additive_flow() -> Invertible:
     return glow_flow((2, 4, 4), config=config)
 
 
+class Field(nn.Module):
+    """f(t, x) = net([x, t])."""
+
+    def __init__(self, features: int) -> None:
+        super().__init__()
+        self.net = MLP([features + 1, 16, features], activation=nn.Tanh)
+
+    def forward(self, t: Tensor, x: Tensor) -> Tensor:
+        return self.net(torch.cat([x, t.expand(len(x), 1)], 1))
+
+
+def exact_iresnet() -> Invertible:
+    return iresnet((1, 4, 4), config=IResNetConfig(2, 1, 4, log_det=lambda seed: ExactLogDet()))
+
+
+DISCRETISED = {
+    "float64_floor": 5e-9,
+    "log_det_floor": 5e-8,
+    "floor_reason": "8 steps of Runge-Kutta, error of order 8^-4; backward they are not the exact inverse",
+}
+
 CASES = [
     case("additive", lambda: AdditiveCoupling.on_halves(5, mlp), VECTOR),
     case("additive swapped", lambda: AdditiveCoupling.on_halves(5, mlp, swapped=True), VECTOR),
@@ -123,6 +149,11 @@ CASES = [
         has_log_det=False,
         has_inverse_log_det=False,
     ),
+    case("residual", lambda: Residual(contractive_mlp([5, 16, 5], coefficient=0.9)), VECTOR),
+    case("residual images", lambda: Residual(contractive_conv_net(4, 6, coefficient=0.9)), IMAGE),
+    case("neural ODE", lambda: NeuralODE(Field(5), solver=FixedStep(8)), VECTOR, **DISCRETISED),
+    case("iresnet", exact_iresnet, (1, 4, 4), has_layers=True),
+    case("residual flow", lambda: checkerboard_residual_flow(blocks=4, hidden=8), (2,), has_layers=True),
     case("nested chains", nested, VECTOR, has_layers=True),
     case("conditional chain", conditional, VECTOR, has_layers=True),
     case("glow classifier", swish_trunk, (3, 4, 4), has_layers=True),

@@ -1,0 +1,152 @@
+"""Linear maps and networks whose Lipschitz constant is certified to be below a coefficient."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.nn.utils import parametrize
+
+from inn_guard.layers.networks import Activation
+from inn_guard.lipschitz.convolution import riesz_norm
+from inn_guard.lipschitz.spectral import spectral_norm
+from inn_guard.network_tangent import elementwise_tangent, tangent_of_module
+
+__all__ = ["Contraction", "LipSwish", "contractive", "contractive_conv_net", "contractive_mlp"]
+
+GRID = 32  #: frequencies per dimension at which the norm of a convolution is differentiated
+
+
+class Contraction(nn.Module):
+    """Parametrization of a weight: W -> W min(1, coefficient / bound(W)), bound(W) never below the true norm.
+
+    For a matrix the bound is a certified spectral norm; for a kernel it is a certified bound of the norm of the zero-
+    padded convolution on images of every size. No power iteration: those are lower estimates. The bound is computed
+    again only when W has changed. The gradient is that of coefficient / norm(W), norm being what the bound bounds.
+
+    This costs an eigenvalue problem of the smaller side of W per update, for a convolution one per frequency.
+
+    Args:
+        coefficient: what the norm of the result stays below.
+    """
+
+    def __init__(self, coefficient: float) -> None:
+        super().__init__()
+        if coefficient <= 0:
+            raise ValueError(f"expected a positive coefficient, got {coefficient}")
+        self.coefficient = coefficient
+        self._known: tuple[Tensor, float] | None = None
+
+    def forward(self, weight: Tensor) -> Tensor:
+        """The scaled weight."""
+        bound = self._bound(weight)
+        # entries of the product are rounded: each by eps, together by sqrt(rank) eps of the norm
+        rounding = (2 + math.sqrt(min(weight.flatten(1).shape))) * torch.finfo(weight.dtype).eps
+        factor = self.coefficient * (1 - rounding) / bound if bound > 0 else math.inf
+        if factor >= 1:
+            return weight
+        if not (torch.is_grad_enabled() and weight.requires_grad):
+            return weight * factor
+        norm = _differentiable_norm(weight)
+        return weight * (factor * (norm.detach() / norm))
+
+    def right_inverse(self, weight: Tensor) -> Tensor:
+        """The weight itself: what the module is initialised or assigned with."""
+        return weight
+
+    def _bound(self, weight: Tensor) -> float:
+        weight = weight.detach()
+        if self._known is None or not _equal(self._known[0], weight):
+            kernel = weight.double().cpu()
+            bound = spectral_norm(kernel) if kernel.dim() == 2 else riesz_norm(kernel, (1, 1))
+            self._known = (weight.clone(), bound)
+        return self._known[1]
+
+
+class LipSwish(nn.Module):
+    """x sigmoid(b x) / 1.1 with b = softplus(raw): at most of slope 1 (0.99985) whatever b.
+
+    References:
+        Residual Flows for Invertible Generative Modeling (Chen, Behrmann, Duvenaud, Jacobsen, 2019), section 3.3.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.raw = nn.Parameter(torch.tensor(0.5))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x sigmoid(b x) / 1.1."""
+        return x * torch.sigmoid(functional.softplus(self.raw) * x) / 1.1
+
+
+tangent_of_module.register(LipSwish, elementwise_tangent)
+
+
+def contractive(module: nn.Module, *, coefficient: float) -> nn.Module:
+    """``module`` with every linear map and convolution in it held below ``coefficient``.
+
+    Raises:
+        ValueError: for a convolution that is not of stride and dilation 1, ungrouped and zero-padded.
+    """
+    for part in list(module.modules()):
+        if isinstance(part, nn.Conv2d) and (
+            {*part.stride, *part.dilation, part.groups} != {1} or part.padding_mode != "zeros"
+        ):
+            raise ValueError(f"expected a zero-padded convolution of stride, dilation and groups 1, got {part}")
+        if isinstance(part, (nn.Linear, nn.Conv2d)):
+            parametrize.register_parametrization(part, "weight", Contraction(coefficient))
+    return module
+
+
+def contractive_mlp(sizes: Sequence[int], *, coefficient: float, activation: Activation = LipSwish) -> nn.Sequential:
+    """activation - Linear - ... - activation - Linear, of Lipschitz constant at most coefficient ** (len(sizes) - 1).
+
+    Args:
+        sizes: widths from input to output; the first and last are equal for an invertible residual layer.
+        coefficient: of every linear map, below 1.
+        activation: makes a module of Lipschitz constant at most 1.
+    """
+    modules: list[nn.Module] = []
+    for before, after in itertools.pairwise(sizes):
+        modules += [activation(), nn.Linear(before, after)]
+    return nn.Sequential(*(contractive(module, coefficient=coefficient) for module in modules))
+
+
+def contractive_conv_net(
+    channels: int, hidden: int, *, coefficient: float, activation: Activation = LipSwish
+) -> nn.Sequential:
+    """Three times activation - convolution (3x3, 1x1, 3x3), of Lipschitz constant at most coefficient ** 3.
+
+    Args:
+        channels: in and out.
+        hidden: between.
+        coefficient: of every convolution, below 1.
+        activation: makes a module of Lipschitz constant at most 1.
+    """
+    convolutions = [
+        nn.Conv2d(channels, hidden, 3, padding=1),
+        nn.Conv2d(hidden, hidden, 1),
+        nn.Conv2d(hidden, channels, 3, padding=1),
+    ]
+    modules: list[nn.Module] = []
+    for convolution in convolutions:
+        modules += [activation(), contractive(convolution, coefficient=coefficient)]
+    return nn.Sequential(*modules)
+
+
+def _differentiable_norm(weight: Tensor) -> Tensor:
+    if weight.dim() == 2:
+        return torch.linalg.matrix_norm(weight, 2)
+    symbol = torch.fft.fft2(weight.double(), s=(GRID, GRID)).permute(2, 3, 0, 1).flatten(0, 1)
+    with torch.no_grad():
+        gram = symbol @ symbol.mH if symbol.shape[1] <= symbol.shape[2] else symbol.mH @ symbol
+        worst = torch.linalg.eigvalsh(gram)[:, -1].argmax()
+    return torch.linalg.matrix_norm(symbol[worst], 2).to(weight.dtype)
+
+
+def _equal(a: Tensor, b: Tensor) -> bool:
+    return a.dtype == b.dtype and a.device == b.device and torch.equal(a, b)

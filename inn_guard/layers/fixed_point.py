@@ -1,0 +1,85 @@
+"""Fixed points of contractions, with a record of whether the iteration arrived."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+from torch.autograd.function import FunctionCtx, once_differentiable
+
+__all__ = ["Convergence", "FixedPoint", "implicit_gradient"]
+
+Map = Callable[[Tensor], Tensor]
+
+
+@dataclass
+class Convergence:
+    """How the last iteration ended.
+
+    Attributes:
+        iterations: evaluations of the map.
+        residual: |T(x) - x| of each sample at the last evaluation, relative to the larger of |x| and |start|, (B,).
+        converged: whether it is below the tolerance, (B,); empty if there was no iteration yet.
+    """
+
+    iterations: int = 0
+    residual: Tensor = field(default_factory=lambda: torch.empty(0))
+    converged: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.bool))
+
+
+@dataclass(frozen=True)
+class FixedPoint:
+    """x = T(x) by iteration until |T(x) - x| <= tolerance eps max(|x|, |start|) for every sample.
+
+    Args:
+        tolerance: in units of the dtype's rounding error eps.
+        max_iterations: the iteration ends there in any case, and the record says that it has not converged.
+    """
+
+    tolerance: float = 16.0
+    max_iterations: int = 1000
+
+    @torch.no_grad()
+    def solve(self, function: Map, start: Tensor) -> tuple[Tensor, Convergence]:
+        """The fixed point next to ``start`` (B, *), and how the iteration ended.
+
+        A sample that is no longer finite is given up: it counts as not converged.
+        """
+        x, threshold = start, self.tolerance * torch.finfo(start.dtype).eps
+        least = _norms(start).clamp(min=torch.finfo(start.dtype).tiny)
+        record = Convergence()
+        for iteration in range(1, self.max_iterations + 1):
+            following = function(x)
+            residual = _norms(following - x) / torch.maximum(_norms(following), least)
+            x, record = following, Convergence(iteration, residual, residual <= threshold)
+            if bool((record.converged | ~residual.isfinite()).all()):
+                break
+        return x, record
+
+
+def _norms(x: Tensor) -> Tensor:
+    return x.flatten(1).norm(dim=1)
+
+
+def implicit_gradient(x: Tensor, pull_through: Map) -> Tensor:
+    """x itself; a gradient that reaches it is replaced by ``pull_through(gradient)`` on its way on.
+
+    With x = z - g(x*) attached to z and to the parameters of g, and x* detached, ``pull_through`` must apply
+    (I + G)^-T, G = dg/dx: that is the gradient of the solution of x + g(x) = z by the implicit function theorem.
+    It can be differentiated once; a second time raises an error.
+    """
+    return _ImplicitGradient.apply(x, pull_through)  # type: ignore[no-any-return,no-untyped-call]
+
+
+class _ImplicitGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: FunctionCtx, x: Tensor, pull_through: Map) -> Tensor:  # type: ignore[override]
+        ctx.pull_through = pull_through  # type: ignore[attr-defined]
+        return x.view_as(x)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: FunctionCtx, gradient: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        return ctx.pull_through(gradient), None  # type: ignore[attr-defined]

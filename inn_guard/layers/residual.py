@@ -1,0 +1,105 @@
+"""Invertible residual layers."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from inn_guard.invertible import Invertible
+from inn_guard.layers.fixed_point import Convergence, FixedPoint, implicit_gradient
+from inn_guard.layers.residual_log_det import ExactLogDet, ResidualLogDet
+from inn_guard.network_tangent import ByAutograd, NetworkTangent, linearize_network
+from inn_guard.tangent import Tangent
+
+__all__ = ["Residual"]
+
+
+class Residual(Invertible):
+    """z = x + g(x) with Lip(g) < 1; the inverse is the fixed point of x = z - g(x).
+
+    How the last inverse ended stands in ``convergence``: iterations, residual and whether each sample converged. The
+    gradient of the inverse is exact, by the implicit function theorem: (I + G)^-T applied to the incoming gradient,
+    solved by the same iteration. A layer with a context calls ``network(x, context)``.
+
+    Args:
+        network: g, from (B, *data) to the same shape; ``contractive_mlp`` and ``contractive_conv_net`` make ones whose
+            Lipschitz constant is certified.
+        log_det: how log|det(I + G)| is computed; exactly unless given.
+        solver: of the fixed point.
+
+    References:
+        Invertible Residual Networks (Behrmann, Grathwohl, Chen, Duvenaud, Jacobsen, 2019).
+    """
+
+    def __init__(
+        self, network: nn.Module, *, log_det: ResidualLogDet | None = None, solver: FixedPoint | None = None
+    ) -> None:
+        super().__init__()
+        self.network = network
+        self.log_det: ResidualLogDet = ExactLogDet() if log_det is None else log_det
+        self.solver = FixedPoint() if solver is None else solver
+        self._convergence = [Convergence()]
+
+    @property
+    def convergence(self) -> Convergence:
+        """How the last fixed-point iteration of the inverse ended; shared by ``conditioned`` copies."""
+        return self._convergence[0]
+
+    def residual(self, x: Tensor) -> Tensor:
+        """g(x)."""
+        return self.network(x) if self.context is None else self.network(x, self.context)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """z = x + g(x)."""
+        return x + self.residual(x)
+
+    def inverse(self, z: Tensor) -> Tensor:
+        """The x with x + g(x) = z, as far as the iteration came: see ``convergence``."""
+        x, self._convergence[0] = self.solver.solve(lambda x: z - self.residual(x), z.detach())
+        if not torch.is_grad_enabled():
+            return x
+        return implicit_gradient(z - self.residual(x), lambda gradient: self._pull_through(x, gradient))
+
+    def forward_and_log_det(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """z and log|det(I + G)|, or its estimate."""
+        residual, log_det = self.log_det(self.residual, x)
+        return x + residual, log_det
+
+    def inverse_and_log_det(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        """x and -log|det(I + G)| at x."""
+        x = self.inverse(z)
+        return x, -self.log_det(self.residual, x)[1]
+
+    def linearize(self, x: Tensor) -> Tangent:
+        """I + G and its transpose by products with G; their inverses by iteration."""
+        network = linearize_network(self.network, x) if self.context is None else ByAutograd(self.residual, x)
+        return _ResidualTangent(x.detach() + network.output, network, self.solver)
+
+    def _pull_through(self, x: Tensor, gradient: Tensor) -> Tensor:
+        """(I + G)^-T gradient at x."""
+        leaf = x.detach().requires_grad_()
+        with torch.enable_grad():
+            value = self.residual(leaf)
+
+        def step(w: Tensor) -> Tensor:
+            return gradient - torch.autograd.grad(value, leaf, w, retain_graph=True)[0]
+
+        return self.solver.solve(step, gradient)[0]
+
+
+class _ResidualTangent:
+    def __init__(self, output: Tensor, network: NetworkTangent, solver: FixedPoint) -> None:
+        self.output = output
+        self._network, self._solver = network, solver
+
+    def jvp(self, v: Tensor) -> Tensor:
+        return v + self._network.jvp(v)
+
+    def vjp(self, u: Tensor) -> Tensor:
+        return u + self._network.vjp(u)
+
+    def inverse_jvp(self, u: Tensor) -> Tensor:
+        return self._solver.solve(lambda w: u - self._network.jvp(w), u)[0]
+
+    def inverse_vjp(self, v: Tensor) -> Tensor:
+        return self._solver.solve(lambda w: v - self._network.vjp(w), v)[0]
