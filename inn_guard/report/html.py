@@ -14,7 +14,7 @@ import jinja2
 from inn_guard.audits.base import AuditResult, Verdict
 from inn_guard.audits.report import AuditReport
 from inn_guard.files import atomic_write
-from inn_guard.report.numbers import format_number, format_value, heading, is_number, legible, title
+from inn_guard.report.numbers import format_number, format_value, heading, is_number, legible, sentence, title
 from inn_guard.report.plots import Drawing, numeric_columns
 from inn_guard.report.sections import drawings
 
@@ -98,6 +98,7 @@ def _environment() -> jinja2.Environment:
     environment.filters |= {
         "title": title,
         "heading": heading,
+        "sentence": sentence,
         "number": format_number,
         "value": format_value,
         "flaw": _flaw,

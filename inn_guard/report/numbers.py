@@ -10,7 +10,7 @@ from typing import Any, SupportsFloat
 import torch
 from torch import Tensor
 
-__all__ = ["format_number", "format_value", "heading", "is_number", "legible", "power_of_ten", "title"]
+__all__ = ["format_number", "format_value", "heading", "is_number", "legible", "power_of_ten", "sentence", "title"]
 
 _SUPERSCRIPTS = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 
@@ -113,3 +113,15 @@ def heading(name: str) -> str:
     """
     words = title(name)
     return words if words.startswith("σ") else words[:1].upper() + words[1:]
+
+
+def sentence(text: str) -> str:
+    """``text`` with a capital at its beginning, unless that is a name in code, and a full stop at its end.
+
+    >>> sentence("it holds"), sentence("log_det is off")
+    ('It holds.', 'log_det is off.')
+    """
+    words = legible(text).strip()
+    first = words.split(" ", 1)[0].rstrip(":,")
+    capital = words[:1].upper() + words[1:] if first.isalpha() and first.isascii() and first.islower() else words
+    return capital if not words or words[-1] in ".!?…" else f"{capital}."

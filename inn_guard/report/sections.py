@@ -49,8 +49,18 @@ def _images(result: AuditResult) -> Iterator[Drawing]:
 
 def _histograms(result: AuditResult, shown: frozenset[str]) -> Iterator[Drawing]:
     for name, values in result.per_sample.items():
-        if name not in shown and values.dim() == 1 and values.numel() and not values.is_complex():
+        seen = name in shown or _is_said_by_its_twin(result, name)
+        if not seen and values.dim() == 1 and values.numel() and not values.is_complex():
             yield histogram(name, values, unit=result.units.get(name, ""))
+
+
+def _is_said_by_its_twin(result: AuditResult, name: str) -> bool:
+    """Of a quantity and its log10, one is enough: the quantity if it fits floats, else the logarithm."""
+    plain = name.removeprefix("log10_")
+    if plain not in result.per_sample or f"log10_{plain}" not in result.per_sample:
+        return False
+    fits = bool((result.per_sample[plain].isfinite() & (result.per_sample[plain] != 0)).all())
+    return fits if name != plain else not fits
 
 
 def _layers(result: AuditResult) -> Iterator[Drawing]:
@@ -65,6 +75,10 @@ def _spectrum(result: AuditResult) -> Iterator[Drawing]:
     high, low = (_log10(result, f"sigma_{end}") for end in ("max", "min"))
     if high is not None and low is not None:
         yield spectrum_range(high, low)
+    yield from _whole_spectra(result)
+
+
+def _whole_spectra(result: AuditResult) -> Iterator[Drawing]:
     for values in result.per_sample.values():
         if values.dim() == 2 and values.numel():
             yield full_spectrum(values)
@@ -82,4 +96,5 @@ def _log10(result: AuditResult, name: str) -> Tensor | None:
 #: audit name -> its special pictures, drawn before the general ones. Add one line for a new kind.
 SPECIAL: dict[str, Special] = {
     "jacobian_spectrum": Special(_spectrum, shown=_SPECTRUM_ENDS),
+    "full_spectrum": Special(_whole_spectra),
 }

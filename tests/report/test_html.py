@@ -13,6 +13,7 @@ import torch
 from inn_guard.audits.base import AuditResult, Verdict
 from inn_guard.audits.report import AuditReport
 from inn_guard.report import render, write_html
+from inn_guard.report.numbers import sentence
 from tests.report.examples import unstable_report
 
 VOID = {"meta", "img", "br", "link", "input", "hr"}
@@ -97,8 +98,8 @@ def test_everything_measured_is_on_the_page():
     report = unstable_report()
     text = Page(render(report)).text
     for result in report.results:
-        assert result.reason in text
-        assert result.advice in text
+        assert sentence(result.reason) in text
+        assert sentence(result.advice) in text
         for unit in result.units.values():
             assert unit in text
     assert "layer 11 (AffineCoupling)" in text
@@ -146,10 +147,24 @@ def test_unknown_audits_are_shown_in_full():
         assert shown in page.text
 
 
+@pytest.mark.parametrize(("largest", "shown"), [(10.0, "Condition number"), (float("inf"), "Log10 condition number")])
+def test_of_a_quantity_and_its_logarithm_the_one_that_fits_is_drawn(largest, shown):
+    values = torch.tensor([1.0, largest])
+    measured = {"condition_number": values, "log10_condition_number": torch.tensor([0.0, 400.0])}
+    page = render(AuditReport((AuditResult("a", Verdict.STABLE, "fine", per_sample=measured),)))
+    assert re.findall(r"<h4>(.*?)</h4>", page) == [shown]
+
+
+def test_whole_spectra_have_their_plot():
+    spectra = {"singular_values": torch.rand(2, 9)}
+    page = render(AuditReport((AuditResult("full_spectrum", Verdict.STABLE, "fine", per_sample=spectra),)))
+    assert re.findall(r"<h4>(.*?)</h4>", page) == ["Whole spectrum"]
+
+
 @pytest.mark.parametrize("shape", [(0,), (3, 0), (2, 3, 4), ()])
 def test_per_sample_tensors_of_odd_shapes_do_no_harm(shape):
     result = AuditResult("a", Verdict.STABLE, "fine", per_sample={"odd": torch.zeros(shape)})
-    assert "fine" in render(AuditReport((result,)))
+    assert "Fine." in render(AuditReport((result,)))
 
 
 def test_page_is_written_whole(tmp_path):
