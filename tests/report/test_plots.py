@@ -139,6 +139,12 @@ def test_images_keep_values_and_paint_non_finite_pixels():
     assert "1 values are not finite" in pictures({"original": image}).caption
 
 
+def test_what_is_cut_by_less_than_half_a_grey_level_is_not_called_cut():
+    original = torch.tensor([[[[0.0, 1.0]]]])
+    assert "cut" not in pictures({"original": original, "reconstruction": original + 1e-6}).caption
+    assert "1 of 2 values cut" in pictures({"original": original, "reconstruction": original + 0.004}).caption
+
+
 def test_difference_has_its_own_symmetric_scale_and_the_rest_that_of_the_first():
     original = torch.rand(2, 3, 4, 4, generator=torch.Generator().manual_seed(0))
     drawing = pictures({"original": original, "reconstruction": original * 100, "difference": original * 99})

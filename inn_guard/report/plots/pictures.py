@@ -94,7 +94,8 @@ def _png(colours: np.ndarray) -> str:
 
 def _note(name: str, array: np.ndarray, limits: tuple[float, float]) -> str:
     bad = int((~np.isfinite(array)).sum())
-    cut = int((np.isfinite(array) & ((array < limits[0]) | (array > limits[1]))).sum())
+    visible = (limits[1] / 2 - limits[0] / 2) / 255  # half a grey level: nearer to an end, nothing is seen to be cut
+    cut = int((np.isfinite(array) & ((array < limits[0] - visible) | (array > limits[1] + visible))).sum())
     parts = [f"scale {format_number(limits[0])} to {format_number(limits[1])}"]
     parts += [f"{cut} of {array.size} values cut at its ends"] if cut else []
     parts += [f"{bad} values are not finite (magenta)"] if bad else []
