@@ -101,6 +101,12 @@ class Flipped(Invertible):
         """The inner layers in reverse order, each flipped; () if the inner map is opaque."""
         return tuple(Flipped(layer) for layer in reversed(self._inner().layers()))
 
+    def primed(self, state: Tensor) -> Flipped:
+        """The inner map, primed, flipped."""
+        inner = self._inner()
+        primed = inner.primed(state)
+        return self if primed is inner else Flipped(primed)
+
     def in_dtype(self, dtype: torch.dtype) -> Flipped:
         """The inner map's copy in ``dtype``, flipped."""
         return Flipped(self._inner().in_dtype(dtype))

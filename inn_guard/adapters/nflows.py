@@ -19,6 +19,7 @@ from nflows.transforms.base import (
     MultiscaleCompositeTransform,
     Transform,
 )
+from nflows.transforms.coupling import CouplingTransform
 from torch import Tensor, nn
 
 from inn_guard.adapters.adapted import Adapted, Flipped
@@ -64,6 +65,16 @@ class NflowsTransform(Adapted):
         is_leaf = len(chain) == 1 and chain[0].block is self.module
         return () if is_leaf else tuple(layer.conditioned(self.context) for layer in chain)
 
+    def primed(self, state: Tensor) -> NflowsTransform:
+        """A coupling with its network evaluated once, at the features of ``state`` that it leaves as they are."""
+        coupling: Any = self.module
+        if not isinstance(coupling, CouplingTransform) or coupling.unconditional_transform is not None:
+            return self
+        parameters = coupling.transform_net(state[:, coupling.identity_features], self.context)
+        twin = copy.copy(coupling)
+        vars(twin)["_modules"] = {**coupling._modules, "transform_net": _Known(parameters)}
+        return NflowsTransform(twin, self.context)
+
     def in_dtype(self, dtype: torch.dtype) -> NflowsTransform:
         """A copy in ``dtype``; it computes what Linear(using_cache=True) keeps anew, which would stay in float32."""
         twin = super().in_dtype(dtype)
@@ -84,6 +95,17 @@ class NflowsTransform(Adapted):
         return twin
 
 
+class _Known(nn.Module):
+    """A network whose output is known already."""
+
+    def __init__(self, output: Tensor) -> None:
+        super().__init__()
+        self.output = output
+
+    def forward(self, *_: Any) -> Tensor:
+        return self.output
+
+
 class NflowsFlow(NflowsTransform):
     """A Flow: its transform in the context that its embedding net makes of the raw one, and its base distribution."""
 
@@ -94,9 +116,10 @@ class NflowsFlow(NflowsTransform):
         return self._transform()._decode(z)
 
     def log_prob(self, x: Tensor) -> Tensor:
-        """log p(x) in nats, (B,), by the flow itself: its own base distribution in its own context."""
-        with _named_errors(self.name):
-            return self.module.log_prob(x.clone(), self.context)  # type: ignore[operator]
+        """log p(x) in nats, (B,): the flow's own base distribution in its own context, and the log-determinant."""
+        z, log_det = self.forward_and_log_det(x)
+        embedded = self.module._embedding_net(self.context)  # type: ignore[operator]
+        return self.module._distribution.log_prob(z, embedded) + log_det  # type: ignore[operator,union-attr]
 
     def layers(self) -> tuple[Invertible, ...]:
         """The transform's layers, flat, in the embedded context."""

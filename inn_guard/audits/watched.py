@@ -129,6 +129,11 @@ class Watched(Invertible):
         # a tensor whose memory is gone must not even be read
         return given.shape != t.shape or given.untyped_storage().nbytes() == 0 or not torch.equal(given, t)
 
+    def primed(self, state: Tensor) -> Watched:
+        """The watched model, primed, watched."""
+        primed = self._named("forward", lambda: self.model.primed(state))
+        return self if primed is self.model else Watched(primed, self.label)
+
     def conditioned(self, context: Context) -> Watched:
         """The same map with another context, watched."""
         return Watched(self.model.conditioned(context), self.label, trained=self.trained)

@@ -102,6 +102,14 @@ class OnRemaining(Invertible):
         x, log_det = self._conditioned_layer().inverse_and_log_det(remaining)
         return torch.cat([finished, x.flatten(1)], dim=1), log_det
 
+    def primed(self, state: Tensor) -> OnRemaining:
+        """The layer within, primed at what remains; itself if that changes its shape."""
+        if self.shape != self.latent_shape:
+            return self
+        layer = self._conditioned_layer()
+        primed = layer.primed(self._opened(state, self.shape)[1])
+        return self if primed is layer else OnRemaining(primed, shape=self.shape)
+
     def linearize(self, x: Tensor) -> Tangent:
         """The identity on what is finished, the layer's own tangent on what remains."""
         finished, remaining = self._opened(x.detach(), self.shape)
