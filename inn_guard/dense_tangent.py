@@ -7,13 +7,11 @@ import math
 import torch
 from torch import Tensor
 
-from inn_guard.tangent import NotApplicable, Tangent
+from inn_guard.tangent import INEXACT, ROUNDING, NotApplicable, Tangent, probes, transposes
 
-__all__ = ["DenseTangent", "RowTangent", "row_jacobian", "trustworthy", "with_forward_mode"]
+__all__ = ["DenseTangent", "RowTangent", "dense_jacobian", "trustworthy", "with_forward_mode"]
 
 MAX_ENTRIES = 2**27  #: of all samples' float64 Jacobians together: 1 GiB
-SLACK = 100.0  #: rounding errors allowed, in units of eps * condition
-FLOOR = 1e-3  #: deviation allowed in any case: derivative of an iterative inverse with a loose stopping rule
 
 
 class DenseTangent:
@@ -22,7 +20,7 @@ class DenseTangent:
     def __init__(self, tangent: Tangent, x: Tensor) -> None:
         self._tangent, self._data_shape = tangent, x.shape
         self.output, self.jvp, self.vjp = tangent.output, tangent.jvp, tangent.vjp
-        self._factors = torch.linalg.lu_factor_ex(row_jacobian(tangent, x).double())[:2]
+        self._factors = torch.linalg.lu_factor_ex(dense_jacobian(tangent, x).double())[:2]
 
     def inverse_jvp(self, u: Tensor) -> Tensor:
         """J^-1 u: (B, *latent) -> (B, *data)."""
@@ -43,14 +41,14 @@ class RowTangent:
     def __init__(self, tangent: Tangent, x: Tensor) -> None:
         self.output, self.vjp = tangent.output, tangent.vjp
         self.inverse_jvp, self.inverse_vjp = tangent.inverse_jvp, tangent.inverse_vjp
-        self._rows = row_jacobian(tangent, x)
+        self._rows = dense_jacobian(tangent, x)
 
     def jvp(self, v: Tensor) -> Tensor:
         """J v: (B, *data) -> (B, *latent)."""
         return torch.einsum("bmn,bn->bm", self._rows, v.flatten(1)).reshape(self.output.shape)
 
 
-def row_jacobian(tangent: Tangent, x: Tensor) -> Tensor:
+def dense_jacobian(tangent: Tangent, x: Tensor) -> Tensor:
     """The Jacobians of one layer row by row: (B, dim z, dim x), one J^T u over the whole batch per row."""
     size = tangent.output[0].numel()
     basis = torch.zeros_like(tangent.output).reshape(len(x), size)
@@ -105,21 +103,15 @@ def trustworthy(tangent: Tangent, x: Tensor, name: str) -> Tangent:
 
 
 def _asymmetry(tangent: Tangent, x: Tensor) -> str | None:
-    v, w = _probes(x, tangent.output)
-    u, back = tangent.jvp(v), tangent.vjp(w)
-    finite = _finite(u) & _finite(back)
-    v, w, u, back = (t[finite].flatten(1).double() for t in (v, w, u, back))
-    # both sides are sums with random signs: their size is |u|, not |u| |w|
-    size = torch.maximum(u.norm(dim=1), back.norm(dim=1))
-    tolerance = max(SLACK * torch.finfo(x.dtype).eps * math.sqrt(x[0].numel()), FLOOR) * size
-    if bool((((u * w).sum(1) - (v * back).sum(1)).abs() <= tolerance).all()):
+    v, w = probes(x, tangent.output)
+    if transposes(tangent.jvp(v), w, v, tangent.vjp(w)):
         return None
     return "forward- and reverse-mode derivatives disagree"
 
 
 def _disagreement(tangent: Tangent, x: Tensor) -> str | None:
     """What is wrong with the inverse maps, measured; None if nothing is."""
-    v, w = _probes(x, x)
+    v, w = probes(x, x)
     u = tangent.jvp(v)
     back, adjoint = tangent.inverse_jvp(u), tangent.inverse_vjp(w)
     finite = _finite(u) & _finite(x) & _finite(tangent.output)
@@ -127,7 +119,7 @@ def _disagreement(tangent: Tangent, x: Tensor) -> str | None:
         return None
     v, w, u, back, adjoint = (t[finite].flatten(1).double() for t in (v, w, u, back, adjoint))
     growth = (u.norm(dim=1) / v.norm(dim=1)) * (adjoint.norm(dim=1) / w.norm(dim=1))
-    tolerance = torch.clamp(SLACK * torch.finfo(x.dtype).eps * growth * math.sqrt(v.shape[1]), min=FLOOR)
+    tolerance = torch.clamp(ROUNDING * torch.finfo(x.dtype).eps * growth * math.sqrt(v.shape[1]), min=INEXACT)
     roundtrip = (back - v).norm(dim=1) / v.norm(dim=1)
     pairing = ((back * w).sum(1) - (u * adjoint).sum(1)).abs() / v.norm(dim=1)
     if not bool((roundtrip <= tolerance).all()):
@@ -136,11 +128,6 @@ def _disagreement(tangent: Tangent, x: Tensor) -> str | None:
     if not bool((pairing <= tolerance).all()):
         return "forward- and reverse-mode derivatives of its inverse disagree"
     return None
-
-
-def _probes(*like: Tensor) -> list[Tensor]:
-    generator = torch.Generator().manual_seed(0)
-    return [torch.randn(t.shape, generator=generator, dtype=torch.float64).to(t) for t in like]
 
 
 def _finite(t: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ from inn_guard.lanczos import LargestSingularValue, largest_singular_value
 from inn_guard.linearization import Linearization
 from inn_guard.tangent import AutogradTangent
 
-__all__ = ["Extremes", "Spectrum", "dense_jacobian", "extremes", "resolution", "spectrum"]
+__all__ = ["Extremes", "Spectrum", "full_jacobian", "extremes", "resolution", "spectrum"]
 
 CHUNKS = (64, 32, 128)  #: rows per backward pass that are tried; the fastest one does the rest
 
@@ -72,7 +72,7 @@ def extremes(
     return Extremes(forward, lanczos(linearization.inverse_jvp, linearization.inverse_vjp, _random(z, generator)))
 
 
-def dense_jacobian(function: Callable[[Tensor], Tensor], x: Float[Tensor, "batch *data"]) -> Tensor:
+def full_jacobian(function: Callable[[Tensor], Tensor], x: Float[Tensor, "batch *data"]) -> Tensor:
     """The Jacobian of ``function`` at every sample, (B, dim z, dim x), in the dtype of x, by reverse mode.
 
     Rows are computed in chunks, every chunk with one backward pass; several sizes are timed and the fastest is kept.

@@ -10,7 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from inn_guard.invertible import Invertible
-from inn_guard.jacobian import dense_jacobian
+from inn_guard.jacobian import full_jacobian
 from inn_guard.lanczos import Bidiagonalization
 from inn_guard.linearization import Linearization, Scaled
 
@@ -32,7 +32,7 @@ def composed_log_det(model: Invertible, x: Float[Tensor, "batch *data"]) -> Tens
     """
     total = torch.zeros(len(x), dtype=torch.float64, device=x.device)
     for layer in model.layers() or (model,):
-        total = total + torch.linalg.slogdet(dense_jacobian(layer.forward, x).double()).logabsdet
+        total = total + torch.linalg.slogdet(full_jacobian(layer.forward, x).double()).logabsdet
         with torch.no_grad():
             x = layer(x)
     return total

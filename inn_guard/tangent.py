@@ -6,6 +6,7 @@ its inverse transpose to one vector per sample, without forming a matrix.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Protocol, runtime_checkable
 
@@ -14,6 +15,9 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 Map = Callable[[Tensor], Tensor]
+
+ROUNDING = 100.0  #: errors of a product allowed, in units of eps
+INEXACT = 1e-3  #: deviation allowed in any case: derivatives of maps that iterate with a loose stopping rule
 
 
 class NotApplicable(NotImplementedError):
@@ -48,13 +52,14 @@ class Tangent(Protocol):
 
 
 class _Recorded:
-    """A map at one point with its graph kept, so that each J^T u costs one backward pass and each J v one forward."""
+    """A map at one point with its graph kept, so that J^T u and J v cost one backward pass each."""
 
     def __init__(self, function: Map, point: Tensor) -> None:
         self.function = function
         self.leaf = point.detach().clone().requires_grad_()
         with torch.enable_grad():
             self.value = function(self.leaf.clone())  # a map that writes into its input may not write into a leaf
+        self._pushing: Map | None = None
 
     def pull(self, u: Tensor) -> Tensor:
         """J^T u; with one more leading dimension than the value, all of its rows in one batched call."""
@@ -69,13 +74,54 @@ class _Recorded:
         return gradient
 
     def push(self, v: Tensor) -> Tensor:
-        """J v by forward-mode differentiation."""
+        """J v: by transposing J^T u, which is linear in u, where that proves right; else by forward mode."""
+        if self._pushing is None:
+            self._pushing = self._transposed() or self._forward_mode
+        return self._pushing(v)
+
+    def _transposed(self) -> Map | None:
+        """v -> J v as the derivative of u -> J^T u; None where some operation has no, or a wrong, second derivative."""
+        u = torch.zeros_like(self.value).requires_grad_()
+        try:
+            with torch.enable_grad():
+                (image,) = torch.autograd.grad(self.value, self.leaf, u, create_graph=True)
+
+            def push(v: Tensor) -> Tensor:
+                return torch.autograd.grad(image, u, v, retain_graph=True)[0]
+
+            v, w = probes(self.leaf, self.value)
+            return push if transposes(push(v), w, v, self.pull(w)) else None
+        except RuntimeError:  # NotApplicable among them: forward mode then says what is missing
+            return None
+
+    def _forward_mode(self, v: Tensor) -> Tensor:
         with forward_ad.dual_level(), torch.enable_grad():
-            dual = forward_ad.make_dual(self.leaf.detach().clone(), v)
+            # both are copies: a map that writes into its input would write into v, too
+            dual = forward_ad.make_dual(self.leaf.detach().clone(), v.detach().clone())
             tangent = forward_ad.unpack_dual(self.function(dual)).tangent
         if tangent is None:
             raise NotApplicable("the map has no forward-mode derivative")
         return tangent.detach()
+
+
+def probes(*like: Tensor) -> list[Tensor]:
+    """Standard normal vectors of these shapes, dtypes and devices, the same at every call."""
+    generator = torch.Generator().manual_seed(0)
+    return [torch.randn(t.shape, generator=generator, dtype=torch.float64).to(t) for t in like]
+
+
+def transposes(u: Tensor, w: Tensor, v: Tensor, back: Tensor) -> bool:
+    """Whether u = A v and back = A^T w belong to one A per sample: <u, w> = <v, back>, for standard normal v and w.
+
+    Samples with entries that are not finite are left out. Both sides are sums with random signs, of the size of |u|
+    and not of |u| |w|, which is what rounding and a loosely iterated derivative are measured against.
+    """
+    finite = u.flatten(1).isfinite().all(1) & back.flatten(1).isfinite().all(1)
+    eps, size = torch.finfo(u.dtype).eps, max(v[0].numel(), w[0].numel())
+    u, w, v, back = (t[finite].flatten(1).double() for t in (u, w, v, back))
+    gap = ((u * w).sum(1) - (v * back).sum(1)).abs()
+    allowed = max(ROUNDING * eps * math.sqrt(size), INEXACT) * torch.maximum(u.norm(dim=1), back.norm(dim=1))
+    return bool((gap <= allowed).all())
 
 
 class AutogradTangent:
@@ -98,7 +144,7 @@ class AutogradTangent:
         return self._inverse
 
     def jvp(self, v: Tensor) -> Tensor:
-        """J v by forward mode."""
+        """J v by transposing J^T u, or by forward mode."""
         return self._forward.push(v)
 
     def vjp(self, u: Tensor) -> Tensor:
@@ -106,7 +152,7 @@ class AutogradTangent:
         return self._forward.pull(u)
 
     def inverse_jvp(self, u: Tensor) -> Tensor:
-        """J^-1 u by forward mode through the inverse."""
+        """J^-1 u through the inverse, by transposing its reverse mode or by forward mode."""
         return self._backward.push(u)
 
     def inverse_vjp(self, v: Tensor) -> Tensor:

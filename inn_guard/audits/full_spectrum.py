@@ -12,7 +12,7 @@ from inn_guard.audits.base import AuditResult, Verdict
 from inn_guard.audits.jacobian_spectrum import usable_rows
 from inn_guard.audits.watched import polite
 from inn_guard.invertible import Invertible
-from inn_guard.jacobian import Spectrum, dense_jacobian, resolution, spectrum
+from inn_guard.jacobian import Spectrum, full_jacobian, resolution, spectrum
 from inn_guard.tangent import NotApplicable
 
 __all__ = ["full_spectrum"]
@@ -73,4 +73,4 @@ def full_spectrum(model: Invertible, x: Tensor, *, samples: int = 2) -> AuditRes
 
 def _one(model: Invertible, x: Tensor, row: Tensor) -> Spectrum:
     chosen = row.reshape(1)
-    return spectrum(dense_jacobian(model.select(chosen).forward, x[chosen]))
+    return spectrum(full_jacobian(model.select(chosen).forward, x[chosen]))

@@ -12,7 +12,7 @@ from inn_guard.audits.limits import USABLE, from_log10
 from inn_guard.audits.round_trip import finite_rows
 from inn_guard.audits.watched import polite
 from inn_guard.invertible import Invertible
-from inn_guard.jacobian import dense_jacobian, extremes, spectrum
+from inn_guard.jacobian import full_jacobian, extremes, spectrum
 from inn_guard.lanczos import LargestSingularValue
 from inn_guard.linearization import Linearization
 
@@ -146,7 +146,7 @@ def _rectangular(model: Invertible, x: Tensor, settings: dict[str, object]) -> A
     values: dict[str, float] = {}
     worst = x.new_zeros((), dtype=torch.float64).cpu()
     for name, function, point in (("encoder", model.forward, x), ("decoder", model.inverse, z)):
-        found = spectrum(dense_jacobian(function, point))
+        found = spectrum(full_jacobian(function, point))
         top, bottom = found.values[:, 0], found.values[:, -1]
         values |= {f"{name}_sigma_max": top.max().item(), f"{name}_sigma_min": bottom.min().item()}
         values[f"{name}_condition_number"] = (top / bottom).max().item()
