@@ -67,6 +67,13 @@ def test_logarithmic_histogram_says_how_many_are_zero():
     assert "error [nats]" in texts(drawing)
 
 
+def test_median_is_that_of_all_finite_numbers_or_is_not_drawn():
+    assert "median" in texts(histogram("error", torch.tensor([0.0, 1e-6, 1.0])))
+    mostly_zero = histogram("error", torch.tensor([0.0, 0.0, 0.0, 1e-6, 1.0]))
+    assert "median" not in texts(mostly_zero)
+    assert "median 0" in mostly_zero.caption
+
+
 def test_histogram_of_nothing_finite_says_so():
     drawing = histogram("error", torch.tensor([NAN, INF]))
     assert "no finite number to show" in texts(drawing)

@@ -27,15 +27,17 @@ def histogram(name: str, values: Tensor, *, unit: str = "") -> Drawing:
     numbers = to_numpy(values).ravel()
     scale = scale_for(numbers)
     places = scale.place(numbers)
-    figure, axis = axes()
-    axis.set_ylabel("samples")
+    empty = bool(np.isnan(places).all())
+    figure, axis = axes(height=0.9) if empty else axes()
     axis.set_xlabel(scale.label(title(name), unit))
     axis.grid(visible=False, axis="x")
-    if np.isnan(places).all():
-        axis.text(0.5, 0.5, "no finite number to show", color=BAD, ha="center", transform=axis.transAxes)
+    if empty:
+        axis.text(0.5, 0.4, "no finite number to show", color=BAD, ha="center", transform=axis.transAxes)
         axis.set(xticks=[], yticks=[])
     else:
+        axis.set_ylabel("samples")
         _draw(axis, places[~np.isnan(places)], scale)
+        _mark(axis, float(scale.place(np.array(_median(numbers[np.isfinite(numbers)])))))
     return drawing(figure, f"{_spread(numbers)} {left_out(numbers, scale)}".strip(), title=heading(name))
 
 
@@ -44,15 +46,16 @@ def _draw(axis: Axes, places: np.ndarray, scale: Scale) -> None:
     margin = 0.5 if scale.logarithmic else max(abs(low), 1.0) * 0.05
     bounds = (low, high) if high - low > 1e-9 * max(1.0, abs(low)) else (low - margin, low + margin)
     axis.hist(places, bins=int(np.clip(np.sqrt(places.size) * 2, 8, 40)), range=bounds, color=LOW, rwidth=0.92)
-    median = _median(places)
-    axis.axvline(median, color=INK, linewidth=1, linestyle=(0, (3, 2)))
-    axis.annotate(
-        "median", (median, 1.0), xycoords=("data", "axes fraction"), xytext=(3, 2), textcoords="offset points",
-        color=MUTED, size=8.5,
-    )  # fmt: skip
     axis.yaxis.set_major_locator(MaxNLocator(nbins=5, integer=True))
     if scale.logarithmic:
         decades(axis.xaxis)
+
+
+def _mark(axis: Axes, median: float) -> None:
+    """A line at the median of all finite numbers; none if the median itself has no place on the axis."""
+    if not np.isnan(median):
+        axis.axvline(median, color=INK, linewidth=1, linestyle=(0, (3, 2)))
+        axis.text(median, 1.02, " median", color=MUTED, size=8.5, transform=axis.get_xaxis_transform())
 
 
 def _median(numbers: np.ndarray) -> float:
