@@ -39,11 +39,11 @@ class Contraction(nn.Module):
         if coefficient <= 0:
             raise ValueError(f"expected a positive coefficient, got {coefficient}")
         self.coefficient = coefficient
-        self._known: tuple[Tensor, float] | None = None
+        self._known: tuple[Tensor, float, Tensor] | None = None
 
     def forward(self, weight: Tensor) -> Tensor:
         """The scaled weight."""
-        bound = self._bound(weight)
+        bound, frequency = self._bound(weight)
         # entries of the product are rounded: each by eps, together by sqrt(rank) eps of the norm
         rounding = (2 + math.sqrt(min(weight.flatten(1).shape))) * torch.finfo(weight.dtype).eps
         factor = self.coefficient * (1 - rounding) / bound if bound > 0 else math.inf
@@ -51,20 +51,21 @@ class Contraction(nn.Module):
             return weight
         if not (torch.is_grad_enabled() and weight.requires_grad):
             return weight * factor
-        norm = _differentiable_norm(weight)
+        norm = _norm_at(weight, frequency)
         return weight * (factor * (norm.detach() / norm))
 
     def right_inverse(self, weight: Tensor) -> Tensor:
         """The weight itself: what the module is initialised or assigned with."""
         return weight
 
-    def _bound(self, weight: Tensor) -> float:
+    def _bound(self, weight: Tensor) -> tuple[float, Tensor]:
+        """The certified bound, and the frequency (of a matrix: none) at which the norm is largest."""
         weight = weight.detach()
         if self._known is None or not _equal(self._known[0], weight):
             kernel = weight.double().cpu()
             bound = spectral_norm(kernel) if kernel.dim() == 2 else riesz_norm(kernel, (1, 1))
-            self._known = (weight.clone(), bound)
-        return self._known[1]
+            self._known = (weight.clone(), bound, _worst_frequency(kernel))
+        return self._known[1:]
 
 
 class LipSwish(nn.Module):
@@ -138,14 +139,24 @@ def contractive_conv_net(
     return nn.Sequential(*modules)
 
 
-def _differentiable_norm(weight: Tensor) -> Tensor:
+def _worst_frequency(kernel: Tensor) -> Tensor:
+    """The grid frequency (2 pi i / GRID per dimension) at which the symbol of a kernel has its largest norm."""
+    if kernel.dim() == 2:
+        return kernel.new_empty(0)
+    symbol = torch.fft.rfft2(kernel, s=(GRID, GRID)).permute(2, 3, 0, 1)
+    gram = symbol @ symbol.mH if symbol.shape[2] <= symbol.shape[3] else symbol.mH @ symbol
+    worst = int(torch.linalg.eigvalsh(gram)[..., -1].argmax())
+    row, column = divmod(worst, symbol.shape[1])
+    return torch.tensor([row, column], dtype=kernel.dtype) * (2 * math.pi / GRID)
+
+
+def _norm_at(weight: Tensor, frequency: Tensor) -> Tensor:
+    """The norm of a matrix, or of a kernel's symbol sum_d K[d] exp(-i w.d) at the frequency w; differentiable."""
     if weight.dim() == 2:
         return torch.linalg.matrix_norm(weight, 2)
-    symbol = torch.fft.fft2(weight.double(), s=(GRID, GRID)).permute(2, 3, 0, 1).flatten(0, 1)
-    with torch.no_grad():
-        gram = symbol @ symbol.mH if symbol.shape[1] <= symbol.shape[2] else symbol.mH @ symbol
-        worst = torch.linalg.eigvalsh(gram)[:, -1].argmax()
-    return torch.linalg.matrix_norm(symbol[worst], 2).to(weight.dtype)
+    rows, columns = (torch.arange(n, device=weight.device) for n in weight.shape[2:])
+    angle = (frequency[0] * rows[:, None] + frequency[1] * columns).to(weight)
+    return torch.linalg.matrix_norm((weight * torch.polar(torch.ones_like(angle), -angle)).sum((2, 3)), 2)
 
 
 def _equal(a: Tensor, b: Tensor) -> bool:

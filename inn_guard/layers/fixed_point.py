@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import FunctionCtx, once_differentiable
+
+from inn_guard.tangent import NotApplicable
 
 __all__ = ["Convergence", "FixedPoint", "implicit_gradient"]
 
@@ -70,16 +72,32 @@ def implicit_gradient(x: Tensor, pull_through: Map) -> Tensor:
     (I + G)^-T, G = dg/dx: that is the gradient of the solution of x + g(x) = z by the implicit function theorem.
     It can be differentiated once; a second time raises an error.
     """
-    return _ImplicitGradient.apply(x, pull_through)  # type: ignore[no-any-return,no-untyped-call]
+    return _ImplicitGradient.apply(x, pull_through)
 
 
 class _ImplicitGradient(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: FunctionCtx, x: Tensor, pull_through: Map) -> Tensor:  # type: ignore[override]
-        ctx.pull_through = pull_through  # type: ignore[attr-defined]
+    def forward(ctx: Any, x: Tensor, pull_through: Map) -> Tensor:
+        ctx.pull_through = pull_through
+        ctx.save_for_backward(x)
         return x.view_as(x)
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: FunctionCtx, gradient: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
-        return ctx.pull_through(gradient), None  # type: ignore[attr-defined]
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        with torch.no_grad():
+            solved = ctx.pull_through(gradient)
+        # the solution depends on x and on the gradient; without this node that would be forgotten in silence
+        return _Undifferentiable.apply(solved, *ctx.saved_tensors, gradient), None
+
+
+class _Undifferentiable(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, solved: Tensor, *_: Tensor) -> Tensor:
+        return solved.view_as(solved)
+
+    @staticmethod
+    def backward(ctx: Any, *_: Tensor) -> None:
+        raise NotApplicable(
+            "the inverse of an invertible residual layer can be differentiated once, not twice; differentiate its "
+            "forward map instead"
+        )
