@@ -19,7 +19,8 @@ __all__ = ["FUNCTIONS", "Activation", "activation"]
 Function = Callable[[Tensor], Tensor]
 Turns = Mapping[float, tuple[float, float]]
 SLACK = 2e-14  #: relative and absolute error allowed to the formulas below in float64
-FAR = 700.0  #: where every slope has reached its limit, and exp has not overflowed
+FAR = 1e150  #: where every slope has reached its limit, and squares have not overflowed
+REACH = 700.0  #: beyond which errors no longer grow with the argument, only with the value
 ROOT_PI = math.sqrt(math.pi)
 
 
@@ -34,6 +35,8 @@ class Activation:
         limits: f at -infinity and at +infinity.
         curvature: sup |f''|, the Lipschitz constant of f'; infinite where f' jumps.
         minima: point -> value, for every local minimum of f.
+        second: f'', or None where only its bound is known.
+        third: sup |f'''|, the Lipschitz constant of f'' where that is given.
     """
 
     function: Function
@@ -42,11 +45,15 @@ class Activation:
     limits: tuple[float, float]
     curvature: float = math.inf
     minima: Mapping[float, float] = field(default_factory=dict)
+    second: Function | None = None
+    third: float = math.inf
 
     def value(self, x: Interval) -> Interval:
         """An enclosure of f over x."""
         ends = [
-            torch.where(end == -math.inf, self.limits[0], torch.where(end == math.inf, self.limits[1], self.function(end)))
+            torch.where(
+                end == -math.inf, self.limits[0], torch.where(end == math.inf, self.limits[1], self.function(end))
+            )
             for end in (x.lo, x.hi)
         ]
         return _enclose(x, ends, {point: (value, value) for point, value in self.minima.items()})
@@ -54,6 +61,15 @@ class Activation:
     def slope(self, x: Interval) -> Interval:
         """An enclosure of f' over x, both one-sided slopes at kinks included."""
         return _enclose(x, [self.derivative(end.clamp(-FAR, FAR)) for end in (x.lo, x.hi)], self.turns)
+
+    def bend(self, x: Interval) -> Interval:
+        """An enclosure of f'' over x, from its value in the middle and the bound of f'''."""
+        most = torch.full_like(x.lo, self.curvature)
+        if self.second is None:
+            return Interval(-most, most)
+        reach = self.third * (1 + SLACK) * x.radius + SLACK * (1 + self.third)
+        middle = self.second(x.centre.clamp(-REACH, REACH))
+        return Interval(torch.maximum(middle - reach, -most), torch.minimum(middle + reach, most))
 
     def slopes(self) -> tuple[float, float]:
         """inf f' and sup f' over the real line, rounded outwards."""
@@ -65,7 +81,7 @@ class Activation:
 def _enclose(x: Interval, ends: list[Tensor], turns: Turns) -> Interval:
     """The hull of an elementary function's values at the ends and at the turning points inside."""
     size = torch.maximum(ends[0].abs(), ends[1].abs()).nan_to_num(0, 0, 0)
-    margin = SLACK * (1 + x.magnitude.clamp_max(FAR) + size)
+    margin = SLACK * (1 + x.magnitude.clamp_max(REACH) + size)
     lo, hi = torch.minimum(*ends) - margin, torch.maximum(*ends) + margin
     for point, (least, most) in turns.items():
         inside = (x.lo <= point + 1e-6) & (x.hi >= point - 1e-6)
@@ -137,7 +153,13 @@ def _(module: nn.SiLU) -> Activation:
     top = 2.3993572805154094
     most = float(derivative(torch.tensor(top, dtype=torch.float64)))
     turns = {-top: (1 - most, 1 - most), top: (most, most)}
-    return Activation(F.silu, derivative, turns, (0.0, math.inf), 0.5, {-1.2784645427610738: -0.2784645427610738})
+
+    def second(x: Tensor) -> Tensor:
+        s = torch.sigmoid(x)
+        return s * torch.sigmoid(-x) * (2 + x * (1 - 2 * s))
+
+    minima = {-1.2784645427610738: -0.2784645427610738}
+    return Activation(F.silu, derivative, turns, (0.0, math.inf), 0.5, minima, second, 0.309)
 
 
 @activation.register
@@ -167,13 +189,29 @@ def _(module: nn.GELU) -> Activation | None:
 def _(module: nn.Tanh) -> Activation:
     # 1 - tanh^2 without cancellation: 4 s(2x) s(-2x)
     slope = lambda x: 4 * torch.sigmoid(2 * x) * torch.sigmoid(-2 * x)  # noqa: E731
-    return Activation(torch.tanh, slope, {0.0: (1.0, 1.0)}, (-1.0, 1.0), 0.76980035892)
+    return Activation(
+        torch.tanh,
+        slope,
+        {0.0: (1.0, 1.0)},
+        (-1.0, 1.0),
+        0.76980035892,
+        second=lambda x: -2 * torch.tanh(x) * slope(x),
+        third=2.0,
+    )
 
 
 @activation.register
 def _(module: nn.Sigmoid) -> Activation:
     slope = lambda x: torch.sigmoid(x) * torch.sigmoid(-x)  # noqa: E731
-    return Activation(torch.sigmoid, slope, {0.0: (0.25, 0.25)}, (0.0, 1.0), 0.09622504487)
+    return Activation(
+        torch.sigmoid,
+        slope,
+        {0.0: (0.25, 0.25)},
+        (0.0, 1.0),
+        0.09622504487,
+        second=lambda x: slope(x) * (1 - 2 * torch.sigmoid(x)),
+        third=0.125,
+    )
 
 
 @activation.register
@@ -191,6 +229,7 @@ def _(module: nn.Softplus) -> Activation:
         return F.softplus(x, beta, threshold)
 
     turns = {threshold / beta: (1 / (1 + jump), 1.0)}
+
     def slope(x: Tensor) -> Tensor:
         return torch.where(beta * x > threshold, 1.0, torch.sigmoid(beta * x))
 

@@ -225,7 +225,11 @@ def sylvester(
     product = (Interval.of(exact(R_tilde).T[:, :, None]) * Interval.of(exact(R)[:, None, :])).sum(0)
     ends = [1.0 + Interval.of(h) * product.map(torch.diagonal) for h in slope]
     least = torch.minimum(ends[0].lo, ends[1].lo)
-    within = autoregressive(least, most * (1 + 1e-15) * product.magnitude.triu(1).T).inverse if bool((least > 0).all()) else math.inf
+    within = (
+        autoregressive(least, most * (1 + 1e-15) * product.magnitude.triu(1).T).inverse
+        if bool((least > 0).all())
+        else math.inf
+    )
     return Pair(max(1.0, up(1 + size)), max(1.0, up(1 + up(size * within))))
 
 

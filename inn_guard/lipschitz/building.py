@@ -107,7 +107,9 @@ class ChainBuilder:
         """x, set to zero outside the image: a layer of slopes 0 or 1 where that is not so already."""
         if x.clean or self.torus is None or not self.torus.margin:
             return replace(x, clean=True)
-        return self.activated(x, torch.zeros(x.channels, dtype=torch.float64), torch.ones(x.channels, dtype=torch.float64))
+        return self.activated(
+            x, torch.zeros(x.channels, dtype=torch.float64), torch.ones(x.channels, dtype=torch.float64)
+        )
 
     def finish(self, x: Linear) -> Chain:
         """The chain whose result is x, without neurons that x does not depend on."""
@@ -186,7 +188,9 @@ class ChainReading:
         """One above the other."""
         names = {name for part in parts for name in part.blocks}
         sizes = dict(self.builder.parts)
-        blocks = {name: torch.cat(_filled([part.blocks.get(name) for part in parts], parts, sizes[name]), 1) for name in names}
+        blocks = {
+            name: torch.cat(_filled([part.blocks.get(name) for part in parts], parts, sizes[name]), 1) for name in names
+        }
         error = up(math.sqrt(sum(part.error**2 for part in parts)), 4)
         return Linear(blocks, sum(part.channels for part in parts), error, all(part.clean for part in parts))
 
@@ -203,7 +207,9 @@ class ChainReading:
 
 def _checked_geometry(module: Any, torus: Torus) -> tuple[tuple[int, ...], tuple[int, ...]]:
     before, after = paddings(module)
-    same = all(a + b == d * (k - 1) for a, b, k, d in zip(before, after, module.kernel_size, module.dilation, strict=True))
+    same = all(
+        a + b == d * (k - 1) for a, b, k, d in zip(before, after, module.kernel_size, module.dilation, strict=True)
+    )
     if is_transposed(module) or set(module.stride) != {1} or not same or len(before) != len(torus.size):
         raise Unbounded("a convolution that changes the image size")
     wanted = "zeros" if torus.margin else "circular"

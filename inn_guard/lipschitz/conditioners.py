@@ -84,7 +84,9 @@ def read(module: nn.Module, box: Interval, context: Any = None) -> Read:
     try:
         output = network.read(box, boxes)
     except RuntimeError as error:
-        raise Unbounded(f"{type(module).__name__} does not take an input of shape {tuple(box.shape)} ({error})") from error
+        raise Unbounded(
+            f"{type(module).__name__} does not take an input of shape {tuple(box.shape)} ({error})"
+        ) from error
     return Read(network, box, output, boxes.seen)
 
 
@@ -121,7 +123,9 @@ def bound_chain(chain: Chain, effort: Effort) -> Proof:
     return Proof(certify(chain, multipliers), chain, multipliers)
 
 
-def subnetwork_lipschitz(module: nn.Module, box: Interval, *, effort: Effort | None = None, context: Any = None) -> float:
+def subnetwork_lipschitz(
+    module: nn.Module, box: Interval, *, effort: Effort | None = None, context: Any = None
+) -> float:
     """A certified Lipschitz constant of a feed-forward network on a box: the least of norm product and recursion.
 
     Args:

@@ -122,9 +122,7 @@ def riesz_norm(kernel: Float[Tensor, "out in *window"], stride: Sizes) -> float:
     return up(_grid_norm(kernel, grid) / shrink)
 
 
-def symbol(
-    kernel: Float[Tensor, "out in *window"], grid: Sizes, origin: Sizes | None = None
-) -> tuple[Tensor, float]:
+def symbol(kernel: Float[Tensor, "out in *window"], grid: Sizes, origin: Sizes | None = None) -> tuple[Tensor, float]:
     """K^(w) = sum_d K[d] e^{-i w (d - p)} at the grid frequencies (one of each conjugate pair), and its rounding error.
 
     Args:

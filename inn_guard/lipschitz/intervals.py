@@ -51,7 +51,9 @@ class Interval:
         if isinstance(x, Interval):
             return x
         point = exact(x if isinstance(x, Tensor) else torch.tensor(x, dtype=torch.float64))
-        return Interval(point.nan_to_num(-math.inf, math.inf, -math.inf), point.nan_to_num(math.inf, math.inf, -math.inf))
+        return Interval(
+            point.nan_to_num(-math.inf, math.inf, -math.inf), point.nan_to_num(math.inf, math.inf, -math.inf)
+        )
 
     @classmethod
     def cat(cls, parts: Sequence[Interval], dim: int = 0) -> Interval:
@@ -245,4 +247,6 @@ def _unbounded_linear(weight: Tensor, x: Interval) -> Interval:
 
 
 def _outward(lo: Tensor, hi: Tensor) -> Interval:
-    return Interval(down(lo.nan_to_num(-math.inf, math.inf, -math.inf)), up_tensor(hi.nan_to_num(math.inf, math.inf, -math.inf)))
+    return Interval(
+        down(lo.nan_to_num(-math.inf, math.inf, -math.inf)), up_tensor(hi.nan_to_num(math.inf, math.inf, -math.inf))
+    )

@@ -86,7 +86,9 @@ def _certified_step(Q: Tensor, layer: Layer, D: Tensor) -> Tensor | None:
     v, x, e = _frobenius(V), _frobenius(X), _frobenius(E)
     unseen = weight * (_frobenius(N) * x + v)  # rounding of E itself
     slack = up(weight * x * (v + e) + unseen * (x + 2 * (e + unseen) / smallest) + e * e / smallest, 8)
-    slack = up(slack * (1 + 1e-9) + 8 * UNIT * (_frobenius(P) + float((D * (M * M + R * R)).max()) + _frobenius(new)), 4)
+    slack = up(
+        slack * (1 + 1e-9) + 8 * UNIT * (_frobenius(P) + float((D * (M * M + R * R)).max()) + _frobenius(new)), 4
+    )
     new.diagonal(dim1=1, dim2=2).add_(slack)
     return new
 
@@ -101,7 +103,9 @@ def fast_multipliers(chain: Chain) -> Multipliers:
         return _evaluate(chain, _start(chain))[1]
 
 
-def optimise(chain: Chain, *, seconds: float = 5.0, steps: int = 150, rate: float = 0.1, progress: Progress | None = None) -> Multipliers:
+def optimise(
+    chain: Chain, *, seconds: float = 5.0, steps: int = 150, rate: float = 0.1, progress: Progress | None = None
+) -> Multipliers:
     """Multipliers that make a chain's bound small, by Adam on log of the bound.
 
     D = e^v (1 + e^c) lmax(e^{-v/2} S e^{-v/2}) is feasible for every v and c. Of many frequencies only the worst are
@@ -129,8 +133,10 @@ def optimise(chain: Chain, *, seconds: float = 5.0, steps: int = 150, rate: floa
         if time.monotonic() - begun > seconds or not math.isfinite(least):
             break
         optimiser.zero_grad()
-        values, multipliers = _evaluate(chain.at(chosen), free)
-        loss = values.max()
+        try:
+            loss = _evaluate(chain.at(chosen), free)[0].max()
+        except torch.linalg.LinAlgError:
+            break
         if float(loss.detach()) < sub_least:
             sub_least, candidate = float(loss.detach()), [(v.detach().clone(), c.detach().clone()) for v, c in free]
         loss.log().backward()

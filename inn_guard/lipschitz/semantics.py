@@ -16,7 +16,7 @@ from inn_guard.lipschitz.rounding import gamma, up
 from inn_guard.lipschitz.spectral import exact, spectral_norm
 from inn_guard.lipschitz.subnetworks import Unbounded
 
-__all__ = ["Boxes", "Constant", "Norms", "over_channels"]
+__all__ = ["Boxes", "Constant", "Entrywise", "Norms", "over_channels"]
 
 
 class Boxes:
@@ -104,7 +104,9 @@ class Norms:
 
     def activate(self, x: Constant, function: Activation, place: str) -> Constant:
         """The largest absolute slope."""
-        slope = function.slope(self.seen[place]).magnitude.max() if place in self.seen else max(map(abs, function.slopes()))
+        slope = (
+            function.slope(self.seen[place]).magnitude.max() if place in self.seen else max(map(abs, function.slopes()))
+        )
         return Constant(up(x.lipschitz * float(slope)), x.shape)
 
     def rescale(self, x: Constant, scale: Tensor, shift: Tensor) -> Constant:
@@ -131,6 +133,53 @@ class Norms:
         if len(value.shape) != len(like.shape) + 1:
             raise Unbounded("the context has not the shape of the input")
         return Constant(0.0, tuple(value.shape[1:]))
+
+
+class Entrywise:
+    """Upper bounds of |J| entry by entry, (outputs, inputs), for networks on vectors; masks keep their exact zeros.
+
+    Args:
+        seen: what goes into each activation, for local slopes; empty for global ones.
+    """
+
+    def __init__(self, seen: dict[str, Interval] | None = None) -> None:
+        self.seen = seen or {}
+
+    def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """|W| |J|."""
+        size = exact(weight).abs()
+        return size @ x * (1 + 2 * gamma(size.shape[1] + 4))
+
+    def convolution(self, x: Tensor, module: Any) -> Tensor:
+        """Not on images."""
+        raise Unbounded("entrywise bounds are for vectors only")
+
+    def activate(self, x: Tensor, function: Activation, place: str) -> Tensor:
+        """Times the largest absolute slope."""
+        low, high = function.slopes()
+        slope = function.slope(self.seen[place]).magnitude[:, None] if place in self.seen else max(abs(low), abs(high))
+        return x * slope * (1 + 1e-15)
+
+    def rescale(self, x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+        """Times |scale|."""
+        size = exact(scale).abs()
+        return x * (size if size.dim() == 0 else size[:, None]) * (1 + 1e-13)
+
+    def add(self, x: Tensor, y: Tensor) -> Tensor:
+        """The sum."""
+        return (x + y) * (1 + 1e-15)
+
+    def concatenate(self, parts: list[Tensor]) -> Tensor:
+        """One above the other."""
+        return torch.cat(parts)
+
+    def flatten(self, x: Tensor) -> Tensor:
+        """The same."""
+        return x
+
+    def constant(self, value: Tensor, like: Tensor) -> Tensor:
+        """Zero."""
+        return torch.zeros(value.shape[1], like.shape[1], dtype=torch.float64)
 
 
 def over_channels(values: Tensor, like: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from inn_guard.lipschitz.rounding import UNIT, gamma, largest_eigenvalue, power_of_two, up
 
-__all__ = ["inverse_norm", "logarithmic_norm", "spectral_norm"]
+__all__ = ["exact", "inverse_norm", "inverse_with_error", "logarithmic_norm", "spectral_norm"]
 
 
 def spectral_norm(matrix: Num[Tensor, "*batch m n"], error: float = 0.0) -> float:
@@ -63,17 +63,25 @@ def inverse_norm(matrix: Num[Tensor, "m n"]) -> float:
     """
     if matrix.shape[-1] != matrix.shape[-2]:
         raise ValueError(f"expected a square matrix, got {tuple(matrix.shape)}; use the pseudo-inverse's norm instead")
-    W = exact(matrix)
+    X, defect = _approximate_inverse(exact(matrix))
+    return up(spectral_norm(X) / math.nextafter(1 - defect, 0.0), 2) if defect < 1 else math.inf
+
+
+def inverse_with_error(matrix: Num[Tensor, "n n"]) -> tuple[Tensor, float]:
+    """An approximate inverse X of W and a certified bound of ||W^-1 - X||; infinite if W is singular in float64."""
+    X, defect = _approximate_inverse(exact(matrix))
+    return X, up(up(spectral_norm(X) * defect) / math.nextafter(1 - defect, 0.0), 2) if defect < 1 else math.inf
+
+
+def _approximate_inverse(W: Tensor) -> tuple[Tensor, float]:
+    """X and a certified bound of ||I - X W||, infinite where X is not finite."""
     X, info = torch.linalg.inv_ex(W)
     if int(info) != 0 or not bool(torch.isfinite(X).all()):
-        return math.inf
+        return torch.zeros_like(W), math.inf
     residual = X @ W
     residual.diagonal().sub_(1)
-    rounding = up(
-        gamma(len(W) + 2) * up(math.sqrt(_frobenius_square(X)), 2) * up(math.sqrt(_frobenius_square(W)), 2), 3
-    )
-    defect = spectral_norm(residual, up(rounding + 2 * UNIT * len(W)))
-    return up(spectral_norm(X) / math.nextafter(1 - defect, 0.0), 2) if defect < 1 else math.inf
+    sizes = up(up(math.sqrt(_frobenius_square(X)), 2) * up(math.sqrt(_frobenius_square(W)), 2), 2)
+    return X, spectral_norm(residual, up(gamma(len(W) + 2) * sizes + 2 * UNIT * len(W), 2))
 
 
 def logarithmic_norm(matrix: Num[Tensor, "m n"]) -> float:

@@ -83,7 +83,9 @@ class Network:
         try:
             self.graph = _Tracer().trace(module, concrete_args={} if context is not None else _absent(module))
         except Exception as error:  # noqa: BLE001 - tracing runs the user's forward, which may raise anything
-            raise Unbounded(f"{type(module).__name__} cannot be read as a graph ({type(error).__name__}: {error})") from error
+            raise Unbounded(
+                f"{type(module).__name__} cannot be read as a graph ({type(error).__name__}: {error})"
+            ) from error
         self.modules = dict(module.named_modules())
 
     def read(self, x: Value, semantics: Semantics[Value]) -> Value:
@@ -113,10 +115,16 @@ class Network:
             return operator.attrgetter(str(node.target))(self.module)
         symbols = _symbols(args) + _symbols(tuple(kwargs.values()))
         if node.op == "call_module":
-            return _Symbol(_module(self.modules[str(node.target)], _value_of(args[0], self.module), semantics, node.name))
+            return _Symbol(
+                _module(self.modules[str(node.target)], _value_of(args[0], self.module), semantics, node.name)
+            )
         function = node.target if node.op == "call_function" else getattr(_Methods, str(node.target), None)
         if not symbols:
-            return node.target(*args, **kwargs) if node.op == "call_function" else getattr(args[0], str(node.target))(*args[1:], **kwargs)  # type: ignore
+            return (
+                node.target(*args, **kwargs)
+                if node.op == "call_function"
+                else getattr(args[0], str(node.target))(*args[1:], **kwargs)
+            )  # type: ignore
         if function is None:
             raise Unbounded(f"the operation .{node.target}() is not known")
         return _Symbol(_function(function, args, kwargs, semantics, node.name))
@@ -191,7 +199,13 @@ def _normalise(module: Any, x: Value, semantics: Semantics[Value]) -> Value:
     return semantics.rescale(x, scale, bias - mean * scale)
 
 
-def _function(function: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any], semantics: Semantics[Value], place: str) -> Value:
+def _function(
+    function: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    semantics: Semantics[Value],
+    place: str,
+) -> Value:
     first = args[0]
     if function in FUNCTIONS:
         plain = len(args) == 1 and set(kwargs) <= {"inplace", "alpha", "negative_slope", "beta"}

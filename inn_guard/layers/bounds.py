@@ -1,0 +1,133 @@
+"""The bound rules of the layers: what each layer is in the terms of inn_guard.lipschitz."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional
+
+from inn_guard.layers.actnorm import Diagonal
+from inn_guard.layers.contraction import LipSwish
+from inn_guard.layers.coupling import AdditiveCoupling, AffineCoupling, Coupling
+from inn_guard.layers.linear import ChannelMixing, InvertibleLinear
+from inn_guard.layers.multiscale import FactorOut, OnRemaining
+from inn_guard.layers.partition import Halves, Mask
+from inn_guard.layers.permutation import Permutation
+from inn_guard.layers.preprocessing import Logit
+from inn_guard.layers.reshape import Flatten, Squeeze, ZeroPadding
+from inn_guard.layers.residual import Residual
+from inn_guard.layers.scales import ClampedScale, ExpScale, ScaleFunction, SigmoidScale
+from inn_guard.lipschitz import couplings, flows, maps
+from inn_guard.lipschitz.activations import Activation, activation
+from inn_guard.lipschitz.maps import BoundedMap, bounded_map
+from inn_guard.lipschitz.transformers import (
+    Additive,
+    Affine,
+    ConstantScale,
+    LogScale,
+    ScaleBounds,
+    SigmoidScaleBounds,
+    atan_activation,
+    scaled,
+)
+
+__all__ = ["scale_bounds"]
+
+
+def scale_bounds(scale: ScaleFunction) -> ScaleBounds:
+    """Enclosures of a scale function: by its formula where it is one of ours, by its global constants otherwise."""
+    if isinstance(scale, SigmoidScale):
+        return SigmoidScaleBounds(scale.lower, scale.upper, scale.offset)
+    if isinstance(scale, ClampedScale):
+        return LogScale(atan_activation(scale.clamp * 2 / math.pi))
+    if isinstance(scale, ExpScale):
+        known = activation(nn.Identity())
+        assert known is not None
+        return LogScale(known)
+    return ConstantScale(scale.lower, scale.upper, scale.max_slope, scale.max_log_slope)
+
+
+def _coupling(layer: Coupling, transformer: Any, parameters: int) -> BoundedMap:
+    def make(channels: int, shape: torch.Size) -> BoundedMap:
+        split: couplings.Split
+        if isinstance(layer.partition, Halves):
+            index = torch.arange(channels)[None]
+            kept, changed = layer.partition.split(index, dims=2)
+            split, size = couplings.ByChannel(kept[0], changed[0]), changed.shape[1]
+        elif isinstance(layer.partition, Mask):
+            split, size = couplings.ByMask(layer.partition.mask.cpu().expand(shape)), channels
+        else:
+            return maps.Unknown(f"no rule for the partition {type(layer.partition).__name__}")
+        rows = torch.arange(parameters * size).split(size)
+        return couplings.Coupling(split, layer.network, transformer, rows, layer.context)
+
+    return maps.Shaped(lambda box: make(box.shape[0], box.shape), (layer.network,))
+
+
+@bounded_map.register
+def _(block: AdditiveCoupling, layer: Any) -> BoundedMap:
+    return _coupling(block, Additive(), 1)
+
+
+@bounded_map.register
+def _(block: AffineCoupling, layer: Any) -> BoundedMap:
+    return _coupling(block, Affine(scale_bounds(block.scale)), 2)
+
+
+@bounded_map.register
+def _(block: Diagonal, layer: Any) -> BoundedMap:
+    return maps.Diagonal(block.log_scale.detach().double().exp(), block.shift.detach())
+
+
+@bounded_map.register
+def _(block: ChannelMixing, layer: Any) -> BoundedMap:
+    return maps.LinearMap.computed(block.weight.detach())
+
+
+@bounded_map.register
+def _(block: InvertibleLinear, layer: Any) -> BoundedMap:
+    return maps.LinearMap(block.weight.detach())
+
+
+@bounded_map.register
+def _(block: Permutation, layer: Any) -> BoundedMap:
+    return maps.Rearrangement(block.forward, block.order.cpu())
+
+
+@bounded_map.register(Squeeze)
+@bounded_map.register(Flatten)
+@bounded_map.register(FactorOut)
+def _(block: Any, layer: Any) -> BoundedMap:
+    return maps.Rearrangement(block.forward)
+
+
+@bounded_map.register
+def _(block: ZeroPadding, layer: Any) -> BoundedMap:
+    return maps.Rearrangement(block.forward)
+
+
+@bounded_map.register
+def _(block: OnRemaining, layer: Any) -> BoundedMap:
+    inner = block.layer if layer.context is None else block.layer.conditioned(layer.context)
+    return maps.OnTail(bounded_map(inner.block, inner), block.shape)
+
+
+@bounded_map.register
+def _(block: Logit, layer: Any) -> BoundedMap:
+    return flows.LogitMap(block.alpha)
+
+
+@bounded_map.register
+def _(block: Residual, layer: Any) -> BoundedMap:
+    return flows.Residual(block.network, layer.context)
+
+
+@activation.register
+def _(module: LipSwish) -> Activation:
+    silu = activation(nn.SiLU())
+    assert silu is not None
+    rate = float(functional.softplus(module.raw.detach().double()))
+    return scaled(silu, 1 / (1.1 * rate), rate)

@@ -1,0 +1,278 @@
+"""Bounded maps beyond couplings: residual, ODE, planar, radial, Sylvester, autoregressive, piecewise, logit, inverted."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from inn_guard.lipschitz import blocks
+from inn_guard.lipschitz.blocks import Pair
+from inn_guard.lipschitz.building import ChainBuilder, ChainReading, Linear
+from inn_guard.lipschitz.conditioners import Effort, bound_chain, read, subnetwork_lipschitz, torus_of
+from inn_guard.lipschitz.couplings import Coupling
+from inn_guard.lipschitz.intervals import Interval
+from inn_guard.lipschitz.maps import BlockBounds, BoundedMap
+from inn_guard.lipschitz.rounding import up
+from inn_guard.lipschitz.semantics import Entrywise
+from inn_guard.lipschitz.subnetworks import Unbounded
+
+__all__ = ["Autoregressive", "Fixed", "Flow", "Inverted", "LogitMap", "Residual"]
+
+
+@dataclass(frozen=True)
+class Fixed(BoundedMap):
+    """A map of known constants on all of R^d: planar, radial, Sylvester, splines with fixed knots, ...
+
+    Attributes:
+        pair: its bounds.
+        drift: a bound of |F(x) - x| per entry, from which the image follows; infinite if unknown.
+        inside: the interval that every entry is mapped to itself in, if there is one: [-B, B] of a spline with tails.
+    """
+
+    pair: Pair
+    drift: float = math.inf
+    inside: tuple[float, float] | None = None
+
+    def bounds(self, box: Interval, effort: Effort) -> BlockBounds:
+        """The constants."""
+        finite = math.isfinite(self.pair.forward) and math.isfinite(self.pair.inverse)
+        return BlockBounds(
+            *self.pair, reason="" if finite else "the block is not invertible everywhere, or not Lipschitz"
+        )
+
+    def image(self, box: Interval) -> Interval:
+        """The box, widened by the drift."""
+        if self.inside is not None:
+            return box.hull(Interval(torch.full_like(box.lo, self.inside[0]), torch.full_like(box.hi, self.inside[1])))
+        return box + Interval(torch.full_like(box.lo, -self.drift), torch.full_like(box.hi, self.drift))
+
+
+@dataclass(frozen=True)
+class LogitMap(BoundedMap):
+    """logit(alpha + (1 - 2 alpha) x) / temperature for data in [0, 1]; local."""
+
+    alpha: float
+    temperature: float = 1.0
+
+    def bounds(self, box: Interval, effort: Effort) -> BlockBounds:
+        """Over the box within (0, 1)."""
+        p = self._inside(box)
+        if p.inf() <= 0 or p.sup() >= 1:
+            return BlockBounds(
+                math.inf, math.inf, False, "the logit is unbounded at 0 and 1: give domain=Box(lo, hi) inside"
+            )
+        # p (1 - p) in one piece, largest at 1/2
+        ends = [Interval(end, end) * (1.0 - Interval(end, end)) for end in (p.lo, p.hi)]
+        product = ends[0].hull(ends[1])
+        product = Interval(
+            product.lo, torch.where((p.lo <= 0.5) & (p.hi >= 0.5), product.hi.clamp_min(0.25), product.hi)
+        )
+        slope = (1.0 - Interval.of(self.alpha) * 2.0) / product / self.temperature
+        return BlockBounds(*blocks.elementwise(slope), is_global=False)
+
+    def image(self, box: Interval) -> Interval:
+        """The logits of both ends."""
+        p = self._inside(box)
+        safe = Interval(p.lo.clamp(0, 1), p.hi.clamp(0, 1))
+        return (safe.log() - (1.0 - safe).log()) / self.temperature
+
+    def _inside(self, box: Interval) -> Interval:
+        return box * (1.0 - Interval.of(self.alpha) * 2.0) + self.alpha
+
+
+@dataclass(frozen=True)
+class Residual(BoundedMap):
+    """x + g(x) with Lip(g) < 1."""
+
+    network: nn.Module
+    context: Any = None
+
+    def bounds(self, box: Interval, effort: Effort) -> BlockBounds:
+        """1 / (1 - L) for the inverse; for the forward map the recursion on x + g(x) at once, or 1 + L."""
+        try:
+            L = subnetwork_lipschitz(self.network, box, effort=effort, context=self.context)
+        except Unbounded as error:
+            return BlockBounds(math.inf, math.inf, False, str(error), "none")
+        pair, proofs = blocks.invertible_residual(L), {}
+        try:
+            builder = ChainBuilder(box.shape[0], torus_of([self.network], tuple(box.shape)))
+            proof = bound_chain(builder.finish(self.trace(builder, builder.start(), box)), effort)
+            pair, proofs = Pair(min(pair.forward, proof.bound), pair.inverse), {"forward": proof}
+        except Unbounded:
+            pass
+        reason = "" if L < 1 else f"Lip(g) <= {L:.4g} is not below one: the inverse is not proved to exist"
+        everywhere = bool((box.lo == -math.inf).all() and (box.hi == math.inf).all())
+        return BlockBounds(*pair, everywhere, reason, "LipSDP recursion", proofs)
+
+    def image(self, box: Interval) -> Interval:
+        """x + g over the box."""
+        try:
+            return box + read(self.network, box, self.context).output
+        except Unbounded:
+            everything = torch.full_like(box.lo, math.inf)
+            return Interval(-everything, everything)
+
+    def table3(self, box: Interval) -> Pair:
+        """1 + L and 1 / (1 - L) with the norm product."""
+        try:
+            return blocks.invertible_residual(read(self.network, box, self.context).product(), paper=True)
+        except Unbounded:
+            return Pair(math.inf, math.inf)
+
+    def trace(self, builder: ChainBuilder, x: Linear, box: Interval) -> Linear:
+        """x + g(x)."""
+        g = builder.cropped(read(self.network, box, self.context).into(builder, x))
+        return ChainReading(builder).add(x, g)
+
+    def networks(self) -> list[nn.Module]:
+        """g."""
+        return [self.network]
+
+
+class _Field(nn.Module):
+    def __init__(self, field: nn.Module) -> None:
+        super().__init__()
+        self.field = field
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        return self.field(t, x)
+
+
+@dataclass(frozen=True)
+class Flow(BoundedMap):
+    """The flow of dx/dt = field(t, x) over a duration: exp(L T) both ways.
+
+    It bounds the map of every explicit fixed-step method with nonnegative coefficients too (Euler, midpoint, RK4): a
+    step's Lipschitz constant is at most the exponential series' first terms. An adaptive solver's own error comes on top.
+    """
+
+    field: nn.Module
+    duration: float
+
+    def bounds(self, box: Interval, effort: Effort) -> BlockBounds:
+        """exp(L T), L on all of R^d: trajectories leave every box."""
+        everywhere = torch.full_like(box.lo, math.inf)
+        times = torch.tensor([[0.0], [self.duration]], dtype=torch.float64)
+        try:
+            L = subnetwork_lipschitz(
+                _Field(self.field), Interval(-everywhere, everywhere), effort=effort, context=times
+            )
+        except Unbounded as error:
+            return BlockBounds(math.inf, math.inf, False, str(error), "none")
+        return BlockBounds(*blocks.neural_ode(L, self.duration), method="logarithmic norm")
+
+    def image(self, box: Interval) -> Interval:
+        """Everything: no invariant box is looked for."""
+        everywhere = torch.full_like(box.lo, math.inf)
+        return Interval(-everywhere, everywhere)
+
+    def networks(self) -> list[nn.Module]:
+        """The field."""
+        return [self.field]
+
+
+@dataclass(frozen=True)
+class Autoregressive(BoundedMap):
+    """z_i = h(x_i; theta_i(x_1..x_{i-1})) with a masked network: MAF, IAF, spline autoregressive flows.
+
+    Attributes:
+        coupling: the same data as a coupling's, with split that keeps and changes everything.
+    """
+
+    coupling: Coupling
+
+    def bounds(self, box: Interval, effort: Effort) -> BlockBounds:
+        """Forward by the recursion on the whole Jacobian, inverse by the M-matrix of entrywise bounds."""
+        c = self.coupling
+        try:
+            d = c._derivatives(box)
+            entries = d.network.network.read(torch.eye(box.shape[0], dtype=torch.float64), Entrywise(d.network.seen))
+        except Unbounded as error:
+            return BlockBounds(math.inf, math.inf, False, str(error), "none")
+        off = torch.zeros(box.shape[0], box.shape[0], dtype=torch.float64)
+        for rows, factor in zip(c.rows, d.sensitivities, strict=True):
+            off = off + (factor.magnitude[:, None] * entries[rows] * (1 + 1e-12)).nan_to_num(0, math.inf, 0)
+        order = _triangular_order(off)
+        if order is None:
+            return BlockBounds(math.inf, math.inf, False, "the network's masks are not autoregressive", "none")
+        ordered = off[order][:, order]
+        norm = up(float(d.slope.magnitude.max()) + c._norms(d).forward)
+        pair = blocks.autoregressive(d.slope.lo[order], ordered, forward=norm)
+        proofs = {}
+        try:
+            builder = ChainBuilder(box.shape[0])
+            proof = bound_chain(builder.finish(c.trace(builder, builder.start(), box)), effort)
+            pair, proofs = Pair(min(norm, proof.bound), pair.inverse), {"forward": proof}
+        except Unbounded:
+            pass
+        finite = math.isfinite(pair.forward + pair.inverse)
+        reason = "" if finite else c._why(d, Pair(float(d.slope.magnitude.max()), 1.0))
+        return BlockBounds(*pair, c._holds_everywhere(box), reason, "LipSDP recursion, M-matrix", proofs)
+
+    def image(self, box: Interval) -> Interval:
+        """h over the boxes."""
+        return self.coupling.image(box)
+
+    def trace(self, builder: ChainBuilder, x: Linear, box: Interval) -> Linear:
+        """As of a coupling."""
+        return self.coupling.trace(builder, x, box)
+
+    def networks(self) -> list[nn.Module]:
+        """The masked network."""
+        return [self.coupling.network]
+
+
+@dataclass(frozen=True)
+class Inverted(BoundedMap):
+    """The inverse of another map. Its box is one of outputs, so only what holds everywhere can be said of its input."""
+
+    inner: BoundedMap
+
+    def bounds(self, box: Interval, effort: Effort) -> BlockBounds:
+        """The other's global bounds, exchanged."""
+        own = self.inner.bounds(_everywhere(box), effort)
+        return BlockBounds(own.inverse, own.forward, own.is_global, own.reason, own.method, own.proofs)
+
+    def image(self, box: Interval) -> Interval:
+        """Everything."""
+        return _everywhere(box)
+
+    def table3(self, box: Interval) -> Pair:
+        """Exchanged."""
+        forward, inverse = self.inner.table3(_everywhere(box))
+        return Pair(inverse, forward)
+
+    def trace(self, builder: ChainBuilder, x: Linear, box: Interval) -> Linear:
+        """The other's inverse."""
+        return self.inner.trace_inverse(builder, x, _everywhere(box))
+
+    def trace_inverse(self, builder: ChainBuilder, z: Linear, box: Interval) -> Linear:
+        """The other's forward map."""
+        return self.inner.trace(builder, z, _everywhere(box))
+
+    def networks(self) -> list[nn.Module]:
+        """The other's."""
+        return self.inner.networks()
+
+
+def _everywhere(box: Interval) -> Interval:
+    everything = torch.full_like(box.lo, math.inf)
+    return Interval(-everything, everything)
+
+
+def _triangular_order(dependence: Tensor) -> Tensor | None:
+    """An order of the entries in which each depends on earlier ones only; None if there is none."""
+    depends = dependence != 0
+    placed: list[int] = []
+    left = list(range(len(depends)))
+    while left:
+        ready = [i for i in left if not bool(depends[i, left].any())]
+        if not ready:
+            return None
+        placed += ready
+        left = [i for i in left if i not in ready]
+    return torch.tensor(placed)

@@ -1,0 +1,226 @@
+"""Enclosures of a network's values and derivatives on many small boxes, and tables of them for scalar inputs."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from inn_guard.lipschitz.activations import Activation
+from inn_guard.lipschitz.intervals import Interval, linear
+from inn_guard.lipschitz.semantics import _nearly
+from inn_guard.lipschitz.spectral import exact
+from inn_guard.lipschitz.subnetworks import Network, Unbounded
+
+__all__ = ["Direct", "Jet", "JetReading", "Table"]
+
+
+@dataclass(frozen=True)
+class Jet:
+    """A value on boxes x = c + [-r, r] of k inputs.
+
+    Attributes:
+        centre: at c, (B, n), thin.
+        value: over the box, (B, n).
+        rate: the derivative at c, (B, k, n), thin.
+        slope: the derivative over the box, (B, k, n).
+        bend: the second derivative over the box, (B, k, n), for k = 1; None otherwise.
+    """
+
+    centre: Interval
+    value: Interval
+    rate: Interval
+    slope: Interval
+    bend: Interval | None
+
+
+class JetReading:
+    """A network on boxes: every value by the mean-value form too, every scalar derivative by Taylor's.
+
+    Args:
+        radius: r of the boxes, (B, k).
+    """
+
+    def __init__(self, radius: Tensor) -> None:
+        self.offset = Interval(-radius, radius)
+
+    def start(self, centre: Tensor, embedding: Tensor) -> Jet:
+        """The input ``embedding @ x`` of the network, embedding (n, k)."""
+        point = Interval.of(centre)
+        rate = Interval.of(embedding.T[None].expand(len(centre), -1, -1))
+        bend = Interval.of(torch.zeros_like(rate.lo)) if centre.shape[1] == 1 else None
+        c, v = linear(embedding, point), linear(embedding, point + self.offset)
+        return Jet(c, v, rate, rate, bend)
+
+    def linear(self, x: Jet, weight: Tensor, bias: Tensor | None) -> Jet:
+        """W x + b."""
+        W = exact(weight)
+        shift = Interval.of(torch.zeros(()) if bias is None else exact(bias))
+        bend = None if x.bend is None else linear(W, x.bend)
+        return self._tight(
+            Jet(linear(W, x.centre) + shift, linear(W, x.value) + shift, linear(W, x.rate), linear(W, x.slope), bend)
+        )
+
+    def activate(self, x: Jet, function: Activation, place: str) -> Jet:
+        """f(x) by the chain rule."""
+        at_centre, over = (function.slope(part).map(lambda t: t[:, None]) for part in (x.centre, x.value))
+        bend = None
+        if x.bend is not None:
+            bend = function.bend(x.value).map(lambda t: t[:, None]) * x.slope.square() + over * x.bend
+        rate, slope = at_centre * x.rate, over * x.slope
+        return self._tight(Jet(function.value(x.centre), function.value(x.value), rate, slope, bend))
+
+    def rescale(self, x: Jet, scale: Tensor, shift: Tensor) -> Jet:
+        """scale * x + shift."""
+        a, b = _nearly(exact(scale)), _nearly(exact(shift))
+        bend = None if x.bend is None else x.bend * a
+        return Jet(x.centre * a + b, x.value * a + b, x.rate * a, x.slope * a, bend)
+
+    def add(self, x: Jet, y: Jet) -> Jet:
+        """x + y."""
+        bend = None if x.bend is None or y.bend is None else x.bend + y.bend
+        return self._tight(Jet(x.centre + y.centre, x.value + y.value, x.rate + y.rate, x.slope + y.slope, bend))
+
+    def concatenate(self, parts: list[Jet]) -> Jet:
+        """Side by side."""
+        bends = [part.bend for part in parts if part.bend is not None]
+        return Jet(
+            Interval.cat([part.centre for part in parts], -1), Interval.cat([part.value for part in parts], -1),
+            Interval.cat([part.rate for part in parts], -1), Interval.cat([part.slope for part in parts], -1),
+            Interval.cat(bends, -1) if len(bends) == len(parts) else None,
+        )  # fmt: skip
+
+    def convolution(self, x: Jet, module: Any) -> Jet:
+        """Not on images."""
+        raise Unbounded("boxes are branched in a few dimensions only, not on images")
+
+    def flatten(self, x: Jet) -> Jet:
+        """The same."""
+        return x
+
+    def constant(self, value: Tensor, like: Jet) -> Jet:
+        """No derivative."""
+        value = exact(value)
+        count, k = like.rate.shape[:2]
+        hull = Interval(value.amin(0), value.amax(0)).map(lambda t: t.expand(count, -1))
+        zero = Interval.of(torch.zeros(count, k, value.shape[1], dtype=torch.float64))
+        return Jet(hull, hull, zero, zero, None if like.bend is None else zero)
+
+    def _tight(self, x: Jet) -> Jet:
+        slope = x.slope
+        if x.bend is not None:
+            slope = slope.meet(x.rate + x.bend * self.offset.map(lambda t: t[:, None]))
+        moved = (slope * self.offset.map(lambda t: t[:, :, None])).sum(1)
+        return Jet(x.centre, x.value.meet(x.centre + moved), x.rate, slope, x.bend)
+
+
+class Direct:
+    """A network of k inputs, evaluated anew on every box.
+
+    Args:
+        module: the network.
+        embedding: from the k inputs to the network's own, (n, k).
+        context: its second argument.
+    """
+
+    def __init__(self, module: nn.Module, embedding: Tensor, context: Tensor | None = None) -> None:
+        self.network, self.embedding = Network(module, context), embedding
+
+    def __call__(self, x: Interval) -> tuple[Interval, Interval]:
+        """Values (B, n) and derivatives (B, k, n) over boxes (B, k)."""
+        jet = self.jet(x)
+        return jet.value, jet.slope
+
+    def jet(self, x: Interval) -> Jet:
+        """All that is known."""
+        reading = JetReading(x.radius)
+        return self.network.read(reading.start(x.centre, self.embedding), reading)
+
+
+class Table:
+    """A network of one input, evaluated once on the cells of a grid; queries take the hull of the cells they touch.
+
+    The first and the last cell that a query touches are taken by Taylor's form on the touched part only, so that a
+    query much smaller than a cell is enclosed to second order.
+
+    Args:
+        direct: the network.
+        low: left end of the grid.
+        high: right end; queries that leave the grid get everything.
+        cells: number of cells.
+    """
+
+    def __init__(self, direct: Direct, low: float, high: float, cells: int) -> None:
+        edges = torch.linspace(low, high, cells + 1, dtype=torch.float64)
+        jets = [
+            direct.jet(Interval(a[:, None], b[:, None]))
+            for a, b in zip(edges[:-1].split(1024), edges[1:].split(1024), strict=True)
+        ]
+        self.edges, self.middle = edges, Interval(edges[:-1], edges[1:]).centre
+        self.centre = Interval.cat([jet.centre for jet in jets])
+        self.rate = Interval.cat([jet.rate[:, 0] for jet in jets])
+        self.bend = Interval.cat([jet.bend[:, 0] for jet in jets if jet.bend is not None])
+        self.slope = Interval.cat([jet.slope[:, 0] for jet in jets])
+        self.values, self.slopes = _levels(Interval.cat([jet.value for jet in jets])), _levels(self.slope)
+
+    def __call__(self, x: Interval) -> tuple[Interval, Interval]:
+        """Values (B, n) and derivatives (B, 1, n) over intervals (B, 1)."""
+        a, b = x.lo[:, 0], x.hi[:, 0]
+        cells = len(self.edges) - 1
+        outside = ~((a >= self.edges[0]) & (b <= self.edges[-1]))
+        first = (torch.searchsorted(self.edges, a.contiguous(), right=True) - 1).clamp(0, cells - 1)
+        last = (torch.searchsorted(self.edges, b.contiguous()) - 1).clamp(0, cells - 1)
+        last = torch.maximum(first, last)
+        value, slope = self._part(first, a, b)
+        for other in (self._part(last, a, b), self._between(first + 1, last - 1)):
+            value, slope = value.hull(other[0]), slope.hull(other[1])
+        everything = outside[:, None]
+        value, slope = (
+            Interval(part.lo.masked_fill(everything, -math.inf), part.hi.masked_fill(everything, math.inf))
+            for part in (value, slope)
+        )
+        return value, slope.map(lambda t: t[:, None])
+
+    def _part(self, cell: Tensor, a: Tensor, b: Tensor) -> tuple[Interval, Interval]:
+        """Over the part of [a, b] in a cell."""
+        ends = Interval(torch.maximum(a, self.edges[cell]), torch.minimum(b, self.edges[cell + 1]))
+        ends = Interval(torch.minimum(ends.lo, ends.hi), torch.maximum(ends.lo, ends.hi))
+        offset = (ends - self.middle[cell]).map(lambda t: t[:, None])
+        slope = (self.rate[cell] + self.bend[cell] * offset).meet(self.slope[cell])
+        # from the middle to the part, the derivative is taken over the whole cell's slope
+        value = (
+            self.centre[cell]
+            + (self.rate[cell] + self.bend[cell] * offset.hull(offset * 0.0)).meet(self.slope[cell]) * offset
+        )
+        return value, slope
+
+    def _between(self, first: Tensor, last: Tensor) -> tuple[Interval, Interval]:
+        """Over whole cells; nothing where there are none."""
+        count = last - first + 1
+        level = torch.zeros_like(count)
+        for k in range(1, len(self.values)):
+            level[count >= 2**k] = k
+        empty = (count < 1)[:, None]
+        parts = []
+        for table in (self.values, self.slopes):
+            lo = torch.full((len(first), table[0].shape[1]), math.inf, dtype=torch.float64)
+            hi = -lo
+            for k in level.unique().tolist():
+                rows = (level == k) & (count >= 1)
+                left, right = table[k][first[rows]], table[k][last[rows] - 2**k + 1]
+                lo[rows], hi[rows] = torch.minimum(left.lo, right.lo), torch.maximum(left.hi, right.hi)
+            parts.append(Interval(lo.masked_fill(empty, math.inf), hi.masked_fill(empty, -math.inf)))
+        return parts[0], parts[1]
+
+
+def _levels(cells: Interval) -> list[Interval]:
+    """Hulls of 1, 2, 4, ... consecutive cells."""
+    levels, width = [cells], 1
+    while 2 * width <= len(cells.lo):
+        last = levels[-1]
+        levels.append(last[:-width].hull(last[width:]))
+        width *= 2
+    return levels

@@ -1,0 +1,426 @@
+"""What a block is, in the terms in which its bounds are known: BoundedMap, its simple kinds, and the register of rules."""
+
+from __future__ import annotations
+
+import abc
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import singledispatch
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from inn_guard.lipschitz import blocks
+from inn_guard.lipschitz.activations import Activation
+from inn_guard.lipschitz.blocks import Pair
+from inn_guard.lipschitz.building import ChainBuilder, Linear
+from inn_guard.lipschitz.conditioners import Effort, Proof
+from inn_guard.lipschitz.intervals import Interval, linear
+from inn_guard.lipschitz.rounding import UNIT, up
+from inn_guard.lipschitz.semantics import over_channels
+from inn_guard.lipschitz.spectral import exact, inverse_with_error, spectral_norm
+from inn_guard.lipschitz.subnetworks import Unbounded
+
+__all__ = [
+    "BlockBounds",
+    "BoundedMap",
+    "Composition",
+    "Diagonal",
+    "Elementwise",
+    "LinearMap",
+    "OnTail",
+    "Rearrangement",
+    "Shaped",
+    "Unknown",
+    "bounded_map",
+]
+
+
+@dataclass(frozen=True)
+class BlockBounds:
+    """Certified bounds of one block on one box.
+
+    Attributes:
+        forward: bound of sup ||J||.
+        inverse: bound of sup ||J^-1||, over the same x.
+        is_global: whether they hold on all of R^d.
+        reason: why a bound is infinite; empty where both are finite.
+        method: what gave them.
+        proofs: chains with multipliers that prove norms that went in, by name.
+    """
+
+    forward: float
+    inverse: float
+    is_global: bool = True
+    reason: str = ""
+    method: str = "closed form"
+    proofs: dict[str, Proof] = field(default_factory=dict, compare=False)
+
+    @property
+    def pair(self) -> Pair:
+        """(forward, inverse)."""
+        return Pair(self.forward, self.inverse)
+
+
+class BoundedMap(abc.ABC):
+    """A map about which bounds are known. Boxes have the shape of one sample, without batch.
+
+    How to add one: give ``bounds`` and ``image``; give ``trace`` and ``trace_inverse`` where the Jacobian is made of
+    linear maps and slopes, so that whole networks are bounded at once; give ``table3`` where the paper prints a formula.
+    """
+
+    @abc.abstractmethod
+    def bounds(self, box: Interval, effort: Effort) -> BlockBounds:
+        """Bounds of J and J^-1 over the box."""
+
+    @abc.abstractmethod
+    def image(self, box: Interval) -> Interval:
+        """A box that holds the image of the box."""
+
+    def table3(self, box: Interval) -> Pair:
+        """What Table 3 prints for this block, or the certified bounds where it has no row."""
+        return self.bounds(box, Effort(steps=0)).pair
+
+    def trace(self, builder: ChainBuilder, x: Linear, box: Interval) -> Linear:
+        """The forward map's Jacobians as layers of a builder.
+
+        Raises:
+            Unbounded: if they are not of that form.
+        """
+        raise Unbounded(f"{type(self).__name__} is not a chain of linear maps and slopes")
+
+    def trace_inverse(self, builder: ChainBuilder, z: Linear, box: Interval) -> Linear:
+        """The inverse Jacobians at the same x as layers of a builder.
+
+        Raises:
+            Unbounded: if they are not of that form.
+        """
+        raise Unbounded(f"{type(self).__name__} is not a chain of linear maps and slopes")
+
+    def networks(self) -> list[torch.nn.Module]:
+        """The conditioners, whose paddings a torus must hold."""
+        return []
+
+
+@singledispatch
+def bounded_map(block: Any, layer: Any) -> BoundedMap:
+    """The bounded map that a block is. ``@bounded_map.register(Class)`` beneath a class makes its rule.
+
+    Args:
+        block: what is looked up by its class: ``layer.block``.
+        layer: the Invertible around it, with the context.
+
+    Returns:
+        The map; an ``Unknown`` with the reason where no rule is registered.
+    """
+    return Unknown(f"no rule is registered for {type(block).__module__}.{type(block).__qualname__}")
+
+
+@dataclass(frozen=True)
+class Unknown(BoundedMap):
+    """A block about which nothing is known; its bounds are infinite.
+
+    Attributes:
+        reason: why.
+        shape_of: from the input shape to the output shape; the same unless given.
+    """
+
+    reason: str
+    shape_of: Callable[[torch.Size], torch.Size] = lambda shape: shape
+
+    def bounds(self, box: Interval, effort: Effort) -> BlockBounds:
+        """Infinite, with the reason."""
+        return BlockBounds(math.inf, math.inf, False, self.reason, "none")
+
+    def image(self, box: Interval) -> Interval:
+        """Everything."""
+        everything = torch.full(self.shape_of(box.shape), math.inf, dtype=torch.float64)
+        return Interval(-everything, everything)
+
+
+@dataclass(frozen=True)
+class Rearrangement(BoundedMap):
+    """A map that moves entries, or drops or adds zeros: norm one both ways.
+
+    Attributes:
+        move: what it does to a batch (B, *shape).
+        channels: the order of channels, if it only permutes them.
+    """
+
+    move: Callable[[Tensor], Tensor]
+    channels: Tensor | None = None
+
+    def bounds(self, box: Interval, effort: Effort) -> BlockBounds:
+        """One, exactly."""
+        return BlockBounds(1.0, 1.0, method="isometry")
+
+    def image(self, box: Interval) -> Interval:
+        """The box, moved."""
+        return box.map(lambda t: self.move(t[None])[0])
+
+    def trace(self, builder: ChainBuilder, x: Linear, box: Interval) -> Linear:
+        """The channels in another order."""
+        return x.rows(self._order(box))
+
+    def trace_inverse(self, builder: ChainBuilder, z: Linear, box: Interval) -> Linear:
+        """The channels back in order."""
+        return z.rows(self._order(box).argsort())
+
+    def _order(self, box: Interval) -> Tensor:
+        if self.channels is not None:
+            return self.channels
+        if len(box.shape) != 1:
+            raise Unbounded("entries move between pixels")
+        order = self.move(torch.arange(box.shape[0], dtype=torch.float64)[None])[0].long()
+        if len(order) != box.shape[0]:
+            raise Unbounded("entries are dropped or added")
+        return order
+
+
+@dataclass(frozen=True)
+class Diagonal(BoundedMap):
+    """scale * x + shift, per channel; scale is known up to a few roundings of the functions that made it."""
+
+    scale: Tensor
+    shift: Tensor
+
+    def bounds(self, box: Interval, effort: Effort) -> BlockBounds:
+        """max |D| and 1 / min |D|."""
+        scale = self._scale()
+        if not scale.bounded:
+            return BlockBounds(math.inf, math.inf, True, "the scale is not finite")
+        pair = blocks.elementwise(scale)
+        return BlockBounds(
+            *pair, reason="" if math.isfinite(pair.inverse) else "a scale is zero: the block is singular"
+        )
+
+    def image(self, box: Interval) -> Interval:
+        """Scaled and shifted."""
+        scale, shift = (over_channels(exact(t), box.lo) for t in (self.scale, self.shift))
+        return box * _nearly(scale) + _nearly(shift)
+
+    def trace(self, builder: ChainBuilder, x: Linear, box: Interval) -> Linear:
+        """The diagonal."""
+        scale = exact(self.scale) * torch.ones(x.channels, dtype=torch.float64)
+        return x.mapped(torch.diag(scale)[None])
+
+    def trace_inverse(self, builder: ChainBuilder, z: Linear, box: Interval) -> Linear:
+        """Its inverse."""
+        scale = exact(self.scale) * torch.ones(z.channels, dtype=torch.float64)
+        return z.mapped(torch.diag(1 / scale)[None])
+
+    def _scale(self) -> Interval:
+        return _nearly(exact(self.scale).reshape(-1))
+
+
+@dataclass(frozen=True)
+class LinearMap(BoundedMap):
+    """W x + b over the channels, at every pixel.
+
+    Attributes:
+        weight: W, (out, in).
+        shift: b, (out,), or None.
+        error: Frobenius norm of what rounding may have done when W was computed from its factors.
+    """
+
+    weight: Tensor
+    shift: Tensor | None = None
+    error: float = 0.0
+
+    @classmethod
+    def computed(cls, weight: Tensor, shift: Tensor | None = None) -> LinearMap:
+        """A weight that is a product of stored factors, computed in float64 with some tens of roundings."""
+        return cls(weight, shift, 1e-13 * float(exact(weight).norm()) + 1e-300)
+
+    def bounds(self, box: Interval, effort: Effort) -> BlockBounds:
+        """Certified norms of W and W^-1."""
+        forward, inverse = blocks.linear(self.weight)
+        slip = up(inverse * self.error)
+        forward = up(forward + self.error)
+        inverse = up(inverse / math.nextafter(1 - slip, 0)) if slip < 1 else math.inf
+        return BlockBounds(forward, inverse, reason="" if math.isfinite(inverse) else "the matrix is singular")
+
+    def image(self, box: Interval) -> Interval:
+        """W box + b."""
+        y = linear(exact(self.weight), box.map(lambda t: t.movedim(0, -1)))
+        slack = self.error * box.magnitude.square().sum(0).sqrt() * (1 + 1e-9) if self.error else torch.zeros(())
+        y = (y + Interval(-slack[..., None], slack[..., None])) if self.error else y
+        y = y.map(lambda t: t.movedim(-1, 0))
+        return y if self.shift is None else y + _nearly(over_channels(exact(self.shift), y.lo))
+
+    def trace(self, builder: ChainBuilder, x: Linear, box: Interval) -> Linear:
+        """W."""
+        return x.mapped(exact(self.weight)[None], self.error)
+
+    def trace_inverse(self, builder: ChainBuilder, z: Linear, box: Interval) -> Linear:
+        """W^-1, computed, with a bound of what it is off by."""
+        inverse, error = inverse_with_error(self.weight)
+        size = spectral_norm(inverse) + error
+        slip = up(size * self.error)
+        if not math.isfinite(error) or slip >= 0.5:
+            raise Unbounded("the matrix is singular")
+        return z.mapped(inverse[None], up(error + 2 * up(up(size * size) * self.error)))
+
+
+@dataclass(frozen=True)
+class Elementwise(BoundedMap):
+    """y_i = scale * f(x_i), an activation as a layer."""
+
+    function: Activation
+    scale: float = 1.0
+
+    def bounds(self, box: Interval, effort: Effort) -> BlockBounds:
+        """sup |f'| and 1 / inf |f'| over the box."""
+        slope = self._slope(box)
+        everywhere = self._slope(Interval(torch.full_like(box.lo, -math.inf), torch.full_like(box.hi, math.inf)))
+        pair, widest = blocks.elementwise(slope), blocks.elementwise(everywhere)
+        reason = "" if math.isfinite(pair.inverse) else "the slope comes arbitrarily close to zero: give a smaller box"
+        return BlockBounds(*pair, pair == widest, reason)
+
+    def image(self, box: Interval) -> Interval:
+        """f over the box."""
+        return self.function.value(box) * self.scale
+
+    def trace(self, builder: ChainBuilder, x: Linear, box: Interval) -> Linear:
+        """Slopes over the box."""
+        return builder.activated(x, *_per_channel(self._slope(box), x.channels))
+
+    def trace_inverse(self, builder: ChainBuilder, z: Linear, box: Interval) -> Linear:
+        """One over them."""
+        return builder.activated(z, *_per_channel(self._slope(box).reciprocal(), z.channels))
+
+    def _slope(self, box: Interval) -> Interval:
+        return self.function.slope(box) * self.scale
+
+
+@dataclass(frozen=True)
+class Composition(BoundedMap):
+    """Several maps, the first one applied first."""
+
+    parts: Sequence[BoundedMap]
+
+    def bounds(self, box: Interval, effort: Effort) -> BlockBounds:
+        """Products of the parts' bounds, each on the box that the parts before it make."""
+        total, proofs = BlockBounds(1.0, 1.0), {}
+        for k, part in enumerate(self.parts):
+            own = part.bounds(box, effort)
+            proofs.update({f"{k}.{name}": proof for name, proof in own.proofs.items()})
+            total = BlockBounds(
+                up(total.forward * own.forward), up(total.inverse * own.inverse),
+                total.is_global and own.is_global, total.reason or own.reason, "product of parts", proofs,
+            )  # fmt: skip
+            box = part.image(box)
+        return total
+
+    def image(self, box: Interval) -> Interval:
+        """Through all parts."""
+        for part in self.parts:
+            box = part.image(box)
+        return box
+
+    def table3(self, box: Interval) -> Pair:
+        """The product."""
+        forward = inverse = 1.0
+        for part, state in zip(self.parts, self._boxes(box), strict=True):
+            own = part.table3(state)
+            forward, inverse = up(forward * own.forward), up(inverse * own.inverse)
+        return Pair(forward, inverse)
+
+    def trace(self, builder: ChainBuilder, x: Linear, box: Interval) -> Linear:
+        """One after the other."""
+        for part, state in zip(self.parts, self._boxes(box), strict=True):
+            x = part.trace(builder, x, state)
+        return x
+
+    def trace_inverse(self, builder: ChainBuilder, z: Linear, box: Interval) -> Linear:
+        """The last one first."""
+        for part, state in reversed(list(zip(self.parts, self._boxes(box), strict=True))):
+            z = part.trace_inverse(builder, z, state)
+        return z
+
+    def networks(self) -> list[torch.nn.Module]:
+        """Of all parts."""
+        return [module for part in self.parts for module in part.networks()]
+
+    def _boxes(self, box: Interval) -> list[Interval]:
+        states = [box]
+        for part in self.parts[:-1]:
+            states.append(part.image(states[-1]))
+        return states[: len(self.parts)]
+
+
+@dataclass(frozen=True)
+class Shaped(BoundedMap):
+    """A map that is known once the shape of its input is.
+
+    Attributes:
+        make: the map for a box.
+        conditioners: its networks.
+    """
+
+    make: Callable[[Interval], BoundedMap]
+    conditioners: tuple[torch.nn.Module, ...] = ()
+
+    def bounds(self, box: Interval, effort: Effort) -> BlockBounds:
+        """The map's."""
+        return self.make(box).bounds(box, effort)
+
+    def image(self, box: Interval) -> Interval:
+        """The map's."""
+        return self.make(box).image(box)
+
+    def table3(self, box: Interval) -> Pair:
+        """The map's."""
+        return self.make(box).table3(box)
+
+    def trace(self, builder: ChainBuilder, x: Linear, box: Interval) -> Linear:
+        """The map's."""
+        return self.make(box).trace(builder, x, box)
+
+    def trace_inverse(self, builder: ChainBuilder, z: Linear, box: Interval) -> Linear:
+        """The map's."""
+        return self.make(box).trace_inverse(builder, z, box)
+
+    def networks(self) -> list[torch.nn.Module]:
+        """The conditioners."""
+        return list(self.conditioners)
+
+
+@dataclass(frozen=True)
+class OnTail(BoundedMap):
+    """A map of the last entries of a vector, laid out in ``shape``; the first entries pass."""
+
+    inner: BoundedMap
+    shape: tuple[int, ...]
+
+    def bounds(self, box: Interval, effort: Effort) -> BlockBounds:
+        """The larger of one and the inner map's: the Jacobian is block diagonal."""
+        own = self.inner.bounds(self._tail(box), effort)
+        return BlockBounds(
+            max(1.0, own.forward), max(1.0, own.inverse), own.is_global, own.reason, own.method, own.proofs
+        )
+
+    def image(self, box: Interval) -> Interval:
+        """[head, inner image]."""
+        tail = self.inner.image(self._tail(box)).map(torch.flatten)
+        return Interval.cat([box[: len(box.lo) - math.prod(self.shape)], tail])
+
+    def table3(self, box: Interval) -> Pair:
+        """The larger of one and the inner map's."""
+        own = self.inner.table3(self._tail(box))
+        return Pair(max(1.0, own.forward), max(1.0, own.inverse))
+
+    def _tail(self, box: Interval) -> Interval:
+        return box[len(box.lo) - math.prod(self.shape) :].map(lambda t: t.reshape(self.shape))
+
+
+def _per_channel(slopes: Interval, channels: int) -> tuple[Tensor, Tensor]:
+    """The hull over the pixels, per channel."""
+    return slopes.lo.reshape(channels, -1).amin(1), slopes.hi.reshape(channels, -1).amax(1)
+
+
+def _nearly(x: Tensor) -> Interval:
+    slack = 64 * UNIT * x.abs()
+    return Interval.of(x) + Interval(-slack, slack)

@@ -1,0 +1,150 @@
+"""Whole networks: boxes and bounds layer by layer, their product, and runs of layers bounded as one chain."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from inn_guard.lipschitz.blocks import Pair
+from inn_guard.lipschitz.building import ChainBuilder, Linear
+from inn_guard.lipschitz.chains import Chain
+from inn_guard.lipschitz.conditioners import Effort, Proof, bound_chain, torus_of
+from inn_guard.lipschitz.intervals import Interval
+from inn_guard.lipschitz.maps import BlockBounds, BoundedMap
+from inn_guard.lipschitz.rounding import up
+from inn_guard.lipschitz.subnetworks import Unbounded
+
+__all__ = ["Factor", "LayerBound", "Stack", "product", "stack", "whole_forward", "whole_inverse"]
+
+
+@dataclass(frozen=True)
+class LayerBound:
+    """One layer with its box.
+
+    Attributes:
+        name: the layer's.
+        map: what it is.
+        box: of its inputs.
+        bounds: certified.
+        printed: what Table 3 prints.
+    """
+
+    name: str
+    map: BoundedMap
+    box: Interval
+    bounds: BlockBounds
+    printed: Pair
+
+
+Stack = Sequence[LayerBound]
+
+
+@dataclass(frozen=True)
+class Factor:
+    """A bound of consecutive layers, first to last; the product of all factors bounds the network.
+
+    Attributes:
+        first: index of the first layer.
+        last: index after the last layer.
+        bound: certified.
+        proof: the chain and its multipliers, where a chain gave the bound.
+    """
+
+    first: int
+    last: int
+    bound: float
+    proof: Proof | None = None
+
+
+def stack(layers: Sequence[tuple[str, BoundedMap]], box: Interval, effort: Effort) -> Stack:
+    """Every layer's bounds on the box that the layers before it make of ``box``."""
+    result = []
+    for name, described in layers:
+        bounds = described.bounds(box, effort)
+        result.append(LayerBound(name, described, box, bounds, described.table3(box)))
+        box = described.image(box)
+    return tuple(result)
+
+
+def product(bounds: Sequence[float]) -> float:
+    """The product, rounded up; inf if one is."""
+    total = 1.0
+    for bound in bounds:
+        total = up(total * bound)
+    return math.inf if math.isnan(total) else total
+
+
+def whole_forward(layers: Stack, effort: Effort) -> list[Factor]:
+    """Factors of a bound of the forward map: longest runs of layers that are one chain, single layers otherwise."""
+    return _factors(layers, effort, _Direction("forward", lambda m, *args: m.trace(*args), lambda b: b.forward))
+
+
+def whole_inverse(layers: Stack, effort: Effort) -> list[Factor]:
+    """The same for the inverse map; the last layer comes first."""
+    backward = _Direction("M*", lambda m, *args: m.trace_inverse(*args), lambda b: b.inverse)
+    turned = _factors(tuple(reversed(layers)), effort, backward)
+    n = len(layers)
+    return [replace(f, first=n - f.last, last=n - f.first) for f in reversed(turned)]
+
+
+@dataclass(frozen=True)
+class _Direction:
+    proof: str
+    trace: Any
+    bound: Any
+
+
+def _factors(layers: Stack, effort: Effort, way: _Direction) -> list[Factor]:
+    factors, start = [], 0
+    while start < len(layers):
+        chain, stop = _longest(layers, start, way)
+        singles = [way.bound(layer.bounds) for layer in layers[start:stop]]
+        best = Factor(start, stop, product(singles))
+        if chain is not None and stop - start > 1 and _fits(chain, effort):
+            proof = bound_chain(chain, effort)
+            if proof.bound < best.bound:
+                best = Factor(start, stop, proof.bound, proof)
+        factors += [best] if best.proof is not None else _single(layers, start, stop, way)
+        start = stop
+    return factors
+
+
+def _single(layers: Stack, start: int, stop: int, way: _Direction) -> list[Factor]:
+    return [
+        Factor(k, k + 1, way.bound(layers[k].bounds), layers[k].bounds.proofs.get("forward"))
+        for k in range(start, stop)
+    ]
+
+
+def _fits(chain: Chain, effort: Effort) -> bool:
+    return max((len(layer.lower) for layer in chain.layers), default=0) <= effort.width
+
+
+def _longest(layers: Stack, start: int, way: _Direction) -> tuple[Chain | None, int]:
+    """The chain of as many layers from ``start`` as can be traced in one state, and the index after them."""
+    shape = tuple((layers[start].box if way.proof == "forward" else _output_box(layers[start])).shape)
+    same = [layer.map for layer in layers[start:] if len(layer.box.shape) == len(shape)]
+    try:
+        builder = ChainBuilder(shape[0], torus_of([net for m in same for net in m.networks()], shape))
+    except Unbounded:
+        return None, start + 1
+    x: Linear = builder.start()
+    stop = start
+    for layer in layers[start:]:
+        parts, count = builder.parts, len(builder.layers)
+        try:
+            if tuple(layer.box.shape[1:]) != shape[1:]:
+                raise Unbounded("the image size changes")
+            x = way.trace(layer.map, builder, x, layer.box)
+        except Unbounded:
+            builder.parts = parts
+            del builder.layers[count:]
+            break
+        stop += 1
+    return (builder.finish(x), stop) if stop > start else (None, start + 1)
+
+
+def _output_box(layer: LayerBound) -> Interval:
+    return layer.map.image(layer.box)

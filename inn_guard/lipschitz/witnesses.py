@@ -1,0 +1,143 @@
+"""Lower bounds that can be replayed: a point and a direction that the map stretches, or shrinks, so much."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from inn_guard.dense_tangent import dense_jacobian
+from inn_guard.invertible import Invertible
+from inn_guard.linearization import Linearization, Scaled
+from inn_guard.lipschitz.intervals import Interval
+
+__all__ = ["Witness", "search", "starting_points"]
+
+DENSE = 64  #: dimensions up to which whole Jacobians are taken
+EVALUATION = 1e-9  #: relative error allowed to the evaluation of a ratio in float64
+
+
+@dataclass(frozen=True)
+class Witness:
+    """||J(x) v|| / ||v|| = forward, hence Lip(F) >= forward and Lip(F^-1) >= 1 / forward.
+
+    Attributes:
+        x: the point, of the shape of one sample, float64.
+        v: the direction, of the same shape, of length one.
+        ratio: ||J(x) v||, as it was found.
+    """
+
+    x: Tensor
+    v: Tensor
+    ratio: float
+
+    def replay(self, model: Invertible) -> float:
+        """||J(x) v|| / ||v||, computed again in float64."""
+        stretched = Linearization(model.in_dtype(torch.float64), self.x[None]).jvp(Scaled.of(self.v[None]))
+        return float(stretched.log_norm().exp())
+
+
+def search(
+    model: Invertible, points: Tensor, box: Interval, *, seconds: float = 5.0, generator: torch.Generator | None = None
+) -> tuple[Witness | None, Witness | None]:
+    """The points and directions that stretch most and shrink most: data first, then a local random search in the box.
+
+    Args:
+        model: the map, in float64.
+        points: where to begin, (B, *data); those outside the box are moved onto it.
+        box: where to search, of the shape of one sample.
+        seconds: time after which no round is begun.
+        generator: of the random steps.
+
+    Returns:
+        (most stretched, most shrunk), each None where nothing finite was found.
+    """
+    generator = generator or torch.Generator().manual_seed(0)
+    begun, points = time.monotonic(), _inside(points.double(), box)
+    measure = _dense if points[0].numel() <= DENSE else _iterated
+    stretch = shrink = None
+    first, last = measure(model, points)
+    radius = 0.1 * _extent(points, box)
+    while True:
+        stretch, shrink = _better(stretch, first, largest=True), _better(shrink, last, largest=False)
+        if stretch is None or shrink is None or time.monotonic() - begun > seconds or float(radius.max()) < 1e-9:
+            return stretch, shrink
+        near = [
+            w.x + radius * torch.randn(32, *w.x.shape, generator=generator, dtype=torch.float64)
+            for w in (stretch, shrink)
+        ]
+        first, last = measure(model, _inside(torch.cat(near), box))
+        radius = radius * 0.8
+
+
+def starting_points(box: Interval, count: int, generator: torch.Generator) -> Tensor:
+    """Uniform in a bounded box, standard normal in unbounded directions; its centre first. (count, *shape)"""
+    lo, hi = box.lo, box.hi
+    unit = torch.rand(count, *lo.shape, generator=generator, dtype=torch.float64)
+    normal = torch.randn(count, *lo.shape, generator=generator, dtype=torch.float64)
+    finite = lo.isfinite() & hi.isfinite()
+    points = torch.where(
+        finite, lo.nan_to_num(0, 0, 0) + (hi.nan_to_num(0, 0, 0) - lo.nan_to_num(0, 0, 0)) * unit, normal
+    )
+    return _inside(points, box)
+
+
+def _inside(points: Tensor, box: Interval) -> Tensor:
+    return torch.minimum(torch.maximum(points, box.lo), box.hi)
+
+
+def _extent(points: Tensor, box: Interval) -> Tensor:
+    width = box.hi - box.lo
+    return torch.where(width.isfinite(), width, points.std(0, unbiased=False) + 0.1)
+
+
+def _better(best: Witness | None, found: Witness | None, **goal: bool) -> Witness | None:
+    if best is None or found is None:
+        return best or found
+    return max((best, found), key=lambda w: w.ratio if goal["largest"] else -w.ratio)
+
+
+def _dense(model: Invertible, points: Tensor) -> tuple[Witness | None, Witness | None]:
+    """The best of all singular vectors."""
+    J = torch.eye(points[0].numel(), dtype=torch.float64).expand(len(points), -1, -1)
+    line = Linearization(model, points)
+    for tangent, state in zip(line.tangents, line.states, strict=False):
+        J = dense_jacobian(tangent, state) @ J
+    finite = J.flatten(1).isfinite().all(1)
+    if not bool(finite.any()):
+        return None, None
+    points, J = points[finite], J[finite]
+    values, V = torch.linalg.svd(J, full_matrices=False)[1:]
+    top, bottom = int(values[:, 0].argmax()), int(values[:, -1].argmin())
+    shape = points.shape[1:]
+    stretch = Witness(points[top], V[top, 0].reshape(shape), float(values[top, 0]))
+    shrink = Witness(points[bottom], V[bottom, -1].reshape(shape), float((J[bottom] @ V[bottom, -1]).norm()))
+    return stretch, shrink
+
+
+def _iterated(model: Invertible, points: Tensor, steps: int = 20) -> tuple[Witness | None, Witness | None]:
+    """Power iteration with J and, where the model has it, with J^-1: unconverged directions are witnesses as well."""
+    points = points[:4]
+    line = Linearization(model, points)
+    start = torch.randn(points.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    v = w = Scaled.of(start)
+    inverse = True
+    for _ in range(steps):
+        v = Scaled.of(line.vjp(Scaled.of(line.jvp(Scaled.of(v.vector)).vector)).vector)
+        if inverse:
+            try:
+                w = Scaled.of(line.inverse_jvp(Scaled.of(line.inverse_vjp(Scaled.of(w.vector)).vector)).vector)
+            except (NotImplementedError, RuntimeError, ValueError):
+                inverse = False
+    return _pick(line, v, points, largest=True), _pick(line, w, points, largest=False)
+
+
+def _pick(line: Linearization, v: Scaled, points: Tensor, **goal: bool) -> Witness | None:
+    ratios = line.jvp(Scaled.of(v.vector)).log_norm().exp()
+    finite = ratios.isfinite().nonzero().flatten()
+    if not len(finite):
+        return None
+    k = int(finite[ratios[finite].argmax() if goal["largest"] else ratios[finite].argmin()])
+    return Witness(points[k], v.vector[k], float(ratios[k]))
