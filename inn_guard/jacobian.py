@@ -16,7 +16,7 @@ from inn_guard.lanczos import LargestSingularValue, largest_singular_value
 from inn_guard.linearization import Linearization
 from inn_guard.tangent import AutogradTangent
 
-__all__ = ["Extremes", "Spectrum", "full_jacobian", "extremes", "resolution", "spectrum"]
+__all__ = ["Extremes", "Spectrum", "extremes", "full_jacobian", "resolution", "spectrum"]
 
 CHUNKS = (64, 32, 128)  #: rows per backward pass that are tried; the fastest one does the rest
 

@@ -12,7 +12,7 @@ from torch import nn
 
 from inn_guard.adapters import wrap
 from inn_guard.amplification import inverse_gains, layer_extremes
-from inn_guard.jacobian import full_jacobian, extremes, spectrum
+from inn_guard.jacobian import extremes, full_jacobian, spectrum
 from inn_guard.lanczos import gap_free_error, largest_singular_value
 from inn_guard.layers.chain import Chain
 from inn_guard.linearization import Linearization, Scaled

@@ -12,7 +12,7 @@ from inn_guard.audits.limits import USABLE, from_log10
 from inn_guard.audits.round_trip import finite_rows
 from inn_guard.audits.watched import polite
 from inn_guard.invertible import Invertible
-from inn_guard.jacobian import full_jacobian, extremes, spectrum
+from inn_guard.jacobian import extremes, full_jacobian, spectrum
 from inn_guard.lanczos import LargestSingularValue
 from inn_guard.linearization import Linearization
 
