@@ -18,6 +18,7 @@ __all__ = ["changed_state", "untouched"]
 _REGISTRIES = ("_parameters", "_buffers", "_modules")
 _CONTAINERS = (list, dict, set, collections.deque, bytearray)
 _OPAQUE = (type, types.ModuleType, types.FunctionType, types.BuiltinFunctionType, types.MethodType)
+_ATOMS = (type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.device)
 _DEPTH = 3  #: how far plain objects inside plain attributes are followed
 _INTEGER_OF = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
@@ -58,16 +59,27 @@ Restore = Callable[[], None]
 def _snapshots(model: nn.Module) -> Iterator[Restore]:
     """One restoration for each thing that is reachable from the model and can change."""
     seen: set[int] = set()
+    empty: list[Any] = []  # most containers: every module has a dozen empty registries of hooks
     stack: list[tuple[Any, int]] = [(model, 0)]
     while stack:
         value, depth = stack.pop()
-        if id(value) in seen or isinstance(value, _OPAQUE):
+        if isinstance(value, _ATOMS) or id(value) in seen or isinstance(value, _OPAQUE):
             continue
         seen.add(id(value))
+        if isinstance(value, _CONTAINERS) and len(value) == 0:
+            empty.append(value)
+            continue
         inside, restore = _taken(value, depth)
         stack += inside
         if restore is not None:
             yield restore
+    yield lambda: _emptied(empty)
+
+
+def _emptied(containers: list[Any]) -> None:
+    for container in containers:
+        if len(container):
+            container.clear()
 
 
 def _taken(value: Any, depth: int) -> tuple[list[tuple[Any, int]], Restore | None]:
