@@ -3,31 +3,47 @@
 wrap(model) -> Invertible -> audit(model, x) -> AuditReport; RegularizerHook(model, regularizers)(x) -> penalty.
 """
 
+# what an audit inside a training run may do
+from inn_guard.actions import Adapt, Raise, RollBack, StabilityError, StabilityWarning, SwitchOff, Warn
+
 # the protocol, and how any model comes to keep it
 from inn_guard.adapters import wrap
 
-# audits
+# audits, on a schedule and at once
+from inn_guard.audit_hook import AuditHook
 from inn_guard.auditing import audit
 from inn_guard.audits import AUDITS, AuditReport, AuditResult, Level, Verdict
 
 # repairs
 from inn_guard.hooks import RegularizerHook, every
 from inn_guard.invertible import Invertible, NotApplicable
-from inn_guard.regularizers import Direction, FiniteDifferences, NormalizingFlowLoss
+from inn_guard.recorders import CsvRecorder, TensorBoardRecorder
+from inn_guard.regularizers import AdaptiveCoefficient, Direction, FiniteDifferences, NormalizingFlowLoss
 from inn_guard.reversible import memory_saving
 
 __all__ = [
     "AUDITS",
+    "Adapt",
+    "AdaptiveCoefficient",
+    "AuditHook",
     "AuditReport",
     "AuditResult",
+    "CsvRecorder",
     "Direction",
     "FiniteDifferences",
     "Invertible",
     "Level",
     "NormalizingFlowLoss",
     "NotApplicable",
+    "Raise",
     "RegularizerHook",
+    "RollBack",
+    "StabilityError",
+    "StabilityWarning",
+    "SwitchOff",
+    "TensorBoardRecorder",
     "Verdict",
+    "Warn",
     "audit",
     "every",
     "memory_saving",

@@ -19,7 +19,7 @@ from inn_guard.audits.watched import checked_batch
 from inn_guard.invertible import Context, Invertible
 from inn_guard.untouched import untouched
 
-__all__ = ["audit"]
+__all__ = ["audit", "known_check"]
 
 MAX_SAMPLES = 256  #: taken from a DataLoader; a batch is used whole
 PATIENCE = 3.0  #: seconds after which a progress bar appears, on a terminal
@@ -121,7 +121,7 @@ def _chosen(checks: Iterable[str | Audit] | None, level: Level | str) -> list[Au
     first = AUDITS["preflight"]
     if isinstance(checks, str):
         raise TypeError(f'expected a list of checks, got a string: type checks=["{checks}"]')
-    chosen = [_known(check) if isinstance(check, str) else check for check in checks]
+    chosen = [known_check(check) for check in checks]
     return [first, *(check for check in chosen if check is not first)]
 
 
@@ -132,10 +132,17 @@ def _level(level: Level | str) -> Level:
         raise ValueError(f"expected a level out of {', '.join(k.value for k in Level)}; got {level!r}") from None
 
 
-def _known(name: str) -> Audit:
-    if name not in AUDITS:
-        raise ValueError(f"expected checks out of {', '.join(AUDITS)}; got {name!r}")
-    return AUDITS[name]
+def known_check(check: str | Audit) -> Audit:
+    """The audit of that name; an audit itself is returned as it is.
+
+    Raises:
+        ValueError: if there is no audit of that name.
+    """
+    if not isinstance(check, str):
+        return check
+    if check not in AUDITS:
+        raise ValueError(f"expected checks out of {', '.join(AUDITS)}; got {check!r}")
+    return AUDITS[check]
 
 
 def _with_loss(check: Audit, loss: Callable[..., Tensor] | None) -> Audit:

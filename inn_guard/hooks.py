@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from inn_guard.adapters import wrap
 from inn_guard.invertible import Context, Invertible
 
-__all__ = ["Regularizer", "RegularizerHook", "Schedule", "every"]
+__all__ = ["Regularizer", "RegularizerHook", "Schedule", "every", "schedule"]
 
 Schedule = Callable[[int], bool]  #: step (0, 1, 2, ...) -> whether something is due
 
@@ -61,7 +61,7 @@ class RegularizerHook:
     def __init__(self, model: nn.Module, regularizers: Sequence[Regularizer], *, every: int | Schedule = 10) -> None:
         self.model: Invertible = wrap(model)
         self.regularizers = tuple(regularizers)
-        self.due: Schedule = _schedule(every)
+        self.due: Schedule = schedule(every)
         self.step = 0
         self._last: dict[str, Tensor] = {}
 
@@ -125,7 +125,8 @@ class RegularizerHook:
         return [name if names.count(name) == 1 else f"{name}[{k}]" for k, name in enumerate(names)]
 
 
-def _schedule(period: int | Schedule) -> Schedule:
+def schedule(period: int | Schedule) -> Schedule:
+    """A period in steps as the schedule that it means; a schedule is returned as it is."""
     return every(period) if isinstance(period, int) else period
 
 

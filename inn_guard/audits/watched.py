@@ -26,6 +26,8 @@ class ModelRaised(RuntimeError):
 def polite(audit: Callable[..., AuditResult]) -> Callable[..., AuditResult]:
     """Make an audit leave no trace: checked input, eval mode, model and random state restored, exceptions named.
 
+    What surrounds the call (no_grad, inference_mode, autocast) is set aside meanwhile: the model itself is measured.
+
     The audit sees a ``Watched`` model. A question that the model cannot answer becomes ``not_applicable``; an
     exception out of the model becomes a finding that names it; an exception out of the audit itself is raised.
     """
@@ -37,7 +39,8 @@ def polite(audit: Callable[..., AuditResult]) -> Callable[..., AuditResult]:
     @functools.wraps(audit)
     def run(model: Invertible, x: Tensor, **settings: Any) -> AuditResult:
         x = checked_batch(model, x)
-        with torch.inference_mode(mode=False), torch.enable_grad(), untouched(model):
+        plain = torch.autocast(x.device.type, enabled=False)
+        with torch.inference_mode(mode=False), torch.enable_grad(), plain, untouched(model):
             watched = Watched(model, trained=tuple(name for name, part in model.named_modules() if part.training))
             watched.eval()
             try:

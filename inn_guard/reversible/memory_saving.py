@@ -73,11 +73,13 @@ class MemorySaving(Invertible):
 
     Attributes:
         model: the map itself.
+        enabled: set it to False for plain backpropagation through stored activations.
     """
 
     def __init__(self, model: Invertible, guard: Guard | None) -> None:
         super().__init__()
         self.model = model
+        self.enabled = True
         self.bijective = model.bijective
         self.training = model.training
         self._guard = guard
@@ -85,14 +87,14 @@ class MemorySaving(Invertible):
     def forward(self, x: Float[Tensor, "batch *data"]) -> Float[Tensor, "batch *latent"]:
         """z = F(x)."""
         walk = self._walk([Forward(layer) for layer in self.layers()], output_only)
-        return _walked(walk, x)[0] if walk.wants_gradients(x) else self.model(x)
+        return _walked(walk, x)[0] if self._saves(walk, x) else self.model(x)
 
     def forward_and_log_det(
         self, x: Float[Tensor, "batch *data"]
     ) -> tuple[Float[Tensor, "batch *latent"], Float[Tensor, "batch"]]:
         """F(x) and log|det dF(x)/dx|, (B,)."""
         walk = self._walk([Forward(layer) for layer in self.layers()], output_and_log_det)
-        if not walk.wants_gradients(x):
+        if not self._saves(walk, x):
             return self.model.forward_and_log_det(x)
         z, log_det = _walked(walk, x)
         return z, log_det
@@ -100,14 +102,14 @@ class MemorySaving(Invertible):
     def inverse(self, z: Float[Tensor, "batch *latent"]) -> Float[Tensor, "batch *data"]:
         """x = F^-1(z); its gradients walk from x to z."""
         walk = self._walk([Backward(layer) for layer in reversed(self.layers())], output_only)
-        return _walked(walk, z)[0] if walk.wants_gradients(z) else self.model.inverse(z)
+        return _walked(walk, z)[0] if self._saves(walk, z) else self.model.inverse(z)
 
     def inverse_and_log_det(
         self, z: Float[Tensor, "batch *latent"]
     ) -> tuple[Float[Tensor, "batch *data"], Float[Tensor, "batch"]]:
         """F^-1(z) and log|det dF^-1(z)/dz|, (B,)."""
         walk = self._walk([Backward(layer) for layer in reversed(self.layers())], output_and_log_det)
-        if not walk.wants_gradients(z):
+        if not self._saves(walk, z):
             return self.model.inverse_and_log_det(z)
         x, log_det = _walked(walk, z)
         return x, log_det
@@ -128,7 +130,9 @@ class MemorySaving(Invertible):
 
     def conditioned(self, context: Context) -> MemorySaving:
         """The same map with another context."""
-        return MemorySaving(self.model.conditioned(context), self._guard)
+        twin = MemorySaving(self.model.conditioned(context), self._guard)
+        twin.enabled = self.enabled
+        return twin
 
     @property
     def context(self) -> Context:  # type: ignore[override]
@@ -144,6 +148,9 @@ class MemorySaving(Invertible):
     def name(self) -> str:
         """The model's name."""
         return self.model.name
+
+    def _saves(self, walk: Walk, start: Tensor) -> bool:
+        return self.enabled and walk.wants_gradients(start)
 
     def _walk(self, steps: Sequence[Step], measure: Measure) -> Walk:
         parameters = {id(p): p for module in (self.model, *(step.layer for step in steps)) for p in module.parameters()}

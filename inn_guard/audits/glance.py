@@ -1,0 +1,71 @@
+"""glance: the error of the round trip on a few samples, from one forward and one inverse pass."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from inn_guard.audits.base import AuditResult, Verdict
+from inn_guard.audits.limits import usable_error
+from inn_guard.audits.round_trip import RoundTrip, finite_rows, latent_trip, round_trip
+from inn_guard.audits.watched import polite
+from inn_guard.invertible import Invertible
+
+__all__ = ["glance"]
+
+
+@polite
+def glance(model: Invertible, x: Tensor, *, samples: int = 8) -> AuditResult:
+    """Largest error of F^-1(F(x)) - x in units of each sample's root mean square: cheap enough for every training run.
+
+    What ``reconstruction`` measures, without its explanation: no float64 copy, no latents from the prior, no condition
+    number. A map that is injective only is judged by F(F^-1(z)) - z at z = F(x).
+
+    Args:
+        model: the map.
+        x: data, (B, *data).
+        samples: the first so many finite samples are used.
+
+    Returns:
+        relative_error, the largest and per sample, unstable above ``usable_error``.
+    """
+    rows = finite_rows(x).nonzero()[:samples, 0]
+    if not len(rows):
+        reason = "every sample of x contains NaN or Inf already: there is nothing to reconstruct"
+        return AuditResult("glance", Verdict.NON_FINITE, reason, advice="Clean the data, then audit again.")
+    chosen = model.select(rows)
+    trip = _trip(chosen, x[rows])
+    limit = usable_error(x.dtype)
+    verdict, reason = _judged(trip, limit)
+    return AuditResult(
+        "glance",
+        verdict,
+        reason,
+        values={"relative_error": _worst(trip.relative)},
+        units={"relative_error": "of the data's scale"},
+        per_sample={"relative_error": trip.relative},
+        settings={"samples": len(rows), "of": len(x), "limit": limit},
+        advice="Audit with level='standard' to see why." if verdict.failed else "",
+    )
+
+
+def _trip(model: Invertible, x: Tensor) -> RoundTrip:
+    if model.bijective:
+        return round_trip(model, x, batch_size=len(x))
+    with torch.no_grad():
+        z = model(x)
+    return latent_trip(model, z, batch_size=len(x))
+
+
+def _worst(errors: Tensor) -> float:
+    """The largest; NaN if one of them is."""
+    return errors.amax().item()
+
+
+def _judged(trip: RoundTrip, limit: float) -> tuple[Verdict, str]:
+    lost = int((~trip.finite).sum())
+    if lost:
+        return Verdict.NON_FINITE, f"{lost} of {len(trip.finite)} samples come back as NaN or Inf"
+    worst = _worst(trip.relative)
+    figures = f"the worst of {len(trip.finite)} samples comes back {worst:.1e} of its scale off ({limit:g} is usable)"
+    return Verdict.UNSTABLE if not worst <= limit else Verdict.STABLE, figures
