@@ -24,7 +24,7 @@ FLOORS = [
     {"layers"},
     {"adapters"},
     {"models"},
-    {"audits", "regularizers", "checkpoint"},
+    {"audits", "regularizers", "checkpoint", "metrics"},
     {"auditing"},
     {"hooks", "report", "training", "integrations", "recorders"},
     {"actions"},
