@@ -19,8 +19,14 @@ from inn_guard.tangent import AutogradTangent, Map, NotApplicable
 
 __all__ = [
     "ByAutograd",
+    "Composed",
+    "Convolution",
+    "Dense",
     "NetworkTangent",
     "PartialTangent",
+    "PointwiseConvolution",
+    "Slope",
+    "Unchanged",
     "elementwise_tangent",
     "linearize_network",
     "tangent_of_module",
@@ -109,73 +115,87 @@ class PartialTangent:
         return self._whole.vjp(u).narrow(self._dim, 0, self._channels)
 
 
-class _Composed:
+class Composed:
+    """The chain of several tangents."""
+
     def __init__(self, modules: nn.Sequential, x: Tensor) -> None:
-        self._steps: list[NetworkTangent] = []
+        self.steps: list[NetworkTangent] = []
         for module in modules:
-            self._steps.append(tangent_of_module(module, x))
-            x = self._steps[-1].output
+            self.steps.append(tangent_of_module(module, x))
+            x = self.steps[-1].output
         self.output = x
 
     def jvp(self, v: Tensor) -> Tensor:
+        """J v."""
         ours = False
-        for step in self._steps:
-            v = step.scale_(v) if ours and isinstance(step, _Diagonal) else step.jvp(v)
+        for step in self.steps:
+            v = step.scale_(v) if ours and isinstance(step, Slope) else step.jvp(v)
             ours = ours or isinstance(step, _MAKES_NEW)
         return v
 
     def vjp(self, u: Tensor) -> Tensor:
+        """J^T u."""
         ours = False
-        for step in reversed(self._steps):
-            u = step.scale_(u) if ours and isinstance(step, _Diagonal) else step.vjp(u)
+        for step in reversed(self.steps):
+            u = step.scale_(u) if ours and isinstance(step, Slope) else step.vjp(u)
             ours = ours or isinstance(step, _MAKES_NEW)
         return u
 
 
-class _Dense:
+class Dense:
+    """Multiplication with ``weight``, (out, in)."""
+
     def __init__(self, module: nn.Linear, x: Tensor) -> None:
-        self._weight = module.weight.detach()
-        self.output = functional.linear(x, self._weight, module.bias)
+        self.weight = module.weight.detach()
+        self.output = functional.linear(x, self.weight, module.bias)
 
     def jvp(self, v: Tensor) -> Tensor:
-        return functional.linear(v, self._weight)
+        """J v."""
+        return functional.linear(v, self.weight)
 
     def vjp(self, u: Tensor) -> Tensor:
-        return u @ self._weight
+        """J^T u."""
+        return u @ self.weight
 
 
-class _PointwiseConvolution:
-    """A 1x1 convolution: a matrix applied to the channels, whatever the precision at the speed of a matrix product."""
+class PointwiseConvolution:
+    """A 1x1 convolution: ``weight`` (out, in) applied to the channels at the speed of a matrix product."""
 
     def __init__(self, module: nn.Conv2d, x: Tensor) -> None:
-        self._weight = module.weight.detach().flatten(1)
-        output = functional.linear(x.movedim(-3, -1), self._weight, module.bias)
+        self.weight = module.weight.detach().flatten(1)
+        output = functional.linear(x.movedim(-3, -1), self.weight, module.bias)
         self.output = output.movedim(-1, -3)
 
     def jvp(self, v: Tensor) -> Tensor:
-        return functional.linear(v.movedim(-3, -1), self._weight).movedim(-1, -3)
+        """J v."""
+        return functional.linear(v.movedim(-3, -1), self.weight).movedim(-1, -3)
 
     def vjp(self, u: Tensor) -> Tensor:
-        return (u.movedim(-3, -1) @ self._weight).movedim(-1, -3)
+        """J^T u."""
+        return (u.movedim(-3, -1) @ self.weight).movedim(-1, -3)
 
 
-class _Convolution:
+class Convolution:
+    """A zero-padded convolution with ``weight`` (out, in, k, k); ``geometry``: stride, padding, dilation, groups."""
+
     def __init__(self, module: nn.Conv2d, x: Tensor) -> None:
-        self._weight = module.weight.detach().contiguous(memory_format=torch.channels_last)
+        self.weight = module.weight.detach().contiguous(memory_format=torch.channels_last)
         geometry: Any = (module.stride, module.padding, module.dilation, module.groups)
-        self._geometry, self._shape = geometry, x.shape[1:]
+        self.geometry, self._shape = geometry, x.shape[1:]
         self._flipped = self._transposed_kernel(module)
-        self.output = functional.conv2d(_channels_last(x), self._weight, module.bias, *self._geometry)
+        self.output = functional.conv2d(_channels_last(x), self.weight, module.bias, *self.geometry)
 
     def jvp(self, v: Tensor) -> Tensor:
+        """J v."""
         v, leading = _merged(v)
-        return functional.conv2d(_channels_last(v), self._weight, None, *self._geometry).unflatten(0, leading)
+        return functional.conv2d(_channels_last(v), self.weight, None, *self.geometry).unflatten(0, leading)
 
     def vjp(self, u: Tensor) -> Tensor:
+        """J^T u."""
         u, leading = _merged(u)
         u = _channels_last(u)
         if self._flipped is None:
-            return conv2d_input([len(u), *self._shape], self._weight, u, *self._geometry).unflatten(0, leading)
+            return conv2d_input([len(u), *self._shape], self.weight, u, *self.geometry).unflatten(0, leading)
         kernel, padding = self._flipped
         return functional.conv2d(u, kernel, None, 1, padding).unflatten(0, leading)
 
@@ -185,36 +205,40 @@ class _Convolution:
         padding = [k - 1 - p for k, p in zip(module.kernel_size, before, strict=True)]
         if {*module.stride, *module.dilation, module.groups} != {1} or min(padding) < 0:
             return None
-        return _channels_last(self._weight.flip(2, 3).transpose(0, 1)), padding
+        return _channels_last(self.weight.flip(2, 3).transpose(0, 1)), padding
 
 
-class _Diagonal:
-    """Multiplication with a slope that broadcasts to x."""
+class Slope:
+    """Multiplication with ``slope``, of the shape of x."""
 
     def __init__(self, output: Tensor, slope: Tensor) -> None:
-        self.output, self._slope = output, slope
+        self.output, self.slope = output, slope
 
     def jvp(self, v: Tensor) -> Tensor:
-        return v * self._slope
+        """J v."""
+        return v * self.slope
 
     vjp = jvp
 
     def scale_(self, v: Tensor) -> Tensor:
         """The product in place of v, which is the caller's own: it saves a pass over fresh memory."""
-        return v.mul_(self._slope)
+        return v.mul_(self.slope)
 
 
-class _Identity:
+class Unchanged:
+    """The identity."""
+
     def __init__(self, x: Tensor) -> None:
         self.output = x
 
     def jvp(self, v: Tensor) -> Tensor:
+        """J v."""
         return v
 
     vjp = jvp
 
 
-_MAKES_NEW = (_Dense, _PointwiseConvolution, _Convolution, _Diagonal)
+_MAKES_NEW = (Dense, PointwiseConvolution, Convolution, Slope)
 
 
 def _is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
@@ -224,12 +248,12 @@ def _is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
 
 @tangent_of_module.register
 def _(module: nn.Sequential, x: Tensor) -> NetworkTangent:
-    return _Composed(module, x) if _is_plain(module, nn.Sequential) else ByAutograd(module, x)
+    return Composed(module, x) if _is_plain(module, nn.Sequential) else ByAutograd(module, x)
 
 
 @tangent_of_module.register
 def _(module: nn.Linear, x: Tensor) -> NetworkTangent:
-    return _Dense(module, x) if _is_plain(module, nn.Linear) else ByAutograd(module, x)
+    return Dense(module, x) if _is_plain(module, nn.Linear) else ByAutograd(module, x)
 
 
 @tangent_of_module.register
@@ -238,23 +262,23 @@ def _(module: nn.Conv2d, x: Tensor) -> NetworkTangent:
     if not zero_padded or x.dim() != 4 or not _is_plain(module, nn.Conv2d):
         return ByAutograd(module, x)
     ones = {*module.kernel_size, *module.stride, module.groups} == {1} and not any(module.padding)
-    return _PointwiseConvolution(module, x) if ones else _Convolution(module, x)
+    return PointwiseConvolution(module, x) if ones else Convolution(module, x)
 
 
 @tangent_of_module.register
 def _(module: nn.ReLU, x: Tensor) -> NetworkTangent:
-    return _Diagonal(x.relu(), (x > 0).to(x.dtype)) if _is_plain(module, nn.ReLU) else ByAutograd(module, x)
+    return Slope(x.relu(), (x > 0).to(x.dtype)) if _is_plain(module, nn.ReLU) else ByAutograd(module, x)
 
 
 @tangent_of_module.register
 def _(module: nn.Identity, x: Tensor) -> NetworkTangent:
-    return _Identity(x) if _is_plain(module, nn.Identity) else ByAutograd(module, x)
+    return Unchanged(x) if _is_plain(module, nn.Identity) else ByAutograd(module, x)
 
 
 @tangent_of_module.register
 def _(module: nn.Dropout, x: Tensor) -> NetworkTangent:
     idle = _is_plain(module, nn.Dropout) and (not module.training or module.p == 0)
-    return _Identity(x) if idle else ByAutograd(module, x)
+    return Unchanged(x) if idle else ByAutograd(module, x)
 
 
 def elementwise_tangent(module: nn.Module, x: Tensor) -> NetworkTangent:
@@ -264,7 +288,7 @@ def elementwise_tangent(module: nn.Module, x: Tensor) -> NetworkTangent:
         # a copy: an activation that works in place must not do so on a leaf
         output = module(leaf.clone())
     (slope,) = torch.autograd.grad(output, leaf, torch.ones_like(output))
-    return _Diagonal(output.detach(), slope)
+    return Slope(output.detach(), slope)
 
 
 for _kind in ACTIVATIONS:

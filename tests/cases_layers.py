@@ -108,7 +108,7 @@ class Field(nn.Module):
 
 
 def exact_iresnet() -> Invertible:
-    return iresnet((1, 4, 4), config=IResNetConfig(2, 1, 4, log_det=lambda seed: ExactLogDet()))
+    return iresnet((1, 2, 4), config=IResNetConfig(1, 2, 4, log_det=lambda seed: ExactLogDet()))
 
 
 DISCRETISED = {
@@ -150,9 +150,9 @@ CASES = [
         has_inverse_log_det=False,
     ),
     case("residual", lambda: Residual(contractive_mlp([5, 16, 5], coefficient=0.9)), VECTOR),
-    case("residual images", lambda: Residual(contractive_conv_net(4, 6, coefficient=0.9)), IMAGE),
+    case("residual images", lambda: Residual(contractive_conv_net(2, 4, coefficient=0.9)), (2, 3, 3)),
     case("neural ODE", lambda: NeuralODE(Field(5), solver=FixedStep(8)), VECTOR, **DISCRETISED),
-    case("iresnet", exact_iresnet, (1, 4, 4), has_layers=True),
+    case("iresnet", exact_iresnet, (1, 2, 4), has_layers=True),
     case("residual flow", lambda: checkerboard_residual_flow(blocks=4, hidden=8), (2,), has_layers=True),
     case("nested chains", nested, VECTOR, has_layers=True),
     case("conditional chain", conditional, VECTOR, has_layers=True),

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from inn_guard.layers.partition import Partition
+from inn_guard.dense_network import dense_network
+from inn_guard.layers.partition import Halves, Partition
 from inn_guard.network_tangent import NetworkTangent
 
 __all__ = ["CouplingTangent"]
@@ -70,6 +71,28 @@ class CouplingTangent:
         if self._scale is not None:
             changed = changed / self._scale
         return self._join(kept - self._coupled_transpose(changed), changed)
+
+    def multiply(self, matrix: Tensor) -> Tensor:
+        """J M for a matrix M (dim x, K), at a batch of one: the block A as one dense matrix; in place."""
+        if not isinstance(self._partition, Halves):
+            columns = self.jvp(matrix.T.reshape(-1, *self.output.shape))
+            return columns.reshape(len(columns), -1).T.contiguous()
+        matrix = matrix.contiguous()
+        kept, changed = self._partition.split(matrix.view(1, self.output.shape[1], -1), dims=3)
+        kept, changed = kept.reshape(-1, matrix.shape[1]), changed.reshape(-1, matrix.shape[1])
+        if self._scale is not None:
+            changed.mul_(self._scale.reshape(-1, 1))
+        changed.addmm_(self._block(), kept)
+        return matrix
+
+    def _block(self) -> Tensor:
+        """A, (changed, kept)."""
+        kept = self._split(self.output)[0]
+        raw = dense_network(self._network, kept.shape[1:])
+        if self._gain is None:
+            return raw
+        shift, h = raw.chunk(2)
+        return torch.addcmul(shift, self._gain.reshape(-1, 1), h)
 
     def _coupled(self, kept: Tensor) -> Tensor:
         """A v1."""

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from inn_guard.invertible import Invertible
-from inn_guard.layers.linear_tangent import LinearTangent
+from inn_guard.layers.linear_tangent import MixingTangent
 from inn_guard.tangent import Tangent
 
 __all__ = ["ChannelMixing", "InvertibleLinear", "LULinear"]
@@ -73,12 +73,14 @@ class ChannelMixing(Invertible):
         """The four products with W, W^T, W^-1 and W^-T."""
         with torch.no_grad():
             kept, dims = self._kept(), x.dim()
-            return LinearTangent(
+            return MixingTangent(
                 output=_mix(x, kept.weight, dims=dims),
                 jvp=lambda v: _mix(v, kept.weight, dims=dims),
                 vjp=lambda u: _mix(u, kept.weight.T, dims=dims),
                 inverse_jvp=lambda u: _mix(u, kept.inverse, dims=dims),
                 inverse_vjp=lambda v: _mix(v, kept.inverse.T, dims=dims),
+                shape=x.shape,
+                weight=kept.weight,
             )
 
     def _log_det(self, x: Tensor) -> Tensor:

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
-__all__ = ["ElementwiseTangent", "LinearTangent"]
+__all__ = ["ElementwiseTangent", "LinearTangent", "MixingTangent"]
 
 Product = Callable[[Tensor], Tensor]
 
@@ -24,6 +25,23 @@ class LinearTangent:
     vjp: Product
     inverse_jvp: Product
     inverse_vjp: Product
+    shape: torch.Size  #: of x, (B, *data)
+
+    def multiply(self, matrix: Tensor) -> Tensor:
+        """A M for a matrix M (dim x, K), at a batch of one."""
+        columns = self.jvp(matrix.T.reshape(-1, *self.shape))
+        return columns.reshape(len(columns), -1).T.contiguous()
+
+
+@dataclass
+class MixingTangent(LinearTangent):
+    """The tangent of a matrix applied to the channels."""
+
+    weight: Tensor
+
+    def multiply(self, matrix: Tensor) -> Tensor:
+        """The weight applied to the channels of every column."""
+        return (self.weight @ matrix.reshape(len(self.weight), -1)).reshape(matrix.shape)
 
 
 class ElementwiseTangent:
@@ -36,6 +54,10 @@ class ElementwiseTangent:
 
     def __init__(self, output: Tensor, derivative: Tensor) -> None:
         self.output, self.derivative = output.detach(), derivative.detach()
+
+    def multiply(self, matrix: Tensor) -> Tensor:
+        """The rows of a matrix (dim x, K), each with its derivative, at a batch of one; in place."""
+        return matrix.mul_(self.derivative.expand_as(self.output).reshape(-1, 1))
 
     def jvp(self, v: Tensor) -> Tensor:
         """F' v."""

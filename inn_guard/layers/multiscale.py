@@ -121,6 +121,7 @@ class OnRemaining(Invertible):
             vjp=self._on_tail(inner.vjp, latent),
             inverse_jvp=self._on_tail(inner.inverse_jvp, latent),
             inverse_vjp=self._on_tail(inner.inverse_vjp, data),
+            shape=x.shape,
         )
 
     def _conditioned_layer(self) -> Invertible:

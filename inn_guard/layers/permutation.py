@@ -69,4 +69,6 @@ class Permutation(Invertible):
             return u.index_select(channels, self.back)
 
         with torch.no_grad():
-            return LinearTangent(self.forward(x), jvp=ahead, vjp=back, inverse_jvp=back, inverse_vjp=ahead)
+            return LinearTangent(
+                self.forward(x), jvp=ahead, vjp=back, inverse_jvp=back, inverse_vjp=ahead, shape=x.shape
+            )

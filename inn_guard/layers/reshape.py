@@ -31,7 +31,7 @@ class Rearrangement(Invertible):
         output = self.forward(x.detach())
         ahead = _over_leading(self.forward, dims=x.dim())
         back = _over_leading(self.inverse, dims=output.dim())
-        return LinearTangent(output, jvp=ahead, vjp=back, inverse_jvp=back, inverse_vjp=ahead)
+        return LinearTangent(output, jvp=ahead, vjp=back, inverse_jvp=back, inverse_vjp=ahead, shape=x.shape)
 
 
 class Squeeze(Rearrangement):
