@@ -55,7 +55,8 @@ def dense_jacobian(tangent: Tangent, x: Tensor) -> Tensor:
     rows = []
     for k in range(size):
         basis.zero_()[:, k] = 1
-        rows.append(tangent.vjp(basis.reshape(tangent.output.shape)).flatten(1))
+        # cloned: the identity's J^T u is u itself, which the next row overwrites
+        rows.append(tangent.vjp(basis.reshape(tangent.output.shape)).flatten(1).clone())
     return torch.stack(rows, dim=1)
 
 
