@@ -99,8 +99,12 @@ class RegularizerHook:
         return {name: penalty.item() for name, penalty in self._last.items()}
 
     def state_dict(self) -> dict[str, Any]:
-        """The step counter and the noise generators' states: what resuming a run bit for bit takes."""
-        return {"step": self.step, "generators": [_state(regularizer) for regularizer in self.regularizers]}
+        """The step counter, the noise generators' states and the regularizers' own: all that resuming a run takes."""
+        return {
+            "step": self.step,
+            "generators": [_generator_state(regularizer) for regularizer in self.regularizers],
+            "regularizers": [_own_state(regularizer) for regularizer in self.regularizers],
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue where ``state`` was taken.
@@ -108,17 +112,19 @@ class RegularizerHook:
         Raises:
             ValueError: if ``state`` belongs to a hook with other regularizers.
         """
-        mine = [_state(regularizer) is not None for regularizer in self.regularizers]
-        theirs = [generator is not None for generator in state["generators"]]
+        mine, theirs = _kinds(self.state_dict()), _kinds(state)
         if mine != theirs:
             raise ValueError(
-                f"expected the state of {len(mine)} regularizers ({sum(mine)} of them with noise); "
-                f"got {len(theirs)} ({sum(theirs)} with noise): build the hook with the same regularizers"
+                f"expected the state of {len(mine)} regularizers; got {len(theirs)}, or others in noise and state: "
+                "build the hook with the same regularizers"
             )
         self.step = int(state["step"])
-        for regularizer, generator in zip(self.regularizers, state["generators"], strict=True):
+        states = zip(self.regularizers, state["generators"], state["regularizers"], strict=True)
+        for regularizer, generator, own in states:
             if generator is not None:
                 regularizer.generator.set_state(generator.cpu())  # type: ignore[attr-defined]
+            if own is not None:
+                regularizer.load_state_dict(own)  # type: ignore[attr-defined]
 
     def _names(self) -> list[str]:
         names = [getattr(regularizer, "__name__", type(regularizer).__name__) for regularizer in self.regularizers]
@@ -130,6 +136,16 @@ def schedule(period: int | Schedule) -> Schedule:
     return every(period) if isinstance(period, int) else period
 
 
-def _state(regularizer: Regularizer) -> Tensor | None:
+def _generator_state(regularizer: Regularizer) -> Tensor | None:
     generator = getattr(regularizer, "generator", None)
     return None if generator is None else generator.get_state()
+
+
+def _own_state(regularizer: Regularizer) -> dict[str, Any] | None:
+    return regularizer.state_dict() if hasattr(regularizer, "state_dict") else None
+
+
+def _kinds(state: dict[str, Any]) -> list[tuple[bool, bool]]:
+    """For each regularizer whether it draws noise, and whether it has a state of its own."""
+    pairs = zip(state["generators"], state["regularizers"], strict=True)
+    return [(generator is not None, own is not None) for generator, own in pairs]

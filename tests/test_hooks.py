@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from inn_guard.hooks import RegularizerHook, every
-from inn_guard.regularizers import Direction, FiniteDifferences, NormalizingFlowLoss
+from inn_guard.regularizers import AdaptiveCoefficient, Direction, FiniteDifferences, NormalizingFlowLoss
 from tests.reference_regularizers import TwoCouplings
 
 
@@ -101,6 +101,18 @@ def test_resuming_continues_bit_for_bit():
     losses += train(resumed, hook, range(11, 20))
     assert losses == expected
     assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), resumed.parameters(), strict=True))
+
+
+def test_resuming_restores_a_steered_coefficient():
+    def hook():
+        return RegularizerHook(TwoCouplings(), [AdaptiveCoefficient(FiniteDifferences(1.0), target=10.0)], every=1)
+
+    first, second = hook(), hook()
+    first.regularizers[0].update(3.0)
+    first(data())
+    second.load_state_dict(first.state_dict())
+    assert second.regularizers[0].value == first.regularizers[0].value != hook().regularizers[0].value
+    assert torch.equal(first(data()), second(data()))
 
 
 def test_a_state_of_other_regularizers_is_refused():

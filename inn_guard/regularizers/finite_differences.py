@@ -40,6 +40,8 @@ class FiniteDifferences:
     as they are, and every device sees the same noise. Give each process of a distributed run its own seed. Under
     autocast all passes run in float32 and a given z, being rounded, is computed anew. NaN and Inf come out as they
     are. A model in training mode sees the noisy batches too: BatchNorm in it counts them in its running statistics.
+    Clip the gradient's norm where data have outliers: one sample at which the inverse explodes makes a penalty of any
+    size.
 
     This differs from the paper in: nothing; its published code divides by eps instead of eps^2, draws v so scaled that
     the penalty is eps times the one above, and sums where the text averages, so that a coefficient c there acts about
