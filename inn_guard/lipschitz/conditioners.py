@@ -6,7 +6,6 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from inn_guard.lipschitz.building import ChainBuilder, ChainReading, Linear, Torus

@@ -56,7 +56,7 @@ class Split(Protocol):
 
 @dataclass(frozen=True)
 class ByChannel:
-    """Channels of two index lists."""
+    """Channels of two index lists; an autoregressive map keeps and changes all of them."""
 
     keep: Tensor
     change: Tensor
@@ -85,7 +85,7 @@ class ByChannel:
 
     def matrices(self) -> tuple[Tensor, Tensor]:
         """Rows of the identity."""
-        unit = torch.eye(len(self.keep) + len(self.change), dtype=torch.float64)
+        unit = torch.eye(int(torch.cat([self.keep, self.change]).max()) + 1, dtype=torch.float64)
         return unit[self.keep], unit[self.change]
 
 
@@ -169,7 +169,11 @@ class Coupling(BoundedMap):
 
     def image(self, box: Interval) -> Interval:
         """Kept entries as they are, h over the boxes of x and of the parameters."""
-        network = self._read(box)
+        try:
+            network = self._read(box)
+        except Unbounded:
+            everything = torch.full_like(box.lo, math.inf)
+            return Interval(self.split.joined(box.lo, self.split.changed(-everything)), self.split.joined(box.hi, self.split.changed(everything)))
         value = self.transformer.value(box.map(self.split.changed), self._parameters(network.output))
         return Interval(self.split.joined(box.lo, value.lo), self.split.joined(box.hi, value.hi))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,7 +21,7 @@ from inn_guard.lipschitz.rounding import up
 from inn_guard.lipschitz.semantics import Entrywise
 from inn_guard.lipschitz.subnetworks import Unbounded
 
-__all__ = ["Autoregressive", "Fixed", "Flow", "Inverted", "LogitMap", "Residual"]
+__all__ = ["Autoregressive", "Fixed", "Flow", "LogitMap", "Residual"]
 
 
 @dataclass(frozen=True)
@@ -30,12 +31,14 @@ class Fixed(BoundedMap):
     Attributes:
         pair: its bounds.
         drift: a bound of |F(x) - x| per entry, from which the image follows; infinite if unknown.
+        shape_of: from the input shape to the output shape; the same unless given.
         inside: the interval that every entry is mapped to itself in, if there is one: [-B, B] of a spline with tails.
     """
 
     pair: Pair
     drift: float = math.inf
     inside: tuple[float, float] | None = None
+    shape_of: Callable[[torch.Size], torch.Size] = lambda shape: shape
 
     def bounds(self, box: Interval, effort: Effort) -> BlockBounds:
         """The constants."""
@@ -48,6 +51,9 @@ class Fixed(BoundedMap):
         """The box, widened by the drift."""
         if self.inside is not None:
             return box.hull(Interval(torch.full_like(box.lo, self.inside[0]), torch.full_like(box.hi, self.inside[1])))
+        if not math.isfinite(self.drift):
+            everything = torch.full(self.shape_of(box.shape), math.inf, dtype=torch.float64)
+            return Interval(-everything, everything)
         return box + Interval(torch.full_like(box.lo, -self.drift), torch.full_like(box.hi, self.drift))
 
 
@@ -224,44 +230,6 @@ class Autoregressive(BoundedMap):
     def networks(self) -> list[nn.Module]:
         """The masked network."""
         return [self.coupling.network]
-
-
-@dataclass(frozen=True)
-class Inverted(BoundedMap):
-    """The inverse of another map. Its box is one of outputs, so only what holds everywhere can be said of its input."""
-
-    inner: BoundedMap
-
-    def bounds(self, box: Interval, effort: Effort) -> BlockBounds:
-        """The other's global bounds, exchanged."""
-        own = self.inner.bounds(_everywhere(box), effort)
-        return BlockBounds(own.inverse, own.forward, own.is_global, own.reason, own.method, own.proofs)
-
-    def image(self, box: Interval) -> Interval:
-        """Everything."""
-        return _everywhere(box)
-
-    def table3(self, box: Interval) -> Pair:
-        """Exchanged."""
-        forward, inverse = self.inner.table3(_everywhere(box))
-        return Pair(inverse, forward)
-
-    def trace(self, builder: ChainBuilder, x: Linear, box: Interval) -> Linear:
-        """The other's inverse."""
-        return self.inner.trace_inverse(builder, x, _everywhere(box))
-
-    def trace_inverse(self, builder: ChainBuilder, z: Linear, box: Interval) -> Linear:
-        """The other's forward map."""
-        return self.inner.trace(builder, z, _everywhere(box))
-
-    def networks(self) -> list[nn.Module]:
-        """The other's."""
-        return self.inner.networks()
-
-
-def _everywhere(box: Interval) -> Interval:
-    everything = torch.full_like(box.lo, math.inf)
-    return Interval(-everything, everything)
 
 
 def _triangular_order(dependence: Tensor) -> Tensor | None:

@@ -29,6 +29,7 @@ __all__ = [
     "Composition",
     "Diagonal",
     "Elementwise",
+    "Inverted",
     "LinearMap",
     "OnTail",
     "Rearrangement",
@@ -102,6 +103,10 @@ class BoundedMap(abc.ABC):
     def networks(self) -> list[torch.nn.Module]:
         """The conditioners, whose paddings a torus must hold."""
         return []
+
+    def inverted(self) -> BoundedMap:
+        """The inverse map; what holds on boxes of x only is not known of boxes of z, unless overridden."""
+        return Inverted(self)
 
 
 @singledispatch
@@ -266,10 +271,11 @@ class LinearMap(BoundedMap):
 
 @dataclass(frozen=True)
 class Elementwise(BoundedMap):
-    """y_i = scale * f(x_i), an activation as a layer."""
+    """y_i = scale * f(x_i), an activation as a layer; ``inverse`` is its inverse map, where that has bounds on boxes."""
 
     function: Activation
     scale: float = 1.0
+    inverse: BoundedMap | None = None
 
     def bounds(self, box: Interval, effort: Effort) -> BlockBounds:
         """sup |f'| and 1 / inf |f'| over the box."""
@@ -290,6 +296,10 @@ class Elementwise(BoundedMap):
     def trace_inverse(self, builder: ChainBuilder, z: Linear, box: Interval) -> Linear:
         """One over them."""
         return builder.activated(z, *_per_channel(self._slope(box).reciprocal(), z.channels))
+
+    def inverted(self) -> BoundedMap:
+        """What was given as the inverse."""
+        return Inverted(self) if self.inverse is None else self.inverse
 
     def _slope(self, box: Interval) -> Interval:
         return self.function.slope(box) * self.scale
@@ -414,6 +424,44 @@ class OnTail(BoundedMap):
 
     def _tail(self, box: Interval) -> Interval:
         return box[len(box.lo) - math.prod(self.shape) :].map(lambda t: t.reshape(self.shape))
+
+
+@dataclass(frozen=True)
+class Inverted(BoundedMap):
+    """The inverse of another map. Its box is one of outputs, so only what holds everywhere can be said of its input."""
+
+    inner: BoundedMap
+
+    def bounds(self, box: Interval, effort: Effort) -> BlockBounds:
+        """The other's global bounds, exchanged."""
+        own = self.inner.bounds(_everywhere(box), effort)
+        return BlockBounds(own.inverse, own.forward, own.is_global, own.reason, own.method, own.proofs)
+
+    def image(self, box: Interval) -> Interval:
+        """Everything."""
+        return _everywhere(box)
+
+    def table3(self, box: Interval) -> Pair:
+        """Exchanged."""
+        forward, inverse = self.inner.table3(_everywhere(box))
+        return Pair(inverse, forward)
+
+    def trace(self, builder: ChainBuilder, x: Linear, box: Interval) -> Linear:
+        """The other's inverse."""
+        return self.inner.trace_inverse(builder, x, _everywhere(box))
+
+    def trace_inverse(self, builder: ChainBuilder, z: Linear, box: Interval) -> Linear:
+        """The other's forward map."""
+        return self.inner.trace(builder, z, _everywhere(box))
+
+    def networks(self) -> list[torch.nn.Module]:
+        """The other's."""
+        return self.inner.networks()
+
+
+def _everywhere(box: Interval) -> Interval:
+    everything = torch.full_like(box.lo, math.inf)
+    return Interval(-everything, everything)
 
 
 def _per_channel(slopes: Interval, channels: int) -> tuple[Tensor, Tensor]:

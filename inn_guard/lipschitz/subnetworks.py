@@ -173,7 +173,7 @@ def _value_of(symbol: Any, module: nn.Module) -> Any:
 
 def _module(module: nn.Module, x: Value, semantics: Semantics[Value], place: str) -> Value:
     function = activation(module)
-    if isinstance(module, nn.Identity) or (isinstance(module, DROPOUTS) and not module.training):
+    if isinstance(module, nn.Identity) or (isinstance(module, DROPOUTS) and (module.p == 0 or not module.training)):
         return x
     if function is not None:
         return semantics.activate(x, function, place)

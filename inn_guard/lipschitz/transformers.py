@@ -20,6 +20,7 @@ __all__ = [
     "LogScale",
     "ScaleBounds",
     "SigmoidScaleBounds",
+    "SoftplusScaleBounds",
     "Transformer",
     "atan_activation",
     "scaled",
@@ -188,6 +189,27 @@ class SigmoidScaleBounds:
         top = (p.lo <= 0.5) & (p.hi >= 0.5)
         hi = torch.maximum(ends[0].hi, ends[1].hi)
         return Interval(torch.minimum(ends[0].lo, ends[1].lo).clamp_min(0), torch.where(top, hi.clamp_min(0.25), hi))
+
+
+@dataclass(frozen=True)
+class SoftplusScaleBounds:
+    """g(s) = softplus(s) + floor; g'/g <= 1 because log(1 + u) >= u / (1 + u)."""
+
+    floor: float
+
+    def value(self, s: Interval) -> Interval:
+        """g."""
+        g = s.increasing(torch.nn.functional.softplus)
+        return Interval(g.lo.clamp_min(0), g.hi) + self.floor
+
+    def slope(self, s: Interval) -> Interval:
+        """The sigmoid."""
+        return s.increasing(torch.sigmoid)
+
+    def log_slope(self, s: Interval) -> Interval:
+        """Sigmoid over g, at most one."""
+        ratio = self.slope(s) / self.value(s)
+        return Interval(ratio.lo.clamp_min(0), ratio.hi.clamp_max(1))
 
 
 @dataclass(frozen=True)

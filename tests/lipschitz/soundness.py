@@ -1,0 +1,73 @@
+"""What every rule is held to: no sampled Jacobian above its bounds, no sampled value outside its image box."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from inn_guard.dense_tangent import dense_jacobian
+from inn_guard.invertible import Invertible
+from inn_guard.lipschitz.branch_and_bound import State, step_of
+from inn_guard.lipschitz.conditioners import Effort
+from inn_guard.lipschitz.intervals import Box, Interval
+from inn_guard.lipschitz.maps import BlockBounds, bounded_map
+from inn_guard.lipschitz.subnetworks import Unbounded
+
+EFFORT = Effort(steps=6, seconds=0.5)
+ROUNDING = 1 + 1e-9  # of the sampled Jacobians themselves
+
+
+def jacobians(layer: Invertible, x: torch.Tensor) -> torch.Tensor:
+    return dense_jacobian(layer.linearize(x), x)
+
+
+def sample(box: Interval, count: int) -> torch.Tensor:
+    width = (box.hi - box.lo).nan_to_num(0, 0, 0)
+    inside = box.lo.nan_to_num(0, 0, 0) + width * torch.rand(count, *box.shape)
+    points = torch.where((box.hi - box.lo).isfinite(), inside, 2 * torch.randn(count, *box.shape))
+    corners = torch.where(torch.rand(8, *box.shape) < 0.5, box.lo, box.hi)
+    return torch.cat([points, corners]) if box.bounded else points
+
+
+def assert_sound(layer: Invertible, box: Box, *, count: int = 60, finite: bool = True) -> BlockBounds:
+    described = bounded_map(layer.block, layer)
+    bounds = described.bounds(box, EFFORT)
+    if finite:
+        assert math.isfinite(bounds.forward), bounds.reason
+        assert math.isfinite(bounds.inverse), bounds.reason
+    x = sample(box, count)
+    J = jacobians(layer, x)
+    sigma = torch.linalg.svdvals(J)
+    assert float(sigma[:, 0].max()) <= bounds.forward * ROUNDING
+    assert float((1 / sigma[:, -1]).max()) <= bounds.inverse * ROUNDING
+    printed = described.table3(box)
+    assert bounds.forward <= printed.forward * ROUNDING
+    with torch.no_grad():
+        z = layer(x)
+    image = described.image(box)
+    assert bool(((image.lo <= z + 1e-9 * (1 + z.abs())) & (z - 1e-9 * (1 + z.abs()) <= image.hi)).all())
+    if box.bounded and len(box.shape) == 1 and box.shape[0] <= 8:
+        _assert_steps_enclose(described, layer, box, x, J)
+    return bounds
+
+
+def _assert_steps_enclose(described, layer, box, x, J) -> None:
+    try:
+        step = step_of(described, box)
+    except Unbounded:
+        return
+    d = x.shape[1]
+    width = 0.02 * (box.hi - box.lo)
+    lo, hi = torch.maximum(x - width, box.lo), torch.minimum(x + width, box.hi)
+    eye = Interval.of(torch.eye(d).expand(len(x), d, d))
+    small = Interval(lo, hi)
+    end = step(State(Interval.of(small.centre), small, eye, eye))
+    with torch.no_grad():
+        z, centre = layer(x), layer(small.centre)
+    slack = 1e-9
+    for enclosure, true in ((end.box, z), (end.centre, centre), (end.J, J), (end.K, torch.linalg.inv(J))):
+        margin = slack * (1 + true.abs())
+        assert bool((enclosure.lo <= true + margin).all())
+        assert bool((true - margin <= enclosure.hi).all())
+    assert float((end.J.hi - end.J.lo).max()) < math.inf
