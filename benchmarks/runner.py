@@ -118,8 +118,11 @@ def main(
 
 
 def _name(config: Any) -> str:
+    """The experiment's folder and file, joined: injflow_table1."""
     module = type(config).__module__
-    return module.rpartition(".")[2] if module != "__main__" else Path(sys.argv[0]).stem
+    if module != "__main__":
+        return module.removeprefix(f"{__package__}.").replace(".", "_")
+    return "_".join(Path(sys.argv[0]).resolve().relative_to(Path(__file__).parent).with_suffix("").parts)
 
 
 def _digest(config: Any) -> str:

@@ -1,0 +1,1 @@
+"""Relaxed injective probability flow (Kumar, Poole, Murphy, 2020)."""

@@ -1,0 +1,224 @@
+"""Table 1 of the InjFlow paper: Frechet distances of reconstructions, Gaussian and mixture samples, eight models.
+
+    python -m benchmarks.injflow.table1 --preset cpu                                  # digits, minutes
+    python -m benchmarks.injflow.table1 --preset cpu --data mnist --data-root FOLDER  # MNIST
+
+All models share encoder, decoder, data order and number of steps. Distances are between the features of a small
+classifier trained on the same data (named in the column ``extractor``), so they are no FID and only compare within
+this table. Reduced against the paper: data, width and steps (100,000 there); each model's hyper-parameter is one value
+of the paper's grid instead of a search. Codes: a full-covariance Gaussian and a mixture of 10, fitted after training.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+from matplotlib.figure import Figure
+from sklearn.mixture import GaussianMixture
+from torch import Tensor
+
+import inn_guard as ig
+from benchmarks.image_grid import image_grid
+from benchmarks.image_sets import ImageSet, image_set
+from benchmarks.runner import RESULTS, Row, collect, main
+from benchmarks.small_classifier import small_classifier_features
+from inn_guard.files import atomic_write
+from inn_guard.metrics import FeatureExtractor, frechet_distance, reconstruction_error
+from inn_guard.models import injflow as terms
+from inn_guard.models.autoencoder import Autoencoder, manifold_density
+from inn_guard.models.injflow_nets import conv_decoder, conv_encoder
+from inn_guard.training import Batch, FitSettings, fit
+
+
+@dataclass(frozen=True)
+class Config:
+    """What is trained.
+
+    Attributes:
+        data: digits, mnist or cifar10.
+        data_root: folder of the official files; digits need none.
+        latent: d; the paper has 32 for MNIST, 128 for CIFAR-10.
+        width: channels after the first convolution.
+        steps: of Adam at 1e-3, batch 128; the paper has 100,000.
+        samples: images per Frechet distance, at most as many as there are test images.
+        seeds: one run each.
+    """
+
+    data: str = "digits"
+    data_root: str = ""
+    latent: int = 8
+    width: int = 16
+    steps: int = 1500
+    samples: int = 300
+    seeds: tuple[int, ...] = (0, 1, 2)
+
+    @classmethod
+    def smoke(cls) -> Config:
+        """Seconds."""
+        return cls(width=4, steps=3, seeds=(0,))
+
+    @classmethod
+    def cpu(cls) -> Config:
+        """Minutes on two cores."""
+        return cls()
+
+    @classmethod
+    def paper(cls) -> Config:
+        """The paper's MNIST setting."""
+        return cls(data="mnist", latent=32, width=64, steps=100_000, samples=10_000, seeds=(0,))
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """One model of the table."""
+
+    objective: terms.Objective
+    stochastic: bool = False
+    spectral: bool = False
+
+
+RECIPES: dict[str, Recipe] = {
+    "VAE": Recipe(terms.Objective((terms.Reconstruction(), terms.CodeDivergence(2.0))), stochastic=True),
+    "beta-VAE": Recipe(terms.Objective((terms.Reconstruction(), terms.CodeDivergence(0.02))), stochastic=True),
+    "AE": Recipe(terms.Objective((terms.Reconstruction(),))),
+    "CAE": Recipe(terms.Objective((terms.Reconstruction(), terms.EncoderJacobian(0.01)))),
+    "AE+L2": Recipe(terms.Objective((terms.Reconstruction(), terms.DecoderWeights(0.001)))),
+    "AE+SN": Recipe(terms.Objective((terms.Reconstruction(),)), spectral=True),
+    "InjFlow_ln": Recipe(terms.injflow_log(1e-3)),
+    "InjFlow": Recipe(terms.injflow(1e-3)),
+}
+
+
+@cache
+def loaded(config: Config) -> tuple[ImageSet, FeatureExtractor]:
+    """The image set and the extractor trained on it."""
+    images = image_set(config.data, Path(config.data_root) if config.data_root else None)
+    return images, small_classifier_features(images, steps=min(600, 2 * config.steps))
+
+
+def cases(config: Config) -> dict[str, tuple[str, int]]:
+    """Every model under every seed."""
+    return {f"{name} seed {seed}": (name, seed) for seed in config.seeds for name in RECIPES}
+
+
+def build(config: Config, recipe: Recipe, shape: tuple[int, int, int], seed: int) -> Autoencoder:
+    """The recipe's autoencoder; every recipe starts from the same weights under the same seed."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        decoder = conv_decoder(shape, config.latent, width=config.width)
+        encoder = conv_encoder(shape, config.latent * (1 + recipe.stochastic), width=config.width)
+        if recipe.spectral:
+            decoder = terms.spectrally_normalised(decoder)
+    return Autoencoder(encoder, decoder, stochastic=recipe.stochastic)
+
+
+def train(config: Config, name: str, seed: int) -> Autoencoder:
+    """The model of that name, trained."""
+    images, _ = loaded(config)
+    recipe = RECIPES[name]
+    model = build(config, recipe, images.shape, seed)
+
+    def loss(batch: Batch) -> Tensor:
+        x = batch.x.float() / 255
+        return recipe.objective(model, x, iteration=batch.step, generator=batch.generator)
+
+    fit(model, loss, (images.train[0],), settings=FitSettings(steps=config.steps, clip=10.0, seed=seed))
+    return model.eval()
+
+
+def measure(config: Config, case: tuple[str, int]) -> Iterator[Row]:
+    """One row: three distances, the reconstruction error, and how injective the decoder is."""
+    model = train(config, *case)
+    with torch.no_grad():
+        yield evaluated(config, model, *case)
+
+
+def evaluated(config: Config, model: Autoencoder, name: str, seed: int) -> Row:
+    """What the table says of a trained model."""
+    images, extractor = loaded(config)
+    real = images.test[0][: config.samples].float() / 255
+    codes = torch.cat([model(part.float() / 255) for part in images.train[0].split(512)]).numpy()
+    rebuilt = model.inverse(model(real)).clamp(0, 1)
+    drawn = {
+        "normal": model.inverse(draw_gaussian(codes, len(real), seed)).clamp(0, 1),
+        "gmm": model.inverse(draw_mixture(codes, len(real), seed)).clamp(0, 1),
+    }
+    density = manifold_density(model, model(real[:32]))
+    spectrum = ig.audit(model, real[:32], checks=["reconstruction", "jacobian_spectrum"])
+    if seed == config.seeds[0]:
+        save_images(config, name, real, rebuilt, drawn["gmm"])
+    return {
+        "data": images.name,
+        "model": name,
+        "seed": seed,
+        "rec": frechet_distance(extractor, real, rebuilt).value,
+        **{kind: frechet_distance(extractor, real, pictures).value for kind, pictures in drawn.items()},
+        "mse": reconstruction_error(real, rebuilt).mean().item(),
+        "smallest_singular_value": density.smallest_singular_value.min().item(),
+        "condition_number": spectrum["jacobian_spectrum"].values.get("condition_number", np.nan),
+        "code_round_trip": spectrum["reconstruction"].values.get("latent_error", np.nan),
+        "extractor": extractor.name,
+    }
+
+
+def draw_gaussian(codes: np.ndarray, count: int, seed: int) -> Tensor:
+    """Codes from the full-covariance Gaussian of the training codes."""
+    generator = np.random.default_rng(seed)
+    drawn = generator.multivariate_normal(codes.mean(0), np.cov(codes.T), size=count)
+    return torch.as_tensor(drawn, dtype=torch.float32)
+
+
+def draw_mixture(codes: np.ndarray, count: int, seed: int, components: int = 10) -> Tensor:
+    """Codes from a mixture of full-covariance Gaussians fitted to the training codes."""
+    mixture = GaussianMixture(components, random_state=seed, reg_covar=1e-5).fit(codes.astype(np.float64))
+    drawn = mixture.sample(count)[0]
+    return torch.as_tensor(np.random.default_rng(seed).permutation(drawn), dtype=torch.float32)
+
+
+def save_images(config: Config, name: str, real: Tensor, rebuilt: Tensor, drawn: Tensor) -> None:
+    """Originals, reconstructions and mixture samples as one picture beside the results."""
+    if config.steps < 100:
+        return
+    path = RESULTS / f"injflow_{config.data}_{name.replace('+', '_')}.png"
+    with atomic_write(path) as partial:
+        image_grid({"test": real[:10], "rebuilt": rebuilt[:10], "samples": drawn[:20]}).savefig(
+            partial, dpi=80, bbox_inches="tight", format="png"
+        )
+
+
+def run(config: Config) -> pd.DataFrame:
+    """All models under all seeds."""
+    frame = collect(config, cases(config), measure)
+    print(summary(frame).to_string())
+    return frame
+
+
+def summary(frame: pd.DataFrame) -> pd.DataFrame:
+    """Means over the seeds beside the paper's MNIST column."""
+    ours = frame.groupby("model", sort=False)[["rec", "normal", "gmm", "mse", "smallest_singular_value"]].mean()
+    path = Path(__file__).parent.parent / "reference" / "injflow_table1_fid.csv"
+    theirs = pd.read_csv(path).set_index("model")[["mnist_rec", "mnist_normal", "mnist_gmm"]]
+    return ours.join(theirs.add_prefix("paper_"))
+
+
+def draw(frame: pd.DataFrame) -> Figure:
+    """The three distances of every model, one point per seed."""
+    figure = Figure(figsize=(9, 3.2), layout="constrained")
+    panels = figure.subplots(1, 3, sharey=True)
+    for axes, kind in zip(panels, ("rec", "normal", "gmm"), strict=True):
+        axes.plot(frame[kind], frame.model, "o", alpha=0.6)
+        axes.set(xlabel={"rec": "reconstructions", "normal": "Gaussian samples", "gmm": "mixture samples"}[kind])
+        axes.grid(alpha=0.3)
+    panels[0].invert_yaxis()
+    figure.suptitle(f"Frechet distance ({frame.extractor[0]}), lower is better")
+    return figure
+
+
+if __name__ == "__main__":
+    main(Config, run, draw)
