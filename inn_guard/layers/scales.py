@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-__all__ = ["ClampedScale", "ExpScale", "ScaleFunction", "SigmoidScale", "squashed_sigmoid"]
+__all__ = ["ClampedScale", "ExpScale", "ScaleFunction", "SigmoidScale", "SoftplusScale", "squashed_sigmoid"]
 
 
 @runtime_checkable
@@ -185,3 +185,39 @@ class ClampedScale:
     def slope(self, h: Tensor) -> Tensor:
         """g'(h)."""
         return self.value(h) * self.max_log_slope / (1 + h.square())
+
+
+@dataclass(frozen=True)
+class SoftplusScale:
+    """g(h) = lower + log(1 + exp(h)), in (lower, inf): linear where it is large.
+
+    The supremum of g'/g is 1 for lower = 0, in the limit h -> -inf, and below 1 otherwise.
+
+    Args:
+        lower: infimum; 0.001 in the autoregressive layers of nflows.
+    """
+
+    lower: float = 0.0
+    upper = math.inf
+    max_slope = 1.0
+    max_log_slope = 1.0
+
+    def __post_init__(self) -> None:
+        if self.lower < 0:
+            raise ValueError(f"expected lower >= 0, got {self.lower}")
+
+    def value(self, h: Tensor) -> Tensor:
+        """g(h)."""
+        # the default threshold of 20 is too low for float64: e^-20 = 2e-9
+        return functional.softplus(h, threshold=40) + self.lower
+
+    def log(self, h: Tensor) -> Tensor:
+        """log g(h)."""
+        if self.lower:
+            return self.value(h).log()
+        # log g = h - e^h / 2 + ...; below -40 that is h, also where g has underflown
+        return torch.where(h < -40, h, self.value(h.clamp(min=-40)).log())
+
+    def slope(self, h: Tensor) -> Tensor:
+        """g'(h)."""
+        return torch.sigmoid(h)

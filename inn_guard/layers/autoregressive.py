@@ -1,0 +1,302 @@
+"""Masked affine autoregressive layers: MADE, masked and inverse autoregressive flows."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from inn_guard.invertible import Invertible
+from inn_guard.layers.actnorm import ActNorm
+from inn_guard.layers.chain import Chain
+from inn_guard.layers.permutation import Permutation
+from inn_guard.layers.scales import ScaleFunction, SoftplusScale
+from inn_guard.network_tangent import NetworkTangent, linearize_network, tangent_of_module
+from inn_guard.tangent import Tangent
+
+__all__ = ["MADE", "Inverted", "MaskedAutoregressive", "iaf", "maf"]
+
+
+class _Masked(nn.Module):
+    """A parametrization: zero where the mask is False."""
+
+    mask: Tensor
+
+    def __init__(self, mask: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("mask", mask)
+
+    def forward(self, weight: Tensor) -> Tensor:
+        return torch.where(self.mask, weight, 0)
+
+    def right_inverse(self, weight: Tensor) -> Tensor:
+        return weight
+
+
+class _Skip(nn.Module):
+    """h + ReLU - linear - ReLU - linear (h), the last one starting near zero."""
+
+    def __init__(self, degrees: Tensor) -> None:
+        super().__init__()
+        first, second = (_linear(degrees, degrees[:, None] >= degrees) for _ in range(2))
+        _start_small(second)
+        self.branch = nn.Sequential(nn.ReLU(), first, nn.ReLU(), second)
+
+    def forward(self, h: Tensor) -> Tensor:
+        return h + self.branch(h)
+
+
+class MADE(nn.Sequential):
+    """A network x (B, D) -> (B, outputs * D) whose values number i, D + i, 2 D + i ... depend on x_1 ... x_{i-1} only.
+
+    A masked linear map, pre-activated residual blocks of two masked linear maps with ReLU, a masked linear map.
+    Hidden unit j has degree 1 + j mod (D - 1), and weights go from lower or equal degrees to higher ones.
+
+    Args:
+        features: D.
+        hidden: width of every hidden layer.
+        blocks: residual blocks.
+        outputs: values per feature.
+
+    References:
+        MADE: Masked Autoencoder for Distribution Estimation (Germain, Gregor, Murray, Larochelle, 2015).
+
+    >>> MADE(3, hidden=8)(torch.zeros(5, 3)).shape
+    torch.Size([5, 6])
+    """
+
+    def __init__(self, features: int, *, hidden: int, blocks: int = 2, outputs: int = 2) -> None:
+        if min(features, hidden, outputs) < 1 or blocks < 0:
+            raise ValueError(f"expected positive sizes, got {features} features, {hidden} hidden, {outputs} outputs")
+        inputs = torch.arange(1, features + 1)
+        degrees = torch.arange(hidden) % max(1, features - 1) + min(1, features - 1)
+        last = _linear(degrees, inputs.repeat(outputs)[:, None] > degrees)
+        _start_small(last)
+        skips = [_Skip(degrees) for _ in range(blocks)]
+        super().__init__(_linear(inputs, degrees[:, None] >= inputs), *skips, last)
+
+
+class MaskedAutoregressive(Invertible):
+    """z_i = x_i * g(s_i(x_1 ... x_{i-1})) + t_i(x_1 ... x_{i-1}); log|det J| = sum_i log g(s_i).
+
+    J is lower triangular. Forward is one pass of the network; the inverse finds one entry after the other, in D passes.
+
+    Args:
+        network: a MADE or another network (B, D) -> (B, 2 D), first t, then s, with that dependence.
+        scale: g; 0.001 + softplus(s) unless given.
+
+    References:
+        Masked Autoregressive Flow for Density Estimation (Papamakarios, Pavlakou, Murray, 2017).
+    """
+
+    def __init__(self, network: nn.Module, *, scale: ScaleFunction | None = None) -> None:
+        super().__init__()
+        self.network = network
+        self.scale: ScaleFunction = SoftplusScale(lower=1e-3) if scale is None else scale
+
+    def forward(self, x: Tensor) -> Tensor:
+        """z = x * g(s(x)) + t(x)."""
+        shift, h = self.network(x).chunk(2, dim=1)
+        return x * self.scale.value(h) + shift
+
+    def forward_and_log_det(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """z and sum log g(s)."""
+        shift, h = self.network(x).chunk(2, dim=1)
+        return x * self.scale.value(h) + shift, self.scale.log(h).sum(1)
+
+    def inverse(self, z: Tensor) -> Tensor:
+        """x, entry by entry: x_i = (z_i - t_i) / g(s_i)."""
+        return self._solved(z)[0]
+
+    def inverse_and_log_det(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        """x and -sum log g(s)."""
+        x, h = self._solved(z)
+        return x, -self.scale.log(h).sum(1)
+
+    def linearize(self, x: Tensor) -> Tangent:
+        """The four products: forward from one evaluation of the network, inverse by triangular solves."""
+        return AutoregressiveTangent(self, x.detach())
+
+    def _solved(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        """(x, s): after pass i the first i entries of x are right, after the last pass but one all of s is."""
+        known = [z[:, :0]]
+        h = z
+        for i in range(z.shape[1]):
+            shift, h = self.network(torch.cat([*known, torch.zeros_like(z[:, i:])], dim=1)).chunk(2, dim=1)
+            known.append((z[:, i : i + 1] - shift[:, i : i + 1]) / self.scale.value(h[:, i : i + 1]))
+        return torch.cat(known, dim=1), h
+
+
+class AutoregressiveTangent:
+    """J = diag(g) + diag(x g') ds/dx + dt/dx, lower triangular; its inverse by forward and back substitution.
+
+    Args:
+        layer: the layer.
+        x: where, (B, D).
+    """
+
+    def __init__(self, layer: MaskedAutoregressive, x: Tensor) -> None:
+        with torch.no_grad():
+            self._network = linearize_network(layer.network, x)
+            shift, h = self._network.output.chunk(2, dim=1)
+            self._scale, self._gain = layer.scale.value(h), x * layer.scale.slope(h)
+            self.output = x * self._scale + shift
+        self._jacobian: Tensor | None = None
+
+    def jvp(self, v: Tensor) -> Tensor:
+        """J v."""
+        shift, h = self._network.jvp(v).chunk(2, dim=-1)
+        return v * self._scale + self._gain * h + shift
+
+    def vjp(self, u: Tensor) -> Tensor:
+        """J^T u."""
+        return u * self._scale + self._network.vjp(torch.cat([u, self._gain * u], dim=-1))
+
+    def inverse_jvp(self, u: Tensor) -> Tensor:
+        """J^-1 u."""
+        return self._substituted(self._dense(), u, upper=False)
+
+    def inverse_vjp(self, v: Tensor) -> Tensor:
+        """J^-T v."""
+        return self._substituted(self._dense().mT, v, upper=True)
+
+    def _dense(self) -> Tensor:
+        """(B, D, D): row i is J^T e_i."""
+        if self._jacobian is None:
+            size = self.output.shape[1]
+            rows = torch.eye(size, dtype=self.output.dtype, device=self.output.device)
+            self._jacobian = self.vjp(rows[:, None].expand(-1, len(self.output), -1)).transpose(0, 1)
+        return self._jacobian
+
+    @staticmethod
+    def _substituted(triangle: Tensor, right: Tensor, *, upper: bool) -> Tensor:
+        return torch.linalg.solve_triangular(triangle, right.unsqueeze(-1), upper=upper).squeeze(-1)
+
+
+class Inverted(Invertible):
+    """The inverse of a layer as a layer: forward is its inverse, inverse its forward map.
+
+    Args:
+        layer: a bijective one.
+    """
+
+    def __init__(self, layer: Invertible) -> None:
+        super().__init__()
+        if not layer.bijective:
+            raise ValueError(f"expected a bijective layer, got {layer.name}, which is injective only")
+        self.layer = layer
+
+    @property
+    def name(self) -> str:
+        """The name of the layer within, marked."""
+        return f"inverse of {self.layer.name}"
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The layer's inverse."""
+        return self._inner().inverse(x)
+
+    def inverse(self, z: Tensor) -> Tensor:
+        """The layer's forward map."""
+        return self._inner()(z)
+
+    def forward_and_log_det(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """The layer's inverse and its log-determinant."""
+        return self._inner().inverse_and_log_det(x)
+
+    def inverse_and_log_det(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        """The layer's forward map and its log-determinant."""
+        return self._inner().forward_and_log_det(z)
+
+    def layers(self) -> tuple[Invertible, ...]:
+        """The layers of a chain within, each inverted, last one first."""
+        return tuple(Inverted(layer) for layer in reversed(self._inner().layers()))
+
+    def linearize(self, x: Tensor) -> Tangent:
+        """The tangent of the layer at its inverse of x, with the directions exchanged."""
+        with torch.no_grad():
+            return InvertedTangent(self._inner(), x.detach())
+
+    def _inner(self) -> Invertible:
+        return self.layer if self.context is None else self.layer.conditioned(self.context)
+
+
+class InvertedTangent:
+    """The tangent of a layer with forward and inverse products exchanged.
+
+    Args:
+        layer: the layer.
+        z: a value of it, (B, *latent).
+    """
+
+    def __init__(self, layer: Invertible, z: Tensor) -> None:
+        self.output = layer.inverse(z)
+        tangent = layer.linearize(self.output)
+        self.jvp, self.vjp = tangent.inverse_jvp, tangent.inverse_vjp
+        self.inverse_jvp, self.inverse_vjp = tangent.jvp, tangent.vjp
+
+
+def maf(features: int, *, layers: int = 4, hidden: int = 256, blocks: int = 2) -> Chain:
+    """A masked autoregressive flow (B, D) -> (B, D): data -> latent in one pass a layer, the inverse in D passes.
+
+    Between two layers there are an ActNorm and a reversal of the order, without which all layers together would
+    still be triangular.
+
+    Args:
+        features: D.
+        layers: MADE layers; 4 in autoencoders within flows.
+        hidden: width of their hidden layers; 256 there.
+        blocks: residual blocks of each; 2 there.
+
+    References:
+        Masked Autoregressive Flow for Density Estimation (Papamakarios, Pavlakou, Murray, 2017).
+        Deterministic Training of Generative Autoencoders Using Invertible Layers (Silvestri, Roos, Ambrogioni, 2023),
+        appendix D.2.
+    """
+    steps: list[Invertible] = []
+    for k in range(layers):
+        steps += [ActNorm(features), Permutation.reverse(features)] if k else []
+        steps.append(MaskedAutoregressive(MADE(features, hidden=hidden, blocks=blocks)))
+    return Chain(*steps)
+
+
+def iaf(features: int, *, layers: int = 4, hidden: int = 256, blocks: int = 2) -> Inverted:
+    """An inverse autoregressive flow, the inverse of ``maf``: latent -> data in one pass, the density in D passes.
+
+    Args:
+        features: D.
+        layers: MADE layers.
+        hidden: width of their hidden layers.
+        blocks: residual blocks of each.
+
+    References:
+        Improving Variational Inference with Inverse Autoregressive Flow (Kingma, Salimans, Jozefowicz, Chen,
+        Sutskever, Welling, 2016).
+    """
+    return Inverted(maf(features, layers=layers, hidden=hidden, blocks=blocks))
+
+
+def _linear(inputs: Tensor, mask: Tensor) -> nn.Module:
+    """A linear map of ``len(inputs)`` values with ``mask`` (out, in) on its weight."""
+    return parametrize.register_parametrization(nn.Linear(len(inputs), len(mask)), "weight", _Masked(mask))
+
+
+@torch.no_grad()
+def _start_small(linear: nn.Module) -> None:
+    for parameter in linear.parameters():
+        parameter.uniform_(-1e-3, 1e-3)
+
+
+class _SkipTangent:
+    def __init__(self, branch: NetworkTangent, h: Tensor) -> None:
+        self._branch, self.output = branch, h + branch.output
+
+    def jvp(self, v: Tensor) -> Tensor:
+        return v + self._branch.jvp(v)
+
+    def vjp(self, u: Tensor) -> Tensor:
+        return u + self._branch.vjp(u)
+
+
+@tangent_of_module.register
+def _(module: _Skip, x: Tensor) -> NetworkTangent:
+    return _SkipTangent(tangent_of_module(module.branch, x), x)
