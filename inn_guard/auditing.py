@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -27,7 +27,7 @@ PATIENCE = 3.0  #: seconds after which a progress bar appears, on a terminal
 
 def audit(
     model: Any,
-    x: Tensor | Sequence[Tensor] | DataLoader,
+    x: Any,
     *,
     context: Context = None,
     checks: Iterable[str | Audit] | None = None,

@@ -31,8 +31,8 @@ def layer_blame(model: Invertible, x: Tensor, *, samples: int = 8, probes: int =
     For layer k with input h_k: its condition number; the gain ||J_1^-1 ... J_{k-1}^-1||_F / sqrt(D) with which an
     error made there reaches x; the local error |F_k^-1(F_k(h_k)) - h_k|, measured; and their product, its part of the
     error of x. Errors of different layers add up as squares. A layer's digits are log10 of the error over the error
-    that would be left if this layer neither erred nor amplified what comes from behind it; its share is its part of
-    all digits.
+    that would be left if this layer only rounded and did not amplify what comes from behind it; its share is its part
+    of all digits. A change of unit, which amplifies absolute but not relative errors, costs none.
 
     Args:
         model: a bijective map.
@@ -82,25 +82,29 @@ def layer_blame(model: Invertible, x: Tensor, *, samples: int = 8, probes: int =
     )
 
 
-def digits_lost(log_contribution: Tensor, log_amplification: Tensor, log_base: Tensor) -> Tensor:
-    """Digits lost per layer, (n, B): log10 of the total error over the error without that layer.
+def digits_lost(contribution: Tensor, unavoidable: Tensor, amplification: Tensor, base: Tensor) -> Tensor:
+    """Digits lost per layer, (n, B): log10 of the total error over the error that a harmless layer would leave.
 
-    The total is sqrt(base^2 + sum_k contribution_k^2). Without layer k its own contribution is gone, and those of the
-    layers behind it, which pass through it on their way to x, lose its amplification if that is above 1.
+    The total is sqrt(base^2 + sum_k contribution_k^2). A harmless layer k errs by rounding its input only, and does
+    not amplify the errors of the layers behind it, which pass through it on their way to x.
 
     Args:
-        log_contribution: ln of each layer's part of the error of x, (n, B).
-        log_amplification: ln of the growth of an error on its way back through each layer, (n, B).
-        log_base: ln of the error that remains in any case, (B,).
+        contribution: ln of each layer's part of the error of x, (n, B).
+        unavoidable: ln of the part that rounding the layer's input alone would make, (n, B).
+        amplification: ln of the growth of a relative error on its way back through each layer, (n, B).
+        base: ln of the error that remains in any case, (B,).
     """
-    count = len(log_contribution)
-    total = torch.logsumexp(torch.cat([2 * log_contribution, 2 * log_base[None]]), dim=0) / 2
+    total = _log_root_sum_squares(torch.cat([contribution, base[None]]))
     left = []
-    for k in range(count):
-        behind = log_contribution[k + 1 :] - log_amplification[k].clamp(min=0)
-        rest = torch.cat([log_contribution[:k], behind, log_base[None]])
-        left.append(torch.logsumexp(2 * rest, dim=0) / 2)
+    for k in range(len(contribution)):
+        own = torch.minimum(contribution[k], unavoidable[k])
+        behind = contribution[k + 1 :] - amplification[k].clamp(min=0)
+        left.append(_log_root_sum_squares(torch.cat([contribution[:k], own[None], behind, base[None]])))
     return (total - torch.stack(left)) / LN10
+
+
+def _log_root_sum_squares(logs: Tensor) -> Tensor:
+    return torch.logsumexp(2 * logs, dim=0) / 2
 
 
 @dataclass(frozen=True)
@@ -119,7 +123,7 @@ class _Measurement:
 
     @property
     def log_total(self) -> Tensor:
-        return torch.logsumexp(torch.cat([2 * self.log_contribution, 2 * self.log_base[None]]), dim=0) / 2
+        return _log_root_sum_squares(torch.cat([self.log_contribution, self.log_base[None]]))
 
     @property
     def log_relative(self) -> Tensor:
@@ -152,14 +156,13 @@ def _measure(linearization: Linearization, probes: int, generator: torch.Generat
         conditions.append(forward.log_value + backward.log_value)
         with torch.no_grad():
             errors.append(_log_norm(layer.inverse(tangent.output).double() - state.double()))
-    x = linearization.states[0]
-    log_x = _log_norm(x.double())
-    base = log_x + math.log(torch.finfo(x.dtype).eps)
-    # an error of nothing at all still is no better than the dtype
-    base = torch.where(base.isfinite(), base, torch.full_like(base, math.log(torch.finfo(x.dtype).eps)))
+    eps = math.log(torch.finfo(linearization.output.dtype).eps)
+    log_states = torch.stack([_log_norm(state.double()) for state in linearization.states])
+    log_x = log_states[0]
+    base = torch.where(log_x.isfinite(), log_x, torch.zeros_like(log_x)) + eps
     log_gain, log_local = gains.log_rms[:-1], torch.stack(errors)
-    amplification = gains.log_rms[1:] - gains.log_rms[:-1]
-    digits = digits_lost(log_local + log_gain, amplification, base)
+    amplification = (gains.log_rms + log_states).diff(dim=0).nan_to_num(0.0)
+    digits = digits_lost(log_local + log_gain, log_states[:-1] + eps + log_gain, amplification, base)
     log_condition = torch.stack(conditions)
     return _Measurement(
         log_condition.cpu(), log_gain.cpu(), log_local.cpu(), digits.cpu(), log_x.cpu(), base.cpu(), gains.exact

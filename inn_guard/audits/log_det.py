@@ -136,7 +136,9 @@ class _Compared:
         if isinstance(self.cancelled, Tensor):
             if not bool(self.cancelled.isfinite().all()):
                 return Verdict.NON_FINITE, "the log-determinant of the inverse is NaN or Inf"
-            if bool((self.cancelled.abs() > self.allowed + self.statistical).any()):
+            # one draw of each
+            scatter = SIGMAS * math.sqrt(2 * self.own.draws) * self.own.standard_error
+            if bool((self.cancelled.abs() > self.allowed + scatter).any()):
                 worst = self.cancelled.abs().max().item()
                 return Verdict.UNSTABLE, f"forward and inverse log-determinant leave {worst:.1e} nats, not 0"
         return Verdict.STABLE, f"it agrees with the Jacobian to {self.error.max():.1e} nats {self._how}"

@@ -82,7 +82,7 @@ def _modes_and_weights(model: Invertible, findings: _Findings) -> None:
     for kind, found in (("dtypes", dtypes), ("devices", devices)):
         if len(found) > 1:
             findings.remarks.append(f"its parameters are of several {kind}: {', '.join(sorted(found))}")
-    broken = sum(int((~p.isfinite()).sum()) for p in floating)
+    broken = sum(int((~p.detach().isfinite()).sum()) for p in floating)
     if broken:
         advice = "Go back to a checkpoint from before they appeared; lower the learning rate or clip gradients."
         findings.serious.append((f"{broken} entries of its parameters are NaN or Inf", advice))
@@ -103,7 +103,7 @@ def _forward(model: Invertible, x: Tensor, findings: _Findings) -> Tensor:
 
 def _refused(model: Invertible, x: Tensor, error: ModelRaised) -> None:
     """Raise if no batch of this shape is accepted by a model whose parameters are sound."""
-    if any(not bool(p.isfinite().all()) for p in model.parameters() if p.is_floating_point()):
+    if any(not bool(p.detach().isfinite().all()) for p in model.parameters() if p.is_floating_point()):
         return
     generator = torch.Generator().manual_seed(0)
     normal = torch.randn(x.shape, generator=generator, dtype=torch.float64)

@@ -22,6 +22,8 @@ STABILIZE = (
     "Bound the layers that amplify most (layer_blame names them), train with a RegularizerHook, or run in float64."
 )
 
+OTHER_PRIOR = "If the model's prior is not N(0, I): functools.partial(reconstruction, prior=...)."
+
 
 @dataclass(frozen=True)
 class Trips:
@@ -142,7 +144,8 @@ def _non_finite(model: Invertible, start: str, trip: RoundTrip) -> tuple[Verdict
         place = first_non_finite(model.select(rows), trip.start[rows], latent=start != "data")
     except (ModelRaised, NotApplicable) as error:
         place = str(error)
-    return Verdict.NON_FINITE, reason + (f", first in {place}" if place else ""), STABILIZE
+    advice = f"{STABILIZE} {OTHER_PRIOR}" if start == "prior latents" else STABILIZE
+    return Verdict.NON_FINITE, reason + (f", first in {place}" if place else ""), advice
 
 
 def _because(measured: Measured) -> str:
