@@ -49,7 +49,7 @@ def digits(_: Path | None = None) -> ImageSet:
     pixels, labels = load_digits(return_X_y=True)
     order = np.random.default_rng(0).permutation(len(pixels))
     spread = np.round(pixels[order] * 255 / 16).astype(np.uint8).reshape(-1, 1, 8, 8)
-    return _split("digits 8x8", Images(spread, labels[order], {}), validation=200, test=300)
+    return _split("digits 8x8 (17 grey values)", Images(spread, labels[order], {}), validation=200, test=300)
 
 
 def mnist(root: Path | None) -> ImageSet:

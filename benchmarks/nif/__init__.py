@@ -1,0 +1,1 @@
+"""Noisy injective flows (Cunningham, Zabounidis, Agrawal, Fiterau, Sheldon, 2020)."""

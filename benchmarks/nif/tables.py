@@ -1,0 +1,246 @@
+"""Tables 1 and 2 of the NIF paper: a flow against the same flow with a noisy injective prior; noise s and temperature.
+
+    python -m benchmarks.nif.tables --preset cpu                                  # digits, minutes
+    python -m benchmarks.nif.tables --preset cpu --data mnist --data-root FOLDER
+
+One row per model, noise scale s and temperature t: bits per dimension of held-out images (8-bit uniform
+dequantization, the standard convention; the paper's printed figures follow another one and do not compare), and the
+Frechet distance of samples between the features of a small classifier trained on the same data: no FID, compares
+within this table only. Plain flow and NIF share the flow's architecture, initial weights, data order and steps.
+Reduced against the paper: data, depth, width, steps. s is tuned on validation images, as the paper tunes it by FID.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+from matplotlib.figure import Figure
+from torch import Tensor
+
+from benchmarks.image_grid import image_grid
+from benchmarks.image_sets import ImageSet, image_set
+from benchmarks.runner import RESULTS, Row, collect, main
+from benchmarks.small_classifier import small_classifier_features
+from inn_guard.files import atomic_write
+from inn_guard.layers.chain import Chain
+from inn_guard.layers.preprocessing import Logit
+from inn_guard.metrics import FeatureExtractor, bits_per_dimension, dequantize, frechet_distance
+from inn_guard.models.glow import GlowConfig, glow_flow
+from inn_guard.models.nif import NIF, GaussianNIF
+from inn_guard.models.widening import DenseWidening
+from inn_guard.training import Batch, FitSettings, fit
+
+ALPHA = 0.05  #: of the logit
+
+
+@dataclass(frozen=True)
+class Config:
+    """What is trained and how it is sampled.
+
+    Attributes:
+        data: digits, mnist or cifar10.
+        data_root: folder of the official files; digits need none.
+        latents: dimensions d of the NIFs; 0 is the plain flow.
+        levels: of Glow; the paper has 5.
+        blocks: per level; the paper has 16.
+        hidden: channels; the paper has 256.
+        steps: of Adam at 1e-3, batch 64.
+        noises: values of s; 1 is the trained model, 0 the manifold.
+        temperatures: values of t at s = the tuned one.
+        samples: images per Frechet distance.
+        seeds: one run each.
+    """
+
+    data: str = "digits"
+    data_root: str = ""
+    latents: tuple[int, ...] = (0, 4, 16)
+    levels: int = 2
+    blocks: int = 4
+    hidden: int = 32
+    steps: int = 1200
+    noises: tuple[float, ...] = (0.0, 0.1, 0.25, 0.5, 0.75, 1.0)
+    temperatures: tuple[float, ...] = (0.5, 1.0, 1.5, 2.0, 3.0)
+    samples: int = 300
+    seeds: tuple[int, ...] = (0, 1)
+
+    @classmethod
+    def smoke(cls) -> Config:
+        """Seconds."""
+        return cls(latents=(0, 4), blocks=1, hidden=4, steps=3, noises=(0.0, 1.0), temperatures=(1.0,), seeds=(0,))
+
+    @classmethod
+    def cpu(cls) -> Config:
+        """Minutes on two cores."""
+        return cls()
+
+    @classmethod
+    def paper(cls) -> Config:
+        """The paper's CIFAR-10 setting."""
+        return cls(
+            data="cifar10",
+            latents=(0, 64, 128, 256, 512),
+            levels=5,
+            blocks=16,
+            hidden=256,
+            steps=200_000,
+            samples=10_000,
+            seeds=(0,),
+        )
+
+
+class PlainFlow(Chain):
+    """The flow alone with its unit Gaussian prior, sampled by the call that samples a NIF."""
+
+    def sample(self, latents: Tensor, *, temperature: float, noise: float, generator: torch.Generator) -> Tensor:
+        """flow^-1(t z); noise around a manifold has no meaning here."""
+        return self.inverse(temperature * latents)
+
+
+Model = NIF | PlainFlow
+
+
+@cache
+def loaded(config: Config) -> tuple[ImageSet, FeatureExtractor]:
+    """The image set and the extractor trained on it."""
+    images = image_set(config.data, Path(config.data_root) if config.data_root else None)
+    return images, small_classifier_features(images, steps=min(600, 2 * config.steps))
+
+
+def cases(config: Config) -> dict[str, tuple[int, int]]:
+    """Every latent size under every seed."""
+    return {f"{label(d)} seed {seed}": (d, seed) for seed in config.seeds for d in config.latents}
+
+
+def label(latent: int) -> str:
+    """What the paper calls the model."""
+    return f"NIF-{latent}" if latent else "NF"
+
+
+def build(config: Config, images: ImageSet, latent: int, seed: int) -> Model:
+    """The flow, and behind it the prior of that dimension."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        sizes = GlowConfig(levels=config.levels, blocks=config.blocks, hidden=config.hidden)
+        flow = PlainFlow(Logit(ALPHA), glow_flow(images.shape, config=sizes))
+        if not latent:
+            return flow
+        return NIF(flow, GaussianNIF(DenseWidening(latent, images.dims), (images.dims,)))
+
+
+def train(config: Config, latent: int, seed: int) -> Model:
+    """The model, trained by maximum likelihood."""
+    images, _ = loaded(config)
+    model = build(config, images, latent, seed)
+
+    def loss(batch: Batch) -> Tensor:
+        return -model.log_prob(dequantize(batch.x, generator=batch.generator)).mean() / images.dims
+
+    settings = FitSettings(steps=config.steps, batch_size=64, clip=10.0, seed=seed)
+    fit(model, loss, (images.train[0],), settings=settings)
+    return model.eval()
+
+
+def measure(config: Config, case: tuple[int, int]) -> Iterator[Row]:
+    """Rows over s at t = 1, then over t at the s that validation images chose."""
+    latent, seed = case
+    images, extractor = loaded(config)
+    model = train(config, latent, seed)
+    with torch.no_grad():
+        bpd = bits(model, images, seed)
+        tuned = tuned_noise(config, model, latent, seed) if latent else 1.0
+        settings = [(s, 1.0) for s in (config.noises if latent else (1.0,))]
+        settings += [(tuned, t) for t in config.temperatures if (tuned, t) not in settings]
+        real = images.test[0][: config.samples].float() / 255
+        for noise, temperature in settings:
+            pictures = drawn(config, model, latent, noise, temperature, seed)
+            yield {
+                "data": images.name,
+                "model": label(latent),
+                "seed": seed,
+                "s": noise,
+                "t": temperature,
+                "tuned_s": tuned,
+                "bpd": bpd,
+                "distance": frechet_distance(extractor, real, pictures).value,
+                "non_finite": 0 if bool(pictures.isfinite().all()) else int((~pictures.isfinite()).any(1).sum()),
+                "extractor": extractor.name,
+            }
+        if seed == config.seeds[0]:
+            save_images(config, model, latent, tuned)
+
+
+def bits(model: Model, images: ImageSet, seed: int) -> float:
+    """Mean bits per dimension of the test images."""
+    x = dequantize(images.test[0], generator=torch.Generator().manual_seed(seed))
+    log_prob = torch.cat([model.log_prob(part) for part in x.split(256)])
+    return bits_per_dimension(log_prob, dims=images.dims).mean().item()
+
+
+def tuned_noise(config: Config, model: Model, latent: int, seed: int) -> float:
+    """The s whose samples are nearest to the validation images."""
+    images, extractor = loaded(config)
+    real = images.validation[0].float() / 255
+    distances = [
+        frechet_distance(extractor, real, drawn(config, model, latent, s, 1.0, seed + 1000)).value
+        for s in config.noises
+    ]
+    return config.noises[int(np.nanargmin(distances))]
+
+
+def drawn(config: Config, model: Model, latent: int, noise: float, temperature: float, seed: int) -> Tensor:
+    """Samples in [0, 1]; the same latents for every s and t."""
+    images, _ = loaded(config)
+    generator = torch.Generator().manual_seed(seed)
+    latents = torch.randn(config.samples, latent or images.dims, generator=generator)
+    pictures = model.sample(latents, temperature=temperature, noise=noise, generator=generator)
+    return pictures.reshape(-1, *images.shape).clamp(0, 1)
+
+
+def save_images(config: Config, model: Model, latent: int, tuned: float) -> None:
+    """Test images and samples over s and t as one picture beside the results."""
+    if config.steps < 100:
+        return
+    images, _ = loaded(config)
+    groups = {"test": images.test[0][:10].float() / 255}
+    for s in dict.fromkeys((0.0, tuned, 1.0)) if latent else (1.0,):
+        groups[f"s = {s:g}"] = drawn(config, model, latent, s, 1.0, 0)[:10]
+    groups["t = 2"] = drawn(config, model, latent, tuned, 2.0, 0)[:10]
+    path = RESULTS / f"nif_{config.data}_{label(latent)}.png"
+    with atomic_write(path) as partial:
+        image_grid(groups).savefig(partial, dpi=80, bbox_inches="tight", format="png")
+
+
+def run(config: Config) -> pd.DataFrame:
+    """All models under all seeds."""
+    frame = collect(config, cases(config), measure)
+    means = frame.groupby(["model", "s", "t"], sort=False)[["bpd", "distance"]].mean()
+    print(means.to_string())
+    return frame
+
+
+def draw(frame: pd.DataFrame) -> Figure:
+    """Distance against s, and against t."""
+    figure = Figure(figsize=(9, 3.6), layout="constrained")
+    left, right = figure.subplots(1, 2, sharey=True)
+    for model, group in frame.groupby("model", sort=False):
+        at_one = group[group.t == 1].groupby("s").distance.mean()
+        left.plot(at_one.index, at_one, "o-" if len(at_one) > 1 else "o", label=model)
+        at_tuned = group[group.s == group.tuned_s].groupby("t").distance.mean()
+        right.plot(at_tuned.index, at_tuned, "o-", label=model)
+    left.set(xlabel="noise scale s at t = 1", ylabel="Frechet distance")
+    right.set(xlabel="temperature t at the tuned s")
+    for axes in (left, right):
+        axes.grid(alpha=0.3)
+    left.legend(frameon=False)
+    figure.suptitle(f"{frame.extractor[0]} on {frame.data[0]}, lower is better")
+    return figure
+
+
+if __name__ == "__main__":
+    main(Config, run, draw)
