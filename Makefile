@@ -8,7 +8,7 @@ READY  := $(VENV)/.installed
 .PHONY: demo test lint clean
 
 demo: $(READY)
-	$(BIN)/python -m benchmarks.exploding_inverses.digits_classifier --preset cpu --out demo-report
+	$(BIN)/python -m benchmarks.exploding_inverses.digits_classifier --preset cpu --out demo-report --reports demo-report
 	@echo "The report lies at $(CURDIR)/demo-report/index.html"
 
 test: lint
