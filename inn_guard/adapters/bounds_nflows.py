@@ -128,7 +128,10 @@ def _(block: PiecewiseLinearCDF, layer: Any) -> BoundedMap:
 def _(block: PiecewiseRationalQuadraticCDF, layer: Any) -> BoundedMap:
     left, right, tails = _ends(block)
     sizes = []
-    for raw, floor in ((block.unnormalized_widths, block.min_bin_width), (block.unnormalized_heights, block.min_bin_height)):
+    for raw, floor in (
+        (block.unnormalized_widths, block.min_bin_width),
+        (block.unnormalized_heights, block.min_bin_height),
+    ):
         shares = raw.detach().double().softmax(-1)
         sizes.append((right - left) * (floor + (1 - floor * shares.shape[-1]) * shares))
     derivatives = block.min_derivative + functional.softplus(block.unnormalized_derivatives.detach().double())

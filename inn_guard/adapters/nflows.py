@@ -22,6 +22,7 @@ from nflows.transforms.base import (
 from nflows.transforms.coupling import CouplingTransform
 from torch import Tensor, nn
 
+from inn_guard.adapters import bounds_nflows  # noqa: F401 - registers the bound rules
 from inn_guard.adapters.adapted import Adapted, Flipped
 from inn_guard.invertible import Context, Invertible, NotApplicable
 from inn_guard.layers.multiscale import OnRemaining

@@ -10,19 +10,22 @@ from torch import nn
 from torch.nn import functional
 
 from inn_guard.layers.actnorm import Diagonal
+from inn_guard.layers.autoregressive import Inverted, MaskedAutoregressive
 from inn_guard.layers.contraction import LipSwish
 from inn_guard.layers.coupling import AdditiveCoupling, AffineCoupling, Coupling
 from inn_guard.layers.linear import ChannelMixing, InvertibleLinear
 from inn_guard.layers.multiscale import FactorOut, OnRemaining
-from inn_guard.layers.partition import Halves, Mask
+from inn_guard.layers.networks import Conditional
+from inn_guard.layers.partition import Halves, Leading, Mask
 from inn_guard.layers.permutation import Permutation
 from inn_guard.layers.preprocessing import Logit
 from inn_guard.layers.reshape import Flatten, Squeeze, ZeroPadding
 from inn_guard.layers.residual import Residual
-from inn_guard.layers.scales import ClampedScale, ExpScale, ScaleFunction, SigmoidScale
+from inn_guard.layers.scales import ClampedScale, ExpScale, ScaleFunction, SigmoidScale, SoftplusScale
 from inn_guard.lipschitz import couplings, flows, maps
 from inn_guard.lipschitz.activations import Activation, activation
 from inn_guard.lipschitz.maps import BoundedMap, bounded_map
+from inn_guard.lipschitz.subnetworks import readable
 from inn_guard.lipschitz.transformers import (
     Additive,
     Affine,
@@ -30,6 +33,7 @@ from inn_guard.lipschitz.transformers import (
     LogScale,
     ScaleBounds,
     SigmoidScaleBounds,
+    SoftplusScaleBounds,
     atan_activation,
     scaled,
 )
@@ -43,6 +47,8 @@ def scale_bounds(scale: ScaleFunction) -> ScaleBounds:
         return SigmoidScaleBounds(scale.lower, scale.upper, scale.offset)
     if isinstance(scale, ClampedScale):
         return LogScale(atan_activation(scale.clamp * 2 / math.pi))
+    if isinstance(scale, SoftplusScale):
+        return SoftplusScaleBounds(scale.lower)
     if isinstance(scale, ExpScale):
         known = activation(nn.Identity())
         assert known is not None
@@ -53,7 +59,7 @@ def scale_bounds(scale: ScaleFunction) -> ScaleBounds:
 def _coupling(layer: Coupling, transformer: Any, parameters: int) -> BoundedMap:
     def make(channels: int, shape: torch.Size) -> BoundedMap:
         split: couplings.Split
-        if isinstance(layer.partition, Halves):
+        if isinstance(layer.partition, (Halves, Leading)):
             index = torch.arange(channels)[None]
             kept, changed = layer.partition.split(index, dims=2)
             split, size = couplings.ByChannel(kept[0], changed[0]), changed.shape[1]
@@ -123,6 +129,39 @@ def _(block: Logit, layer: Any) -> BoundedMap:
 @bounded_map.register
 def _(block: Residual, layer: Any) -> BoundedMap:
     return flows.Residual(block.network, layer.context)
+
+
+@bounded_map.register
+def _(block: MaskedAutoregressive, layer: Any) -> BoundedMap:
+    def make(features: int) -> BoundedMap:
+        every = torch.arange(features)
+        rows = torch.arange(2 * features).split(features)
+        both = couplings.Coupling(
+            couplings.ByChannel(every, every), block.network, Affine(scale_bounds(block.scale)), rows
+        )
+        return flows.Autoregressive(both)
+
+    return maps.Shaped(lambda box: make(box.shape[0]), (block.network,))
+
+
+@bounded_map.register
+def _(block: Inverted, layer: Any) -> BoundedMap:
+    inner = block.layer if layer.context is None else block.layer.conditioned(layer.context)
+    return bounded_map(inner.block, inner).inverted()
+
+
+class _Joined(nn.Module):
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, x: Any, context: Any) -> Any:
+        return self.network(torch.cat([x, context], 1))
+
+
+@readable.register
+def _(module: Conditional) -> nn.Module:
+    return _Joined(module.network)
 
 
 @activation.register

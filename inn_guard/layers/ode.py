@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from torchdiffeq import odeint
 
 from inn_guard.invertible import Invertible
+from inn_guard.lipschitz import flows
+from inn_guard.lipschitz.maps import BoundedMap, bounded_map
 
 __all__ = ["Adaptive", "ExactTrace", "FixedStep", "HutchinsonTrace", "NeuralODE", "RungeKutta", "Solver", "Trace"]
 
@@ -206,3 +208,8 @@ def _trace(value: Tensor, point: Tensor, vectors: Tensor, *, create_graph: bool)
         (row,) = torch.autograd.grad(value, point, v, create_graph=create_graph, retain_graph=True)
         total = total + (row * v).flatten(1).sum(1)
     return total
+
+
+@bounded_map.register
+def _(block: NeuralODE, layer: Any) -> BoundedMap:
+    return flows.Flow(block.field, block.duration)

@@ -173,7 +173,10 @@ class Coupling(BoundedMap):
             network = self._read(box)
         except Unbounded:
             everything = torch.full_like(box.lo, math.inf)
-            return Interval(self.split.joined(box.lo, self.split.changed(-everything)), self.split.joined(box.hi, self.split.changed(everything)))
+            return Interval(
+                self.split.joined(box.lo, self.split.changed(-everything)),
+                self.split.joined(box.hi, self.split.changed(everything)),
+            )
         value = self.transformer.value(box.map(self.split.changed), self._parameters(network.output))
         return Interval(self.split.joined(box.lo, value.lo), self.split.joined(box.hi, value.hi))
 

@@ -103,6 +103,7 @@ def fast_multipliers(chain: Chain) -> Multipliers:
         return _evaluate(chain, _start(chain))[1]
 
 
+@torch.enable_grad()
 def optimise(
     chain: Chain, *, seconds: float = 5.0, steps: int = 150, rate: float = 0.1, progress: Progress | None = None
 ) -> Multipliers:

@@ -70,9 +70,12 @@ class Boxes:
         return x.map(torch.flatten)
 
     def constant(self, value: Tensor, like: Interval) -> Interval:
-        """The hull of a batch (B, *shape) of constants."""
+        """The hull of a batch (B, *shape) of constants; vectors are repeated over the pixels of an image."""
         value = exact(value)
-        return Interval(value.amin(0), value.amax(0))
+        hull = Interval(value.amin(0), value.amax(0))
+        if value.dim() == 2 and len(like.shape) > 1:
+            return hull.map(lambda t: over_channels(t, like.lo).expand(-1, *like.shape[1:]))
+        return hull
 
 
 @dataclass(frozen=True)
@@ -130,9 +133,7 @@ class Norms:
 
     def constant(self, value: Tensor, like: Constant) -> Constant:
         """Zero."""
-        if len(value.shape) != len(like.shape) + 1:
-            raise Unbounded("the context has not the shape of the input")
-        return Constant(0.0, tuple(value.shape[1:]))
+        return Constant(0.0, (value.shape[1], *like.shape[1:]))
 
 
 class Entrywise:

@@ -214,7 +214,9 @@ class RationalQuadraticSpline:
 
     def sensitivities(self, x: Interval, theta: list[Interval]) -> list[Interval]:
         """df/dtheta."""
-        return self._over_bins(x, _Knots.of(self, theta), lambda b: b.sensitivities(Interval.of(1.0), b.slope), outside=0.0)
+        return self._over_bins(
+            x, _Knots.of(self, theta), lambda b: b.sensitivities(Interval.of(1.0), b.slope), outside=0.0
+        )
 
     def relative(self, x: Interval, theta: list[Interval]) -> list[Interval]:
         """df/dtheta / f', the derivative in the knots' x being exactly minus one."""
@@ -256,7 +258,9 @@ class _Knots:
         positions, lengths = [], []
         for part, floor in zip(shares, spline.floors[:2], strict=True):
             free = 1.0 - Interval.of(floor) * float(n)
-            positions.append([(p * free + Interval.of(floor) * float(k)) * size + spline.left for k, p in enumerate(part.before)])
+            positions.append(
+                [(p * free + Interval.of(floor) * float(k)) * size + spline.left for k, p in enumerate(part.before)]
+            )
             lengths.append([(p * free + floor) * size for p in part.each])
         one = Interval.of(torch.ones_like(theta[0].lo))
         inner = [u.increasing(torch.nn.functional.softplus) + spline.floors[2] for u in theta[2 * n :]]

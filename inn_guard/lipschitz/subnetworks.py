@@ -9,6 +9,7 @@ from __future__ import annotations
 import inspect
 import operator
 from collections.abc import Callable, Mapping
+from functools import singledispatch
 from typing import Any, Protocol, TypeVar, runtime_checkable
 
 import torch
@@ -17,7 +18,7 @@ from torch import Tensor, fx, nn
 
 from inn_guard.lipschitz.activations import FUNCTIONS, Activation, activation
 
-__all__ = ["Network", "Semantics", "Unbounded"]
+__all__ = ["Network", "Semantics", "Unbounded", "readable"]
 
 Value = TypeVar("Value")
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
@@ -66,6 +67,12 @@ class Semantics(Protocol[Value]):
         ...
 
 
+@singledispatch
+def readable(module: nn.Module) -> nn.Module:
+    """The module as torch.fx can read it: itself, unless a class registers another with the same values."""
+    return module
+
+
 class Network:
     """A module read once into a graph.
 
@@ -78,6 +85,7 @@ class Network:
     """
 
     def __init__(self, module: nn.Module, context: Tensor | None = None) -> None:
+        module = readable(module)
         self.module = module
         self.context = context
         try:
@@ -148,9 +156,24 @@ class _Methods:
     contiguous = staticmethod(F.dropout)
 
 
+class _Stand(fx.Proxy):
+    """A proxy that passes for a tensor, for forward methods whose annotations are checked when they are called."""
+
+    @property
+    def __class__(self) -> type:  # type: ignore[override]
+        return Tensor
+
+
 class _Tracer(fx.Tracer):
+    def proxy(self, node: fx.Node) -> fx.Proxy:
+        return _Stand(node, self)
+
+    def create_arg(self, a: Any) -> Any:
+        return a.node if type(a) is _Stand else super().create_arg(a)
+
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return super().is_leaf_module(m, module_qualified_name) or activation(m) is not None
+        known = activation.dispatch(type(m)) is not activation.dispatch(object)
+        return known or super().is_leaf_module(m, module_qualified_name)
 
 
 def _absent(module: nn.Module) -> dict[str, Any]:

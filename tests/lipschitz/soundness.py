@@ -65,8 +65,14 @@ def _assert_steps_enclose(described, layer, box, x, J) -> None:
     end = step(State(Interval.of(small.centre), small, eye, eye))
     with torch.no_grad():
         z, centre = layer(x), layer(small.centre)
-    slack = 1e-9
-    for enclosure, true in ((end.box, z), (end.centre, centre), (end.J, J), (end.K, torch.linalg.inv(J))):
+    K = torch.linalg.inv(J)
+    solved = 1e-12 * torch.linalg.matrix_norm(J).max() * torch.linalg.matrix_norm(K).max() ** 2  # of inv itself
+    for enclosure, true, slack in (
+        (end.box, z, 1e-9),
+        (end.centre, centre, 1e-9),
+        (end.J, J, 1e-9),
+        (end.K, K, solved),
+    ):
         margin = slack * (1 + true.abs())
         assert bool((enclosure.lo <= true + margin).all())
         assert bool((true - margin <= enclosure.hi).all())

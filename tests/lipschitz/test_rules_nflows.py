@@ -112,7 +112,9 @@ def test_splines_without_tails(make):
     [
         lambda: nf.AdditiveCouplingTransform(MASK, conv_net),
         lambda: nf.AffineCouplingTransform(MASK, conv_net),
-        lambda: nf.PiecewiseRationalQuadraticCouplingTransform(MASK, conv_net, num_bins=3, tails="linear", tail_bound=2.0),
+        lambda: nf.PiecewiseRationalQuadraticCouplingTransform(
+            MASK, conv_net, num_bins=3, tails="linear", tail_bound=2.0
+        ),
         lambda: nf.OneByOneConvolution(4, identity_init=False),
         lambda: nf.SqueezeTransform(),
         lambda: ActNorm(4),

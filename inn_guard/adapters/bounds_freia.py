@@ -1,0 +1,240 @@
+"""The bound rules of FrEIA: what its modules are in the terms of inn_guard.lipschitz, with its own clamps."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import FrEIA.modules as Ff
+import torch
+from torch import Tensor, nn
+
+from inn_guard.adapters import bounds  # noqa: F401 - the rules that all adapters share
+from inn_guard.lipschitz import flows, maps
+from inn_guard.lipschitz.activations import Activation, activation
+from inn_guard.lipschitz.blocks import Pair
+from inn_guard.lipschitz.couplings import ByChannel, Coupling
+from inn_guard.lipschitz.maps import BoundedMap, Unknown, bounded_map
+from inn_guard.lipschitz.transformers import Additive, Affine, LogScale, Transformer, atan_activation, scaled
+
+
+class _Raw(nn.Module):
+    """A block's sub-networks as one: their outputs side by side, times a factor, with the condition joined to x."""
+
+    def __init__(self, *networks: nn.Module, factor: float = 1.0) -> None:
+        super().__init__()
+        self.networks = nn.ModuleList(networks)
+        self.factor = factor
+
+    def forward(self, x: Any, context: Any = None) -> Any:  # read by torch.fx, whose proxies are no tensors
+        x = x if context is None else torch.cat([x, context], 1)
+        outputs = [network(x) for network in self.networks]
+        raw = outputs[0] if len(outputs) == 1 else torch.cat(outputs, 1)
+        return raw if self.factor == 1.0 else raw * self.factor
+
+
+def _known(module: nn.Module) -> Activation:
+    function = activation(module)
+    assert function is not None
+    return function
+
+
+def _clamps() -> list[tuple[Callable[[Tensor], Tensor], Callable[[float], Activation]]]:
+    sigmoid, tanh = _known(nn.Sigmoid()), _known(nn.Tanh())
+    return [
+        (lambda u: 0.636 * torch.atan(u), lambda c: atan_activation(0.636 * c)),
+        (torch.tanh, lambda c: scaled(tanh, c)),
+        (lambda u: 2 * (torch.sigmoid(u) - 0.5), lambda c: scaled(sigmoid, 2 * c, shift=-c)),
+    ]
+
+
+def _clamp(block: Any) -> LogScale | None:
+    """exp(clamp f(s)) for the library's clamp functions, told apart by their values; None for a user's own."""
+    points = torch.linspace(-20, 20, 4001, dtype=torch.float64)
+    for function, make in _clamps():
+        if torch.allclose(block.f_clamp(points), function(points), rtol=0, atol=1e-14):
+            return LogScale(make(float(block.clamp)))
+    return None
+
+
+def _context(layer: Any) -> Tensor | None:
+    """The conditions side by side, or None."""
+    conditions = layer.context
+    if conditions is None:
+        return None
+    tensors = list(conditions) if isinstance(conditions, (list, tuple)) else [conditions]
+    return torch.cat(tensors, 1) if tensors else None
+
+
+def _halves(block: Any) -> ByChannel:
+    """The first part of the channels is kept."""
+    return ByChannel.halves(block.split_len1 + block.split_len2, block.split_len1)
+
+
+def _coupling(split: ByChannel, network: nn.Module, transformer: Transformer, layer: Any) -> Coupling:
+    rows = torch.arange(transformer.count * len(split.change)).split(len(split.change))
+    return Coupling(split, network, transformer, rows, _context(layer))
+
+
+def _two_sided(block: Any, layer: Any, networks: tuple[nn.Module, nn.Module], transformer: Transformer) -> BoundedMap:
+    """First x1 changes by x2, then x2 by the new x1."""
+    halves = _halves(block)
+    first = _coupling(halves.swapped, networks[0], transformer, layer)
+    return maps.Composition((first, _coupling(halves, networks[1], transformer, layer)))
+
+
+@bounded_map.register
+def _(block: Ff.NICECouplingBlock, layer: Any) -> BoundedMap:
+    return _two_sided(block, layer, (_Raw(block.F), _Raw(block.G)), Additive())
+
+
+@bounded_map.register
+def _(block: Ff.RNVPCouplingBlock, layer: Any) -> BoundedMap:
+    scale = _clamp(block)
+    if scale is None:
+        return Unknown("a clamp activation of the user's own")
+    networks = _Raw(block.subnet_s2, block.subnet_t2), _Raw(block.subnet_s1, block.subnet_t1)
+    return _two_sided(block, layer, networks, Affine(scale, (1, 0)))
+
+
+@bounded_map.register
+def _(block: Ff.GLOWCouplingBlock, layer: Any) -> BoundedMap:
+    scale = _clamp(block)
+    if scale is None:
+        return Unknown("a clamp activation of the user's own")
+    return _two_sided(block, layer, (_Raw(block.subnet2), _Raw(block.subnet1)), Affine(scale, (1, 0)))
+
+
+@bounded_map.register
+def _(block: Ff.AffineCouplingOneSided, layer: Any) -> BoundedMap:
+    scale = _clamp(block)
+    if scale is None:
+        return Unknown("a clamp activation of the user's own")
+    return _coupling(_halves(block), _Raw(block.subnet), Affine(scale, (1, 0)), layer)
+
+
+@bounded_map.register
+def _(block: Ff.ConditionalAffineTransform, layer: Any) -> BoundedMap:
+    scale, context = _clamp(block), _context(layer)
+    if scale is None or context is None:
+        return Unknown("a conditional transform without its condition, or with a clamp of the user's own")
+    with torch.no_grad():
+        g = (block.clamp * block.f_clamp(block.subnet(context)[:, : block.channels])).double().exp()
+    return flows.Fixed(Pair(float(g.max()) * (1 + 1e-13), (1 + 1e-13) / float(g.min())))
+
+
+@bounded_map.register
+def _(block: Ff.AllInOneBlock, layer: Any) -> BoundedMap:
+    if block.GIN:
+        return Unknown("a volume-preserving (GIN) AllInOneBlock")
+    if block.householder:
+        weight = block._construct_householder_permutation().detach()
+    else:
+        weight = block.w_perm.detach()
+    mixing = weight.double().reshape(block.in_channels, block.in_channels)
+    split = ByChannel.halves(block.in_channels, block.splits[0])
+    tanh = scaled(_known(nn.Tanh()), float(block.clamp))
+    coupling = _coupling(split, _Raw(block.subnet, factor=0.1), Affine(LogScale(tanh), (1, 0)), layer)
+    scale = block.global_scale_activation(block.global_scale).detach().reshape(-1)
+    parts = [coupling, maps.Diagonal(scale, block.global_offset.detach().reshape(-1)), maps.LinearMap.computed(mixing)]
+    before = [maps.LinearMap.computed(mixing.T)] if block.reverse_pre_permute else []
+    return maps.Composition((*before, *parts))
+
+
+@bounded_map.register
+def _(block: Ff.PermuteRandom, layer: Any) -> BoundedMap:
+    return maps.Rearrangement(lambda x: x[:, block.perm], block.perm.detach().cpu())
+
+
+@bounded_map.register(Ff.FixedLinearTransform)
+def _(block: Any, layer: Any) -> BoundedMap:
+    shift = block.b.detach().reshape(-1) if isinstance(block.b, Tensor) else None
+    return maps.LinearMap(block.M.detach().T, shift)
+
+
+@bounded_map.register
+def _(block: Ff.Fixed1x1Conv, layer: Any) -> BoundedMap:
+    return maps.LinearMap(block.M.detach().squeeze(-1).squeeze(-1))
+
+
+@bounded_map.register
+def _(block: Ff.HouseholderPerm, layer: Any) -> BoundedMap:
+    return _by_evaluation(layer)
+
+
+@bounded_map.register
+def _(block: Ff.OrthogonalTransform, layer: Any) -> BoundedMap:
+    return _by_evaluation(layer)
+
+
+def _by_evaluation(layer: Any) -> BoundedMap:
+    """The matrix and the shift of an affine map of vectors, read off its values at zero and at the basis."""
+    shapes = getattr(layer, "inputs", ())
+    if len(shapes) != 1 or len(shapes[0]) != 1:
+        return Unknown("an orthogonal transform of images")
+    size = shapes[0][0]
+    with torch.no_grad():
+        like = next(layer.parameters())
+        points = torch.cat([like.new_zeros(1, size), torch.eye(size, dtype=like.dtype)])
+        values = layer(points).double()
+    return maps.LinearMap.computed((values[1:] - values[0]).T, values[0])
+
+
+@bounded_map.register
+def _(block: Ff.InvertibleSigmoid, layer: Any) -> BoundedMap:
+    return maps.Elementwise(_known(nn.Sigmoid()), inverse=flows.LogitMap(0.0))
+
+
+@bounded_map.register
+def _(block: Ff.ActNorm, layer: Any) -> BoundedMap:
+    return maps.Diagonal(block.scale.detach().double().exp().reshape(-1), block.bias.detach().reshape(-1))
+
+
+@bounded_map.register
+def _(block: Ff.IResNetLayer, layer: Any) -> BoundedMap:
+    return flows.Residual(block.residual)
+
+
+@bounded_map.register
+def _(block: Ff.InvAutoAct, layer: Any) -> BoundedMap:
+    slope = block.alpha.detach().double().abs().max().exp()
+    bound = float(slope) * (1 + 1e-14)
+    return flows.Fixed(Pair(bound, bound))
+
+
+@bounded_map.register
+def _(block: Ff.LearnedElementwiseScaling, layer: Any) -> BoundedMap:
+    scale = block.s.detach().double().exp()
+    return flows.Fixed(Pair(float(scale.max()) * (1 + 1e-14), (1 + 1e-14) / float(scale.min())))
+
+
+@bounded_map.register(Ff.Flatten)
+@bounded_map.register(Ff.Reshape)
+@bounded_map.register(Ff.IRevNetDownsampling)
+@bounded_map.register(Ff.IRevNetUpsampling)
+def _(block: Any, layer: Any) -> BoundedMap:
+    return maps.Rearrangement(lambda x: layer(x))
+
+
+@bounded_map.register
+def _(block: Ff.HaarDownsampling, layer: Any) -> BoundedMap:
+    rebalance = 2.0 * block.fac_fwd
+
+    def after(shape: torch.Size) -> torch.Size:
+        return torch.Size([shape[0] * 4, shape[1] // 2, shape[2] // 2])
+
+    return flows.Fixed(_similarity(rebalance), shape_of=after)
+
+
+@bounded_map.register
+def _(block: Ff.HaarUpsampling, layer: Any) -> BoundedMap:
+    def after(shape: torch.Size) -> torch.Size:
+        return torch.Size([shape[0] // 4, shape[1] * 2, shape[2] * 2])
+
+    return flows.Fixed(_similarity(2.0 * block.fac_rev), shape_of=after)
+
+
+def _similarity(factor: float) -> Pair:
+    roomy = 1 + 4 * math.ulp(1.0)
+    return Pair(factor * roomy, roomy / factor)
