@@ -35,8 +35,15 @@ class Scaled:
         return cls(vector, torch.zeros(len(vector), dtype=torch.float64, device=vector.device)).normalized()
 
     def rescaled(self) -> Scaled:
-        """The same vectors, largest entries moved into the logarithm; zero and non-finite vectors stay as they are."""
+        """The same vectors with entries far inside the range of their dtype, what was beyond moved into the logarithm.
+
+        Nothing is done where all largest entries are in range already, which costs one pass. Zero and non-finite
+        vectors stay as they are.
+        """
         peak = torch.linalg.vector_norm(self.vector.flatten(1), ord=torch.inf, dim=1)
+        far = torch.finfo(peak.dtype).max ** 0.25
+        if bool(((peak > 1 / far) & (peak < far)).all()):
+            return self
         peak = torch.where((peak > 0) & peak.isfinite(), peak, torch.ones_like(peak))
         return Scaled(self.vector / _broadcast(peak, self.vector), self.log_scale + peak.double().log())
 

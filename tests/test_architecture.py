@@ -16,8 +16,8 @@ IDS = [str(path.relative_to(ROOT)) for path in FILES]
 FLOORS = [
     {"tangent", "files"},
     {"invertible", "network_tangent"},
-    {"dense_tangent", "untouched"},
-    {"linearization"},
+    {"dense_tangent", "dense_network", "untouched"},
+    {"linearization", "composed_jacobian"},
     {"lanczos"},
     {"jacobian", "lipschitz", "reversible", "distributed", "amplification", "rounding_forecast"},
     {"log_determinant"},

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-__all__ = ["ElementwiseTangent", "LinearTangent", "MixingTangent"]
+__all__ = ["ElementwiseTangent", "LinearTangent", "MixingTangent", "MovingTangent"]
 
 Product = Callable[[Tensor], Tensor]
 
@@ -42,6 +42,17 @@ class MixingTangent(LinearTangent):
     def multiply(self, matrix: Tensor) -> Tensor:
         """The weight applied to the channels of every column."""
         return (self.weight @ matrix.reshape(len(self.weight), -1)).reshape(matrix.shape)
+
+
+@dataclass
+class MovingTangent(LinearTangent):
+    """The tangent of a map that moves entries only: z_i = x_rows(i), counted through one sample."""
+
+    rows: Tensor
+
+    def multiply(self, matrix: Tensor) -> Tensor:
+        """The rows in their new order."""
+        return matrix.index_select(0, self.rows)
 
 
 class ElementwiseTangent:

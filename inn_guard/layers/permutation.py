@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from inn_guard.invertible import Invertible
-from inn_guard.layers.linear_tangent import LinearTangent
+from inn_guard.layers.linear_tangent import MovingTangent
 from inn_guard.tangent import Tangent
 
 __all__ = ["Permutation"]
@@ -68,7 +68,6 @@ class Permutation(Invertible):
         def back(u: Tensor) -> Tensor:
             return u.index_select(channels, self.back)
 
-        with torch.no_grad():
-            return LinearTangent(
-                self.forward(x), jvp=ahead, vjp=back, inverse_jvp=back, inverse_vjp=ahead, shape=x.shape
-            )
+        rows = ahead(torch.arange(x[0].numel(), device=x.device).reshape(1, *x.shape[1:])).flatten()
+        output = self.forward(x.detach())
+        return MovingTangent(output, ahead, back, inverse_jvp=back, inverse_vjp=ahead, shape=x.shape, rows=rows)

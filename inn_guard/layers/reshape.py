@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from inn_guard.invertible import Invertible
-from inn_guard.layers.linear_tangent import LinearTangent, Product
+from inn_guard.layers.linear_tangent import MovingTangent, Product
 from inn_guard.tangent import Tangent
 
 __all__ = ["Flatten", "Rearrangement", "Squeeze", "ZeroPadding"]
@@ -31,7 +31,8 @@ class Rearrangement(Invertible):
         output = self.forward(x.detach())
         ahead = _over_leading(self.forward, dims=x.dim())
         back = _over_leading(self.inverse, dims=output.dim())
-        return LinearTangent(output, jvp=ahead, vjp=back, inverse_jvp=back, inverse_vjp=ahead, shape=x.shape)
+        rows = self.forward(torch.arange(x[0].numel(), device=x.device).reshape(1, *x.shape[1:])).flatten()
+        return MovingTangent(output, ahead, back, inverse_jvp=back, inverse_vjp=ahead, shape=x.shape, rows=rows)
 
 
 class Squeeze(Rearrangement):
