@@ -172,6 +172,10 @@ class _Differentiable(torch.autograd.Function):
         return outputs
 
     @staticmethod
+    def jvp(ctx: Any, *tangents: Tensor | None) -> Any:
+        raise NotApplicable("no forward-mode derivative of memory_saving(model): use its .model, or linearize(x)")
+
+    @staticmethod
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
         x, output, *rest = ctx.saved_tensors
         stored = iter(rest[len(ctx.walk.sources) :])

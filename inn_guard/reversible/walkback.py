@@ -102,17 +102,17 @@ class Walkback:
         record = self.trace.records[k]
         step, contexts = self._localized(k)
         with record.restored():
-            leaf = output.to(record.dtype, copy=record.primes).requires_grad_()
-            if record.primes:
+            leaf = output.to(record.dtype, copy=True).requires_grad_() if record.primes else None
+            if leaf is not None:
                 with torch.enable_grad():
                     step = step.of(step.layer.primed(leaf))
             state = self._undone(k, step, output)
             if state is None:
                 return None
-            if record.primes:
-                leaf.data.copy_(state)  # what priming used keeps its values; the version that its graph saw stays
-            else:
+            if leaf is None:
                 leaf = state.detach().requires_grad_()
+            else:
+                leaf.data.copy_(state)  # what priming used keeps its values; the version that its graph saw stays
             with torch.enable_grad():
                 return Local(leaf, contexts, self.walk.measure(step, leaf))
 

@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 from torch import nn
+from torch.autograd import forward_ad
 
 from inn_guard.invertible import Invertible, NotApplicable
 from inn_guard.layers.chain import Chain
@@ -144,6 +145,37 @@ def test_double_backward():
     assert_close(gradients(gradient_penalty(saving), inputs), gradients(gradient_penalty(model), inputs))
     assert torch.autograd.gradcheck(saving, (x,))
     assert torch.autograd.gradgradcheck(saving, (x,))
+
+
+def test_batched_and_forward_mode_derivatives():
+    model, x = nets.flow(1), nets.vectors().requires_grad_()
+    saving, rows = memory_saving(model), torch.randn(4, nets.BATCH, nets.FEATURES)
+    found, expected = (torch.autograd.grad(f(x), x, rows, is_grads_batched=True) for f in (saving, model))
+    assert_close(found, expected)
+    with forward_ad.dual_level(), pytest.raises(NotApplicable, match=r"use its \.model"):
+        saving(forward_ad.make_dual(x.detach(), x.detach()))
+
+
+def test_distributed_data_parallel(tmp_path):
+    model, x = nets.flow(), nets.vectors()
+    expected = gradients(moments(model(x)), list(model.parameters()))
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1)
+    try:
+        parallel = nn.parallel.DistributedDataParallel(memory_saving(model))
+        reduced = []
+
+        def hook(state, bucket):
+            reduced.append(bucket.buffer().numel())
+            future = torch.futures.Future()
+            future.set_result(bucket.buffer())
+            return future
+
+        parallel.register_comm_hook(None, hook)
+        moments(parallel(x)).backward()
+    finally:
+        torch.distributed.destroy_process_group()
+    assert sum(reduced) == sum(p.numel() for p in model.parameters())
+    assert_close([p.grad for p in model.parameters()], expected)
 
 
 def test_one_network_evaluation_for_inversion_and_gradient():
