@@ -33,17 +33,16 @@ def glance(model: Invertible, x: Tensor, *, samples: int = 8) -> AuditResult:
     if not len(rows):
         reason = "every sample of x contains NaN or Inf already: there is nothing to reconstruct"
         return AuditResult("glance", Verdict.NON_FINITE, reason, advice="Clean the data, then audit again.")
-    chosen = model.select(rows)
-    trip = _trip(chosen, x[rows])
-    limit = usable_error(x.dtype)
-    verdict, reason = _judged(trip, limit)
+    trip = _trip(model.select(rows), x[rows])
+    errors, limit = trip.relative, usable_error(x.dtype)
+    verdict, reason = _judged(errors, limit)
     return AuditResult(
         "glance",
         verdict,
         reason,
-        values={"relative_error": _worst(trip.relative)},
+        values={"relative_error": errors.amax().item()},
         units={"relative_error": "of the data's scale"},
-        per_sample={"relative_error": trip.relative},
+        per_sample={"relative_error": errors},
         settings={"samples": len(rows), "of": len(x), "limit": limit},
         advice="Audit with level='standard' to see why." if verdict.failed else "",
     )
@@ -57,15 +56,10 @@ def _trip(model: Invertible, x: Tensor) -> RoundTrip:
     return latent_trip(model, z, batch_size=len(x))
 
 
-def _worst(errors: Tensor) -> float:
-    """The largest; NaN if one of them is."""
-    return errors.amax().item()
-
-
-def _judged(trip: RoundTrip, limit: float) -> tuple[Verdict, str]:
-    lost = int((~trip.finite).sum())
+def _judged(errors: Tensor, limit: float) -> tuple[Verdict, str]:
+    lost = int((~errors.isfinite()).sum())
     if lost:
-        return Verdict.NON_FINITE, f"{lost} of {len(trip.finite)} samples come back as NaN or Inf"
-    worst = _worst(trip.relative)
-    figures = f"the worst of {len(trip.finite)} samples comes back {worst:.1e} of its scale off ({limit:g} is usable)"
-    return Verdict.UNSTABLE if not worst <= limit else Verdict.STABLE, figures
+        return Verdict.NON_FINITE, f"{lost} of {len(errors)} samples come back as NaN or Inf"
+    worst = errors.amax().item()
+    figures = f"the worst of {len(errors)} samples comes back {worst:.1e} of its scale off ({limit:g} is usable)"
+    return Verdict.UNSTABLE if worst > limit else Verdict.STABLE, figures
