@@ -1,4 +1,7 @@
-"""Three affine-coupling nets over 8x8 digits, and the classifier on top: ours, FrEIA's and nflows', of equal depth."""
+"""Three affine-coupling nets over 8x8 digits, and the classifier on top: ours, FrEIA's and nflows', of equal depth.
+
+A fixed random permutation before every coupling mixes the pixels, as the shuffle variants of the paper do.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +10,7 @@ from collections.abc import Callable
 import FrEIA.framework
 import FrEIA.modules
 import torch
-from nflows.transforms import AffineCouplingTransform, CompositeTransform
+from nflows.transforms import AffineCouplingTransform, CompositeTransform, RandomPermutation
 from torch import Tensor, nn
 
 from inn_guard.adapters import wrap
@@ -16,7 +19,7 @@ from inn_guard.layers.actnorm import Diagonal
 from inn_guard.layers.chain import Chain
 from inn_guard.layers.coupling import AffineCoupling
 from inn_guard.layers.networks import MLP
-from inn_guard.layers.partition import Halves
+from inn_guard.layers.permutation import Permutation
 from inn_guard.layers.reshape import Flatten
 
 __all__ = ["NETS", "Classifier"]
@@ -28,9 +31,11 @@ CLASSES = 10
 
 def plain(blocks: int, width: int) -> Invertible:
     """Affine couplings with Glow's scale sigmoid(h + 2) in (0, 1), its inverse unbounded, and learned diagonals."""
-    sizes = [SIZE // 2, width, width, SIZE]
-    couplings = (AffineCoupling(MLP(sizes), partition=Halves(swapped=k % 2 == 1)) for k in range(blocks))
-    return Chain(*(step for coupling in couplings for step in (coupling, Diagonal(SIZE))))
+    steps: list[Invertible] = []
+    for k in range(blocks):
+        order = torch.randperm(SIZE, generator=torch.Generator().manual_seed(k))
+        steps += [Permutation(order), AffineCoupling(MLP([SIZE // 2, width, width, SIZE])), Diagonal(SIZE)]
+    return Chain(*steps)
 
 
 def freia(blocks: int, width: int) -> Invertible:
@@ -45,14 +50,16 @@ def freia(blocks: int, width: int) -> Invertible:
 
 
 def nflows(blocks: int, width: int) -> Invertible:
-    """nflows' AffineCouplingTransform with alternating halves; scale sigmoid(h + 2) + 1e-3 in (0.001, 1.001)."""
-    first_half = torch.arange(SIZE) < SIZE // 2
-    masks = (first_half if k % 2 else ~first_half for k in range(blocks))
+    """nflows' AffineCouplingTransform; scale sigmoid(h + 2) + 1e-3 in (0.001, 1.001)."""
 
     def network(n: int, m: int) -> nn.Module:
         return _Unconditional([n, width, width, m])
 
-    return wrap(CompositeTransform([AffineCouplingTransform(mask.int(), network) for mask in masks]))
+    first_half = (torch.arange(SIZE) < SIZE // 2).int()
+    steps: list[nn.Module] = []
+    for _ in range(blocks):
+        steps += [RandomPermutation(SIZE), AffineCouplingTransform(first_half, network)]
+    return wrap(CompositeTransform(steps))
 
 
 class _Unconditional(MLP):
