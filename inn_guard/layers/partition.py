@@ -7,7 +7,7 @@ from typing import Protocol, runtime_checkable
 import torch
 from torch import Tensor, nn
 
-__all__ = ["Halves", "Mask", "Partition"]
+__all__ = ["Halves", "Leading", "Mask", "Partition"]
 
 
 @runtime_checkable
@@ -63,6 +63,36 @@ class Halves(nn.Module):
         """How many of ``channels`` are kept and how many changed: the network's input and output."""
         first, second = (channels + 1) // 2, channels // 2
         return (second, first) if self.swapped else (first, second)
+
+
+class Leading(nn.Module):
+    """The first ``count`` channels (features) are kept, the others changed.
+
+    Args:
+        count: how many come first.
+        swapped: change the first ones and keep the others.
+
+    >>> kept, changed = Leading(1).split(torch.arange(3.0)[None], dims=2)
+    >>> kept.tolist(), changed.tolist()
+    ([[0.0]], [[1.0, 2.0]])
+    """
+
+    def __init__(self, count: int, *, swapped: bool = False) -> None:
+        super().__init__()
+        self.count, self.swapped = count, swapped
+
+    def split(self, x: Tensor, *, dims: int) -> tuple[Tensor, Tensor]:
+        """(kept, changed)."""
+        first, second = x.split([self.count, x.shape[1 - dims] - self.count], dim=1 - dims)
+        return (second, first) if self.swapped else (first, second)
+
+    def join(self, kept: Tensor, changed: Tensor, *, dims: int) -> Tensor:
+        """The two parts along dimension 1."""
+        return torch.cat([changed, kept] if self.swapped else [kept, changed], dim=1 - dims)
+
+    def restrict(self, parameter: Tensor, *, neutral: float) -> Tensor:
+        """The parameter itself: it has entries for changed ones only."""
+        return parameter
 
 
 class Mask(nn.Module):
