@@ -23,23 +23,29 @@ __all__ = ["dense_network"]
 CHUNK = 64  #: columns at once where the products are computed one by one
 
 
-def dense_network(network: NetworkTangent, shape: Sequence[int]) -> Tensor:
+def dense_network(network: NetworkTangent, shape: Sequence[int], *, gain: Tensor | None = None) -> Tensor:
     """J of shape (dim out, dim in), of a network linearised at one sample.
 
     A chain of dense layers is a product of matrices. A chain of convolutions that keep the image's size is local: the
     derivative of one output pixel reaches a window of the input only, and those windows are composed, all pixels in
-    one matrix product per layer. Anything else is multiplied with the columns of the identity.
+    one batch of matrix products per layer. Anything else is multiplied with the columns of the identity.
 
     Args:
         network: its tangent, at a batch of one.
         shape: of one input.
+        gain: where the output is [t, s] along its channels, t + gain * s is differentiated in its place, gain fixed.
     """
     steps = list(_flat(network))
-    if len(shape) == 1 and all(isinstance(step, (Dense, Slope, Unchanged)) for step in steps):
-        return _product(steps, network.output.new_empty(0), shape[0])
     if len(shape) == 3 and all(_is_local(step) for step in steps):
-        return _scattered(_windows(steps, shape), shape)
-    return _by_columns(network, shape)
+        return _scattered(_windows(steps, shape, gain), shape)
+    if len(shape) == 1 and all(isinstance(step, (Dense, Slope, Unchanged)) for step in steps):
+        J = _product(steps, network.output, shape[0])
+    else:
+        J = _by_columns(network, shape)
+    if gain is None:
+        return J
+    shift, h = J.chunk(2)
+    return torch.addcmul(shift, gain.reshape(-1, 1), h)
 
 
 def _flat(network: NetworkTangent) -> list[NetworkTangent]:
@@ -67,49 +73,63 @@ def _product(steps: Sequence[NetworkTangent], like: Tensor, size: int) -> Tensor
     return J
 
 
-def _windows(steps: Sequence[NetworkTangent], shape: Sequence[int]) -> Tensor:
-    """d out[c, p] / d in[c', p + d] as (c, H, W, window rows, window columns, c').
+def _windows(steps: Sequence[NetworkTangent], shape: Sequence[int], gain: Tensor | None) -> Tensor:
+    """d out[c, p] / d in[c', p + d] as (H, W, c, window rows, window columns, c').
 
     Entries of the window that lie outside of the image are not used.
     """
     channels, height, width = shape
-    T: Tensor | None = None
-    for step in steps:
-        if isinstance(step, Unchanged):
-            continue
-        if T is None:
-            reference = step.slope if isinstance(step, Slope) else step.weight  # type: ignore[attr-defined]
-            eye = torch.eye(channels, dtype=reference.dtype, device=reference.device)
-            T = eye.reshape(channels, 1, 1, 1, 1, channels).expand(-1, height, width, -1, -1, -1)
+    steps = [step for step in steps if not isinstance(step, Unchanged)]
+    eye = torch.eye(channels, dtype=steps[0].output.dtype, device=steps[0].output.device)
+    T = eye.reshape(1, 1, channels, 1, 1, channels).expand(height, width, -1, -1, -1, -1)
+    pending = gain
+    for k, step in enumerate(steps):
         if isinstance(step, Slope):
-            T = T * step.slope.reshape(*T.shape[:3], 1, 1, 1)
+            T = T * step.slope.reshape(-1, height, width).permute(1, 2, 0)[..., None, None, None]
         elif isinstance(step, PointwiseConvolution):
-            T = torch.tensordot(step.weight, T, dims=1)
+            product = torch.bmm(step.weight.expand(height * width, -1, -1), T.reshape(height * width, T.shape[2], -1))
+            T = product.reshape(height, width, len(step.weight), *T.shape[3:])
+        elif isinstance(step, Convolution) and k == 0:
+            T = step.weight.permute(0, 2, 3, 1).expand(height, width, -1, -1, -1, -1)
         elif isinstance(step, Convolution):
-            T = _first(step.weight, T) if T.shape[3:5] == (1, 1) and T.stride(1) == 0 else _convolved(step.weight, T)
-    if T is None:
-        raise ValueError("expected at least one layer with a weight or a slope")
-    return T
+            last = k == len(steps) - 1
+            T, pending = _convolved(step.weight, T, pending if last else None), None if last else pending
+    if pending is None:
+        return T
+    shift, h = T.chunk(2, dim=2)
+    return torch.addcmul(shift, pending.reshape(-1, height, width).permute(1, 2, 0)[..., None, None, None], h)
 
 
-def _first(weight: Tensor, identity: Tensor) -> Tensor:
-    """A convolution of the identity: the same window at every pixel."""
-    window = weight.permute(0, 2, 3, 1)
-    return window[:, None, None].expand(-1, *identity.shape[1:3], -1, -1, -1)
-
-
-def _convolved(weight: Tensor, T: Tensor) -> Tensor:
-    """A convolution after T: the windows of the pixels it reads, shifted and summed."""
-    (out, _, rows, columns), (_, height, width, *window, channels) = weight.shape, T.shape
-    parts = weight.permute(2, 3, 0, 1).reshape(-1, weight.shape[1]) @ T.reshape(len(T), -1)
-    parts = parts.reshape(rows, columns, out, height, width, *window, channels)
-    grown = parts.new_zeros(out, height, width, window[0] + rows - 1, window[1] + columns - 1, channels)
+def _convolved(weight: Tensor, T: Tensor, gain: Tensor | None) -> Tensor:
+    """A convolution after T: each pixel's contribution to the pixels that read it, shifted and summed."""
+    (rows, columns), (height, width, hidden, *window, channels) = weight.shape[2:], T.shape
+    weights = _at_every_pixel(weight, gain, height, width)
+    parts = torch.bmm(weights, T.reshape(height * width, hidden, -1))
+    parts = parts.reshape(height, width, rows, columns, -1, *window, channels)
+    grown = parts.new_zeros(height, width, parts.shape[4], window[0] + rows - 1, window[1] + columns - 1, channels)
     for i in range(rows):
         for j in range(columns):
             (to_y, from_y), (to_x, from_x) = _shifted(height, i - rows // 2), _shifted(width, j - columns // 2)
-            target = grown[:, to_y, to_x, i : i + window[0], j : j + window[1]]
-            target += parts[i, j][:, from_y, from_x]
+            target = grown[to_y, to_x, :, i : i + window[0], j : j + window[1]]
+            target += parts[from_y, from_x, i, j]
     return grown
+
+
+def _at_every_pixel(weight: Tensor, gain: Tensor | None, height: int, width: int) -> Tensor:
+    """(pixels, window * out, in): what a pixel is multiplied with on its way to each pixel that reads it."""
+    rows, columns = weight.shape[2:]
+    kernel = weight.permute(2, 3, 0, 1)
+    if gain is None:
+        return kernel.reshape(-1, weight.shape[1]).expand(height * width, -1, -1)
+    shift, h = kernel.chunk(2, dim=2)
+    gain = gain.reshape(-1, height, width)
+    # the pixel p reaches p - offset, whose gain counts
+    moved = gain.new_zeros(height, width, rows, columns, len(gain))
+    for i in range(rows):
+        for j in range(columns):
+            (to_y, from_y), (to_x, from_x) = _shifted(height, rows // 2 - i), _shifted(width, columns // 2 - j)
+            moved[to_y, to_x, i, j] = gain[:, from_y, from_x].permute(1, 2, 0)
+    return torch.addcmul(shift, moved[..., None], h).reshape(height * width, -1, weight.shape[1])
 
 
 def _shifted(size: int, offset: int) -> tuple[slice, slice]:
@@ -120,13 +140,11 @@ def _shifted(size: int, offset: int) -> tuple[slice, slice]:
 
 def _scattered(T: Tensor, shape: Sequence[int]) -> Tensor:
     """The windows written into the rows of a dense matrix, (dim out, dim in)."""
-    (out, height, width, rows, columns, channels), T = T.shape, T.contiguous()
+    height, width, out, rows, columns, channels = T.shape
     tall, wide = height + rows - 1, width + columns - 1
     canvas = T.new_zeros(out, height, width, channels, tall, wide)
     s = canvas.stride()
-    diagonal = canvas.as_strided(
-        (out, height, width, rows, columns, channels), (s[0], s[1] + s[4], s[2] + s[5], s[4], s[5], s[3])
-    )
+    diagonal = canvas.as_strided(T.shape, (s[1] + s[4], s[2] + s[5], s[0], s[4], s[5], s[3]))
     diagonal.copy_(T)
     inside = canvas[..., rows // 2 : rows // 2 + height, columns // 2 : columns // 2 + width]
     return inside.reshape(out * height * width, math.prod(shape))

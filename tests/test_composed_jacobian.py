@@ -48,6 +48,20 @@ def test_dense_network_of_images(name):
     assert (J - expected).norm() <= 1e-12 * expected.norm()
 
 
+@pytest.mark.parametrize("name", KERNELS)
+def test_a_gain_combines_the_two_halves_of_the_output(name):
+    x = torch.randn(1, 2, 4, 5)
+    network = nn.Sequential(*KERNELS[name]).double()
+    shape = network(x).shape
+    doubled = nn.Linear(shape[1], 6) if len(shape) == 2 else nn.Conv2d(shape[1], 6, 3, padding=1)
+    network.append(doubled.double())
+    tangent = linearize_network(network, x)
+    gain = torch.randn_like(tangent.output.chunk(2, 1)[0])
+    shift, h = dense_by_columns(network, x).chunk(2)
+    expected = shift + gain.reshape(-1, 1) * h
+    assert (dense_network(tangent, x.shape[1:], gain=gain) - expected).norm() <= 1e-12 * expected.norm()
+
+
 def test_dense_network_of_vectors():
     network, x = MLP([4, 7, 6, 3], activation=nn.SiLU), torch.randn(1, 4)
     J = dense_network(linearize_network(network, x), (4,))

@@ -88,11 +88,7 @@ class CouplingTangent:
     def _block(self) -> Tensor:
         """A, (changed, kept)."""
         kept = self._split(self.output)[0]
-        raw = dense_network(self._network, kept.shape[1:])
-        if self._gain is None:
-            return raw
-        shift, h = raw.chunk(2)
-        return torch.addcmul(shift, self._gain.reshape(-1, 1), h)
+        return dense_network(self._network, kept.shape[1:], gain=self._gain)
 
     def _coupled(self, kept: Tensor) -> Tensor:
         """A v1."""
