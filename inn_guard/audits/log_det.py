@@ -22,7 +22,11 @@ __all__ = ["log_det"]
 NATS_PER_DIMENSION = 1e-3  #: an error that moves no published likelihood: 0.0014 bits per dimension
 EXACT_UP_TO = 512  #: dimensions
 SIGMAS = 4.0  #: standard errors that a stochastic estimate may be off
-ADVICE = "Derive the log-determinant again, and its inverse's: training by likelihood follows this number."
+DERIVE = "Derive the log-determinant again; training by likelihood follows this number."
+RETURN = (
+    "The forward log-determinant is right, the inverse's is not its negative: look at reconstruction. If the inverse "
+    "comes back to x, derive its log-determinant again; if it does not, likelihoods of samples mean nothing."
+)
 DRAWS = 16  #: of a model whose log-determinant is itself random
 
 
@@ -76,9 +80,7 @@ def log_det(model: Invertible, x: Tensor, *, samples: int = 8, seed: int = 0) ->
             "nats_per_dimension": NATS_PER_DIMENSION,
             "seed": seed,
         },
-        advice="Derive the log-determinant again; training by likelihood follows this number."
-        if verdict.failed
-        else "",
+        advice=compared.advice() if verdict.failed else "",
     )
 
 
@@ -142,6 +144,12 @@ class _Compared:
                 worst = self.cancelled.abs().max().item()
                 return Verdict.UNSTABLE, f"forward and inverse log-determinant leave {worst:.1e} nats, not 0"
         return Verdict.STABLE, f"it agrees with the Jacobian to {self.error.max():.1e} nats {self._how}"
+
+    def advice(self) -> str:
+        """What to do if the verdict is a finding."""
+        shaped = self.own.shape == (len(self.reference.value),)
+        right = shaped and bool((self.error <= self.allowed + self.statistical).all())
+        return RETURN if right else DERIVE
 
     @property
     def _how(self) -> str:

@@ -11,13 +11,15 @@ from torch import Tensor
 from inn_guard.audits.base import Verdict
 from inn_guard.audits.explanation import Explanation
 from inn_guard.audits.limits import FLOOR, data_scale, from_log10, usable_error
-from inn_guard.audits.round_trip import RoundTrip, first_non_finite
+from inn_guard.audits.round_trip import RoundTrip, finite_rows, first_non_finite
 from inn_guard.audits.watched import ModelRaised
 from inn_guard.invertible import Invertible
 from inn_guard.tangent import NotApplicable
 
 __all__ = ["Explained", "Measured", "Trips", "judged"]
 
+#: Mean square of the encoded latents, in units of the prior's, within which the prior is where this model's data lie.
+TYPICAL = (0.5, 2.0)
 STABILIZE = (
     "Bound the layers that amplify most (layer_blame names them), train with a RegularizerHook, or run in float64."
 )
@@ -43,7 +45,26 @@ class Trips:
         """Round trips that ought to be the identity, by what they start from."""
         trips = {"data": self.data} if self.bijective else {}
         trips["encoded latents"] = self.encoded
-        return trips if isinstance(self.prior, str) else {**trips, "prior latents": self.prior}
+        if not isinstance(self.prior, str) and self.prior_is_typical:
+            trips["prior latents"] = self.prior
+        return trips
+
+    @property
+    def prior_is_typical(self) -> bool:
+        """Whether the encoded latents are of the prior's size, so that drawing from it means anything.
+
+        A net that was never trained towards its prior, a classifier or a fresh flow, has no latents there to return
+        to: the error is reported, the verdict does not count it.
+        """
+        return not isinstance(self.prior, str) and TYPICAL[0] <= self.latent_size <= TYPICAL[1]
+
+    @property
+    def latent_size(self) -> float:
+        """Mean square of the finite encoded latents over that of the prior's draws; nan if there is none."""
+        if isinstance(self.prior, str):
+            return math.nan
+        encoded = self.encoded.start[finite_rows(self.encoded.start)].double()
+        return (encoded.square().mean() / self.prior.start.double().square().mean()).item()
 
 
 @dataclass(frozen=True)
@@ -116,9 +137,25 @@ def judged(measured: Measured, model: Invertible) -> tuple[Verdict, str, str]:
         reason = f"from {start} the round trip is off by {worst[start]:.1e} of the scale of its start"
         return Verdict.UNSTABLE, f"{reason}{_because(measured)}", STABILIZE
     reason = f"every round trip comes back to {worst[start]:.1e} of the scale of its start{_because(measured)}"
+    reason += _about_prior(measured)
     if math.isfinite(measured.floor) and measured.floor > 0:
         reason += f"; the inverse itself is exact to {measured.floor:.1e} only, in float64 too"
     return Verdict.STABLE, reason, ""
+
+
+def _about_prior(measured: Measured) -> str:
+    """What was found from the prior's latents, where the verdict does not count it."""
+    trips = measured.trips
+    if isinstance(trips.prior, str) or trips.prior_is_typical:
+        return ""
+    lost, worst = int((~trips.prior.finite).sum()), trips.prior.relative.nan_to_num(math.inf).max().item()
+    if not lost and worst <= measured.usable:
+        return ""
+    found = f"{lost} of {len(trips.prior.start)} return NaN or Inf" if lost else f"errors reach {worst:.1e}"
+    return (
+        f"; from N(0, I) {found}, which is not counted: the latents of the data have a mean square of "
+        f"{trips.latent_size:.2g}, not 1"
+    )
 
 
 def _wrong(measured: Measured) -> tuple[Verdict, str, str]:

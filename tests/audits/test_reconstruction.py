@@ -153,8 +153,14 @@ class OnlyNearData(Warp):
         return torch.where(z.norm(dim=1, keepdim=True) > 3, torch.nan, super().inverse(z))
 
 
+def on_sphere(radius: float) -> Tensor:
+    x = data(batch=40)
+    return radius * x / x.norm(dim=1, keepdim=True)
+
+
 def test_prior_latents_find_what_data_do_not():
-    x = 0.1 * data(batch=40)
+    """Latents of length 2 in six dimensions have a mean square of 0.67: the prior's size, but none beyond 3."""
+    x = on_sphere(2.0)
     result = reconstruction(OnlyNearData(6), x)
     assert result.verdict is Verdict.NON_FINITE
     assert "prior latents" in result.reason
@@ -163,6 +169,23 @@ def test_prior_latents_find_what_data_do_not():
         OnlyNearData(6), x, prior=lambda z, generator: 0.1 * torch.randn(z.shape, generator=generator)
     )
     assert narrow.verdict is Verdict.STABLE
+
+
+@pytest.mark.parametrize("radius", [0.1, 1.5, 4.5])
+def test_a_prior_that_the_latents_do_not_follow_is_reported_but_not_counted(radius):
+    """Mean squares below 0.5 and, at 4.5, above 2: a net that was not trained towards N(0, I)."""
+    model = OnlyNearData(6) if radius < 3 else Wide(6)
+    result = reconstruction(model, on_sphere(radius))
+    assert result.verdict is Verdict.STABLE
+    assert "not counted" in result.reason
+    assert math.isnan(result.values["prior_error"])
+
+
+class Wide(Warp):
+    """Its inverse breaks on the latents nearer to 0 than its data's."""
+
+    def inverse(self, z: Tensor) -> Tensor:
+        return torch.where(z.norm(dim=1, keepdim=True) < 3, torch.nan, super().inverse(z))
 
 
 def test_poisoned_samples_are_left_out_and_counted():
