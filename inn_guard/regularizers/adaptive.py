@@ -55,7 +55,7 @@ class AdaptiveCoefficient:
     initial: float = 1e-4
     bounds: tuple[float, float] = (1e-8, 1e2)
     gain: float = 0.5
-    damping: float = 2.0
+    damping: float = 1.0
     rate: float = 0.5
     tolerance: float = 0.05
     value: float = field(init=False)

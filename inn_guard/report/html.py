@@ -18,7 +18,7 @@ from inn_guard.report.numbers import format_number, format_value, heading, is_nu
 from inn_guard.report.plots import Drawing, numeric_columns
 from inn_guard.report.sections import drawings
 
-__all__ = ["render", "write_html"]
+__all__ = ["environment", "render", "write_html"]
 
 _HEADLINES = {
     Verdict.STABLE: "Stable",
@@ -43,7 +43,7 @@ def render(report: AuditReport) -> str:
     """
     sections = [_section(index, result) for index, result in enumerate(report.results)]
     return (
-        _environment()
+        environment()
         .get_template("report.html")
         .render(
             report=report,
@@ -86,7 +86,8 @@ def _section(index: int, result: AuditResult) -> _Section:
     return _Section(f"audit-{index}", result, drawings(result), shown)
 
 
-def _environment() -> jinja2.Environment:
+def environment() -> jinja2.Environment:
+    """What every page is rendered with: escaping, and the filters that put numbers and names into words."""
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("inn_guard.report", "."),
         autoescape=True,

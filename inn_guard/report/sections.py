@@ -11,6 +11,7 @@ from torch import Tensor
 from inn_guard.audits.base import AuditResult
 from inn_guard.report.plots import (
     Drawing,
+    forecast_against_measured,
     full_spectrum,
     histogram,
     layer_bars,
@@ -93,8 +94,15 @@ def _log10(result: AuditResult, name: str) -> Tensor | None:
     return values.to(torch.float64).log10()
 
 
+def _forecast(result: AuditResult) -> Iterator[Drawing]:
+    rows = result.tables.get("arithmetic", ())
+    if rows:
+        yield forecast_against_measured(rows, usable=result.settings.get("usable"))
+
+
 #: audit name -> its special pictures, drawn before the general ones. Add one line for a new kind.
 SPECIAL: dict[str, Special] = {
     "jacobian_spectrum": Special(_spectrum, shown=_SPECTRUM_ENDS),
     "full_spectrum": Special(_whole_spectra),
+    "precision": Special(_forecast),
 }

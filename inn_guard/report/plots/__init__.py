@@ -2,8 +2,20 @@
 
 from inn_guard.report.plots.bars import layer_bars, numeric_columns
 from inn_guard.report.plots.figure import Drawing
+from inn_guard.report.plots.forecast import forecast_against_measured
 from inn_guard.report.plots.histogram import histogram
+from inn_guard.report.plots.history import history
 from inn_guard.report.plots.pictures import pictures
 from inn_guard.report.plots.spectrum import full_spectrum, spectrum_range
 
-__all__ = ["Drawing", "full_spectrum", "histogram", "layer_bars", "numeric_columns", "pictures", "spectrum_range"]
+__all__ = [
+    "Drawing",
+    "forecast_against_measured",
+    "full_spectrum",
+    "histogram",
+    "history",
+    "layer_bars",
+    "numeric_columns",
+    "pictures",
+    "spectrum_range",
+]
