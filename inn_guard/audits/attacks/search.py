@@ -1,0 +1,216 @@
+"""Search: what a strategy may ask of a model, what it has cost so far, and the worst points found."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol, TypeVar, runtime_checkable
+
+import torch
+from torch import Tensor
+
+from inn_guard.audits.attacks.cost import count_operations
+from inn_guard.audits.attacks.cubes import Cubes
+from inn_guard.audits.guarded import Guarded
+from inn_guard.audits.round_trip import finite_rows
+from inn_guard.audits.watchdog import TimedOut, time_limit
+from inn_guard.audits.watched import ModelRaised
+from inn_guard.invertible import Invertible
+from inn_guard.linearization import Linearization
+from inn_guard.tangent import NotApplicable
+
+__all__ = ["Pulled", "Search", "Strategy", "hunt"]
+
+Answer = TypeVar("Answer")
+
+#: forward-equivalents assumed before a call of that kind has been counted
+EXPECTED = {"forward": 1.0, "error": 2.0, "gradient": 4.0, "implicit gradient": 8.0}
+
+
+@runtime_checkable
+class Strategy(Protocol):
+    """How the cubes are searched."""
+
+    @property
+    def budget(self) -> float:
+        """Forward-equivalents per sample that may be spent."""
+        ...
+
+    def hunt(self, search: Search) -> None:
+        """Ask for errors and gradients until the budget is spent or every sample is broken."""
+        ...
+
+
+@dataclass(frozen=True)
+class Pulled:
+    """One backward pass through F and F^-1.
+
+    Attributes:
+        error: |F^-1(F(x) + nudge) - x| per sample, (B,) float64; inf where it is not finite.
+        to_x: its gradient with respect to x, (B, *data); zero where there is none.
+        to_latent: its gradient with respect to the nudge, (B, *latent); zero where there is none.
+    """
+
+    error: Tensor
+    to_x: Tensor
+    to_latent: Tensor
+
+
+class Search:
+    """The state of one attack on a batch.
+
+    Every point whose true error is measured is remembered if it is the worst of its sample. A sample for which
+    something that is not finite came back is broken: it is done, and later calls leave it out.
+
+    Attributes:
+        model: the map.
+        cubes: where points must lie; only points of a cube may be asked about.
+        generator: of all random numbers, on the CPU.
+        points: the worst point of every sample, (B, *data).
+        error: its error |F^-1(F(x)) - x|, (B,) float64; inf where broken.
+        spent: forward-equivalents per sample: operations of all calls over those of one forward pass.
+        curve: (spent, error) after every call that improved some sample.
+        price: forward-equivalents of a call of each kind, counted once.
+    """
+
+    def __init__(
+        self, model: Invertible, cubes: Cubes, *, budget: float, generator: torch.Generator, seconds: float
+    ) -> None:
+        self.model, self.cubes, self.budget, self.generator = model, cubes, budget, generator
+        self.spent, self.price = 0.0, dict[str, float]()
+        self.guarded = Guarded(model, cubes.centre, seconds=seconds)
+        self.points = cubes.centre.clone()
+        self.error = torch.full((len(self.points),), -1.0, dtype=torch.float64)
+        self.curve: list[tuple[float, Tensor]] = []
+        with torch.no_grad():
+            self.latent, self._unit = count_operations(lambda: model(cubes.centre))
+
+    @property
+    def active(self) -> Tensor:
+        """Indices of the samples that are not broken yet."""
+        return self.error.isfinite().nonzero()[:, 0].to(self.points.device)
+
+    def affords(self, kind: str) -> bool:
+        """Whether a call of that kind ("error", "gradient") fits into the budget, and somebody is left to attack."""
+        price = self.price.get(kind, EXPECTED[kind])
+        return self.spent + price <= self.budget and bool(self.error.isfinite().any())
+
+    def errors(self, x: Tensor) -> Tensor:
+        """|F^-1(F(x)) - x| of every sample, (B,) float64, remembered; inf where broken, now or before."""
+        rows = self.active
+        guarded = self.guarded.select(rows)
+        back = self._paid("error", lambda: guarded.inverse(guarded.forward(x[rows])))
+        return self._remember(x, rows, _lengths(back, x[rows]))
+
+    def gradient(self, x: Tensor, nudge: Tensor | None = None) -> Pulled:
+        """Error and gradients by autograd through F and F^-1; the error is remembered if there is no nudge.
+
+        Args:
+            x: points of the cubes, (B, *data).
+            nudge: added to the latents, (B, *latent).
+        """
+        shift = torch.zeros_like(self.latent) if nudge is None else nudge
+        pulled = self._pulled("gradient", x, lambda rows: self._by_autograd(rows, x[rows], shift[rows]))
+        if nudge is None:
+            self._remember(x, self.active, pulled.error[self.active.cpu()])
+        return pulled
+
+    def implicit_gradient(self, x: Tensor) -> Pulled:
+        """The same without differentiating the inverse: (r - J(x)^T J(y)^-T r) / |r|, r = y - x, y = F^-1(F(x)).
+
+        J(y)^-T is taken from the linearisation at y: by the implicit function theorem the derivative of the inverse,
+        whatever iteration found y.
+        """
+        pulled = self._pulled("implicit gradient", x, lambda rows: self._by_implicit_function(rows, x[rows]))
+        self._remember(x, self.active, pulled.error[self.active.cpu()])
+        return pulled
+
+    def _pulled(self, kind: str, x: Tensor, pull: Callable[[Tensor], Pulled]) -> Pulled:
+        """What ``pull`` says of the active rows; if it raises or hangs, the errors alone, which find the culprits."""
+        rows = self.active
+        error = torch.full((len(x),), math.inf, dtype=torch.float64)
+        to_x, to_latent = torch.zeros_like(x), torch.zeros_like(self.latent)
+        try:
+            with time_limit(self.guarded.seconds):
+                part = self._paid(kind, lambda: pull(rows))
+            error[rows.cpu()], to_x[rows], to_latent[rows] = part.error, part.to_x, part.to_latent
+        except (ModelRaised, TimedOut):
+            error = self.errors(x)
+        return Pulled(error, to_x.nan_to_num(0, 0, 0), to_latent.nan_to_num(0, 0, 0))
+
+    def _by_autograd(self, rows: Tensor, x: Tensor, nudge: Tensor) -> Pulled:
+        leaf, push = x.detach().clone().requires_grad_(), nudge.detach().clone().requires_grad_()
+        model = self.model.select(rows)
+        with torch.enable_grad():
+            z = model(leaf) + push
+            kept = finite_rows(z).nonzero()[:, 0]
+            if not len(kept):
+                return Pulled(torch.full((len(x),), math.inf).double(), torch.zeros_like(x), torch.zeros_like(nudge))
+            back = model.inverse(z) if len(kept) == len(z) else model.select(kept).inverse(z[kept])
+            # in float64: the square of a float32 error above 1e19 is infinite
+            lengths = (back.double() - leaf[kept].double()).flatten(1).norm(dim=1)
+            if not lengths.requires_grad:
+                raise NotApplicable("the round trip has no derivative")
+            to_x, to_latent = torch.autograd.grad(lengths.sum(), (leaf, push), materialize_grads=True)
+        error = torch.full((len(x),), math.inf, dtype=torch.float64)
+        error[kept.cpu()] = _lengths(back, x[kept])
+        return Pulled(error, to_x, to_latent)
+
+    def _by_implicit_function(self, rows: Tensor, x: Tensor) -> Pulled:
+        model = self.model.select(rows)
+        there = Linearization(model, x)
+        guarded = self.guarded.select(rows)
+        back = guarded.inverse(there.output)
+        error, to_x = _lengths(back, x), torch.zeros_like(x)
+        kept = finite_rows(back).nonzero()[:, 0]
+        if len(kept) == len(x):  # else the broken samples leave first
+            residual = back - x
+            pulled = there.vjp(Linearization(model, back).inverse_vjp(residual)).value().to(x)
+            to_x = pulled - residual
+        return Pulled(error, to_x, torch.zeros_like(there.output))
+
+    def _paid(self, kind: str, call: Callable[[], Answer]) -> Answer:
+        """``call()``, its price counted the first time and added to what is spent every time."""
+        if kind in self.price:
+            answer = call()
+        else:
+            answer, operations = count_operations(call)
+            share = len(self.active) / len(self.points)
+            self.price[kind] = operations / max(self._unit * share, 1.0)
+        self.spent += self.price[kind]
+        return answer
+
+    def _remember(self, x: Tensor, rows: Tensor, error: Tensor) -> Tensor:
+        """Keep the points that are the worst so far; all errors, broken samples at inf."""
+        whole = torch.full((len(x),), math.inf, dtype=torch.float64)
+        whole[rows.cpu()] = error
+        worse = whole > self.error
+        if bool(worse.any()):
+            there = worse.to(x.device)
+            self.points[there] = x[there].detach()
+            self.error = torch.where(worse, whole, self.error)
+            self.curve.append((self.spent, self.error.clone()))
+        return whole
+
+
+def hunt(model: Invertible, cubes: Cubes, strategy: Strategy, *, generator: torch.Generator, seconds: float) -> Search:
+    """Search the cubes: first their centres, then as the strategy says.
+
+    Args:
+        model: the map, watched.
+        cubes: where to search.
+        strategy: how.
+        generator: of its random numbers, on the CPU.
+        seconds: limit of one call of the model.
+    """
+    search = Search(model, cubes, budget=strategy.budget, generator=generator, seconds=seconds)
+    search.errors(cubes.centre)
+    strategy.hunt(search)
+    return search
+
+
+def _lengths(back: Tensor, x: Tensor) -> Tensor:
+    """|back - x| per sample, (B,) float64 on the CPU; inf where ``back`` is not finite."""
+    length = (back.detach().double() - x.double()).flatten(1).norm(dim=1)
+    return torch.where(finite_rows(back), length, torch.full_like(length, math.inf)).cpu()

@@ -1,0 +1,77 @@
+"""A watchdog for calls of foreign code that may never return."""
+
+from __future__ import annotations
+
+import ctypes
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+__all__ = ["TimedOut", "time_limit"]
+
+AGAIN = 1.0  #: seconds until code that swallowed the interruption is interrupted once more
+
+
+class TimedOut(RuntimeError):
+    """A call took longer than it was allowed to, and was interrupted."""
+
+
+class _Interruption(BaseException):
+    """Raised inside the watched code; no Exception, so that ``except Exception`` does not swallow it."""
+
+
+@contextmanager
+def time_limit(seconds: float) -> Iterator[None]:
+    """Interrupt what runs inside the block after so many seconds, in whatever thread it runs.
+
+    The interruption arrives between two python instructions. A loop in python (a solver that waits for its step size
+    to become positive, a ``while`` on a NaN) is ended; one single call into C that never returns is not, and a long
+    one is ended when it returns. Threads that the code started itself go on.
+
+    Args:
+        seconds: of wall-clock time.
+
+    Raises:
+        TimedOut: after the limit.
+
+    >>> with time_limit(60.0):
+    ...     2 + 2
+    4
+    """
+    watcher = _Watcher(seconds)
+    try:
+        try:
+            watcher.start()
+            yield
+        finally:
+            watcher.stop()
+    except _Interruption:
+        watcher.stop()
+        raise TimedOut(f"interrupted after {seconds:g} s") from None
+
+
+class _Watcher:
+    """A thread that raises an interruption in the thread that made it, until it is stopped."""
+
+    def __init__(self, seconds: float) -> None:
+        self._watched = ctypes.c_ulong(threading.get_ident())
+        self._over = threading.Event()
+        self._lock = threading.Lock()
+        self._thread = threading.Thread(target=self._watch, args=(seconds,), daemon=True, name="inn_guard watchdog")
+
+    def start(self) -> None:
+        """Begin to count."""
+        self._thread.start()
+
+    def stop(self) -> None:
+        """End the watch; an interruption that is on its way is taken back."""
+        with self._lock:
+            self._over.set()
+            ctypes.pythonapi.PyThreadState_SetAsyncExc(self._watched, None)
+
+    def _watch(self, seconds: float) -> None:
+        while not self._over.wait(seconds):
+            with self._lock:
+                if not self._over.is_set():
+                    ctypes.pythonapi.PyThreadState_SetAsyncExc(self._watched, ctypes.py_object(_Interruption))
+            seconds = AGAIN
