@@ -28,23 +28,31 @@ LEVELS = 256  #: grey values of an 8-bit pixel
 INCEPTION = "Inception-v3 pool3"
 
 
-def dequantize(pixels: UInt8[Tensor, "batch *data"], *, generator: torch.Generator) -> Float[Tensor, "batch *data"]:
-    """(pixels + u) / 256 in [0, 1), u ~ U(0, 1) for every value: 8-bit images as continuous data, in float32.
+def dequantize(
+    pixels: UInt8[Tensor, "batch *data"], *, generator: torch.Generator, levels: int = LEVELS
+) -> Float[Tensor, "batch *data"]:
+    """(pixels + u) / levels in [0, 1), u ~ U(0, 1) for every value: quantized images as continuous data, in float32.
 
-    A density of the result integrates over each cell of width 1/256 to a probability of the pixels, so that its mean
-    log-likelihood bounds that of the 8-bit images from below; ``bits_per_dimension`` takes the cells into account.
+    A density of the result integrates over each cell of width 1 / levels to a probability of the pixels, so that its
+    mean log-likelihood bounds that of the images from below; ``bits_per_dimension`` takes the cells into account.
 
     Args:
-        pixels: uint8.
+        pixels: uint8, below ``levels``.
         generator: on the CPU, of u.
+        levels: number of values that one pixel can take; 256 for 8 bits.
+
+    Raises:
+        ValueError: if a pixel is not below ``levels``.
 
     References:
         A Note on the Evaluation of Generative Models (Theis, van den Oord, Bethge, 2016), section 3.1.
     """
+    if pixels.numel() and int(pixels.max()) >= levels:
+        raise ValueError(f"expected pixels below {levels}, got {int(pixels.max())}")
     noise = torch.rand(pixels.shape, generator=generator, dtype=torch.float32).to(pixels.device)
     # in float32, 255 + u rounds up to 256 once u is within 2^-17 of 1
     largest = 1 - torch.finfo(torch.float32).eps / 2
-    return ((pixels + noise) / LEVELS).clamp(max=largest)
+    return ((pixels + noise) / levels).clamp(max=largest)
 
 
 def bits_per_dimension(log_prob: Float[Tensor, "batch"], *, dims: int, levels: int = LEVELS) -> Float[Tensor, "batch"]:

@@ -49,6 +49,14 @@ def test_the_largest_pixel_never_becomes_one():
     assert dequantize(pixels, generator=generator()).max() < 1
 
 
+def test_fewer_levels():
+    x = dequantize(torch.arange(17, dtype=torch.uint8)[None], generator=generator(), levels=17)
+    assert torch.equal((x * 17).long()[0], torch.arange(17))
+    assert bits_per_dimension(torch.zeros(1), dims=3, levels=17).item() == pytest.approx(math.log2(17), rel=1e-12)
+    with pytest.raises(ValueError, match="below 16"):
+        dequantize(torch.full((1, 1), 16, dtype=torch.uint8), generator=generator(), levels=16)
+
+
 def test_bits_per_dimension_of_a_density_that_is_constant_on_the_cells_are_the_entropy():
     """p(x) = 256 P(k) on cell k: the bits are -log2 P(k), exactly, whatever the noise."""
     probabilities = torch.rand(256, generator=generator()).square()

@@ -24,10 +24,10 @@ from sklearn.mixture import GaussianMixture
 from torch import Tensor
 
 import inn_guard as ig
+from benchmarks.features import classifier_features
 from benchmarks.image_grid import image_grid
-from benchmarks.image_sets import ImageSet, image_set
+from benchmarks.quantized_images import QuantizedImages, quantized_images
 from benchmarks.runner import RESULTS, Row, collect, main
-from benchmarks.small_classifier import small_classifier_features
 from inn_guard.files import atomic_write
 from inn_guard.metrics import FeatureExtractor, frechet_distance, reconstruction_error
 from inn_guard.models import injflow as terms
@@ -96,10 +96,10 @@ RECIPES: dict[str, Recipe] = {
 
 
 @cache
-def loaded(config: Config) -> tuple[ImageSet, FeatureExtractor]:
-    """The image set and the extractor trained on it."""
-    images = image_set(config.data, Path(config.data_root) if config.data_root else None)
-    return images, small_classifier_features(images, steps=min(600, 2 * config.steps))
+def loaded(config: Config) -> tuple[QuantizedImages, FeatureExtractor]:
+    """The images and the extractor trained on them."""
+    images = quantized_images(config.data, Path(config.data_root) if config.data_root else None)
+    return images, classifier_features(images, steps=min(600, 2 * config.steps))
 
 
 def cases(config: Config) -> dict[str, tuple[str, int]]:
@@ -125,10 +125,10 @@ def train(config: Config, name: str, seed: int) -> Autoencoder:
     model = build(config, recipe, images.shape, seed)
 
     def loss(batch: Batch) -> Tensor:
-        x = batch.x.float() / 255
+        x = images.scaled(batch.x)
         return recipe.objective(model, x, iteration=batch.step, generator=batch.generator)
 
-    fit(model, loss, (images.train[0],), settings=FitSettings(steps=config.steps, clip=10.0, seed=seed))
+    fit(model, loss, (images.train,), settings=FitSettings(steps=config.steps, clip=10.0, seed=seed))
     return model.eval()
 
 
@@ -142,8 +142,8 @@ def measure(config: Config, case: tuple[str, int]) -> Iterator[Row]:
 def evaluated(config: Config, model: Autoencoder, name: str, seed: int) -> Row:
     """What the table says of a trained model."""
     images, extractor = loaded(config)
-    real = images.test[0][: config.samples].float() / 255
-    codes = torch.cat([model(part.float() / 255) for part in images.train[0].split(512)]).numpy()
+    real = images.scaled(images.test[: config.samples])
+    codes = torch.cat([model(images.scaled(part)) for part in images.train.split(512)]).numpy()
     rebuilt = model.inverse(model(real)).clamp(0, 1)
     drawn = {
         "normal": model.inverse(draw_gaussian(codes, len(real), seed)).clamp(0, 1),

@@ -3,8 +3,8 @@
     python -m benchmarks.nif.tables --preset cpu                                  # digits, minutes
     python -m benchmarks.nif.tables --preset cpu --data mnist --data-root FOLDER
 
-One row per model, noise scale s and temperature t: bits per dimension of held-out images (8-bit uniform
-dequantization, the standard convention; the paper's printed figures follow another one and do not compare), and the
+One row per model, noise scale s and temperature t: bits per dimension of held-out images (uniform
+dequantization of their grey values, the standard convention; the paper's printed figures do not compare), and the
 Frechet distance of samples between the features of a small classifier trained on the same data: no FID, compares
 within this table only. Plain flow and NIF share the flow's architecture, initial weights, data order and steps.
 Reduced against the paper: data, depth, width, steps. s is tuned on validation images, as the paper tunes it by FID.
@@ -23,10 +23,10 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
+from benchmarks.features import classifier_features
 from benchmarks.image_grid import image_grid
-from benchmarks.image_sets import ImageSet, image_set
+from benchmarks.quantized_images import QuantizedImages, quantized_images
 from benchmarks.runner import RESULTS, Row, collect, main
-from benchmarks.small_classifier import small_classifier_features
 from inn_guard.files import atomic_write
 from inn_guard.layers.chain import Chain
 from inn_guard.layers.preprocessing import Logit
@@ -106,10 +106,10 @@ Model = NIF | PlainFlow
 
 
 @cache
-def loaded(config: Config) -> tuple[ImageSet, FeatureExtractor]:
-    """The image set and the extractor trained on it."""
-    images = image_set(config.data, Path(config.data_root) if config.data_root else None)
-    return images, small_classifier_features(images, steps=min(600, 2 * config.steps))
+def loaded(config: Config) -> tuple[QuantizedImages, FeatureExtractor]:
+    """The images and the extractor trained on them."""
+    images = quantized_images(config.data, Path(config.data_root) if config.data_root else None)
+    return images, classifier_features(images, steps=min(600, 2 * config.steps))
 
 
 def cases(config: Config) -> dict[str, tuple[int, int]]:
@@ -122,7 +122,7 @@ def label(latent: int) -> str:
     return f"NIF-{latent}" if latent else "NF"
 
 
-def build(config: Config, images: ImageSet, latent: int, seed: int) -> Model:
+def build(config: Config, images: QuantizedImages, latent: int, seed: int) -> Model:
     """The flow, and behind it the prior of that dimension."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
@@ -139,10 +139,12 @@ def train(config: Config, latent: int, seed: int) -> Model:
     model = build(config, images, latent, seed)
 
     def loss(batch: Batch) -> Tensor:
-        return -model.log_prob(dequantize(batch.x, generator=batch.generator)).mean() / images.dims
+        return (
+            -model.log_prob(dequantize(batch.x, generator=batch.generator, levels=images.levels)).mean() / images.dims
+        )
 
     settings = FitSettings(steps=config.steps, batch_size=64, clip=10.0, seed=seed)
-    fit(model, loss, (images.train[0],), settings=settings)
+    fit(model, loss, (images.train,), settings=settings)
     return model.eval()
 
 
@@ -156,7 +158,7 @@ def measure(config: Config, case: tuple[int, int]) -> Iterator[Row]:
         tuned = tuned_noise(config, model, latent, seed) if latent else 1.0
         settings = [(s, 1.0) for s in (config.noises if latent else (1.0,))]
         settings += [(tuned, t) for t in config.temperatures if (tuned, t) not in settings]
-        real = images.test[0][: config.samples].float() / 255
+        real = images.scaled(images.test[: config.samples])
         for noise, temperature in settings:
             pictures = drawn(config, model, latent, noise, temperature, seed)
             yield {
@@ -175,17 +177,17 @@ def measure(config: Config, case: tuple[int, int]) -> Iterator[Row]:
             save_images(config, model, latent, tuned)
 
 
-def bits(model: Model, images: ImageSet, seed: int) -> float:
+def bits(model: Model, images: QuantizedImages, seed: int) -> float:
     """Mean bits per dimension of the test images."""
-    x = dequantize(images.test[0], generator=torch.Generator().manual_seed(seed))
+    x = dequantize(images.test, generator=torch.Generator().manual_seed(seed), levels=images.levels)
     log_prob = torch.cat([model.log_prob(part) for part in x.split(256)])
-    return bits_per_dimension(log_prob, dims=images.dims).mean().item()
+    return bits_per_dimension(log_prob, dims=images.dims, levels=images.levels).mean().item()
 
 
 def tuned_noise(config: Config, model: Model, latent: int, seed: int) -> float:
     """The s whose samples are nearest to the validation images."""
     images, extractor = loaded(config)
-    real = images.validation[0].float() / 255
+    real = images.scaled(images.validation)
     distances = [
         frechet_distance(extractor, real, drawn(config, model, latent, s, 1.0, seed + 1000)).value
         for s in config.noises
@@ -207,7 +209,7 @@ def save_images(config: Config, model: Model, latent: int, tuned: float) -> None
     if config.steps < 100:
         return
     images, _ = loaded(config)
-    groups = {"test": images.test[0][:10].float() / 255}
+    groups = {"test": images.scaled(images.test[:10])}
     for s in dict.fromkeys((0.0, tuned, 1.0)) if latent else (1.0,):
         groups[f"s = {s:g}"] = drawn(config, model, latent, s, 1.0, 0)[:10]
     groups["t = 2"] = drawn(config, model, latent, tuned, 2.0, 0)[:10]
