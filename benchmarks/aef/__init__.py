@@ -1,0 +1,1 @@
+"""Autoencoders within flows against architecturally identical variational autoencoders."""
