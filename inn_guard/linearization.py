@@ -40,7 +40,7 @@ class Scaled:
         Nothing is done where all largest entries are in range already, which costs one pass. Zero and non-finite
         vectors stay as they are.
         """
-        peak = torch.linalg.vector_norm(self.vector.flatten(1), ord=torch.inf, dim=1)
+        peak = torch.linalg.vector_norm(self.vector, ord=torch.inf, dim=tuple(range(1, self.vector.dim())))
         far = torch.finfo(peak.dtype).max ** 0.25
         if bool(((peak > 1 / far) & (peak < far)).all()):
             return self

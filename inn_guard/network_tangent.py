@@ -7,7 +7,7 @@ Vectors may carry leading dimensions more than the input: so many products in on
 
 from __future__ import annotations
 
-from functools import singledispatch
+import functools
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -63,7 +63,7 @@ def linearize_network(network: nn.Module, x: Tensor) -> NetworkTangent:
         return tangent_of_module(network, x.detach())
 
 
-@singledispatch
+@functools.singledispatch
 def tangent_of_module(module: nn.Module, x: Tensor) -> NetworkTangent:
     """The tangent of one module, by its class: a class is taught with ``tangent_of_module.register``."""
     return ByAutograd(module, x)
@@ -182,7 +182,6 @@ class Convolution:
         self.weight = module.weight.detach().contiguous(memory_format=torch.channels_last)
         geometry: Any = (module.stride, module.padding, module.dilation, module.groups)
         self.geometry, self._shape = geometry, x.shape[1:]
-        self._flipped = self._transposed_kernel(module)
         self.output = functional.conv2d(_channels_last(x), self.weight, module.bias, *self.geometry)
 
     def jvp(self, v: Tensor) -> Tensor:
@@ -199,11 +198,12 @@ class Convolution:
         kernel, padding = self._flipped
         return functional.conv2d(u, kernel, None, 1, padding).unflatten(0, leading)
 
-    def _transposed_kernel(self, module: nn.Conv2d) -> tuple[Tensor, list[int]] | None:
+    @functools.cached_property
+    def _flipped(self) -> tuple[Tensor, list[int]] | None:
         """Kernel and padding of the convolution that is the transpose, where it is one of stride 1."""
-        before: Any = module.padding
-        padding = [k - 1 - p for k, p in zip(module.kernel_size, before, strict=True)]
-        if {*module.stride, *module.dilation, module.groups} != {1} or min(padding) < 0:
+        stride, before, dilation, groups = self.geometry
+        padding = [k - 1 - p for k, p in zip(self.weight.shape[2:], before, strict=True)]
+        if {*stride, *dilation, groups} != {1} or min(padding) < 0:
             return None
         return _channels_last(self.weight.flip(2, 3).transpose(0, 1)), padding
 
