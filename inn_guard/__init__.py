@@ -17,6 +17,7 @@ from inn_guard.audits import AUDITS, AuditReport, AuditResult, Level, Verdict
 # repairs
 from inn_guard.hooks import RegularizerHook, every
 from inn_guard.invertible import Invertible, NotApplicable
+from inn_guard.lipschitz import Box, LipschitzBounds, lipschitz_bounds
 from inn_guard.recorders import CsvRecorder, TensorBoardRecorder
 from inn_guard.regularizers import AdaptiveCoefficient, Direction, FiniteDifferences, NormalizingFlowLoss
 from inn_guard.reversible import memory_saving
@@ -28,11 +29,13 @@ __all__ = [
     "AuditHook",
     "AuditReport",
     "AuditResult",
+    "Box",
     "CsvRecorder",
     "Direction",
     "FiniteDifferences",
     "Invertible",
     "Level",
+    "LipschitzBounds",
     "NormalizingFlowLoss",
     "NotApplicable",
     "Raise",
@@ -46,6 +49,7 @@ __all__ = [
     "Warn",
     "audit",
     "every",
+    "lipschitz_bounds",
     "memory_saving",
     "wrap",
 ]

@@ -14,6 +14,7 @@ from inn_guard.audits.full_spectrum import full_spectrum
 from inn_guard.audits.gradient_angle import gradient_angle
 from inn_guard.audits.jacobian_spectrum import jacobian_spectrum
 from inn_guard.audits.layer_blame import layer_blame
+from inn_guard.audits.lipschitz_bounds import lipschitz_bounds
 from inn_guard.audits.log_det import log_det
 from inn_guard.audits.precision import precision
 from inn_guard.audits.preflight import preflight
@@ -40,6 +41,7 @@ STANDARD: dict[str, Audit] = {
 FULL: dict[str, Audit] = {
     **STANDARD,
     "full_spectrum": full_spectrum,
+    "lipschitz_bounds": lipschitz_bounds,
 }
 
 #: Every check by its name, in the order in which they run.

@@ -19,7 +19,7 @@ from inn_guard.lipschitz.intervals import Box, Interval
 from inn_guard.lipschitz.maps import bounded_map
 from inn_guard.lipschitz.networks import Factor, LayerBound, product, stack, whole_forward, whole_inverse
 from inn_guard.lipschitz.subnetworks import Unbounded
-from inn_guard.lipschitz.witnesses import Witness, search, starting_points
+from inn_guard.lipschitz.witnesses import Witness, better, measure, search, starting_points
 from inn_guard.tangent import NotApplicable
 
 __all__ = ["LipschitzBounds", "lipschitz_bounds"]
@@ -113,21 +113,23 @@ def lipschitz_bounds(
     best = Pair(product([f.bound for f in ahead]), product([f.bound for f in back]))
     method = (_method(ahead), _method(back))
     report("witnesses", 0.6)
-    witnesses = _witnesses(exact, domain, data, 0.15 * seconds)
-    lower = Pair(witnesses[0].ratio if witnesses[0] else 0.0, 1 / witnesses[1].ratio if witnesses[1] else 0.0)
+    found = _Found(exact)
+    found.searched(domain, data, 0.15 * seconds)
     if domain.bounded and domain.lo.numel() <= BRANCHING and domain.lo.dim() == 1:
         report("branch and bound", 0.7)
         left = max(seconds - (time.monotonic() - begun), 1.0)
         try:
-            found = branch_and_bound([m for _, m in described], domain, lower=lower, seconds=left)
-            certificate = replace(certificate, leaves=found.leaves)
-            method = tuple(
-                "branch and bound" if new < old else name
-                for new, old, name in zip(found.pair, best, method, strict=True)
-            )  # type: ignore
-            best = Pair(min(best.forward, found.pair.forward), min(best.inverse, found.pair.inverse))
+            branched = branch_and_bound(
+                [m for _, m in described], domain, lower=found.lower, probe=found.at, seconds=left
+            )
+            certificate = replace(certificate, leaves=branched.leaves)
+            smaller = [new < old for new, old in zip(branched.pair, best, strict=True)]
+            names = ["branch and bound" if less else name for less, name in zip(smaller, method, strict=True)]
+            method = (names[0], names[1])
+            best = Pair(*map(min, branched.pair, best))
         except Unbounded:
             pass
+    lower, witnesses = found.lower, (found.stretch, found.shrink)
     report("done", 1.0)
     # Remark 3: every upper bound of one direction is a lower bound of the other
     lower = Pair(max(lower.forward, _over(best.inverse)), max(lower.inverse, _over(best.forward)))
@@ -138,6 +140,36 @@ def lipschitz_bounds(
         *best, *lower, method, "global" if is_global else f"on the {_described(domain)}", tuple(bounds), printed,
         reason if math.inf in best else "", certificate, witnesses,
     )  # fmt: skip
+
+
+class _Found:
+    """The best witnesses so far."""
+
+    def __init__(self, model: Invertible) -> None:
+        self.model = model
+        self.stretch: Witness | None = None
+        self.shrink: Witness | None = None
+
+    @property
+    def lower(self) -> Pair:
+        """What they prove, forward and inverse."""
+        return Pair(self.stretch.ratio if self.stretch else 0.0, 1 / self.shrink.ratio if self.shrink else 0.0)
+
+    def searched(self, domain: Box, data: Tensor | None, seconds: float) -> None:
+        """From data, or random points, uphill."""
+        self._keep(*_witnesses(self.model, domain, data, seconds))
+
+    def at(self, points: Tensor) -> Pair:
+        """The lower bounds after a look at some points."""
+        try:
+            self._keep(*measure(self.model, points))
+        except (NotApplicable, RuntimeError, ValueError):
+            pass
+        return self.lower
+
+    def _keep(self, stretch: Witness | None, shrink: Witness | None) -> None:
+        self.stretch = better(self.stretch, stretch, largest=True)
+        self.shrink = better(self.shrink, shrink, largest=False)
 
 
 def _over(bound: float) -> float:

@@ -30,8 +30,9 @@ from inn_guard.lipschitz.subnetworks import Unbounded
 __all__ = ["Branched", "Step", "branch_and_bound", "interval_norm", "step_of"]
 
 BATCH = 8192  #: boxes evaluated at once
-CELLS = 4096  #: cells of a table of a network of one input
-SPREAD = 1.0  #: margin of a table beyond the values seen, in units of their range
+PROBED = 32  #: middles of the worst boxes at which the lower bound is measured
+CELLS = 1024  #: cells of a table of a network of one input
+SPREAD = 0.5  #: margin of a table beyond the values seen, in units of their range
 
 
 @dataclass(frozen=True)
@@ -235,8 +236,17 @@ def _norms(A: Tensor) -> Tensor:
     return torch.where(proved, s * scale * (1 + 4 * UNIT), math.inf)
 
 
+Probe = Callable[[Tensor], Pair]
+
+
 def branch_and_bound(
-    layers: Sequence[BoundedMap], box: Interval, *, lower: Pair, seconds: float = 60.0, tolerance: float = 1.005
+    layers: Sequence[BoundedMap],
+    box: Interval,
+    *,
+    lower: Pair,
+    probe: Probe | None = None,
+    seconds: float = 60.0,
+    tolerance: float = 1.005,
 ) -> Branched:
     """Bounds of sup ||J|| and sup ||J^-1|| over a bounded box.
 
@@ -244,6 +254,7 @@ def branch_and_bound(
         layers: the maps in order.
         box: (d,), bounded.
         lower: witnessed lower bounds; the search of a direction ends where its bound is ``tolerance`` times as large.
+        probe: measures both lower bounds at points (B, d): called with the middles of the worst boxes.
         seconds: for both directions together.
         tolerance: see ``lower``.
 
@@ -256,13 +267,37 @@ def branch_and_bound(
     begun = time.monotonic()
     steps = _steps(_opened(layers), box)
     found, boxes = [], []
-    for inverse, goal in ((False, lower.forward), (True, lower.inverse)):
+    for k, low in enumerate(lower):
         left = seconds - (time.monotonic() - begun)
-        bound, count = _searched(steps, box, goal * tolerance, left if inverse else left / 2, _Side(inverse))
+
+        def measured(points: Tensor, k: int = k) -> float:
+            return 0.0 if probe is None else probe(points)[k]
+
+        goal = _Goal(low, tolerance, measured, left / (2 - k))
+        bound, count = _searched(steps, box, goal, _Side(k == 1))
         found.append(bound)
         boxes.append(float(count))
     pair = Pair(*found)
     return Branched(pair, Pair(*boxes), {"forward": pair.forward, "inverse": pair.inverse})
+
+
+@dataclass
+class _Goal:
+    """When a search ends: at ``tolerance`` times the best lower bound, or out of time."""
+
+    lower: float
+    tolerance: float
+    probe: Callable[[Tensor], float]
+    seconds: float
+
+    def raised(self, points: Tensor) -> None:
+        """Look for a better lower bound at some points."""
+        self.lower = max(self.lower, self.probe(points))
+
+    @property
+    def bound(self) -> float:
+        """What an upper bound must come down to."""
+        return self.lower * self.tolerance
 
 
 @dataclass(frozen=True)
@@ -291,22 +326,22 @@ def _through(steps: Sequence[Step], boxes: Interval, side: _Side) -> State:
     return state
 
 
-def _searched(steps: Sequence[Step], box: Interval, goal: float, seconds: float, side: _Side) -> tuple[float, int]:
-    begun, count = time.monotonic(), 0
-    lo, hi = _grid(box)
-    bound = torch.full((len(lo),), math.inf, dtype=torch.float64)
-    settled = 0.0
-    new_lo, new_hi, parent = lo, hi, bound
-    lo, hi, bound = lo[:0], hi[:0], bound[:0]
+def _searched(steps: Sequence[Step], box: Interval, goal: _Goal, side: _Side) -> tuple[float, int]:
+    begun, count, settled = time.monotonic(), 0, 0.0
+    new_lo, new_hi = _grid(box)
+    parent = torch.full((len(new_lo),), math.inf, dtype=torch.float64)
+    lo, hi, bound = new_lo[:0], new_hi[:0], parent[:0]
     while True:
         fresh = [side.bound(steps, a, b) for a, b in zip(new_lo.split(BATCH), new_hi.split(BATCH), strict=True)]
         count += len(new_lo)
         lo, hi = torch.cat([lo, new_lo]), torch.cat([hi, new_hi])
         bound = torch.cat([bound, torch.minimum(torch.cat(fresh), parent)])
-        done = bound <= goal
-        settled = max(settled, float(bound[done].max()) if bool(done.any()) else 0.0)
-        lo, hi, bound = lo[~done], hi[~done], bound[~done]
-        if not len(bound) or time.monotonic() - begun > seconds:
+        worst = bound.topk(min(PROBED, len(bound))).indices
+        goal.raised(lo[worst] / 2 + hi[worst] / 2)
+        open_ = bound > goal.bound
+        settled = max(settled, float(bound[~open_].max()) if bool((~open_).any()) else 0.0)
+        lo, hi, bound = lo[open_], hi[open_], bound[open_]
+        if not len(bound) or time.monotonic() - begun > goal.seconds:
             return max(settled, float(bound.max()) if len(bound) else 0.0), count
         worst = bound.topk(min(BATCH // 2, len(bound))).indices
         rest = torch.ones(len(bound), dtype=torch.bool)

@@ -126,11 +126,12 @@ class Interval:
 
     def __mul__(self, other: Interval | Number) -> Interval:
         other = Interval.of(other)
-        a, b, c, d = self.lo * other.lo, self.lo * other.hi, self.hi * other.lo, self.hi * other.hi
-        # zero times infinity is zero: infinite ends stand for numbers without bound, not for infinity
-        a, b, c, d = (torch.where(p.isnan(), 0.0, p) for p in (a, b, c, d))
-        low, high = torch.minimum(a, b), torch.maximum(a, b)
-        return _outward(torch.minimum(low, torch.minimum(c, d)), torch.maximum(high, torch.maximum(c, d)))
+        products = [self.lo * other.lo, self.lo * other.hi, self.hi * other.lo, self.hi * other.hi]
+        lo, hi = _extremes(products)
+        if bool(lo.isnan().any()):
+            # zero times infinity is zero: infinite ends stand for numbers without bound, not for infinity
+            lo, hi = _extremes([torch.where(p.isnan(), 0.0, p) for p in products])
+        return _outward(lo, hi)
 
     def __truediv__(self, other: Interval | Number) -> Interval:
         return self * Interval.of(other).reciprocal()
@@ -185,7 +186,8 @@ class Interval:
     def increasing(self, function: Callable[[Tensor], Tensor]) -> Interval:
         """An increasing elementary function of torch."""
         low, high = function(self.lo), function(self.hi)
-        return _outward(low - ELEMENTARY * low.abs(), high + ELEMENTARY * high.abs())
+        lo, hi = low - ELEMENTARY * low.abs(), high + ELEMENTARY * high.abs()
+        return _outward(lo.nan_to_num(-math.inf, math.inf, -math.inf), hi.nan_to_num(math.inf, math.inf, -math.inf))
 
     def sum(self, dim: int = -1) -> Interval:
         """The sum along a dimension."""
@@ -246,7 +248,12 @@ def _unbounded_linear(weight: Tensor, x: Interval) -> Interval:
     return Interval(known.lo.masked_fill(touched, -math.inf), known.hi.masked_fill(touched, math.inf))
 
 
-def _outward(lo: Tensor, hi: Tensor) -> Interval:
-    return Interval(
-        down(lo.nan_to_num(-math.inf, math.inf, -math.inf)), up_tensor(hi.nan_to_num(math.inf, math.inf, -math.inf))
+def _extremes(candidates: list[Tensor]) -> tuple[Tensor, Tensor]:
+    a, b, c, d = candidates
+    return torch.minimum(torch.minimum(a, b), torch.minimum(c, d)), torch.maximum(
+        torch.maximum(a, b), torch.maximum(c, d)
     )
+
+
+def _outward(lo: Tensor, hi: Tensor) -> Interval:
+    return Interval(down(lo), up_tensor(hi))

@@ -13,7 +13,7 @@ from inn_guard.invertible import Invertible
 from inn_guard.linearization import Linearization, Scaled
 from inn_guard.lipschitz.intervals import Interval
 
-__all__ = ["Witness", "search", "starting_points"]
+__all__ = ["Witness", "better", "measure", "search", "starting_points"]
 
 DENSE = 64  #: dimensions up to which whole Jacobians are taken
 EVALUATION = 1e-9  #: relative error allowed to the evaluation of a ratio in float64
@@ -56,12 +56,11 @@ def search(
     """
     generator = generator or torch.Generator().manual_seed(0)
     begun, points = time.monotonic(), _inside(points.double(), box)
-    measure = _dense if points[0].numel() <= DENSE else _iterated
     stretch = shrink = None
     first, last = measure(model, points)
     radius = 0.1 * _extent(points, box)
     while True:
-        stretch, shrink = _better(stretch, first, largest=True), _better(shrink, last, largest=False)
+        stretch, shrink = better(stretch, first, largest=True), better(shrink, last, largest=False)
         if stretch is None or shrink is None or time.monotonic() - begun > seconds or float(radius.max()) < 1e-9:
             return stretch, shrink
         near = [
@@ -93,7 +92,13 @@ def _extent(points: Tensor, box: Interval) -> Tensor:
     return torch.where(width.isfinite(), width, points.std(0, unbiased=False) + 0.1)
 
 
-def _better(best: Witness | None, found: Witness | None, **goal: bool) -> Witness | None:
+def measure(model: Invertible, points: Tensor) -> tuple[Witness | None, Witness | None]:
+    """The most stretched and the most shrunk direction at some points: singular vectors, or power iterations."""
+    return _dense(model, points) if points[0].numel() <= DENSE else _iterated(model, points)
+
+
+def better(best: Witness | None, found: Witness | None, **goal: bool) -> Witness | None:
+    """The one with the larger ratio, or with the smaller one unless ``largest``."""
     if best is None or found is None:
         return best or found
     return max((best, found), key=lambda w: w.ratio if goal["largest"] else -w.ratio)

@@ -1,0 +1,173 @@
+"""lipschitz_bounds: how much the map and its inverse can stretch at most, certified, and at least, witnessed."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from inn_guard.audits.base import AuditResult, Verdict
+from inn_guard.audits.limits import usable_error
+from inn_guard.audits.watched import polite
+from inn_guard.invertible import Invertible
+from inn_guard.linearization import Linearization
+from inn_guard.lipschitz import bounding
+from inn_guard.lipschitz.bounding import LipschitzBounds
+from inn_guard.lipschitz.intervals import Box
+from inn_guard.lipschitz.networks import LayerBound
+
+__all__ = ["lipschitz_bounds"]
+
+LOUD = 1.5  #: a layer is named as a cause if its bound is this far above the geometric mean of all, or infinite
+ON_IMAGES = (
+    "On a box, the inverse's bound is that of sup ||J^-1||: Lip(F^-1) on the box's image only where that is convex."
+)
+
+
+@polite
+def lipschitz_bounds(
+    model: Invertible, x: Tensor, *, domain: Box | None = None, margin: float = 0.0, seconds: float = 60.0
+) -> AuditResult:
+    """Certified upper and witnessed lower bounds of sup ||J|| and sup ||J^-1||, dimensionless, over a box.
+
+    Stable: the product of both upper bounds, which bounds the condition number at every point of the box, times the
+    rounding unit of x's dtype stays below a usable relative error. Not applicable: no finite bound is known, which
+    proves nothing about the model. Unstable: the witnessed lower bounds alone exceed what is usable.
+
+    Args:
+        model: the map.
+        x: data, (B, *data); the witnesses' search begins there.
+        domain: the box; unless given, the smallest one that holds x.
+        margin: widens that box on every side, in units of its largest width.
+        seconds: of computation, roughly.
+
+    Returns:
+        values: upper and lower bounds, their ratios, Table 3's product; per_layer: the same for every layer.
+
+    References:
+        Understanding and Mitigating Exploding Inverses in Invertible Neural Networks (Behrmann, Vicol, Wang, Grosse,
+        Jacobsen, 2021), Table 3.
+    """
+    box = _box(x, margin) if domain is None else domain
+    bounds = bounding.lipschitz_bounds(model, box, data=x.detach().cpu(), seconds=seconds)
+    verdict, reason = _judged(bounds, usable_error(x.dtype) / torch.finfo(x.dtype).eps)
+    return AuditResult(
+        "lipschitz_bounds",
+        verdict,
+        reason,
+        values=_values(bounds),
+        units={name: "log10" for name in _values(bounds) if name.startswith("log10")},
+        per_layer=tuple(_rows(model, x, bounds)),
+        settings={
+            "scope": bounds.scope, "seconds": seconds, "method forward": bounds.method[0],
+            "method inverse": bounds.method[1], "weights": bounds.certificate.weights, "remark": ON_IMAGES,
+        },
+        advice=_advice(bounds),
+    )  # fmt: skip
+
+
+def _box(x: Tensor, margin: float) -> Box:
+    box = Box.around(x.detach().cpu().double())
+    width = margin * float((box.hi - box.lo).max())
+    return Box(box.lo - width, box.hi + width)
+
+
+def _judged(bounds: LipschitzBounds, usable: float) -> tuple[Verdict, str]:
+    """A condition number of ``usable`` turns rounding into the largest usable relative error."""
+    upper, lower = bounds.forward * bounds.inverse, bounds.lower_forward * bounds.lower_inverse
+    bracket = (
+        f"Lip(F) in [{bounds.lower_forward:.4g}, {bounds.forward:.4g}], "
+        f"Lip(F^-1) in [{bounds.lower_inverse:.4g}, {bounds.inverse:.4g}] ({bounds.scope})"
+    )
+    if max(bounds.lower_forward, bounds.lower_inverse) > usable:
+        return (
+            Verdict.UNSTABLE,
+            f"{bracket}: a witness alone is beyond {usable:.2g}, where rounding is no longer usable.",
+        )
+    if not math.isfinite(upper):
+        return Verdict.NOT_APPLICABLE, f"{bracket}: no finite bound is known. {bounds.reason}"
+    if upper <= usable:
+        return Verdict.STABLE, f"{bracket}: certified below {usable:.2g}, so rounding stays usable everywhere there."
+    return Verdict.STABLE, (
+        f"{bracket}: no witness is beyond {usable:.2g} (worst product {lower:.3g}), but the certificate is too loose to "
+        "exclude it."
+    )
+
+
+def _values(bounds: LipschitzBounds) -> dict[str, float]:
+    values = {}
+    for k, side in enumerate(("forward", "inverse")):
+        upper, lower = getattr(bounds, side), getattr(bounds, f"lower_{side}")
+        values |= {f"upper_{side}": upper, f"lower_{side}": lower}
+        values[f"upper/lower_{side}"] = upper / lower if lower > 0 else math.inf
+        values[f"log10_table3_{side}"] = math.log10(bounds.printed[k]) if bounds.printed[k] < math.inf else math.inf
+    return values
+
+
+def _rows(model: Invertible, x: Tensor, bounds: LipschitzBounds) -> list[Mapping[str, Any]]:
+    lower = _sampled(model, x)
+    loud = _loud(bounds.per_layer)
+    rows = []
+    for k, layer in enumerate(bounds.per_layer):
+        row: dict[str, Any] = {"layer": k, "name": layer.name}
+        for side, low in zip(("forward", "inverse"), lower[k], strict=True):
+            upper = getattr(layer.bounds, side)
+            row |= {
+                f"upper_{side}": upper,
+                f"lower_{side}": low,
+                f"upper/lower_{side}": upper / low if low > 0 else math.inf,
+            }
+        row |= {"table3_forward": layer.printed.forward, "table3_inverse": layer.printed.inverse}
+        row |= {"makes_it_large": k in loud, "method": layer.bounds.method, "reason": layer.bounds.reason}
+        rows.append(row)
+    return rows
+
+
+def _sampled(model: Invertible, x: Tensor, probes: int = 8) -> list[tuple[float, float]]:
+    """Per layer the largest ||J v|| / ||v|| and ||v|| / ||J v|| over the data and over random directions."""
+    line = Linearization(model.in_dtype(torch.float64), x[:16].double())
+    generator = torch.Generator().manual_seed(0)
+    result = []
+    for tangent, state in zip(line.tangents, line.states, strict=False):
+        most, least = 0.0, math.inf
+        v = torch.randn(state.shape, generator=generator, dtype=torch.float64)
+        for _ in range(probes):
+            v = v / v.flatten(1).norm(dim=1).reshape(-1, *[1] * (v.dim() - 1))
+            u = tangent.jvp(v)
+            stretch = u.flatten(1).norm(dim=1)
+            most, least = max(most, float(stretch.max())), min(least, float(stretch.min()))
+            v = tangent.vjp(u)
+        result.append((most, 1 / least if least > 0 else math.inf))
+    return result
+
+
+def _loud(layers: tuple[LayerBound, ...]) -> set[int]:
+    """Layers whose bound, in one direction, is far above the geometric mean of all layers'."""
+    loud = set()
+    for side in ("forward", "inverse"):
+        logs = [math.log(getattr(layer.bounds, side)) if getattr(layer.bounds, side) > 0 else 0.0 for layer in layers]
+        finite = [value for value in logs if math.isfinite(value)]
+        mean = sum(finite) / len(finite) if finite else 0.0
+        loud |= {k for k, value in enumerate(logs) if value > mean + math.log(LOUD)}
+    return loud
+
+
+def _advice(bounds: LipschitzBounds) -> str:
+    reasons = [layer.bounds.reason for layer in bounds.per_layer]
+    advice = []
+    if any("local bounds only" in reason or "close to zero" in reason for reason in reasons):
+        advice.append(
+            "affine couplings: a scale in (0.5, 1) bounds the inverse, additive couplings are bounded everywhere"
+        )
+    if any("not below one" in reason for reason in reasons):
+        advice.append("residual layers: certified spectral normalisation below one makes the inverse exist")
+    loud = [layer.name for k, layer in enumerate(bounds.per_layer) if k in _loud(bounds.per_layer)]
+    if loud and not advice and max(bounds.forward, bounds.inverse) > 10 * len(bounds.per_layer):
+        names = ", ".join(dict.fromkeys(loud))
+        advice.append(
+            f"{names}: spectral normalisation of the subnetworks, or a scale in (0.5, 1), lowers these factors"
+        )
+    return "; ".join(advice)
