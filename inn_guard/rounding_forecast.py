@@ -82,13 +82,19 @@ def rounding_forecast(
     weights = _rounded_entries(linearization, layer_roundoff or [1.0] * len(linearization.layers))
     logs = torch.stack([_sweep(linearization, weights, generator).log_norm() for _ in range(probes)])
     flat = [state.flatten(1).double() for state in linearization.states]
-    scales = torch.stack([state.square().mean(1).sqrt() for state in flat])
+    scales = torch.stack([_root_mean_square(state) for state in flat])
     return RoundingForecast(
         log_error=(torch.logsumexp(2 * logs, dim=0) - math.log(probes)) / 2,
         largest_state=torch.stack([state.abs().amax(1) for state in flat]).amax(0),
         smallest_scale=torch.where(scales > 0, scales, math.inf).amin(0),
         probes=probes,
     )
+
+
+def _root_mean_square(flat: Tensor) -> Tensor:
+    """(B,), also where a square leaves the range of float64."""
+    peak = flat.abs().amax(1).clamp(min=math.ulp(0.0))
+    return peak * (flat / peak[:, None]).square().mean(1).sqrt()
 
 
 def _sweep(linearization: Linearization, weights: list[Tensor], generator: torch.Generator) -> Scaled:

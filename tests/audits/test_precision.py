@@ -8,9 +8,12 @@ import pytest
 import torch
 from torch import nn
 
+from inn_guard.audits import LEVELS, Level
 from inn_guard.audits.base import Verdict
 from inn_guard.audits.precision import Arithmetic, arithmetics, precision
+from inn_guard.audits.watched import Watched
 from inn_guard.invertible import Invertible
+from tests.reference_regularizers import Embedding
 from tests.test_rounding_forecast import Diagonal, couplings
 
 
@@ -102,7 +105,7 @@ def test_no_forecast_without_a_differentiable_inverse_but_still_a_measurement():
 
     table = rows(precision(Rounded(), data(8, 300) * 100))
     assert table["float32"]["measured verdict"] == "works"
-    assert table["float32"]["forecast verdict"] in ("none", "breaks")
+    assert table["float32"]["forecast verdict"] in ("none", "uncertain")
 
 
 def test_forecast_and_measurement_of_a_coupling_stack_agree_where_decided():
@@ -117,3 +120,168 @@ def test_own_candidates():
     result = precision(Offset(1.0), data(8, 3), candidates=[Arithmetic("bfloat16", torch.bfloat16)])
     assert list(rows(result)) == ["bfloat16"]
     assert [a.name for a in arithmetics(torch.device("cpu"))][-1] == "autocast bfloat16"
+
+
+class Times(Invertible):
+    """z = 3 x, without parameters: in any dtype."""
+
+    def forward(self, x):
+        return 3 * x
+
+    def inverse(self, z):
+        return z / 3
+
+
+@pytest.mark.parametrize("scale", [1e-300, 1e-150, 1.0, 1e150, 1e300])
+def test_errors_are_relative_at_any_scale(scale):
+    """Squares of these data overflow or vanish in float64; the round trip's relative error is the same for all."""
+    x = torch.randn(32, 5) * scale
+    row = rows(precision(Times(), x))["float64"]
+    assert 0 < row["measured"] < 2e-16
+    assert row["forecast"] == pytest.approx(rows(precision(Times(), x / scale))["float64"]["forecast"], rel=1e-6)
+    assert row["forecast verdict"] == "works"
+
+
+@pytest.mark.parametrize("scale", [1e30, 1e-30])
+def test_data_that_a_dtype_cannot_hold_do_not_work_in_it(scale):
+    """float16 holds 6e-8 to 65504; below, it makes them 0, whose round trip would be exact."""
+    table = rows(precision(Times(), data(16, 4).double().clamp(min=0.1).float() * scale))
+    assert table["float16"]["measured verdict"] == "breaks"
+    assert table["float16"]["forecast verdict"] != "works"
+    assert "16 samples do not fit the range" in table["float16"]["remark"]
+    assert {table[name]["measured verdict"] for name in ("float64", "float32", "bfloat16")} == {"works"}
+
+
+def test_denormal_data_are_not_called_exact():
+    result = precision(Times(), torch.full((4, 3), 3e-323))
+    assert result.tables["arithmetic"][0]["forecast verdict"] == "uncertain"
+    assert rows(result)["float32"]["measured verdict"] == "breaks"
+
+
+def test_one_sample_and_zero_data():
+    assert precision(Offset(1.0), data(1, 3)).settings["probes"] == 128
+    zero = precision(Offset(1.0), torch.zeros(4, 3, dtype=torch.float32))
+    assert zero.verdict is Verdict.STABLE
+    assert zero.values["float32_error"] == 0
+
+
+def test_samples_that_are_not_finite_are_left_out():
+    x = data(8, 3)
+    x[1, 0], x[5, 2] = math.nan, math.inf
+    result = precision(Offset(1.0), x)
+    assert result.verdict is Verdict.STABLE
+    assert result.per_sample["error"].isnan().nonzero()[:, 0].tolist() == [1, 5]
+    assert precision(Offset(1.0), x[[1, 5]]).verdict is Verdict.NON_FINITE
+
+
+class ByContext(Invertible):
+    """z = x + c with c of its own for every sample."""
+
+    def forward(self, x):
+        return x + self.context
+
+    def inverse(self, z):
+        return z - self.context
+
+
+def test_a_condition_stays_with_its_sample():
+    offsets = torch.tensor([[1.0], [1e7], [1.0], [1e7]], dtype=torch.float32)
+    x = data(4, 30)
+    x[0, 0] = math.nan
+    error = precision(ByContext().conditioned(offsets), x).per_sample["error"]
+    assert error[2] < 1e-5
+    assert error[1] > 0.1
+    assert error[3] > 0.1
+
+
+def test_an_injective_map_is_measured_on_its_manifold():
+    """On it the round trip is exact but for rounding; x itself is far from it."""
+    result = precision(Embedding(torch.randn(3, 6)), torch.randn(16, 6))
+    assert result.verdict is Verdict.STABLE
+    table = rows(result)
+    assert table["float64"]["measured"] < 1e-14
+    assert 1e-9 < table["float32"]["measured"] < 1e-5
+    assert table["float64"]["forecast verdict"] == "none"
+    assert "injective" in table["float64"]["remark"]
+    assert result.settings["start"] == "F^-1(F(x))"
+
+
+class Raises(Times):
+    def __init__(self, error):
+        super().__init__()
+        self.error = error
+
+    def inverse(self, z):
+        if z.dtype != torch.float64:
+            raise self.error
+        return super().inverse(z)
+
+
+@pytest.mark.parametrize("audit", [precision, precision.__wrapped__], ids=["polite", "bare"])
+@pytest.mark.parametrize(
+    ("error", "verdict"),
+    [
+        (AssertionError("discriminant"), "breaks"),
+        (ValueError("discriminant"), "breaks"),
+        (torch.linalg.LinAlgError("singular"), "breaks"),
+        (NotImplementedError("no such kernel"), "refused"),
+        (RuntimeError("no such kernel"), "refused"),
+        (KeyError("dtype"), "refused"),
+    ],
+    ids=lambda value: type(value).__name__ if isinstance(value, Exception) else value,
+)
+def test_what_a_model_raises_is_told_apart(audit, error, verdict):
+    """A check of its own numbers that fails is a broken inverse; an operation that is missing is a refusal."""
+    model = Raises(error) if audit is precision else Watched(Raises(error))
+    result = audit(model, torch.randn(8, 3))
+    table = rows(result)
+    assert table["float32"]["measured verdict"] == verdict
+    assert type(error).__name__ in table["float32"]["remark"]
+    assert result.verdict is Verdict.STABLE
+    assert math.isnan(result.values["float32_error"]) == (verdict == "refused")
+
+
+def test_a_model_that_cannot_be_converted_is_refused_in_other_dtypes_only():
+    class Fixed(Times):
+        def in_dtype(self, dtype):
+            raise TypeError("cannot be copied")
+
+    result = precision(Fixed(), torch.randn(8, 3))
+    assert {row["measured verdict"] for row in result.tables["arithmetic"]} == {"works", "refused"}
+    assert result.verdict is Verdict.STABLE
+
+
+def test_a_half_precision_model_is_forecast_from_float32():
+    row = rows(precision(Offset(30.0).half(), data(64, 4).half()))["float16"]
+    assert row["measured"] == pytest.approx(row["forecast"], rel=1.0)
+
+
+def test_nothing_is_left_behind():
+    model = couplings(4, 2, 1.0).train()
+    model(torch.randn(3, 4)).sum().backward()
+    before = [(p.detach().clone(), p.grad.clone()) for p in model.parameters()]
+    x, state = torch.randn(4, 4), torch.get_rng_state()
+    precision(model, x)
+    assert torch.equal(state, torch.get_rng_state())
+    assert model.training
+    for (value, grad), p in zip(before, model.parameters(), strict=True):
+        assert torch.equal(value, p)
+        assert torch.equal(grad, p.grad)
+
+
+def test_it_is_among_the_standard_checks():
+    assert LEVELS[Level.STANDARD]["precision"] is precision
+    assert "precision" not in LEVELS[Level.QUICK]
+
+
+@pytest.mark.parametrize("settings", [{"candidates": []}, {"usable": 0.0}, {"usable": math.nan}, {"probes": 0}])
+def test_bad_settings_are_refused(settings):
+    with pytest.raises(ValueError, match="expected"):
+        precision(Times(), torch.randn(3, 2), **settings)
+
+
+def test_the_reason_names_the_arithmetic_that_was_judged():
+    own = precision(Times(), torch.randn(4, 3))
+    assert "In float64, the dtype of the data," in own.reason
+    other = precision(Times(), torch.randn(4, 3), candidates=[Arithmetic("bfloat16", torch.bfloat16)])
+    assert other.reason.startswith("In bfloat16, 95 %")
