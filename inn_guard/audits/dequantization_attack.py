@@ -18,6 +18,7 @@ from inn_guard.audits.base import AuditResult, Verdict
 from inn_guard.audits.guarded import Guarded, patience
 from inn_guard.audits.limits import data_scale, usable_error
 from inn_guard.audits.round_trip import finite_rows
+from inn_guard.audits.watchdog import time_limit
 from inn_guard.audits.watched import ModelRaised, polite
 from inn_guard.invertible import Invertible
 from inn_guard.tangent import NotApplicable
@@ -77,10 +78,12 @@ def dequantization_attack(
     assumed = quantization is None
     quantization = Quantization.assumed(start) if quantization is None else quantization
     cubes = quantization.cubes(start)
+    seconds = patience(chosen, cubes.centre)
     if strategy is None:
-        strategy = Ascent() if differentiable_inverse(chosen, cubes.centre, seed=seed) else GradientFree()
+        right = differentiable_inverse(chosen, cubes.centre, seconds=seconds, seed=seed)
+        strategy = Ascent() if right else GradientFree()
     generator = torch.Generator().manual_seed(seed)
-    search = hunt(chosen, cubes, strategy, generator=generator, seconds=patience(chosen, cubes.centre))
+    search = hunt(chosen, cubes, strategy, generator=generator, seconds=seconds)
     found = _Found.of(search, chosen)
     verdict, reason = found.judged(usable_error(x.dtype))
     if assumed:
@@ -117,7 +120,7 @@ def dequantization_attack(
     )
 
 
-def differentiable_inverse(model: Invertible, x: Tensor, *, seed: int = 0) -> bool:
+def differentiable_inverse(model: Invertible, x: Tensor, *, seconds: float | int, seed: int = 0) -> bool:
     """Whether autograd through the inverse is its derivative, measured: J^T J^-T w = w for a random w.
 
     Where the round trip is off, so may be the product, by as much; such a map is taken at its word.
@@ -125,7 +128,7 @@ def differentiable_inverse(model: Invertible, x: Tensor, *, seed: int = 0) -> bo
     w = torch.randn(x.shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(x)
     leaf = x.detach().clone().requires_grad_()
     try:
-        with torch.enable_grad():
+        with torch.enable_grad(), time_limit(seconds):
             back = model.inverse(model(leaf))
             (pulled,) = torch.autograd.grad(back, leaf, w, allow_unused=True)
     except (ModelRaised, NotApplicable, RuntimeError):

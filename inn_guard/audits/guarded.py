@@ -19,21 +19,21 @@ from inn_guard.invertible import Invertible
 __all__ = ["Guarded", "Outcome", "patience"]
 
 LEAST = 10.0  #: seconds that any call may take
+FIRST = 300.0  #: ... and the very first one, when nothing is known yet
 FACTOR = 50.0  #: ... and so many times the time of a call that is known to be good
 
 
 def patience(model: Invertible, x: Tensor) -> float:
-    """Seconds that one call on a batch like x may take, from the time that a round trip of x takes.
-
-    Raises:
-        ModelRaised: if the round trip of x itself raises.
-    """
+    """Seconds that one call on a batch like x may take, from the time that a round trip of x takes."""
     start = time.perf_counter()
-    with torch.no_grad():
-        z = model(x)
-        rows = finite_rows(z).nonzero()[:, 0]
-        if len(rows):
-            model.select(rows).inverse(z[rows])
+    try:
+        with torch.no_grad(), time_limit(FIRST):
+            z = model(x)
+            rows = finite_rows(z).nonzero()[:, 0]
+            if len(rows):
+                model.select(rows).inverse(z[rows])
+    except (ModelRaised, TimedOut):
+        return LEAST
     return max(LEAST, FACTOR * (time.perf_counter() - start))
 
 
@@ -58,13 +58,19 @@ class Guarded:
         model: the map, watched.
         x: data on which the model is known to run; gives the shapes.
         seconds: limit of one call.
+
+    Raises:
+        ModelRaised: if the forward of x itself raises or does not return.
     """
 
-    def __init__(self, model: Invertible, x: Tensor, *, seconds: float) -> None:
+    def __init__(self, model: Invertible, x: Tensor, *, seconds: float | int) -> None:
         self.model, self.seconds, self.outcome = model, seconds, Outcome()
         self._data_shape = x.shape[1:]
-        with torch.no_grad(), time_limit(seconds):
-            self._latent_shape = model(x).shape[1:]
+        try:
+            with torch.no_grad(), time_limit(seconds):
+                self._latent_shape = model(x).shape[1:]
+        except TimedOut as hang:
+            raise ModelRaised(f"the model's forward does not return: {hang}") from None
 
     def select(self, rows: Tensor) -> Guarded:
         """The same for some rows of the batch; the outcome is shared."""

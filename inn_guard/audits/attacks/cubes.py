@@ -13,7 +13,7 @@ from inn_guard.tangent import NotApplicable
 
 __all__ = ["Cubes", "Quantization"]
 
-Bound = float | Sequence[float] | Tensor
+Bound = float | int | Sequence[float | int] | Tensor
 
 SLACK = 16.0  #: rounding units by which a value may lie below its grid line and still be taken to lie on it
 

@@ -30,13 +30,13 @@ class GradientFree:
         Multivariate Stochastic Approximation Using a Simultaneous Perturbation Gradient Approximation (Spall, 1992).
     """
 
-    budget: float = 800.0
-    share: float = 0.5
-    first_step: float = 0.25
-    last_step: float = 0.005
-    momentum: float = 0.95
-    spread: float = 0.5
-    radius: float = 0.02
+    budget: float | int = 800.0
+    share: float | int = 0.5
+    first_step: float | int = 0.25
+    last_step: float | int = 0.005
+    momentum: float | int = 0.95
+    spread: float | int = 0.5
+    radius: float | int = 0.02
 
     def hunt(self, search: Search) -> None:
         """Climb, then draw."""

@@ -38,9 +38,9 @@ class ProjectedGradient:
     """
 
     steps: int = 200
-    step_size: float = 5e-4
+    step_size: float | int = 5e-4
     restarts: int = 1
-    budget: float = math.inf
+    budget: float | int = math.inf
     gradient: Callable[[Search, Tensor], Pulled] = Search.gradient
 
     def hunt(self, search: Search) -> None:

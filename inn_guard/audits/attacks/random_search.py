@@ -17,7 +17,7 @@ class RandomSearch:
         budget: forward-equivalents per sample.
     """
 
-    budget: float = 800.0
+    budget: float | int = 800.0
 
     def hunt(self, search: Search) -> None:
         """Draw until the budget is spent."""

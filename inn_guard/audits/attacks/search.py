@@ -33,7 +33,7 @@ class Strategy(Protocol):
     """How the cubes are searched."""
 
     @property
-    def budget(self) -> float:
+    def budget(self) -> float | int:
         """Forward-equivalents per sample that may be spent."""
         ...
 
@@ -75,7 +75,7 @@ class Search:
     """
 
     def __init__(
-        self, model: Invertible, cubes: Cubes, *, budget: float, generator: torch.Generator, seconds: float
+        self, model: Invertible, cubes: Cubes, *, budget: float | int, generator: torch.Generator, seconds: float | int
     ) -> None:
         self.model, self.cubes, self.budget, self.generator = model, cubes, budget, generator
         self.spent, self.price = 0.0, dict[str, float]()
@@ -167,7 +167,8 @@ class Search:
         if len(kept) == len(x):  # else the broken samples leave first
             residual = back - x
             pulled = there.vjp(Linearization(model, back).inverse_vjp(residual)).value().to(x)
-            to_x = pulled - residual
+            length = error.clamp(min=torch.finfo(torch.float64).tiny).to(x.device)
+            to_x = ((pulled - residual).flatten(1).double() / length.unsqueeze(1)).to(x.dtype).reshape(x.shape)
         return Pulled(error, to_x, torch.zeros_like(there.output))
 
     def _paid(self, kind: str, call: Callable[[], Answer]) -> Answer:
@@ -194,7 +195,9 @@ class Search:
         return whole
 
 
-def hunt(model: Invertible, cubes: Cubes, strategy: Strategy, *, generator: torch.Generator, seconds: float) -> Search:
+def hunt(
+    model: Invertible, cubes: Cubes, strategy: Strategy, *, generator: torch.Generator, seconds: float | int
+) -> Search:
     """Search the cubes: first their centres, then as the strategy says.
 
     Args:

@@ -32,12 +32,12 @@ class SpectralAscent:
         radius: of the draws, in half-widths.
     """
 
-    budget: float = 800.0
-    share: float = 0.5
-    first_step: float = 0.25
-    last_step: float = 0.005
-    reach: float = 0.05
-    radius: float = 0.02
+    budget: float | int = 800.0
+    share: float | int = 0.5
+    first_step: float | int = 0.25
+    last_step: float | int = 0.005
+    reach: float | int = 0.05
+    radius: float | int = 0.02
 
     def hunt(self, search: Search) -> None:
         """Climb, then draw."""

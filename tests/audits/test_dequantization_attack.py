@@ -1,0 +1,401 @@
+"""The attack against closed forms, the paper's loop written out, and models that break, raise, hang or lie."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import FrEIA.framework
+import FrEIA.modules
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from nflows.transforms import AffineCouplingTransform, CompositeTransform
+from nflows.nn.nets import ResidualNet
+from torch import nn
+
+from inn_guard.adapters import wrap
+from inn_guard.audits.attacks import (
+    Ascent,
+    GradientFree,
+    ProjectedGradient,
+    Quantization,
+    RandomSearch,
+    Search,
+    SpectralAscent,
+)
+from inn_guard.audits.attacks.cost import count_operations
+from inn_guard.audits.attacks.search import hunt
+from inn_guard.audits.base import Verdict
+from inn_guard.audits.dequantization_attack import dequantization_attack, differentiable_inverse
+from inn_guard.audits.watched import Watched
+from inn_guard.invertible import Invertible
+from inn_guard.layers.chain import Chain
+from inn_guard.layers.coupling import AffineCoupling
+from inn_guard.layers.networks import MLP
+from inn_guard.layers.permutation import Permutation
+from tests.reference_attacks import projected_gradient, reconstruction_error
+
+STRATEGIES = {
+    "random": RandomSearch(budget=160),
+    "paper": ProjectedGradient(restarts=2, steps=30, step_size=5e-3),
+    "implicit": ProjectedGradient(steps=15, step_size=5e-3, gradient=Search.implicit_gradient),
+    "ascent": Ascent(budget=160),
+    "spectral": SpectralAscent(budget=160),
+    "gradient free": GradientFree(budget=160),
+}
+
+
+def generous(name):
+    """The strategy with enough for maps so small that bookkeeping is most of what a gradient costs."""
+    return dataclasses.replace(STRATEGIES[name], budget=1500)
+
+
+class Bent(Invertible):
+    """F is the identity; its inverse is off by |x - x_0|^2 in the first coordinate, so the error is known."""
+
+    def __init__(self, target):
+        super().__init__()
+        self.register_buffer("target", target)
+
+    def forward(self, x):
+        return x * 1.0
+
+    def inverse(self, z):
+        off = (z - self.target).square().flatten(1).sum(1)
+        first = torch.zeros_like(z)
+        first.view(len(z), -1)[:, 0] = 1
+        return z + first * off.reshape(-1, *[1] * (z.dim() - 1))
+
+
+class Pole(Invertible):
+    """z = x, whose inverse is not finite for samples whose first value exceeds a level."""
+
+    def __init__(self, level):
+        super().__init__()
+        self.level = level
+
+    def forward(self, x):
+        return x * 1.0
+
+    def inverse(self, z):
+        first = z.flatten(1)[:, :1].reshape(-1, *[1] * (z.dim() - 1))
+        return z + torch.where(first > self.level, math.inf, 1e-4 * first)
+
+
+def couplings(blocks=4, size=6, gain=3.0, dtype=torch.float64):
+    torch.manual_seed(3)
+    steps = []
+    for _ in range(blocks):
+        steps += [AffineCoupling(MLP([size // 2, 16, size])), Permutation(torch.randperm(size))]
+    model = Chain(*steps)
+    for step in model.layers():
+        if isinstance(step, AffineCoupling):
+            step.network[-1].weight.data.mul_(gain)
+    return model.to(dtype).eval()
+
+
+def images(count=4, *shape, dtype=torch.float64):
+    generator = torch.Generator().manual_seed(1)
+    return (torch.randint(256, (count, *(shape or (6,))), generator=generator) / 256).to(dtype)
+
+
+def attacked(model, x, strategy, bits=8, seed=0):
+    cubes = Quantization(bits).cubes(x)
+    return hunt(Watched(model), cubes, strategy, generator=torch.Generator().manual_seed(seed), seconds=30), cubes
+
+
+# closed forms
+
+
+@pytest.mark.parametrize("name", ["paper", "ascent", "spectral", "gradient free", "random"])
+def test_the_farthest_corner_is_found_where_the_error_is_known(name):
+    """error = |x' - x_0|^2 is largest at one corner of the cube: climbers of the error reach it, the others come near."""
+    x = images()
+    cubes = Quantization(8).cubes(x)
+    search, _ = attacked(Bent(cubes.centre + 1.5 * cubes.half), x, generous(name))
+    best = (2.5 * cubes.half).square().flatten(1).sum(1)
+    assert bool((search.error <= best * (1 + 1e-9)).all())
+    assert bool((search.error >= best * (0.95 if name in ("paper", "ascent") else 0.5)).all())
+
+
+def test_an_ill_conditioned_linear_map_errs_by_its_amplified_rounding():
+    """W = diag(1, 1e-3), then an offset of 1: z is off by up to eps / 2, x by 1000 times that, in float32."""
+
+    class Offset(Invertible):
+        def forward(self, x):
+            return x * x.new_tensor([1.0, 1e-3]) + 1
+
+        def inverse(self, z):
+            return (z - 1) / z.new_tensor([1.0, 1e-3])
+
+    search, _ = attacked(Offset(), images(4, 2, dtype=torch.float32), Ascent(budget=3000))
+    half_ulp = torch.finfo(torch.float32).eps / 2 / 1e-3
+    assert bool((search.error <= 1.01 * half_ulp).all())
+    assert bool((search.error >= 0.9 * half_ulp).all())
+
+
+def test_an_exact_inverse_has_no_error_to_find():
+    result = dequantization_attack(Permutation.reverse(6), images(), strategy=Ascent(budget=60))
+    assert result.verdict is Verdict.STABLE
+    assert result.values["max_error"] == 0
+
+
+# twins
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_the_batched_attack_is_the_loop_over_samples_and_steps(dtype):
+    """Same starts; on an error that is smooth, the same points and errors, sample by sample."""
+    x = images(3, 4, dtype=dtype)
+    model = Bent(x + 0.01).to(dtype)
+    steps, size = 25, 2e-4
+    search, cubes = attacked(model, x, ProjectedGradient(steps=steps, step_size=size))
+    starts = cubes.uniform(torch.Generator().manual_seed(0))
+    for b in range(len(x)):
+        alone = Bent(model.target[b : b + 1])
+        worst, where = projected_gradient(alone, starts[b], cubes.lower[b], cubes.upper[b], steps=steps, step_size=size)
+        centre = reconstruction_error(alone, cubes.centre[b])
+        assert search.error[b].item() == pytest.approx(max(worst, centre), rel=10 * torch.finfo(dtype).eps)
+        if worst > centre:
+            torch.testing.assert_close(search.points[b], where)
+
+
+def test_implicit_and_automatic_gradients_agree_where_both_are_right():
+    """On a smooth map with a visibly wrong inverse, both are r - J^T J^-T r; here J is a rotation and a stretch."""
+
+    class Shifted(Invertible):
+        def forward(self, x):
+            return torch.sinh(x)
+
+        def inverse(self, z):
+            return torch.asinh(z) + 0.1 * (z - z.detach()) + 0.1
+
+    class Right(Shifted):
+        def inverse(self, z):
+            return torch.asinh(z + 0.1)
+
+    x = images()
+    search, cubes = attacked(Right(), x, RandomSearch(budget=2))
+    by_autograd = search.gradient(cubes.centre)
+    implicit = search.implicit_gradient(cubes.centre)
+    torch.testing.assert_close(by_autograd.error, implicit.error)
+    torch.testing.assert_close(by_autograd.to_x, implicit.to_x, rtol=1e-6, atol=1e-9)
+
+
+# what is spent
+
+
+def test_a_step_of_the_paper_costs_two_passes_and_two_products():
+    model = Chain(*(AffineCoupling(MLP([32, 64, 64, 64])) for _ in range(4))).eval()
+    search, _ = attacked(model, images(2, 64), ProjectedGradient(steps=5))
+    assert search.price["error"] == pytest.approx(2, rel=0.05)
+    assert search.price["gradient"] == pytest.approx(4, rel=0.05)
+    assert search.spent == pytest.approx(search.price["error"] * 2 + search.price["gradient"] * 5)
+
+
+@pytest.mark.parametrize("name", STRATEGIES)
+def test_calls_are_counted_and_the_budget_holds(name):
+    calls = {"forward": 0, "inverse": 0}
+
+    class Counted(Chain):
+        def forward(self, x):
+            calls["forward"] += 1
+            return super().forward(x)
+
+        def inverse(self, z):
+            calls["inverse"] += 1
+            return super().inverse(z)
+
+    model = Counted(*couplings().layers())
+    search, _ = attacked(model, images(), STRATEGIES[name])
+    assert search.spent <= STRATEGIES[name].budget
+    # one forward tells the latents' shape, one is the unit; every call that is paid for runs the inverse once
+    if name != "implicit":
+        assert calls["forward"] == calls["inverse"] + 2
+        assert search.spent >= 1.9 * calls["inverse"]
+
+
+def test_operations_of_a_product_and_its_backward():
+    weight = torch.randn(5, 7)
+    x = torch.randn(3, 5, requires_grad=True)
+    _, forward = count_operations(lambda: x.detach() @ weight)
+    _, both = count_operations(lambda: torch.autograd.grad((x @ weight).sum(), x))
+    assert forward == 2 * 3 * 5 * 7
+    assert 2 * forward <= both <= 2 * forward + 100
+
+
+# valid samples
+
+
+@given(
+    st.integers(1, 10), st.floats(-5, 5), st.floats(0.1, 10), st.sampled_from([torch.float32, torch.float64]),
+    st.integers(0, 99),
+)  # fmt: skip
+@settings(max_examples=60, deadline=None)
+def test_cubes_hold_exactly_the_samples_of_their_integers(bits, low, width, dtype, seed):
+    generator = torch.Generator().manual_seed(seed)
+    n = torch.randint(2**bits, (3, 4), generator=generator)
+    grid = (low + width * (n / 2**bits).double()).to(dtype)
+    cubes = Quantization(bits, low, low + width).cubes(grid)
+    for x in (cubes.lower, cubes.upper, cubes.centre, cubes.uniform(generator), cubes.near(grid, 9.0, generator)):
+        assert x.dtype == dtype
+        assert bool(cubes.contain(x).all())
+        place = ((x.double() - low) / (low + width - low)) * 2**bits
+        assert bool((place >= n - 1e-6).all())
+        assert bool((place <= n + 1 + 1e-6).all())
+    below = torch.nextafter(cubes.lower, torch.full_like(cubes.lower, -math.inf))
+    above = torch.nextafter(cubes.upper, torch.full_like(cubes.upper, math.inf))
+    assert not bool(cubes.contain(below).any())
+    assert not bool(cubes.contain(above).any())
+
+
+def test_the_cube_of_the_paper():
+    """x integers, xhat = (x + 0.5) / 2^5, eps = 0.5 / 2^5."""
+    cubes = Quantization(5).cubes(torch.tensor([[3.0, 31.0]]) / 32)
+    torch.testing.assert_close(cubes.centre, torch.tensor([[3.5, 31.5]]) / 32)
+    torch.testing.assert_close(cubes.half, torch.full((1, 2), 0.5 / 32))
+    assert cubes.lower.tolist() == [[3 / 32, 31 / 32]]
+
+
+def test_pixels_over_255_and_normalised_channels():
+    pixels = torch.arange(256).reshape(1, 1, 16, 16)
+    over_255 = Quantization().cubes((pixels / 255).float())
+    assert torch.equal((over_255.lower * 256).round().long().flatten(), pixels.flatten())
+    mean, std = torch.tensor([0.4, 0.5]), torch.tensor([0.2, 0.3])
+    x = (pixels.expand(1, 2, 16, 16) / 256 - mean.reshape(1, 2, 1, 1)) / std.reshape(1, 2, 1, 1)
+    cubes = Quantization(8, (-mean / std).tolist(), ((1 - mean) / std).tolist()).cubes(x)
+    back = cubes.centre * std.reshape(1, 2, 1, 1) + mean.reshape(1, 2, 1, 1)
+    torch.testing.assert_close(back, (pixels.expand(1, 2, 16, 16) + 0.5) / 256)
+
+
+def test_ranges_that_do_not_fit_are_refused():
+    with pytest.raises(ValueError, match="expected x within"):
+        Quantization().cubes(torch.tensor([[1.5, 0.2]]))
+    with pytest.raises(ValueError, match="low < high"):
+        Quantization(8, 1.0, 0.0)
+    with pytest.raises(ValueError, match="one per channel"):
+        Quantization(8, (0.0, 0.0), (1.0, 1.0)).cubes(torch.zeros(1, 3))
+    x = torch.full((2, 3), 0.9, dtype=torch.bfloat16)
+    result = dequantization_attack(Permutation.reverse(3), x, quantization=Quantization(12, -2e-4, 1.0 - 2e-4))
+    assert result.verdict is Verdict.NOT_APPLICABLE
+    assert "bfloat16" in result.reason
+
+
+# findings
+
+
+@pytest.mark.parametrize("name", STRATEGIES)
+def test_a_pole_inside_the_cube_is_found_and_is_a_finding(name):
+    x = images() * 0 + 0.5
+    level = 0.5 + 0.75 / 256
+    result = dequantization_attack(Pole(level), x, strategy=generous(name), quantization=Quantization())
+    assert result.verdict is Verdict.NON_FINITE
+    assert result.values["non_finite_samples"] == 4
+    assert result.per_sample["error"].isinf().all()
+    assert result.per_sample["centre_error"].isfinite().all()
+
+
+def test_broken_samples_leave_and_the_others_go_on():
+    x = torch.cat([images(2) * 0 + 0.5, images(2) * 0 + 0.1])
+    search, _ = attacked(Pole(0.5), x, RandomSearch(budget=40))
+    assert search.error.isinf().tolist() == [True, True, False, False]
+    assert search.active.tolist() == [2, 3]
+    calls_after = search.spent
+    assert calls_after > 30
+
+
+def test_a_model_that_raises_breaks_only_the_samples_it_raises_for():
+    class Picky(Bent):
+        def inverse(self, z):
+            if bool((z > 0.9).any()):
+                raise ValueError("outside")
+            return super().inverse(z)
+
+    x = torch.cat([images(2, 3) * 0 + 0.95, images(2, 3) * 0 + 0.1])
+    for strategy in (Ascent(budget=40), RandomSearch(budget=40)):
+        result = dequantization_attack(Picky(x[:1] * 0), x, strategy=strategy)
+        assert result.verdict is Verdict.NON_FINITE
+        assert result.per_sample["error"].isinf().tolist() == [True, True, False, False]
+
+
+def test_a_gradient_that_lies_is_noticed():
+    """An inverse that hides its iteration from autograd, as FrEIA's i-ResNet does."""
+
+    class Hidden(Invertible):
+        def forward(self, x):
+            return 3 * x
+
+        def inverse(self, z):
+            return (z / 3).detach() + (z - z.detach())
+
+    x = images()
+    assert not differentiable_inverse(Watched(Hidden()), x, seconds=30)
+    assert differentiable_inverse(Watched(couplings()), x, seconds=30)
+    result = dequantization_attack(Hidden(), x)
+    assert result.settings["strategy"].startswith("GradientFree")
+    assert dequantization_attack(couplings(), x).settings["strategy"].startswith("Ascent")
+
+
+def test_injective_maps_and_data_without_a_finite_sample():
+    class Injective(Bent):
+        bijective = False
+
+    x = images()
+    assert dequantization_attack(Injective(x), x).verdict is Verdict.NOT_APPLICABLE
+    assert dequantization_attack(Bent(x), x * math.nan).verdict is Verdict.NON_FINITE
+
+
+def test_every_strategy_finds_at_least_the_centre_and_only_valid_points():
+    model, x = couplings(dtype=torch.float32), images(dtype=torch.float32)
+    for strategy in STRATEGIES.values():
+        search, cubes = attacked(model, x, strategy)
+        assert bool(cubes.contain(search.points).all())
+        centre = [reconstruction_error(model, c) for c in cubes.centre]
+        for error, before, point in zip(search.error, centre, search.points, strict=True):
+            assert error >= 0.5 * before
+            assert reconstruction_error(model, point) == pytest.approx(error.item(), rel=0.9)
+
+
+def test_the_same_seed_finds_the_same_points():
+    model, x = couplings(), images()
+    a, b, c = (dequantization_attack(model, x, strategy=Ascent(budget=60), seed=seed) for seed in (0, 0, 1))
+    assert torch.equal(a.per_sample["error"], b.per_sample["error"])
+    assert not torch.equal(a.per_sample["error"], c.per_sample["error"])
+
+
+def freia():
+    net = FrEIA.framework.SequenceINN(6)
+    for k in range(3):
+        net.append(FrEIA.modules.AllInOneBlock, subnet_constructor=nn.Linear)
+    return net
+
+
+def nflows():
+    return CompositeTransform(
+        [
+            AffineCouplingTransform(((torch.arange(6) + k) % 2).int(), lambda n, m: ResidualNet(n, m, 16))
+            for k in range(4)
+        ]
+    )
+
+
+@pytest.mark.parametrize("make", [freia, nflows, couplings], ids=["FrEIA", "nflows", "ours"])
+@pytest.mark.parametrize("name", ["paper", "ascent", "spectral"])
+def test_libraries(make, name):
+    torch.manual_seed(0)
+    model = wrap(make().float().eval())
+    result = dequantization_attack(model, images(3, 6, dtype=torch.float32), strategy=STRATEGIES[name])
+    assert result.verdict is Verdict.STABLE
+    assert 0 < result.values["centre_error"] < result.values["max_error"] < 1e-2
+    assert result.tables["attack_curve"][-1]["forward_equivalents"] <= 1000
+    assert result.values["reproduced_samples"] == 3
+
+
+def test_images_of_the_worst_pairs():
+    x = images(3, 1, 4, 4)
+    result = dequantization_attack(Bent(x), x, strategy=Ascent(budget=40))
+    assert set(result.images) >= {"original", "point found", "reconstruction"}
+    assert all(t.shape == (3, 1, 4, 4) for t in result.images.values())
+    assert "assumed 8 bits from 0 to 1" in result.reason
