@@ -13,6 +13,7 @@ from inn_guard.audits.base import Verdict
 from inn_guard.audits.precision import Arithmetic, arithmetics, precision
 from inn_guard.audits.watched import Watched
 from inn_guard.invertible import Invertible
+from tests.cases import CASES
 from tests.reference_regularizers import Embedding
 from tests.test_rounding_forecast import Diagonal, couplings
 
@@ -285,3 +286,18 @@ def test_the_reason_names_the_arithmetic_that_was_judged():
     assert "In float64, the dtype of the data," in own.reason
     other = precision(Times(), torch.randn(4, 3), candidates=[Arithmetic("bfloat16", torch.bfloat16)])
     assert other.reason.startswith("In bfloat16, 95 %")
+
+
+@pytest.mark.slow
+def test_the_forecast_is_right_where_it_decides_over_every_case_of_the_contract():
+    """At least 99 % of the decided pairs of model and arithmetic; a missing operation is no answer to compare with."""
+    decided, wrong = 0, []
+    for case in CASES:
+        model, x = case.make()
+        for row in precision(model, x).tables.get("arithmetic", ()):
+            if row["forecast verdict"] in ("works", "breaks") and row["measured verdict"] != "refused":
+                decided += 1
+                if row["forecast verdict"] != row["measured verdict"]:
+                    wrong.append((case.id, row))
+    assert decided > 300
+    assert len(wrong) <= 0.01 * decided, wrong
