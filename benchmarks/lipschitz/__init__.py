@@ -1,0 +1,1 @@
+"""Measured tightness and rigour of the Lipschitz bounds."""

@@ -1,8 +1,9 @@
-"""The networks that are bounded: 2-D flows of 16 blocks trained on a checkerboard, and a convolutional flow on images."""
+"""The networks that are bounded: 2-D flows trained on a checkerboard, and a convolutional flow on images."""
 
 from __future__ import annotations
 
 import enum
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -37,6 +38,7 @@ class SplineNet(MLP):
     hidden_features = 16
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
+        """The MLP; there is no context."""
         return super().forward(x)
 
 
@@ -76,10 +78,10 @@ def toy(kind: Kind, *, blocks: int = 16, hidden: int = 128, steps: int = 200, se
         flow = Chain(*(part for _ in range(blocks) for part in (block(kind, hidden), Permutation.reverse(2))))
     generator = torch.Generator().manual_seed(seed)
     _train(flow, lambda: checkerboard(256, generator), steps)
-    return flow.double().eval().requires_grad_(False)
+    return flow.double().eval().requires_grad_(requires_grad=False)
 
 
-def _train(flow: Chain, batch, steps: int) -> None:
+def _train(flow: Chain, batch: Callable[[], Tensor], steps: int) -> None:
     scale = Diagonal(flow(batch()[:1]).shape[1])
     model = Chain(flow, scale)
     optimiser = torch.optim.Adam(model.parameters(), 1e-3)
@@ -115,4 +117,4 @@ def conv_flow(*, affine: bool = False, blocks: int = 16, hidden: int = 128, step
         flow = Chain(*layers)
     generator = torch.Generator().manual_seed(seed)
     _train(flow, lambda: images(8, generator) - 0.5, steps)
-    return flow.double().eval().requires_grad_(False)
+    return flow.double().eval().requires_grad_(requires_grad=False)

@@ -128,11 +128,8 @@ def _(block: Ff.ConditionalAffineTransform, layer: Any) -> BoundedMap:
 def _(block: Ff.AllInOneBlock, layer: Any) -> BoundedMap:
     if block.GIN:
         return Unknown("a volume-preserving (GIN) AllInOneBlock")
-    if block.householder:
-        weight = block._construct_householder_permutation().detach()
-    else:
-        weight = block.w_perm.detach()
-    mixing = weight.double().reshape(block.in_channels, block.in_channels)
+    weight = block._construct_householder_permutation() if block.householder else block.w_perm
+    mixing = weight.detach().double().reshape(block.in_channels, block.in_channels)
     split = ByChannel.halves(block.in_channels, block.splits[0])
     tanh = scaled(_known(nn.Tanh()), float(block.clamp))
     coupling = _coupling(split, _Raw(block.subnet, factor=0.1), Affine(LogScale(tanh), (1, 0)), layer)

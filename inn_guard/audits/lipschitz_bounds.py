@@ -92,13 +92,13 @@ def _judged(bounds: LipschitzBounds, usable: float) -> tuple[Verdict, str]:
     if upper <= usable:
         return Verdict.STABLE, f"{bracket}: certified below {usable:.2g}, so rounding stays usable everywhere there."
     return Verdict.STABLE, (
-        f"{bracket}: no witness is beyond {usable:.2g} (worst product {lower:.3g}), but the certificate is too loose to "
-        "exclude it."
+        f"{bracket}: no witness is beyond {usable:.2g} (worst product {lower:.3g}), but the certificate is too "
+        "loose to exclude it."
     )
 
 
 def _values(bounds: LipschitzBounds) -> dict[str, float]:
-    values = {}
+    values: dict[str, float] = {}
     for k, side in enumerate(("forward", "inverse")):
         upper, lower = getattr(bounds, side), getattr(bounds, f"lower_{side}")
         values |= {f"upper_{side}": upper, f"lower_{side}": lower}
@@ -110,7 +110,7 @@ def _values(bounds: LipschitzBounds) -> dict[str, float]:
 def _rows(model: Invertible, x: Tensor, bounds: LipschitzBounds) -> list[Mapping[str, Any]]:
     lower = _sampled(model, x)
     loud = _loud(bounds.per_layer)
-    rows = []
+    rows: list[Mapping[str, Any]] = []
     for k, layer in enumerate(bounds.per_layer):
         row: dict[str, Any] = {"layer": k, "name": layer.name}
         for side, low in zip(("forward", "inverse"), lower[k], strict=True):

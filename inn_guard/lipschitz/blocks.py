@@ -172,7 +172,7 @@ def elementwise(slope: Interval) -> Pair:
 
 
 def logit(alpha: float) -> Pair:
-    """logit(alpha + (1 - 2 alpha) x) on [0, 1]: (1 - 2 alpha) / (alpha (1 - alpha)) and 1 / (4 (1 - 2 alpha)), exact."""
+    """The logit of a + (1 - 2 a) x on [0, 1], a = alpha: (1 - 2 a) / (a (1 - a)) and 1 / (4 (1 - 2 a)), exact."""
     a = Interval.of(alpha)
     width = 1.0 - a * 2.0
     return Pair((width / (a * (1.0 - a))).sup() if alpha > 0 else math.inf, (width * 4.0).reciprocal().sup())
@@ -193,7 +193,7 @@ def planar(u: Float[Tensor, "d"], w: Float[Tensor, "d"], *, slope: tuple[float, 
 
 
 def _rank_one(k: Interval, uw: Interval, size: Interval) -> float:
-    """||I + k u w^T||: on the plane of u and w, sigma = (sqrt(q + 2 p) + sqrt(q - 2 p)) / 2, q = ||.||_F^2, p = |det|."""
+    """||I + k u w^T||: on the plane of u and w (sqrt(q + 2 p) + sqrt(q - 2 p)) / 2 with q = ||.||_F^2, p = |det|."""
     q, p = k * uw * 2.0 + k.square() * size + 2.0, (k * uw + 1.0).abs()
     return max(1.0, (((q + p * 2.0).sqrt() + (q - p * 2.0).sqrt()) * 0.5).sup())
 
@@ -203,7 +203,7 @@ def _dot(a: Tensor, b: Tensor) -> Interval:
 
 
 def radial(alpha: float, beta: float) -> Pair:
-    """z + beta (z - z0) / (alpha + r): eigenvalues 1 + beta h and 1 + beta alpha h^2, h = 1 / (alpha + r) in (0, 1/alpha].
+    """z + beta (z - z0) / (alpha + r): eigenvalues 1 + beta h, 1 + beta alpha h^2, h = 1 / (alpha + r) <= 1/alpha.
 
     Both lie between 1 and 1 + beta / alpha, and J is symmetric: 1 + max(0, beta/alpha), and 1 / min(1, 1 + beta/alpha).
     """
@@ -236,7 +236,7 @@ def sylvester(
 def autoregressive(
     least_diagonal: Float[Tensor, "d"], off_diagonal: Float[Tensor, "d d"], *, forward: float = math.inf
 ) -> Pair:
-    """A lower triangular Jacobian D + N with D >= least > 0 and |N_ij| <= B_ij: |J^-1| <= (diag(least) - B)^-1 entrywise.
+    """A lower triangular J = D + N with D >= least > 0 and |N_ij| <= B_ij: |J^-1| <= (diag(least) - B)^-1 entrywise.
 
     (diag(least) - B) is an M-matrix for strictly triangular B, so its inverse is nonnegative; the norm is monotone.
 

@@ -1,10 +1,11 @@
-"""lipschitz_bounds: certified upper and witnessed lower bounds of a model's bi-Lipschitz constants, in a time budget."""
+"""lipschitz_bounds: certified upper and witnessed lower bounds of a model's bi-Lipschitz constants, within a time."""
 
 from __future__ import annotations
 
 import math
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, replace
 
 import torch
@@ -32,9 +33,9 @@ BRANCHING = 4  #: dimensions up to which a box is branched
 class LipschitzBounds:
     """What is known about Lip(F) and Lip(F^-1).
 
-    ``scope`` says where: on all of R^d, or on a box. On a box, ``inverse`` bounds sup ||J(x)^-1|| over x in the box. That
-    is the Lipschitz constant of F^-1 on the image of the box only where that image is convex; otherwise it is one along
-    images of straight paths.
+    ``scope`` says where: on all of R^d, or on a box. On a box, ``inverse`` bounds sup ||J(x)^-1|| over x in the box.
+    That is the Lipschitz constant of F^-1 on the image of the box only where that image is convex; otherwise it is one
+    along images of straight paths.
 
     Attributes:
         forward: certified upper bound of sup ||J||.
@@ -103,19 +104,20 @@ def lipschitz_bounds(
     exact = model.in_dtype(torch.float64)
     layers = exact.layers() or (exact,)
     report("layer by layer", 0.0)
-    per_layer_effort = effort or Effort(steps=30, seconds=min(5.0, 0.2 * seconds / len(layers)))
+    per_layer_effort = effort or Effort(steps=30, seconds=min(5.0, 0.1 * seconds / len(layers)))
     described = [(layer.name, bounded_map(layer.block, layer)) for layer in layers]
     bounds = stack(described, domain, per_layer_effort)
     report("whole network", 0.2)
-    whole_effort = effort or Effort(steps=400, seconds=0.2 * seconds)
+    branching = domain.bounded and domain.lo.numel() <= BRANCHING and domain.lo.dim() == 1
+    whole_effort = effort or Effort(steps=400, seconds=(0.05 if branching else 0.3) * seconds)
     ahead, back = whole_forward(bounds, whole_effort), whole_inverse(bounds, whole_effort)
     certificate = Certificate(tuple(ahead), tuple(back), weights=weights_hash(model.state_dict()))
     best = Pair(product([f.bound for f in ahead]), product([f.bound for f in back]))
     method = (_method(ahead), _method(back))
     report("witnesses", 0.6)
     found = _Found(exact)
-    found.searched(domain, data, 0.15 * seconds)
-    if domain.bounded and domain.lo.numel() <= BRANCHING and domain.lo.dim() == 1:
+    found.searched(domain, data, 0.1 * seconds)
+    if branching:
         report("branch and bound", 0.7)
         left = max(seconds - (time.monotonic() - begun), 1.0)
         try:
@@ -161,10 +163,8 @@ class _Found:
 
     def at(self, points: Tensor) -> Pair:
         """The lower bounds after a look at some points."""
-        try:
+        with suppress(NotApplicable, RuntimeError, ValueError):
             self._keep(*measure(self.model, points))
-        except (NotApplicable, RuntimeError, ValueError):
-            pass
         return self.lower
 
     def _keep(self, stretch: Witness | None, shrink: Witness | None) -> None:

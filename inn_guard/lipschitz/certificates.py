@@ -124,9 +124,9 @@ def _describe(factor: Factor, name: str, arrays: dict[str, np.ndarray]) -> dict[
 
 
 def _restored(entry: Mapping[str, Any], name: str, file: Mapping[str, np.ndarray]) -> Factor:
-    bound = float.fromhex(entry["bound"])
+    bound, (first, last) = float.fromhex(entry["bound"]), entry["layers"]
     if not entry["chain"]:
-        return Factor(*entry["layers"], bound)
+        return Factor(first, last, bound)
     layers, multipliers = [], []
     for k, error in enumerate(entry["errors"]):
         keep, weight, lower, upper, D = (
@@ -136,4 +136,4 @@ def _restored(entry: Mapping[str, Any], name: str, file: Mapping[str, np.ndarray
         multipliers.append(D)
     output = torch.from_numpy(file[f"{name}.output"])
     chain = Chain(entry["size"], tuple(layers), output, float.fromhex(entry["error"]))
-    return Factor(*entry["layers"], bound, Proof(bound, chain, tuple(multipliers)))
+    return Factor(first, last, bound, Proof(bound, chain, tuple(multipliers)))

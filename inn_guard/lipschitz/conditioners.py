@@ -1,4 +1,4 @@
-"""A conditioner network bound in its three readings: values over a box, Lipschitz constants, and its part of a chain."""
+"""A conditioner in its three readings: values over a box, Lipschitz constants, and its part of a chain."""
 
 from __future__ import annotations
 

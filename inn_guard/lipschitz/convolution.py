@@ -196,6 +196,7 @@ def _waves(window: Sizes, grid: Sizes, origin: Sizes | None = None) -> Tensor:
 
 
 def is_transposed(module: Any) -> bool:
+    """Whether the module is a transposed convolution."""
     return isinstance(module, (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d))
 
 
@@ -210,7 +211,8 @@ def _dilated(kernel: Tensor, dilation: Sizes) -> Tensor:
         return kernel
     window = [(k - 1) * d + 1 for k, d in zip(kernel.shape[2:], dilation, strict=True)]
     wide = kernel.new_zeros(*kernel.shape[:2], *window)
-    wide[(slice(None), slice(None), *[slice(None, None, d) for d in dilation])] = kernel
+    index = [slice(None), slice(None), *[slice(None, None, d) for d in dilation]]
+    wide[tuple(index)] = kernel
     return wide
 
 

@@ -1,6 +1,6 @@
 """Couplings of every kind: one part is kept, the other goes through z = h(x; theta(kept)) entry by entry.
 
-J = [[I, 0], [M, D]] with D = diag(dh/dx) and M = sum_k diag(dh/dtheta_k) J_theta_k, and J^-1 = [[I, 0], [-D^-1 M, D^-1]].
+J = [[I, 0], [M, D]] with D = diag(dh/dx) and M = sum_k diag(dh/dtheta_k) J_theta_k; J^-1 = [[I, 0], [-D^-1 M, D^-1]].
 The diagonal factors are slopes in known intervals, so M, D^-1 M, and the whole J and J^-1, are chains of linear maps
 and slopes: the recursion bounds them directly, scale and shift networks together.
 """
@@ -136,9 +136,8 @@ class Coupling(BoundedMap):
         split: which is which.
         network: gives the parameters.
         transformer: h.
-        rows: for every parameter of h, the channels of the network's output that hold it, aligned with the changed ones.
+        rows: for every parameter of h the channels of the network's output that hold it, in the changed ones' order.
         context: the network's second argument, or None.
-        prepare: what happens to a network's output (constant factors of a library), as another module, or None.
     """
 
     split: Split
@@ -152,7 +151,7 @@ class Coupling(BoundedMap):
         try:
             d = self._derivatives(box)
         except Unbounded as error:
-            return BlockBounds(math.inf, math.inf, False, str(error), "none")
+            return BlockBounds.none(str(error))
         scale = Pair(float(d.slope.magnitude.max()), float(d.slope.reciprocal().magnitude.max()))
         norms = self._norms(d)
         proofs = self._proofs(d, effort)

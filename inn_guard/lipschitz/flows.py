@@ -1,4 +1,4 @@
-"""Bounded maps beyond couplings: residual, ODE, planar, radial, Sylvester, autoregressive, piecewise, logit, inverted."""
+"""Bounded maps beyond couplings: maps of known constants, logit, residual, ODE, autoregressive."""
 
 from __future__ import annotations
 
@@ -68,9 +68,7 @@ class LogitMap(BoundedMap):
         """Over the box within (0, 1)."""
         p = self._inside(box)
         if p.inf() <= 0 or p.sup() >= 1:
-            return BlockBounds(
-                math.inf, math.inf, False, "the logit is unbounded at 0 and 1: give domain=Box(lo, hi) inside"
-            )
+            return BlockBounds.none("the logit is unbounded at 0 and 1: give domain=Box(lo, hi) inside")
         # p (1 - p) in one piece, largest at 1/2
         ends = [Interval(end, end) * (1.0 - Interval(end, end)) for end in (p.lo, p.hi)]
         product = ends[0].hull(ends[1])
@@ -102,7 +100,7 @@ class Residual(BoundedMap):
         try:
             L = subnetwork_lipschitz(self.network, box, effort=effort, context=self.context)
         except Unbounded as error:
-            return BlockBounds(math.inf, math.inf, False, str(error), "none")
+            return BlockBounds.none(str(error))
         pair, proofs = blocks.invertible_residual(L), {}
         try:
             builder = ChainBuilder(box.shape[0], torus_of([self.network], tuple(box.shape)))
@@ -153,7 +151,7 @@ class Flow(BoundedMap):
     """The flow of dx/dt = field(t, x) over a duration: exp(L T) both ways.
 
     It bounds the map of every explicit fixed-step method with nonnegative coefficients too (Euler, midpoint, RK4): a
-    step's Lipschitz constant is at most the exponential series' first terms. An adaptive solver's own error comes on top.
+    step's Lipschitz constant is at most the exponential series' first terms. Of an adaptive solver nothing is proved.
     """
 
     field: nn.Module
@@ -168,7 +166,7 @@ class Flow(BoundedMap):
                 _Field(self.field), Interval(-everywhere, everywhere), effort=effort, context=times
             )
         except Unbounded as error:
-            return BlockBounds(math.inf, math.inf, False, str(error), "none")
+            return BlockBounds.none(str(error))
         return BlockBounds(*blocks.neural_ode(L, self.duration), method="logarithmic norm")
 
     def image(self, box: Interval) -> Interval:
@@ -198,13 +196,13 @@ class Autoregressive(BoundedMap):
             d = c._derivatives(box)
             entries = d.network.network.read(torch.eye(box.shape[0], dtype=torch.float64), Entrywise(d.network.seen))
         except Unbounded as error:
-            return BlockBounds(math.inf, math.inf, False, str(error), "none")
+            return BlockBounds.none(str(error))
         off = torch.zeros(box.shape[0], box.shape[0], dtype=torch.float64)
         for rows, factor in zip(c.rows, d.sensitivities, strict=True):
             off = off + (factor.magnitude[:, None] * entries[rows] * (1 + 1e-12)).nan_to_num(0, math.inf, 0)
         order = _triangular_order(off)
         if order is None:
-            return BlockBounds(math.inf, math.inf, False, "the network's masks are not autoregressive", "none")
+            return BlockBounds.none("the network's masks are not autoregressive")
         ordered = off[order][:, order]
         norm = up(float(d.slope.magnitude.max()) + c._norms(d).forward)
         pair = blocks.autoregressive(d.slope.lo[order], ordered, forward=norm)

@@ -1,4 +1,4 @@
-"""What a block is, in the terms in which its bounds are known: BoundedMap, its simple kinds, and the register of rules."""
+"""What a block is, in the terms in which its bounds are known: BoundedMap, its simple kinds, the register of rules."""
 
 from __future__ import annotations
 
@@ -59,6 +59,11 @@ class BlockBounds:
     method: str = "closed form"
     proofs: dict[str, Proof] = field(default_factory=dict, compare=False)
 
+    @classmethod
+    def none(cls, reason: str) -> BlockBounds:
+        """No bound, and why."""
+        return cls(math.inf, math.inf, is_global=False, reason=reason, method="none")
+
     @property
     def pair(self) -> Pair:
         """(forward, inverse)."""
@@ -69,7 +74,7 @@ class BoundedMap(abc.ABC):
     """A map about which bounds are known. Boxes have the shape of one sample, without batch.
 
     How to add one: give ``bounds`` and ``image``; give ``trace`` and ``trace_inverse`` where the Jacobian is made of
-    linear maps and slopes, so that whole networks are bounded at once; give ``table3`` where the paper prints a formula.
+    linear maps and slopes, so that whole networks are bounded at once; give ``table3`` where the paper has a formula.
     """
 
     @abc.abstractmethod
@@ -137,7 +142,7 @@ class Unknown(BoundedMap):
 
     def bounds(self, box: Interval, effort: Effort) -> BlockBounds:
         """Infinite, with the reason."""
-        return BlockBounds(math.inf, math.inf, False, self.reason, "none")
+        return BlockBounds.none(self.reason)
 
     def image(self, box: Interval) -> Interval:
         """Everything."""
@@ -195,7 +200,7 @@ class Diagonal(BoundedMap):
         """max |D| and 1 / min |D|."""
         scale = self._scale()
         if not scale.bounded:
-            return BlockBounds(math.inf, math.inf, True, "the scale is not finite")
+            return BlockBounds.none("the scale is not finite")
         pair = blocks.elementwise(scale)
         return BlockBounds(
             *pair, reason="" if math.isfinite(pair.inverse) else "a scale is zero: the block is singular"
@@ -271,7 +276,7 @@ class LinearMap(BoundedMap):
 
 @dataclass(frozen=True)
 class Elementwise(BoundedMap):
-    """y_i = scale * f(x_i), an activation as a layer; ``inverse`` is its inverse map, where that has bounds on boxes."""
+    """y_i = scale * f(x_i), an activation as a layer; ``inverse`` is its inverse where that has bounds on boxes."""
 
     function: Activation
     scale: float = 1.0

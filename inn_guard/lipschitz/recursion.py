@@ -16,7 +16,7 @@ __all__ = ["certify", "fast_multipliers", "optimise"]
 
 Progress = Callable[[str, float], None]
 WORST = 4  #: frequencies that are optimised at first, and that are added at each look at all of them
-LOOK = 25  #: steps between two looks at all frequencies
+LOOK = 60  #: steps between two looks at all frequencies
 
 
 def certify(chain: Chain, multipliers: Multipliers) -> float:

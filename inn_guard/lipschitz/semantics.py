@@ -38,12 +38,11 @@ class Boxes:
         """Centre and radius, each convolved, with the rounding of both."""
         weight = exact(module.weight)
         if not x.bounded or not bool(weight.isfinite().all()):
-            shape = apply(module, weight, torch.zeros_like(x.lo)).shape
-            y = Interval(torch.full(shape, -math.inf), torch.full(shape, math.inf))
-            return Interval(y.lo.double(), y.hi.double())
+            everything = torch.full_like(apply(module, weight, torch.zeros_like(x.lo)), math.inf)
+            return Interval(-everything, everything)
         centre, radius = apply(module, weight, x.centre), apply(module, weight.abs(), x.radius)
-        slack = 2 * gamma(weight[0].numel() * weight.shape[0] + 4) * (1 + 1e-9)
-        slack = slack * (apply(module, weight.abs(), x.magnitude) + radius)
+        relative = 2 * gamma(weight[0].numel() * weight.shape[0] + 4) * (1 + 1e-9)
+        slack = relative * (apply(module, weight.abs(), x.magnitude) + radius)
         y = Interval.of(centre) + Interval(-radius - slack, radius + slack)
         return y if module.bias is None else y + over_channels(exact(module.bias), y.lo)
 

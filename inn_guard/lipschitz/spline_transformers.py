@@ -266,7 +266,7 @@ class _Knots:
         inner = [u.increasing(torch.nn.functional.softplus) + spline.floors[2] for u in theta[2 * n :]]
         rates = [u.increasing(torch.sigmoid) for u in theta[2 * n :]]
         d = [one, *inner, one] if spline.tails else inner
-        return cls(shares[0], shares[1], *positions, *lengths, d, rates)
+        return cls(shares[0], shares[1], positions[0], positions[1], lengths[0], lengths[1], d, rates)
 
 
 class _InBin:

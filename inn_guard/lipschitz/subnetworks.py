@@ -23,7 +23,9 @@ __all__ = ["Network", "Semantics", "Unbounded", "readable"]
 Value = TypeVar("Value")
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 NORMALISATIONS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+IN_PLACE = (operator.iadd, operator.imul, operator.isub, operator.itruediv)
 DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout)
+PASSING = (nn.Identity, nn.Flatten, *DROPOUTS)
 
 
 class Unbounded(Exception):
@@ -90,7 +92,7 @@ class Network:
         self.context = context
         try:
             self.graph = _Tracer().trace(module, concrete_args={} if context is not None else _absent(module))
-        except Exception as error:  # noqa: BLE001 - tracing runs the user's forward, which may raise anything
+        except Exception as error:
             raise Unbounded(
                 f"{type(module).__name__} cannot be read as a graph ({type(error).__name__}: {error})"
             ) from error
@@ -119,23 +121,32 @@ class Network:
     def _step(self, node: fx.Node, known: Mapping[fx.Node, Any], semantics: Semantics[Value]) -> Any:
         args = fx.node.map_arg(node.args, known.__getitem__)
         kwargs = fx.node.map_arg(node.kwargs, known.__getitem__)
+        target: Any = node.target
         if node.op == "get_attr":
-            return operator.attrgetter(str(node.target))(self.module)
-        symbols = _symbols(args) + _symbols(tuple(kwargs.values()))
+            return operator.attrgetter(target)(self.module)
+        self._refuse_aliases(node)
         if node.op == "call_module":
-            return _Symbol(
-                _module(self.modules[str(node.target)], _value_of(args[0], self.module), semantics, node.name)
-            )
-        function = node.target if node.op == "call_function" else getattr(_Methods, str(node.target), None)
-        if not symbols:
+            x = _value_of(args[0], self.module)
+            return _Symbol(_module(self.modules[target], x, semantics, node.name))
+        if not _symbols(args) + _symbols(tuple(kwargs.values())):
             return (
-                node.target(*args, **kwargs)
-                if node.op == "call_function"
-                else getattr(args[0], str(node.target))(*args[1:], **kwargs)
-            )  # type: ignore
+                target(*args, **kwargs) if node.op == "call_function" else getattr(args[0], target)(*args[1:], **kwargs)
+            )
+        function = target if node.op == "call_function" else getattr(_Methods, target, None)
         if function is None:
-            raise Unbounded(f"the operation .{node.target}() is not known")
+            raise Unbounded(f"the operation .{target}() is not known")
         return _Symbol(_function(function, args, kwargs, semantics, node.name))
+
+    def _refuse_aliases(self, node: fx.Node) -> None:
+        """An operation in place also changes what its argument is used for elsewhere, which no reading follows."""
+        module = self.modules.get(str(node.target)) if node.op == "call_module" else None
+        in_place = getattr(module, "inplace", False) or node.kwargs.get("inplace") or node.target in IN_PLACE
+        source = node.args[0] if in_place else None
+        while isinstance(source, fx.Node):
+            if len(source.users) > 1:
+                raise Unbounded(f"{node.name} changes in place what is used again")
+            passes = source.op == "call_module" and isinstance(self.modules.get(str(source.target)), PASSING)
+            source = source.args[0] if passes or source.target in (F.dropout, torch.flatten, "flatten") else None
 
 
 class _Symbol:
@@ -153,7 +164,6 @@ class _Methods:
     relu = staticmethod(torch.relu)
     tanh = staticmethod(torch.tanh)
     sigmoid = staticmethod(torch.sigmoid)
-    contiguous = staticmethod(F.dropout)
 
 
 class _Stand(fx.Proxy):

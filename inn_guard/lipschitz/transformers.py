@@ -139,8 +139,8 @@ class Affine:
 class SigmoidScaleBounds:
     """g(s) = lower + (upper - lower) sigmoid(s + offset).
 
-    With w = upper - lower and a = lower / w, g'/g = p (1 - p) / (a + p) at p = sigmoid, largest, 1 + 2a - 2 sqrt(a^2 + a),
-    at p = sqrt(a^2 + a) - a.
+    With w = upper - lower and a = lower / w, g'/g = p (1 - p) / (a + p) for p = sigmoid; it is largest,
+    1 + 2a - 2 sqrt(a^2 + a), at p = sqrt(a^2 + a) - a.
     """
 
     lower: float

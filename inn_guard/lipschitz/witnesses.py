@@ -72,7 +72,7 @@ def search(
 
 
 def starting_points(box: Interval, count: int, generator: torch.Generator) -> Tensor:
-    """Uniform in a bounded box, standard normal in unbounded directions; its centre first. (count, *shape)"""
+    """Points (count, *shape): uniform in a bounded box, standard normal in unbounded directions."""
     lo, hi = box.lo, box.hi
     unit = torch.rand(count, *lo.shape, generator=generator, dtype=torch.float64)
     normal = torch.randn(count, *lo.shape, generator=generator, dtype=torch.float64)

@@ -69,7 +69,7 @@ def test_other_padding_modes(mode):
             assert bound <= true * (1 + 1e-10)
 
 
-@pytest.mark.parametrize("kind, size", [(nn.Conv1d, (9,)), (nn.Conv3d, (4, 3, 4)), (nn.ConvTranspose1d, (5,))])
+@pytest.mark.parametrize(("kind", "size"), [(nn.Conv1d, (9,)), (nn.Conv3d, (4, 3, 4)), (nn.ConvTranspose1d, (5,))])
 def test_one_and_three_dimensions(kind, size):
     generator = torch.Generator().manual_seed(8)
     for trial in range(20):

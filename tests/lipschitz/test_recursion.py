@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import pytest
@@ -76,7 +77,7 @@ def test_slopes_of_one_are_linear_algebra():
 def test_optimised_is_at_most_fast_and_below_the_product():
     generator = torch.Generator().manual_seed(7)
     sizes = [8, 32, 32, 8]
-    weights = [torch.randn(o, i, generator=generator) / math.sqrt(i) for i, o in zip(sizes, sizes[1:], strict=False)]
+    weights = [torch.randn(o, i, generator=generator) / math.sqrt(i) for i, o in itertools.pairwise(sizes)]
     zero, one, none = torch.zeros(32), torch.ones(32), torch.arange(0)
     chain = Chain(8, tuple(Layer(none, W[None], zero, one) for W in weights[:2]), weights[2][None])
     product = math.prod(float(torch.linalg.matrix_norm(W, 2)) for W in weights)

@@ -17,12 +17,12 @@ from nflows.transforms.normalization import ActNorm, BatchNorm
 from nflows.transforms.orthogonal import HouseholderSequence
 from nflows.transforms.qr import QRLinear
 from nflows.transforms.svd import SVDLinear
-from tests.lipschitz.soundness import assert_sound
 
 import inn_guard as ig
 from inn_guard.adapters import bounds_nflows  # noqa: F401 - registers the rules
 from inn_guard.lipschitz.intervals import Box
 from inn_guard.lipschitz.maps import Unknown, bounded_map
+from tests.lipschitz.soundness import assert_sound
 
 MASK = [1, 0, 1, 0]
 

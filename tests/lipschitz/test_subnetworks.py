@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import pytest
@@ -30,7 +31,7 @@ def jacobian_norms(module: nn.Module, x: torch.Tensor) -> torch.Tensor:
 
 def mlp(activation: type[nn.Module], sizes: list[int]) -> nn.Sequential:
     steps: list[nn.Module] = []
-    for n, m in zip(sizes, sizes[1:], strict=False):
+    for n, m in itertools.pairwise(sizes):
         steps += [nn.Linear(n, m), activation()]
         nn.init.normal_(steps[-2].weight, std=1.5 / math.sqrt(n))
     return nn.Sequential(*steps[:-1])
@@ -154,6 +155,24 @@ def test_groups_and_dilation():
 def test_what_is_not_known_is_said(module, reason):
     with pytest.raises(Unbounded, match=reason):
         subnetwork_lipschitz(module, Box.everywhere((2,)))
+
+
+class InPlace(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Linear(2, 2)
+
+    def forward(self, x):
+        y = self.inner(x)
+        y += 1.0
+        z = nn.functional.relu(y, inplace=True)
+        return z + y  # y is z by now
+
+
+def test_what_is_changed_in_place_and_used_again_is_refused():
+    with pytest.raises(Unbounded, match="in place"):
+        subnetwork_lipschitz(InPlace(), Box.everywhere((2,)))
+    subnetwork_lipschitz(nn.Sequential(nn.Linear(2, 2), nn.ReLU(inplace=True), nn.Linear(2, 1)), Box.everywhere((2,)))
 
 
 class DataDependent(nn.Module):
