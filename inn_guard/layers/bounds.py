@@ -23,7 +23,8 @@ from inn_guard.layers.reshape import Flatten, Squeeze, ZeroPadding
 from inn_guard.layers.residual import Residual
 from inn_guard.layers.scales import ClampedScale, ExpScale, ScaleFunction, SigmoidScale, SoftplusScale
 from inn_guard.lipschitz import couplings, flows, maps
-from inn_guard.lipschitz.activations import Activation, activation
+from inn_guard.lipschitz.activations import Activation, activation, known_activation
+from inn_guard.lipschitz.compositions import OnTail, Shaped, inverted
 from inn_guard.lipschitz.maps import BoundedMap, bounded_map
 from inn_guard.lipschitz.subnetworks import readable
 from inn_guard.lipschitz.transformers import (
@@ -50,9 +51,7 @@ def scale_bounds(scale: ScaleFunction) -> ScaleBounds:
     if isinstance(scale, SoftplusScale):
         return SoftplusScaleBounds(scale.lower)
     if isinstance(scale, ExpScale):
-        known = activation(nn.Identity())
-        assert known is not None
-        return LogScale(known)
+        return LogScale(known_activation(nn.Identity()))
     return ConstantScale(scale.lower, scale.upper, scale.max_slope, scale.max_log_slope)
 
 
@@ -70,7 +69,7 @@ def _coupling(layer: Coupling, transformer: Any, parameters: int) -> BoundedMap:
         rows = torch.arange(parameters * size).split(size)
         return couplings.Coupling(split, layer.network, transformer, rows, layer.context)
 
-    return maps.Shaped(lambda box: make(box.shape[0], box.shape), (layer.network,))
+    return Shaped(lambda box: make(box.shape[0], box.shape), (layer.network,))
 
 
 @bounded_map.register
@@ -81,6 +80,22 @@ def _(block: AdditiveCoupling, layer: Any) -> BoundedMap:
 @bounded_map.register
 def _(block: AffineCoupling, layer: Any) -> BoundedMap:
     return _coupling(block, Affine(scale_bounds(block.scale)), 2)
+
+
+@bounded_map.register
+def _(block: MaskedAutoregressive, layer: Any) -> BoundedMap:
+    def make(features: int) -> BoundedMap:
+        every, rows = torch.arange(features), torch.arange(2 * features).split(features)
+        split = couplings.ByChannel(every, every)
+        return flows.Autoregressive(couplings.Coupling(split, block.network, Affine(scale_bounds(block.scale)), rows))
+
+    return Shaped(lambda box: make(box.shape[0]), (block.network,))
+
+
+@bounded_map.register
+def _(block: Inverted, layer: Any) -> BoundedMap:
+    inner = block.layer if layer.context is None else block.layer.conditioned(layer.context)
+    return inverted(bounded_map(inner.block, inner))
 
 
 @bounded_map.register
@@ -118,7 +133,7 @@ def _(block: ZeroPadding, layer: Any) -> BoundedMap:
 @bounded_map.register
 def _(block: OnRemaining, layer: Any) -> BoundedMap:
     inner = block.layer if layer.context is None else block.layer.conditioned(layer.context)
-    return maps.OnTail(bounded_map(inner.block, inner), block.shape)
+    return OnTail(bounded_map(inner.block, inner), block.shape)
 
 
 @bounded_map.register
@@ -141,13 +156,13 @@ def _(block: MaskedAutoregressive, layer: Any) -> BoundedMap:
         )
         return flows.Autoregressive(both)
 
-    return maps.Shaped(lambda box: make(box.shape[0]), (block.network,))
+    return Shaped(lambda box: make(box.shape[0]), (block.network,))
 
 
 @bounded_map.register
 def _(block: Inverted, layer: Any) -> BoundedMap:
     inner = block.layer if layer.context is None else block.layer.conditioned(layer.context)
-    return bounded_map(inner.block, inner).inverted()
+    return inverted(bounded_map(inner.block, inner))
 
 
 class _Joined(nn.Module):
@@ -166,7 +181,5 @@ def _(module: Conditional) -> nn.Module:
 
 @activation.register
 def _(module: LipSwish) -> Activation:
-    silu = activation(nn.SiLU())
-    assert silu is not None
     rate = float(functional.softplus(module.raw.detach().double()))
-    return scaled(silu, 1 / (1.1 * rate), rate)
+    return scaled(known_activation(nn.SiLU()), 1 / (1.1 * rate), rate)

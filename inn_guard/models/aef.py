@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float
@@ -12,6 +13,8 @@ from torch import Tensor, nn
 
 from inn_guard.layers.chain import Chain
 from inn_guard.layers.reshape import Rearrangement
+from inn_guard.lipschitz import maps
+from inn_guard.lipschitz.maps import BoundedMap, bounded_map
 from inn_guard.models.autoencoder_nets import AutoencoderNets
 from inn_guard.models.core_shell import AutoencoderConfig, CoreShellFlow
 from inn_guard.models.expansion import ExpandedAutoencoder
@@ -94,6 +97,11 @@ class CoreLast(Rearrangement):
     def inverse(self, z: Tensor) -> Tensor:
         """The image."""
         return z.index_select(1, self.back).reshape(-1, *self.shape)
+
+
+@bounded_map.register
+def _(block: CoreLast, layer: Any) -> BoundedMap:
+    return maps.Rearrangement(block.forward)
 
 
 class _ShellImages(nn.Module):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -20,6 +21,8 @@ from inn_guard.layers.multiscale import OnRemaining
 from inn_guard.layers.partition import Leading
 from inn_guard.layers.preprocessing import Logit
 from inn_guard.layers.scales import SoftplusScale
+from inn_guard.lipschitz import maps
+from inn_guard.lipschitz.maps import BoundedMap, bounded_map
 from inn_guard.models.autoencoder_nets import AutoencoderNets, small_nets
 from inn_guard.network_tangent import NetworkTangent, tangent_of_module
 from inn_guard.tangent import Tangent
@@ -160,6 +163,16 @@ class ResidualScale(Invertible):
 
     def _divisor(self, x: Tensor) -> Tensor:
         return torch.cat([self.sigma(), x.new_ones(x.shape[1] - len(self.raw))])
+
+
+@bounded_map.register
+def _(block: ResidualScale, layer: Any) -> BoundedMap:
+    def make(entries: int) -> BoundedMap:
+        scale = torch.ones(entries, dtype=torch.float64)
+        scale[: len(block.raw)] = 1 / block.sigma().detach().double().cpu()
+        return maps.Diagonal(scale, torch.zeros_like(scale))
+
+    return maps.Shaped(lambda box: make(box.shape[0]))
 
 
 class CoreShellFlow(Chain):

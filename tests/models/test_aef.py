@@ -14,9 +14,11 @@ import inn_guard as ig
 from inn_guard.audits import AUDITS
 from inn_guard.layers.actnorm import Diagonal
 from inn_guard.layers.chain import Chain
+from inn_guard.lipschitz.bounding import lipschitz_bounds
+from inn_guard.lipschitz.intervals import Box
 from inn_guard.models.aef import CoreLast, LinearAEF, PartitionAEF, center_core, corner_core, random_core
 from inn_guard.models.autoencoder_nets import AutoencoderNets, big_nets, small_nets
-from inn_guard.models.core_shell import AutoencoderConfig, no_flow
+from inn_guard.models.core_shell import AutoencoderConfig, ResidualScale, no_flow
 from inn_guard.models.importance import Proposal
 from inn_guard.models.vae import VAE
 from tests import reference
@@ -363,6 +365,19 @@ def test_memory_saving_backpropagation_gives_the_same_gradients(kind):
     saved = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
     for ours, theirs in zip(plain, saved, strict=True):
         assert torch.allclose(ours, theirs, rtol=1e-6, atol=1e-6 * plain[0].abs().max().item())
+
+
+def test_certified_bounds_of_the_residual_scale_and_the_arrangement_are_exact():
+    layer = ResidualScale(3)
+    randomize(layer, 1.0)
+    everywhere = Box(torch.full((5,), -math.inf), torch.full((5,), math.inf))
+    bounds = lipschitz_bounds(layer, everywhere, seconds=1.0)
+    scale = torch.cat([1 / layer.sigma().detach(), torch.ones(2)])
+    assert bounds.forward == pytest.approx(scale.max().item(), rel=1e-9)
+    assert bounds.inverse == pytest.approx(1 / scale.min().item(), rel=1e-9)
+    arrangement = CoreLast(center_core((1, 4, 4), 4))
+    bounds = lipschitz_bounds(arrangement, Box(torch.zeros(1, 4, 4), torch.ones(1, 4, 4)), seconds=1.0)
+    assert (bounds.forward, bounds.inverse) == pytest.approx((1.0, 1.0), rel=1e-9)
 
 
 def test_a_proposal_can_be_given():
