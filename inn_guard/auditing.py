@@ -17,6 +17,7 @@ from inn_guard.adapters import wrap
 from inn_guard.audits import AUDITS, LEVELS, Audit, AuditReport, Level, polite
 from inn_guard.audits.watched import checked_batch
 from inn_guard.invertible import Context, Invertible
+from inn_guard.reversible import MemorySaving
 from inn_guard.untouched import untouched
 
 __all__ = ["audit", "known_check"]
@@ -56,7 +57,7 @@ def audit(
         TypeError: if x is no floating-point tensor, tuple of tensors or DataLoader.
         ValueError: if x is empty, has the wrong shape, dtype or device, or a check or level is unknown.
     """
-    wrapped = wrap(model, context=context)
+    wrapped = _map(wrap(model, context=context))
     x = checked_batch(wrapped, _batch(wrapped, x))
     _check_context(wrapped.context, x)
     chosen = _chosen(checks, level)
@@ -75,6 +76,11 @@ def audit(
         "seconds": round(time.perf_counter() - start, 2),
     }
     return AuditReport(tuple(results), wrapped.name, settings)
+
+
+def _map(model: Invertible) -> Invertible:
+    """The map itself: of a memory-saving model the one inside, else its gradients would be compared to themselves."""
+    return model.model if isinstance(model, MemorySaving) else model
 
 
 def _batch(model: Invertible, x: Any) -> Any:

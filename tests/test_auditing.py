@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
+import inn_guard as ig
 from inn_guard.auditing import audit
 from inn_guard.audits import AUDITS, LEVELS, AuditReport, AuditResult, Level, Verdict
 from inn_guard.audits.reconstruction import reconstruction
@@ -207,3 +208,32 @@ def test_the_verdict_is_the_worst_one():
 def test_every_audit_is_in_a_level():
     assert dict(LEVELS[Level.FULL]) == AUDITS
     assert set(LEVELS[Level.QUICK]) < set(LEVELS[Level.STANDARD]) < set(LEVELS[Level.FULL])
+
+
+def test_a_memory_saving_model_is_audited_as_the_map_inside():
+    """Its gradients are compared with the true ones, not with themselves."""
+    torch.manual_seed(0)
+    exploding = ig.wrap(layers=[_Shrink(1e-9), _Shrink(1e9), _Shift()])
+    x = torch.randn(8, 4, dtype=torch.float32)
+    plain, saving = (
+        ig.audit(model, x, checks=["gradient_angle"])["gradient_angle"]
+        for model in (exploding, ig.memory_saving(exploding))
+    )
+    assert saving.values == plain.values
+
+
+class _Shrink(ig.Invertible):
+    def __init__(self, factor):
+        super().__init__()
+        self.factor = torch.nn.Parameter(torch.tensor(factor, dtype=torch.float32))
+
+    def forward(self, x):
+        return x * self.factor + 1
+
+    def inverse(self, z):
+        return (z - 1) / self.factor
+
+
+class _Shift(_Shrink):
+    def __init__(self):
+        super().__init__(0.5)

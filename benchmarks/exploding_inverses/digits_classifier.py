@@ -32,6 +32,7 @@ from benchmarks.exploding_inverses.digits_nets import NETS, Classifier
 from benchmarks.exploding_inverses.digits_report import draw, final_table, write_index
 from benchmarks.runner import Row, main
 from inn_guard.audits.jacobian_spectrum import jacobian_spectrum
+from inn_guard.audits.reconstruction import reconstruction
 from inn_guard.regularizers import FiniteDifferences, NormalizingFlowLoss
 from inn_guard.training import Batch, FitSettings, fit
 
@@ -182,8 +183,14 @@ def audited(model: Classifier, data: Digits, config: Config, page: Path | None) 
 
 
 def _checks(config: Config) -> list[str | ig.audits.Audit]:
-    """The round trip, and the Jacobian of every sample where the level "standard" takes 32."""
-    return ["reconstruction", functools.partial(jacobian_spectrum, samples=config.audited)]
+    """The round trip, and the Jacobian of every sample where the level "standard" takes 32.
+
+    A classifier is not trained towards a prior and never sampled from one: its latents alone are judged.
+    """
+    return [
+        functools.partial(reconstruction, prior=None),
+        functools.partial(jacobian_spectrum, samples=config.audited),
+    ]
 
 
 if __name__ == "__main__":
