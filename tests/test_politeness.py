@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from inn_guard.audits import AUDITS, AuditResult, polite
 from tests.cases import CASES
+from tests.shortened import SHORTENED
 
 ROWS = 2
 
@@ -83,7 +84,7 @@ def test_no_audit_leaves_a_trace(patient):
     model, x = patient
     before = photograph(model, x)
     for name, audit in AUDITS.items():
-        result = polite(audit)(model, x)
+        result = polite(SHORTENED.get(name, audit))(model, x)
         assert isinstance(result, AuditResult)
         assert result.name == name
         assert photograph(model, x) == before, name

@@ -7,15 +7,18 @@ below, in the table of the first level that runs it.
 from __future__ import annotations
 
 import enum
+import functools
 from collections.abc import Callable
 
 from inn_guard.audits.base import AuditResult, Verdict
+from inn_guard.audits.dequantization_attack import dequantization_attack
 from inn_guard.audits.full_spectrum import full_spectrum
 from inn_guard.audits.gradient_angle import gradient_angle
 from inn_guard.audits.jacobian_spectrum import jacobian_spectrum
 from inn_guard.audits.layer_blame import layer_blame
 from inn_guard.audits.lipschitz_bounds import lipschitz_bounds
 from inn_guard.audits.log_det import log_det
+from inn_guard.audits.out_of_distribution import out_of_distribution
 from inn_guard.audits.precision import precision
 from inn_guard.audits.preflight import preflight
 from inn_guard.audits.reconstruction import reconstruction
@@ -30,6 +33,7 @@ QUICK: dict[str, Audit] = {
     "preflight": preflight,
     "reconstruction": reconstruction,
     "log_det": log_det,
+    "out_of_distribution": functools.partial(out_of_distribution, samples=8, spectrum_samples=0),
 }
 STANDARD: dict[str, Audit] = {
     **QUICK,
@@ -40,7 +44,9 @@ STANDARD: dict[str, Audit] = {
 }
 FULL: dict[str, Audit] = {
     **STANDARD,
+    "out_of_distribution": out_of_distribution,
     "full_spectrum": full_spectrum,
+    "dequantization_attack": dequantization_attack,
     "lipschitz_bounds": lipschitz_bounds,
 }
 

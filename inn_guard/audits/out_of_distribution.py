@@ -17,9 +17,10 @@ from inn_guard.audits.probes import PRIORS, PROBES, Reach
 from inn_guard.audits.radius import Radii, smallest_failing_radius
 from inn_guard.audits.round_trip import finite_rows
 from inn_guard.audits.trips import Trip, trip_from_data, trip_from_latents
+from inn_guard.audits.watchdog import TimedOut, time_limit
 from inn_guard.audits.watched import ModelRaised, checked_batch, polite
 from inn_guard.invertible import Invertible
-from inn_guard.jacobian import extremes
+from inn_guard.jacobian import Extremes, extremes
 from inn_guard.linearization import Linearization
 from inn_guard.tangent import NotApplicable
 
@@ -216,27 +217,35 @@ class _Probing:
         rows = finite_rows(trip.x).nonzero()[: self.spectrum_samples, 0]
         nothing = {"log10_sigma_max": math.nan, "log10_sigma_min": math.nan}
         try:
-            part = self.model.select(rows % len(self.x))
-            usable = finite_rows(part(trip.x[rows])) if len(rows) else torch.zeros(0, dtype=torch.bool)
-            if not bool(usable.any()):
-                return nothing
-            generator = torch.Generator().manual_seed(self.seed)
-            kept = Linearization(self.model.select(rows[usable] % len(self.x)), trip.x[rows[usable]])
-            ends = extremes(kept, generator=generator, tolerance=0.1, max_steps=20)
-        except (NotApplicable, ModelRaised):
+            with time_limit(self.guarded.seconds):
+                ends = self._extremes(trip.x[rows], rows % len(self.x))
+        except (NotApplicable, ModelRaised, TimedOut):
+            return nothing
+        if ends is None:
             return nothing
         return {
             "log10_sigma_max": ends.log_max.max().item() / LN10,
             "log10_sigma_min": ends.log_min.min().item() / LN10,
         }
 
+    def _extremes(self, x: Tensor, contexts: Tensor) -> Extremes | None:
+        """sigma_max and sigma_min at those of x whose latents are finite; None if there are none."""
+        with torch.no_grad():
+            kept = finite_rows(self.model.select(contexts)(x)) if len(x) else contexts.bool()
+        if not bool(kept.any()):
+            return None
+        linearization = Linearization(self.model.select(contexts[kept]), x[kept])
+        generator = torch.Generator().manual_seed(self.seed)
+        return extremes(linearization, generator=generator, tolerance=0.1, max_steps=20)
+
     def _answers_log_det(self) -> bool:
         try:
-            z, _ = self.model.forward_and_log_det(self.x)
-            rows = finite_rows(z).nonzero()[:, 0]
-            if len(rows):
-                self.model.select(rows).inverse_and_log_det(z[rows])
-        except (NotApplicable, ModelRaised):
+            with torch.no_grad(), time_limit(self.guarded.seconds):
+                z, _ = self.model.forward_and_log_det(self.x)
+                rows = finite_rows(z).nonzero()[:, 0]
+                if len(rows):
+                    self.model.select(rows).inverse_and_log_det(z[rows])
+        except (NotApplicable, ModelRaised, TimedOut):
             return False
         return True
 

@@ -21,7 +21,7 @@ class _Interruption(BaseException):
 
 
 @contextmanager
-def time_limit(seconds: float) -> Iterator[None]:
+def time_limit(seconds: float | int) -> Iterator[None]:
     """Interrupt what runs inside the block after so many seconds, in whatever thread it runs.
 
     The interruption arrives between two python instructions. A loop in python (a solver that waits for its step size
@@ -53,7 +53,7 @@ def time_limit(seconds: float) -> Iterator[None]:
 class _Watcher:
     """A thread that raises an interruption in the thread that made it, until it is stopped."""
 
-    def __init__(self, seconds: float) -> None:
+    def __init__(self, seconds: float | int) -> None:
         self._watched = ctypes.c_ulong(threading.get_ident())
         self._over = threading.Event()
         self._lock = threading.Lock()
@@ -69,7 +69,7 @@ class _Watcher:
             self._over.set()
             ctypes.pythonapi.PyThreadState_SetAsyncExc(self._watched, None)
 
-    def _watch(self, seconds: float) -> None:
+    def _watch(self, seconds: float | int) -> None:
         while not self._over.wait(seconds):
             with self._lock:
                 if not self._over.is_set():

@@ -11,8 +11,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from nflows.transforms import AffineCouplingTransform, CompositeTransform
 from nflows.nn.nets import ResidualNet
+from nflows.transforms import AffineCouplingTransform, CompositeTransform
 from torch import nn
 
 from inn_guard.adapters import wrap
@@ -111,7 +111,7 @@ def attacked(model, x, strategy, bits=8, seed=0):
 
 @pytest.mark.parametrize("name", ["paper", "ascent", "spectral", "gradient free", "random"])
 def test_the_farthest_corner_is_found_where_the_error_is_known(name):
-    """error = |x' - x_0|^2 is largest at one corner of the cube: climbers of the error reach it, the others come near."""
+    """error = |x' - x_0|^2 is largest at one corner of the cube: climbers reach it, the others come near."""
     x = images()
     cubes = Quantization(8).cubes(x)
     search, _ = attacked(Bent(cubes.centre + 1.5 * cubes.half), x, generous(name))
@@ -367,7 +367,7 @@ def test_the_same_seed_finds_the_same_points():
 
 def freia():
     net = FrEIA.framework.SequenceINN(6)
-    for k in range(3):
+    for _ in range(3):
         net.append(FrEIA.modules.AllInOneBlock, subnet_constructor=nn.Linear)
     return net
 

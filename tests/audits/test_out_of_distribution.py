@@ -1,0 +1,337 @@
+"""Probes off the data against closed forms, and models that hang, raise or return NaN there; the watchdog itself."""
+
+from __future__ import annotations
+
+import math
+import threading
+import time
+
+import FrEIA.framework
+import FrEIA.modules
+import pytest
+import torch
+from nflows.nn.nets import ResidualNet
+from nflows.transforms import AffineCouplingTransform, CompositeTransform
+from torch import nn
+
+from inn_guard.adapters import wrap
+from inn_guard.audits import probes
+from inn_guard.audits.base import Verdict
+from inn_guard.audits.guarded import Guarded
+from inn_guard.audits.out_of_distribution import out_of_distribution
+from inn_guard.audits.probes import PRIORS, PROBES
+from inn_guard.audits.radius import smallest_failing_radius
+from inn_guard.audits.watchdog import TimedOut, time_limit
+from inn_guard.audits.watched import Watched
+from inn_guard.invertible import Invertible
+from inn_guard.layers.chain import Chain
+from inn_guard.layers.coupling import AffineCoupling
+from inn_guard.layers.networks import MLP
+
+
+class Scale(Invertible):
+    """z = 2 x, with its log-determinants; subclasses break it somewhere."""
+
+    def forward(self, x):
+        return 2 * x
+
+    def inverse(self, z):
+        return z / 2
+
+    def forward_and_log_det(self, x):
+        return self.forward(x), torch.full((len(x),), x[0].numel() * math.log(2))
+
+    def inverse_and_log_det(self, z):
+        return self.inverse(z), torch.full((len(z),), -z[0].numel() * math.log(2))
+
+
+class Ball(Scale):
+    """Invertible inside a ball of that radius around 0; beyond it the inverse stays on the sphere."""
+
+    def __init__(self, radius):
+        super().__init__()
+        self.radius = radius
+
+    def inverse(self, z):
+        x = z / 2
+        length = x.flatten(1).norm(dim=1).reshape(-1, *[1] * (x.dim() - 1))
+        return torch.where(length > self.radius, x / length * self.radius, x)
+
+
+def rows(result):
+    return {row["family"]: row for row in result.tables["families"]}
+
+
+def data(*shape):
+    x = torch.randn(*(shape or (24, 5)))
+    return (x - x.mean(0)) / (x - x.mean(0)).flatten(1).norm(dim=1).median()  # centre 0, radius 1
+
+
+# closed forms
+
+
+def test_a_good_map_passes_everywhere_and_its_figures_are_known():
+    result = out_of_distribution(Scale(), data())
+    assert result.verdict is Verdict.STABLE
+    table = rows(result)
+    assert all(row["verdict"] == "passes" and row["max_error"] == 0 for row in table.values())
+    assert result.values["invertible_radius"] == math.inf
+    assert result.values["likelihood_radius"] == math.inf
+    for row in table.values():
+        assert row["log_det"] == pytest.approx(5 * math.log(2))
+        assert row["log10_sigma_max"] == pytest.approx(math.log10(2))
+        assert row["log10_sigma_min"] == pytest.approx(math.log10(2))
+
+
+@pytest.mark.parametrize("radius", [3.0, 17.0, 300.0])
+def test_the_radius_where_a_map_stops_being_invertible(radius):
+    """Beyond the ball the first error above 1 % of the scale is met a few per cent further out."""
+    result = out_of_distribution(Ball(radius), data())
+    assert radius <= result.values["invertible_radius"] <= 1.15 * radius
+    assert bool((result.per_sample["invertible_radius"] >= radius).all())
+    assert rows(result)["data"]["verdict"] == "passes"
+
+
+def test_the_radius_where_a_likelihood_stops_holding():
+    """log-determinants that leave D ln 2 |x| / 100 nats, i.e. |x| / 100 bits per dimension: 0.1 at radius 10."""
+
+    class Drifting(Scale):
+        def inverse_and_log_det(self, z):
+            x, log_det = super().inverse_and_log_det(z)
+            return x, log_det + z[0].numel() * math.log(2) * x.flatten(1).norm(dim=1) / 100
+
+    result = out_of_distribution(Drifting(), data())
+    assert result.values["likelihood_radius"] == pytest.approx(10, rel=0.05)
+    assert result.values["invertible_radius"] == math.inf
+    assert "likelihood holds to 1" in result.reason
+
+
+def test_the_search_halves_down_to_the_first_failure():
+    limits = torch.tensor([0.2, 1.0, 37.0, 1e9, 1e-9])
+    found = smallest_failing_radius(lambda radii: radii > limits, 5)
+    assert bool((found.fails[:3] >= limits[:3]).all())
+    assert bool((found.fails[:3] <= 1.02 * limits[:3]).all())
+    assert bool((found.holds[:3] <= limits[:3]).all())
+    assert found.fails[3] == math.inf
+    assert found.holds[3] == found.limit
+    assert found.holds[4] == 0
+
+
+@pytest.mark.parametrize("name", PROBES)
+def test_families_keep_shape_dtype_and_their_place(name):
+    probe, x = PROBES[name], torch.rand(6, 3, 8, 8, dtype=torch.float32)
+    made = probe.make(x, torch.Generator().manual_seed(0))
+    assert made.shape == x.shape
+    assert made.dtype == x.dtype
+    inside = bool(((made >= x.min() - 1e-6) & (made <= x.max() + 1e-6)).all())
+    assert inside == probe.reach.within
+    assert torch.equal(made, probe.make(x, torch.Generator().manual_seed(0)))
+
+
+def test_what_the_families_are():
+    x, generator = torch.randn(4, 2, 8, 8), torch.Generator().manual_seed(0)
+    assert torch.equal(probes.shuffled(x, generator).flatten(1).sort(1).values, x.flatten(1).sort(1).values)
+    assert not torch.equal(probes.shuffled(x, generator), x)
+    torch.testing.assert_close(probes.blurred(x * 0 + 0.7, generator), x * 0 + 0.7)
+    assert probes.blurred(x, generator).std() < 0.5 * x.std()
+    torch.testing.assert_close(probes.inverted(probes.inverted(x, generator), generator), x)
+    assert set(probes.rademacher(x, generator).unique().tolist()) == {x.min().item(), x.max().item()}
+    z = torch.zeros(200, 50)
+    assert PRIORS["prior latents, temperature 0.5"].make(z, generator).std().item() == pytest.approx(0.5, rel=0.03)
+
+
+def test_what_means_nothing_is_left_out_and_said_so():
+    result = out_of_distribution(Scale(), data())
+    assert "blurred" in result.settings["left_out"]
+    assert "blurred" not in rows(result)
+    assert "blurred" in rows(out_of_distribution(Scale(), data(6, 1, 8, 8)))
+
+
+# findings
+
+
+def test_a_family_that_fails_while_the_data_pass_decides():
+    """Prior latents of norm about sqrt(5) / 2 leave a ball of 1.05 radii; noise within the data's range does, too."""
+    result = out_of_distribution(Ball(1.05), 0.1 * data())
+    assert rows(result)["data"]["verdict"] == "passes"
+    assert rows(result)["prior latents, temperature 1"]["verdict"] == "not invertible"
+    assert result.verdict is Verdict.UNSTABLE
+    assert "the data pass, but these fail" in result.reason
+    assert rows(result)["scale x 100"]["decides"] == "no"
+
+
+def test_failures_beyond_the_range_are_told_but_do_not_decide():
+    result = out_of_distribution(Ball(40.0), data())
+    assert result.verdict is Verdict.STABLE
+    assert "beyond the data's range fail" in result.reason
+    assert "scale x 100" in result.reason
+
+
+def test_data_that_fail_themselves_are_the_verdict():
+    result = out_of_distribution(Ball(0.1), data())
+    assert result.verdict is Verdict.UNSTABLE
+    assert "the data themselves fail already" in result.reason
+
+
+def test_nan_and_exceptions_are_counted_where_they_happen():
+    class Brittle(Scale):
+        def inverse(self, z):
+            if bool((z.abs().flatten(1).amax(1) > 60).any()):
+                raise ValueError("outside of the domain")
+            return torch.where(z.abs() > 20, math.nan, z / 2)
+
+    x = data()
+    far, farther = 15 + 0 * x[:3], 50 + 0 * x[:3]
+    mixed = torch.cat([x[:1], farther[:1], x[:1]])
+    result = out_of_distribution(Brittle(), x, others={"far": far, "farther": farther, "mixed": mixed})
+    assert result.verdict is Verdict.NON_FINITE
+    table = rows(result)
+    assert table["data"]["non_finite"] == 0
+    assert table["far"]["non_finite"] == table["farther"]["non_finite"] == 3
+    assert table["mixed"]["non_finite"] == 1
+    assert "outside of the domain" in result.settings["given_up"]
+
+
+def test_other_sets_must_look_like_the_data():
+    with pytest.raises(ValueError, match="like those of x"):
+        out_of_distribution(Scale(), data(), others={"wrong": torch.zeros(3, 7)})
+
+
+def test_an_injective_map_is_judged_by_its_latents():
+    class Padded(Invertible):
+        bijective = False
+
+        def forward(self, x):
+            return x[:, :2]
+
+        def inverse(self, z):
+            return torch.cat([z, torch.zeros_like(z)], dim=1)
+
+    result = out_of_distribution(Padded(), data(24, 4))
+    assert result.verdict is Verdict.STABLE
+    assert "none in both directions" in result.settings["left_out"]
+
+
+def test_images_beside_what_came_back():
+    result = out_of_distribution(Scale(), data(6, 1, 8, 8))
+    assert result.images["input"].shape == result.images["reconstruction"].shape
+    assert len(result.images["input"]) == 1 + len(PROBES)
+
+
+def test_no_finite_data():
+    assert out_of_distribution(Scale(), data() * math.nan).verdict is Verdict.NON_FINITE
+
+
+def freia():
+    net = FrEIA.framework.SequenceINN(6)
+    for _ in range(3):
+        net.append(FrEIA.modules.AllInOneBlock, subnet_constructor=nn.Linear)
+    return net
+
+
+def nflows():
+    masks = (((torch.arange(6) + k) % 2).int() for k in range(4))
+    return CompositeTransform([AffineCouplingTransform(mask, lambda n, m: ResidualNet(n, m, 16)) for mask in masks])
+
+
+def ours():
+    return Chain(*(AffineCoupling(MLP([3, 16, 6])) for _ in range(3)))
+
+
+@pytest.mark.parametrize("make", [freia, nflows, ours], ids=["FrEIA", "nflows", "ours"])
+def test_libraries(make):
+    torch.manual_seed(0)
+    result = out_of_distribution(wrap(make().float().eval()), data(16, 6).float(), samples=8)
+    table = rows(result)
+    assert table["data"]["verdict"] == "passes"
+    assert 0 < table["data"]["max_error"] < 1e-4
+    assert table["data"]["log10_sigma_min"] < table["data"]["log10_sigma_max"]
+    assert result.values["invertible_radius"] > 1
+
+
+# the watchdog
+
+
+class Hanging(Scale):
+    """Loops forever on latents beyond a size, as an adaptive solver does on NaN."""
+
+    def inverse(self, z):
+        while bool((z.abs() > 100).any()):
+            time.sleep(0.001)
+        return z / 2
+
+
+def test_a_loop_is_interrupted_in_any_thread():
+    def loop():
+        try:
+            while True:
+                time.sleep(0.001)
+        except Exception:  # does not see the interruption
+            raise AssertionError from None
+
+    def watched(found):
+        with pytest.raises(TimedOut, match="after 0"), time_limit(0.1):
+            loop()
+        found.append(True)
+
+    found: list[bool] = []
+    watched(found)
+    thread = threading.Thread(target=watched, args=(found,))
+    thread.start()
+    thread.join(10)
+    assert found == [True, True]
+
+
+def test_quick_calls_are_not_disturbed_and_late_interruptions_are_taken_back():
+    for _ in range(200):
+        try:
+            with time_limit(0.002):
+                total = sum(range(2000))
+        except TimedOut:
+            continue
+        assert total == 1999000
+    end = time.perf_counter() + 0.2
+    while time.perf_counter() < end:  # an interruption left behind would surface here
+        pass
+
+
+def test_code_that_swallows_the_interruption_is_interrupted_again():
+    def stubborn():
+        swallowed = 0
+        while True:
+            try:
+                time.sleep(0.001)
+            except BaseException:
+                swallowed += 1
+                if swallowed == 2:
+                    raise
+
+    with pytest.raises(TimedOut), time_limit(0.1):
+        stubborn()
+
+
+def test_exceptions_of_the_code_itself_pass():
+    with pytest.raises(KeyError), time_limit(5.0):
+        raise KeyError("mine")
+
+
+def test_a_call_that_hangs_is_given_up_and_the_others_are_not():
+    guarded = Guarded(Watched(Hanging()), data(), seconds=0.2)
+    z = torch.ones(3, 5)
+    assert torch.equal(guarded.inverse(z), z / 2)
+    z[1] = 1e3
+    start = time.perf_counter()
+    assert guarded.inverse(z).isnan().all()
+    assert time.perf_counter() - start < 5
+    assert guarded.outcome.reasons == {"interrupted after 0.2 s": 3}
+    z[1] = math.nan
+    assert guarded.inverse(z).isnan().any(1).tolist() == [False, True, False]
+
+
+def test_an_audit_of_a_map_that_hangs_ends(monkeypatch):
+    monkeypatch.setattr("inn_guard.audits.guarded.LEAST", 0.3)
+    result = out_of_distribution(Hanging(), data())
+    assert rows(result)["scale x 100"]["verdict"] == "not finite"
+    assert rows(result)["data"]["verdict"] == "passes"
+    assert "interrupted" in result.settings["given_up"]
+    assert result.values["invertible_radius"] < math.inf
