@@ -3,7 +3,7 @@
 Every chain is evaluated anew with the multipliers in the file, by numpy alone, roundings added; neither the optimiser
 nor the package is needed. With the weights, their hash is compared. Factors without a chain are named, not proved.
 """
-# ruff: noqa: ANN, D103, PLR0913
+# ruff: noqa: ANN001, ANN201, D103, PLR0913
 
 import hashlib
 import json

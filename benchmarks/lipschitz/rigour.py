@@ -42,7 +42,7 @@ class Config:
 
     matrices: int = 10_000
     kernels: int = 2_000
-    networks: int = 10_000
+    networks: int = 2_000
     large: int = 3
 
     @classmethod
@@ -138,8 +138,8 @@ def networks(count: int) -> dict[str, float]:
         builder = ChainBuilder(sizes[0])
         chain = builder.finish(read(net, box).into(builder, builder.start()))
         bound = bound_chain(chain, Effort(steps=3 * (trial % 4 == 0))).bound
-        truth = max(_vertex(chain, generator) for _ in range(20))
-        x = torch.rand(16, sizes[0], generator=generator, dtype=torch.float64) * 2 - 1
+        truth = max(_vertex(chain, generator) for _ in range(8))
+        x = torch.rand(4, sizes[0], generator=generator, dtype=torch.float64) * 2 - 1
         J = torch.func.vmap(torch.func.jacrev(net))(x)
         truth = max(truth, float(torch.linalg.matrix_norm(J, 2).max().detach()))
         below += bound < truth * (1 - 1e-12)

@@ -12,8 +12,9 @@ from torch import Tensor, nn
 
 from inn_guard.adapters import bounds  # noqa: F401 - the rules that all adapters share
 from inn_guard.lipschitz import flows, maps
-from inn_guard.lipschitz.activations import Activation, activation
+from inn_guard.lipschitz.activations import Activation, known_activation
 from inn_guard.lipschitz.blocks import Pair
+from inn_guard.lipschitz.compositions import Composition
 from inn_guard.lipschitz.couplings import ByChannel, Coupling
 from inn_guard.lipschitz.maps import BoundedMap, Unknown, bounded_map
 from inn_guard.lipschitz.transformers import Additive, Affine, LogScale, Transformer, atan_activation, scaled
@@ -34,14 +35,8 @@ class _Raw(nn.Module):
         return raw if self.factor == 1.0 else raw * self.factor
 
 
-def _known(module: nn.Module) -> Activation:
-    function = activation(module)
-    assert function is not None
-    return function
-
-
 def _clamps() -> list[tuple[Callable[[Tensor], Tensor], Callable[[float], Activation]]]:
-    sigmoid, tanh = _known(nn.Sigmoid()), _known(nn.Tanh())
+    sigmoid, tanh = known_activation(nn.Sigmoid()), known_activation(nn.Tanh())
     return [
         (lambda u: 0.636 * torch.atan(u), lambda c: atan_activation(0.636 * c)),
         (torch.tanh, lambda c: scaled(tanh, c)),
@@ -81,7 +76,7 @@ def _two_sided(block: Any, layer: Any, networks: tuple[nn.Module, nn.Module], tr
     """First x1 changes by x2, then x2 by the new x1."""
     halves = _halves(block)
     first = _coupling(halves.swapped, networks[0], transformer, layer)
-    return maps.Composition((first, _coupling(halves, networks[1], transformer, layer)))
+    return Composition((first, _coupling(halves, networks[1], transformer, layer)))
 
 
 @bounded_map.register
@@ -131,12 +126,12 @@ def _(block: Ff.AllInOneBlock, layer: Any) -> BoundedMap:
     weight = block._construct_householder_permutation() if block.householder else block.w_perm
     mixing = weight.detach().double().reshape(block.in_channels, block.in_channels)
     split = ByChannel.halves(block.in_channels, block.splits[0])
-    tanh = scaled(_known(nn.Tanh()), float(block.clamp))
+    tanh = scaled(known_activation(nn.Tanh()), float(block.clamp))
     coupling = _coupling(split, _Raw(block.subnet, factor=0.1), Affine(LogScale(tanh), (1, 0)), layer)
     scale = block.global_scale_activation(block.global_scale).detach().reshape(-1)
     parts = [coupling, maps.Diagonal(scale, block.global_offset.detach().reshape(-1)), maps.LinearMap.computed(mixing)]
     before = [maps.LinearMap.computed(mixing.T)] if block.reverse_pre_permute else []
-    return maps.Composition((*before, *parts))
+    return Composition((*before, *parts))
 
 
 @bounded_map.register
@@ -180,7 +175,7 @@ def _by_evaluation(layer: Any) -> BoundedMap:
 
 @bounded_map.register
 def _(block: Ff.InvertibleSigmoid, layer: Any) -> BoundedMap:
-    return maps.Elementwise(_known(nn.Sigmoid()), inverse=flows.LogitMap(0.0))
+    return maps.Elementwise(known_activation(nn.Sigmoid()), inverse=flows.LogitMap(0.0))
 
 
 @bounded_map.register

@@ -22,7 +22,7 @@ from torch.nn import functional
 
 from inn_guard.adapters import bounds  # noqa: F401 - the rules that all adapters share
 from inn_guard.lipschitz import flows, maps, splines
-from inn_guard.lipschitz.activations import Activation, activation
+from inn_guard.lipschitz.activations import known_activation
 from inn_guard.lipschitz.blocks import Pair
 from inn_guard.lipschitz.couplings import ByChannel, Coupling
 from inn_guard.lipschitz.maps import BoundedMap, Unknown, bounded_map
@@ -35,12 +35,6 @@ from inn_guard.lipschitz.transformers import (
     Transformer,
     scaled,
 )
-
-
-def _known(module: nn.Module) -> Activation:
-    function = activation(module)
-    assert function is not None
-    return function
 
 
 def _interleaved(entries: int, parameters: int) -> Sequence[Tensor]:
@@ -201,15 +195,17 @@ def _(block: HouseholderSequence, layer: Any) -> BoundedMap:
 
 @bounded_map.register
 def _(block: nf.LeakyReLU, layer: Any) -> BoundedMap:
-    return maps.Elementwise(_known(nn.LeakyReLU(float(block.negative_slope))))
+    return maps.Elementwise(known_activation(nn.LeakyReLU(float(block.negative_slope))))
 
 
 @bounded_map.register
 def _(block: nf.Tanh, layer: Any) -> BoundedMap:
-    return maps.Elementwise(_known(nn.Tanh()))
+    return maps.Elementwise(known_activation(nn.Tanh()))
 
 
 @bounded_map.register
 def _(block: nf.Sigmoid, layer: Any) -> BoundedMap:
     temperature = float(block.temperature)
-    return maps.Elementwise(scaled(_known(nn.Sigmoid()), 1.0, temperature), inverse=flows.LogitMap(0.0, temperature))
+    return maps.Elementwise(
+        scaled(known_activation(nn.Sigmoid()), 1.0, temperature), inverse=flows.LogitMap(0.0, temperature)
+    )

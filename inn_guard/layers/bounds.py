@@ -24,8 +24,8 @@ from inn_guard.layers.residual import Residual
 from inn_guard.layers.scales import ClampedScale, ExpScale, ScaleFunction, SigmoidScale, SoftplusScale
 from inn_guard.lipschitz import couplings, flows, maps
 from inn_guard.lipschitz.activations import Activation, activation, known_activation
-from inn_guard.lipschitz.compositions import OnTail, Shaped, inverted
-from inn_guard.lipschitz.maps import BoundedMap, bounded_map
+from inn_guard.lipschitz.compositions import OnTail, inverted
+from inn_guard.lipschitz.maps import BoundedMap, Shaped, bounded_map
 from inn_guard.lipschitz.subnetworks import readable
 from inn_guard.lipschitz.transformers import (
     Additive,

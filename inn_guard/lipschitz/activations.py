@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from inn_guard.lipschitz.intervals import Interval
 
-__all__ = ["FUNCTIONS", "Activation", "activation"]
+__all__ = ["FUNCTIONS", "Activation", "activation", "known_activation"]
 
 Function = Callable[[Tensor], Tensor]
 Turns = Mapping[float, tuple[float, float]]
@@ -94,6 +94,18 @@ def _enclose(x: Interval, ends: list[Tensor], turns: Turns) -> Interval:
 def activation(module: Any) -> Activation | None:
     """The elementwise function that a module is, or None if it is none that is known."""
     return None
+
+
+def known_activation(module: nn.Module) -> Activation:
+    """The elementwise function that a module is.
+
+    Raises:
+        TypeError: if it is none that is known.
+    """
+    function = activation(module)
+    if function is None:
+        raise TypeError(f"expected an activation with a rule, got {type(module).__name__}")
+    return function
 
 
 @activation.register

@@ -7,21 +7,22 @@ plus that of its radii. The box with the largest bound is split until the bound 
 
 from __future__ import annotations
 
+import functools
 import math
+import operator
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import singledispatch
 
 import torch
 from torch import Tensor
 
-from inn_guard.lipschitz import maps
 from inn_guard.lipschitz.blocks import Pair
+from inn_guard.lipschitz.compositions import Composition
 from inn_guard.lipschitz.couplings import Coupling
 from inn_guard.lipschitz.intervals import Interval
 from inn_guard.lipschitz.jets import Direct, Table
-from inn_guard.lipschitz.maps import BoundedMap
+from inn_guard.lipschitz.maps import BoundedMap, Diagonal, Elementwise, LinearMap, Rearrangement, Shaped
 from inn_guard.lipschitz.rounding import UNIT
 from inn_guard.lipschitz.semantics import _nearly
 from inn_guard.lipschitz.spectral import exact, inverse_with_error
@@ -70,7 +71,7 @@ class State:
 Step = Callable[[State], State]
 
 
-@singledispatch
+@functools.singledispatch
 def step_of(described: BoundedMap, reach: Interval) -> Step:
     """How boxes go through a map, tables made for inputs within ``reach``.
 
@@ -81,17 +82,17 @@ def step_of(described: BoundedMap, reach: Interval) -> Step:
 
 
 @step_of.register
-def _(described: maps.Shaped, reach: Interval) -> Step:
+def _(described: Shaped, reach: Interval) -> Step:
     return step_of(described.make(reach), reach)
 
 
 @step_of.register
-def _(described: maps.Composition, reach: Interval) -> Step:
+def _(described: Composition, reach: Interval) -> Step:
     raise Unbounded("a composition is opened before its steps are made")
 
 
 @step_of.register
-def _(described: maps.Rearrangement, reach: Interval) -> Step:
+def _(described: Rearrangement, reach: Interval) -> Step:
     order = described._order(reach)
 
     def step(s: State) -> State:
@@ -102,7 +103,7 @@ def _(described: maps.Rearrangement, reach: Interval) -> Step:
 
 
 @step_of.register
-def _(described: maps.Diagonal, reach: Interval) -> Step:
+def _(described: Diagonal, reach: Interval) -> Step:
     scale, shift = (
         _nearly(exact(t) * torch.ones(reach.shape[0], dtype=torch.float64)) for t in (described.scale, described.shift)
     )
@@ -115,7 +116,7 @@ def _(described: maps.Diagonal, reach: Interval) -> Step:
 
 
 @step_of.register
-def _(described: maps.Elementwise, reach: Interval) -> Step:
+def _(described: Elementwise, reach: Interval) -> Step:
     def step(s: State) -> State:
         slope = described._slope(s.box)
         K = None if s.K is None else s.K / slope.map(lambda t: t[:, None])
@@ -125,7 +126,7 @@ def _(described: maps.Elementwise, reach: Interval) -> Step:
 
 
 @step_of.register
-def _(described: maps.LinearMap, reach: Interval) -> Step:
+def _(described: LinearMap, reach: Interval) -> Step:
     back, error = inverse_with_error(described.weight)
     size = float(torch.linalg.matrix_norm(back)) + error
     if not math.isfinite(error) or size * described.error > 0.5:
@@ -173,12 +174,11 @@ def _(described: Coupling, reach: Interval) -> Step:
 
 def _weighted(factors: Sequence[Interval], rates: Interval, rows: Sequence[Tensor]) -> Interval:
     """sum_k diag(factor_k) J_theta_k, (B, changed, kept)."""
-    total: Interval | None = None
-    for factor, index in zip(factors, rows, strict=True):
-        term = rates[:, :, index].map(lambda t: t.mT) * factor.map(lambda t: t[:, :, None])
-        total = term if total is None else total + term
-    assert total is not None
-    return total
+    terms = [
+        rates[:, :, index].map(lambda t: t.mT) * factor.map(lambda t: t[:, :, None])
+        for factor, index in zip(factors, rows, strict=True)
+    ]
+    return functools.reduce(operator.add, terms)
 
 
 def _pulled(K: Interval, keep: Tensor, change: Tensor, slope: Interval, relative: Interval) -> Interval:
@@ -376,7 +376,7 @@ def _grid(box: Interval) -> tuple[Tensor, Tensor]:
 
 
 def _opened(layers: Sequence[BoundedMap]) -> list[BoundedMap]:
-    return [part for m in layers for part in (_opened(m.parts) if isinstance(m, maps.Composition) else [m])]
+    return [part for m in layers for part in (_opened(m.parts) if isinstance(m, Composition) else [m])]
 
 
 def _steps(layers: Sequence[BoundedMap], box: Interval) -> list[Step]:

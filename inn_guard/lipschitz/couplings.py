@@ -15,7 +15,7 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor, nn
 
-from inn_guard.lipschitz import blocks
+import inn_guard.lipschitz.blocks as blocks
 from inn_guard.lipschitz.blocks import Pair
 from inn_guard.lipschitz.building import ChainBuilder, ChainReading, Linear
 from inn_guard.lipschitz.chains import Chain

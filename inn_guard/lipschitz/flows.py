@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from inn_guard.lipschitz import blocks
+import inn_guard.lipschitz.blocks as blocks
 from inn_guard.lipschitz.blocks import Pair
 from inn_guard.lipschitz.building import ChainBuilder, ChainReading, Linear
 from inn_guard.lipschitz.conditioners import Effort, bound_chain, read, subnetwork_lipschitz, torus_of

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import abc
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import singledispatch
 from typing import Any
@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from inn_guard.lipschitz import blocks
+import inn_guard.lipschitz.blocks as blocks
 from inn_guard.lipschitz.activations import Activation
 from inn_guard.lipschitz.blocks import Pair
 from inn_guard.lipschitz.building import ChainBuilder, Linear
@@ -26,12 +26,9 @@ from inn_guard.lipschitz.subnetworks import Unbounded
 __all__ = [
     "BlockBounds",
     "BoundedMap",
-    "Composition",
     "Diagonal",
     "Elementwise",
-    "Inverted",
     "LinearMap",
-    "OnTail",
     "Rearrangement",
     "Shaped",
     "Unknown",
@@ -109,10 +106,6 @@ class BoundedMap(abc.ABC):
         """The conditioners, whose paddings a torus must hold."""
         return []
 
-    def inverted(self) -> BoundedMap:
-        """The inverse map; what holds on boxes of x only is not known of boxes of z, unless overridden."""
-        return Inverted(self)
-
 
 @singledispatch
 def bounded_map(block: Any, layer: Any) -> BoundedMap:
@@ -187,6 +180,43 @@ class Rearrangement(BoundedMap):
         if len(order) != box.shape[0]:
             raise Unbounded("entries are dropped or added")
         return order
+
+
+@dataclass(frozen=True)
+class Shaped(BoundedMap):
+    """A map that is known once the shape of its input is.
+
+    Attributes:
+        make: the map for a box.
+        conditioners: its networks.
+    """
+
+    make: Callable[[Interval], BoundedMap]
+    conditioners: tuple[torch.nn.Module, ...] = ()
+
+    def bounds(self, box: Interval, effort: Effort) -> BlockBounds:
+        """The map's."""
+        return self.make(box).bounds(box, effort)
+
+    def image(self, box: Interval) -> Interval:
+        """The map's."""
+        return self.make(box).image(box)
+
+    def table3(self, box: Interval) -> Pair:
+        """The map's."""
+        return self.make(box).table3(box)
+
+    def trace(self, builder: ChainBuilder, x: Linear, box: Interval) -> Linear:
+        """The map's."""
+        return self.make(box).trace(builder, x, box)
+
+    def trace_inverse(self, builder: ChainBuilder, z: Linear, box: Interval) -> Linear:
+        """The map's."""
+        return self.make(box).trace_inverse(builder, z, box)
+
+    def networks(self) -> list[torch.nn.Module]:
+        """The conditioners."""
+        return list(self.conditioners)
 
 
 @dataclass(frozen=True)
@@ -302,171 +332,8 @@ class Elementwise(BoundedMap):
         """One over them."""
         return builder.activated(z, *_per_channel(self._slope(box).reciprocal(), z.channels))
 
-    def inverted(self) -> BoundedMap:
-        """What was given as the inverse."""
-        return Inverted(self) if self.inverse is None else self.inverse
-
     def _slope(self, box: Interval) -> Interval:
         return self.function.slope(box) * self.scale
-
-
-@dataclass(frozen=True)
-class Composition(BoundedMap):
-    """Several maps, the first one applied first."""
-
-    parts: Sequence[BoundedMap]
-
-    def bounds(self, box: Interval, effort: Effort) -> BlockBounds:
-        """Products of the parts' bounds, each on the box that the parts before it make."""
-        total, proofs = BlockBounds(1.0, 1.0), {}
-        for k, part in enumerate(self.parts):
-            own = part.bounds(box, effort)
-            proofs.update({f"{k}.{name}": proof for name, proof in own.proofs.items()})
-            total = BlockBounds(
-                up(total.forward * own.forward), up(total.inverse * own.inverse),
-                total.is_global and own.is_global, total.reason or own.reason, "product of parts", proofs,
-            )  # fmt: skip
-            box = part.image(box)
-        return total
-
-    def image(self, box: Interval) -> Interval:
-        """Through all parts."""
-        for part in self.parts:
-            box = part.image(box)
-        return box
-
-    def table3(self, box: Interval) -> Pair:
-        """The product."""
-        forward = inverse = 1.0
-        for part, state in zip(self.parts, self._boxes(box), strict=True):
-            own = part.table3(state)
-            forward, inverse = up(forward * own.forward), up(inverse * own.inverse)
-        return Pair(forward, inverse)
-
-    def trace(self, builder: ChainBuilder, x: Linear, box: Interval) -> Linear:
-        """One after the other."""
-        for part, state in zip(self.parts, self._boxes(box), strict=True):
-            x = part.trace(builder, x, state)
-        return x
-
-    def trace_inverse(self, builder: ChainBuilder, z: Linear, box: Interval) -> Linear:
-        """The last one first."""
-        for part, state in reversed(list(zip(self.parts, self._boxes(box), strict=True))):
-            z = part.trace_inverse(builder, z, state)
-        return z
-
-    def networks(self) -> list[torch.nn.Module]:
-        """Of all parts."""
-        return [module for part in self.parts for module in part.networks()]
-
-    def _boxes(self, box: Interval) -> list[Interval]:
-        states = [box]
-        for part in self.parts[:-1]:
-            states.append(part.image(states[-1]))
-        return states[: len(self.parts)]
-
-
-@dataclass(frozen=True)
-class Shaped(BoundedMap):
-    """A map that is known once the shape of its input is.
-
-    Attributes:
-        make: the map for a box.
-        conditioners: its networks.
-    """
-
-    make: Callable[[Interval], BoundedMap]
-    conditioners: tuple[torch.nn.Module, ...] = ()
-
-    def bounds(self, box: Interval, effort: Effort) -> BlockBounds:
-        """The map's."""
-        return self.make(box).bounds(box, effort)
-
-    def image(self, box: Interval) -> Interval:
-        """The map's."""
-        return self.make(box).image(box)
-
-    def table3(self, box: Interval) -> Pair:
-        """The map's."""
-        return self.make(box).table3(box)
-
-    def trace(self, builder: ChainBuilder, x: Linear, box: Interval) -> Linear:
-        """The map's."""
-        return self.make(box).trace(builder, x, box)
-
-    def trace_inverse(self, builder: ChainBuilder, z: Linear, box: Interval) -> Linear:
-        """The map's."""
-        return self.make(box).trace_inverse(builder, z, box)
-
-    def networks(self) -> list[torch.nn.Module]:
-        """The conditioners."""
-        return list(self.conditioners)
-
-
-@dataclass(frozen=True)
-class OnTail(BoundedMap):
-    """A map of the last entries of a vector, laid out in ``shape``; the first entries pass."""
-
-    inner: BoundedMap
-    shape: tuple[int, ...]
-
-    def bounds(self, box: Interval, effort: Effort) -> BlockBounds:
-        """The larger of one and the inner map's: the Jacobian is block diagonal."""
-        own = self.inner.bounds(self._tail(box), effort)
-        return BlockBounds(
-            max(1.0, own.forward), max(1.0, own.inverse), own.is_global, own.reason, own.method, own.proofs
-        )
-
-    def image(self, box: Interval) -> Interval:
-        """[head, inner image]."""
-        tail = self.inner.image(self._tail(box)).map(torch.flatten)
-        return Interval.cat([box[: len(box.lo) - math.prod(self.shape)], tail])
-
-    def table3(self, box: Interval) -> Pair:
-        """The larger of one and the inner map's."""
-        own = self.inner.table3(self._tail(box))
-        return Pair(max(1.0, own.forward), max(1.0, own.inverse))
-
-    def _tail(self, box: Interval) -> Interval:
-        return box[len(box.lo) - math.prod(self.shape) :].map(lambda t: t.reshape(self.shape))
-
-
-@dataclass(frozen=True)
-class Inverted(BoundedMap):
-    """The inverse of another map. Its box is one of outputs, so only what holds everywhere can be said of its input."""
-
-    inner: BoundedMap
-
-    def bounds(self, box: Interval, effort: Effort) -> BlockBounds:
-        """The other's global bounds, exchanged."""
-        own = self.inner.bounds(_everywhere(box), effort)
-        return BlockBounds(own.inverse, own.forward, own.is_global, own.reason, own.method, own.proofs)
-
-    def image(self, box: Interval) -> Interval:
-        """Everything."""
-        return _everywhere(box)
-
-    def table3(self, box: Interval) -> Pair:
-        """Exchanged."""
-        forward, inverse = self.inner.table3(_everywhere(box))
-        return Pair(inverse, forward)
-
-    def trace(self, builder: ChainBuilder, x: Linear, box: Interval) -> Linear:
-        """The other's inverse."""
-        return self.inner.trace_inverse(builder, x, _everywhere(box))
-
-    def trace_inverse(self, builder: ChainBuilder, z: Linear, box: Interval) -> Linear:
-        """The other's forward map."""
-        return self.inner.trace(builder, z, _everywhere(box))
-
-    def networks(self) -> list[torch.nn.Module]:
-        """The other's."""
-        return self.inner.networks()
-
-
-def _everywhere(box: Interval) -> Interval:
-    everything = torch.full_like(box.lo, math.inf)
-    return Interval(-everything, everything)
 
 
 def _per_channel(slopes: Interval, channels: int) -> tuple[Tensor, Tensor]:

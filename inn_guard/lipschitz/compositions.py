@@ -1,0 +1,146 @@
+"""Maps made of other maps: one after the other, on a part of a vector, the other way round."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from inn_guard.lipschitz.blocks import Pair
+from inn_guard.lipschitz.building import ChainBuilder, Linear
+from inn_guard.lipschitz.conditioners import Effort
+from inn_guard.lipschitz.intervals import Interval
+from inn_guard.lipschitz.maps import BlockBounds, BoundedMap, Elementwise
+from inn_guard.lipschitz.rounding import up
+
+__all__ = ["Composition", "Inverted", "OnTail", "inverted"]
+
+
+@dataclass(frozen=True)
+class Composition(BoundedMap):
+    """Several maps, the first one applied first."""
+
+    parts: Sequence[BoundedMap]
+
+    def bounds(self, box: Interval, effort: Effort) -> BlockBounds:
+        """Products of the parts' bounds, each on the box that the parts before it make."""
+        total, proofs = BlockBounds(1.0, 1.0), {}
+        for k, part in enumerate(self.parts):
+            own = part.bounds(box, effort)
+            proofs.update({f"{k}.{name}": proof for name, proof in own.proofs.items()})
+            total = BlockBounds(
+                up(total.forward * own.forward), up(total.inverse * own.inverse),
+                total.is_global and own.is_global, total.reason or own.reason, "product of parts", proofs,
+            )  # fmt: skip
+            box = part.image(box)
+        return total
+
+    def image(self, box: Interval) -> Interval:
+        """Through all parts."""
+        for part in self.parts:
+            box = part.image(box)
+        return box
+
+    def table3(self, box: Interval) -> Pair:
+        """The product."""
+        forward = inverse = 1.0
+        for part, state in zip(self.parts, self._boxes(box), strict=True):
+            own = part.table3(state)
+            forward, inverse = up(forward * own.forward), up(inverse * own.inverse)
+        return Pair(forward, inverse)
+
+    def trace(self, builder: ChainBuilder, x: Linear, box: Interval) -> Linear:
+        """One after the other."""
+        for part, state in zip(self.parts, self._boxes(box), strict=True):
+            x = part.trace(builder, x, state)
+        return x
+
+    def trace_inverse(self, builder: ChainBuilder, z: Linear, box: Interval) -> Linear:
+        """The last one first."""
+        for part, state in reversed(list(zip(self.parts, self._boxes(box), strict=True))):
+            z = part.trace_inverse(builder, z, state)
+        return z
+
+    def networks(self) -> list[torch.nn.Module]:
+        """Of all parts."""
+        return [module for part in self.parts for module in part.networks()]
+
+    def _boxes(self, box: Interval) -> list[Interval]:
+        states = [box]
+        for part in self.parts[:-1]:
+            states.append(part.image(states[-1]))
+        return states[: len(self.parts)]
+
+
+@dataclass(frozen=True)
+class OnTail(BoundedMap):
+    """A map of the last entries of a vector, laid out in ``shape``; the first entries pass."""
+
+    inner: BoundedMap
+    shape: tuple[int, ...]
+
+    def bounds(self, box: Interval, effort: Effort) -> BlockBounds:
+        """The larger of one and the inner map's: the Jacobian is block diagonal."""
+        own = self.inner.bounds(self._tail(box), effort)
+        return BlockBounds(
+            max(1.0, own.forward), max(1.0, own.inverse), own.is_global, own.reason, own.method, own.proofs
+        )
+
+    def image(self, box: Interval) -> Interval:
+        """[head, inner image]."""
+        tail = self.inner.image(self._tail(box)).map(torch.flatten)
+        return Interval.cat([box[: len(box.lo) - math.prod(self.shape)], tail])
+
+    def table3(self, box: Interval) -> Pair:
+        """The larger of one and the inner map's."""
+        own = self.inner.table3(self._tail(box))
+        return Pair(max(1.0, own.forward), max(1.0, own.inverse))
+
+    def _tail(self, box: Interval) -> Interval:
+        return box[len(box.lo) - math.prod(self.shape) :].map(lambda t: t.reshape(self.shape))
+
+
+@dataclass(frozen=True)
+class Inverted(BoundedMap):
+    """The inverse of another map. Its box is one of outputs, so only what holds everywhere can be said of its input."""
+
+    inner: BoundedMap
+
+    def bounds(self, box: Interval, effort: Effort) -> BlockBounds:
+        """The other's global bounds, exchanged."""
+        own = self.inner.bounds(_everywhere(box), effort)
+        return BlockBounds(own.inverse, own.forward, own.is_global, own.reason, own.method, own.proofs)
+
+    def image(self, box: Interval) -> Interval:
+        """Everything."""
+        return _everywhere(box)
+
+    def table3(self, box: Interval) -> Pair:
+        """Exchanged."""
+        forward, inverse = self.inner.table3(_everywhere(box))
+        return Pair(inverse, forward)
+
+    def trace(self, builder: ChainBuilder, x: Linear, box: Interval) -> Linear:
+        """The other's inverse."""
+        return self.inner.trace_inverse(builder, x, _everywhere(box))
+
+    def trace_inverse(self, builder: ChainBuilder, z: Linear, box: Interval) -> Linear:
+        """The other's forward map."""
+        return self.inner.trace(builder, z, _everywhere(box))
+
+    def networks(self) -> list[torch.nn.Module]:
+        """The other's."""
+        return self.inner.networks()
+
+
+def inverted(described: BoundedMap) -> BoundedMap:
+    """The inverse map: the one that was given, or what holds everywhere; a box of z says nothing about x."""
+    own = described.inverse if isinstance(described, Elementwise) else None
+    return Inverted(described) if own is None else own
+
+
+def _everywhere(box: Interval) -> Interval:
+    everything = torch.full_like(box.lo, math.inf)
+    return Interval(-everything, everything)
