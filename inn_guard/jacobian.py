@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from inn_guard.lanczos import LargestSingularValue, largest_singular_value
+from inn_guard.lanczos import LargestSingularValue, Narrow, Product, largest_singular_value
 from inn_guard.linearization import Linearization
 from inn_guard.tangent import AutogradTangent
 
@@ -68,8 +68,26 @@ def extremes(
     """
     x, z = linearization.states[0], linearization.output
     lanczos = functools.partial(largest_singular_value, tolerance=tolerance, max_steps=max_steps)
-    forward = lanczos(linearization.jvp, linearization.vjp, _random(x, generator))
-    return Extremes(forward, lanczos(linearization.inverse_jvp, linearization.inverse_vjp, _random(z, generator)))
+    forward = lanczos(*_ahead(linearization), _random(x, generator), narrow=_narrowed(linearization, _ahead))
+    return Extremes(
+        forward, lanczos(*_back(linearization), _random(z, generator), narrow=_narrowed(linearization, _back))
+    )
+
+
+def _ahead(linearization: Linearization) -> tuple[Product, Product]:
+    return linearization.jvp, linearization.vjp
+
+
+def _back(linearization: Linearization) -> tuple[Product, Product]:
+    return linearization.inverse_jvp, linearization.inverse_vjp
+
+
+def _narrowed(linearization: Linearization, products: Callable[[Linearization], tuple[Product, Product]]) -> Narrow:
+    def narrow(rows: Tensor) -> tuple[Product, Product] | None:
+        chosen = linearization.select(rows)
+        return None if chosen is None else products(chosen)
+
+    return narrow
 
 
 def full_jacobian(function: Callable[[Tensor], Tensor], x: Float[Tensor, "batch *data"]) -> Tensor:

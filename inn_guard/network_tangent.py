@@ -7,15 +7,16 @@ Vectors may carry leading dimensions more than the input: so many products in on
 
 from __future__ import annotations
 
+import copy
 import functools
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol, TypeVar, runtime_checkable
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.grad import conv2d_input
 
-from inn_guard.tangent import AutogradTangent, Map, NotApplicable
+from inn_guard.tangent import AutogradTangent, Map, NotApplicable, Selectable
 
 __all__ = [
     "ByAutograd",
@@ -29,8 +30,11 @@ __all__ = [
     "Unchanged",
     "elementwise_tangent",
     "linearize_network",
+    "select_rows_of",
     "tangent_of_module",
 ]
+
+T = TypeVar("T")
 
 ACTIVATIONS = (
     *(nn.LeakyReLU, nn.ELU, nn.SELU, nn.CELU, nn.SiLU, nn.GELU, nn.Mish, nn.Tanh, nn.Sigmoid, nn.LogSigmoid),
@@ -125,6 +129,16 @@ class Composed:
             x = self.steps[-1].output
         self.output = x
 
+    def select(self, rows: Tensor) -> Composed | None:
+        """The chain of these rows."""
+        steps = [select_rows_of(step, rows) for step in self.steps]
+        chosen = [step for step in steps if step is not None]
+        if len(chosen) < len(steps):
+            return None
+        twin = copy.copy(self)
+        twin.steps, twin.output = chosen, self.output[rows]
+        return twin
+
     def jvp(self, v: Tensor) -> Tensor:
         """J v."""
         ours = False
@@ -149,6 +163,10 @@ class Dense:
         self.weight = module.weight.detach()
         self.output = functional.linear(x, self.weight, module.bias)
 
+    def select(self, rows: Tensor) -> Dense:
+        """The same products; the output of these rows."""
+        return _with_output(self, self.output[rows])
+
     def jvp(self, v: Tensor) -> Tensor:
         """J v."""
         return functional.linear(v, self.weight)
@@ -165,6 +183,10 @@ class PointwiseConvolution:
         self.weight = module.weight.detach().flatten(1)
         output = functional.linear(x.movedim(-3, -1), self.weight, module.bias)
         self.output = output.movedim(-1, -3)
+
+    def select(self, rows: Tensor) -> PointwiseConvolution:
+        """The same products; the output of these rows."""
+        return _with_output(self, self.output[rows])
 
     def jvp(self, v: Tensor) -> Tensor:
         """J v."""
@@ -183,6 +205,10 @@ class Convolution:
         geometry: Any = (module.stride, module.padding, module.dilation, module.groups)
         self.geometry, self._shape = geometry, x.shape[1:]
         self.output = functional.conv2d(_channels_last(x), self.weight, module.bias, *self.geometry)
+
+    def select(self, rows: Tensor) -> Convolution:
+        """The same products; the output of these rows."""
+        return _with_output(self, self.output[rows])
 
     def jvp(self, v: Tensor) -> Tensor:
         """J v."""
@@ -214,6 +240,10 @@ class Slope:
     def __init__(self, output: Tensor, slope: Tensor) -> None:
         self.output, self.slope = output, slope
 
+    def select(self, rows: Tensor) -> Slope:
+        """The slopes of these rows."""
+        return Slope(self.output[rows], self.slope[rows])
+
     def jvp(self, v: Tensor) -> Tensor:
         """J v."""
         return v * self.slope
@@ -231,11 +261,26 @@ class Unchanged:
     def __init__(self, x: Tensor) -> None:
         self.output = x
 
+    def select(self, rows: Tensor) -> Unchanged:
+        """The same products; the output of these rows."""
+        return _with_output(self, self.output[rows])
+
     def jvp(self, v: Tensor) -> Tensor:
         """J v."""
         return v
 
     vjp = jvp
+
+
+def select_rows_of(tangent: NetworkTangent, rows: Tensor) -> Any:
+    """The tangent of these rows of the batch; None where it cannot be taken apart."""
+    return tangent.select(rows) if isinstance(tangent, Selectable) else None
+
+
+def _with_output(tangent: T, output: Tensor) -> T:
+    twin = copy.copy(tangent)
+    vars(twin)["output"] = output
+    return twin
 
 
 _MAKES_NEW = (Dense, PointwiseConvolution, Convolution, Slope)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -48,6 +48,15 @@ class Tangent(Protocol):
 
     def inverse_vjp(self, v: Tensor) -> Tensor:
         """J^-T v: (B, *data) -> (B, *latent)."""
+        ...
+
+
+@runtime_checkable
+class Selectable(Protocol):
+    """A tangent that can be had for some samples of its batch only."""
+
+    def select(self, rows: Tensor) -> Any:
+        """The tangent of these rows (indices or a mask); None where a part of it cannot be taken apart."""
         ...
 
 

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from inn_guard.dense_network import dense_network
 from inn_guard.layers.partition import Halves, Partition
-from inn_guard.network_tangent import NetworkTangent
+from inn_guard.network_tangent import NetworkTangent, select_rows_of
 
 __all__ = ["CouplingTangent"]
 
@@ -45,6 +45,14 @@ class CouplingTangent:
         self._network, self._partition = network, partition
         self._scale, self._gain = scale, gain
         self._dims = output.dim()
+
+    def select(self, rows: Tensor) -> CouplingTangent | None:
+        """The tangent of these rows; None where the network's cannot be taken apart."""
+        network = select_rows_of(self._network, rows)
+        if network is None:
+            return None
+        scale, gain = (None if t is None else t[rows] for t in (self._scale, self._gain))
+        return CouplingTangent(self.output[rows], network, self._partition, scale=scale, gain=gain)
 
     def jvp(self, v: Tensor) -> Tensor:
         """J v."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -39,6 +40,10 @@ class MixingTangent(LinearTangent):
 
     weight: Tensor
 
+    def select(self, rows: Tensor) -> MixingTangent:
+        """The same products; the output of these rows."""
+        return dataclasses.replace(self, output=self.output[rows])
+
     def multiply(self, matrix: Tensor) -> Tensor:
         """The weight applied to the channels of every column."""
         return (self.weight @ matrix.reshape(len(self.weight), -1)).reshape(matrix.shape)
@@ -49,6 +54,10 @@ class MovingTangent(LinearTangent):
     """The tangent of a map that moves entries only: z_i = x_rows(i), counted through one sample."""
 
     rows: Tensor
+
+    def select(self, rows: Tensor) -> MovingTangent:
+        """The same products; the output of these rows."""
+        return dataclasses.replace(self, output=self.output[rows])
 
     def multiply(self, matrix: Tensor) -> Tensor:
         """The rows in their new order."""
@@ -65,6 +74,11 @@ class ElementwiseTangent:
 
     def __init__(self, output: Tensor, derivative: Tensor) -> None:
         self.output, self.derivative = output.detach(), derivative.detach()
+
+    def select(self, rows: Tensor) -> ElementwiseTangent:
+        """The derivative at these rows."""
+        per_sample = self.derivative.dim() == self.output.dim() and len(self.derivative) == len(self.output)
+        return ElementwiseTangent(self.output[rows], self.derivative[rows] if per_sample else self.derivative)
 
     def multiply(self, matrix: Tensor) -> Tensor:
         """The rows of a matrix (dim x, K), each with its derivative, at a batch of one; in place."""
