@@ -49,6 +49,10 @@ class Quantization:
         for bounds in ((0.0, 1.0), (-0.5, 0.5), (-1.0, 1.0)):
             if bounds[0] <= low and high <= bounds[1]:
                 return cls(8, *bounds)
+        if low == high:  # one value says nothing of a range
+            low, high = low - max(1.0, abs(low)) / 2, low + max(1.0, abs(low)) / 2
+        if not math.isfinite(high - low):
+            raise NotApplicable(f"no quantization can be assumed for data from {low:.3g} to {high:.3g}")
         return cls(8, low, high)
 
     def cubes(self, x: Tensor) -> Cubes:
