@@ -11,6 +11,7 @@ from torch import Tensor
 from inn_guard.audits.base import AuditResult
 from inn_guard.report.plots import (
     Drawing,
+    attack_curve,
     forecast_against_measured,
     full_spectrum,
     histogram,
@@ -100,9 +101,16 @@ def _forecast(result: AuditResult) -> Iterator[Drawing]:
         yield forecast_against_measured(rows, usable=result.settings.get("usable"))
 
 
+def _attack(result: AuditResult) -> Iterator[Drawing]:
+    rows = result.tables.get("attack_curve", ())
+    if rows:
+        yield attack_curve(rows)
+
+
 #: audit name -> its special pictures, drawn before the general ones. Add one line for a new kind.
 SPECIAL: dict[str, Special] = {
     "jacobian_spectrum": Special(_spectrum, shown=_SPECTRUM_ENDS),
     "full_spectrum": Special(_whole_spectra),
     "precision": Special(_forecast),
+    "dequantization_attack": Special(_attack),
 }

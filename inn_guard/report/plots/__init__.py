@@ -1,5 +1,6 @@
 """Plots: arrays of numbers -> a `Drawing` that a page can hold. One file for each kind."""
 
+from inn_guard.report.plots.attack_curve import attack_curve
 from inn_guard.report.plots.bars import layer_bars, numeric_columns
 from inn_guard.report.plots.figure import Drawing
 from inn_guard.report.plots.forecast import forecast_against_measured
@@ -10,6 +11,7 @@ from inn_guard.report.plots.spectrum import full_spectrum, spectrum_range
 
 __all__ = [
     "Drawing",
+    "attack_curve",
     "forecast_against_measured",
     "full_spectrum",
     "histogram",
