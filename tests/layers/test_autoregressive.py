@@ -14,13 +14,13 @@ from inn_guard.layers.actnorm import ActNorm
 from inn_guard.layers.autoregressive import MADE, AutoregressiveTangent, Inverted, MaskedAutoregressive, iaf, maf
 from inn_guard.layers.reshape import ZeroPadding
 from inn_guard.layers.scales import ExpScale, SoftplusScale
-from inn_guard.lipschitz.bounding import lipschitz_bounds
 from inn_guard.lipschitz.intervals import Box
 from inn_guard.network_tangent import ByAutograd, linearize_network
 from inn_guard.tangent import AutogradTangent
 from tests import reference
 from tests.case import randomize
 from tests.cases_aef import CASES
+from tests.lipschitz.soundness import assert_sound
 
 LAYERS = [case for case in CASES if "autoregressive" in case.id]
 PRODUCTS = ["jvp", "vjp", "inverse_jvp", "inverse_vjp"]
@@ -184,15 +184,13 @@ def test_maf_has_actnorm_between_its_layers_and_starts_near_a_diagonal():
     assert torch.allclose(J, expected.expand_as(J), atol=0.01)
 
 
-@pytest.mark.parametrize("name", ["masked autoregressive", "masked autoregressive exp", "maf", "inverted linear"])
+@pytest.mark.parametrize("name", ["masked autoregressive", "masked autoregressive exp", "inverted linear"])
 def test_certified_bounds_hold_over_sampled_jacobians(name):
     (make,) = [case.make for case in CASES if case.id == f"aef/{name}"]
     flow, x = make()
-    low, high = x.amin(0), x.amax(0)
-    bounds = lipschitz_bounds(flow, Box(low, high), seconds=2.0)
-    sigma = reference.singular_values(reference.jacobian(flow, low + (high - low) * torch.rand(2000, len(low))))
-    assert sigma.max() <= bounds.forward < 20
-    assert 1 / sigma.min() <= bounds.inverse < 1000
+    bounds = assert_sound(flow, Box(x.amin(0), x.amax(0)))
+    assert bounds.forward < 20
+    assert bounds.inverse < 1000
 
 
 def test_conditions_reach_the_layer_within():

@@ -14,8 +14,9 @@ import inn_guard as ig
 from inn_guard.audits import AUDITS
 from inn_guard.layers.actnorm import Diagonal
 from inn_guard.layers.chain import Chain
-from inn_guard.lipschitz.bounding import lipschitz_bounds
-from inn_guard.lipschitz.intervals import Box
+from inn_guard.lipschitz.conditioners import Effort
+from inn_guard.lipschitz.intervals import Interval
+from inn_guard.lipschitz.maps import bounded_map
 from inn_guard.models.aef import CoreLast, LinearAEF, PartitionAEF, center_core, corner_core, random_core
 from inn_guard.models.autoencoder_nets import AutoencoderNets, big_nets, small_nets
 from inn_guard.models.core_shell import AutoencoderConfig, ResidualScale, no_flow
@@ -370,14 +371,13 @@ def test_memory_saving_backpropagation_gives_the_same_gradients(kind):
 def test_certified_bounds_of_the_residual_scale_and_the_arrangement_are_exact():
     layer = ResidualScale(3)
     randomize(layer, 1.0)
-    everywhere = Box(torch.full((5,), -math.inf), torch.full((5,), math.inf))
-    bounds = lipschitz_bounds(layer, everywhere, seconds=1.0)
+    bounds = bounded_map(layer, layer).bounds(Interval(-torch.ones(5), torch.ones(5)), Effort(steps=0))
     scale = torch.cat([1 / layer.sigma().detach(), torch.ones(2)])
     assert bounds.forward == pytest.approx(scale.max().item(), rel=1e-9)
     assert bounds.inverse == pytest.approx(1 / scale.min().item(), rel=1e-9)
     arrangement = CoreLast(center_core((1, 4, 4), 4))
-    bounds = lipschitz_bounds(arrangement, Box(torch.zeros(1, 4, 4), torch.ones(1, 4, 4)), seconds=1.0)
-    assert (bounds.forward, bounds.inverse) == pytest.approx((1.0, 1.0), rel=1e-9)
+    box = Interval(torch.zeros(1, 4, 4), torch.ones(1, 4, 4))
+    assert bounded_map(arrangement, arrangement).bounds(box, Effort(steps=0)).pair == (1.0, 1.0)
 
 
 def test_a_proposal_can_be_given():
