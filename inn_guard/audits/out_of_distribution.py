@@ -254,7 +254,7 @@ class _Probing:
         side = trip.start
         if side.dim() != 4 or side.shape[1] not in (1, 3) or min(side.shape[2:]) < 2 or not self.model.bijective:
             return
-        if reach.latent:
+        if reach.latent or not reach.within:  # one grey scale serves all of them
             return
         worst = int(trip.error.argmax())
         for key, image in (("input", trip.start), ("reconstruction", trip.end)):
