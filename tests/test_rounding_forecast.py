@@ -74,7 +74,7 @@ def dense_forecast(model, x):
         if i < len(layers):
             count += rounded(state, states[i + 1])
         for b in range(len(x)):
-            a = torch.autograd.functional.jacobian(lambda h: back(h[None])[0], state[b])  # noqa: B023
+            a = torch.autograd.functional.jacobian(lambda h: back(h[None])[0], state[b])
             total[b] += ((a * state[b]).square() * count[b]).sum() / 3
     return total.sqrt()
 

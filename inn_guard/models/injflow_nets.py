@@ -58,7 +58,8 @@ def conv_decoder(shape: tuple[int, int, int], latent: int, *, width: int = 64) -
 def _strides(shape: tuple[int, int, int]) -> list[int]:
     if shape[1] != shape[2]:
         raise ValueError(f"expected square images (C, H, H), got {shape}")
-    side, strides = shape[1], []
+    side = shape[1]
+    strides: list[int] = []
     while side % 2 == 0 and side > 4 and len(strides) < LAYERS:
         side //= 2
         strides.append(2)
