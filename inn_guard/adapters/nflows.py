@@ -73,7 +73,7 @@ class NflowsTransform(Adapted):
             return self
         parameters = coupling.transform_net(state[:, coupling.identity_features], self.context)
         twin = copy.copy(coupling)
-        vars(twin)["_modules"] = {**coupling._modules, "transform_net": _Known(parameters)}
+        vars(twin)["_modules"] = {**coupling._modules, "transform_net": _Known(coupling.transform_net, parameters)}
         return NflowsTransform(twin, self.context)
 
     def in_dtype(self, dtype: torch.dtype) -> NflowsTransform:
@@ -97,14 +97,22 @@ class NflowsTransform(Adapted):
 
 
 class _Known(nn.Module):
-    """A network whose output is known already."""
+    """A network whose output is known already; all its other attributes are the network's own."""
 
-    def __init__(self, output: Tensor) -> None:
+    def __init__(self, network: nn.Module, output: Tensor) -> None:
         super().__init__()
-        self.output = output
+        self.network, self.output = network, output
 
     def forward(self, *_: Any) -> Tensor:
-        return self.output
+        return self.output.clone()  # spline couplings divide it in place
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name.startswith("_") or name == "network":
+                raise
+            return getattr(self.network, name)  # spline couplings scale by its hidden_features
 
 
 class NflowsFlow(NflowsTransform):

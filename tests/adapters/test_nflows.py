@@ -14,6 +14,7 @@ from inn_guard.adapters import wrap
 from inn_guard.adapters.adapted import Flipped
 from inn_guard.invertible import NotApplicable
 from inn_guard.linearization import Linearization
+from inn_guard.reversible import memory_saving
 from inn_guard.untouched import changed_state
 from tests import reference
 from tests.cases_nflows import CASES, EXCEPTIONS, FEATURES, flow_in_context, multiscale, nested, normal
@@ -299,3 +300,47 @@ def test_the_scale_activation_of_newer_versions_is_used_as_it_is():
     model, x = wrap(module.eval()), normal(3, 2)
     log_det = model.forward_and_log_det(x)[1]
     torch.testing.assert_close(log_det, reference.log_abs_det(reference.jacobian(model.forward, x)))
+
+
+SPLINES = {
+    "quadratic": transforms.PiecewiseQuadraticCouplingTransform,
+    "cubic": transforms.PiecewiseCubicCouplingTransform,
+    "rational quadratic": transforms.PiecewiseRationalQuadraticCouplingTransform,
+}
+
+
+def spline_coupling(kind):
+    """A coupling whose network has ``hidden_features``, by which the splines scale its output, in place."""
+    torch.manual_seed(0)
+    options = {"tails": "linear", "tail_bound": 3.0}
+    coupling = SPLINES[kind](torch.tensor([1, 0, 1, 0]), lambda i, o: ResidualNet(i, o, 16, num_blocks=1), **options)
+    with torch.no_grad():
+        for parameter in coupling.transform_net.final_layer.parameters():
+            parameter.mul_(4.0)
+    return coupling
+
+
+@pytest.mark.parametrize("kind", SPLINES)
+def test_a_primed_coupling_is_the_same_map_however_often_it_is_called(kind):
+    layer, x = wrap(spline_coupling(kind)), normal((8, 4))
+    z, log_det = layer.forward_and_log_det(x)
+    primed = layer.primed(z.detach())
+    for _ in range(2):
+        torch.testing.assert_close(primed.inverse(z), layer.inverse(z), rtol=0, atol=0)
+        again, log_det_again = primed.forward_and_log_det(x)
+        torch.testing.assert_close(again, z, rtol=0, atol=0)
+        torch.testing.assert_close(log_det_again, log_det, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("kind", SPLINES)
+def test_memory_saving_gradients_of_spline_couplings_are_the_true_ones(kind):
+    coupling = spline_coupling(kind)
+    flow = wrap(transforms.CompositeTransform([coupling, transforms.ReversePermutation(4), coupling]))
+    x = normal((8, 4))
+
+    def gradients(model):
+        z, log_det = model.forward_and_log_det(x)
+        return torch.autograd.grad((z.square().sum(1) - log_det).mean(), list(coupling.parameters()))
+
+    for saved, true in zip(gradients(memory_saving(flow)), gradients(flow), strict=True):
+        torch.testing.assert_close(saved, true, rtol=1e-6, atol=1e-8)
