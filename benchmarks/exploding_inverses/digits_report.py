@@ -40,9 +40,9 @@ p {{ max-width: 46rem; }}
 </style></head><body>
 <h1>Exploding inverses on digits</h1>
 <p>Invertible classifiers of scikit-learn's digits after training, without a regularizer, with bi-directional finite
-differences (FD) and with the normalizing-flow loss (NF). Errors are the largest
-entry of F<sup>-1</sup>(F(x)) - x, in the data's units of two grey levels (x = grey / 2 - 4); condition number and singular values are of the Jacobian, each the worst over the held-out
-digits that were audited. Every net's name leads to its full report.</p>
+differences (FD) and with the normalizing-flow loss (NF). Errors are the largest entry of F<sup>-1</sup>(F(x)) - x, in
+the data's units of two grey levels (x = grey / 2 - 4); condition number and singular values are of the Jacobian, each
+the worst over the held-out digits that were audited. Every net's name leads to its full report.</p>
 {table}
 <p><img alt="Condition number and reconstruction error during training" src="data:image/png;base64,{image}"></p>
 </body></html>
