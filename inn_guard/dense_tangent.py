@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -10,6 +12,8 @@ from torch import Tensor
 from inn_guard.tangent import INEXACT, ROUNDING, NotApplicable, Tangent, probes, transposes
 
 __all__ = ["DenseTangent", "RowTangent", "dense_jacobian", "trustworthy", "with_forward_mode"]
+
+Draw = Callable[..., list[Tensor]]  #: tensors -> random vectors of their shapes, always the same: `probes`
 
 MAX_ENTRIES = 2**27  #: of all samples' float64 Jacobians together: 1 GiB
 
@@ -60,7 +64,7 @@ def dense_jacobian(tangent: Tangent, x: Tensor) -> Tensor:
     return torch.stack(rows, dim=1)
 
 
-def with_forward_mode(tangent: Tangent, x: Tensor, name: str) -> Tangent:
+def with_forward_mode(tangent: Tangent, x: Tensor, name: str, *, draw: Draw = probes) -> Tangent:
     """``tangent`` if its J v is the transpose of its J^T u; else one that forms J from its rows J^T e_k.
 
     Measured on random vectors: <J v, w> = <v, J^T w> per sample, up to rounding. Operations without a forward-mode
@@ -70,7 +74,7 @@ def with_forward_mode(tangent: Tangent, x: Tensor, name: str) -> Tangent:
         NotApplicable: if forward mode is wrong or missing and the layer is too large for a dense Jacobian.
     """
     try:
-        reason = _asymmetry(tangent, x)
+        reason = _asymmetry(tangent, x, draw)
     except (NotApplicable, NotImplementedError, RuntimeError) as error:
         reason = f"its forward-mode derivative fails ({type(error).__name__}: {error})"
     if reason is None:
@@ -80,7 +84,7 @@ def with_forward_mode(tangent: Tangent, x: Tensor, name: str) -> Tangent:
     return RowTangent(tangent, x)
 
 
-def trustworthy(tangent: Tangent, x: Tensor, name: str) -> Tangent:
+def trustworthy(tangent: Tangent, x: Tensor, name: str, *, draw: Draw = probes) -> Tangent:
     """``tangent`` if its inverse maps are the inverse of its forward maps; else one that solves with the forward J.
 
     Measured on random vectors: J^-1 J v = v and <J^-1 u, w> = <u, J^-T w> per sample, up to rounding. A layer without
@@ -90,7 +94,7 @@ def trustworthy(tangent: Tangent, x: Tensor, name: str) -> Tangent:
         NotApplicable: if the inverse is wrong or missing and the layer is too large, or not square, to be solved.
     """
     try:
-        reason = _disagreement(tangent, x)
+        reason = _disagreement(tangent, x, draw)
     except (NotApplicable, NotImplementedError, RuntimeError, ValueError) as error:
         reason = f"its inverse cannot be differentiated ({type(error).__name__}: {error})"
     if reason is None:
@@ -103,32 +107,57 @@ def trustworthy(tangent: Tangent, x: Tensor, name: str) -> Tangent:
     return DenseTangent(tangent, x)
 
 
-def _asymmetry(tangent: Tangent, x: Tensor) -> str | None:
-    v, w = probes(x, tangent.output)
+def _asymmetry(tangent: Tangent, x: Tensor, draw: Draw) -> str | None:
+    v, w = draw(x, tangent.output)
     if transposes(tangent.jvp(v), w, v, tangent.vjp(w)):
         return None
     return "forward- and reverse-mode derivatives disagree"
 
 
-def _disagreement(tangent: Tangent, x: Tensor) -> str | None:
+def _disagreement(tangent: Tangent, x: Tensor, draw: Draw) -> str | None:
     """What is wrong with the inverse maps, measured; None if nothing is."""
-    v, w = probes(x, x)
+    v, w = draw(x, x)
     u = tangent.jvp(v)
     back, adjoint = tangent.inverse_jvp(u), tangent.inverse_vjp(w)
+    gaps = _gaps(v, w, u, back, adjoint, eps=torch.finfo(x.dtype).eps)
+    if gaps.agree():
+        return None
+    # samples that are not finite say nothing about the others; float64 has room for the squares of what is large
     finite = _finite(u) & _finite(x) & _finite(tangent.output)
     if not bool(finite.any()):
         return None
-    v, w, u, back, adjoint = (t[finite].flatten(1).double() for t in (v, w, u, back, adjoint))
-    growth = (u.norm(dim=1) / v.norm(dim=1)) * (adjoint.norm(dim=1) / w.norm(dim=1))
-    tolerance = torch.clamp(ROUNDING * torch.finfo(x.dtype).eps * growth * math.sqrt(v.shape[1]), min=INEXACT)
-    roundtrip = (back - v).norm(dim=1) / v.norm(dim=1)
-    pairing = ((back * w).sum(1) - (u * adjoint).sum(1)).abs() / v.norm(dim=1)
-    if not bool((roundtrip <= tolerance).all()):
-        worst = roundtrip.nan_to_num(math.inf).max().item()
+    gaps = _gaps(*(t[finite].double() for t in (v, w, u, back, adjoint)), eps=torch.finfo(x.dtype).eps)
+    if not bool((gaps.roundtrip <= gaps.tolerance).all()):
+        worst = gaps.roundtrip.nan_to_num(math.inf).max().item()
         return f"the derivative of its inverse is wrong (J^-1 J v differs from v by {worst:.1e} of |v|)"
-    if not bool((pairing <= tolerance).all()):
-        return "forward- and reverse-mode derivatives of its inverse disagree"
-    return None
+    return None if gaps.agree() else "forward- and reverse-mode derivatives of its inverse disagree"
+
+
+@dataclass(frozen=True)
+class _Gaps:
+    """How far J^-1 J v is from v, and <J^-1 u, w> from <u, J^-T w>, and what rounding explains; (B,) each."""
+
+    roundtrip: Tensor
+    pairing: Tensor
+    tolerance: Tensor
+
+    def agree(self) -> bool:
+        """Whether rounding explains both for every sample; not a number is not explained."""
+        small = torch.maximum(self.roundtrip, self.pairing) <= self.tolerance
+        return bool((small & self.tolerance.isfinite()).all())
+
+
+def _gaps(v: Tensor, w: Tensor, u: Tensor, back: Tensor, adjoint: Tensor, *, eps: float) -> _Gaps:
+    v, w, u, back, adjoint = (
+        t.flatten(1).to(torch.promote_types(t.dtype, torch.float32)) for t in (v, w, u, back, adjoint)
+    )
+    length = v.norm(dim=1)
+    growth = (u.norm(dim=1) / length) * (adjoint.norm(dim=1) / w.norm(dim=1))
+    return _Gaps(
+        roundtrip=(back - v).norm(dim=1) / length,
+        pairing=((back * w).sum(1) - (u * adjoint).sum(1)).abs() / length,
+        tolerance=torch.clamp(ROUNDING * eps * math.sqrt(v.shape[1]) * growth, min=INEXACT),
+    )
 
 
 def _finite(t: Tensor) -> Tensor:

@@ -10,13 +10,14 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from inn_guard.dense_tangent import trustworthy, with_forward_mode
 from inn_guard.invertible import Invertible
-from inn_guard.tangent import Selectable, Tangent
+from inn_guard.tangent import Selectable, Tangent, probes
 
 __all__ = ["Linearization", "Scaled"]
 
@@ -84,6 +85,7 @@ class Linearization:
         self.states = [x.detach()]
         self.tangents: list[Tangent] = []
         self._leaves_range = False
+        self._drawn: dict[Any, list[Tensor]] = {}
         self._forward_checked: set[int] = set()
         self._inverse_checked: set[int] = set()
         for layer in self.layers:
@@ -127,14 +129,14 @@ class Linearization:
     def forward_tangent(self, k: int) -> Tangent:
         """Layer k's tangent, its J v having been checked once against its J^T u."""
         if k not in self._forward_checked:
-            self.tangents[k] = with_forward_mode(self.tangents[k], self.states[k], self._label(k))
+            self.tangents[k] = with_forward_mode(self.tangents[k], self.states[k], self._label(k), draw=self._probes)
             self._forward_checked.add(k)
         return self.tangents[k]
 
     def inverse_tangent(self, k: int) -> Tangent:
         """Layer k's tangent, its inverse maps having been checked once against its forward maps."""
         if k not in self._inverse_checked:
-            self.tangents[k] = trustworthy(self.forward_tangent(k), self.states[k], self._label(k))
+            self.tangents[k] = trustworthy(self.forward_tangent(k), self.states[k], self._label(k), draw=self._probes)
             self._inverse_checked.add(k)
         return self.tangents[k]
 
@@ -163,6 +165,13 @@ class Linearization:
         for step in steps:
             scaled = Scaled(step(scaled.vector), scaled.log_scale).rescaled()
         return scaled.normalized()
+
+    def _probes(self, *like: Tensor) -> list[Tensor]:
+        """Those of `probes`, drawn once for all layers of the same shapes."""
+        key = tuple((tensor.shape, tensor.dtype, tensor.device) for tensor in like)
+        if key not in self._drawn:
+            self._drawn[key] = probes(*like)
+        return self._drawn[key]
 
     def _label(self, k: int) -> str:
         return f"layer {k} ({self.layers[k].name})"

@@ -212,17 +212,21 @@ class Convolution:
 
     def jvp(self, v: Tensor) -> Tensor:
         """J v."""
-        v, leading = _merged(v)
-        return functional.conv2d(_channels_last(v), self.weight, None, *self.geometry).unflatten(0, leading)
+        if v.dim() > 4:
+            v, leading = _merged(v)
+            return self.jvp(v).unflatten(0, leading)
+        return functional.conv2d(_channels_last(v), self.weight, None, *self.geometry)
 
     def vjp(self, u: Tensor) -> Tensor:
         """J^T u."""
-        u, leading = _merged(u)
+        if u.dim() > 4:
+            u, leading = _merged(u)
+            return self.vjp(u).unflatten(0, leading)
         u = _channels_last(u)
         if self._flipped is None:
-            return conv2d_input([len(u), *self._shape], self.weight, u, *self.geometry).unflatten(0, leading)
+            return conv2d_input([len(u), *self._shape], self.weight, u, *self.geometry)
         kernel, padding = self._flipped
-        return functional.conv2d(u, kernel, None, 1, padding).unflatten(0, leading)
+        return functional.conv2d(u, kernel, None, 1, padding)
 
     @functools.cached_property
     def _flipped(self) -> tuple[Tensor, list[int]] | None:

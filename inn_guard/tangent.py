@@ -125,12 +125,19 @@ def transposes(u: Tensor, w: Tensor, v: Tensor, back: Tensor) -> bool:
     Samples with entries that are not finite are left out. Both sides are sums with random signs, of the size of |u|
     and not of |u| |w|, which is what rounding and a loosely iterated derivative are measured against.
     """
+    eps = torch.finfo(u.dtype).eps
+    if _pair(u, w, v, back, eps=eps):
+        return True
     finite = u.flatten(1).isfinite().all(1) & back.flatten(1).isfinite().all(1)
-    eps, size = torch.finfo(u.dtype).eps, max(v[0].numel(), w[0].numel())
-    u, w, v, back = (t[finite].flatten(1).double() for t in (u, w, v, back))
+    return _pair(*(t[finite].double() for t in (u, w, v, back)), eps=eps)
+
+
+def _pair(u: Tensor, w: Tensor, v: Tensor, back: Tensor, *, eps: float) -> bool:
+    size = max(v[:1].numel(), w[:1].numel())
+    u, w, v, back = (t.flatten(1).to(torch.promote_types(t.dtype, torch.float32)) for t in (u, w, v, back))
     gap = ((u * w).sum(1) - (v * back).sum(1)).abs()
     allowed = max(ROUNDING * eps * math.sqrt(size), INEXACT) * torch.maximum(u.norm(dim=1), back.norm(dim=1))
-    return bool((gap <= allowed).all())
+    return bool(((gap <= allowed) & allowed.isfinite()).all())
 
 
 class AutogradTangent:
