@@ -8,7 +8,18 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-__all__ = ["EXPLAINED", "FLOOR", "RESOLUTION", "USABLE", "data_scale", "from_log10", "usable_error"]
+__all__ = [
+    "EXPLAINED",
+    "FLOOR",
+    "RESOLUTION",
+    "TYPICAL",
+    "USABLE",
+    "data_scale",
+    "from_log10",
+    "latent_size",
+    "typical",
+    "usable_error",
+]
 
 #: Largest error that still leaves an inverse usable, in units of the data's scale: one per cent.
 USABLE = 1e-2
@@ -22,6 +33,27 @@ EXPLAINED = 10.0
 #: Largest error of a float64 copy that is accepted as the floor of an inexact inverse (bisection, fixed point,
 #: integrator, constants stored in float32), in units of the data's scale. Above it the inverse is called wrong.
 FLOOR = 1e-4
+
+#: Mean square of the encoded latents, in units of the prior's, within which the prior is where this model's data lie.
+TYPICAL = (0.5, 2.0)
+
+
+def latent_size(encoded: Tensor, prior: Tensor) -> float:
+    """Mean square of the finite encoded latents (B, *) over that of draws from the prior; nan if none is finite."""
+    finite = encoded.flatten(1).isfinite().all(1)
+    return (encoded[finite].double().square().mean() / prior.double().square().mean()).item()
+
+
+def typical(size: float) -> bool:
+    """Whether latents of this ``latent_size`` are where the prior is, so that drawing from it means anything.
+
+    A net that was never trained towards its prior, a classifier or a fresh flow, has no latents there to return to:
+    what happens there is reported, a verdict does not count it.
+
+    >>> typical(1.1), typical(0.1), typical(math.nan)
+    (True, False, False)
+    """
+    return TYPICAL[0] <= size <= TYPICAL[1]
 
 
 def usable_error(dtype: torch.dtype) -> float:

@@ -12,10 +12,10 @@ from torch import Tensor
 
 from inn_guard.audits.base import AuditResult, Verdict
 from inn_guard.audits.guarded import Guarded, patience
-from inn_guard.audits.limits import usable_error
-from inn_guard.audits.probes import PRIORS, PROBES, Reach
+from inn_guard.audits.limits import latent_size, typical, usable_error
+from inn_guard.audits.probes import PRIORS, PROBES, Probe, Reach
 from inn_guard.audits.radius import Radii, smallest_failing_radius
-from inn_guard.audits.round_trip import finite_rows
+from inn_guard.audits.round_trip import finite_rows, standard_normal
 from inn_guard.audits.trips import Trip, trip_from_data, trip_from_latents
 from inn_guard.audits.watchdog import TimedOut, time_limit
 from inn_guard.audits.watched import ModelRaised, checked_batch, polite
@@ -49,8 +49,9 @@ def out_of_distribution(
     more contrast or scale, beyond it; the latents of x and prior latents at temperatures 0.5 to 2. A family fails if
     some round trip is off by more than ``usable_error`` or not finite, or if the forward and the inverse
     log-determinant leave more than 0.1 bits per dimension: then the change of variables means nothing there. The
-    verdict is that of ``others``, of what lies within the data's range, and of latents no hotter than the prior; the
-    rest is reported. Whatever the model does on an input - raise, loop, return NaN - is its answer.
+    verdict is that of ``others``, of what lies within the data's range, and of latents no hotter than the prior, if the
+    latents of x follow it; the rest is reported. Whatever the model does on an input - raise, loop, return NaN - is its
+    answer.
 
     The radius search goes from the batch's mean along random directions, in units of the data's distance from it,
     to the first radius where an inverse or a likelihood fails.
@@ -138,7 +139,8 @@ class _Probing:
             elif not bool(finite_rows(start).all()):
                 self.left_out.append(f"{name}: the latents of the data are not finite")
             else:
-                self.measure(name, probe.make(start, torch.Generator().manual_seed(self.seed)), probe.reach)
+                made = probe.make(start, torch.Generator().manual_seed(self.seed))
+                self.measure(name, made, self._reach(probe, z))
 
     def measure(self, name: str, start: Tensor, reach: Reach) -> None:
         """One family: round trips, log-determinants, spectrum, and the first image."""
@@ -159,6 +161,12 @@ class _Probing:
             row["log_det"] = known.median().item() if len(known) else math.nan
         self.rows.append(row | self._spectrum(trip))
         self._show(name, trip, reach)
+
+    def _reach(self, probe: Probe, z: Tensor) -> Reach:
+        """The probe's, but draws from a prior that the latents of the data do not follow decide nothing."""
+        if probe.from_prior and not typical(latent_size(z, standard_normal(z, torch.Generator().manual_seed(0)))):
+            return Reach(within=False, latent=True)
+        return probe.reach
 
     def radii(self) -> tuple[Radii, Radii | None]:
         """Where the inverse fails, and where the change of variables does; None if there are no log-determinants."""

@@ -33,11 +33,13 @@ class Probe:
         make: (finite data x or latents z (B, *), generator) -> inputs of that shape.
         reach: where they lie. Only families within reach of the data, or of the prior, decide a verdict.
         images: whether it needs images (B, C, H, W) of at least 4 x 4 pixels.
+        from_prior: whether it draws latents from the prior.
     """
 
     make: Make
     reach: Reach = Reach(within=True)
     images: bool = False
+    from_prior: bool = False
 
     def fits(self, x: Tensor) -> bool:
         """Whether it means something for this data."""
@@ -137,7 +139,7 @@ PROBES: dict[str, Probe] = {
 PRIORS: dict[str, Probe] = {
     "encoded latents": Probe(encoded, Reach(within=True, latent=True)),
     **{
-        f"prior latents, temperature {t:g}": Probe(prior(t), Reach(within=t <= 1, latent=True))
+        f"prior latents, temperature {t:g}": Probe(prior(t), Reach(within=t <= 1, latent=True), from_prior=True)
         for t in (0.5, 0.7, 1.0, 1.5, 2.0)
     },
 }

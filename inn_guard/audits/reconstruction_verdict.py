@@ -10,16 +10,14 @@ from torch import Tensor
 
 from inn_guard.audits.base import Verdict
 from inn_guard.audits.explanation import Explanation
-from inn_guard.audits.limits import FLOOR, data_scale, from_log10, usable_error
-from inn_guard.audits.round_trip import RoundTrip, finite_rows, first_non_finite
+from inn_guard.audits.limits import FLOOR, data_scale, from_log10, latent_size, typical, usable_error
+from inn_guard.audits.round_trip import RoundTrip, first_non_finite
 from inn_guard.audits.watched import ModelRaised
 from inn_guard.invertible import Invertible
 from inn_guard.tangent import NotApplicable
 
 __all__ = ["Explained", "Measured", "Trips", "judged"]
 
-#: Mean square of the encoded latents, in units of the prior's, within which the prior is where this model's data lie.
-TYPICAL = (0.5, 2.0)
 STABILIZE = (
     "Bound the layers that amplify most (layer_blame names them), train with a RegularizerHook, or run in float64."
 )
@@ -51,20 +49,13 @@ class Trips:
 
     @property
     def prior_is_typical(self) -> bool:
-        """Whether the encoded latents are of the prior's size, so that drawing from it means anything.
-
-        A net that was never trained towards its prior, a classifier or a fresh flow, has no latents there to return
-        to: the error is reported, the verdict does not count it.
-        """
-        return not isinstance(self.prior, str) and TYPICAL[0] <= self.latent_size <= TYPICAL[1]
+        """Whether the encoded latents are of the prior's size; what its draws show is reported in any case."""
+        return typical(self.latent_size)
 
     @property
     def latent_size(self) -> float:
         """Mean square of the finite encoded latents over that of the prior's draws; nan if there is none."""
-        if isinstance(self.prior, str):
-            return math.nan
-        encoded = self.encoded.start[finite_rows(self.encoded.start)].double()
-        return (encoded.square().mean() / self.prior.start.double().square().mean()).item()
+        return math.nan if isinstance(self.prior, str) else latent_size(self.encoded.start, self.prior.start)
 
 
 @dataclass(frozen=True)

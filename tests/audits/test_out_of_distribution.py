@@ -151,13 +151,22 @@ def test_what_means_nothing_is_left_out_and_said_so():
 
 
 def test_a_family_that_fails_while_the_data_pass_decides():
-    """Prior latents of norm about sqrt(5) / 2 leave a ball of 1.05 radii; noise within the data's range does, too."""
-    result = out_of_distribution(Ball(1.05), 0.1 * data())
+    """Data on the unit sphere have latents of the prior's size, half of whose draws leave a ball of radius 1.2."""
+    x = data()
+    result = out_of_distribution(Ball(1.2), x / x.norm(dim=1, keepdim=True))
     assert rows(result)["data"]["verdict"] == "passes"
     assert rows(result)["prior latents, temperature 1"]["verdict"] == "not invertible"
     assert result.verdict is Verdict.UNSTABLE
     assert "the data pass, but these fail" in result.reason
     assert rows(result)["scale x 100"]["decides"] == "no"
+    assert rows(result)["prior latents, temperature 1"]["decides"] == "yes"
+
+
+def test_a_prior_that_the_latents_do_not_follow_decides_nothing():
+    result = out_of_distribution(Ball(1.2), 0.1 * data())
+    assert rows(result)["prior latents, temperature 1"]["verdict"] == "not invertible"
+    assert rows(result)["prior latents, temperature 1"]["decides"] == "no"
+    assert result.verdict is Verdict.STABLE
 
 
 def test_failures_beyond_the_range_are_told_but_do_not_decide():
