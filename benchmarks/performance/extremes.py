@@ -1,0 +1,107 @@
+"""sigma_max and sigma_min of the Jacobian to 1 % per sample, against the Jacobian row by row and numpy's SVD.
+
+The net is the 48-block affine Glow trunk (D = 3072), one thread, processor time. Ours and the peer alternate; the
+ratio is the median over the rounds of the peer's seconds per sample over ours. The peer's seconds are extrapolated from
+``rows`` of its D equal backward passes, plus one whole decomposition with vectors (of the same Jacobian, composed).
+Accuracy in the same run: of the values of the last round, on the first samples, against the singular values of J
+composed in float64.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from dataclasses import dataclass
+
+import pandas as pd
+import torch
+from torch import Tensor
+
+from benchmarks.performance.nets import Sizes
+from benchmarks.performance.peer import row_seconds, svd_seconds
+from benchmarks.runner import Row, collect, main
+from inn_guard.composed_jacobian import composed_jacobian
+from inn_guard.jacobian import Extremes, extremes
+from inn_guard.layers.chain import Chain
+from inn_guard.linearization import Linearization
+
+
+@dataclass(frozen=True)
+class Config(Sizes):
+    """``batches``: samples at once; ``rows`` of the peer per round; ``checked`` samples against the truth."""
+
+    blocks: int = 48
+    batches: tuple[int, ...] = (1, 32)
+    rounds: int = 3
+    rows: int = 12
+    checked: int = 1
+    tolerance: float = 1e-2
+
+    @classmethod
+    def smoke(cls) -> Config:
+        """Seconds."""
+        return cls(blocks=3, hidden=8, size=8, batch=4, batches=(1, 4), rounds=1, rows=2)
+
+    @classmethod
+    def cpu(cls) -> Config:
+        """The claim's sizes."""
+        return cls()
+
+
+def ours(net: Chain, x: Tensor, config: Config) -> tuple[float, Extremes]:
+    """Seconds of processor time per sample, and the values."""
+    start = time.process_time()
+    with torch.no_grad():
+        generator = torch.Generator().manual_seed(config.seed)
+        found = extremes(Linearization(net, x), generator=generator, tolerance=config.tolerance)
+    return (time.process_time() - start) / len(x), found
+
+
+def measure(config: Config, batch: int) -> list[Row]:
+    """One row."""
+    torch.set_num_threads(1)
+    net, x = config.net(config.blocks), config.data()[:batch]
+    J = composed_jacobian(net, x[:1])[0]
+    ours(net, x[:1], config)
+    peer, own = [], []
+    for _ in range(config.rounds):
+        rows = row_seconds(net, x[:1], rows=config.rows)
+        seconds, found = ours(net, x, config)
+        peer.append(rows * len(J) + svd_seconds(J)[0])
+        own.append(seconds)
+    errors = deviations(net, x, found, config)
+    steps = torch.stack([found.forward.steps, found.backward.steps]).double()
+    return [
+        {
+            "batch": batch,
+            "D": len(J),
+            "seconds_per_sample": statistics.median(own),
+            "peer_seconds_extrapolated": statistics.median(peer),
+            "ratio": statistics.median(p / o for p, o in zip(peer, own, strict=True)),
+            "steps_mean": steps.mean().item(),
+            "steps_max": steps.max().item(),
+            "sigma_max_error": errors[0],
+            "sigma_min_error": errors[1],
+            "samples_checked": min(config.checked, batch),
+            "error_estimate": max(s.relative_error.max().item() for s in (found.forward, found.backward)),
+        }
+    ]
+
+
+def deviations(net: Chain, x: Tensor, found: Extremes, config: Config) -> tuple[float, float]:
+    """Largest relative deviations of sigma_max and of sigma_min from float64 truth."""
+    twin = net.in_dtype(torch.float64)
+    worst = torch.zeros(2, dtype=torch.float64)
+    for k in range(min(config.checked, len(x))):
+        values = torch.linalg.svdvals(composed_jacobian(twin, x[k : k + 1].double())[0])
+        pair = torch.stack([found.log_max[k].exp() / values[0], found.log_min[k].exp() / values[-1]])
+        worst = torch.maximum(worst, (pair - 1).abs())
+    return worst[0].item(), worst[1].item()
+
+
+def run(config: Config) -> pd.DataFrame:
+    return collect(config, {f"batch {batch}": batch for batch in config.batches}, measure)
+
+
+if __name__ == "__main__":
+    main(Config, run)

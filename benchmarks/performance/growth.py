@@ -1,0 +1,95 @@
+"""Growth of the extremes' cost: time(2L) / time(L) <= 2.2 in depth, steps(4D) - steps(D) <= 3 in dimension.
+
+The affine Glow trunk, one thread, processor time. Depth: one linearisation and the same number of all four products
+with L and 2L blocks in turn, medians of ratios. Dimension: mean and largest number of Lanczos steps to 1 %.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+
+import pandas as pd
+import torch
+
+from benchmarks.performance.measurement import Step, alternating_seconds, median_ratio
+from benchmarks.performance.nets import Sizes
+from benchmarks.runner import Row, collect, main
+from inn_guard.jacobian import extremes
+from inn_guard.linearization import Linearization
+
+
+@dataclass(frozen=True)
+class Config(Sizes):
+    """Depths L, each beside 2L; image sizes, each of four times the dimension of the one before."""
+
+    batch: int = 8
+    depths: tuple[int, ...] = (12, 24)
+    sizes: tuple[int, ...] = (8, 16, 32)
+    blocks: int = 24
+    products: int = 3
+    repeats: int = 5
+    tolerance: float = 1e-2
+
+    @classmethod
+    def smoke(cls) -> Config:
+        """Seconds."""
+        return cls(hidden=8, size=8, batch=4, depths=(3,), sizes=(8, 16), blocks=3, products=1, repeats=1)
+
+    @classmethod
+    def cpu(cls) -> Config:
+        """The claim's sizes."""
+        return cls()
+
+
+def passes(config: Config, blocks: int) -> Step:
+    """One linearisation and so many products of each kind."""
+    net, x = config.net(blocks), config.data()
+
+    @torch.no_grad()
+    def step() -> None:
+        linearization = Linearization(net, x)
+        for _ in range(config.products):
+            linearization.jvp(x)
+            linearization.inverse_vjp(x)
+            linearization.vjp(linearization.output)
+            linearization.inverse_jvp(linearization.output)
+
+    return step
+
+
+def measure(config: Config, case: tuple[str, int]) -> list[Row]:
+    """One row: a ratio of times, or numbers of steps."""
+    torch.set_num_threads(1)
+    kind, size = case
+    if kind == "depth":
+        steps = {"L": passes(config, size), "2L": passes(config, 2 * size)}
+        seconds = alternating_seconds(steps, repeats=config.repeats)
+        return [{"L": size, "time_ratio": median_ratio(seconds["2L"], seconds["L"])}]
+    sized = dataclasses.replace(config, size=size)
+    net, x = sized.net(config.blocks), sized.data()
+    with torch.no_grad():
+        generator = torch.Generator().manual_seed(config.seed)
+        found = extremes(Linearization(net, x), generator=generator, tolerance=config.tolerance)
+    forward, backward = found.forward.steps.double(), found.backward.steps.double()
+    return [
+        {
+            "D": x[0].numel(),
+            "steps_sigma_max": forward.mean().item(),
+            "steps_sigma_min": backward.mean().item(),
+            "steps_largest": torch.maximum(forward, backward).max().item(),
+        }
+    ]
+
+
+def run(config: Config) -> pd.DataFrame:
+    cases = {f"L = {depth}": ("depth", depth) for depth in config.depths}
+    cases |= {f"{size} x {size}": ("dimension", size) for size in config.sizes}
+    frame = collect(config, cases, measure)
+    for column in ("steps_sigma_max", "steps_sigma_min"):
+        frame[f"added_{column}"] = frame[column].diff()
+    return frame
+
+
+if __name__ == "__main__":
+    main(Config, run)

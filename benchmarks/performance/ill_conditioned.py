@@ -1,0 +1,97 @@
+"""sigma_min of ill-conditioned nets in float32: Lanczos at the forward states, beside a dense J and numpy's SVD.
+
+The net is the 48-block affine Glow trunk (D = 3072) with the last convolution of every coupling multiplied by a gain
+before ActNorm sets itself from data. Truth: the same Lanczos run on the net in float64, to a hundredth of the
+tolerance. The peer decomposes the float32 Jacobian (composed, which is exact to rounding) with numpy, as one that
+stores J in float32 must.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import pandas as pd
+import torch
+from torch import Tensor
+
+from benchmarks.performance.nets import Sizes
+from benchmarks.performance.peer import svd_seconds
+from benchmarks.runner import Row, collect, main
+from inn_guard.composed_jacobian import composed_jacobian
+from inn_guard.jacobian import Extremes, extremes
+from inn_guard.layers.actnorm import ActNorm
+from inn_guard.layers.chain import Chain
+from inn_guard.layers.coupling import AffineCoupling
+from inn_guard.linearization import Linearization
+
+
+@dataclass(frozen=True)
+class Config(Sizes):
+    """``gains`` of the couplings' last convolutions; the tolerance of the extremes."""
+
+    blocks: int = 48
+    batch: int = 32
+    gains: tuple[float, ...] = (10.0, 20.0, 30.0, 40.0)
+    tolerance: float = 1e-2
+
+    @classmethod
+    def smoke(cls) -> Config:
+        """Seconds."""
+        return cls(blocks=3, hidden=8, size=8, batch=4, gains=(10.0,))
+
+    @classmethod
+    def cpu(cls) -> Config:
+        """The claim's sizes."""
+        return cls()
+
+    def amplified(self, gain: float) -> Chain:
+        """The net with this gain, ActNorms set anew."""
+        net = self.net(self.blocks)
+        with torch.no_grad():
+            for layer in net.layers():
+                if isinstance(layer, AffineCoupling):
+                    layer.network[-1].weight.mul_(gain)  # type: ignore[index,operator,union-attr]
+                if isinstance(layer, ActNorm):
+                    layer.initialized.zero_()
+            net.train()(self.data())
+        return net.eval()
+
+
+def found(net: Chain, x: Tensor, config: Config, *, tolerance: float) -> Extremes:
+    with torch.no_grad():
+        generator = torch.Generator().manual_seed(config.seed)
+        return extremes(Linearization(net, x), generator=generator, tolerance=tolerance)
+
+
+def measure(config: Config, gain: float) -> list[Row]:
+    """One row: logarithms to base 10 of condition and sigma_min, relative errors, steps."""
+    torch.set_num_threads(1)
+    net, x = config.amplified(gain), config.data()[:1]
+    truth = found(net.in_dtype(torch.float64), x.double(), config, tolerance=config.tolerance / 100)
+    ours = found(net, x, config, tolerance=config.tolerance)
+    values = svd_seconds(composed_jacobian(net, x)[0])[1].double()
+    with torch.no_grad():
+        back = (net.inverse(net(x)) - x).norm() / x.norm()
+    return [
+        {
+            "gain": gain,
+            "log10_condition": truth.log_condition.item() / math.log(10),
+            "log10_sigma_min": truth.log_min.item() / math.log(10),
+            "sigma_max_error": (ours.log_max - truth.log_max).expm1().abs().item(),
+            "sigma_min_error": (ours.log_min - truth.log_min).expm1().abs().item(),
+            "error_estimate": max(side.relative_error.item() for side in (ours.forward, ours.backward)),
+            "steps": int(ours.forward.steps + ours.backward.steps),
+            "peer_sigma_max_error": (values[0].log() - truth.log_max).expm1().abs().item(),
+            "peer_sigma_min_factor": (values[-1].log() - truth.log_min).abs().exp().item(),
+            "round_trip_error": back.item(),
+        }
+    ]
+
+
+def run(config: Config) -> pd.DataFrame:
+    return collect(config, {f"gain {gain:g}": gain for gain in config.gains}, measure)
+
+
+if __name__ == "__main__":
+    main(Config, run)
