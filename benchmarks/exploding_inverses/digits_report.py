@@ -6,6 +6,7 @@ import base64
 import io
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -83,6 +84,11 @@ def _curves(axis: Axes, runs: pd.DataFrame, column: str) -> None:
         axis.plot(
             curve["step"], curve[column], "o-", color=COLOURS.get(str(regularizer)), markersize=4, label=regularizer
         )
+        lost = curve["step"][~np.isfinite(curve[column])]
+        height = [0.96] * len(lost)
+        axis.plot(lost, height, "x", color=COLOURS.get(str(regularizer)), transform=axis.get_xaxis_transform())
+        if len(lost):
+            axis.annotate("NaN", (lost.iloc[0], 0.9), xycoords=axis.get_xaxis_transform(), fontsize=8, va="top")
 
 
 def write_index(frame: pd.DataFrame, folder: Path) -> Path:
