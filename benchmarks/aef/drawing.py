@@ -22,10 +22,9 @@ def image_file(dataset: str, model: str, latent: int) -> Path:
 
 def draw(frame: pd.DataFrame) -> Figure:
     """Bits per dimension on the left; test images, reconstructions and samples of every model on the right."""
-    latents = sorted(frame["latent"].unique())
-    rows = [(model, latent) for latent in latents for model in frame["model"].unique()]
+    rows = [tuple(row) for row in frame[["model", "latent"]].drop_duplicates().to_numpy()]
     dataset = frame["case"].iloc[0].split(" ")[0]
-    figure = Figure(figsize=(15, 1.6 + 1.5 * len(rows)), layout="constrained")
+    figure = Figure(figsize=(15, 1.6 + 0.9 * len(rows)), layout="constrained")
     left, right = figure.subfigures(1, 2, width_ratios=[1, 2.4])
     _bits(left.subplots(), frame)
     axes = right.subplots(len(rows), 2, squeeze=False)
