@@ -91,7 +91,7 @@ RECIPES: dict[str, Recipe] = {
     "AE+L2": Recipe(terms.Objective((terms.Reconstruction(), terms.DecoderWeights(0.001)))),
     "AE+SN": Recipe(terms.Objective((terms.Reconstruction(),)), spectral=True),
     "InjFlow_ln": Recipe(terms.injflow_log(1e-3)),
-    "InjFlow": Recipe(terms.injflow(1e-3)),
+    "InjFlow": Recipe(terms.injflow_linear(1e-3)),
 }
 
 

@@ -40,7 +40,7 @@ __all__ = [
     "Term",
     "constant",
     "growing",
-    "injflow",
+    "injflow_linear",
     "injflow_log",
     "spectrally_normalised",
 ]
@@ -260,7 +260,7 @@ class Objective:
         return torch.stack([term(step) for term in self.terms]).sum(0).mean()
 
 
-def injflow(
+def injflow_linear(
     prior: float = 1e-3, *, trade: float = 1.0, rate: float = 1.0, derivative: DirectionalDerivative = forward_mode
 ) -> Objective:
     """Eq. 10. ``prior`` weighs |h(x)|^2, ``trade`` is lambda, ``rate`` is nu of both growing penalties."""
