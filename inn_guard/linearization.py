@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from inn_guard.dense_tangent import trustworthy, with_forward_mode
+from inn_guard.dense_tangent import returning, trustworthy, with_forward_mode
 from inn_guard.invertible import Invertible
 from inn_guard.tangent import Selectable, Tangent, probes
 
@@ -87,6 +87,7 @@ class Linearization:
         self._leaves_range = False
         self._drawn: dict[Any, list[Tensor]] = {}
         self._forward_checked: set[int] = set()
+        self._returning_checked: set[int] = set()
         self._inverse_checked: set[int] = set()
         for layer in self.layers:
             tangent = layer.linearize(self.states[-1])
@@ -133,11 +134,19 @@ class Linearization:
             self._forward_checked.add(k)
         return self.tangents[k]
 
+    def returning_tangent(self, k: int) -> Tangent:
+        """Layer k's tangent, its J^-1 u having been checked once against its J v; its J^-T v is not looked at."""
+        if k not in self._returning_checked:
+            self.tangents[k] = returning(self.forward_tangent(k), self.states[k], self._label(k), draw=self._probes)
+            self._returning_checked.add(k)
+        return self.tangents[k]
+
     def inverse_tangent(self, k: int) -> Tangent:
         """Layer k's tangent, its inverse maps having been checked once against its forward maps."""
         if k not in self._inverse_checked:
             self.tangents[k] = trustworthy(self.forward_tangent(k), self.states[k], self._label(k), draw=self._probes)
             self._inverse_checked.add(k)
+            self._returning_checked.add(k)
         return self.tangents[k]
 
     def select(self, rows: Tensor) -> Linearization | None:
@@ -149,7 +158,8 @@ class Linearization:
         twin = copy.copy(self)
         twin.tangents, twin.states = chosen, [state[rows] for state in self.states]
         # what was checked for all samples was checked for these
-        twin._forward_checked, twin._inverse_checked = set(self._forward_checked), set(self._inverse_checked)
+        twin._forward_checked, twin._returning_checked = set(self._forward_checked), set(self._returning_checked)
+        twin._inverse_checked = set(self._inverse_checked)
         return twin
 
     def _chain(self, v: Tensor | Scaled, steps: Sequence[Step]) -> Scaled:

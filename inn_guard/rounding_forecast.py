@@ -12,7 +12,7 @@ layer's errors are injected. u is a common factor: one set of sweeps serves ever
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -20,6 +20,8 @@ import torch
 from torch import Tensor
 
 from inn_guard.linearization import Linearization, Scaled
+
+Product = Callable[[Tensor], Tensor]
 
 __all__ = ["RoundingForecast", "rounding_forecast", "unit_roundoff"]
 
@@ -99,18 +101,29 @@ def _root_mean_square(flat: Tensor) -> Tensor:
 
 def _sweep(linearization: Linearization, weights: list[Tensor], generator: torch.Generator) -> Scaled:
     """One realisation of sum_i A_i delta_i for u = 1."""
-    states = linearization.states
-    error = Scaled.of(_errors(states[-1], weights[-1], generator))
-    for k in reversed(range(len(linearization.layers))):
-        pulled = linearization.inverse_tangent(k).inverse_jvp(error.vector)
-        error = _plus(Scaled(pulled, error.log_scale).normalized(), _errors(states[k], weights[k], generator))
+    errors = [_errors(s, w, generator) for s, w in zip(reversed(linearization.states), reversed(weights), strict=True)]
+    products = [linearization.returning_tangent(k).inverse_jvp for k in reversed(range(len(linearization.layers)))]
+    error = errors[0]
+    for product, extra in zip(products, errors[1:], strict=True):
+        error = product(error) + extra
+    # nothing is lost to underflow, beside errors of the states' size; what has overflown is not finite at the end
+    if bool(error.isfinite().all()):
+        return Scaled.of(error)
+    return _careful_sweep(products, errors)
+
+
+def _careful_sweep(products: list[Product], errors: list[Tensor]) -> Scaled:
+    """The same beyond the range of floats."""
+    error = Scaled.of(errors[0])
+    for product, extra in zip(products, errors[1:], strict=True):
+        error = _plus(Scaled(product(error.vector), error.log_scale).normalized(), extra)
     return error
 
 
 def _errors(state: Tensor, weight: Tensor, generator: torch.Generator) -> Tensor:
     """Uniform errors of the size of the state's entries; ``weight`` independent ones add up to sqrt(weight) of one."""
     noise = 2 * torch.rand(state.shape, generator=generator, dtype=torch.float64) - 1
-    return (noise.to(state.device) * weight.sqrt() * state.double().abs()).to(state.dtype)
+    return (noise.to(state.device) * weight.sqrt()).to(state.dtype) * state.abs()
 
 
 def _plus(error: Scaled, extra: Tensor) -> Scaled:

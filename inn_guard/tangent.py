@@ -60,6 +60,19 @@ class Selectable(Protocol):
         ...
 
 
+@runtime_checkable
+class SelfChecking(Protocol):
+    """A tangent that measures by itself whether its products are transposes of each other, when it first uses them."""
+
+    def forward_transposes(self) -> bool:
+        """Whether J v and J^T u, as far as they have been used."""
+        ...
+
+    def inverse_transposes(self) -> bool:
+        """Whether J^-1 u and J^-T v, as far as they have been used."""
+        ...
+
+
 class _Recorded:
     """A map at one point with its graph kept, so that J^T u and J v cost one backward pass each."""
 
@@ -69,6 +82,7 @@ class _Recorded:
         with torch.enable_grad():
             self.value = function(self.leaf.clone())  # a map that writes into its input may not write into a leaf
         self._pushing: Map | None = None
+        self.transposes = False  #: whether J v was measured to be the transpose of J^T u
 
     def pull(self, u: Tensor) -> Tensor:
         """J^T u; with one more leading dimension than the value, all of its rows in one batched call."""
@@ -99,7 +113,8 @@ class _Recorded:
                 return torch.autograd.grad(image, u, v, retain_graph=True)[0]
 
             v, w = probes(self.leaf, self.value)
-            return push if transposes(push(v), w, v, self.pull(w)) else None
+            self.transposes = transposes(push(v), w, v, self.pull(w))
+            return push if self.transposes else None
         except RuntimeError:  # NotApplicable among them: forward mode then says what is missing
             return None
 
@@ -152,6 +167,14 @@ class AutogradTangent:
         self._inverse_map = inverse
         self._inverse: _Recorded | None = None
         self.output = self._forward.value.detach()
+
+    def forward_transposes(self) -> bool:
+        """Whether J v has been measured to belong to J^T u: <J v, w> = <v, J^T w> on random vectors."""
+        return self._forward.transposes
+
+    def inverse_transposes(self) -> bool:
+        """The same of J^-1 u and J^-T v."""
+        return self._backward.transposes
 
     @property
     def _backward(self) -> _Recorded:
