@@ -58,7 +58,9 @@ def audit(
         ValueError: if x is empty, has the wrong shape, dtype or device, or a check or level is unknown.
     """
     wrapped = _map(wrap(model, context=context))
-    x = checked_batch(wrapped, _batch(wrapped, x))
+    with untouched(wrapped):  # a DataLoader draws from the global generators
+        x = _batch(wrapped, x)
+    x = checked_batch(wrapped, x)
     _check_context(wrapped.context, x)
     chosen = _chosen(checks, level)
     start = time.perf_counter()
@@ -90,6 +92,9 @@ def _batch(model: Invertible, x: Any) -> Any:
         pack: Callable[..., Tensor] | None = getattr(model, "pack", None)
         if pack is None:
             raise TypeError(f"expected one tensor (B, *data) for {model.name}, got a {type(x).__name__} of {len(x)}")
+        if not all(isinstance(part, Tensor) for part in x) or len({len(part) for part in x if part.dim()}) > 1:
+            got = ", ".join(str(tuple(part.shape)) if isinstance(part, Tensor) else type(part).__name__ for part in x)
+            raise TypeError(f"expected tensors with a row for every sample, got a {type(x).__name__} of {got}")
         return pack(*x)
     return x
 
@@ -97,7 +102,13 @@ def _batch(model: Invertible, x: Any) -> Any:
 def _from_loader(model: Invertible, loader: DataLoader) -> Tensor:
     batches: list[Tensor] = []
     for item in loader:
-        batches.append(item[0] if isinstance(item, (tuple, list)) else item)
+        batch = item[0] if isinstance(item, (tuple, list)) and item else item
+        if not isinstance(batch, Tensor):
+            raise TypeError(
+                f"expected batches of tensors (B, *data) from the DataLoader, or tuples that begin with one; got a "
+                f"{type(batch).__name__}: audit a tensor of your own choice out of it instead"
+            )
+        batches.append(batch)
         if sum(map(len, batches)) >= MAX_SAMPLES:
             break
     if not batches:
@@ -109,7 +120,7 @@ def _from_loader(model: Invertible, loader: DataLoader) -> Tensor:
 
 def _check_context(context: Context, x: Tensor) -> None:
     for tensor in _tensors(context):
-        if len(tensor) != len(x):
+        if tensor.dim() == 0 or len(tensor) != len(x):
             raise ValueError(f"expected a context with {len(x)} rows, one per sample; got shape {tuple(tensor.shape)}")
 
 
@@ -143,8 +154,11 @@ def known_check(check: str | Audit) -> Audit:
 
     Raises:
         ValueError: if there is no audit of that name.
+        TypeError: if it is neither a name nor a function.
     """
     if not isinstance(check, str):
+        if not callable(check) or isinstance(check, type):
+            raise TypeError(f"expected checks by name or as functions; got {check!r}")
         return check
     if check not in AUDITS:
         raise ValueError(f"expected checks out of {', '.join(AUDITS)}; got {check!r}")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import math
+import re
 
 import pytest
 import torch
@@ -112,11 +113,14 @@ def test_audits_with_a_loss_get_it():
         (torch.zeros(4, 6, dtype=torch.float64, device="meta"), ValueError, "device"),
         ([[1.0]], TypeError, "one tensor"),
         ((torch.zeros(4, 6), torch.zeros(4, 6)), TypeError, "one tensor"),
+        (torch.eye(6, dtype=torch.float64).to_sparse(), TypeError, "to_dense"),
+        (torch.zeros(4, 6, dtype=torch.float64).to(torch.float8_e4m3fn), TypeError, "16 bits"),
+        (DataLoader([{"x": torch.zeros(6, dtype=torch.float64)}]), TypeError, "got a dict"),
         ("data", TypeError, "as_tensor"),
         (None, TypeError, "as_tensor"),
         (DataLoader(torch.zeros(0, 6)), ValueError, "at least one batch"),
     ],
-    ids=range(13),
+    ids=range(16),
 )
 def test_bad_input_is_refused_with_what_to_do(x, error, says):
     model = good()
@@ -133,6 +137,8 @@ def test_bad_names_are_refused_with_those_that_exist():
         audit(good(), data(), level="all")
     with pytest.raises(TypeError, match=r'checks=\["log_det"\]'):
         audit(good(), data(), checks="log_det")
+    with pytest.raises(TypeError, match="by name or as functions; got <class 'int'>"):
+        audit(good(), data(), checks=[int])
     with pytest.raises(TypeError):
         audit(3, data())
 
@@ -237,3 +243,30 @@ class _Shrink(ig.Invertible):
 class _Shift(_Shrink):
     def __init__(self):
         super().__init__(0.5)
+
+
+def test_a_data_loader_moves_no_generator():
+    loader = DataLoader(data(8), batch_size=3, shuffle=True)
+    before = torch.get_rng_state()
+    audit(good(), loader, checks=[])
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_a_meta_model_is_refused():
+    with pytest.raises(ValueError, match="meta device"):
+        audit(good().to("meta"), data().to("meta"))
+
+
+@pytest.mark.parametrize(
+    ("broken", "says"),
+    [
+        (lambda z: z[:, :2], r"returns shape \(4, 2\), expected \(4, 6\)"),
+        (lambda z: z.to(torch.complex128), "returns torch.complex128"),
+        (lambda z: z.long(), "returns torch.int64"),
+    ],
+)
+def test_an_inverse_of_another_kind_is_a_finding_of_every_audit(broken, says):
+    report = audit(ig.wrap(encode=lambda x: 2 * x, decode=broken), data())
+    assert report.verdict.failed
+    for name in ("preflight", "reconstruction", "layer_blame"):
+        assert re.search(says, report[name].reason), report[name].reason

@@ -13,7 +13,7 @@ from torch import Tensor
 from inn_guard.amplification import inverse_gains, layer_extremes
 from inn_guard.audits.base import AuditResult, Verdict
 from inn_guard.audits.jacobian_spectrum import usable_rows
-from inn_guard.audits.limits import from_log10, usable_error
+from inn_guard.audits.limits import data_scale, from_log10, usable_error
 from inn_guard.audits.watched import polite
 from inn_guard.invertible import Invertible
 from inn_guard.linearization import Linearization
@@ -32,7 +32,8 @@ def layer_blame(model: Invertible, x: Tensor, *, samples: int = 8, probes: int =
     error made there reaches x; the local error |F_k^-1(F_k(h_k)) - h_k|, measured; and their product, its part of the
     error of x. Errors of different layers add up as squares. A layer's digits are log10 of the error over the error
     that would be left if this layer only rounded and did not amplify what comes from behind it; its share is its part
-    of all digits. A change of unit, which amplifies absolute but not relative errors, costs none.
+    of all digits. A change of unit, which amplifies absolute but not relative errors, costs none. |x| is that of the
+    sample, or of its batch's median sample where that is larger (``data_scale``).
 
     Args:
         model: a bijective map.
@@ -158,8 +159,9 @@ def _measure(linearization: Linearization, probes: int, generator: torch.Generat
             errors.append(_log_norm(layer.inverse(tangent.output).double() - state.double()))
     eps = math.log(torch.finfo(linearization.output.dtype).eps)
     log_states = torch.stack([_log_norm(state.double()) for state in linearization.states])
-    log_x = log_states[0]
-    base = torch.where(log_x.isfinite(), log_x, torch.zeros_like(log_x)) + eps
+    # a sample of zeros, or nearly, is held to the size of its neighbours
+    log_x = (data_scale(linearization.states[0]) * math.sqrt(linearization.states[0][0].numel())).log()
+    base = log_x + eps
     log_gain, log_local = gains.log_rms[:-1], torch.stack(errors)
     amplification = (gains.log_rms + log_states).diff(dim=0).nan_to_num(0.0)
     digits = digits_lost(log_local + log_gain, log_states[:-1] + eps + log_gain, amplification, base)

@@ -14,13 +14,17 @@ from inn_guard.invertible import Context, Invertible
 from inn_guard.tangent import NotApplicable, Tangent
 from inn_guard.untouched import untouched
 
-__all__ = ["ModelRaised", "Watched", "checked_batch", "polite"]
+__all__ = ["ModelRaised", "Refused", "Watched", "checked_batch", "polite"]
 
 Answer = TypeVar("Answer")
 
 
 class ModelRaised(RuntimeError):
     """The audited model raised an exception of its own: a finding, not a failure of the audit."""
+
+
+class Refused(ValueError):
+    """The model takes no batch of this shape and dtype: the audit was asked about the wrong data."""
 
 
 def polite(audit: Callable[..., AuditResult]) -> Callable[..., AuditResult]:
@@ -42,6 +46,7 @@ def polite(audit: Callable[..., AuditResult]) -> Callable[..., AuditResult]:
         plain = torch.autocast(x.device.type, enabled=False)
         with torch.inference_mode(mode=False), torch.enable_grad(), plain, untouched(model):
             watched = Watched(model, trained=tuple(name for name, part in model.named_modules() if part.training))
+            watched.data_shape = x.shape[1:]
             watched.eval()
             try:
                 return audit(watched, x.detach().clone(), **settings)
@@ -66,6 +71,10 @@ def checked_batch(model: nn.Module, x: Any) -> Tensor:
         raise TypeError(f"expected x as a tensor (B, *data), got {type(x).__name__}: type torch.as_tensor(x)")
     if not x.is_floating_point():
         raise TypeError(f"expected a real floating-point x, got {x.dtype}: type x.to(torch.get_default_dtype())")
+    if x.is_nested or x.layout is not torch.strided:
+        raise TypeError("expected a dense x (B, *data), got a sparse or nested one: type x.to_dense()")
+    if torch.finfo(x.dtype).bits < 16:
+        raise TypeError(f"expected x of 16 bits at least, got {x.dtype}: type x.to(torch.get_default_dtype())")
     if x.dim() < 2:
         raise ValueError(f"expected x of shape (B, *data), got {tuple(x.shape)}: type x.reshape(B, -1)")
     if x.numel() == 0:
@@ -78,6 +87,8 @@ def checked_batch(model: nn.Module, x: Any) -> Tensor:
     if weights and x.device not in devices:
         where = next(iter(devices))
         raise ValueError(f"expected x on the model's device, {where}; got {x.device}: type x.to('{where}')")
+    if x.is_meta:
+        raise ValueError("expected x with values; got one on the meta device, which has none: load data and weights")
     return x
 
 
@@ -88,7 +99,12 @@ class Watched(Invertible):
         model: the map.
         label: what exceptions call it ("the model", "layer 3 (Coupling)").
         trained: names of its modules that were in training mode before the audit.
+
+    Attributes:
+        data_shape: what the inverse must return, per sample; None where it is not known.
     """
+
+    data_shape: torch.Size | None = None
 
     def __init__(self, model: Invertible, label: str = "the model", *, trained: tuple[str, ...] = ()) -> None:
         super().__init__()
@@ -102,7 +118,11 @@ class Watched(Invertible):
 
     def inverse(self, z: Tensor) -> Tensor:
         """F^-1(z) of the watched model."""
-        return self._tensor("inverse", z, lambda: self.model.inverse(z.clone()))
+        x = self._tensor("inverse", z, lambda: self.model.inverse(z.clone()))
+        if self.data_shape is not None and x.shape[1:] != self.data_shape:
+            shapes = f"{tuple(x.shape)}, expected {(len(z), *self.data_shape)}, the shape of x"
+            raise ModelRaised(f"inverse of {self.label} returns shape {shapes}")
+        return x
 
     def forward_and_log_det(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """F(x) and log|det J| of the watched model."""
@@ -135,20 +155,20 @@ class Watched(Invertible):
     def primed(self, state: Tensor) -> Watched:
         """The watched model, primed, watched."""
         primed = self._named("forward", lambda: self.model.primed(state))
-        return self if primed is self.model else Watched(primed, self.label)
+        return self if primed is self.model else self._of(primed)
 
     def conditioned(self, context: Context) -> Watched:
         """The same map with another context, watched."""
-        return Watched(self.model.conditioned(context), self.label, trained=self.trained)
+        return self._of(self.model.conditioned(context))
 
     def select(self, rows: Tensor) -> Watched:
         """The same map for some rows of the batch, watched."""
-        return Watched(self.model.select(rows), self.label, trained=self.trained)
+        return self._of(self.model.select(rows))
 
     def in_dtype(self, dtype: torch.dtype) -> Watched:
         """A copy in another dtype, watched."""
         what = f"conversion to {str(dtype).removeprefix('torch.')}"
-        return Watched(self._named(what, lambda: self.model.in_dtype(dtype)), self.label)
+        return self._of(self._named(what, lambda: self.model.in_dtype(dtype)))
 
     @property
     def block(self) -> nn.Module:
@@ -160,6 +180,12 @@ class Watched(Invertible):
         """The name of the watched model."""
         return self.model.name
 
+    def _of(self, model: Invertible) -> Watched:
+        """A variant of the watched model, watched alike."""
+        twin = Watched(model, self.label, trained=self.trained)
+        twin.data_shape = self.data_shape
+        return twin
+
     def _tensor(self, what: str, given: Tensor, call: Callable[[], Any]) -> Tensor:
         value = self._named(what, call)
         if not isinstance(value, Tensor):
@@ -167,6 +193,10 @@ class Watched(Invertible):
         if value.dim() < 2 or len(value) != len(given):
             shapes = f"{tuple(value.shape)} for {tuple(given.shape)}"
             raise ModelRaised(f"{what} of {self.label} returns shape {shapes}, expected (B, ...)")
+        if not value.is_floating_point():
+            raise ModelRaised(f"{what} of {self.label} returns {value.dtype}, expected real floating-point numbers")
+        if value.device != given.device:
+            raise ModelRaised(f"{what} of {self.label} returns a tensor on {value.device} for one on {given.device}")
         return value
 
     def _named(self, what: str, call: Callable[[], Answer]) -> Answer:

@@ -25,7 +25,7 @@ from torch import nn
 from inn_guard.adapters import wrap
 from inn_guard.auditing import audit as run_audit
 from inn_guard.audits import AUDITS, LEVELS, Audit, AuditReport, Level, Verdict
-from inn_guard.audits.watched import checked_batch
+from inn_guard.audits.watched import Refused, checked_batch
 from inn_guard.cli.data import load_context, load_data
 from inn_guard.cli.models import load_weights, make_model, own_dtype
 from inn_guard.cli.usage import WrongUsage, note, reported
@@ -110,7 +110,11 @@ def audit(  # noqa: PLR0913  (one parameter for each option)
     wanted = own_dtype(made) if dtype is None else dtype.dtype
     rows = load_data(data, samples=samples, dtype=wanted)
     given = None if context is None else load_context(context, rows=rows, dtype=wanted)
-    report = run_audit(_wrapped(made, rows.tensor, given), rows.tensor, checks=chosen)
+    wrapped = _wrapped(made, rows.tensor, given)
+    try:
+        report = run_audit(wrapped, rows.tensor, checks=chosen)
+    except Refused as error:
+        raise WrongUsage(str(error)) from error
     asked = {"model": model, "weights": weights, "data": data, "context": context, "seed": seed}
     named = {key: value if isinstance(value, int) else str(value) for key, value in asked.items() if value is not None}
     how = {"level": level.value} if not checks else {"checks": checks}

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from inn_guard.adapters import wrap
 from inn_guard.audits import Verdict
 from inn_guard.audits.layer_blame import digits_lost, layer_blame
 from inn_guard.layers.chain import Chain
@@ -125,3 +126,12 @@ def test_perfect_layers_lose_nothing():
 
 def test_an_injective_map_is_not_applicable():
     assert layer_blame(Embedding(6, 2), torch.randn(2, 6)).verdict is Verdict.NOT_APPLICABLE
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("size", [0.0, 1e-9])
+def test_a_sample_of_zeros_is_held_to_the_size_of_its_neighbours(dtype, size):
+    x = torch.cat([torch.randn(5, 6), size * torch.ones(1, 6)]).to(dtype)
+    shifted = wrap(encode=lambda x: 2 * x + 1, decode=lambda z: (z - 1) / 2)
+    assert layer_blame(shifted, x).verdict is Verdict.STABLE
+    assert layer_blame(shifted, x[5:] * 0).verdict is Verdict.STABLE

@@ -111,7 +111,7 @@ def test_a_model_that_behaves_is_stable(model):
         (InverseInPlace, "inverse writes into its input"),
         (InverseRaises, "cannot be inverted.*ArithmeticError: singular"),
         (InverseMissing, "cannot be inverted.*NotImplementedError: not written yet"),
-        (InverseShape, r"inverse returns shape \(4, 3\)"),
+        (InverseShape, r"inverse of the model returns shape \(4, 3\), expected \(4, 6\)"),
         (lambda: Misordered(Linear(torch.randn(6, 6)), Warp(6)), "do not compose"),
     ],
     ids=lambda value: getattr(value, "__name__", ""),

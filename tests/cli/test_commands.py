@@ -103,6 +103,8 @@ def test_a_model_of_unknown_kind_and_a_wrong_shape_are_wrong_usage(data, tmp_pat
     assert done.stderr.splitlines()[-1].startswith("error: ")
     np.save(tmp_path / "flat.npy", np.zeros(3))
     assert audit("stable", tmp_path / "flat.npy").exit_code == 2
+    np.save(tmp_path / "wide.npy", np.zeros((3, 9), dtype=np.float32))
+    assert audit("stable", tmp_path / "wide.npy").exit_code == 2
 
 
 def test_context_is_given_to_the_model(tmp_path):
