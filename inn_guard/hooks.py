@@ -132,7 +132,13 @@ class RegularizerHook:
 
 
 def schedule(period: int | Schedule) -> Schedule:
-    """A period in steps as the schedule that it means; a schedule is returned as it is."""
+    """A period in steps as the schedule that it means; a schedule is returned as it is.
+
+    Raises:
+        TypeError: if it is neither.
+    """
+    if not isinstance(period, int) and not callable(period):
+        raise TypeError(f"expected every as a number of steps or a function step -> bool; got {period!r}")
     return every(period) if isinstance(period, int) else period
 
 

@@ -87,7 +87,7 @@ def _taken(value: Any, depth: int) -> tuple[list[tuple[Any, int]], Restore | Non
     if isinstance(value, Tensor):
         return [], _tensor(value)
     if isinstance(value, nn.Module):
-        parts = [part for key in _REGISTRIES for part in vars(value)[key].values()]
+        parts = [part for key in _REGISTRIES for part in dict(vars(value)[key]).values()]
         plain = [part for key, part in vars(value).items() if key not in _REGISTRIES]
         return [(part, 0) for part in parts] + [(part, 1) for part in plain], _module(value)
     if isinstance(value, tuple):
@@ -106,7 +106,8 @@ def _taken(value: Any, depth: int) -> tuple[list[tuple[Any, int]], Restore | Non
 
 def _module(module: nn.Module) -> Restore:
     state = vars(module)
-    registries = [(state[key], _container(state[key])) for key in _REGISTRIES]
+    # a scripted module keeps its tensors in C++, behind registries that are views
+    registries = [(state[key], _container(state[key])) for key in _REGISTRIES if isinstance(state.get(key), dict)]
     attributes = _attributes(state)
 
     def restore() -> None:

@@ -110,6 +110,9 @@ def _adapter_of(model: Any) -> str:
                 return adapter
     if isinstance(model, nn.Module) and callable(getattr(model, "inverse", None)):
         return "inn_guard.adapters.functions"
+    for wrapper in ("module", "_orig_mod"):  # DataParallel, torch.compile
+        if isinstance(getattr(model, wrapper, None), nn.Module):
+            raise TypeError(f"expected the model inside {type(model).__name__}; type wrap(model.{wrapper}) instead")
     raise TypeError(
         f"expected an Invertible, a model of {', '.join(ADAPTERS)}, or a module with forward and inverse; got "
         f"{type(model).__module__}.{type(model).__qualname__}; type wrap(encode=f, decode=g) with its two directions "

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from inn_guard.audits.base import AuditResult, Verdict
-from inn_guard.audits.limits import USABLE, from_log10
+from inn_guard.audits.limits import from_log10, usable_error
 from inn_guard.audits.round_trip import finite_rows
 from inn_guard.audits.watched import polite
 from inn_guard.invertible import Invertible
@@ -32,7 +32,7 @@ def jacobian_spectrum(
     where the round trip is not finite. A map that is injective only has two rectangular Jacobians, the encoder's
     (d x D) and the decoder's (D x d); both are formed and decomposed densely.
 
-    The verdict is unstable where one rounding, eps cond, exceeds USABLE in the worst direction.
+    The verdict is unstable where one rounding, eps cond, exceeds ``usable_error`` in the worst direction.
 
     Args:
         model: the map.
@@ -76,7 +76,7 @@ def jacobian_spectrum(
         values=_values(logs, sides),
         units={name: "log10" for name in _values(logs, sides) if name.startswith("log10")},
         per_sample=_per_sample(logs, sides, rows, len(x)),
-        settings=settings | {"limit": USABLE, "method": "Lanczos on J and J^-1"},
+        settings=settings | {"limit": usable_error(x.dtype), "method": "Lanczos on J and J^-1"},
         advice=advice,
     )
 
@@ -103,7 +103,7 @@ def amplification_verdict(log_condition: Tensor, dtype: torch.dtype) -> tuple[Ve
     log_error = worst + math.log10(torch.finfo(dtype).eps)
     reason = f"the condition number reaches {from_log10(worst)}: one rounding in {_short(dtype)} becomes"
     reason += f" {from_log10(log_error)} of the data in the worst direction"
-    if log_error <= math.log10(USABLE):
+    if log_error <= math.log10(usable_error(dtype)):
         return Verdict.STABLE, reason, ""
     advice = "Train with FiniteDifferences or NormalizingFlowLoss, or bound the scales of the worst layers."
     return Verdict.UNSTABLE, reason, advice
@@ -157,6 +157,6 @@ def _rectangular(model: Invertible, x: Tensor, settings: dict[str, object]) -> A
         verdict,
         f"encoder and decoder are rectangular; {reason}",
         values=values,
-        settings=settings | {"limit": USABLE, "method": "dense, float64 decomposition"},
+        settings=settings | {"limit": usable_error(x.dtype), "method": "dense, float64 decomposition"},
         advice=advice,
     )

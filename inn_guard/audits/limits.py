@@ -44,16 +44,20 @@ def latent_size(encoded: Tensor, prior: Tensor) -> float:
     return (encoded[finite].double().square().mean() / prior.double().square().mean()).item()
 
 
-def typical(size: float) -> bool:
-    """Whether latents of this ``latent_size`` are where the prior is, so that drawing from it means anything.
+def typical(encoded: Tensor, prior: Tensor) -> bool:
+    """Whether the encoded latents (B, *) lie where draws from the prior do, so that drawing from it means anything.
 
-    A net that was never trained towards its prior, a classifier or a fresh flow, has no latents there to return to:
-    what happens there is reported, a verdict does not count it.
+    Their mean square must be within TYPICAL of the prior's, and their mean within half of its deviation. A net that
+    was never trained towards its prior, a classifier or a fresh flow, has no latents there to return to: what happens
+    there is reported, a verdict does not count it.
 
-    >>> typical(1.1), typical(0.1), typical(math.nan)
+    >>> x = torch.linspace(-2, 2, 41).reshape(-1, 1)
+    >>> typical(x, x), typical(0.1 * x, x), typical(x.abs(), x)
     (True, False, False)
     """
-    return TYPICAL[0] <= size <= TYPICAL[1]
+    finite = encoded[encoded.flatten(1).isfinite().all(1)].double()
+    centred = bool((finite.mean() - prior.double().mean()).abs() <= prior.double().std() / 2)
+    return centred and TYPICAL[0] <= latent_size(encoded, prior) <= TYPICAL[1]
 
 
 def usable_error(dtype: torch.dtype) -> float:

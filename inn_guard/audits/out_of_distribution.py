@@ -12,7 +12,7 @@ from torch import Tensor
 
 from inn_guard.audits.base import AuditResult, Verdict
 from inn_guard.audits.guarded import Guarded, patience
-from inn_guard.audits.limits import latent_size, typical, usable_error
+from inn_guard.audits.limits import typical, usable_error
 from inn_guard.audits.probes import PRIORS, PROBES, Probe, Reach
 from inn_guard.audits.radius import Radii, smallest_failing_radius
 from inn_guard.audits.round_trip import finite_rows, standard_normal
@@ -164,7 +164,7 @@ class _Probing:
 
     def _reach(self, probe: Probe, z: Tensor) -> Reach:
         """The probe's, but draws from a prior that the latents of the data do not follow decide nothing."""
-        if probe.from_prior and not typical(latent_size(z, standard_normal(z, torch.Generator().manual_seed(0)))):
+        if probe.from_prior and not typical(z, standard_normal(z, torch.Generator().manual_seed(0))):
             return Reach(within=False, latent=True)
         return probe.reach
 
@@ -288,7 +288,8 @@ def _judged(probing: _Probing, invertible: Radii, likelihood: Radii | None) -> t
     deciding = [row for row in failed if row["decides"] == "yes"]
     where = _radius_sentence(invertible, likelihood)
     if own["verdict"] != "passes":
-        verdict = Verdict.NON_FINITE if own["non_finite"] else Verdict.UNSTABLE
+        gave_nan = own["non_finite"] and not str(probing.guarded.outcome)
+        verdict = Verdict.NON_FINITE if gave_nan else Verdict.UNSTABLE
         return verdict, f"the data themselves fail already ({own['verdict']}); {where}"
     beyond = [row["family"] for row in failed if row["decides"] == "no"]
     also = f"; beyond the data's range fail {', '.join(beyond)}" if beyond else ""

@@ -345,7 +345,8 @@ def _forecast_verdict(least: Tensor, most: Tensor, usable: float) -> str:
 
 
 def _measured_verdict(measured: Tensor, usable: float) -> str:
-    return "works" if _quantile(measured) <= usable else "breaks"
+    finite = bool(measured.isfinite().all())
+    return "works" if finite and _quantile(measured) <= usable else "breaks"
 
 
 def _verdict(row: dict[str, Any], usable: float, *, own: bool) -> tuple[Verdict, str]:

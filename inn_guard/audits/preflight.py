@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from dataclasses import dataclass, field
 
@@ -13,7 +14,7 @@ from inn_guard.audits.round_trip import finite_rows
 from inn_guard.audits.watched import ModelRaised, Refused, Watched, polite
 from inn_guard.invertible import Invertible
 from inn_guard.tangent import NotApplicable
-from inn_guard.untouched import changed_state
+from inn_guard.untouched import changed_state, untouched
 
 __all__ = ["preflight"]
 
@@ -67,6 +68,7 @@ def preflight(model: Invertible, x: Tensor) -> AuditResult:
             _refused(chosen, batch, error)
             findings.serious.append((str(error), "Other values of this shape are accepted: look at the data's range."))
             return findings.result(settings)
+        _initialised(chosen, batch, findings)
         _repeated(chosen, batch, z, findings)
         _coupled(model, x, rows, findings)
         _inverted(chosen, z, findings)
@@ -99,6 +101,26 @@ def _forward(model: Invertible, x: Tensor, findings: _Findings) -> Tensor:
     if isinstance(model, Watched) and model.overwrites(x):
         findings.serious.append(("forward writes into its input", "Hand it clones, or make the layer out-of-place."))
     return z
+
+
+def _initialised(model: Invertible, x: Tensor, findings: _Findings) -> None:
+    """Whether a first batch in training mode would set parameters: then no layer that needs one has seen one."""
+    modes = {module: module.training for module in model.modules()}
+    parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    try:
+        with untouched(model), changed_state(model) as changed:
+            model.train()
+            with contextlib.suppress(ModelRaised, NotApplicable):
+                model(x)
+            for module, mode in modes.items():
+                module.training = mode
+    except RuntimeError:  # a layer that is meant for inference only
+        return
+    fresh = [name.removeprefix("model.") for name in changed if name in parameters]
+    if fresh:
+        what = f"a first batch in training mode sets {len(fresh)} parameters ({', '.join(fresh[:3])})"
+        advice = "Layers that initialise themselves must see one training batch, as data, before an audit."
+        findings.serious.append((what, advice))
 
 
 def _refused(model: Invertible, x: Tensor, error: ModelRaised) -> None:

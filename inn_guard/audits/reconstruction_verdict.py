@@ -50,7 +50,7 @@ class Trips:
     @property
     def prior_is_typical(self) -> bool:
         """Whether the encoded latents are of the prior's size; what its draws show is reported in any case."""
-        return typical(self.latent_size)
+        return not isinstance(self.prior, str) and typical(self.encoded.start, self.prior.start)
 
     @property
     def latent_size(self) -> float:
@@ -144,8 +144,8 @@ def _about_prior(measured: Measured) -> str:
         return ""
     found = f"{lost} of {len(trips.prior.start)} return NaN or Inf" if lost else f"errors reach {worst:.1e}"
     return (
-        f"; from N(0, I) {found}, which is not counted: the latents of the data have a mean square of "
-        f"{trips.latent_size:.2g}, not 1"
+        f"; from N(0, I) {found}, which is not counted: the latents of the data do not follow it "
+        f"(mean square {trips.latent_size:.2g} of the prior's)"
     )
 
 

@@ -177,3 +177,18 @@ def test_mixed_parameters_are_remarked():
     model.steps[1].inverse = lambda z: z / 2
     result = preflight(model.eval(), data())
     assert "several dtypes: torch.float32, torch.float64" in result.reason
+
+
+def test_layers_that_have_not_seen_a_training_batch_are_found():
+    from nflows.transforms import ActNorm, CompositeTransform
+
+    from inn_guard.adapters import wrap
+
+    layer = ActNorm(4).eval()
+    x = torch.randn(16, 4, dtype=torch.float32)
+    fresh = preflight(wrap(CompositeTransform([layer])), x)
+    assert fresh.verdict is Verdict.UNSTABLE
+    assert "first batch in training mode sets 2 parameters" in fresh.reason
+    assert not bool(layer.initialized)
+    layer.train()(x)
+    assert preflight(wrap(CompositeTransform([layer.eval()])), x).verdict is Verdict.STABLE
