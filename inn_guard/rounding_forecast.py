@@ -112,7 +112,7 @@ def _sweep(linearization: Linearization, weights: list[Tensor], generator: torch
     return _careful_sweep(products, errors)
 
 
-def _careful_sweep(products: list[Product], errors: list[Tensor]) -> Scaled:
+def _careful_sweep(products: Sequence[Product], errors: list[Tensor]) -> Scaled:
     """The same beyond the range of floats."""
     error = Scaled.of(errors[0])
     for product, extra in zip(products, errors[1:], strict=True):

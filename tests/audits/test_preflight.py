@@ -6,6 +6,7 @@ import re
 
 import pytest
 import torch
+from nflows.transforms import ActNorm, CompositeTransform
 from torch import Tensor, nn
 
 from inn_guard.adapters import wrap
@@ -180,12 +181,9 @@ def test_mixed_parameters_are_remarked():
 
 
 def test_layers_that_have_not_seen_a_training_batch_are_found():
-    from nflows.transforms import ActNorm, CompositeTransform
-
-    from inn_guard.adapters import wrap
 
     layer = ActNorm(4).eval()
-    x = torch.randn(16, 4, dtype=torch.float32)
+    x = torch.randn(16, 4)
     fresh = preflight(wrap(CompositeTransform([layer])), x)
     assert fresh.verdict is Verdict.UNSTABLE
     assert "first batch in training mode sets 2 parameters" in fresh.reason
