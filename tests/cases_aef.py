@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from inn_guard.invertible import Invertible
-from inn_guard.layers.autoregressive import MADE, Inverted, MaskedAutoregressive, iaf, maf
+from inn_guard.layers.autoregressive import MADE, MaskedAutoregressive, iaf, maf
+from inn_guard.layers.inverted import Inverted
 from inn_guard.layers.linear import InvertibleLinear
 from inn_guard.layers.scales import ExpScale
 from inn_guard.models.aef import LinearAEF, PartitionAEF, center_core, corner_core, random_core

@@ -10,7 +10,6 @@ import FrEIA.modules as Ff
 import torch
 from torch import Tensor, nn
 
-from inn_guard.adapters import bounds  # noqa: F401 - the rules that all adapters share
 from inn_guard.lipschitz import flows, maps
 from inn_guard.lipschitz.activations import Activation, known_activation
 from inn_guard.lipschitz.blocks import Pair

@@ -20,7 +20,6 @@ from nflows.transforms.orthogonal import HouseholderSequence
 from torch import Tensor, nn
 from torch.nn import functional
 
-from inn_guard.adapters import bounds  # noqa: F401 - the rules that all adapters share
 from inn_guard.lipschitz import flows, maps, splines
 from inn_guard.lipschitz.activations import known_activation
 from inn_guard.lipschitz.blocks import Pair

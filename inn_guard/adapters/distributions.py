@@ -10,9 +10,10 @@ from torch import Tensor, nn
 from torch.distributions import Distribution
 from torch.distributions import transforms as T
 
-from inn_guard.adapters.adapted import Adapted, Flipped
+from inn_guard.adapters.adapted import Adapted
 from inn_guard.invertible import Context, Invertible
 from inn_guard.layers.chain import Chain
+from inn_guard.layers.inverted import Inverted
 
 __all__ = ["TorchTransform", "adapt"]
 
@@ -26,7 +27,7 @@ def adapt(transform: T.Transform, context: Context = None) -> Invertible:
     if context is not None:
         raise TypeError("expected no context: a torch transform takes none; type wrap(transform) instead")
     if isinstance(transform, T._InverseTransform):
-        return Flipped(adapt(transform.inv))
+        return Inverted(adapt(transform.inv))
     if isinstance(transform, T.ComposeTransform):
         return Chain(*[adapt(part) for part in transform.parts])
     return TorchTransform(transform)

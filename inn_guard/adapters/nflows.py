@@ -23,8 +23,9 @@ from nflows.transforms.coupling import CouplingTransform
 from torch import Tensor, nn
 
 from inn_guard.adapters import bounds_nflows  # noqa: F401 - registers the bound rules
-from inn_guard.adapters.adapted import Adapted, Flipped
+from inn_guard.adapters.adapted import Adapted
 from inn_guard.invertible import Context, Invertible, NotApplicable
+from inn_guard.layers.inverted import Inverted
 from inn_guard.layers.multiscale import OnRemaining
 from inn_guard.layers.reshape import Flatten, Rearrangement
 
@@ -171,7 +172,7 @@ def _chain(transform: nn.Module) -> tuple[Invertible, ...]:
     if isinstance(transform, CompositeTransform):
         return tuple(layer for part in transform._transforms for layer in _chain(part))
     if isinstance(transform, InverseTransform):
-        return tuple(Flipped(layer) for layer in reversed(_chain(transform._transform)))
+        return tuple(Inverted(layer) for layer in reversed(_chain(transform._transform)))
     if isinstance(transform, MultiscaleCompositeTransform):
         return _scales(transform)
     return (NflowsTransform(transform),)
@@ -231,7 +232,7 @@ def _shape_after(step: Invertible, shape: Shape) -> Shape | None:
         return (math.prod(shape),)
     if hasattr(step.block, "get_output_shape"):
         return tuple(step.block.get_output_shape(*shape))  # type: ignore[operator]
-    flips_shape = isinstance(step, Flipped) and _shape_after(step.inner, shape) != shape
+    flips_shape = isinstance(step, Inverted) and _shape_after(step.inner, shape) != shape
     return None if flips_shape else shape
 
 

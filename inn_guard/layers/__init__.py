@@ -11,12 +11,13 @@ True
 """
 
 from inn_guard.layers.actnorm import ActNorm, Diagonal
-from inn_guard.layers.autoregressive import MADE, Inverted, MaskedAutoregressive, iaf, maf
+from inn_guard.layers.autoregressive import MADE, MaskedAutoregressive, iaf, maf
 from inn_guard.layers.bounds import scale_bounds
 from inn_guard.layers.chain import Chain
 from inn_guard.layers.contraction import Contraction, LipSwish, contractive, contractive_conv_net, contractive_mlp
 from inn_guard.layers.coupling import AdditiveCoupling, AffineCoupling, Coupling
 from inn_guard.layers.fixed_point import FixedPoint
+from inn_guard.layers.inverted import Inverted
 from inn_guard.layers.linear import InvertibleLinear, LULinear
 from inn_guard.layers.multiscale import FactorOut, OnRemaining
 from inn_guard.layers.networks import MLP, Conditional, ConvNet, zero_last

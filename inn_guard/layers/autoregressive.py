@@ -9,12 +9,13 @@ from torch.nn.utils import parametrize
 from inn_guard.invertible import Invertible
 from inn_guard.layers.actnorm import ActNorm
 from inn_guard.layers.chain import Chain
+from inn_guard.layers.inverted import Inverted
 from inn_guard.layers.permutation import Permutation
 from inn_guard.layers.scales import ScaleFunction, SoftplusScale
 from inn_guard.network_tangent import NetworkTangent, linearize_network, tangent_of_module
 from inn_guard.tangent import Tangent
 
-__all__ = ["MADE", "Inverted", "MaskedAutoregressive", "iaf", "maf"]
+__all__ = ["MADE", "MaskedAutoregressive", "iaf", "maf"]
 
 
 class _Masked(nn.Module):
@@ -171,68 +172,6 @@ class AutoregressiveTangent:
     @staticmethod
     def _substituted(triangle: Tensor, right: Tensor, *, upper: bool) -> Tensor:
         return torch.linalg.solve_triangular(triangle, right.unsqueeze(-1), upper=upper).squeeze(-1)
-
-
-class Inverted(Invertible):
-    """The inverse of a layer as a layer: forward is its inverse, inverse its forward map.
-
-    Args:
-        layer: a bijective one.
-    """
-
-    def __init__(self, layer: Invertible) -> None:
-        super().__init__()
-        if not layer.bijective:
-            raise ValueError(f"expected a bijective layer, got {layer.name}, which is injective only")
-        self.layer = layer
-
-    @property
-    def name(self) -> str:
-        """The name of the layer within, marked."""
-        return f"inverse of {self.layer.name}"
-
-    def forward(self, x: Tensor) -> Tensor:
-        """The layer's inverse."""
-        return self._inner().inverse(x)
-
-    def inverse(self, z: Tensor) -> Tensor:
-        """The layer's forward map."""
-        return self._inner()(z)
-
-    def forward_and_log_det(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """The layer's inverse and its log-determinant."""
-        return self._inner().inverse_and_log_det(x)
-
-    def inverse_and_log_det(self, z: Tensor) -> tuple[Tensor, Tensor]:
-        """The layer's forward map and its log-determinant."""
-        return self._inner().forward_and_log_det(z)
-
-    def layers(self) -> tuple[Invertible, ...]:
-        """The layers of a chain within, each inverted, last one first."""
-        return tuple(Inverted(layer) for layer in reversed(self._inner().layers()))
-
-    def linearize(self, x: Tensor) -> Tangent:
-        """The tangent of the layer at its inverse of x, with the directions exchanged."""
-        with torch.no_grad():
-            return InvertedTangent(self._inner(), x.detach())
-
-    def _inner(self) -> Invertible:
-        return self.layer if self.context is None else self.layer.conditioned(self.context)
-
-
-class InvertedTangent:
-    """The tangent of a layer with forward and inverse products exchanged.
-
-    Args:
-        layer: the layer.
-        z: a value of it, (B, *latent).
-    """
-
-    def __init__(self, layer: Invertible, z: Tensor) -> None:
-        self.output = layer.inverse(z)
-        tangent = layer.linearize(self.output)
-        self.jvp, self.vjp = tangent.inverse_jvp, tangent.inverse_vjp
-        self.inverse_jvp, self.inverse_vjp = tangent.jvp, tangent.vjp
 
 
 def maf(features: int, *, layers: int = 4, hidden: int = 256, blocks: int = 2) -> Chain:

@@ -10,9 +10,10 @@ from torch import nn
 from torch.nn import functional
 
 from inn_guard.layers.actnorm import Diagonal
-from inn_guard.layers.autoregressive import Inverted, MaskedAutoregressive
+from inn_guard.layers.autoregressive import MaskedAutoregressive
 from inn_guard.layers.contraction import LipSwish
 from inn_guard.layers.coupling import AdditiveCoupling, AffineCoupling, Coupling
+from inn_guard.layers.inverted import Inverted
 from inn_guard.layers.linear import ChannelMixing, InvertibleLinear
 from inn_guard.layers.multiscale import FactorOut, OnRemaining
 from inn_guard.layers.networks import Conditional
@@ -94,7 +95,7 @@ def _(block: MaskedAutoregressive, layer: Any) -> BoundedMap:
 
 @bounded_map.register
 def _(block: Inverted, layer: Any) -> BoundedMap:
-    inner = block.layer if layer.context is None else block.layer.conditioned(layer.context)
+    inner = block.inner.conditioned(layer.context)
     return inverted(bounded_map(inner.block, inner))
 
 
@@ -157,12 +158,6 @@ def _(block: MaskedAutoregressive, layer: Any) -> BoundedMap:
         return flows.Autoregressive(both)
 
     return Shaped(lambda box: make(box.shape[0]), (block.network,))
-
-
-@bounded_map.register
-def _(block: Inverted, layer: Any) -> BoundedMap:
-    inner = block.layer if layer.context is None else block.layer.conditioned(layer.context)
-    return inverted(bounded_map(inner.block, inner))
 
 
 class _Joined(nn.Module):

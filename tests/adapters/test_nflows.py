@@ -11,8 +11,8 @@ from nflows.nn.nets import ResidualNet
 from torch import nn
 
 from inn_guard.adapters import wrap
-from inn_guard.adapters.adapted import Flipped
 from inn_guard.invertible import NotApplicable
+from inn_guard.layers.inverted import Inverted
 from inn_guard.linearization import Linearization
 from inn_guard.reversible import memory_saving
 from inn_guard.untouched import changed_state
@@ -155,7 +155,7 @@ def test_a_shared_squashing_module_appears_at_both_its_places():
     squash = transforms.Sigmoid()
     first, _, last = wrap(transforms.CompositeCDFTransform(squash, transforms.PiecewiseLinearCDF([FEATURES]))).layers()
     assert first.block is squash
-    assert isinstance(last, Flipped)
+    assert isinstance(last, Inverted)
     assert last.inner.block is squash
 
 

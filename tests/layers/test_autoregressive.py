@@ -9,9 +9,9 @@ import torch
 from nflows.transforms import MaskedAffineAutoregressiveTransform
 
 import inn_guard as ig
-from inn_guard.layers import bounds as _rules  # noqa: F401 - registers them
 from inn_guard.layers.actnorm import ActNorm
-from inn_guard.layers.autoregressive import MADE, AutoregressiveTangent, Inverted, MaskedAutoregressive, iaf, maf
+from inn_guard.layers.autoregressive import MADE, AutoregressiveTangent, MaskedAutoregressive, iaf, maf
+from inn_guard.layers.inverted import Inverted
 from inn_guard.layers.reshape import ZeroPadding
 from inn_guard.layers.scales import ExpScale, SoftplusScale
 from inn_guard.lipschitz.intervals import Box
@@ -164,7 +164,7 @@ def test_iaf_is_the_inverse_of_maf_and_fast_towards_data():
 
     flow = iaf(6, layers=1, hidden=16)
     randomize(flow, 0.3)
-    flow.layer.steps[0].network.register_forward_hook(count)
+    flow.inner.steps[0].network.register_forward_hook(count)
     z = torch.randn(3, 6)
     x, log_det = flow.inverse_and_log_det(z)
     assert passes == 1

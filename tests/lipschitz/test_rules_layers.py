@@ -9,9 +9,10 @@ import torch
 from torch import nn
 
 from inn_guard.layers.actnorm import ActNorm, Diagonal
-from inn_guard.layers.autoregressive import MADE, Inverted, MaskedAutoregressive
+from inn_guard.layers.autoregressive import MADE, MaskedAutoregressive
 from inn_guard.layers.contraction import contractive_mlp
 from inn_guard.layers.coupling import AdditiveCoupling, AffineCoupling
+from inn_guard.layers.inverted import Inverted
 from inn_guard.layers.linear import InvertibleLinear, LULinear
 from inn_guard.layers.multiscale import FactorOut, OnRemaining
 from inn_guard.layers.networks import MLP, Conditional, ConvNet
