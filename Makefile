@@ -1,18 +1,23 @@
-# On a machine with only Python: `make demo` runs the main job on real data, `make test` runs every check.
+# On a machine with only Python: `make demo` runs the main job on real data, `make test` runs every check;
+# `make thorough` also runs what takes long: further cases of a kind, longer searches for counterexamples.
 
 PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.installed
+JOBS   ?= 2
 
-.PHONY: demo test lint clean
+.PHONY: demo test thorough lint clean
 
 demo: $(READY)
 	$(BIN)/python -m benchmarks.exploding_inverses.digits_classifier --preset cpu --out demo-report --reports demo-report
 	@echo "The report lies at $(CURDIR)/demo-report/index.html"
 
 test: lint
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) -m "not slow"
+
+thorough: $(READY)
+	OMP_NUM_THREADS=1 HYPOTHESIS_PROFILE=thorough $(BIN)/python -m pytest -n $(JOBS)
 
 lint: $(READY)
 	$(BIN)/ruff check .

@@ -7,9 +7,11 @@ import functools
 from inn_guard.audits import Audit
 from inn_guard.audits.attacks import Ascent
 from inn_guard.audits.dequantization_attack import dequantization_attack
+from inn_guard.audits.lipschitz_bounds import lipschitz_bounds
 from inn_guard.audits.out_of_distribution import out_of_distribution
 
 SHORTENED: dict[str, Audit] = {
     "dequantization_attack": functools.partial(dequantization_attack, strategy=Ascent(budget=20), samples=2),
+    "lipschitz_bounds": functools.partial(lipschitz_bounds, seconds=1.0),
     "out_of_distribution": functools.partial(out_of_distribution, samples=2, spectrum_samples=1),
 }

@@ -105,18 +105,21 @@ def assert_survives(model: Chain, x: Tensor, checks: list[str]) -> AuditReport:
     return report
 
 
-LIMITS = settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+SLOW_TO_DRAW = [HealthCheck.too_slow]
+PATIENT = settings(suppress_health_check=SLOW_TO_DRAW)
+#: one example is every audit of one model
+EVERY_AUDIT = settings(suppress_health_check=SLOW_TO_DRAW, max_examples=max(PATIENT.max_examples // 3, 1))
 
 
 @given(patients())
-@LIMITS
+@EVERY_AUDIT
 def test_audit_survives_anything(patient):
     model, x = patient
     assert_survives(model, x, list((AUDITS | SHORTENED).values()))
 
 
 @given(patients())
-@LIMITS
+@PATIENT
 def test_poison_is_never_called_stable(patient):
     model, x = patient
     report = assert_survives(model, x, ["reconstruction"])

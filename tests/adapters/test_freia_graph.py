@@ -4,7 +4,7 @@ import FrEIA.framework as Ff
 import FrEIA.modules as Fm
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
@@ -119,7 +119,6 @@ def test_wrong_conditions_and_inputs_are_named():
 
 
 @given(st.lists(st.lists(st.integers(1, 3), min_size=1, max_size=3).map(tuple), min_size=1, max_size=4).map(tuple))
-@settings(max_examples=50, deadline=None)
 def test_unpack_is_the_inverse_of_pack(shapes):
     tensors = tuple(torch.randn(2, *shape) for shape in shapes)
     packed = pack(tensors)
@@ -128,7 +127,6 @@ def test_unpack_is_the_inverse_of_pack(shapes):
 
 
 @given(st.data())
-@settings(max_examples=25, deadline=None)
 def test_layers_of_any_graph_compose_to_the_graph(draw):
     widths = draw.draw(st.lists(st.integers(2, 5), min_size=1, max_size=3), label="inputs")
     nodes = [Ff.InputNode(width) for width in widths]

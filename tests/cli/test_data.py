@@ -101,7 +101,7 @@ def test_truncated_and_boasting_files_are_refused(tmp_path):
             load(tmp_path / "x.npy")
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(junk=st.binary(max_size=200), header=st.binary(max_size=80))
 def test_any_bytes_after_the_magic_are_an_array_or_wrong_usage(junk, header, tmp_path):
     length = len(header).to_bytes(2, "little")

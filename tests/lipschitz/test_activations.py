@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
@@ -21,7 +21,6 @@ MODULES = [
 
 
 @pytest.mark.parametrize("module", MODULES, ids=repr)
-@settings(max_examples=40, deadline=None)
 @given(lo=st.floats(-8, 8), width=st.floats(0, 6))
 def test_values_and_slopes_lie_inside(module, lo, width):
     points = torch.linspace(lo, lo + width, 101, dtype=torch.float64).requires_grad_()

@@ -6,7 +6,7 @@ import pickle
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from inn_guard.regularizers import Direction, FiniteDifferences
@@ -43,7 +43,6 @@ def test_expectation_on_a_linear_map_is_the_squared_frobenius_norm(direction, ep
     assert abs(z_score_on_linear_map(matrix(), direction, 100_000, eps=eps, seed=1)) < 4
 
 
-@settings(max_examples=15, deadline=None)
 @given(seed=st.integers(0, 10_000), size=st.integers(1, 6), direction=st.sampled_from(EACH))
 def test_expectation_holds_for_any_linear_map(seed, size, direction):
     weight = matrix(seed, size) + 2 * torch.eye(size, dtype=torch.float64)
