@@ -11,7 +11,7 @@ import matplotlib
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 from PIL import Image
@@ -35,6 +35,7 @@ def painted(drawing) -> list[np.ndarray]:
     return [np.asarray(Image.open(io.BytesIO(base64.b64decode(item))).convert("RGB")) for item in data]
 
 
+@settings(max_examples=settings().max_examples // 3)  # a drawing takes half a second
 @given(arrays.arrays(np.float64, st.integers(1, 30), elements=st.floats(allow_subnormal=True)))
 def test_any_numbers_can_be_drawn_and_the_missing_are_counted(values):
     drawing = histogram("error", torch.from_numpy(values))
