@@ -288,16 +288,18 @@ def test_the_reason_names_the_arithmetic_that_was_judged():
     assert other.reason.startswith("In bfloat16, 95 %")
 
 
-@pytest.mark.slow
-def test_the_forecast_is_right_where_it_decides_over_every_case_of_the_contract():
+@pytest.mark.parametrize(
+    "cases", [CASES[::12], pytest.param(CASES, marks=pytest.mark.slow)], ids=["a twelfth", "every case"]
+)
+def test_the_forecast_is_right_where_it_decides(cases):
     """At least 99 % of the decided pairs of model and arithmetic; a missing operation is no answer to compare with."""
     decided, wrong = 0, []
-    for case in CASES:
+    for case in cases:
         model, x = case.make()
         for row in precision(model, x).tables.get("arithmetic", ()):
             if row["forecast verdict"] in ("works", "breaks") and row["measured verdict"] != "refused":
                 decided += 1
                 if row["forecast verdict"] != row["measured verdict"]:
                     wrong.append((case.id, row))
-    assert decided > 300
+    assert decided > 1.3 * len(cases)
     assert len(wrong) <= 0.01 * decided, wrong
