@@ -35,8 +35,8 @@ FLOORS = [
 ]
 #: foreign library -> the only parts of the package that may import it at module level
 FOREIGN = {
-    "nflows": {"adapters/nflows.py", "adapters/bounds_nflows.py"},
-    "FrEIA": {"adapters/freia.py", "adapters/freia_graph.py", "adapters/bounds_freia.py"},
+    "nflows": {"adapters/nflows.py", "adapters/bounds_nflows.py", "adapters/tangents_nflows.py"},
+    "FrEIA": {"adapters/freia.py", "adapters/freia_graph.py", "adapters/bounds_freia.py", "adapters/tangents_freia.py"},
     "normflows": set(),
     "zuko": set(),
     "memcnn": set(),
