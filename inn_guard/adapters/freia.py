@@ -15,7 +15,7 @@ from FrEIA.framework import GraphINN, SequenceINN
 from FrEIA.modules import InvertibleModule
 from torch import Tensor, nn
 
-from inn_guard.adapters import bounds_freia  # noqa: F401 - registers the bound rules
+from inn_guard.adapters import bounds_freia, tangents_freia  # noqa: F401 - register bound rules and tangents
 from inn_guard.adapters.adapted import Adapted
 from inn_guard.adapters.freia_graph import Shapes, chain, pack, unpack
 from inn_guard.invertible import Context, Invertible

@@ -22,7 +22,7 @@ from nflows.transforms.base import (
 from nflows.transforms.coupling import CouplingTransform
 from torch import Tensor, nn
 
-from inn_guard.adapters import bounds_nflows  # noqa: F401 - registers the bound rules
+from inn_guard.adapters import bounds_nflows, tangents_nflows  # noqa: F401 - register bound rules and tangents
 from inn_guard.adapters.adapted import Adapted
 from inn_guard.invertible import Context, Invertible, NotApplicable
 from inn_guard.layers.inverted import Inverted
