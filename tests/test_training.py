@@ -64,6 +64,8 @@ KILLED = """
 import sys, time, pathlib, test_training
 from test_training import *
 from inn_guard.training import fit
+torch.set_default_dtype(torch.float64)
+torch.set_num_threads(1)
 model = make_model()
 def loss(batch):
     time.sleep(0.05)

@@ -139,6 +139,7 @@ def subnetwork_lipschitz(
     Raises:
         Unbounded: if the module is not understood; its text says why.
 
+    >>> import torch
     >>> net = nn.Sequential(nn.Linear(2, 2), nn.ReLU(), nn.Linear(2, 2))
     >>> subnetwork_lipschitz(net, Interval.of(torch.zeros(2))) < 10
     True

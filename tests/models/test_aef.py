@@ -12,7 +12,7 @@ from torch.distributions import MultivariateNormal
 
 import inn_guard as ig
 from inn_guard.audits import AUDITS
-from inn_guard.layers.actnorm import Diagonal
+from inn_guard.layers.actnorm import ActNorm, Diagonal
 from inn_guard.layers.chain import Chain
 from inn_guard.lipschitz.conditioners import Effort
 from inn_guard.lipschitz.intervals import Interval
@@ -307,8 +307,12 @@ def test_nonsense_is_refused():
 
 
 def audited(make):
+    """Random weights, and ActNorms that count as initialised with them."""
     model = make()
     randomize(model, 0.1)
+    for module in model.modules():
+        if isinstance(module, ActNorm):
+            module.initialized.fill_(True)
     return model.eval()
 
 
@@ -327,7 +331,10 @@ def test_every_audit_of_square_maps_applies_and_finds_nothing(kind):
     report = ig.audit(model, x, level="full", loss=lambda z: z.square().sum())
     assert {result.name for result in report.results} >= set(AUDITS)
     for result in report.results:
-        assert result.verdict is ig.Verdict.STABLE, f"{result.name}: {result.reason}"
+        if result.name == "lipschitz_bounds":  # padding and unflattening have no bound rule, which is said
+            assert not result.verdict.failed
+        else:
+            assert result.verdict is ig.Verdict.STABLE, f"{result.name}: {result.reason}"
 
 
 @pytest.mark.parametrize("kind", MODELS)
