@@ -28,7 +28,8 @@ def _(module: permutations.Permutation, x: Tensor, context: Any) -> Tangent | No
 def _(module: linear.Linear, x: Tensor, context: Any) -> Tangent | None:
     if x.dim() != 2:
         return None
-    W, inverse = module.weight().detach(), module.weight_inverse().detach()
+    W = module.weight().detach()
+    inverse = torch.linalg.inv_ex(W).inverse  # of a singular W it is not finite or wrong, which is found by its check
     return MixingTangent(
         output=functional.linear(x, W, module.bias.detach()),
         jvp=lambda v: functional.linear(v, W),
