@@ -11,6 +11,7 @@ from torch import Tensor
 
 from inn_guard.audits.base import AuditResult, Verdict
 from inn_guard.audits.limits import usable_error
+from inn_guard.audits.round_trip import finite_rows
 from inn_guard.audits.watched import polite
 from inn_guard.invertible import Invertible
 from inn_guard.linearization import Linearization
@@ -22,6 +23,7 @@ from inn_guard.lipschitz.networks import LayerBound
 __all__ = ["lipschitz_bounds"]
 
 LOUD = 1.5  #: a layer is named as a cause if its bound is this far above the geometric mean of all, or infinite
+SAMPLED = 16  #: rows of the data at which layers are measured beside their bounds
 ON_IMAGES = (
     "On a box, the inverse's bound is that of sup ||J^-1||: Lip(F^-1) on the box's image only where that is convex."
 )
@@ -40,7 +42,7 @@ def lipschitz_bounds(
     Args:
         model: the map.
         x: data, (B, *data); the witnesses' search begins there.
-        domain: the box; unless given, the smallest one that holds x.
+        domain: the box; unless given, the smallest one that holds the finite samples of x.
         margin: widens that box on every side, in units of its largest width.
         seconds: of computation, roughly.
 
@@ -51,6 +53,12 @@ def lipschitz_bounds(
         Understanding and Mitigating Exploding Inverses in Invertible Neural Networks (Behrmann, Vicol, Wang, Grosse,
         Jacobsen, 2021), Table 3.
     """
+    rows = finite_rows(x)
+    if not bool(rows.any()):
+        reason = "No sample is finite: there is no point to search from and no box around the data."
+        return AuditResult("lipschitz_bounds", Verdict.NOT_APPLICABLE, reason)
+    if not bool(rows.all()):
+        model, x = model.select(rows.nonzero().flatten()), x[rows]
     box = _box(x, margin) if domain is None else domain
     bounds = bounding.lipschitz_bounds(model, box, data=x.detach().cpu(), seconds=seconds)
     verdict, reason = _judged(bounds, usable_error(x.dtype) / torch.finfo(x.dtype).eps)
@@ -128,7 +136,8 @@ def _rows(model: Invertible, x: Tensor, bounds: LipschitzBounds) -> list[Mapping
 
 def _sampled(model: Invertible, x: Tensor, probes: int = 8) -> list[tuple[float, float]]:
     """Per layer the largest ||J v|| / ||v|| and ||v|| / ||J v|| over the data and over random directions."""
-    line = Linearization(model.in_dtype(torch.float64), x[:16].double())
+    few = torch.arange(min(len(x), SAMPLED), device=x.device)
+    line = Linearization(model.select(few).in_dtype(torch.float64), x[few].double())
     generator = torch.Generator().manual_seed(0)
     result = []
     for tangent, state in zip(line.tangents, line.states, strict=False):
