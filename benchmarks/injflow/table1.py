@@ -31,9 +31,11 @@ from benchmarks.runner import RESULTS, Row, collect, main
 from inn_guard.files import atomic_write
 from inn_guard.metrics import FeatureExtractor, frechet_distance, reconstruction_error
 from inn_guard.models import injflow as terms
-from inn_guard.models.autoencoder import Autoencoder, manifold_density
+from inn_guard.models.autoencoder import Autoencoder, decoder_jacobian
 from inn_guard.models.injflow_nets import conv_decoder, conv_encoder
 from inn_guard.training import Batch, FitSettings, fit
+
+CODES = 128  #: encoded test images at which injectivity is measured
 
 
 @dataclass(frozen=True)
@@ -149,8 +151,8 @@ def evaluated(config: Config, model: Autoencoder, name: str, seed: int) -> Row:
         "normal": model.inverse(draw_gaussian(codes, len(real), seed)).clamp(0, 1),
         "gmm": model.inverse(draw_mixture(codes, len(real), seed)).clamp(0, 1),
     }
-    density = manifold_density(model, model(real[:32]))
-    spectrum = ig.audit(model, real[:32], checks=["reconstruction", "jacobian_spectrum"])
+    audits = ig.audit(model, real[:32], checks=["reconstruction", "jacobian_spectrum"])
+    spectrum = audits["jacobian_spectrum"].values
     if seed == config.seeds[0]:
         save_images(config, name, real, rebuilt, drawn["gmm"])
     return {
@@ -160,10 +162,29 @@ def evaluated(config: Config, model: Autoencoder, name: str, seed: int) -> Row:
         "rec": frechet_distance(extractor, real, rebuilt).value,
         **{kind: frechet_distance(extractor, real, pictures).value for kind, pictures in drawn.items()},
         "mse": reconstruction_error(real, rebuilt).mean().item(),
-        "smallest_singular_value": density.smallest_singular_value.min().item(),
-        "condition_number": spectrum["jacobian_spectrum"].values.get("condition_number", np.nan),
-        "code_round_trip": spectrum["reconstruction"].values.get("latent_error", np.nan),
+        **injectivity(model, model(real[:CODES]), seed),
+        "encoder_condition_number": spectrum["encoder_condition_number"],
+        "decoder_condition_number": spectrum["decoder_condition_number"],
+        "code_round_trip": audits["reconstruction"].values["latent_error"],
+        "verdict": audits.verdict.label,
         "extractor": extractor.name,
+    }
+
+
+def injectivity(model: Autoencoder, codes: Tensor, seed: int) -> Row:
+    """How far the decoder is from folding: its smallest singular values against eta, and what the hinge sees of them.
+
+    The hinge measures |J_g v| / |v| for one random v a step: a number between the extreme singular values.
+    """
+    jacobian = decoder_jacobian(model, codes)
+    smallest = torch.linalg.svdvals(jacobian)[:, -1]
+    v = torch.randn(codes.shape, generator=torch.Generator().manual_seed(seed))
+    gain = (jacobian @ v[:, :, None]).norm(dim=(1, 2)) / v.norm(dim=1)
+    return {
+        "smallest_singular_value": smallest.min().item(),
+        "median_singular_value": smallest.median().item(),
+        "codes_below_eta": (smallest < terms.ETA).double().mean().item(),
+        "directions_below_eta": (gain < terms.ETA).double().mean().item(),
     }
 
 
