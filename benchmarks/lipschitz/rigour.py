@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import argparse
+import functools
 import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 
 import mpmath
 import pandas as pd
 import torch
 from torch import Tensor, nn
 
+from benchmarks.runner import Row, collect, main
 from inn_guard.layers.networks import MLP
 from inn_guard.lipschitz.building import ChainBuilder
 from inn_guard.lipschitz.chains import Chain
@@ -23,7 +23,11 @@ from inn_guard.lipschitz.intervals import Box
 from inn_guard.lipschitz.recursion import certify, fast_multipliers
 from inn_guard.lipschitz.spectral import spectral_norm
 
-RESULTS = Path(__file__).parents[1] / "results" / "lipschitz_rigour.csv"
+WIDE_KERNELS = ((3, 128, 32, 1), (64, 64, 32, 1), (6, 128, 16, 1), (64, 64, 32, 2))
+WIDE_NETWORKS = (
+    ([16, 128, 128, 16], nn.ReLU), ([16, 128, 128, 16], nn.ELU), ([16, 128, 128, 16], nn.SiLU),
+    ([64, 128, 128, 64], nn.ReLU),
+)  # fmt: skip
 ACTIVATIONS: list[Callable[[], nn.Module]] = [
     nn.ReLU,
     lambda: nn.LeakyReLU(0.1),
@@ -38,34 +42,43 @@ ACTIVATIONS: list[Callable[[], nn.Module]] = [
 
 @dataclass(frozen=True)
 class Config:
-    """How much is measured."""
+    """How many cases are measured, so many at a time."""
 
     matrices: int = 10_000
     kernels: int = 2_000
-    networks: int = 2_000
-    large: int = 3
+    networks: int = 10_000
+    wide: int = 4
+    chunk: int = 500
 
     @classmethod
     def smoke(cls) -> Config:
         """Seconds."""
-        return cls(matrices=20, kernels=10, networks=20, large=0)
+        return cls(matrices=20, kernels=10, networks=20, wide=0, chunk=10)
 
     @classmethod
-    def paper(cls) -> Config:
-        """What the committed table holds."""
+    def cpu(cls) -> Config:
+        """What the committed table holds: about an hour of one core."""
         return cls()
+
+
+@dataclass(frozen=True)
+class Trials:
+    """Certificates over true values: how often below one, and every ratio."""
+
+    violations: int
+    ratios: list[float]
 
 
 def integer(generator: torch.Generator, low: int, high: int) -> int:
     return int(torch.randint(low, high + 1, (), generator=generator))
 
 
-def matrices(count: int) -> dict[str, float]:
+def matrices(count: int, seed: int) -> Trials:
     """Random sizes, scales and, every third, an orthogonal matrix; the truth in 40 digits."""
-    generator, below, excess = torch.Generator().manual_seed(0), 0, 0.0
+    generator, below, ratios = torch.Generator().manual_seed(seed), 0, []
     mpmath.mp.dps = 40
     for trial in range(count):
-        rows, columns = integer(generator, 1, 4), integer(generator, 1, 4)
+        rows, columns = integer(generator, 1, 8), integer(generator, 1, 8)
         A = torch.randn(rows, columns, generator=generator, dtype=torch.float64)
         A = (
             torch.linalg.qr(torch.randn(rows, rows, generator=generator, dtype=torch.float64))[0]
@@ -77,14 +90,14 @@ def matrices(count: int) -> dict[str, float]:
         truth = mpmath.sqrt(max(mpmath.eigsy(M.T * M, eigvals_only=True)))
         bound = spectral_norm(A)
         below += bound < truth
-        excess = max(excess, float(bound / truth - 1))
-    return {"trials": count, "violations": below, "worst ratio": 1 + excess}
+        ratios.append(1 + float(bound / truth - 1))
+    return Trials(below, ratios)
 
 
-def kernels(count: int) -> dict[str, float]:
+def kernels(count: int, seed: int) -> Trials:
     """Random channels, windows, strides, dilations, groups and zero paddings against dense matrices."""
-    generator, below, done, ratios = torch.Generator().manual_seed(1), 0, 0, []
-    while done < count:
+    generator, below, ratios = torch.Generator().manual_seed(seed), 0, []
+    for trial in range(count):
         groups, k, stride = integer(generator, 1, 2), integer(generator, 1, 5), integer(generator, 1, 3)
         dilation = integer(generator, 1, 2) if stride == 1 else 1
         window, padding = dilation * (k - 1) + 1, integer(generator, 0, k // 2)
@@ -92,43 +105,34 @@ def kernels(count: int) -> dict[str, float]:
         inner, outer = (groups * integer(generator, 1, 3) for _ in range(2))
         module = nn.Conv2d(inner, outer, k, stride, padding, dilation, groups, bias=False, dtype=torch.float64)
         weight = torch.randn(module.weight.shape, generator=generator, dtype=torch.float64)
-        module.weight = nn.Parameter(weight.abs() if done % 3 == 0 else weight)
+        module.weight = nn.Parameter(weight.abs() if trial % 3 == 0 else weight)
         basis = torch.eye(inner * n * n, dtype=torch.float64).reshape(-1, inner, n, n)
         with torch.no_grad():
             truth = float(torch.linalg.matrix_norm(module(basis).flatten(1), 2))
         bound = convolution_norm(module, (n, n))
         below += bound < truth * (1 - 1e-12)
         ratios.append(bound / truth)
-        done += 1
-    return {
-        "trials": count,
-        "violations": below,
-        "median ratio": sorted(ratios)[count // 2],
-        "worst ratio": max(ratios),
-    }
+    return Trials(below, ratios)
 
 
-def large_kernels(count: int) -> dict[str, float]:
-    """Layers of usual size against the lower bound of 300 power iterations."""
-    worst, seconds = 1.0, 0.0
-    for inner, outer, n, stride in ((3, 128, 32, 1), (64, 64, 32, 1), (6, 128, 16, 1), (64, 64, 32, 2))[: count + 1]:
+def wide_kernel(case: tuple[int, int, int, int]) -> Trials:
+    """A layer of usual size against the lower bound of 300 power iterations."""
+    inner, outer, n, stride = case
+    with torch.random.fork_rng():
         torch.manual_seed(3)
         module = nn.Conv2d(inner, outer, 3, stride, 1, bias=False, dtype=torch.float64)
         nn.init.normal_(module.weight, std=1 / math.sqrt(9 * inner))
         x = torch.randn(1, inner, n, n, dtype=torch.float64)
-        for _ in range(300):
-            (x,) = torch.autograd.functional.vjp(module, x, module(x))[1:]
-            x = (x / x.norm()).detach()
-        lower = float(module(x).norm().detach())
-        begun = time.process_time()
-        worst, seconds = max(worst, convolution_norm(module, (n, n)) / lower), max(seconds, time.process_time() - begun)
-    return {"trials": count + 1, "violations": 0, "worst ratio": worst, "CPU seconds": round(seconds, 2)}
+    for _ in range(300):
+        (x,) = torch.autograd.functional.vjp(module, x, module(x))[1:]
+        x = (x / x.norm()).detach()
+    ratio = convolution_norm(module, (n, n)) / float(module(x).norm().detach())
+    return Trials(int(ratio < 1 - 1e-12), [ratio])
 
 
-def networks(count: int) -> dict[str, float]:
+def networks(count: int, seed: int) -> Trials:
     """Random small networks of eight activations, global and local slopes, against slope vertices and Jacobians."""
-    generator, below, ratios = torch.Generator().manual_seed(2), 0, []
-    torch.manual_seed(2)
+    generator, below, ratios = torch.Generator().manual_seed(seed), 0, []
     for trial in range(count):
         sizes = [integer(generator, 1, 5) for _ in range(integer(generator, 3, 5))]
         net = MLP(sizes, activation=ACTIVATIONS[trial % len(ACTIVATIONS)]).double()
@@ -144,12 +148,7 @@ def networks(count: int) -> dict[str, float]:
         truth = max(truth, float(torch.linalg.matrix_norm(J, 2).max().detach()))
         below += bound < truth * (1 - 1e-12)
         ratios.append(bound / truth if truth > 0 else 1.0)
-    return {
-        "trials": count,
-        "violations": below,
-        "median ratio": sorted(ratios)[count // 2],
-        "worst ratio": max(ratios),
-    }
+    return Trials(below, ratios)
 
 
 def _vertex(chain: Chain, generator: torch.Generator) -> float:
@@ -160,63 +159,64 @@ def _vertex(chain: Chain, generator: torch.Generator) -> float:
     return float(torch.linalg.matrix_norm(chain.jacobian(slopes), 2))
 
 
-def tightness(count: int) -> list[dict[str, object]]:
-    """128-wide networks: the optimised recursion over the norm product, and over ECLipsE-Fast."""
-    rows = []
-    cases = [
-        ([16, 128, 128, 16], nn.ReLU),
-        ([16, 128, 128, 16], nn.ELU),
-        ([16, 128, 128, 16], nn.SiLU),
-        ([64, 128, 128, 64], nn.ReLU),
-    ]
-    for sizes, activation in cases[: count + 1]:
+def tightness(sizes: list[int], activation: Callable[[], nn.Module]) -> Row:
+    """The optimised recursion over the norm product, and over ECLipsE-Fast."""
+    with torch.random.fork_rng():
         torch.manual_seed(0)
         net = MLP(sizes, activation=activation).double()
         for module in net:
             if isinstance(module, nn.Linear):
                 nn.init.normal_(module.weight, std=1 / math.sqrt(module.in_features))
-        reading = read(net, Box.everywhere(sizes[:1]))
-        builder = ChainBuilder(sizes[0])
-        chain = builder.finish(reading.into(builder, builder.start()))
-        begun = time.process_time()
-        bound = bound_chain(chain, Effort(steps=100, seconds=60.0)).bound
-        seconds = time.process_time() - begun
-        rows.append(
-            {
-                "what": f"{'-'.join(map(str, sizes))} {activation.__name__}",
-                "bound/norm product": bound / reading.product(),
-                "bound/ECLipsE-Fast": bound / certify(chain, fast_multipliers(chain)), "CPU seconds": round(seconds, 1),
-            }
-        )  # fmt: skip
-        print(rows[-1], flush=True)
-    return rows
+    reading = read(net, Box.everywhere(sizes[:1]))
+    builder = ChainBuilder(sizes[0])
+    chain = builder.finish(reading.into(builder, builder.start()))
+    bound = bound_chain(chain, Effort(steps=100, seconds=60.0)).bound
+    fast = certify(chain, fast_multipliers(chain))
+    return {"bound/norm product": bound / reading.product(), "bound/ECLipsE-Fast": bound / fast}
+
+
+def cases(config: Config) -> dict[str, Callable[[], Trials | Row]]:
+    """Name of the line of the table it belongs to, and number -> what measures it."""
+    found: dict[str, Callable[[], Trials | Row]] = {}
+    for name, measure, count in (
+        ("matrix certificates against 40 digits", matrices, config.matrices),
+        ("convolutions against dense matrices", kernels, config.kernels),
+        ("subnetworks against slope vertices", networks, config.networks),
+    ):
+        for k, start in enumerate(range(0, count, config.chunk)):
+            found[f"{name}:{k}"] = functools.partial(measure, min(config.chunk, count - start), seed=k)
+    for kernel in WIDE_KERNELS[: config.wide]:
+        name = "convolution {}x{}x3x3 on {} pixels, stride {} against 300 power iterations".format(*kernel)
+        found[f"{name}:0"] = functools.partial(wide_kernel, kernel)
+    for sizes, activation in WIDE_NETWORKS[: config.wide]:
+        found[f"{'-'.join(map(str, sizes))} {activation.__name__}:0"] = functools.partial(tightness, sizes, activation)
+    return found
+
+
+def measure(config: Config, case: Callable[[], Trials | Row]) -> list[Row]:
+    """What was found, and the processor time it took."""
+    begun = time.process_time()
+    result = case()
+    row = vars(result) if isinstance(result, Trials) else result
+    return [{**row, "CPU seconds": time.process_time() - begun}]
 
 
 def run(config: Config) -> pd.DataFrame:
     torch.set_num_threads(1)
-    rows: list[dict[str, object]] = []
-    for name, measure, count in (
-        ("convolutions of usual size against 300 power iterations", large_kernels, config.large),
-        ("convolutions against dense matrices", kernels, config.kernels),
-        ("matrix certificates against 40 digits", matrices, config.matrices),
-        ("subnetworks against slope vertices", networks, config.networks),
-    ):
-        begun = time.process_time()
-        rows.append({"what": name, "CPU seconds": 0.0, **measure(count)})
-        rows[-1]["total CPU seconds"] = round(time.process_time() - begun, 1)
-        print(rows[-1], flush=True)
-    return pd.DataFrame(rows + tightness(config.large))
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--smoke", action="store_true", help="seconds instead of minutes, nothing written")
-    config = Config.smoke() if parser.parse_args().smoke else Config.paper()
-    frame = run(config)
-    print(frame.to_string())
-    if config == Config.paper():
-        frame.to_csv(RESULTS, index=False)
+    chunks = collect(config, cases(config), measure)
+    rows = []
+    for name, group in chunks.groupby(chunks["case"].str.rsplit(":", n=1).str[0], sort=False):
+        row: Row = {"what": name, "CPU seconds": round(group["CPU seconds"].sum(), 1)}
+        if group["violations"].notna().all():
+            ratios = group["ratios"].explode().astype(float)
+            row |= {"trials": len(ratios), "violations": int(group["violations"].sum())}
+            row |= {"least excess": ratios.min() - 1, "median ratio": ratios.median()}
+            row["worst excess"] = ratios.max() - 1
+        else:
+            row |= group.iloc[0][["bound/norm product", "bound/ECLipsE-Fast"]].to_dict()
+        rows.append(row)
+    return pd.DataFrame(rows)
 
 
 if __name__ == "__main__":
-    main()
+    main(Config, run)
