@@ -128,8 +128,8 @@ class Config:
         table_10 = [f"{a} {r}" for a in ARCHITECTURES[::-1] for r in ("none", "FD 1e-4", "NF 1e-5")]
         more = [f"affine conv {r}" for r in ("NF 1e-4", "FD 1e-3", "NF 1e-3")]
         return cls(
-            runs=(*table_10, *more), data_name="CIFAR-10 (JPEG copies)", train_images=6000, test_images=2000,
-            blocks=4, hidden=32, epochs=5, batch_size=64, learning_rate=1e-3, decay_epochs=(), fd_fraction=0.25,
+            runs=(*table_10, *more), data_name="CIFAR-10 (JPEG copies)", train_images=5000, test_images=2000,
+            blocks=4, hidden=32, epochs=4, batch_size=64, learning_rate=1e-3, decay_epochs=(), fd_fraction=0.25,
             memory_saving=False, looks=6, reconstructed=1000, spectra=8, angle_batches=2, device="cpu",
         )  # fmt: skip
 

@@ -1,4 +1,4 @@
-"""INN classifiers of images: additive or affine couplings, shuffles or 1x1 convolutions, with and without regularizer."""
+"""INN classifiers of images: additive or affine couplings, shuffles or 1x1 convolutions, with or without regularizer."""
 
 from __future__ import annotations
 
