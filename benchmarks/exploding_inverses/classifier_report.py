@@ -9,7 +9,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-__all__ = ["beside_the_paper", "draw", "final_table"]
+__all__ = ["beside_the_paper", "draw", "draw_angles", "final_table"]
 
 TABLE = Path(__file__).parent.parent / "reference" / "cifar10_classifiers_table9.csv"
 KEYS = ["coupling", "mixing", "regularizer"]
@@ -88,6 +88,20 @@ def draw(frame: pd.DataFrame) -> Figure:
         axis.set_xlabel("training step")
     handles = {h.get_label(): h for axis in axes[0] for h in axis.get_lines() if not h.get_label().startswith("_")}
     figure.legend(handles.values(), handles.keys(), loc="outside right upper", frameon=False, title="regularizer")
+    return figure
+
+
+def draw_angles(frame: pd.DataFrame) -> Figure:
+    """Figure 18: the gradient's angle and the reconstruction over the steps of training."""
+    figure = Figure(figsize=(9, 3.4), layout="constrained")
+    axes = figure.subplots(1, 2)
+    for axis, name in zip(axes, ("mean_angle", "worst_reconstruction_error"), strict=True):
+        _curves(axis, frame, name, _colours(frame))
+        axis.set(xlabel="training step", ylabel=PANELS[name])
+    axes[0].axhline(90, color="black", linewidth=0.8)
+    axes[0].annotate("90 degrees", (0, 90), xytext=(2, 3), textcoords="offset points", fontsize=8)
+    axes[1].annotate("x: not finite", (0.02, 0.9), xycoords="axes fraction", fontsize=8)
+    axes[0].legend(frameon=False, fontsize=8)
     return figure
 
 

@@ -1,4 +1,4 @@
-"""INN classifiers of images: additive or affine couplings, shuffles or 1x1 convolutions, with or without regularizer."""
+"""INN classifiers of images: affine or additive couplings, shuffles or 1x1 convolutions, and their regularizers."""
 
 from __future__ import annotations
 
