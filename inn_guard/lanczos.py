@@ -27,7 +27,10 @@ Narrow = Callable[[Tensor], tuple[Product, Product] | None]
 
 LIKELY = 0.1  #: probability with which the error that ends the iteration may be exceeded
 ALMOST_NEVER = 0.01  #: probability with which the wide error bar may be exceeded
-HISTORY = 2  #: steps over which the value may not have grown by more than the tolerance
+WITHIN = 3.0  #: multiple of the tolerance below which the probable error must be when the iteration ends
+HISTORY = 3  #: steps before the last one from whose growth the rest is extrapolated
+RATIOS = (0.3, 0.95)  #: range of the ratio of successive growths that is extrapolated
+ROUNDS, POINTS = 3, 32  #: refinements of the error's bracket, and the points that each one compares
 NEGLIGIBLE = 8.0  #: a new direction shorter than this many eps of the largest value is rounding noise
 NARROWING = 0.7  #: share of unfinished samples below which the finished ones are left out of the products
 
@@ -65,9 +68,10 @@ def largest_singular_value(
 
     A Krylov space of A^T A is built from ``start``, every new vector orthogonalised twice against all before it.
     sigma_1 is the largest singular value of the bidiagonal projection; it never exceeds the true one. A sample is
-    done when the error that is exceeded with a probability of 10 % is below ``tolerance``, and so is what the last
-    two steps added; the iteration ends when all are. Coefficients are float64 numbers relative to the first product's
-    length, so maps beyond the range of floats are no matter.
+    done when the last steps' growth, extrapolated as a geometric series, would add less than ``tolerance``, and the
+    error that is exceeded with a probability of 10 % is below three times ``tolerance``, whatever the spectrum; the
+    iteration ends when all are. Coefficients are float64 numbers relative to the first product's length, so maps
+    beyond the range of floats are no matter.
 
     Args:
         product: v (B, *shape) -> A v as Scaled (B, *other).
@@ -195,12 +199,13 @@ class Bidiagonalization:
         return torch.linalg.svdvals(torch.cat([self._matrix(), last.unsqueeze(2)], dim=2))[:, 0]
 
     def log_polynomial(self, sigma: Tensor) -> Tensor:
-        """log p_k(sigma^2) of the Lanczos polynomial p_k of A^T A, (B,), for sigma above all values of B."""
+        """log p_k(sigma^2) of the Lanczos polynomial p_k of A^T A at sigma (B, P) above all values of B, (B, P)."""
         t, total = sigma.square(), torch.zeros_like(sigma)
-        ratio, before = torch.ones_like(sigma), torch.zeros_like(sigma)
+        ratio, before = torch.ones_like(sigma), torch.zeros_like(sigma[:, :1])
+        alpha, beta = self.alpha.unsqueeze(2), self.beta.unsqueeze(2)
         for k in range(self.size):
-            diagonal = self.alpha[:, k].square() + (self.beta[:, k - 1].square() if k else 0)
-            beside = self.alpha[:, k] * self.beta[:, k]
+            diagonal = alpha[:, k].square() + (beta[:, k - 1].square() if k else 0)
+            beside = alpha[:, k] * beta[:, k]
             # the ratio of two successive polynomials stays in range where they themselves do not
             ratio = (t - diagonal - before / ratio) / beside
             total, before = total + ratio.log(), beside
@@ -256,28 +261,37 @@ def probable_error(space: Bidiagonalization, value: Tensor, *, failure: float) -
         (Van Dorsselaer, Hochstenbach, Van der Vorst, 2000), theorem 3.
     """
     low, high = torch.full_like(value, -40.0), torch.full_like(value, 4.0)
-    beyond = ~_exceeds(space, value, high.exp(), failure)
-    for _ in range(30):
-        middle = (low + high) / 2
-        enough = _exceeds(space, value, middle.exp(), failure)
-        low, high = torch.where(enough, low, middle), torch.where(enough, middle, high)
+    beyond = ~_exceeds(space, value, high.exp().unsqueeze(1), failure).squeeze(1)
+    share = torch.linspace(0, 1, POINTS, dtype=value.dtype, device=value.device)
+    for _ in range(ROUNDS):
+        points = low.unsqueeze(1) + (high - low).unsqueeze(1) * share
+        short = (~_exceeds(space, value, points.exp(), failure)).sum(1, keepdim=True)
+        first = short.clamp(1, POINTS - 1)
+        low, high = points.gather(1, first - 1).squeeze(1), points.gather(1, first).squeeze(1)
     error = torch.where(beyond, torch.inf, high.exp())
     return torch.where(space.exhausted, torch.zeros_like(error), error)
 
 
-def _exceeds(space: Bidiagonalization, value: Tensor, error: Tensor, failure: float) -> Tensor:
-    """Whether sigma_1 exceeds (1 + error) value with probability ``failure`` at most."""
+def _exceeds(space: Bidiagonalization, value: Tensor, errors: Tensor, failure: float) -> Tensor:
+    """Whether sigma_1 exceeds (1 + error) value with probability ``failure`` at most, for errors (B, P)."""
     weight = math.log(math.sqrt(2 / space.dimension) * torch.special.erfinv(torch.tensor(failure)).item())
-    return space.log_polynomial(value * (1 + error)) >= -weight
+    return space.log_polynomial(value.unsqueeze(1) * (1 + errors)) >= -weight
 
 
 def _is_done(space: Bidiagonalization, values: list[Tensor], tolerance: float) -> Tensor:
     """Which samples' values are right to ``tolerance``, probably, or cannot become any better."""
     if len(values) <= HISTORY:
         return space.exhausted | space.broken
-    value = values[-1]
-    calm = value - values[-1 - HISTORY] <= tolerance * value
-    return space.exhausted | space.broken | (calm & _exceeds(space, value, torch.full_like(value, tolerance), LIKELY))
+    allowed = torch.full_like(values[-1], WITHIN * tolerance).unsqueeze(1)
+    likely = _exceeds(space, values[-1], allowed, LIKELY).squeeze(1)
+    return space.exhausted | space.broken | ((_still_to_come(values) <= tolerance * values[-1]) & likely)
+
+
+def _still_to_come(values: list[Tensor]) -> Tensor:
+    """What all further steps would add if each added the same share of the one before, (B,)."""
+    last, before = values[-1] - values[-2], values[-3] - values[-4]
+    ratio = (last.clamp(min=0) / before).sqrt().nan_to_num(RATIOS[0]).clamp(*RATIOS)
+    return last * ratio / (1 - ratio)
 
 
 def _result(space: Bidiagonalization, steps: Tensor) -> LargestSingularValue:
