@@ -50,6 +50,12 @@ class LabelledImages:
             self.checksum,
         )
 
+    def in_bits(self, bits: int) -> LabelledImages:
+        """The pixels cut to so many bits, the darkest being 0; as they are where they have no more grey values."""
+        factor = max(1, self.levels // 2**bits)
+        parts = (self.train // factor, self.train_labels, self.test // factor, self.test_labels)
+        return LabelledImages(2**bits, *parts, self.checksum)
+
     def to(self, device: torch.device | str) -> LabelledImages:
         """The same on another device."""
         parts = (self.train, self.train_labels, self.test, self.test_labels)
