@@ -18,6 +18,7 @@ __all__ = ["ADAPTERS", "wrap"]
 ADAPTERS: dict[str, str] = {
     "nflows": "inn_guard.adapters.nflows",
     "FrEIA": "inn_guard.adapters.freia",
+    "normflows": "inn_guard.adapters.normflows",
     "torch.distributions.transforms": "inn_guard.adapters.distributions",
 }
 

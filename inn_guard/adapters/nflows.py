@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from inn_guard.adapters import bounds_nflows, tangents_nflows  # noqa: F401 - register bound rules and tangents
 from inn_guard.adapters.adapted import Adapted
+from inn_guard.adapters.known_output import KnownOutput
 from inn_guard.invertible import Context, Invertible, NotApplicable
 from inn_guard.layers.inverted import Inverted
 from inn_guard.layers.multiscale import OnRemaining
@@ -74,7 +75,7 @@ class NflowsTransform(Adapted):
             return self
         parameters = coupling.transform_net(state[:, coupling.identity_features], self.context)
         twin = copy.copy(coupling)
-        vars(twin)["_modules"] = {**coupling._modules, "transform_net": _Known(coupling.transform_net, parameters)}
+        vars(twin)["_modules"] = {**coupling._modules, "transform_net": KnownOutput(coupling.transform_net, parameters)}
         return NflowsTransform(twin, self.context)
 
     def in_dtype(self, dtype: torch.dtype) -> NflowsTransform:
@@ -95,25 +96,6 @@ class NflowsTransform(Adapted):
         memo[id(self)] = twin
         vars(twin).update(copy.deepcopy(vars(self), memo))
         return twin
-
-
-class _Known(nn.Module):
-    """A network whose output is known already; all its other attributes are the network's own."""
-
-    def __init__(self, network: nn.Module, output: Tensor) -> None:
-        super().__init__()
-        self.network, self.output = network, output
-
-    def forward(self, *_: Any) -> Tensor:
-        return self.output.clone()  # spline couplings divide it in place
-
-    def __getattr__(self, name: str) -> Any:
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            if name.startswith("_") or name == "network":
-                raise
-            return getattr(self.network, name)  # spline couplings scale by its hidden_features
 
 
 class NflowsFlow(NflowsTransform):
