@@ -16,7 +16,7 @@ from torch import Tensor
 from inn_guard.dense_tangent import dense_jacobian
 from inn_guard.invertible import Invertible
 
-__all__ = ["DenseFactor", "composed_jacobian"]
+__all__ = ["DenseFactor", "composed_jacobian", "is_composable"]
 
 
 @runtime_checkable
@@ -45,6 +45,16 @@ def composed_jacobian(model: Invertible, x: Float[Tensor, "batch *data"]) -> Flo
     if not jacobians:
         raise ValueError(f"expected at least one sample, got {tuple(x.shape)}")
     return torch.stack(jacobians)
+
+
+def is_composable(model: Invertible, x: Float[Tensor, "batch *data"]) -> bool:
+    """Whether every layer multiplies its Jacobian with a matrix by itself, so that composing is the faster way."""
+    for layer in model.layers() or (model,):
+        tangent = layer.linearize(x)
+        if not isinstance(tangent, DenseFactor):
+            return False
+        x = tangent.output
+    return True
 
 
 def _of_one(model: Invertible, x: Tensor) -> Tensor:
