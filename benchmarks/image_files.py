@@ -23,7 +23,7 @@ from typing import Any
 
 import numpy as np
 
-__all__ = ["Images", "read_cifar10", "read_mnist"]
+__all__ = ["Images", "MissingData", "file_checksums", "read_cifar10", "read_mnist"]
 
 LARGEST_FILE = 256 * 2**20  #: bytes; the largest official file is 177 MB
 RECORD = 1 + 3 * 32 * 32
@@ -31,6 +31,14 @@ FETCH = {
     "CIFAR-10": "torchvision.datasets.CIFAR10",
     "MNIST": "torchvision.datasets.MNIST",
 }
+OFFICIAL = {
+    "cifar10": ("cifar-10-batches-bin/*_batch*.bin", "cifar-10-batches-py/*_batch*", "cifar-10-*.tar.gz"),
+    "mnist": ("MNIST/raw/*-ubyte*", "*-idx*-ubyte*"),
+}
+
+
+class MissingData(FileNotFoundError):
+    """A data set is not where it was said to be; the message has the command that fetches it."""
 
 
 @dataclass(frozen=True)
@@ -52,7 +60,7 @@ def read_cifar10(root: Path, *, train: bool) -> Images:
     """The 50,000 training or 10,000 test images of CIFAR-10 below ``root``, or as many as its files hold.
 
     Raises:
-        FileNotFoundError: with the command that fetches the data set, if no layout of it is below ``root``.
+        MissingData: with the command that fetches the data set, if no layout of it is below ``root``.
         ValueError: if a file is truncated or is not what its name says.
     """
     numbered = [f"data_batch_{k}" for k in range(1, 6)]
@@ -74,14 +82,14 @@ def read_cifar10(root: Path, *, train: bool) -> Images:
             np.concatenate([labels for *_, labels in parts]),
             {name: hashlib.sha256(data).hexdigest() for name, data, *_ in parts},
         )
-    raise FileNotFoundError(_missing("CIFAR-10", root))
+    raise _missing("CIFAR-10", root)
 
 
 def read_mnist(root: Path, *, train: bool) -> Images:
     """The 60,000 training or 10,000 test images of MNIST below ``root``.
 
     Raises:
-        FileNotFoundError: with the command that fetches the data set, if its files are not below ``root``.
+        MissingData: with the command that fetches the data set, if its files are not below ``root``.
         ValueError: if a file is truncated or is not what its name says.
     """
     stem = "train" if train else "t10k"
@@ -91,7 +99,7 @@ def read_mnist(root: Path, *, train: bool) -> Images:
     for name in names:
         found = [folder / f"{name}{suffix}" for suffix in ("", ".gz") if (folder / f"{name}{suffix}").is_file()]
         if not found:
-            raise FileNotFoundError(_missing("MNIST", root))
+            raise _missing("MNIST", root)
         paths.append(found[0])
     raw = [_read(path) for path in paths]
     pixels = _idx(names[0], _gunzip(paths[0].name, raw[0]), dimensions=3)
@@ -102,10 +110,18 @@ def read_mnist(root: Path, *, train: bool) -> Images:
     return Images(pixels[:, None], labels.astype(np.int64), checksums)
 
 
-def _missing(name: str, root: Path) -> str:
-    return (
+def file_checksums(root: Path, name: str = "") -> dict[str, str]:
+    """File name -> sha256 of the official files below ``root``: those of cifar10 or mnist, or of both."""
+    patterns = [pattern for key, own in OFFICIAL.items() if name.startswith(key) or not name for pattern in own]
+    paths = {path for pattern in patterns for path in root.glob(pattern) if path.is_file()}
+    return {str(path.relative_to(root)): hashlib.sha256(_read(path)).hexdigest() for path in sorted(paths)}
+
+
+def _missing(name: str, root: Path) -> MissingData:
+    return MissingData(
         f"no {name} below {root}. Expected one of the official layouts; to fetch it, type\n"
-        f"    pip install torchvision && python -c \"import torchvision; {FETCH[name]}('{root}', download=True)\""
+        f"    pip install torchvision && python -c \"import torchvision; {FETCH[name]}('{root}', download=True)\"\n"
+        f"and give --data-root {root}"
     )
 
 
@@ -118,7 +134,7 @@ def _read(path: Path) -> bytes:
 def _folder(folder: Path, names: list[str]) -> Iterator[tuple[str, bytes]]:
     for name in names:
         if not (folder / name).is_file():
-            raise FileNotFoundError(f"expected the file {name} in {folder}; it is not there")
+            raise MissingData(f"expected the file {name} in {folder}; it is not there")
         yield name, _read(folder / name)
 
 

@@ -52,16 +52,15 @@ def quantized_images(name: str, root: Path | None) -> QuantizedImages:
 
     Args:
         name: of the data set.
-        root: the folder of the official files; digits need none.
+        root: the folder of the official files, ``data`` if None; digits need none.
 
     Raises:
         ValueError: if there is none of that name.
-        FileNotFoundError: if its files are not there.
+        MissingData: if its files are not there.
     """
     if name == "digits":
         return quantized_digits()
-    if root is None:
-        raise FileNotFoundError(f"{name} needs its files: type --data-root FOLDER, the folder that holds them")
+    root = root or Path("data")
     if name in ("mnist", "mnist_whole"):
         return mnist(root, train_files=name == "mnist_whole")
     if name == "cifar10":

@@ -6,8 +6,10 @@ An experiment is a module with
   where it makes sense, ``paper()`` (the paper's setting, for a GPU);
 * ``run(config) -> DataFrame``, most simply ``return collect(config, cases(config), measure)``;
 * optionally ``draw(frame) -> Figure``;
+* optionally ``beside_paper(frame) -> DataFrame``: the paper's numbers and ours in one table;
 
-and ends with ``if __name__ == "__main__": main(Config, run, draw)``.
+and ends with ``if __name__ == "__main__": main(Config, run, draw)``. Its row in ``experiments.py`` makes it known to
+``inn-guard bench``. Where the configuration has a ``data_root``, its files' checksums are part of the results.
 """
 
 from __future__ import annotations
@@ -29,6 +31,8 @@ import torch
 from matplotlib.figure import Figure
 from tqdm import tqdm
 
+from benchmarks.experiments import EXPERIMENTS
+from benchmarks.image_files import MissingData, file_checksums
 from inn_guard.files import atomic_write
 
 __all__ = ["PRESETS", "RESULTS", "Row", "collect", "main", "write_results"]
@@ -74,8 +78,15 @@ def write_results(name: str, frame: pd.DataFrame, config: Any, *, folder: Path =
     with atomic_write(table) as partial:
         frame.to_csv(partial, index=False, float_format="%.6g")
     with atomic_write(folder / f"{name}.json") as partial:
-        partial.write_text(json.dumps({"config": _fields(config), **environment()}, indent=1, default=_plain) + "\n")
+        said = {"config": _fields(config), "data": data_checksums(config), **environment()}
+        partial.write_text(json.dumps(said, indent=1, default=_plain) + "\n")
     return table
+
+
+def data_checksums(config: Any) -> dict[str, str]:
+    """File name -> sha256 of the official files that a configuration with ``data_root`` (and ``data``) reads."""
+    root = getattr(config, "data_root", "")
+    return file_checksums(Path(root), getattr(config, "data", "")) if root else {}
 
 
 def environment() -> dict[str, Any]:
@@ -95,21 +106,25 @@ def main(
     draw: Callable[[pd.DataFrame], Figure] | None = None,
     argv: list[str] | None = None,
 ) -> None:
-    """The command line of one experiment: --preset smoke | cpu | paper, --out FOLDER, and one flag per field."""
-    first_line = (sys.modules[run.__module__].__doc__ or "").strip().splitlines()
-    parser = argparse.ArgumentParser(description=" ".join(first_line[:1]))
-    parser.add_argument("--preset", choices=[p for p in PRESETS if hasattr(config_class, p)], default="cpu")
-    parser.add_argument("--out", type=Path, default=RESULTS, help="folder for the CSV, its JSON and the figure")
-    for field in dataclasses.fields(config_class):
-        parser.add_argument(f"--{field.name.replace('_', '-')}", default=argparse.SUPPRESS, help=f"{field.type}")
+    """The command line of one experiment: --preset smoke | cpu | paper, --out FOLDER, and one flag per field.
+
+    Ends with exit code 2 and the command that fetches it where a data set is missing.
+    """
+    parser = _parser(config_class, sys.modules[run.__module__])
     arguments = vars(parser.parse_args(argv))
     preset, out = arguments.pop("preset"), arguments.pop("out")
     config = getattr(config_class, preset)()
     config = dataclasses.replace(config, **{key: _parsed(config, key, text) for key, text in arguments.items()})
-    frame = run(config)
+    try:
+        frame = run(config)
+    except MissingData as error:
+        parser.exit(2, f"error: {error}\n")
     name = _name(config) if preset == "cpu" else f"{_name(config)}_{preset}"
-    table = write_results(name, frame, config, folder=out)
+    table = write_results(name, frame, config, folder=out or (UNFINISHED if preset == "smoke" else RESULTS))
     print(frame.to_string(index=False))
+    print(beside_paper(frame, run))
+    for file, digest in data_checksums(config).items():
+        print(f"data: {file}, sha256 {digest}")
     print(f"written: {table}")
     if draw is not None:
         with atomic_write(table.with_suffix(".png")) as partial:
@@ -117,9 +132,35 @@ def main(
         print(f"drawn: {table.with_suffix('.png')}")
 
 
+def beside_paper(frame: pd.DataFrame, run: Callable[[Any], pd.DataFrame]) -> str:
+    """Theirs and ours by the script's own ``beside_paper``, else the paper's table as it is; "" without one."""
+    module = sys.modules[run.__module__]
+    if hasattr(module, "beside_paper"):
+        return f"\nThe paper's numbers and ours:\n{module.beside_paper(frame).to_string(index=False)}\n"
+    known = [one for one in EXPERIMENTS if one.reference and one.stem == _stem(run.__module__)]
+    return "".join(
+        f"\nThe paper's numbers ({one.paper}; reference/{one.reference}):\n{one.published().to_string(index=False)}\n"
+        for one in known
+    )
+
+
+def _parser(config_class: Any, module: Any) -> argparse.ArgumentParser:
+    presets = [preset for preset in PRESETS if hasattr(config_class, preset)]
+    first_line = (module.__doc__ or "").strip().splitlines()
+    parser = argparse.ArgumentParser(description=" ".join(first_line[:1]), prog=_stem(module.__name__))
+    parser.add_argument("--preset", choices=presets, default="cpu" if "cpu" in presets else presets[-1])
+    parser.add_argument("--out", type=Path, help=f"folder for the CSV, its JSON and the figure; {RESULTS} if not given")
+    for field in dataclasses.fields(config_class):
+        parser.add_argument(f"--{field.name.replace('_', '-')}", default=argparse.SUPPRESS, help=f"{field.type}")
+    return parser
+
+
 def _name(config: Any) -> str:
     """The experiment's folder and file, joined: injflow_table1."""
-    module = type(config).__module__
+    return _stem(type(config).__module__)
+
+
+def _stem(module: str) -> str:
     if module != "__main__":
         return module.removeprefix(f"{__package__}.").replace(".", "_")
     return "_".join(Path(sys.argv[0]).resolve().relative_to(Path(__file__).parent).with_suffix("").parts)

@@ -1,20 +1,27 @@
-"""Every experiment runs in its smallest size and gives a table."""
+"""Every experiment runs in its smallest size by its command, and the tables of experiments agree."""
 
 from __future__ import annotations
 
 import dataclasses
 import importlib
+import json
 import pathlib
 
+import pandas as pd
 import pytest
 import torch
+from typer.testing import CliRunner
+
+from benchmarks import experiments
+from benchmarks.experiments import EXPERIMENTS
+from inn_guard.cli import app
 
 ROOT = pathlib.Path(__file__).parent.parent
-EXPERIMENTS = [
-    ".".join(path.relative_to(ROOT).with_suffix("").parts)
-    for path in sorted((ROOT / "benchmarks").glob("*/*.py"))
+SCRIPTS = {
+    ".".join(path.relative_to(ROOT / "benchmarks").with_suffix("").parts)
+    for path in (ROOT / "benchmarks").glob("*/*.py")
     if "def smoke(cls)" in path.read_text(encoding="utf-8")
-]
+}
 
 
 @pytest.fixture(autouse=True)
@@ -24,21 +31,32 @@ def _as_on_the_command_line(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
 
 
-def test_there_are_experiments():
-    assert "benchmarks.exploding_inverses.digits_classifier" in EXPERIMENTS
+def test_every_script_is_in_the_table_and_the_table_in_the_readme():
+    assert sorted(one.name for one in EXPERIMENTS) == sorted(SCRIPTS)
+    assert len({one.stem for one in EXPERIMENTS}) == len(EXPERIMENTS)
+    assert experiments.readme_table() in (ROOT / "benchmarks" / "README.md").read_text(encoding="utf-8")
 
 
-@pytest.mark.parametrize("name", EXPERIMENTS)
-def test_smoke(name):
-    experiment = importlib.import_module(name)
-    config = experiment.Config.smoke()
+@pytest.mark.parametrize("one", [one for one in EXPERIMENTS if one.reference], ids=lambda one: one.name)
+def test_the_papers_numbers_are_there(one):
+    assert len(one.published()) > 1
+
+
+@pytest.mark.parametrize("one", EXPERIMENTS, ids=lambda one: one.name)
+def test_smoke(one, tmp_path):
+    config = one.module.Config.smoke()
     assert dataclasses.is_dataclass(config)
     assert type(config).__dataclass_params__.frozen
-    frame = experiment.run(config)
+    done = CliRunner().invoke(app, ["bench", one.name, "--preset", "smoke", "--out", str(tmp_path)])
+    assert done.exit_code == 0, done.output
+    frame = pd.read_csv(tmp_path / f"{one.stem}_smoke.csv")
     assert len(frame) > 0
     assert not frame.columns.duplicated().any()
-    if hasattr(experiment, "draw"):
-        experiment.draw(frame)
+    written = json.loads((tmp_path / f"{one.stem}_smoke.json").read_text())
+    assert set(written["config"]) == {field.name for field in dataclasses.fields(config)}
+    assert written["packages"]["torch"].partition("+")[0] == torch.__version__.partition("+")[0]
+    assert (tmp_path / f"{one.stem}_smoke.png").exists() == hasattr(one.module, "draw")
+    assert ("paper's numbers" in done.stdout) == bool(one.reference)
 
 
 def test_the_demo_writes_reports_and_an_index_that_links_them(tmp_path):

@@ -1,4 +1,4 @@
-"""The command line: ``inn-guard audit | report``, also as ``python -m inn_guard``."""
+"""The command line: ``inn-guard audit | report | bench``, also as ``python -m inn_guard``."""
 
 from inn_guard.cli.commands import app, main
 

@@ -26,6 +26,7 @@ from inn_guard.adapters import wrap
 from inn_guard.auditing import audit as run_audit
 from inn_guard.audits import AUDITS, LEVELS, Audit, AuditReport, Level, Verdict
 from inn_guard.audits.watched import Refused, checked_batch
+from inn_guard.cli.bench import ANY_OPTION, bench
 from inn_guard.cli.data import load_context, load_data
 from inn_guard.cli.models import load_weights, make_model, own_dtype
 from inn_guard.cli.usage import WrongUsage, note, reported
@@ -136,6 +137,9 @@ def report(
     except (OSError, ValueError) as error:
         raise WrongUsage(f"{saved} cannot be shown: {error}") from error
     _finish(read, html, None)
+
+
+app.command(context_settings=ANY_OPTION)(bench)
 
 
 def _checks(names: str, level: Level, seed: int) -> Sequence[Audit]:
