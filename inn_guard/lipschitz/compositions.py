@@ -91,7 +91,7 @@ class OnTail(BoundedMap):
     def image(self, box: Interval) -> Interval:
         """[head, inner image]."""
         tail = self.inner.image(self._tail(box)).map(torch.flatten)
-        return Interval.cat([box[: len(box.lo) - math.prod(self.shape)], tail])
+        return Interval.cat([self._parted(box)[0], tail])
 
     def table3(self, box: Interval) -> Pair:
         """The larger of one and the inner map's."""
@@ -99,7 +99,12 @@ class OnTail(BoundedMap):
         return Pair(max(1.0, own.forward), max(1.0, own.inverse))
 
     def _tail(self, box: Interval) -> Interval:
-        return box[len(box.lo) - math.prod(self.shape) :].map(lambda t: t.reshape(self.shape))
+        return self._parted(box)[1].map(lambda t: t.reshape(self.shape))
+
+    def _parted(self, box: Interval) -> tuple[Interval, Interval]:
+        flat = box.map(torch.flatten)
+        head = len(flat.lo) - math.prod(self.shape)
+        return flat[:head], flat[head:]
 
 
 @dataclass(frozen=True)
