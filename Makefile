@@ -6,8 +6,6 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.installed
 JOBS   ?= 2
-# every audit on every case, and on random models: minutes each, run by `make thorough`
-LONG   := --deselect tests/test_politeness.py --deselect tests/test_hypothesis_audit.py
 
 .PHONY: demo test thorough lint clean
 
@@ -16,7 +14,7 @@ demo: $(READY)
 	@echo "The report lies at $(CURDIR)/demo-report/index.html"
 
 test: lint
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) -m "not slow" $(LONG)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) -m "not slow"
 
 thorough: $(READY)
 	OMP_NUM_THREADS=1 HYPOTHESIS_PROFILE=thorough $(BIN)/python -m pytest -n $(JOBS)
