@@ -72,7 +72,8 @@ class Config:
         residual_blocks: per level of the residual flow.
         hidden: channels of the networks.
         coefficient: Lipschitz constant of the residual flow's convolutions.
-        steps: of training.
+        steps: of training of the affine nets.
+        residual_steps: of the residual flow.
         batch_size: of training.
         learning_rate: of Adamax for the affine nets, of Adam for the residual flow.
         warmup: steps over which the rate rises.
@@ -98,6 +99,7 @@ class Config:
     hidden: int = 512
     coefficient: float = 0.98
     steps: int = 78_100
+    residual_steps: int = 78_100
     batch_size: int = 64
     learning_rate: float = 1e-3
     warmup: int = 1000
@@ -116,7 +118,7 @@ class Config:
         """Seconds, on scikit-learn's digits."""
         return cls(
             flows=("affine (0 1)", "residual"), data="digits", data_name="digits", train_images=64, levels=1, blocks=1,
-            residual_blocks=1, hidden=4, coefficient=0.7, steps=3, batch_size=16, warmup=2, images=2, attack_steps=3,
+            residual_blocks=1, hidden=4, coefficient=0.7, steps=3, residual_steps=2, batch_size=16, warmup=2, images=2, attack_steps=3,
             device="cpu", grids="",
         )  # fmt: skip
 
@@ -125,7 +127,7 @@ class Config:
         """About 6 minutes of one core: small nets, few steps at a higher rate, four images."""
         return cls(
             data_name="CIFAR-10 (JPEG copies)", train_images=10_000, levels=2, blocks=8, residual_blocks=2, hidden=32,
-            coefficient=0.9, steps=400, batch_size=32, learning_rate=5e-3, warmup=40, clip=50.0, images=4,
+            coefficient=0.9, steps=300, residual_steps=60, batch_size=32, learning_rate=5e-3, warmup=40, clip=50.0, images=4,
             device="cpu",
         )  # fmt: skip
 
@@ -246,10 +248,11 @@ def measure(config: Config, name: str) -> Iterator[Row]:
 def trained(flow: Flow, checkpoint: Path) -> list[Row]:
     """Train it; a row per look."""
     config = flow.config
+    steps = config.residual_steps if flow.name == "residual" else config.steps
     plan = Plan(
-        steps=config.steps,
+        steps=steps,
         batch_size=config.batch_size,
-        looks=looks_until(config.steps, 3),
+        looks=looks_until(steps, 3),
         rate=warmed_up(config.warmup),
         clip=config.clip,
         seed=config.seed,
