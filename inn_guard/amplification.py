@@ -49,7 +49,7 @@ def inverse_gains(linearization: Linearization, *, probes: int = 8, generator: t
     x = linearization.states[0]
     dimension = x[0].numel()
     count = min(probes, dimension)
-    noise = torch.randn(len(x), dimension, count, generator=generator, dtype=torch.float64)
+    noise = torch.randn(len(x), dimension, count, generator=generator, device="cpu", dtype=torch.float64)
     basis = torch.linalg.qr(noise).Q.to(x).transpose(1, 2).reshape(len(x), count, *x.shape[1:])
     sweeps = [_sweep(linearization, Scaled.of(basis[:, j])) for j in range(count)]
     norms = [_norms([sweep[k] for sweep in sweeps]) for k in range(len(linearization.states))]
@@ -63,7 +63,9 @@ def layer_extremes(
 ) -> tuple[LargestSingularValue, LargestSingularValue]:
     """sigma_max of one layer's J and of its J^-1, per sample."""
     lanczos = functools.partial(largest_singular_value, tolerance=tolerance, max_steps=max_steps)
-    v, u = (torch.randn(t.shape, generator=generator, dtype=torch.float64).to(t) for t in (x, tangent.output))
+    v, u = (
+        torch.randn(t.shape, generator=generator, device="cpu", dtype=torch.float64).to(t) for t in (x, tangent.output)
+    )
     forward = lanczos(_scaled(tangent.jvp), _scaled(tangent.vjp), v)
     return forward, lanczos(_scaled(tangent.inverse_jvp), _scaled(tangent.inverse_vjp), u)
 

@@ -60,6 +60,8 @@ class RegularizerHook:
 
     def __init__(self, model: nn.Module, regularizers: Sequence[Regularizer], *, every: int | Schedule = 10) -> None:
         self.model: Invertible = wrap(model)
+        if callable(regularizers) or not all(callable(regularizer) for regularizer in regularizers):
+            raise TypeError(f"expected a list of regularizers, such as [FiniteDifferences(1e-4)]; got {regularizers!r}")
         self.regularizers = tuple(regularizers)
         self.due: Schedule = schedule(every)
         self.step = 0
@@ -110,8 +112,10 @@ class RegularizerHook:
         """Continue where ``state`` was taken.
 
         Raises:
-            ValueError: if ``state`` belongs to a hook with other regularizers.
+            ValueError: if ``state`` belongs to a hook with other regularizers, or to something else.
         """
+        if missing := {"step", "generators", "regularizers"} - set(state):
+            raise ValueError(f"expected what a RegularizerHook's state_dict() returned; it lacks {sorted(missing)}")
         mine, theirs = _kinds(self.state_dict()), _kinds(state)
         if mine != theirs:
             raise ValueError(

@@ -142,7 +142,7 @@ def resolution(dtype: torch.dtype) -> float:
 
 
 def _random(like: Tensor, generator: torch.Generator) -> Tensor:
-    return torch.randn(like.shape, generator=generator, dtype=torch.float64).to(like)
+    return torch.randn(like.shape, generator=generator, device="cpu", dtype=torch.float64).to(like)
 
 
 def _chunks(size: int, tangent: AutogradTangent, jacobian: Tensor) -> Iterator[range]:

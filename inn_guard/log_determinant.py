@@ -61,7 +61,7 @@ def stochastic_log_det(
         total = torch.zeros(len(linearization.output), dtype=torch.float64, device=linearization.output.device)
         for k in range(len(linearization.layers)):
             tangent, like = linearization.forward_tangent(k), linearization.states[k]
-            signs = 2.0 * torch.randint(0, 2, like.shape, generator=generator) - 1.0
+            signs = 2.0 * torch.randint(0, 2, like.shape, generator=generator, device="cpu") - 1.0
             total = total + _quadrature(_scaled(tangent.jvp), _scaled(tangent.vjp), signs.to(like), steps)
         estimates.append(total)
     stacked = torch.stack(estimates)

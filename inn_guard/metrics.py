@@ -49,7 +49,7 @@ def dequantize(
     """
     if pixels.numel() and int(pixels.max()) >= levels:
         raise ValueError(f"expected pixels below {levels}, got {int(pixels.max())}")
-    noise = torch.rand(pixels.shape, generator=generator, dtype=torch.float32).to(pixels.device)
+    noise = torch.rand(pixels.shape, generator=generator, device="cpu", dtype=torch.float32).to(pixels.device)
     # in float32, 255 + u rounds up to 256 once u is within 2^-17 of 1
     largest = 1 - torch.finfo(torch.float32).eps / 2
     return ((pixels + noise) / levels).clamp(max=largest)
@@ -199,7 +199,7 @@ def add_noise(
         deviation: standard deviation of the white noise.
         generator: on the CPU, of the noise.
     """
-    noise = torch.randn(x.shape, generator=generator, dtype=x.dtype).to(x.device)
+    noise = torch.randn(x.shape, generator=generator, device="cpu", dtype=x.dtype).to(x.device)
     return (x + deviation * noise).clamp(0, 1)
 
 

@@ -131,7 +131,7 @@ class _Recorded:
 def probes(*like: Tensor) -> list[Tensor]:
     """Standard normal vectors of these shapes, dtypes and devices, the same at every call."""
     generator = torch.Generator().manual_seed(0)
-    return [torch.randn(t.shape, generator=generator, dtype=torch.float64).to(t) for t in like]
+    return [torch.randn(t.shape, generator=generator, device="cpu", dtype=torch.float64).to(t) for t in like]
 
 
 def transposes(u: Tensor, w: Tensor, v: Tensor, back: Tensor) -> bool:

@@ -184,7 +184,7 @@ def _batches(data: tuple[Tensor, ...], settings: FitSettings, *, start: int) -> 
     for step in range(start, settings.steps):
         if step // per_epoch != epoch:
             epoch = step // per_epoch
-            order = torch.randperm(len(data[0]), generator=_generator(settings.seed, 2 * epoch))
+            order = torch.randperm(len(data[0]), generator=_generator(settings.seed, 2 * epoch), device="cpu")
         rows = order[(step % per_epoch) * settings.batch_size :][: settings.batch_size]
         tensors = tuple(tensor[rows.to(tensor.device)] for tensor in data)
         yield Batch(tensors, step, _generator(settings.seed, 2 * step + 1))

@@ -159,6 +159,8 @@ def test_non_finite_penalties_pass_through():
 
 def test_bad_input_is_refused():
     hook = RegularizerHook(TwoCouplings(), both(), every=1)
+    with pytest.raises(ValueError, match="state_dict"):
+        hook.load_state_dict({})
     with pytest.raises(ValueError, match="period"):
         every(0)
     with pytest.raises(ValueError, match="period"):

@@ -125,7 +125,7 @@ def differentiable_inverse(model: Invertible, x: Tensor, *, seconds: float | int
 
     Where the round trip is off, so may be the product, by as much; such a map is taken at its word.
     """
-    w = torch.randn(x.shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(x)
+    w = torch.randn(x.shape, generator=torch.Generator().manual_seed(seed), device="cpu", dtype=torch.float64).to(x)
     leaf = x.detach().clone().requires_grad_()
     try:
         with torch.enable_grad(), time_limit(seconds):

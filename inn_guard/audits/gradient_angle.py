@@ -126,7 +126,7 @@ class _Group:
 
 def _rounding(model: Invertible, x: Tensor, measure: Measured, parameters: list[Tensor], seed: int) -> float:
     """|h(x') - h(x)| / |h(x)| with every entry of x moved by one rounding unit, up or down."""
-    sign = torch.randint(2, x.shape, generator=torch.Generator().manual_seed(seed)).to(x) * 2 - 1
+    sign = torch.randint(2, x.shape, generator=torch.Generator().manual_seed(seed), device="cpu").to(x) * 2 - 1
     moved = x * (1 + torch.finfo(x.dtype).eps * sign)
     return GradientComparison.of(_pairs((model, moved), (model, x), measure, parameters)).row()["distance"]
 

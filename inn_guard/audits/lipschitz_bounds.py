@@ -142,7 +142,7 @@ def _sampled(model: Invertible, x: Tensor, probes: int = 8) -> list[tuple[float,
     result = []
     for tangent, state in zip(line.tangents, line.states, strict=False):
         most, least = 0.0, math.inf
-        v = torch.randn(state.shape, generator=generator, dtype=torch.float64)
+        v = torch.randn(state.shape, generator=generator, device="cpu", dtype=torch.float64)
         for _ in range(probes):
             v = v / v.flatten(1).norm(dim=1).reshape(-1, *[1] * (v.dim() - 1))
             u = tangent.jvp(v)

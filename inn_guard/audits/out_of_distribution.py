@@ -173,7 +173,7 @@ class _Probing:
         centre = self.x.double().mean(0, keepdim=True)
         radius = (self.x.double() - centre).flatten(1).norm(dim=1).median().item() or 1.0
         generator = torch.Generator().manual_seed(self.seed)
-        noise = torch.randn(DIRECTIONS, *self.x.shape[1:], generator=generator, dtype=torch.float64)
+        noise = torch.randn(DIRECTIONS, *self.x.shape[1:], generator=generator, device="cpu", dtype=torch.float64)
         length = noise.flatten(1).norm(dim=1).reshape(-1, *[1] * (noise.dim() - 1))
         directions = (radius * noise / length).to(centre)
         contexts = torch.arange(DIRECTIONS, device=self.x.device) % len(self.x)

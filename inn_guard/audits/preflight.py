@@ -128,7 +128,7 @@ def _refused(model: Invertible, x: Tensor, error: ModelRaised) -> None:
     if any(not bool(p.detach().isfinite().all()) for p in model.parameters() if p.is_floating_point()):
         return
     generator = torch.Generator().manual_seed(0)
-    normal = torch.randn(x.shape, generator=generator, dtype=torch.float64)
+    normal = torch.randn(x.shape, generator=generator, device="cpu", dtype=torch.float64)
     for other in (torch.zeros_like(x), normal.to(x), (0.05 + 0.9 * torch.sigmoid(normal)).to(x)):
         try:
             model(other)

@@ -47,11 +47,11 @@ class Probe:
 
 
 def _normal(like: Tensor, generator: torch.Generator) -> Tensor:
-    return torch.randn(like.shape, generator=generator, dtype=torch.float64).to(like)
+    return torch.randn(like.shape, generator=generator, device="cpu", dtype=torch.float64).to(like)
 
 
 def _unit(like: Tensor, generator: torch.Generator) -> Tensor:
-    return torch.rand(like.shape, generator=generator, dtype=torch.float64).to(like)
+    return torch.rand(like.shape, generator=generator, device="cpu", dtype=torch.float64).to(like)
 
 
 def gaussian(x: Tensor, generator: torch.Generator) -> Tensor:
@@ -82,7 +82,7 @@ def inverted(x: Tensor, generator: torch.Generator) -> Tensor:
 
 def shuffled(x: Tensor, generator: torch.Generator) -> Tensor:
     """The values of every sample in random order, another one for each."""
-    order = torch.rand(len(x), x[0].numel(), generator=generator).argsort(1).to(x.device)
+    order = torch.rand(len(x), x[0].numel(), generator=generator, device="cpu").argsort(1).to(x.device)
     return x.flatten(1).gather(1, order).reshape(x.shape)
 
 

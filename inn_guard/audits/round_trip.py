@@ -68,7 +68,7 @@ def latent_trip(model: Invertible, z: Tensor, *, batch_size: int, x: Tensor | No
 
 def standard_normal(like: Tensor, generator: torch.Generator) -> Tensor:
     """Latents z ~ N(0, I) of that shape, dtype and device."""
-    return torch.randn(like.shape, generator=generator, dtype=torch.float64).to(like)
+    return torch.randn(like.shape, generator=generator, device="cpu", dtype=torch.float64).to(like)
 
 
 def finite_rows(t: Tensor) -> Tensor:

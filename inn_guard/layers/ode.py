@@ -110,7 +110,7 @@ class HutchinsonTrace:
     def prepare(self, x: Tensor) -> Tensor:
         """Random signs, scaled so that their sum is the mean."""
         generator = torch.Generator().manual_seed(self.seed)
-        signs = torch.randint(0, 2, (self.probes, *x.shape), generator=generator) * 2 - 1
+        signs = torch.randint(0, 2, (self.probes, *x.shape), generator=generator, device="cpu") * 2 - 1
         return signs.to(x) / self.probes**0.5
 
 

@@ -76,7 +76,7 @@ class _Stochastic(ResidualLogDet):
         weights = list(self.weights(generator))
         total = x.new_zeros(len(x))
         for _ in range(self.probes):
-            v = torch.randn(x.shape, generator=generator, dtype=torch.float64).to(x)
+            v = torch.randn(x.shape, generator=generator, device="cpu", dtype=torch.float64).to(x)
             w = v
             for k, weight in enumerate(weights, start=1):
                 w = pull(w)
@@ -132,7 +132,7 @@ class RussianRoulette(_Stochastic):
 
     def weights(self, generator: torch.Generator) -> Iterator[float]:
         """1 for the first terms, then 1 / P(reached)."""
-        uniform = torch.rand((), generator=generator, dtype=torch.float64).item()
+        uniform = torch.rand((), generator=generator, device="cpu", dtype=torch.float64).item()
         # further terms N with P(N >= k) = (1 - stop)^(k - 1), k = 1, 2, ...
         further = 1 + math.floor(math.log1p(-uniform) / math.log(1 - self.stop))
         yield from [1.0] * self.exact_terms

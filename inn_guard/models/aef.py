@@ -229,7 +229,9 @@ class LinearAEF(ExpandedAutoencoder):
         """Mean of -log p(x, w) in nats, w = h(x) or around it."""
         expanded = self.expand(x)
         if self.spread:
-            noise = torch.randn(len(x), self.config.latent, generator=generator, dtype=x.dtype).to(x.device)
+            noise = torch.randn(len(x), self.config.latent, generator=generator, device="cpu", dtype=x.dtype).to(
+                x.device
+            )
             expanded = expanded + self.spread * nn.functional.pad(noise, (0, self.config.dims))
         return -self.joint.log_prob(expanded).mean()
 

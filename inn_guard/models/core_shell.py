@@ -241,7 +241,9 @@ class CoreShellFlow(Chain):
     ) -> Float[Tensor, "count dims"]:
         """Latents to sample from: [noise * N(0, I), temperature * N(0, I)]."""
         like = self.sigma()
-        latents = torch.randn(count, self.shell + self.latent, generator=generator, dtype=like.dtype).to(like.device)
+        latents = torch.randn(count, self.shell + self.latent, generator=generator, device="cpu", dtype=like.dtype).to(
+            like.device
+        )
         return torch.cat([noise * latents[:, : self.shell], temperature * latents[:, self.shell :]], dim=1)
 
     def joint_log_prob(

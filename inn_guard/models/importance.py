@@ -30,7 +30,9 @@ class Proposal:
     def sample(self, draws: int, *, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """w (B, K, d) and log q(w) (B, K)."""
         rows, dims = self.center.shape
-        noise = torch.randn(rows, draws, dims, generator=generator, dtype=self.center.dtype).to(self.center.device)
+        noise = torch.randn(rows, draws, dims, generator=generator, device="cpu", dtype=self.center.dtype).to(
+            self.center.device
+        )
         constant = dims * (math.log(self.width) + 0.5 * math.log(2 * math.pi))
         return self.center[:, None] + self.width * noise, -0.5 * noise.square().sum(2) - constant
 

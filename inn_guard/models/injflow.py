@@ -118,7 +118,7 @@ class Step:
 
     def noise(self, like: Tensor) -> Tensor:
         """N(0, I) of that shape."""
-        return torch.randn(like.shape, generator=self._generator, dtype=like.dtype).to(like.device)
+        return torch.randn(like.shape, generator=self._generator, device="cpu", dtype=like.dtype).to(like.device)
 
 
 @runtime_checkable

@@ -193,4 +193,4 @@ class NIF(Invertible):
 
 
 def _noise(like: Tensor, generator: torch.Generator) -> Tensor:
-    return torch.randn(like.shape, generator=generator, dtype=like.dtype).to(like.device)
+    return torch.randn(like.shape, generator=generator, device="cpu", dtype=like.dtype).to(like.device)

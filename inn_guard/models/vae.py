@@ -38,7 +38,7 @@ class VAE(ExpandedAutoencoder):
 
     def elbo(self, x: Tensor, *, generator: torch.Generator) -> Float[Tensor, "batch"]:
         """A lower bound of log p(x) in nats in expectation, from one w for every x, (B,)."""
-        w = torch.randn(len(x), self.config.latent, generator=generator, dtype=x.dtype).to(x.device)
+        w = torch.randn(len(x), self.config.latent, generator=generator, device="cpu", dtype=x.dtype).to(x.device)
         joint = self.joint.log_prob(torch.cat([w, x.flatten(1)], dim=1))
         return joint - standard_normal_log_prob(w)
 

@@ -11,6 +11,7 @@ from jaxtyping import Float, Shaped
 from torch import Tensor
 
 from inn_guard.invertible import Invertible
+from inn_guard.regularizers.arguments import check_coefficient, is_number
 from inn_guard.regularizers.full_precision import full_precision, reusable
 
 __all__ = ["Direction", "FiniteDifferences"]
@@ -71,12 +72,15 @@ class FiniteDifferences:
     generator: torch.Generator = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        if not 0 <= self.coefficient < math.inf:
-            raise ValueError(f"expected a finite coefficient >= 0; got {self.coefficient}")
-        if not 0 < self.eps < math.inf:
-            raise ValueError(f"expected a finite step eps > 0; got {self.eps}")
-        if self.fraction is not None and not 0 < self.fraction <= 1:
-            raise ValueError(f"expected a fraction of the batch in (0, 1], or None for all of it; got {self.fraction}")
+        check_coefficient(self.coefficient)
+        if not (is_number(self.eps) and 0 < self.eps < math.inf):
+            raise ValueError(f"expected a finite step eps > 0; got {self.eps!r}")
+        if self.fraction is not None and not (is_number(self.fraction) and 0 < self.fraction <= 1):
+            raise ValueError(
+                f"expected a fraction of the batch in (0, 1], or None for all of it; got {self.fraction!r}"
+            )
+        if not isinstance(self.direction, Direction) or not self.direction:
+            raise ValueError(f"expected Direction.FORWARD, .INVERSE or .BOTH; got {self.direction!r}")
         object.__setattr__(self, "generator", torch.Generator().manual_seed(self.seed))
 
     def __call__(
@@ -110,11 +114,13 @@ class FiniteDifferences:
         if self.fraction is None or len(x) == 0:
             return model, x, z
         count = math.ceil(self.fraction * len(x))
-        rows = torch.randperm(len(x), generator=self.generator)[:count].to(x.device)
+        rows = torch.randperm(len(x), generator=self.generator, device="cpu")[:count].to(x.device)
         return model.select(rows), x[rows], None if z is None else z[rows]
 
     def _noise(self, like: Tensor) -> Tensor:
-        return self.eps * torch.randn(like.shape, generator=self.generator, dtype=like.dtype).to(like.device)
+        return self.eps * torch.randn(like.shape, generator=self.generator, device="cpu", dtype=like.dtype).to(
+            like.device
+        )
 
     def _mean_square(self, moved: Tensor, origin: Tensor) -> Tensor:
         """mean_B |moved - origin|^2 / eps^2, subtracted in float32 at least."""

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 from jaxtyping import Float, Shaped
 from torch import Tensor
 
 from inn_guard.invertible import Invertible, standard_normal_log_prob
+from inn_guard.regularizers.arguments import check_coefficient
 from inn_guard.regularizers.full_precision import full_precision
 
 __all__ = ["NormalizingFlowLoss"]
@@ -38,8 +38,7 @@ class NormalizingFlowLoss:
     coefficient: float
 
     def __post_init__(self) -> None:
-        if not 0 <= self.coefficient < math.inf:
-            raise ValueError(f"expected a finite coefficient >= 0; got {self.coefficient}")
+        check_coefficient(self.coefficient)
 
     def __call__(
         self, model: Invertible, x: Shaped[Tensor, "batch *data"], z: Tensor | None = None

@@ -43,6 +43,6 @@ class Guard:
         key = (flat.shape[1], flat.dtype, flat.device)
         if key not in self._projections:
             generator = torch.Generator().manual_seed(0)
-            matrix = torch.randn(flat.shape[1], PROJECTIONS, generator=generator, dtype=torch.float64)
+            matrix = torch.randn(flat.shape[1], PROJECTIONS, generator=generator, device="cpu", dtype=torch.float64)
             self._projections[key] = (matrix / PROJECTIONS**0.5).to(flat)
         return self._projections[key]

@@ -102,13 +102,13 @@ class Cubes:
 
     def uniform(self, generator: torch.Generator) -> Tensor:
         """One random point per cube."""
-        u = torch.rand(self.lower.shape, generator=generator, dtype=torch.float64).to(self.lower.device)
+        u = torch.rand(self.lower.shape, generator=generator, device="cpu", dtype=torch.float64).to(self.lower.device)
         exact = self._exact_lower + u * (self._exact_upper - self._exact_lower)
         return self.project(exact.to(self.lower.dtype))
 
     def near(self, x: Tensor, radius: float, generator: torch.Generator) -> Tensor:
         """A random point at most ``radius`` half-widths away from x in every coordinate, inside the cube."""
-        u = 2 * torch.rand(x.shape, generator=generator, dtype=torch.float64).to(x.device) - 1
+        u = 2 * torch.rand(x.shape, generator=generator, device="cpu", dtype=torch.float64).to(x.device) - 1
         return self.project((x.double() + radius * self.half.double() * u).to(x.dtype))
 
     def contain(self, x: Tensor) -> Tensor:

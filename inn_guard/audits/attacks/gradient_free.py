@@ -57,7 +57,7 @@ class GradientFree:
 
 
 def _signs(like: Tensor, generator: torch.Generator) -> Tensor:
-    return (2 * torch.randint(2, like.shape, generator=generator) - 1).to(like)
+    return (2 * torch.randint(2, like.shape, generator=generator, device="cpu") - 1).to(like)
 
 
 def _log_ratio(above: Tensor, below: Tensor) -> Tensor:

@@ -43,7 +43,7 @@ class SpectralAscent:
         """Climb, then draw."""
         cubes, begin = search.cubes, search.spent
         x = cubes.uniform(search.generator)
-        direction = unit(torch.randn(search.latent.shape, generator=search.generator).to(search.latent))
+        direction = unit(torch.randn(search.latent.shape, generator=search.generator, device="cpu").to(search.latent))
         wanted = self.reach * x.flatten(1).double().norm(dim=1)
         length = 1e-4 * search.latent.flatten(1).double().norm(dim=1)
         climb, step, true = self.share * (self.budget - begin), 0, search.error

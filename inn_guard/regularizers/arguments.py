@@ -1,0 +1,23 @@
+"""Checks of what a regularizer is built with."""
+
+from __future__ import annotations
+
+import math
+import numbers
+
+__all__ = ["check_coefficient", "is_number"]
+
+
+def is_number(value: object) -> bool:
+    """Whether ``value`` is a real number, and not a text or a truth value."""
+    return isinstance(value, numbers.Real) and not isinstance(value, bool)
+
+
+def check_coefficient(value: object) -> None:
+    """Refuse what cannot weigh a penalty.
+
+    Raises:
+        ValueError: unless it is a finite number >= 0.
+    """
+    if not (is_number(value) and 0 <= value < math.inf):  # type: ignore[operator]
+        raise ValueError(f"expected a finite coefficient >= 0; got {value!r}")
