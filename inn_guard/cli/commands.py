@@ -183,9 +183,11 @@ def _report_package() -> Any:
 
 def _finish(report: AuditReport, html: Path | None, json: Path | None) -> None:
     typer.echo(str(report))
-    if json is not None:
-        report.to_json(json)
-        note(f"wrote {json}")
-    if html is not None:
-        report.to_html(html)
-        note(f"wrote {html}")
+    for path, write in ((json, report.to_json), (html, report.to_html)):
+        if path is None:
+            continue
+        try:
+            write(path)
+        except OSError as error:
+            raise WrongUsage(f"the report above could not be written to {path}: {error}") from error
+        note(f"wrote {path}")

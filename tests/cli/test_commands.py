@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import subprocess
 import sys
 
@@ -50,6 +52,18 @@ def test_reports_are_written_and_read_again(data, tmp_path):
     assert again.stdout == done.stdout
     assert "Not finite" in (tmp_path / "b.html").read_text()
     assert "Not finite" in (tmp_path / "a.html").read_text()
+
+
+def test_a_full_disk_loses_no_report(monkeypatch, data, tmp_path):
+    def full(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "replace", full)
+    done = audit("stable", data, "--json", tmp_path / "a.json")
+    assert done.exit_code == 2
+    assert "reconstruction" in done.stdout
+    assert "No space left" in done.stderr
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["x.npy"]
 
 
 def test_standard_output_is_the_report_and_remarks_are_apart(data):
