@@ -118,8 +118,8 @@ class Config:
         """Seconds, on scikit-learn's digits."""
         return cls(
             flows=("affine (0 1)", "residual"), data="digits", data_name="digits", train_images=64, levels=1, blocks=1,
-            residual_blocks=1, hidden=4, coefficient=0.7, steps=3, residual_steps=2, batch_size=16, warmup=2, images=2, attack_steps=3,
-            device="cpu", grids="",
+            residual_blocks=1, hidden=4, coefficient=0.7, steps=3, residual_steps=2, batch_size=16, warmup=2, images=2,
+            attack_steps=3, device="cpu", grids="",
         )  # fmt: skip
 
     @classmethod
@@ -127,8 +127,8 @@ class Config:
         """About 6 minutes of one core: small nets, few steps at a higher rate, four images."""
         return cls(
             data_name="CIFAR-10 (JPEG copies)", train_images=10_000, levels=2, blocks=8, residual_blocks=2, hidden=32,
-            coefficient=0.9, steps=300, residual_steps=60, batch_size=32, learning_rate=5e-3, warmup=40, clip=50.0, images=4,
-            device="cpu",
+            coefficient=0.9, steps=300, residual_steps=60, batch_size=32, learning_rate=5e-3, warmup=40, clip=50.0,
+            images=4, device="cpu",
         )  # fmt: skip
 
     @classmethod
