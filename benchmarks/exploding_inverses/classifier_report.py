@@ -9,7 +9,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-__all__ = ["beside_the_paper", "draw", "draw_angles", "final_table"]
+__all__ = ["beside_paper", "draw", "draw_angles", "with_theirs"]
 
 TABLE = Path(__file__).parent.parent / "reference" / "cifar10_classifiers_table9.csv"
 KEYS = ["coupling", "mixing", "regularizer"]
@@ -35,7 +35,7 @@ COLOURS = {
 }
 
 
-def beside_the_paper(frame: pd.DataFrame) -> pd.DataFrame:
+def with_theirs(frame: pd.DataFrame) -> pd.DataFrame:
     """``their_*`` columns of table 9, filled at the last row of every run on CIFAR-10 that the table has."""
     table = pd.read_csv(TABLE).rename(columns={"permutation": "mixing", **THEIRS})
     table["regularizer"] = table["regularizer"].replace({"fd": "FD", "nf": "NF"})
@@ -51,8 +51,8 @@ def beside_the_paper(frame: pd.DataFrame) -> pd.DataFrame:
     return frame
 
 
-def final_table(frame: pd.DataFrame) -> pd.DataFrame:
-    """The last look of every run, ours / theirs."""
+def beside_paper(frame: pd.DataFrame) -> pd.DataFrame:
+    """The last look of every run, ours / the paper's."""
     rows = []
     for case, group in frame.groupby("case", sort=False):
         last = group.iloc[-1]

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from benchmarks.exploding_inverses import cifar10_classifiers, dequantization, regularizer_cost
-from benchmarks.exploding_inverses.classifier_report import beside_the_paper, final_table
+from benchmarks.exploding_inverses.classifier_report import with_theirs, beside_paper
 from benchmarks.exploding_inverses.flow_report import grid
 from benchmarks.exploding_inverses.image_classifiers import FiniteDifferencesTerm, NormalizingFlowTerm, Run
 from benchmarks.exploding_inverses.image_data import DATA, shifted
@@ -198,11 +198,11 @@ def last_row(case, data="CIFAR-10 (JPEG copies)"):
 
 def test_the_papers_figures_stand_beside_their_own_runs():
     names = ["affine conv none", "affine conv NF 1e-4", "additive shuffle FD 1e-4", "affine conv FD 7e-7"]
-    frame = beside_the_paper(pd.DataFrame([last_row(name) for name in names] + [last_row(names[0], data="digits")]))
+    frame = with_theirs(pd.DataFrame([last_row(name) for name in names] + [last_row(names[0], data="digits")]))
     assert frame["their_condition_number"].tolist()[:3] == [8.6e14, 9.6e3, 7.0e2]
     assert frame["their_test_accuracy"].tolist()[:3] == pytest.approx([0.8907, 0.8864, 0.8849])
     assert frame["their_test_accuracy"].isna().tolist() == [False, False, False, True, True]
-    assert "/ -" in final_table(frame).set_index("run").loc["affine conv FD 7e-7", "accuracy"]
+    assert "/ -" in beside_paper(frame).set_index("run").loc["affine conv FD 7e-7", "accuracy"]
 
 
 def test_a_residual_inverse_of_few_iterations_is_off_and_the_converged_one_is_not():
