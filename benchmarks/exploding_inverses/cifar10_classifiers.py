@@ -154,12 +154,14 @@ class Training:
         run: of the net.
         net: the classifier.
         data: first images.
+        moments: mean and deviation of their channels.
     """
 
     config: Config
     run: Run
     net: Classifier
     data: LabelledImages
+    moments: tuple[Tensor, Tensor]
 
     @classmethod
     def of(cls, config: Config, run: Run) -> Training:
@@ -169,14 +171,15 @@ class Training:
             run, data.shape, levels=config.levels, blocks=config.blocks, hidden=config.hidden, seed=config.seed
         )
         net = net.to(config.device, memory_format=torch.channels_last if config.channels_last else None)
-        training = cls(config, run, net, data.to(config.device))
+        data = data.to(config.device)
+        training = cls(config, run, net, data, data.moments())
         with torch.no_grad():
             net.inn(training.normalised(training.data.train[: config.batch_size]))
         return training
 
     def normalised(self, pixels: Tensor) -> Tensor:
         """Zero mean and unit variance per channel of the training images."""
-        mean, deviation = self.data.moments()
+        mean, deviation = self.moments
         x = (pixels.float() - mean) / deviation
         return x.contiguous(memory_format=torch.channels_last) if self.config.channels_last else x.contiguous()
 

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from benchmarks.exploding_inverses import cifar10_classifiers, dequantization, regularizer_cost
-from benchmarks.exploding_inverses.classifier_report import with_theirs, beside_paper
+from benchmarks.exploding_inverses.classifier_report import beside_paper, with_theirs
 from benchmarks.exploding_inverses.flow_report import grid
 from benchmarks.exploding_inverses.image_classifiers import FiniteDifferencesTerm, NormalizingFlowTerm, Run
 from benchmarks.exploding_inverses.image_data import DATA, shifted
