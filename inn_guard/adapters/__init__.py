@@ -19,6 +19,7 @@ ADAPTERS: dict[str, str] = {
     "nflows": "inn_guard.adapters.nflows",
     "FrEIA": "inn_guard.adapters.freia",
     "normflows": "inn_guard.adapters.normflows",
+    "zuko": "inn_guard.adapters.zuko",
     "torch.distributions.transforms": "inn_guard.adapters.distributions",
 }
 
