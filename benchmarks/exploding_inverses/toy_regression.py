@@ -1,0 +1,144 @@
+"""A regression onto a line that a bijection can only fit by flattening the plane; NF at 1e-8 keeps its inverse.
+
+    inn-guard bench exploding_inverses.toy_regression --preset cpu        # about 2 minutes on one core
+
+Inputs (x1, x2) are independent standard normal; targets (y1, y2) have y1 of variance 1e-24, that is nothing, and
+y2 = x2. Rows: mean squared error, worst round trip and worst condition number of the training inputs over the steps.
+What the paper leaves open: how many blocks; 16 here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import pandas as pd
+import torch
+from matplotlib.figure import Figure
+from torch import Tensor
+from tqdm import trange
+
+import inn_guard as ig
+from benchmarks.exploding_inverses.plane import round_trip_error, singular_values
+from benchmarks.runner import Row, collect, main
+from inn_guard.invertible import Invertible
+from inn_guard.models.toy import regression_net
+
+COLOURS = ("#d55e00", "#009e73", "#0072b2", "#cc79a7")
+CURVES = {
+    "mse": "mean squared error",
+    "error": "worst round-trip error",
+    "condition_number": "worst condition number",
+}
+
+
+@dataclass(frozen=True)
+class Config:
+    """What is trained; the defaults are the paper's.
+
+    Attributes:
+        coefficients: of the normalizing-flow loss; 0 is the unregularized net.
+        blocks: ActNorm, reverse permutation and affine coupling each; not printed in the paper.
+        hidden: width of the two hidden layers.
+        samples: all of them at every step.
+        steps: of Adam.
+        learning_rate: of Adam.
+        looks: rows per net, evenly spaced on the logarithm of the steps.
+        looked_at: inputs that the errors and condition numbers are the worst of.
+        seed: of weights and samples.
+    """
+
+    coefficients: tuple[float, ...] = (0.0, 1e-8)
+    blocks: int = 16
+    hidden: int = 128
+    samples: int = 10_000
+    steps: int = 40_000
+    learning_rate: float = 1e-4
+    looks: int = 40
+    looked_at: int = 1000
+    seed: int = 0
+
+    @classmethod
+    def smoke(cls) -> Config:
+        """Seconds."""
+        return cls(blocks=2, hidden=8, samples=32, steps=4, looks=3, looked_at=32)
+
+    @classmethod
+    def cpu(cls) -> Config:
+        """Minutes on one core: half the blocks and width, 256 samples, a tenth of the steps at ten times the rate."""
+        return cls(blocks=8, hidden=64, samples=256, steps=4000, learning_rate=1e-3, looked_at=256)
+
+    @classmethod
+    def paper(cls) -> Config:
+        """The paper's setting."""
+        return cls()
+
+
+def data(config: Config) -> tuple[Tensor, Tensor]:
+    """Inputs and targets, (samples, 2) each: the pairs of equations 13 and 14."""
+    generator = torch.Generator().manual_seed(config.seed)
+    x = torch.randn(config.samples, 2, generator=generator)
+    nothing = 1e-12 * torch.randn(config.samples, generator=generator)
+    return x, torch.stack([nothing, x[:, 1]], dim=1)
+
+
+def measure(config: Config, coefficient: float) -> Iterator[Row]:
+    """Looks at one net while it is trained; a loss that is not finite ends it."""
+    x, y = data(config)
+    with torch.random.fork_rng():
+        torch.manual_seed(config.seed)
+        net = regression_net(blocks=config.blocks, hidden=config.hidden)
+    penalties: list[ig.hooks.Regularizer] = [ig.NormalizingFlowLoss(coefficient)] if coefficient else []
+    hook = ig.RegularizerHook(net, penalties, every=1)
+    optimizer = torch.optim.Adam(net.parameters(), config.learning_rate)
+    shown = steps_to_look_at(config)
+    for step in trange(config.steps + 1, desc=f"coefficient {coefficient:g}", disable=None):
+        z = net(x)
+        mse = (z - y).square().sum(dim=1).mean()
+        if step in shown or not mse.isfinite():
+            yield {"coefficient": coefficient, "step": step, "mse": mse.item(), **looked_at(net, x[: config.looked_at])}
+        if not mse.isfinite():
+            return
+        optimizer.zero_grad()
+        (mse + hook(x, z=z)).backward()
+        optimizer.step()
+
+
+def steps_to_look_at(config: Config) -> set[int]:
+    """Steps 1 to the last one, evenly spaced on a logarithmic axis."""
+    spaced = torch.logspace(0, torch.tensor(float(config.steps)).log10().item(), config.looks)
+    return {round(step) for step in spaced.tolist()}
+
+
+def looked_at(net: Invertible, x: Tensor) -> Row:
+    """Worst of the inputs: round trip, condition number, singular values."""
+    sigma_max, sigma_min = singular_values(net, x)
+    return {
+        "error": round_trip_error(net, x).max().item(),
+        "condition_number": (sigma_max / sigma_min).nan_to_num(torch.inf).max().item(),
+        "sigma_max": sigma_max.max().item(),
+        "sigma_min": sigma_min.min().item(),
+    }
+
+
+def run(config: Config) -> pd.DataFrame:
+    """A net per coefficient."""
+    frame = collect(config, {f"NF {c:g}" if c else "none": c for c in config.coefficients}, measure)
+    print(frame.groupby("case", sort=False).tail(1).to_string(index=False))
+    return frame
+
+
+def draw(frame: pd.DataFrame) -> Figure:
+    """Error of the task, round trip and condition number over the steps."""
+    figure = Figure(figsize=(10, 3.2), layout="constrained")
+    for axes, (column, label) in zip(figure.subplots(1, len(CURVES)), CURVES.items(), strict=True):
+        for colour, (case, group) in zip(COLOURS, frame.groupby("case", sort=False), strict=False):
+            axes.loglog(group.step, group[column], label=case, color=colour)
+        axes.set(xlabel="step", ylabel=label)
+        axes.grid(alpha=0.3)
+    figure.axes[0].legend(title="regularizer", frameon=False)
+    return figure
+
+
+if __name__ == "__main__":
+    main(Config, run, draw)
