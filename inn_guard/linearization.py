@@ -141,6 +141,10 @@ class Linearization:
             self._returning_checked.add(k)
         return self.tangents[k]
 
+    def inverse_product(self, k: int) -> Step:
+        """u -> J^-1 u of layer k, checked once."""
+        return self.returning_tangent(k).inverse_jvp
+
     def inverse_tangent(self, k: int) -> Tangent:
         """Layer k's tangent, its inverse maps having been checked once against its forward maps."""
         if k not in self._inverse_checked:

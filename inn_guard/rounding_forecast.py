@@ -6,22 +6,45 @@ delta_i moves the reconstruction by A_i delta_i, with A_i the Jacobian of (F_i o
     e = sum_i A_i delta_i,   delta_i ~ U(-u |h_i|, u |h_i|) elementwise,   u the unit roundoff of the dtype.
 
 All A_i are applied at once: one sweep of inverse Jacobian products from the last layer to the first, into which each
-layer's errors are injected. u is a common factor: one set of sweeps serves every dtype.
+layer's errors are injected. u is a common factor: one set of sweeps serves every dtype. The products come from a
+``Linearization``, or more cheaply, and from no derivative at all, from ``InverseDifferences`` in float64.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
-from inn_guard.linearization import Linearization, Scaled
+from inn_guard.linearization import Scaled
 
 Product = Callable[[Tensor], Tensor]
+
+
+@runtime_checkable
+class Linearized(Protocol):
+    """Layers, the states between them, and every layer's J^-1 u at its states."""
+
+    @property
+    def layers(self) -> Sequence[Any]:
+        """First one first."""
+        ...
+
+    @property
+    def states(self) -> Sequence[Tensor]:
+        """The layers' inputs and last the output, (B, *) each."""
+        ...
+
+    def inverse_product(self, k: int) -> Product:
+        """u -> J^-1 u of layer k, known to be right."""
+        ...
+
 
 __all__ = ["RoundingForecast", "rounding_forecast", "unit_roundoff"]
 
@@ -57,7 +80,7 @@ def unit_roundoff(dtype: torch.dtype) -> float:
 
 
 def rounding_forecast(
-    linearization: Linearization,
+    linearization: Linearized,
     *,
     probes: int = 4,
     generator: torch.Generator,
@@ -66,7 +89,8 @@ def rounding_forecast(
     """Forecast the rounding error of F^-1(F(x)) for every sample of the linearised batch.
 
     Args:
-        linearization: of the model at x, in any dtype that is finer than the ones asked about.
+        linearization: of the model at x, in any dtype that is finer than the ones asked about: a ``Linearization``, or
+            ``InverseDifferences`` for a few inverse passes.
         probes: sweeps, each about as dear as one inverse and its Jacobian-vector product.
         generator: of the random errors, on the CPU.
         layer_roundoff: each layer's unit roundoff relative to the one asked about; 1 for all of them unless given.
@@ -81,28 +105,36 @@ def rounding_forecast(
         Accuracy and Stability of Numerical Algorithms (Higham, 2002), sections 1.6 and 3.1: forward error as the
         backward error amplified by the inverse's Jacobian.
     """
-    weights = _rounded_entries(linearization, layer_roundoff or [1.0] * len(linearization.layers))
-    logs = torch.stack([_sweep(linearization, weights, generator).log_norm() for _ in range(probes)])
-    flat = [state.flatten(1).double() for state in linearization.states]
-    scales = torch.stack([_root_mean_square(state) for state in flat])
+    amplitudes = _amplitudes(linearization, layer_roundoff or [1.0] * len(linearization.layers))
+    logs = torch.stack([_sweep(linearization, amplitudes, generator).log_norm() for _ in range(probes)])
+    alike = list(_stacked_by_size(linearization.states))
+    scales = torch.cat([_root_mean_square(states) for states in alike])
     return RoundingForecast(
         log_error=(torch.logsumexp(2 * logs, dim=0) - math.log(probes)) / 2,
-        largest_state=torch.stack([state.abs().amax(1) for state in flat]).amax(0),
+        largest_state=torch.stack([states.abs().amax((0, 2)) for states in alike]).amax(0),
         smallest_scale=torch.where(scales > 0, scales, math.inf).amin(0),
         probes=probes,
     )
 
 
-def _root_mean_square(flat: Tensor) -> Tensor:
-    """(B,), also where a square leaves the range of float64."""
-    peak = flat.abs().amax(1).clamp(min=math.ulp(0.0))
-    return peak * (flat / peak[:, None]).square().mean(1).sqrt()
+def _stacked_by_size(states: Iterable[Tensor]) -> Iterable[Tensor]:
+    """States of one size together, (n, B, D) float64: one operation for all instead of one for each."""
+    groups: dict[int, list[Tensor]] = defaultdict(list)
+    for state in states:
+        groups[state[0].numel()].append(state.flatten(1))
+    return (torch.stack(group).double() for group in groups.values())
 
 
-def _sweep(linearization: Linearization, weights: list[Tensor], generator: torch.Generator) -> Scaled:
+def _root_mean_square(states: Tensor) -> Tensor:
+    """(n, B, D) -> (n, B), also where a square leaves the range of float64."""
+    peak = states.abs().amax(2).clamp(min=math.ulp(0.0))
+    return peak * (states / peak[..., None]).square().mean(2).sqrt()
+
+
+def _sweep(linearization: Linearized, amplitudes: list[Tensor], generator: torch.Generator) -> Scaled:
     """One realisation of sum_i A_i delta_i for u = 1."""
-    errors = [_errors(s, w, generator) for s, w in zip(reversed(linearization.states), reversed(weights), strict=True)]
-    products = [linearization.returning_tangent(k).inverse_jvp for k in reversed(range(len(linearization.layers)))]
+    errors = _errors(amplitudes, generator)[::-1]
+    products = [linearization.inverse_product(k) for k in reversed(range(len(linearization.layers)))]
     error = errors[0]
     for product, extra in zip(products, errors[1:], strict=True):
         error = product(error) + extra
@@ -120,10 +152,13 @@ def _careful_sweep(products: Sequence[Product], errors: list[Tensor]) -> Scaled:
     return error
 
 
-def _errors(state: Tensor, weight: Tensor, generator: torch.Generator) -> Tensor:
-    """Uniform errors of the size of the state's entries; ``weight`` independent ones add up to sqrt(weight) of one."""
-    noise = 2 * torch.rand(state.shape, generator=generator, dtype=torch.float64) - 1
-    return (noise.to(state.device) * weight.sqrt()).to(state.dtype) * state.abs()
+def _errors(amplitudes: list[Tensor], generator: torch.Generator) -> list[Tensor]:
+    """One uniform error for every entry of every state, in [-amplitude, amplitude)."""
+    like = amplitudes[0]
+    count = sum(amplitude.numel() for amplitude in amplitudes)
+    noise = (2 * torch.rand(count, generator=generator, device="cpu", dtype=torch.float64) - 1).to(like)
+    parts = noise.split([amplitude.numel() for amplitude in amplitudes])
+    return [part.view_as(amplitude) * amplitude for part, amplitude in zip(parts, amplitudes, strict=True)]
 
 
 def _plus(error: Scaled, extra: Tensor) -> Scaled:
@@ -135,26 +170,30 @@ def _plus(error: Scaled, extra: Tensor) -> Scaled:
     return Scaled((old + new).to(extra.dtype), scale).normalized()
 
 
-def _rounded_entries(linearization: Linearization, roundoff: Sequence[float]) -> list[Tensor]:
-    """For every state how often each of its entries is rounded: by the layer before it, by the inverse after it.
+def _amplitudes(linearization: Linearized, roundoff: Sequence[float]) -> list[Tensor]:
+    """For every state |h| times the root of how often each entry is rounded: by the layer before, by the inverse after.
 
-    A layer of another roundoff counts by the square of it: variances add up.
-
-    An entry that a layer copies, as a coupling does with half of them and a permutation with all, is not rounded.
+    A layer of another roundoff counts by the square of it: variances add up, and so w independent errors of one size
+    are one error of sqrt(w) times the size. An entry that a layer copies, as a coupling does with half of them and a
+    permutation with all, is not rounded.
     """
     states = linearization.states
-    counts = [torch.zeros_like(state, dtype=torch.float64) for state in states]
+    counts = [torch.zeros_like(state) for state in states]
     for k, (before, after) in enumerate(pairwise(states)):
         changed = _changed(before, after)
-        variance = roundoff[k] ** 2
-        counts[k] += variance * (changed.reshape(before.shape) if changed.numel() == before.numel() else 1)
-        counts[k + 1] += variance * changed.reshape(after.shape)
-    return counts
+        if changed is None:
+            continue
+        rounded = roundoff[k] ** 2 * changed
+        counts[k] += rounded.reshape(before.shape) if rounded.numel() == before.numel() else roundoff[k] ** 2
+        counts[k + 1] += rounded.reshape(after.shape)
+    return [count.sqrt() * state.abs() for count, state in zip(counts, states, strict=True)]
 
 
-def _changed(before: Tensor, after: Tensor) -> Tensor:
-    flat_before, flat_after = before.flatten(1), after.flatten(1)
-    if flat_before.shape != flat_after.shape:
-        return torch.ones_like(flat_after, dtype=torch.float64)
-    moved = torch.equal(flat_before.sort(dim=1).values, flat_after.sort(dim=1).values)
-    return torch.zeros_like(flat_after, dtype=torch.float64) if moved else (flat_before != flat_after).double()
+def _changed(before: Tensor, after: Tensor) -> Tensor | None:
+    """Which entries of the output a layer computed, (B, D) of 0 and 1; None where it only moved them about."""
+    before, after = before.flatten(1), after.flatten(1)
+    if before.shape != after.shape:
+        return torch.ones_like(after)
+    # one sample tells for nearly every layer that computes, and is sorted faster than all
+    moved = all(torch.equal(before[:n].sort(1).values, after[:n].sort(1).values) for n in (1, len(before)))
+    return None if moved else (before != after).to(after)

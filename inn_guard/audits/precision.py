@@ -3,58 +3,28 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from inn_guard.audits.arithmetic import Arithmetic, arithmetics, autocast, tf32
+from inn_guard.audits.arithmetic_forecast import NUMERIC, Copies, Forecaster, batch_length
 from inn_guard.audits.base import AuditResult, Verdict
+from inn_guard.audits.limits import usable_error
 from inn_guard.audits.round_trip import finite_rows
 from inn_guard.audits.watched import ModelRaised, polite
 from inn_guard.invertible import Invertible, NotApplicable
-from inn_guard.linearization import Linearization
-from inn_guard.rounding_forecast import RoundingForecast, rounding_forecast, unit_roundoff
 
 __all__ = ["Arithmetic", "arithmetics", "precision"]
 
-USABLE = 1e-2  #: l2 error of a reconstruction, in units of |x|, up to which an inverse is called usable
-MARGIN = 5.0  #: a forecast this far below USABLE is decided; most samples lie within a factor of 3 of their forecast
+MARGIN = 5.0  #: a forecast this far below usable is decided; most samples lie within a factor of 3 of their forecast
 BROKEN = 1.0  #: a forecast error of the size of x itself: first order says nothing more, and nothing is left of x
-DRAWS = 128  #: realisations of the rounding errors, over all samples together, that the quantile is taken of
+DRAWS = 128  #: realisations of the rounding errors, over all samples together, that are enough
+SWEEPS = 2  #: at most, however few the samples: each costs about as much as three passes of the inverse
 QUANTILE = 0.95  #: of the samples; the few beyond it do not decide
-HALF = (torch.bfloat16, torch.float16)
-
-#: what numbers that left their range make a model raise; anything else is an operation that the dtype does not have
-NUMERIC = (ValueError, AssertionError, ArithmeticError, torch.linalg.LinAlgError)
-
-
-@dataclass(frozen=True)
-class Arithmetic:
-    """One way to run a model: parameters and data in ``storage``, and under autocast to ``autocast`` if given."""
-
-    name: str
-    storage: torch.dtype
-    autocast: torch.dtype | None = None
-    tf32: bool = False
-
-    @property
-    def roundoff(self) -> float:
-        """The coarsest unit roundoff in it; TF32 keeps 10 bits of the fraction of what enters a product."""
-        return 2.0**-11 if self.tf32 else unit_roundoff(self.autocast or self.storage)
-
-
-def arithmetics(device: torch.device) -> tuple[Arithmetic, ...]:
-    """What is tried on this device: float64, float32, bfloat16, float16, autocast, and TF32 on a GPU."""
-    plain = tuple(
-        Arithmetic(str(dtype).removeprefix("torch."), dtype)
-        for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-    )
-    autocast = (Arithmetic("autocast bfloat16", torch.float32, autocast=torch.bfloat16),)
-    tf32 = (Arithmetic("tf32", torch.float32, tf32=True),) if device.type == "cuda" else ()
-    return plain + autocast + tf32
 
 
 @polite
@@ -63,19 +33,24 @@ def precision(
     x: Tensor,
     *,
     candidates: Sequence[Arithmetic] | None = None,
-    usable: float = USABLE,
+    usable: float | None = None,
     probes: int | None = None,
     seed: int = 0,
 ) -> AuditResult:
     """Relative error |F^-1(F(x)) - x| / |x| of the round trip in each arithmetic, forecast and measured.
 
+    |x| is the sample's own length, at least the median one of the batch: a sample that is nearly zero is held to the
+    size of its neighbours (`data_scale`).
+
     The forecast says works if its 95 % quantile over the samples is below usable / 5, breaks if it exceeds |x| or a
-    state leaves the range of the dtype, uncertain in between; it costs ``probes`` sweeps of inverse Jacobian products
-    for all dtypes together. Under autocast a state is rounded to the dtype of the layer that made it, but a coarser
-    rounding inside a sub-network may come out otherwise in the inverse, whose input differs in the last bits: works
-    is said only if every layer could round to the coarse dtype, breaks only if the finer roundings do it alone; the
-    larger forecast is printed. The measurement runs the model. Data that a dtype cannot hold to ``usable`` count as
-    an error of the size of what is lost. The verdict is that of the model's own dtype.
+    state leaves the range of the dtype, uncertain in between. For all dtypes together it costs one forward pass and
+    ``probes`` sweeps, each about one inverse pass, in a float64 copy (more where there is no such copy or its inverse
+    does not come back: then the sweeps are products with derivatives). Under autocast a state is rounded to the dtype
+    of the layer that made it, but a coarser rounding inside a sub-network may come out otherwise in the inverse, whose
+    input differs in the last bits: works is said only if every layer could round to the coarse dtype, breaks only if
+    the finer roundings do it alone; the larger forecast is printed. The measurement runs the model. Data that a dtype
+    cannot hold to ``usable`` count as an error of the size of what is lost. The verdict is that of the model's own
+    dtype.
 
     The round trip of a map that is injective only is a projection: it starts from F^-1(F(x)), which lies on the
     manifold, and there is no forecast. Samples with NaN or Inf are left out.
@@ -84,8 +59,9 @@ def precision(
         model: the map.
         x: data, (B, *data).
         candidates: what to try, at least one; ``arithmetics(x.device)`` unless given.
-        usable: error in units of |x| up to which an inverse is usable.
-        probes: sweeps of the forecast; as many as give 128 of them over all samples unless given.
+        usable: error in units of |x| up to which an inverse is usable; ``usable_error`` of the coarsest dtype in the
+            arithmetic unless given, which is one per cent, and 6 per cent for bfloat16.
+        probes: sweeps of the forecast; 1 for 128 samples or more, 2 for fewer, unless given.
         seed: of the forecast's random errors.
 
     Returns:
@@ -107,12 +83,14 @@ def precision(
     chosen, start = model.select(rows), x[rows]
     if not model.bijective:
         start = _projected(chosen, start)
-    probes = math.ceil(DRAWS / len(rows)) if probes is None else probes
-    forecaster = _Forecaster(chosen, start, probes=probes, seed=seed)
-    measured = [_relative(chosen, start, arithmetic) for arithmetic in candidates]
-    table = [_row(*pair, forecaster, usable) for pair in zip(candidates, measured, strict=True)]
+    probes = min(SWEEPS, math.ceil(DRAWS / len(rows))) if probes is None else probes
+    copies = Copies(chosen, start.dtype)
+    forecaster = Forecaster(copies, start, probes=probes, seed=seed)
+    limits = [usable_error(arithmetic.coarsest) if usable is None else usable for arithmetic in candidates]
+    measured = [_relative(copies, start, arithmetic) for arithmetic in candidates]
+    table = [_row(*triple, forecaster) for triple in zip(candidates, measured, limits, strict=True)]
     mine = next((k for k, arithmetic in enumerate(candidates) if _is_own(arithmetic, x.dtype)), 0)
-    verdict, reason = _verdict(table[mine], usable, own=_is_own(candidates[mine], x.dtype))
+    verdict, reason = _verdict(table[mine], own=_is_own(candidates[mine], x.dtype))
     works = [row["arithmetic"] for row in table if row["measured verdict"] == "works"]
     return AuditResult(
         name="precision",
@@ -121,10 +99,10 @@ def precision(
         values={f"{row['arithmetic']}_error": row["measured"] for row in table}
         | {f"{row['arithmetic']}_forecast": row["forecast"] for row in table},
         units={f"{row['arithmetic']}_{key}": "|x|" for row in table for key in ("error", "forecast")},
-        per_sample={"error": _scattered(_with_losses(measured[mine], usable), rows, len(x))},
+        per_sample={"error": _scattered(_with_losses(measured[mine], limits[mine]), rows, len(x))},
         tables={"arithmetic": tuple(table)},
         settings={
-            "usable": usable,
+            "usable": limits[mine],
             "margin": MARGIN,
             "quantile": QUANTILE,
             "probes": probes,
@@ -138,12 +116,12 @@ def precision(
     )
 
 
-def _check(candidates: Sequence[Arithmetic], usable: float, probes: int | None) -> None:
+def _check(candidates: Sequence[Arithmetic], usable: float | None, probes: int | None) -> None:
     if not candidates:
         raise ValueError(
             "expected at least one arithmetic to try, got none: leave candidates out to try the usual ones"
         )
-    if not usable > 0:
+    if usable is not None and not usable > 0:
         raise ValueError(f"expected a positive usable error, in units of |x|; got {usable}")
     if probes is not None and probes < 1:
         raise ValueError(f"expected at least 1 probe, or None for as many as are needed; got {probes}")
@@ -170,67 +148,6 @@ def _scattered(values: Tensor, rows: Tensor, batch: int) -> Tensor:
     return whole
 
 
-class _Forecaster:
-    """The forecast of each arithmetic, from one linearisation in float32 or float64."""
-
-    def __init__(self, model: Invertible, x: Tensor, *, probes: int, seed: int) -> None:
-        self._probes, self._seed = probes, seed
-        self._log_scale = _log_length(x)
-        self.reason = "" if model.bijective else "no forecast: the map is injective only"
-        self._linearization: Linearization | None = None
-        self._plain: RoundingForecast | None = None
-        if not model.bijective:
-            return
-        try:
-            if x.dtype in HALF:
-                model, x = model.in_dtype(torch.float32), x.float()
-            self._linearization = Linearization(model, x)
-            self._plain = self._forecast(None)
-        except (NotApplicable, RuntimeError) as error:
-            self.reason = f"no forecast: {error}"
-
-    def relative(self, arithmetic: Arithmetic) -> tuple[Tensor, Tensor] | None:
-        """Forecast error in units of |x|, least and most, (B,) each, inf where a state overflows; None without one.
-
-        Where a state is so small that the dtype resolves it worse than its roundoff says, or the forecast itself is
-        not finite although the states are, anything is possible: 0 and inf.
-        """
-        if self._linearization is None or self._plain is None:
-            return None
-        least = most = self._plain
-        if arithmetic.autocast is not None:
-            try:
-                least = self._forecast(_layer_roundoff(self._linearization, arithmetic))
-            except (NotApplicable, RuntimeError):
-                return None
-        held = torch.finfo(arithmetic.autocast or arithmetic.storage)
-        overflow = ~(most.largest_state <= held.max)
-        logs = [forecast.log_error + math.log(arithmetic.roundoff) - self._log_scale for forecast in (least, most)]
-        coarse = most.smallest_scale < held.tiny
-        unknown = logs[0].isnan() | logs[1].isnan()
-        low = torch.where(coarse | unknown, 0.0, logs[0].exp())
-        high = torch.where(coarse | unknown, math.inf, logs[1].exp())
-        return torch.where(overflow, math.inf, low).cpu(), torch.where(overflow, math.inf, high).cpu()
-
-    def _forecast(self, layer_roundoff: list[float] | None) -> RoundingForecast:
-        if self._linearization is None:
-            raise NotApplicable(self.reason)
-        generator = torch.Generator().manual_seed(self._seed)
-        with torch.no_grad():
-            return rounding_forecast(
-                self._linearization, probes=self._probes, generator=generator, layer_roundoff=layer_roundoff
-            )
-
-
-def _layer_roundoff(linearization: Linearization, arithmetic: Arithmetic) -> list[float]:
-    """Unit roundoff of each layer's output under autocast, relative to the autocast dtype's."""
-    relative = []
-    for layer, state in zip(linearization.layers, linearization.states, strict=False):
-        with torch.no_grad(), _autocast(state.device.type, arithmetic):
-            relative.append(unit_roundoff(layer(state).dtype) / arithmetic.roundoff)
-    return relative
-
-
 @dataclass(frozen=True)
 class _Measured:
     """One round trip: errors in units of |x|, what the dtype lost of the data before, and what the model raised."""
@@ -240,7 +157,7 @@ class _Measured:
     problem: str = ""
 
 
-def _row(arithmetic: Arithmetic, measurement: _Measured, forecaster: _Forecaster, usable: float) -> dict[str, Any]:
+def _row(arithmetic: Arithmetic, measurement: _Measured, usable: float, forecaster: Forecaster) -> dict[str, Any]:
     forecast = forecaster.relative(arithmetic)
     measured = _with_losses(measurement, usable)
     finite = measured[measured.isfinite()]
@@ -250,6 +167,7 @@ def _row(arithmetic: Arithmetic, measurement: _Measured, forecaster: _Forecaster
     return {
         "arithmetic": arithmetic.name,
         "unit roundoff": arithmetic.roundoff,
+        "usable": usable,
         "forecast": math.nan if forecast is None else _quantile(forecast[1]),
         "forecast verdict": "none" if forecast is None else _forecast_verdict(*forecast, usable),
         "measured": math.nan if refused else _quantile(measured),
@@ -266,7 +184,7 @@ def _with_losses(measurement: _Measured, usable: float) -> Tensor:
     return torch.where(lost > usable, torch.maximum(error, lost), error)
 
 
-def _relative(model: Invertible, x: Tensor, arithmetic: Arithmetic) -> _Measured:
+def _relative(copies: Copies, x: Tensor, arithmetic: Arithmetic) -> _Measured:
     """Measured |F^-1(F(x)) - x| / |x| per sample, and what came instead, '' if the model ran.
 
     It may have refused (no such operation in this dtype: nan) or raised (its own check of its numbers failed: inf).
@@ -274,9 +192,8 @@ def _relative(model: Invertible, x: Tensor, arithmetic: Arithmetic) -> _Measured
     cast = x.to(arithmetic.storage)
     lost = _ratio(cast.double() - x.double(), x).cpu()
     try:
-        with torch.no_grad(), _tf32(arithmetic), _autocast(x.device.type, arithmetic):
-            own = cast.dtype == x.dtype
-            twin = model if own else model.in_dtype(arithmetic.storage)
+        with torch.no_grad(), tf32(arithmetic), autocast(x.device.type, arithmetic):
+            twin = copies.of(arithmetic.storage)
             rebuilt = twin.inverse(twin(cast.clone()))
     except (NotApplicable, ModelRaised) as error:
         cause = error.__cause__ or error
@@ -294,42 +211,10 @@ def _one_line(error: BaseException) -> str:
     return " ".join([f"{type(error).__name__}:", *str(error).strip().splitlines()[:1]])
 
 
-@contextmanager
-def _tf32(arithmetic: Arithmetic) -> Iterator[None]:
-    """TF32 products on CUDA inside the block if the arithmetic wants them, none if not; the old setting afterwards."""
-    before = (torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32)
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = arithmetic.tf32
-    try:
-        yield
-    finally:
-        torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = before
-
-
-def _autocast(device: str, arithmetic: Arithmetic) -> Any:
-    # no cache: weights cast without a graph, kept in it, would lose their gradients in a training step around this
-    if arithmetic.autocast is None:
-        return nullcontext()
-    return torch.autocast(device, dtype=arithmetic.autocast, cache_enabled=False)
-
-
 def _ratio(difference: Tensor, reference: Tensor) -> Tensor:
-    """|difference| / |reference| per sample in float64, also where a square overflows; |difference| where that is 0."""
-    peak = _peak(reference)
-    length = (reference.double().flatten(1) / peak).norm(dim=1)
-    return (difference.flatten(1) / peak).norm(dim=1) / torch.where(length > 0, length, torch.ones_like(length))
-
-
-def _log_length(x: Tensor) -> Tensor:
-    """ln |x| per sample; 0 where x is."""
-    peak = _peak(x)
-    length = (x.double().flatten(1) / peak).norm(dim=1)
-    return torch.where(length > 0, length.log() + peak[:, 0].log(), torch.zeros_like(length))
-
-
-def _peak(x: Tensor) -> Tensor:
-    """The largest entry of every sample, (B, 1) float64; 1 where it is 0 or not finite."""
-    peak = x.double().flatten(1).abs().amax(1, keepdim=True)
-    return torch.where((peak > 0) & peak.isfinite(), peak, torch.ones_like(peak))
+    """|difference| / |reference| per sample in float64, also where a square overflows."""
+    length = batch_length(reference)
+    return (difference.double().flatten(1) / length[:, None]).norm(dim=1)
 
 
 def _quantile(values: Tensor) -> float:
@@ -349,7 +234,7 @@ def _measured_verdict(measured: Tensor, usable: float) -> str:
     return "works" if finite and _quantile(measured) <= usable else "breaks"
 
 
-def _verdict(row: dict[str, Any], usable: float, *, own: bool) -> tuple[Verdict, str]:
+def _verdict(row: dict[str, Any], *, own: bool) -> tuple[Verdict, str]:
     where = f"In {row['arithmetic']}," + (" the dtype of the data," if own else "")
     if row["measured verdict"] == "refused":
         return Verdict.UNSTABLE, f"{where} the model refuses to run ({row['remark']})."
@@ -360,7 +245,7 @@ def _verdict(row: dict[str, Any], usable: float, *, own: bool) -> tuple[Verdict,
         return Verdict.UNSTABLE, f"{where} 5 % of the samples come back more than {row['measured']:.1e} |x| off."
     return (
         Verdict.STABLE,
-        f"{where} 95 % of the samples come back within {row['measured']:.1e} |x| ({usable:g} is usable).",
+        f"{where} 95 % of the samples come back within {row['measured']:.1e} |x| ({row['usable']:g} is usable).",
     )
 
 

@@ -10,9 +10,11 @@ from torch import nn
 
 from inn_guard.audits import LEVELS, Level
 from inn_guard.audits.base import Verdict
+from inn_guard.audits.limits import usable_error
 from inn_guard.audits.precision import Arithmetic, arithmetics, precision
+from inn_guard.audits.reconstruction import reconstruction
 from inn_guard.audits.watched import Watched
-from inn_guard.invertible import Invertible
+from inn_guard.invertible import Invertible, NotApplicable
 from tests.cases import CASES
 from tests.reference_regularizers import Embedding
 from tests.test_rounding_forecast import Diagonal, couplings
@@ -117,6 +119,49 @@ def test_forecast_and_measurement_of_a_coupling_stack_agree_where_decided():
             assert row["measured verdict"] == row["forecast verdict"], row
 
 
+def test_a_sample_of_nearly_zero_is_held_to_the_size_of_its_neighbours():
+    """z = x + 1 loses 6e-8 of everything: all of a sample of 1e-9, and nothing that matters beside its neighbours."""
+    x = data(64, 6)
+    x[3], x[40] = 1e-9, 0.0
+    result = precision(Offset(1.0), x)
+    assert result.verdict is Verdict.STABLE
+    assert result.per_sample["error"].max() < 1e-6
+    assert rows(result)["float32"]["forecast verdict"] == "works"
+    alone = precision(Offset(1.0), torch.full((4, 6), 1e-9, dtype=torch.float32))
+    assert alone.verdict is Verdict.UNSTABLE
+
+
+def test_what_is_usable_follows_the_dtype():
+    """An offset of 5 costs bfloat16 some per cent of x: no more than it holds, so it works."""
+    table = rows(precision(Offset(5.0), data(128, 4)))
+    assert table["bfloat16"]["usable"] == usable_error(torch.bfloat16) == 0.0625
+    assert table["float32"]["usable"] == table["float16"]["usable"] == 1e-2
+    assert 1e-2 < table["bfloat16"]["measured"] < 0.0625
+    assert table["bfloat16"]["measured verdict"] == "works"
+    strict = rows(precision(Offset(5.0), data(128, 4), usable=1e-2))
+    assert strict["bfloat16"]["measured verdict"] == "breaks"
+
+
+def test_reconstruction_and_precision_judge_a_bfloat16_model_alike():
+    for offset, verdict in ((5.0, Verdict.STABLE), (100.0, Verdict.UNSTABLE)):
+        model, x = Offset(offset).bfloat16(), data(64, 4).bfloat16()
+        assert precision(model, x).verdict is verdict
+        assert reconstruction(model, x).verdict is verdict
+
+
+def test_a_forecast_without_a_float64_copy_comes_from_derivatives():
+    class Single(Offset):
+        def in_dtype(self, dtype):
+            if dtype == torch.float64:
+                raise NotApplicable("no float64 here")
+            return super().in_dtype(dtype)
+
+    x = data(64, 4)
+    plain, single = (rows(precision(model, x))["float32"] for model in (Offset(100.0), Single(100.0)))
+    assert single["forecast"] == pytest.approx(plain["forecast"], rel=0.3)
+    assert single["remark"] == ""
+
+
 def test_own_candidates():
     result = precision(Offset(1.0), data(8, 3), candidates=[Arithmetic("bfloat16", torch.bfloat16)])
     assert list(rows(result)) == ["bfloat16"]
@@ -160,7 +205,7 @@ def test_denormal_data_are_not_called_exact():
 
 
 def test_one_sample_and_zero_data():
-    assert precision(Offset(1.0), data(1, 3)).settings["probes"] == 128
+    assert precision(Offset(1.0), data(1, 3)).settings["probes"] == 2
     zero = precision(Offset(1.0), torch.zeros(4, 3, dtype=torch.float32))
     assert zero.verdict is Verdict.STABLE
     assert zero.values["float32_error"] == 0
