@@ -43,19 +43,20 @@ def congruence(A, error, Q):
 
 
 def step(Q, keep, W, lower, upper, D, error):
-    """[kept; sigma(W state)]: Q' = [[P, 0], [0, R^2 D - M^2 D]] + V^* (D - S)^-1 V, V = [C, D M], enlarged."""
-    k, n, M, R = len(keep), W.shape[1], (lower + upper) / 2, (upper - lower) / 2
-    A = np.concatenate([np.broadcast_to(np.eye(Q.shape[1])[keep], (len(W), k, Q.shape[1])), W], 1)
+    """[keep state; sigma(W state)]: Q' = [[P, 0], [0, R^2 D - M^2 D]] + V^* (D - S)^-1 V, V = [C, D M], enlarged."""
+    k, n, M, R = keep.shape[1], W.shape[1], (lower + upper) / 2, (upper - lower) / 2
+    A = np.concatenate([np.broadcast_to(part, (max(len(keep), len(W)), *part.shape[1:])) for part in (keep, W)], 1)
     T, e = congruence(A, error, Q)
     e += 8 * U * (abs(T).max(initial=0) + D.max(initial=0))
+    if not n:
+        return T + 2 * e * np.eye(k)
     N = np.diag(D) - T[:, k:, k:] - 2 * e * np.eye(n)
     least = -largest_eigenvalue(-N)
     if not least > 0:
         raise ValueError("the multipliers prove nothing")
     V = np.concatenate([T[:, k:, :k], np.broadcast_to(np.diag(D * M), (len(T), n, n))], 2)
     X = np.linalg.solve(N, V)
-    E = V - N @ X
-    new = V.conj().swapaxes(1, 2) @ X + X.conj().swapaxes(1, 2) @ E
+    new = V.conj().swapaxes(1, 2) @ X + X.conj().swapaxes(1, 2) @ (E := V - N @ X)
     new[:, :k, :k] += T[:, :k, :k] + 2 * e * np.eye(k)
     new[:, range(k, k + n), range(k, k + n)] += (R * R - M * M) * D
     unseen = gamma(n + 4) * (norm(N) * norm(X) + norm(V))

@@ -20,7 +20,8 @@ from inn_guard.lipschitz.chains import Chain
 from inn_guard.lipschitz.conditioners import Effort, bound_chain, read
 from inn_guard.lipschitz.convolution import convolution_norm
 from inn_guard.lipschitz.intervals import Box
-from inn_guard.lipschitz.recursion import certify, fast_multipliers
+from inn_guard.lipschitz.multipliers import fast_multipliers
+from inn_guard.lipschitz.recursion import certify
 from inn_guard.lipschitz.spectral import spectral_norm
 
 WIDE_KERNELS = ((3, 128, 32, 1), (64, 64, 32, 1), (6, 128, 16, 1), (64, 64, 32, 2))

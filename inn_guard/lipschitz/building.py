@@ -98,10 +98,21 @@ class ChainBuilder:
         if not bool((lower.isfinite() & upper.isfinite()).all()):
             raise Unbounded("a slope is not finite")
         state = sum(size for _, size in self.parts)
-        self.layers.append(Layer(torch.arange(state), self._matrix(x), lower, upper, x.error))
+        keep = torch.eye(state, dtype=torch.float64)[None]
+        self.layers.append(Layer(keep, self._matrix(x), lower, upper, x.error))
+        return replace(self._named(x, self.parts), clean=True)
+
+    def alone(self, x: Linear) -> Linear:
+        """x as the whole state: everything else is forgotten."""
+        matrix = self._matrix(x)
+        none = torch.zeros(0, dtype=torch.float64)
+        self.layers.append(Layer(matrix, matrix[:1, :0], none, none, x.error))
+        return self._named(x, [])
+
+    def _named(self, x: Linear, others: list[tuple[int, int]]) -> Linear:
         name = len(self.layers)
-        self.parts = [*self.parts, (name, x.channels)]
-        return Linear({name: torch.eye(x.channels, dtype=torch.float64)[None]}, x.channels)
+        self.parts = [*others, (name, x.channels)]
+        return Linear({name: torch.eye(x.channels, dtype=torch.float64)[None]}, x.channels, clean=x.clean)
 
     def cropped(self, x: Linear) -> Linear:
         """x, set to zero outside the image: a layer of slopes 0 or 1 where that is not so already."""
@@ -247,23 +258,26 @@ def _norm(matrix: Tensor) -> float:
 
 
 def _pruned(chain: Chain) -> Chain:
-    """Without neurons, and inputs, that nothing depends on."""
+    """Without neurons, and inputs, that nothing depends on, and without layers that do nothing."""
     needed = _columns(chain.output)
     output, layers = chain.output[:, :, needed], []
     for layer in reversed(chain.layers):
-        k = len(layer.keep)
-        kept, hidden = layer.keep[needed[needed < k]], needed[needed >= k] - k
-        weight = layer.weight[:, hidden]
-        used = torch.cat([kept, _columns(weight)]).unique()
-        position = torch.full((layer.weight.shape[2],), -1)
-        position[used] = torch.arange(len(used))
-        layers.append(Layer(position[kept], weight[:, :, used], layer.lower[hidden], layer.upper[hidden], layer.error))
+        k = layer.keep.shape[1]
+        hidden = needed[needed >= k] - k
+        keep, weight = layer.keep[:, needed[needed < k]], layer.weight[:, hidden]
+        used = _columns(keep, weight)
+        keep, weight = keep[:, :, used], weight[:, :, used]
+        layers.append(Layer(keep, weight, layer.lower[hidden], layer.upper[hidden], layer.error))
         needed = used
-    live = [layer for layer in reversed(layers) if len(layer.lower) or len(layer.keep) != layer.weight.shape[2]]
+    live = [layer for layer in reversed(layers) if len(layer.lower) or layer.error or not _is_identity(layer.keep)]
     return Chain(len(needed), tuple(live), output, chain.error)
 
 
-def _columns(matrix: Tensor) -> Tensor:
-    """Indices of the columns with a nonzero entry; the first where there is none."""
-    used = (matrix != 0).any(0).any(0).nonzero().flatten()
+def _is_identity(matrix: Tensor) -> bool:
+    return matrix.shape[1] == matrix.shape[2] and bool((matrix == torch.eye(matrix.shape[1])).all())
+
+
+def _columns(*matrices: Tensor) -> Tensor:
+    """Indices of the columns with a nonzero entry in one of them; the first where there is none."""
+    used = torch.stack([(matrix != 0).any(0).any(0) for matrix in matrices]).any(0).nonzero().flatten()
     return used if len(used) else torch.zeros(1, dtype=torch.long)

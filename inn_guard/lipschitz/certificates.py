@@ -23,7 +23,7 @@ from inn_guard.lipschitz.spectral import spectral_norm
 
 __all__ = ["Certificate", "weights_hash"]
 
-FORMAT = "inn_guard Lipschitz certificate 1"
+FORMAT = "inn_guard Lipschitz certificate 2"
 
 
 @dataclass(frozen=True)

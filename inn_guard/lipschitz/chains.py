@@ -7,9 +7,10 @@ kept part of a coupling, a whole additive network) are neurons of slope exactly 
 Let Q be any matrix with J J^T <= Q for the Jacobian J of the state reached so far. With the new pre-activations
 W (state), S = W Q W^H, M = (upper + lower) / 2, R = (upper - lower) / 2, any diagonal D with N = D - S > 0 gives
 
-    state' = [kept; sigma(W state)]:   Q' = [[P, 0], [0, R^2 D - M D M]] + V^H N^-1 V,   V = [C, D M]
+    state' = [K state; sigma(W state)]:   Q' = [[P, 0], [0, R^2 D - M D M]] + V^H N^-1 V,   V = [C, D M]
 
-where P and C are the rows of Q and of W Q that belong to the kept channels. Proof: write the increments as
+where P = K Q K^H and C = W Q K^H belong to what is passed on; K is linear, so a layer without neurons is any linear
+map of the state, and forgets what nothing will need. Proof: write the increments as
 dv = M z + R q with |q_j| <= |z_j|; z^T (D^-1 weighted S-procedure) as in LipSDP-Neuron; Woodbury's identity. D free of
 choice is what an optimiser chooses; every D is a proof.
 """
@@ -17,27 +18,27 @@ choice is what an optimiser chooses; every D is a proof.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TypeAlias
 
 import torch
 from torch import Tensor
 
-__all__ = ["Chain", "Layer", "Multipliers"]
+__all__ = ["Chain", "Layer", "Multipliers", "product"]
 
 Multipliers: TypeAlias = tuple[Tensor, ...]
 
 
 @dataclass(frozen=True)
 class Layer:
-    """state -> [state[keep]; sigma(weight @ state)], with slopes of sigma in [lower, upper].
+    """state -> [keep @ state; sigma(weight @ state)], with slopes of sigma in [lower, upper].
 
     Attributes:
-        keep: indices of the state that are passed on, (k,).
+        keep: what is passed on, (1 or frequencies, k, m): rows of the identity, or any linear map of the state.
         weight: (1, n, m), or (frequencies, n, m) of a convolution on a torus; float64 or complex128.
         lower: least slopes, (n,).
         upper: largest slopes, (n,).
-        error: Frobenius norm of what is not known about each frequency's weight.
+        error: Frobenius norm of what is not known about each frequency's [keep; weight].
     """
 
     keep: Tensor
@@ -45,6 +46,13 @@ class Layer:
     lower: Tensor
     upper: Tensor
     error: float = 0.0
+
+    @property
+    def joint(self) -> Tensor:
+        """[keep; weight], (1 or frequencies, k + n, m)."""
+        dtype = torch.promote_types(self.keep.dtype, self.weight.dtype)
+        count = max(len(self.keep), len(self.weight))
+        return torch.cat([part.to(dtype).expand(count, -1, -1) for part in (self.keep, self.weight)], 1)
 
     @property
     def mean(self) -> Tensor:
@@ -77,12 +85,23 @@ class Chain:
     @property
     def frequencies(self) -> int:
         """How many independent problems share the slopes."""
-        return max([len(layer.weight) for layer in self.layers] + [len(self.output)])
+        counts = [max(len(layer.weight), len(layer.keep)) for layer in self.layers]
+        return max([*counts, len(self.output)])
+
+    @property
+    def operations(self) -> float:
+        """About how many floating-point operations one evaluation of a bound takes."""
+        total = 0.0
+        for layer in self.layers:
+            sides = [layer.weight.shape[2], layer.keep.shape[1] + layer.weight.shape[1]]
+            frequencies = max(len(layer.weight), len(layer.keep))
+            total += (4 if layer.weight.is_complex() else 1) * 10.0 * frequencies * max(sides) ** 3 + 1e5
+        return total
 
     def at(self, frequencies: Tensor) -> Chain:
         """The same chain at some frequencies only."""
         layers = tuple(
-            Layer(layer.keep, _pick(layer.weight, frequencies), layer.lower, layer.upper, layer.error)
+            replace(layer, keep=_pick(layer.keep, frequencies), weight=_pick(layer.weight, frequencies))
             for layer in self.layers
         )
         return Chain(self.size, layers, _pick(self.output, frequencies), self.error)
@@ -91,11 +110,25 @@ class Chain:
         """W_l Sigma ... W_1 for given slopes: what every bound must dominate. (frequencies, out, size)."""
         state = torch.eye(self.size, dtype=self.output.dtype)[None]
         for layer, sigma in zip(self.layers, slopes, strict=True):
-            fresh = sigma[:, None] * (layer.weight @ state.to(layer.weight.dtype))
-            kept = state[:, layer.keep].to(fresh.dtype).expand(len(fresh), -1, -1)
-            state = torch.cat([kept, fresh], 1)
-        return self.output @ state.to(self.output.dtype)
+            joint = torch.promote_types(layer.weight.dtype, state.dtype)
+            fresh = sigma[:, None] * (layer.weight.to(joint) @ state.to(joint))
+            dtype = torch.promote_types(layer.keep.dtype, state.dtype)
+            kept = layer.keep.to(dtype) @ state.to(dtype)
+            dtype, count = torch.promote_types(dtype, fresh.dtype), max(len(kept), len(fresh))
+            state = torch.cat([part.to(dtype).expand(count, -1, -1) for part in (kept, fresh)], 1)
+        joint = torch.promote_types(self.output.dtype, state.dtype)
+        return self.output.to(joint) @ state.to(joint)
 
 
 def _pick(matrix: Tensor, frequencies: Tensor) -> Tensor:
     return matrix if len(matrix) == 1 else matrix[frequencies]
+
+
+def product(A: Tensor, B: Tensor) -> Tensor:
+    """A @ B; a real A is not made complex for a complex B."""
+    if A.dtype == B.dtype:
+        return A @ B
+    if not A.is_complex() and B.is_complex() and not B.is_conj():
+        pairs = torch.view_as_real(B.contiguous()).flatten(-2)
+        return torch.view_as_complex((A @ pairs).unflatten(-1, (B.shape[-1], 2)).contiguous())
+    return A.to(torch.complex128) @ B.to(torch.complex128)

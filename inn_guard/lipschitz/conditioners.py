@@ -11,8 +11,10 @@ from torch import Tensor, nn
 from inn_guard.lipschitz.building import ChainBuilder, ChainReading, Linear, Torus
 from inn_guard.lipschitz.chains import Chain, Multipliers
 from inn_guard.lipschitz.convolution import paddings
+from inn_guard.lipschitz.deadline import Deadline
 from inn_guard.lipschitz.intervals import Interval
-from inn_guard.lipschitz.recursion import certify, fast_multipliers, optimise
+from inn_guard.lipschitz.multipliers import fast_multipliers, optimise
+from inn_guard.lipschitz.recursion import certify
 from inn_guard.lipschitz.semantics import Boxes, Constant, Norms
 from inn_guard.lipschitz.spectral import spectral_norm
 from inn_guard.lipschitz.subnetworks import CONVOLUTIONS, Network, Unbounded
@@ -114,7 +116,7 @@ def bound_chain(chain: Chain, effort: Effort) -> Proof:
     if not chain.layers:
         return Proof(spectral_norm(chain.output, chain.error), chain, ())
     if effort.steps:
-        multipliers = optimise(chain, steps=effort.steps, seconds=effort.seconds)
+        multipliers = optimise(chain, steps=effort.steps, deadline=Deadline.after(effort.seconds))
         bound = certify(chain, multipliers)
         if math.isfinite(bound):
             return Proof(bound, chain, multipliers)

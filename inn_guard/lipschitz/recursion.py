@@ -1,30 +1,32 @@
-"""The bound of a chain for given multipliers: an ordinary evaluation to optimise, and a certified one to keep."""
+"""The certified bound of a chain for given multipliers.
+
+The state's matrix is kept as base + factor factor^H, as in the search for multipliers, so that what all frequencies
+share is computed once. Any matrix above the true one is valid: whatever rounding may have taken away is added to the
+base as a multiple of the identity.
+"""
 
 from __future__ import annotations
 
 import math
-import time
-from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from inn_guard.lipschitz.chains import Chain, Layer, Multipliers
+from inn_guard.lipschitz.chains import Chain, Layer, Multipliers, product
 from inn_guard.lipschitz.rounding import UNIT, gamma, largest_eigenvalue, up
 
-__all__ = ["certify", "fast_multipliers", "optimise"]
+__all__ = ["certify"]
 
-Progress = Callable[[str, float], None]
-WORST = 4  #: frequencies that are optimised at first, and that are added at each look at all of them
-LOOK = 60  #: steps between two looks at all frequencies
+CHUNK = 2**22  #: entries of the matrices of several frequencies that are certified at once
+FOLDS = 8  #: shifts that are tried to make a matrix positive definite
 
 
 def certify(chain: Chain, multipliers: Multipliers) -> float:
     """A certified upper bound of sup ||J|| over all slopes of a chain, proved by the given multipliers.
 
-    Every matrix Q of the recursion is replaced by a computed one plus e I, where e bounds what rounding may have taken
-    away; any matrix above Q is valid as well. N^-1 is never trusted: an approximate solution X of N X = V enters with
-    its residual, V^H N^-1 V <= V^H X + X^H E + ||E||^2 / lmin(N) for E = V - N X, and lmin(N) by Cholesky.
+    N^-1 is never trusted: an approximate solution X of N X = V enters with its residual E = V - N X,
+    V^H N^-1 V <= V^H X + X^H E + ||E||^2 / lmin(N), with lmin(N) by Cholesky.
 
     Args:
         chain: what is bounded.
@@ -38,208 +40,185 @@ def certify(chain: Chain, multipliers: Multipliers) -> float:
         Morari, Pappas, 2019), LipSDP-Neuron. This differs from the paper in: no semidefinite program; slopes per
         neuron; slopes of exactly one; one problem per frequency of a convolution.
     """
-    Q = torch.eye(chain.size, dtype=torch.float64)[None]
+    return max(_certified(chain.at(part), multipliers) for part in _chunks(chain))
+
+
+def _chunks(chain: Chain) -> tuple[Tensor, ...]:
+    widest = max([layer.keep.shape[1] + layer.weight.shape[1] for layer in chain.layers], default=1)
+    return torch.arange(chain.frequencies).split(max(CHUNK // widest**2, 1))
+
+
+@dataclass(frozen=True)
+class _Above:
+    """J J^H <= base + factor factor^H, per frequency.
+
+    Attributes:
+        base: Hermitian (1 or frequencies, m, m), or None for zero.
+        factor: (1 or frequencies, m, r).
+    """
+
+    base: Tensor | None
+    factor: Tensor
+
+    def through(self, A: Tensor, error: float) -> _Above:
+        """A (base + factor factor^H) A^H, A being known up to ``error`` in the Frobenius norm."""
+        F, a, f = product(A, self.factor), _frobenius(A), _frobenius(self.factor)
+        lost = up((_rounded(A, A.shape[-1]) * a + error) * f * (1 + 1e-12), 2)
+        slack = up((2 * _frobenius(F) + lost) * lost, 4)
+        if self.base is None:
+            return _Above(_times_identity(slack, A.shape[1]), F)
+        B, own = _congruence(A, error, self.base)
+        return _Above(_raised(B, up(slack + own)), F)
+
+    def matrix(self) -> tuple[Tensor, float]:
+        """The sum, Hermitian, and a bound of its rounding error."""
+        F = self.factor
+        Q = product(F, F.mH)
+        slack = _rounded(F, F.shape[-1] + 2) * _frobenius(F) ** 2
+        if self.base is not None:
+            Q = Q + self.base
+            slack += 8 * UNIT * _frobenius(Q)
+        return (Q + Q.mH) / 2, up(slack * (1 + 1e-12) + 8 * UNIT * _frobenius(Q), 4)
+
+    def folded(self) -> _Above:
+        """The same with a square factor and no base, where that is smaller: L L^H >= Q by a shift of its diagonal."""
+        m, r = self.factor.shape[-2:]
+        if m > 2 * r or (self.base is None and m >= r):
+            return self
+        Q, error = self.matrix()
+        shift = error + 4 * _cholesky_error(Q) + 1e-15 * _largest_diagonal(Q)
+        for _ in range(FOLDS):
+            L, info = torch.linalg.cholesky_ex(_raised(Q, shift))
+            if not bool(info.any()):
+                return _Above(None, L)
+            shift *= 4
+        return self
+
+
+def _certified(chain: Chain, multipliers: Multipliers) -> float:
+    state: _Above | None = _Above(None, torch.eye(chain.size, dtype=torch.float64)[None])
     for layer, D in zip(chain.layers, multipliers, strict=True):
-        advanced = _certified_step(Q, layer, D)
-        if advanced is None:
+        joined = state.through(layer.joint, layer.error)
+        state = _advanced(joined, layer, D) if len(D) else joined
+        if state is None:
             return math.inf
-        Q = advanced
-    S, error = _certified_congruence(chain.output, chain.error, Q)
+        state = state.folded()
+    S, error = state.through(chain.output, chain.error).matrix()
     square = up(largest_eigenvalue(S) + error)
     return up(math.sqrt(max(square, 0.0))) if math.isfinite(square) else math.inf
 
 
-def _certified_congruence(weight: Tensor, error: float, Q: Tensor) -> tuple[Tensor, float]:
-    """fl(W Q W^H) and a bound of the norm of its error, W being known up to ``error``."""
-    weight, Q = _common(weight, Q)
-    S = weight @ Q @ weight.mH
-    w, q = _frobenius(weight), _frobenius(Q)
-    relative = gamma((8 if weight.is_complex() else 1) * (2 * weight.shape[-1] + 4))
-    return S, up((relative * w * w + (2 * w + error) * error) * q * (1 + 1e-9), 4)
-
-
-def _certified_step(Q: Tensor, layer: Layer, D: Tensor) -> Tensor | None:
-    size, n = Q.shape[-1], layer.weight.shape[1]
-    selector = torch.eye(size, dtype=torch.float64)[layer.keep][None].expand(len(layer.weight), -1, -1)
-    joint = torch.cat([selector.to(layer.weight.dtype), layer.weight], 1)
-    T, error = _certified_congruence(joint, layer.error, Q)
-    k = len(layer.keep)
-    error = up(error + 4 * UNIT * (float(T.abs().max()) + float(D.max())), 2)
-    P, C, S = T[:, :k, :k].clone(), T[:, k:, :k], T[:, k:, k:]
-    N = torch.diag_embed(D).to(S.dtype) - S
-    N = (N + N.mH) / 2
-    N.diagonal(dim1=1, dim2=2).sub_(2 * error)
-    smallest = -largest_eigenvalue(-N)
-    if not smallest > 0:
+def _advanced(T: _Above, layer: Layer, D: Tensor) -> _Above | None:
+    """[[P, 0], [0, R^2 D - M D M]] + V^H N^-1 V, and F' = ([K F; 0] + V^H N^-1 W F) (I - G)^{-1/2}."""
+    k, M, R = layer.keep.shape[1], layer.mean, layer.half_width
+    base = T.base if T.base is not None else _times_identity(0.0, k + len(D))
+    kept, WF = T.factor[:, :k], T.factor[:, k:]
+    solver = _Solver.of(D, base[:, k:, k:])
+    if solver is None:
         return None
-    P = (P + P.mH) / 2
-    P.diagonal(dim1=1, dim2=2).add_(2 * error)
-    M, R = layer.mean, layer.half_width
-    V = torch.cat([C, torch.diag_embed(D * M).to(S.dtype).expand(len(C), -1, -1)], 2)
-    X = torch.cholesky_solve(V, torch.linalg.cholesky(N))
-    E = V - N @ X
-    new = V.mH @ X + X.mH @ E
-    new = (new + new.mH) / 2
-    new[:, :k, :k] += P
+    C = base[:, k:, :k]
+    V = torch.cat([C, torch.diag_embed(D * M).to(C.dtype).expand(len(C), -1, -1)], 2)
+    X, lost = solver.solve(V)
+    new, slack = solver.square(V, X, lost)
+    new[:, :k, :k] += base[:, :k, :k]
     new.diagonal(dim1=1, dim2=2)[:, k:].add_(R * R * D - M * M * D)
-    weight = gamma((8 if S.is_complex() else 1) * (n + 4))
-    v, x, e = _frobenius(V), _frobenius(X), _frobenius(E)
-    unseen = weight * (_frobenius(N) * x + v)  # rounding of E itself
-    slack = up(weight * x * (v + e) + unseen * (x + 2 * (e + unseen) / smallest) + e * e / smallest, 8)
-    slack = up(
-        slack * (1 + 1e-9) + 8 * UNIT * (_frobenius(P) + float((D * (M * M + R * R)).max()) + _frobenius(new)), 4
-    )
-    new.diagonal(dim1=1, dim2=2).add_(slack)
-    return new
+    slack += 8 * UNIT * (_frobenius(base) + float((D * (M * M + R * R)).max()) + _frobenius(new))
+    Z = product(X.mH, WF)
+    w = _frobenius(WF)
+    off = _rounded(Z, len(D) + 2) * (_frobenius(X) * w + _frobenius(kept)) + lost * w / solver.smallest
+    Z[:, :k] += kept
+    Y, residual = solver.solve(WF)
+    ended = _over_root(Z, up(off * (1 + 1e-9)), *solver.square(WF, Y, residual))
+    if ended is None:
+        return None
+    factor, more = ended
+    return _Above(_raised(new, up((slack + more) * (1 + 1e-9), 4)), factor)
 
 
-def fast_multipliers(chain: Chain) -> Multipliers:
-    """D = 2 lmax(S) I for every layer: a valid choice without optimisation, the one of ECLipsE-Fast.
+@dataclass(frozen=True)
+class _Solver:
+    """N = D - S, a little less than that, with an approximate inverse and a lower bound of its smallest eigenvalue."""
 
-    References:
-        ECLipsE: Efficient Compositional Lipschitz Constant Estimation for Deep Neural Networks (Xu, Sivaranjani, 2024).
-    """
-    with torch.no_grad():
-        return _evaluate(chain, _start(chain))[1]
+    N: Tensor
+    inverse: Tensor
+    smallest: float
 
+    @classmethod
+    def of(cls, D: Tensor, S: Tensor) -> _Solver | None:
+        """None if N is not positive definite."""
+        N = torch.diag(D).to(S.dtype) - (S + S.mH) / 2
+        N.diagonal(dim1=1, dim2=2).sub_(8 * UNIT * (float(S.abs().max()) + float(D.max())))
+        smallest = -largest_eigenvalue(-N)
+        if not smallest > 0:
+            return None
+        return cls(N, torch.cholesky_inverse(torch.linalg.cholesky(N)), smallest)
 
-@torch.enable_grad()
-def optimise(
-    chain: Chain, *, seconds: float = 5.0, steps: int = 150, rate: float = 0.1, progress: Progress | None = None
-) -> Multipliers:
-    """Multipliers that make a chain's bound small, by Adam on log of the bound.
+    def solve(self, V: Tensor) -> tuple[Tensor, float]:
+        """X close to N^-1 V, and a bound of the Frobenius norm of V - N X."""
+        X = product(self.inverse, V)
+        n, x, v = _frobenius(self.N), _frobenius(X), _frobenius(V)
+        return X, up((_frobenius(V - product(self.N, X)) + _rounded(X, len(self.N[0]) + 4) * (n * x + v)) * (1 + 1e-9))
 
-    D = e^v (1 + e^c) lmax(e^{-v/2} S e^{-v/2}) is feasible for every v and c. Of many frequencies only the worst are
-    differentiated; now and then all are looked at.
-
-    Args:
-        chain: what is bounded.
-        seconds: time after which no step is begun.
-        steps: at most so many.
-        rate: learning rate.
-        progress: called with a sentence and the share that is done.
-
-    Returns:
-        The best multipliers found, at least as good as ``fast_multipliers``.
-    """
-    begun = time.monotonic()
-    free = _start(chain)
-    everything = torch.arange(chain.frequencies)
-    bounds, best = _look(chain, free)
-    least = float(bounds.max())
-    chosen = everything if chain.frequencies <= WORST else bounds.topk(WORST).indices
-    optimiser = torch.optim.Adam([tensor.requires_grad_() for pair in free for tensor in pair], lr=rate)
-    sub_least, candidate = math.inf, None
-    for step in range(steps):
-        if time.monotonic() - begun > seconds or not math.isfinite(least):
-            break
-        optimiser.zero_grad()
-        try:
-            loss = _evaluate(chain.at(chosen), free)[0].max()
-        except torch.linalg.LinAlgError:
-            break
-        if float(loss.detach()) < sub_least:
-            sub_least, candidate = float(loss.detach()), [(v.detach().clone(), c.detach().clone()) for v, c in free]
-        loss.log().backward()
-        optimiser.step()
-        if progress is not None:
-            progress(f"multipliers: bound {math.sqrt(float(loss.detach())):.4g}", (step + 1) / steps)
-        if chain.frequencies > len(chosen) and step % LOOK == LOOK - 1 and candidate is not None:
-            bounds, found = _look(chain, candidate)
-            if float(bounds.max()) < least:
-                least, best = float(bounds.max()), found
-            chosen = torch.cat([chosen, bounds.topk(WORST).indices]).unique()
-            sub_least = math.inf
-    if candidate is not None:
-        bounds, found = _look(chain, candidate)
-        best = found if float(bounds.max()) < least else best
-    return best
+    def square(self, V: Tensor, X: Tensor, lost: float) -> tuple[Tensor, float]:
+        """V^H X + X^H E, and what V^H N^-1 V may exceed it by, given ||E|| <= ``lost``."""
+        E = V - product(self.N, X)
+        new = product(V.mH, X) + product(X.mH, E)
+        rounding = _rounded(new, len(self.N[0]) + 4)
+        n, v, x = _frobenius(self.N), _frobenius(V), _frobenius(X)
+        unseen = rounding * (n * x + v)  # of E itself
+        slack = rounding * x * (v + lost) + 2 * unseen * x + lost * lost / self.smallest
+        return (new + new.mH) / 2, up((slack + 4 * UNIT * _frobenius(new)) * (1 + 1e-9), 4)
 
 
-Free = list[tuple[Tensor, Tensor]]
+def _over_root(Z: Tensor, off: float, G: Tensor, slack: float) -> tuple[Tensor, float] | None:
+    """F' and s with Z (I - G)^-1 Z^H <= F' F'^H + s I, Z being known up to ``off`` and G to ``slack``."""
+    H = -G
+    H.diagonal(dim1=1, dim2=2).add_(1 - slack - 8 * UNIT * (1 + float(G.abs().max())))
+    shift = 2 * _cholesky_error(H)
+    L, info = torch.linalg.cholesky_ex(_raised(H, -shift))
+    smallest = -largest_eigenvalue(-H) - 2 * shift
+    if bool(info.any()) or not smallest > 0:
+        return None
+    factor = torch.linalg.solve_triangular(L.mH, Z, upper=True, left=False)
+    f, z = _frobenius(factor), _frobenius(Z)
+    rounding = _rounded(factor, len(L[0]) + 4) * (f * _frobenius(L) + z)
+    distance = up((_frobenius(Z - factor @ L.mH) + rounding + off) * (1 + 1e-9), 2) / math.sqrt(smallest)
+    return factor, up((2 * f + distance) * distance * (1 + 1e-9), 4)
 
 
-def _start(chain: Chain) -> Free:
-    zero = torch.zeros((), dtype=torch.float64)
-    return [(torch.zeros(len(layer.lower), dtype=torch.float64), zero.clone()) for layer in chain.layers]
+def _congruence(A: Tensor, error: float, B: Tensor) -> tuple[Tensor, float]:
+    """A B A^H, and a bound of the norm of its error, A being known up to ``error``."""
+    S = product(product(A, B), A.mH)
+    a, b = _frobenius(A), _frobenius(B)
+    relative = _rounded(S, 2 * A.shape[-1] + 4)
+    return (S + S.mH) / 2, up((relative * a * a + (2 * a + error) * error) * b * (1 + 1e-9), 4)
 
 
-@torch.no_grad()
-def _look(chain: Chain, free: Free) -> tuple[Tensor, Multipliers]:
-    """The squared bound at every frequency, and the multipliers themselves."""
-    return _evaluate(chain, free)
+def _rounded(A: Tensor, operations: int) -> float:
+    # complex products and quotients err by less than eight real roundings each (Higham, Lemma 3.5)
+    return gamma((8 if A.is_complex() else 1) * operations)
 
 
-def _evaluate(chain: Chain, free: Free) -> tuple[Tensor, Multipliers]:
-    """The squared bound per frequency for free parameters (v, c), differentiable, and the multipliers they mean."""
-    Q, multipliers = torch.eye(chain.size, dtype=torch.float64)[None], []
-    for layer, (v, c) in zip(chain.layers, free, strict=True):
-        Q, D = _narrow_step(Q, layer, v, c) if Q.shape[-1] < layer.weight.shape[1] else _wide_step(Q, layer, v, c)
-        multipliers.append(D.detach())
-    weight, Q = _common(chain.output, Q)
-    final = weight @ Q @ weight.mH
-    return torch.linalg.eigvalsh((final + final.mH) / 2)[:, -1], tuple(multipliers)
+def _cholesky_error(H: Tensor) -> float:
+    """A bound of ||L L^H - H|| for the computed factor of H, if there is one (Higham, Theorem 10.3)."""
+    weight = _rounded(H, H.shape[-1] + 2)
+    trace = float(H.diagonal(dim1=1, dim2=2).real.clamp_min(0).sum(1).max()) * (1 + gamma(H.shape[-1] + 2))
+    return up(2 * weight * trace + 4 * UNIT * _largest_diagonal(H), 4)
 
 
-def _narrow_step(Q: Tensor, layer: Layer, v: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
-    """The step for more neurons than state: everything in the size of the state, Q = F F^H."""
-    W, Q = _common(layer.weight, Q)
-    F = torch.linalg.cholesky(_regular(Q))
-    scaled = W * (-v).exp()[:, None]
-    inner = F.mH @ (W.mH @ scaled) @ F
-    largest = torch.linalg.eigvalsh(inner)[:, -1].max()
-    factor = _factor(largest, c, Q)
-    D = v.exp() * factor
-    Y = torch.linalg.solve_triangular(torch.linalg.cholesky(_identity_like(inner) - inner / factor), F.mH, upper=False)
-    X = Y.mH @ Y
-    MW = W * layer.mean[:, None]
-    MWX = MW @ X
-    kept = X[:, layer.keep][:, :, layer.keep]
-    cross = MWX[:, :, layer.keep]
-    hidden = MWX @ MW.mH + torch.diag(layer.half_width**2 * D)
-    return _assembled(kept, cross, hidden), D
+def _largest_diagonal(H: Tensor) -> float:
+    return float(H.diagonal(dim1=1, dim2=2).real.abs().max())
 
 
-def _wide_step(Q: Tensor, layer: Layer, v: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
-    W, Q = _common(layer.weight, Q)
-    WQ = W @ Q
-    S = WQ @ W.mH
-    S = (S + S.mH) / 2
-    root = (-v / 2).exp()
-    largest = torch.linalg.eigvalsh(root[:, None] * S * root)[:, -1].max()
-    D = v.exp() * _factor(largest, c, Q)
-    C = WQ[:, :, layer.keep]
-    L = torch.linalg.cholesky(torch.diag(D).to(S.dtype) - S)
-    Y = torch.linalg.solve_triangular(L, torch.cat([C, S], 2), upper=False)
-    A, B = Y[:, :, : C.shape[2]], Y[:, :, C.shape[2] :]
-    kept = Q[:, layer.keep][:, :, layer.keep] + A.mH @ A
-    M = layer.mean
-    cross = M[:, None] * (C + B.mH @ A)
-    hidden = M[:, None] * (S + B.mH @ B) * M + torch.diag(layer.half_width**2 * D)
-    return _assembled(kept, cross, hidden), D
+def _raised(H: Tensor, shift: float) -> Tensor:
+    """H + shift I, the shift enlarged by its own rounding where it is positive."""
+    H = H.clone()
+    H.diagonal(dim1=1, dim2=2).add_(shift + (2 * UNIT * (_largest_diagonal(H) + shift) if shift > 0 else 0.0))
+    return H
 
 
-def _factor(largest: Tensor, c: Tensor, Q: Tensor) -> Tensor:
-    # a layer without weights still needs a positive multiplier
-    return largest.clamp_min(1e-14 * float(Q.detach().abs().max())) * (1 + c.exp())
-
-
-def _assembled(kept: Tensor, cross: Tensor, hidden: Tensor) -> Tensor:
-    Q = torch.cat([torch.cat([kept, cross.mH], 2), torch.cat([cross, hidden], 2)], 1)
-    return (Q + Q.mH) / 2
-
-
-def _regular(Q: Tensor) -> Tensor:
-    return Q + 1e-13 * float(Q.detach().abs().max()) * _identity_like(Q)
-
-
-def _identity_like(Q: Tensor) -> Tensor:
-    return torch.eye(Q.shape[-1], dtype=Q.dtype)
-
-
-def _common(weight: Tensor, Q: Tensor) -> tuple[Tensor, Tensor]:
-    dtype = torch.promote_types(weight.dtype, Q.dtype)
-    return weight.to(dtype), Q.to(dtype)
+def _times_identity(value: float, size: int) -> Tensor:
+    return value * torch.eye(size, dtype=torch.float64)[None]
 
 
 def _frobenius(A: Tensor) -> float:

@@ -64,7 +64,7 @@ def search(
         if stretch is None or shrink is None or time.monotonic() - begun > seconds or float(radius.max()) < 1e-9:
             return stretch, shrink
         near = [
-            w.x + radius * torch.randn(32, *w.x.shape, generator=generator, dtype=torch.float64)
+            w.x + radius * torch.randn(32, *w.x.shape, generator=generator, device="cpu", dtype=torch.float64)
             for w in (stretch, shrink)
         ]
         first, last = measure(model, _inside(torch.cat(near), box))
@@ -74,8 +74,8 @@ def search(
 def starting_points(box: Interval, count: int, generator: torch.Generator) -> Tensor:
     """Points (count, *shape): uniform in a bounded box, standard normal in unbounded directions."""
     lo, hi = box.lo, box.hi
-    unit = torch.rand(count, *lo.shape, generator=generator, dtype=torch.float64)
-    normal = torch.randn(count, *lo.shape, generator=generator, dtype=torch.float64)
+    unit = torch.rand(count, *lo.shape, generator=generator, device="cpu", dtype=torch.float64)
+    normal = torch.randn(count, *lo.shape, generator=generator, device="cpu", dtype=torch.float64)
     finite = lo.isfinite() & hi.isfinite()
     points = torch.where(
         finite, lo.nan_to_num(0, 0, 0) + (hi.nan_to_num(0, 0, 0) - lo.nan_to_num(0, 0, 0)) * unit, normal
@@ -126,7 +126,7 @@ def _iterated(model: Invertible, points: Tensor, steps: int = 20) -> tuple[Witne
     """Power iteration with J and, where the model has it, with J^-1: unconverged directions are witnesses as well."""
     points = points[:4]
     line = Linearization(model, points)
-    start = torch.randn(points.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    start = torch.randn(points.shape, generator=torch.Generator().manual_seed(0), device="cpu", dtype=torch.float64)
     v = w = Scaled.of(start)
     inverse = True
     for _ in range(steps):

@@ -9,7 +9,12 @@ import pytest
 import torch
 
 from inn_guard.lipschitz.chains import Chain, Layer
-from inn_guard.lipschitz.recursion import certify, fast_multipliers, optimise
+from inn_guard.lipschitz.multipliers import fast_multipliers, optimise
+from inn_guard.lipschitz.recursion import certify
+
+
+def selection(rows: torch.Tensor, size: int) -> torch.Tensor:
+    return torch.eye(size)[rows][None]
 
 
 def random_chain(generator: torch.Generator, frequencies: int = 1) -> Chain:
@@ -22,10 +27,13 @@ def random_chain(generator: torch.Generator, frequencies: int = 1) -> Chain:
     for _ in range(integer(1, 4)):
         n = integer(1, 6)
         weight = torch.randn(frequencies, n, state, generator=generator, dtype=dtype) * 1.5
-        keep = torch.randperm(state, generator=generator)[: integer(0, state)].sort().values
+        rows = torch.randperm(state, generator=generator)[: integer(0, state)].sort().values
+        mixed = torch.randn(frequencies, integer(0, 3), state, generator=generator, dtype=dtype)
+        keep = mixed if integer(0, 2) == 0 else selection(rows, state)
         ends = torch.rand(2, n, generator=generator) * 2 - 0.7
-        layers.append(Layer(keep, weight, ends.amin(0), ends.amax(0)))
-        state = len(keep) + n
+        n = n if integer(0, 4) or keep.shape[1] == 0 else 0
+        layers.append(Layer(keep, weight[:, :n], ends.amin(0)[:n], ends.amax(0)[:n]))
+        state = keep.shape[1] + n
     return Chain(size, tuple(layers), torch.randn(frequencies, integer(1, 5), state, generator=generator, dtype=dtype))
 
 
@@ -69,7 +77,9 @@ def test_slopes_of_one_are_linear_algebra():
     generator = torch.Generator().manual_seed(6)
     W = torch.randn(4, 3, generator=generator, dtype=torch.float64)
     one = torch.ones(4, dtype=torch.float64)
-    chain = Chain(3, (Layer(torch.arange(3), W[None], one, one),), torch.eye(7, dtype=torch.float64)[None])
+    chain = Chain(
+        3, (Layer(selection(torch.arange(3), 3), W[None], one, one),), torch.eye(7, dtype=torch.float64)[None]
+    )
     truth = float(torch.linalg.matrix_norm(torch.cat([torch.eye(3), W]), 2))
     assert truth <= certify(chain, (1e7 * one,)) <= truth * (1 + 1e-5)
 
@@ -79,7 +89,8 @@ def test_optimised_is_at_most_fast_and_below_the_product():
     sizes = [8, 32, 32, 8]
     weights = [torch.randn(o, i, generator=generator) / math.sqrt(i) for i, o in itertools.pairwise(sizes)]
     zero, one, none = torch.zeros(32), torch.ones(32), torch.arange(0)
-    chain = Chain(8, tuple(Layer(none, W[None], zero, one) for W in weights[:2]), weights[2][None])
+    layers = tuple(Layer(selection(none, W.shape[1]), W[None], zero, one) for W in weights[:2])
+    chain = Chain(8, layers, weights[2][None])
     product = math.prod(float(torch.linalg.matrix_norm(W, 2)) for W in weights)
     fast, tight = certify(chain, fast_multipliers(chain)), certify(chain, optimise(chain, steps=60))
     assert tight < 0.8 * fast < fast < 0.8 * product
@@ -87,7 +98,9 @@ def test_optimised_is_at_most_fast_and_below_the_product():
 
 def test_zero_weights_and_narrow_states():
     none = torch.arange(0)
-    chain = Chain(2, (Layer(none, torch.zeros(1, 3, 2), torch.zeros(3), torch.ones(3)),), torch.ones(1, 1, 3))
+    chain = Chain(
+        2, (Layer(selection(none, 2), torch.zeros(1, 3, 2), torch.zeros(3), torch.ones(3)),), torch.ones(1, 1, 3)
+    )
     assert certify(chain, optimise(chain, steps=3)) < 1e-5
 
 
