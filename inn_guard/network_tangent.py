@@ -157,9 +157,9 @@ class Composed:
 
 
 class Dense:
-    """Multiplication with ``weight``, (out, in)."""
+    """Multiplication with ``weight``, (out, in), of a module that has one and a ``bias``."""
 
-    def __init__(self, module: nn.Linear, x: Tensor) -> None:
+    def __init__(self, module: Any, x: Tensor) -> None:
         self.weight = module.weight.detach()
         self.output = functional.linear(x, self.weight, module.bias)
 

@@ -20,6 +20,7 @@ ADAPTERS: dict[str, str] = {
     "FrEIA": "inn_guard.adapters.freia",
     "normflows": "inn_guard.adapters.normflows",
     "zuko": "inn_guard.adapters.zuko",
+    "memcnn": "inn_guard.adapters.memcnn",
     "torch.distributions.transforms": "inn_guard.adapters.distributions",
 }
 
@@ -111,7 +112,8 @@ def _adapter_of(model: Any) -> str:
             if base.__module__ == package or base.__module__.startswith(f"{package}."):
                 return adapter
     if isinstance(model, nn.Module) and callable(getattr(model, "inverse", None)):
-        return "inn_guard.adapters.functions"
+        holds_memcnn = any(type(part).__module__.startswith("memcnn.") for part in model.modules())
+        return ADAPTERS["memcnn"] if holds_memcnn else "inn_guard.adapters.functions"
     for wrapper in ("module", "_orig_mod"):  # DataParallel, torch.compile
         if isinstance(getattr(model, wrapper, None), nn.Module):
             raise TypeError(f"expected the model inside {type(model).__name__}; type wrap(model.{wrapper}) instead")

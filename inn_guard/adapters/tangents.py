@@ -9,14 +9,26 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from inn_guard.layers.coupling_tangent import CouplingTangent
-from inn_guard.layers.linear_tangent import MovingTangent
+from inn_guard.layers.linear_tangent import MixingTangent, MovingTangent
 from inn_guard.layers.partition import Partition
 from inn_guard.network_tangent import NetworkTangent
 from inn_guard.tangent import INEXACT, ROUNDING, Map, Tangent, probes
 
-__all__ = ["Features", "Reordered", "TangentChain", "agrees", "coupling_tangent", "known_tangent", "moving_tangent"]
+__all__ = [
+    "Exchanged",
+    "Features",
+    "Reordered",
+    "Selected",
+    "TangentChain",
+    "agrees",
+    "coupling_tangent",
+    "known_tangent",
+    "mixing_tangent",
+    "moving_tangent",
+]
 
 
 @singledispatch
@@ -96,6 +108,48 @@ class Reordered:
         return torch.cat([self._factor * shift, h], dim=self._dim)
 
 
+class Selected:
+    """The tangent of a network, as that of its output channels in another order.
+
+    Args:
+        network: the tangent.
+        order: new channel i is old channel order[i], along dimension 1.
+    """
+
+    def __init__(self, network: NetworkTangent, order: Tensor) -> None:
+        self._network, self._order, self._back = network, order, order.argsort()
+        self._dim = 1 - network.output.dim()
+        self.output = network.output.index_select(self._dim, order)
+
+    @classmethod
+    def deinterleaved(cls, network: NetworkTangent) -> Selected:
+        """Of [t_1, s_1, t_2, s_2, ...] as [t, s]."""
+        channels = torch.arange(network.output.shape[1], device=network.output.device)
+        return cls(network, torch.cat([channels[0::2], channels[1::2]]))
+
+    def jvp(self, v: Tensor) -> Tensor:
+        """J v."""
+        return self._network.jvp(v).index_select(self._dim, self._order)
+
+    def vjp(self, u: Tensor) -> Tensor:
+        """J^T u."""
+        return self._network.vjp(u.index_select(self._dim, self._back))
+
+
+class Exchanged:
+    """The tangent of the inverse of a map, from the tangent of the map at z.
+
+    Args:
+        tangent: of z -> x.
+        z: the inverse map's value at x.
+    """
+
+    def __init__(self, tangent: Tangent, z: Tensor) -> None:
+        self.output = z
+        self.jvp, self.vjp = tangent.inverse_jvp, tangent.inverse_vjp
+        self.inverse_jvp, self.inverse_vjp = tangent.jvp, tangent.vjp
+
+
 class TangentChain:
     """Several tangents, one after the other, first one first."""
 
@@ -154,3 +208,23 @@ def moving_tangent(x: Tensor, ahead: Callable[[Tensor], Tensor], back: Callable[
     """Of a map that moves entries only, at x; both directions take leading dimensions."""
     rows = ahead(torch.arange(x[0].numel(), device=x.device).reshape(1, *x.shape[1:])).flatten()
     return MovingTangent(ahead(x), ahead, back, inverse_jvp=back, inverse_vjp=ahead, shape=x.shape, rows=rows)
+
+
+def mixing_tangent(x: Tensor, weight: Tensor, shift: Tensor | None = None) -> MixingTangent:
+    """Of z = W x + b over the channels, at every pixel, at x; all products take leading dimensions."""
+    dims = x.dim()
+
+    def mix(v: Tensor, matrix: Tensor) -> Tensor:
+        return functional.linear(v.movedim(1 - dims, -1), matrix).movedim(-1, 1 - dims)
+
+    inverse = torch.linalg.inv_ex(weight).inverse  # of a singular W not finite or wrong, which its check finds
+    output = mix(x, weight)
+    return MixingTangent(
+        output=output if shift is None else output + shift.reshape(-1, *[1] * (dims - 2)),
+        jvp=lambda v: mix(v, weight),
+        vjp=lambda u: mix(u, weight.T),
+        inverse_jvp=lambda u: mix(u, inverse),
+        inverse_vjp=lambda v: mix(v, inverse.T),
+        shape=x.shape,
+        weight=weight,
+    )

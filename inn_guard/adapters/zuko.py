@@ -18,7 +18,10 @@ from zuko.flows.coupling import GeneralCouplingTransform
 from zuko.lazy import Flow, LazyComposedTransform, LazyInverse, LazyTransform
 from zuko.transforms import ComposedTransform
 
-from inn_guard.adapters import distributions
+from inn_guard.adapters import (
+    distributions,
+    tangents_zuko,  # noqa: F401 - registers the tangents
+)
 from inn_guard.adapters.adapted import Adapted
 from inn_guard.adapters.known_output import KnownOutput
 from inn_guard.invertible import Context, Invertible, map_tensors
