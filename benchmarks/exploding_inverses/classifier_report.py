@@ -87,7 +87,7 @@ def draw(frame: pd.DataFrame) -> Figure:
     for axis in axes[-1]:
         axis.set_xlabel("training step")
     handles = {h.get_label(): h for axis in axes[0] for h in axis.get_lines() if not h.get_label().startswith("_")}
-    figure.legend(handles.values(), handles.keys(), loc="outside right upper", frameon=False, title="regularizer")
+    figure.legend(handles.values(), handles.keys(), loc="outside right upper", frameon=False, title="x: not finite")
     return figure
 
 
