@@ -55,6 +55,7 @@ class Config:
     blocks: int = 16  # paper: 3 levels of 16
     width: int = 128  # as in the paper (channels)
     fd: float = 1e-3  # coefficient; the paper's grid is 1e-3, 1e-4, 5e-5
+    fd_fraction: float = 1.0  # share of the batch that FD penalises; paper: all
     nf: float = 1e-4  # coefficient; the paper's grid is 1e-3, 1e-4, 1e-5
     every: int = 10  # K; the paper's are 1, 5, 10
     checkpoints: int = 4  # audits of each run, evenly spaced, the last one at the end
@@ -157,7 +158,7 @@ def _page(config: Config, net: str, regularizer: str) -> Path | None:
 def _regularizers(config: Config) -> dict[str, list[ig.hooks.Regularizer]]:
     return {
         "none": [],
-        "FD": [FiniteDifferences(config.fd, seed=config.seed)],
+        "FD": [FiniteDifferences(config.fd, fraction=config.fd_fraction, seed=config.seed)],
         "NF": [NormalizingFlowLoss(config.nf)],
     }
 
