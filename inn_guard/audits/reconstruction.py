@@ -18,6 +18,7 @@ from inn_guard.audits.round_trip import (
     latent_trip,
     round_trip,
     standard_normal,
+    unconverged,
 )
 from inn_guard.audits.watched import ModelRaised, polite
 from inn_guard.invertible import Invertible
@@ -65,10 +66,15 @@ def reconstruction(
     if not bool(kept.any()):
         reason = "every sample of x contains NaN or Inf already: there is nothing to reconstruct"
         return AuditResult("reconstruction", Verdict.NON_FINITE, reason, advice="Clean the data, then audit again.")
-    chosen = model.select(kept.nonzero()[:, 0])
-    trips = _trips(chosen, x[kept], prior, batch_size, seed)
+    chosen, chosen_x = model.select(kept.nonzero()[:, 0]), x[kept]
+    trips = _trips(chosen, chosen_x, prior, batch_size, seed)
     measured = Measured(trips, _precise(chosen, trips, batch_size), _explained(chosen, trips.main, seed), x.dtype)
     verdict, reason, advice = judged(measured, chosen)
+    open_ended = unconverged(
+        chosen.select(torch.arange(len(chosen_x[:batch_size]), device=x.device)), chosen_x[:batch_size]
+    )
+    for layer, how in open_ended.items():
+        reason += f"; the inverse of {layer} did not converge: {how}"
     if not bool(kept.all()):
         reason += f"; {int((~kept).sum())} samples of x contain NaN or Inf themselves and are left out"
     return AuditResult(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -11,7 +12,15 @@ from torch import Tensor
 from inn_guard.audits.limits import data_scale
 from inn_guard.invertible import Invertible
 
-__all__ = ["RoundTrip", "finite_rows", "first_non_finite", "latent_trip", "round_trip", "standard_normal"]
+__all__ = [
+    "RoundTrip",
+    "finite_rows",
+    "first_non_finite",
+    "latent_trip",
+    "round_trip",
+    "standard_normal",
+    "unconverged",
+]
 
 
 @dataclass(frozen=True)
@@ -93,6 +102,29 @@ def first_non_finite(model: Invertible, t: Tensor, *, latent: bool = False) -> s
             if bool((finite_rows(before) & ~finite_rows(t)).any()):
                 return place
     return None
+
+
+def unconverged(model: Invertible, x: Tensor) -> dict[str, str]:
+    """Layers whose inverse is an iteration that did not end, on the way back from F(x), and how far each one came.
+
+    A block that iterates has ``convergence``, the record of its last inverse (`FixedPoint`).
+    """
+    layers = list(enumerate(model.layers() or (model,)))
+    if not any(hasattr(layer.block, "convergence") for _, layer in layers):
+        return {}
+    found = {}
+    with torch.no_grad():
+        t = model(x)
+        for k, layer in reversed(layers):
+            t = layer.inverse(t)
+            record = getattr(layer.block, "convergence", None)
+            if record is not None and not bool(record.converged.all()):
+                worst = record.residual.nan_to_num(math.inf).max().item()
+                left = int((~record.converged).sum())
+                found[_place(layers, k)] = (
+                    f"{left} of {len(x)} samples, residual {worst:.1e} after {record.iterations} iterations"
+                )
+    return found
 
 
 def _place(layers: list[tuple[int, Invertible]], k: int) -> str:

@@ -6,13 +6,16 @@ import math
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from inn_guard.audits import Verdict
 from inn_guard.audits.explanation import explain
 from inn_guard.audits.limits import FLOOR, USABLE, data_scale, usable_error
 from inn_guard.audits.reconstruction import reconstruction
 from inn_guard.layers.chain import Chain
+from inn_guard.layers.fixed_point import FixedPoint
+from inn_guard.layers.residual import Residual
+from inn_guard.layers.residual_log_det import ExactLogDet
 from tests import reference
 from tests.toys import Embedding, Linear, Warp, random_chain
 
@@ -186,6 +189,15 @@ class Wide(Warp):
 
     def inverse(self, z: Tensor) -> Tensor:
         return torch.where(z.norm(dim=1, keepdim=True) < 3, torch.nan, super().inverse(z))
+
+
+def test_an_iteration_that_did_not_arrive_is_said():
+    residual = Residual(nn.Tanh(), log_det=ExactLogDet(), solver=FixedPoint(max_iterations=3))
+    result = reconstruction(Chain(Linear(torch.eye(3)), residual), torch.randn(5, 3))
+    assert result.verdict is Verdict.UNSTABLE
+    assert "the inverse of layer 1 (Residual) did not converge: 5 of 5 samples, residual" in result.reason
+    patient = Residual(nn.Sequential(Linear(0.5 * torch.eye(3)), nn.Tanh()), log_det=ExactLogDet())
+    assert "converge" not in reconstruction(Chain(patient), torch.randn(5, 3)).reason
 
 
 def test_poisoned_samples_are_left_out_and_counted():
