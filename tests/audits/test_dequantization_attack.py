@@ -136,6 +136,88 @@ def test_an_ill_conditioned_linear_map_errs_by_its_amplified_rounding():
     assert bool((search.error >= 0.9 * half_ulp).all())
 
 
+class Recorded(Search):
+    """A search that remembers where it was asked for gradients, and with which nudge."""
+
+    def __init__(self, *args, **settings):
+        super().__init__(*args, **settings)
+        self.visited = []
+
+    def gradient(self, x, nudge=None):
+        self.visited.append((x, nudge))
+        return super().gradient(x, nudge)
+
+
+def recorded(model, x, strategy):
+    cubes = Quantization(8).cubes(x)
+    generator = torch.Generator().manual_seed(0)
+    search = Recorded(Watched(model), cubes, budget=strategy.budget, generator=generator, seconds=30)
+    search.errors(cubes.centre)
+    strategy.hunt(search)
+    return search, cubes
+
+
+def test_the_spectral_nudge_turns_to_the_direction_that_a_linear_inverse_amplifies_most():
+    """W = Q diag(1, 1/2, 1/8) R: the power iteration on J^-T J^-1 ends at the third left singular vector of W, and
+    the nudge's image at ``reach`` times the length of the starting point."""
+
+    class Linear(Invertible):
+        def __init__(self, weight):
+            super().__init__()
+            self.register_buffer("weight", weight)
+            self.register_buffer("inverse_weight", torch.linalg.inv(weight))
+
+        def forward(self, x):
+            return x @ self.weight.T
+
+        def inverse(self, z):
+            return z @ self.inverse_weight.T
+
+    q, r = (torch.linalg.qr(torch.randn(3, 3)).Q for _ in range(2))
+    strategy = SpectralAscent(budget=4000, share=1.0)
+    search, _ = recorded(Linear(q @ torch.diag(torch.tensor([1.0, 0.5, 0.125])) @ r), images(4, 3), strategy)
+    assert len(search.visited) > 20
+    start, (_, nudge) = search.visited[0][0], search.visited[-1]
+    along = (nudge / nudge.norm(dim=1, keepdim=True)) @ q[:, 2]
+    assert along.abs().min() > 1 - 1e-6
+    torch.testing.assert_close(8 * nudge.norm(dim=1), strategy.reach * start.norm(dim=1), rtol=1e-3, atol=0)
+
+
+def test_the_spectral_ascent_climbs_to_where_the_inverse_amplifies_most():
+    """F(x) = (x_1, exp(-c x_1) x_2) has gain exp(c x_1) along x_2, whatever x_2: the upper face of the cube in x_1.
+
+    The round trip is exact but for rounding, so its error knows no such direction: only the gain does.
+    """
+
+    class Funnel(Invertible):
+        def forward(self, x):
+            return torch.stack([x[:, 0], (-300 * x[:, 0]).exp() * x[:, 1]], 1)
+
+        def inverse(self, z):
+            return torch.stack([z[:, 0], (300 * z[:, 0]).exp() * z[:, 1]], 1)
+
+    x = torch.tensor([[3.0, 128.0], [5.0, 200.0], [0.0, 64.0]]) / 256
+    search, cubes = recorded(Funnel(), x, SpectralAscent(budget=2000, share=1.0))
+    assert len(search.visited) > 20
+    place = ((search.visited[-1][0] - cubes.centre) / cubes.half)[:, 0]
+    assert place.min() > 0.98
+
+
+def test_gradients_leave_the_parameters_as_they_were():
+    model, x = couplings(), images()
+    frozen = next(model.parameters()).requires_grad_(False)
+    search, cubes = attacked(model, x, RandomSearch(budget=2))
+    search.gradient(cubes.centre)
+
+    def fails(z):
+        raise ValueError("no")
+
+    model.steps[0].inverse = fails
+    search.gradient(cubes.centre)
+    assert [p.requires_grad for p in model.parameters()] == [p is not frozen for p in model.parameters()]
+    assert all(p.grad is None for p in model.parameters())
+
+
 def test_an_exact_inverse_has_no_error_to_find():
     result = dequantization_attack(Permutation.reverse(6), images(), strategy=Ascent(budget=60))
     assert result.verdict is Verdict.STABLE

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Protocol, TypeVar, runtime_checkable
 
@@ -83,6 +84,7 @@ class Search:
         self.points = cubes.centre.clone()
         self.error = torch.full((len(self.points),), -1.0, dtype=torch.float64)
         self.curve: list[tuple[float, Tensor]] = []
+        self._trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         with torch.no_grad():
             self.latent, self._unit = count_operations(lambda: model(cubes.centre))
 
@@ -142,7 +144,7 @@ class Search:
     def _by_autograd(self, rows: Tensor, x: Tensor, nudge: Tensor) -> Pulled:
         leaf, push = x.detach().clone().requires_grad_(), nudge.detach().clone().requires_grad_()
         model = self.model.select(rows)
-        with torch.enable_grad():
+        with torch.enable_grad(), self._frozen():
             z = model(leaf) + push
             kept = finite_rows(z).nonzero()[:, 0]
             if not len(kept):
@@ -156,6 +158,17 @@ class Search:
         error = torch.full((len(x),), math.inf, dtype=torch.float64)
         error[kept.cpu()] = _lengths(back, x[kept])
         return Pulled(error, to_x, to_latent)
+
+    @contextmanager
+    def _frozen(self) -> Iterator[None]:
+        """No graph for the parameters inside the block: layers may then use what they keep of them, an inverse say."""
+        for parameter in self._trained:
+            parameter.requires_grad_(False)  # noqa: FBT003
+        try:
+            yield
+        finally:
+            for parameter in self._trained:
+                parameter.requires_grad_()
 
     def _by_implicit_function(self, rows: Tensor, x: Tensor) -> Pulled:
         model = self.model.select(rows)
