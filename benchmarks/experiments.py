@@ -88,6 +88,26 @@ EXPERIMENTS = (
         "Behrmann 2021, figures 11, 12",
     ),
     Experiment(
+        "exploding_inverses.checkerboard",
+        "three flows of a 2-D checkerboard: where the inverse fails, densities, certified bounds",
+        "Behrmann 2021, figures 2, 7, 8",
+    ),
+    Experiment(
+        "exploding_inverses.toy_regression",
+        "regression onto a line flattens the plane; the normalizing-flow loss keeps the inverse",
+        "Behrmann 2021, figure 13",
+    ),
+    Experiment(
+        "exploding_inverses.flowgan",
+        "Glow by likelihood, as a GAN's generator, and both: likelihood, samples, the inverse on data",
+        "Behrmann 2021, table 13",
+        "flowgan_table13.csv",
+    ),
+    Experiment(
+        "exploding_inverses.share_of_batch",
+        "finite differences on a share of the batch, against all of it",
+    ),
+    Experiment(
         "exploding_inverses.adaptive_coefficient",
         "an adaptive coefficient holds a target condition number without a search",
     ),

@@ -1,0 +1,297 @@
+"""A Glow as the generator of a GAN, by likelihood, and by both (FlowGAN): likelihood, samples, and the inverse on data.
+
+    inn-guard bench exploding_inverses.flowgan --preset cpu               # about 5 minutes on one core
+    inn-guard bench exploding_inverses.flowgan --preset paper --data-root FOLDER
+
+Samples are F^-1(z), z from N(0, I). The discriminator is spectrally normalised, has a gradient penalty and the
+cross-entropy loss. Rows over training: bits per dimension of test images (inf where a likelihood is), the Frechet
+distance of samples between the features of a small classifier trained on the same data (no FID: it compares within
+this table only), the worst round trips of test images and of samples, condition numbers of test images.
+
+What the paper leaves open: strides and slope of the discriminator, weight of the gradient penalty (10 here), how many
+steps, and whether its weight of 1e-3 is of nats per image (as here) or per value.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pandas as pd
+import torch
+from matplotlib.figure import Figure
+from torch import Tensor, nn
+from torch.nn import functional
+from tqdm import trange
+
+import inn_guard as ig
+from benchmarks.experiments import find
+from benchmarks.exploding_inverses.flow_report import grid
+from benchmarks.exploding_inverses.gan import discriminator, gradient_penalty
+from benchmarks.features import classifier_features
+from benchmarks.quantized_images import QuantizedImages, quantized_images
+from benchmarks.runner import RESULTS, Row, collect, main
+from inn_guard.files import atomic_write
+from inn_guard.invertible import Invertible
+from inn_guard.layers.coupling import AdditiveCoupling, AffineCoupling
+from inn_guard.layers.permutation import Permutation
+from inn_guard.metrics import FeatureExtractor, bits_per_dimension, dequantize, frechet_distance
+from inn_guard.models.glow import GlowConfig, glow_flow
+
+COUPLINGS = {"additive": AdditiveCoupling.on_halves, "affine": AffineCoupling.on_halves}
+COLOURS = {"mle": "#0072b2", "gan": "#d55e00", "flowgan": "#009e73"}
+CURVES = {
+    "bpd": "bits per dimension, test",
+    "distance": "Frechet distance of samples",
+    "condition_number": "worst condition number, test",
+    "error": "worst round trip, test",
+}
+
+
+@dataclass(frozen=True)
+class Objective:
+    """The generator's loss: adversarial * cross-entropy + likelihood * nats per image."""
+
+    adversarial: float
+    likelihood: float
+
+
+@dataclass(frozen=True)
+class Config:
+    """What is trained; the defaults are the paper's.
+
+    Attributes:
+        data: digits, mnist or cifar10.
+        data_root: folder of the official files; digits need none.
+        objectives: of mle, gan, flowgan.
+        coupling: additive or affine.
+        levels: of Glow.
+        blocks: per level.
+        hidden: channels.
+        widths: of the discriminator's convolutions.
+        likelihood: weight of the likelihood in FlowGAN, in nats per image.
+        penalty: weight of the gradient penalty.
+        batch_size: of both players.
+        learning_rate: of Adam with betas (0.5, 0.99), both players.
+        steps: one of each player.
+        looks: rows per objective.
+        images: for every Frechet distance, at most as many as there are test images.
+        looked_at: test images for round trips and condition numbers.
+        grids: folder for pictures of samples; "" draws none.
+        seed: of weights, order and noise.
+    """
+
+    data: str = "cifar10"
+    data_root: str = ""
+    objectives: tuple[str, ...] = ("mle", "gan", "flowgan")
+    coupling: str = "additive"
+    levels: int = 3
+    blocks: int = 8
+    hidden: int = 128
+    widths: tuple[int, ...] = (64, 64, 128, 128, 256, 256, 512)
+    likelihood: float = 1e-3
+    penalty: float = 10.0
+    batch_size: int = 32
+    learning_rate: float = 5e-5
+    steps: int = 100_000
+    looks: int = 20
+    images: int = 10_000
+    looked_at: int = 64
+    grids: str = str(RESULTS)
+    seed: int = 0
+
+    @classmethod
+    def smoke(cls) -> Config:
+        """Seconds."""
+        return cls(
+            data="digits", levels=1, blocks=1, hidden=4, widths=(4, 4), batch_size=4, steps=2, looks=2, images=20,
+            looked_at=2, grids="",
+        )  # fmt: skip
+
+    @classmethod
+    def cpu(cls) -> Config:
+        """Minutes on one core: 8x8 digits, a quarter of the couplings and channels, ten times the rate, 1,200 steps."""
+        return cls(
+            data="digits", levels=2, blocks=3, hidden=32, widths=(16, 16, 32, 32, 64, 64, 128), learning_rate=5e-4,
+            steps=1200, looks=8, images=450, looked_at=32,
+        )  # fmt: skip
+
+    @classmethod
+    def paper(cls) -> Config:
+        """The paper's nets on CIFAR-10."""
+        return cls()
+
+
+@functools.cache
+def loaded(config: Config) -> tuple[QuantizedImages, FeatureExtractor]:
+    """The images and the extractor trained on them."""
+    images = quantized_images(config.data, Path(config.data_root) if config.data_root else None)
+    return images, classifier_features(images, steps=min(600, 2 * config.steps))
+
+
+def objective(config: Config, name: str) -> Objective:
+    """The generator's loss of that name."""
+    return {
+        "mle": Objective(adversarial=0.0, likelihood=1.0),
+        "gan": Objective(adversarial=1.0, likelihood=0.0),
+        "flowgan": Objective(adversarial=1.0, likelihood=config.likelihood),
+    }[name]
+
+
+class Players:
+    """Generator and discriminator with their optimizers, and the data they see."""
+
+    def __init__(self, config: Config, images: QuantizedImages) -> None:
+        self.config, self.images = config, images
+        self.generator = torch.Generator().manual_seed(config.seed)
+        sizes = GlowConfig(
+            config.levels, config.blocks, config.hidden, coupling=COUPLINGS[config.coupling], mixing=Permutation.reverse
+        )
+        with torch.random.fork_rng():
+            torch.manual_seed(config.seed)
+            self.flow: Invertible = glow_flow(images.shape, config=sizes)
+            self.critic: nn.Module = discriminator(images.shape, config.widths)
+        self.flow(self.real(100))  # the first batch sets the ActNorms
+        optimizers = [
+            torch.optim.Adam(net.parameters(), config.learning_rate, betas=(0.5, 0.99))
+            for net in (self.flow, self.critic)
+        ]
+        self.flow_optimizer, self.critic_optimizer = optimizers
+
+    def real(self, count: int) -> Tensor:
+        """Dequantized training images in [-0.5, 0.5)."""
+        rows = torch.randint(len(self.images.train), (count,), generator=self.generator)
+        return dequantize(self.images.train[rows], generator=self.generator, levels=self.images.levels) - 0.5
+
+    def samples(self, count: int, generator: torch.Generator) -> Tensor:
+        """F^-1 of the prior."""
+        return self.flow.inverse(torch.randn(count, self.images.dims, generator=generator))
+
+    def step(self, objective: Objective) -> bool:
+        """One step of each player; False where a loss is not finite, and nothing was changed by it."""
+        x = self.real(self.config.batch_size)
+        if objective.adversarial and not self._critic_step(x):
+            return False
+        loss = torch.zeros(())
+        if objective.adversarial:
+            verdict = self.critic(self.samples(len(x), self.generator))
+            loss = loss + objective.adversarial * functional.softplus(-verdict).mean()
+        if objective.likelihood:
+            loss = loss - objective.likelihood * self.flow.log_prob(x).mean()
+        return _updated(loss, self.flow_optimizer)
+
+    def _critic_step(self, x: Tensor) -> bool:
+        with torch.no_grad():
+            drawn = self.samples(len(x), self.generator)
+        loss = functional.softplus(-self.critic(x)).mean() + functional.softplus(self.critic(drawn)).mean()
+        penalty = gradient_penalty(self.critic, x, drawn, generator=self.generator)
+        return _updated(loss + self.config.penalty * penalty, self.critic_optimizer)
+
+
+def _updated(loss: Tensor, optimizer: torch.optim.Optimizer) -> bool:
+    if not loss.isfinite():
+        return False
+    optimizer.zero_grad()
+    loss.backward()
+    optimizer.step()
+    return True
+
+
+def measure(config: Config, name: str) -> Iterator[Row]:
+    """Looks at one generator while it is trained; a loss that is not finite ends it."""
+    images, _ = loaded(config)
+    players = Players(config, images)
+    every = max(1, config.steps // config.looks)
+    for step in trange(config.steps + 1, desc=name, disable=None):
+        alive = players.step(objective(config, name)) if step else True
+        if step % every == 0 or not alive:
+            players.flow.eval()
+            yield {"objective": name, "step": step, "trained": alive, **looked_at(players, config)}
+            players.flow.train()
+        if not alive:
+            break
+    if config.grids:
+        save_grid(players, Path(config.grids) / f"exploding_inverses_flowgan_{config.data}_{name}.png")
+
+
+@torch.no_grad()
+def looked_at(players: Players, config: Config) -> Row:
+    """Likelihood, samples and stability."""
+    images, extractor = loaded(config)
+    generator = torch.Generator().manual_seed(config.seed + 1)
+    x = dequantize(images.test, generator=generator, levels=images.levels) - 0.5
+    log_prob = torch.cat([players.flow.log_prob(part) for part in x.split(256)])
+    drawn = players.samples(min(config.images, len(x)), generator)
+    spectrum = ig.audit(players.flow, x[: config.looked_at], checks=["jacobian_spectrum"])["jacobian_spectrum"]
+    return {
+        "bpd": finite_or_inf(bits_per_dimension(log_prob, dims=images.dims, levels=images.levels).mean()),
+        "distance": frechet_distance(extractor, images.scaled(images.test[: len(drawn)]), pixels(drawn)).value,
+        "lost_samples": int((~drawn.isfinite()).flatten(1).any(1).sum()),
+        "error": round_trip(players.flow, x[: config.looked_at]),
+        "error_on_samples": round_trip(players.flow, drawn[: config.looked_at]),
+        "condition_number": spectrum.values.get("condition_number", math.inf),
+        "extractor": extractor.name,
+    }
+
+
+def round_trip(flow: Invertible, x: Tensor) -> float:
+    """The worst Euclidean error of an image; inf where one is not finite."""
+    return finite_or_inf((flow.inverse(flow(x)) - x).flatten(1).norm(dim=1).max())
+
+
+def finite_or_inf(number: Tensor) -> float:
+    """NaN as inf, so that a failure is never the best of its column."""
+    return number.nan_to_num(math.inf).item()
+
+
+def pixels(x: Tensor) -> Tensor:
+    """In [0, 1]; what is not finite stays so."""
+    return (x + 0.5).clamp(0, 1)
+
+
+@torch.no_grad()
+def save_grid(players: Players, path: Path) -> None:
+    """Training images and samples as one picture."""
+    generator = torch.Generator().manual_seed(0)
+    pictures = {"training images": players.real(20) + 0.5, "samples": players.samples(40, generator) + 0.5}
+    with atomic_write(path) as partial:
+        grid(pictures, columns=10).savefig(partial, dpi=80, bbox_inches="tight", format="png")
+
+
+def run(config: Config) -> pd.DataFrame:
+    """A generator per objective."""
+    return collect(config, {name: name for name in config.objectives}, measure)
+
+
+def beside_paper(frame: pd.DataFrame) -> pd.DataFrame:
+    """The last look of every objective beside table 13."""
+    theirs = find("exploding_inverses.flowgan").published()
+    theirs = theirs.pivot(index="objective", columns="source", values=["bpd", "fid"])
+    theirs.columns = [f"{number}, {source}" for number, source in theirs.columns]
+    last = frame.groupby("objective", sort=False).tail(1).set_index("objective")
+    ours = last[["step", "bpd", "distance", "lost_samples", "error", "condition_number"]]
+    return ours.join(theirs.dropna(axis=1, how="all")).reset_index()
+
+
+def draw(frame: pd.DataFrame) -> Figure:
+    """Every number over the steps; a cross at the top where it is not finite."""
+    figure = Figure(figsize=(11, 6), layout="constrained")
+    for axes, (column, label) in zip(figure.subplots(2, 2).flat, CURVES.items(), strict=True):
+        for name, group in frame.groupby("objective", sort=False):
+            finite = group[column].map(math.isfinite)
+            style = {"color": COLOURS[str(name)], "markersize": 4}
+            axes.plot(group.step[finite], group[column][finite], "o-", label=name, **style)
+            axes.plot(group.step[~finite], [0.97] * int((~finite).sum()), "x",
+                      transform=axes.get_xaxis_transform(), **style)  # fmt: skip
+        axes.set(xlabel="step", ylabel=label, yscale="log")
+        axes.grid(alpha=0.3)
+    figure.axes[0].legend(frameon=False)
+    figure.suptitle(f"Features of the {frame.extractor.iloc[0]}; crosses: not finite")
+    return figure
+
+
+if __name__ == "__main__":
+    main(Config, run, draw)
