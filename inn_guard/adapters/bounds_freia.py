@@ -10,6 +10,7 @@ import FrEIA.modules as Ff
 import torch
 from torch import Tensor, nn
 
+from inn_guard.adapters.side_by_side import SideBySide
 from inn_guard.lipschitz import flows, maps
 from inn_guard.lipschitz.activations import Activation, known_activation
 from inn_guard.lipschitz.blocks import Pair
@@ -17,21 +18,6 @@ from inn_guard.lipschitz.compositions import Composition
 from inn_guard.lipschitz.couplings import ByChannel, Coupling
 from inn_guard.lipschitz.maps import BoundedMap, Unknown, bounded_map
 from inn_guard.lipschitz.transformers import Additive, Affine, LogScale, Transformer, atan_activation, scaled
-
-
-class _Raw(nn.Module):
-    """A block's sub-networks as one: their outputs side by side, times a factor, with the condition joined to x."""
-
-    def __init__(self, *networks: nn.Module, factor: float = 1.0) -> None:
-        super().__init__()
-        self.networks = nn.ModuleList(networks)
-        self.factor = factor
-
-    def forward(self, x: Any, context: Any = None) -> Any:  # read by torch.fx, whose proxies are no tensors
-        x = x if context is None else torch.cat([x, context], 1)
-        outputs = [network(x) for network in self.networks]
-        raw = outputs[0] if len(outputs) == 1 else torch.cat(outputs, 1)
-        return raw if self.factor == 1.0 else raw * self.factor
 
 
 def _clamps() -> list[tuple[Callable[[Tensor], Tensor], Callable[[float], Activation]]]:
@@ -80,7 +66,7 @@ def _two_sided(block: Any, layer: Any, networks: tuple[nn.Module, nn.Module], tr
 
 @bounded_map.register
 def _(block: Ff.NICECouplingBlock, layer: Any) -> BoundedMap:
-    return _two_sided(block, layer, (_Raw(block.F), _Raw(block.G)), Additive())
+    return _two_sided(block, layer, (SideBySide(block.F), SideBySide(block.G)), Additive())
 
 
 @bounded_map.register
@@ -88,7 +74,7 @@ def _(block: Ff.RNVPCouplingBlock, layer: Any) -> BoundedMap:
     scale = _clamp(block)
     if scale is None:
         return Unknown("a clamp activation of the user's own")
-    networks = _Raw(block.subnet_s2, block.subnet_t2), _Raw(block.subnet_s1, block.subnet_t1)
+    networks = SideBySide(block.subnet_s2, block.subnet_t2), SideBySide(block.subnet_s1, block.subnet_t1)
     return _two_sided(block, layer, networks, Affine(scale, (1, 0)))
 
 
@@ -97,7 +83,7 @@ def _(block: Ff.GLOWCouplingBlock, layer: Any) -> BoundedMap:
     scale = _clamp(block)
     if scale is None:
         return Unknown("a clamp activation of the user's own")
-    return _two_sided(block, layer, (_Raw(block.subnet2), _Raw(block.subnet1)), Affine(scale, (1, 0)))
+    return _two_sided(block, layer, (SideBySide(block.subnet2), SideBySide(block.subnet1)), Affine(scale, (1, 0)))
 
 
 @bounded_map.register
@@ -105,7 +91,7 @@ def _(block: Ff.AffineCouplingOneSided, layer: Any) -> BoundedMap:
     scale = _clamp(block)
     if scale is None:
         return Unknown("a clamp activation of the user's own")
-    return _coupling(_halves(block), _Raw(block.subnet), Affine(scale, (1, 0)), layer)
+    return _coupling(_halves(block), SideBySide(block.subnet), Affine(scale, (1, 0)), layer)
 
 
 @bounded_map.register
@@ -126,7 +112,7 @@ def _(block: Ff.AllInOneBlock, layer: Any) -> BoundedMap:
     mixing = weight.detach().double().reshape(block.in_channels, block.in_channels)
     split = ByChannel.halves(block.in_channels, block.splits[0])
     tanh = scaled(known_activation(nn.Tanh()), float(block.clamp))
-    coupling = _coupling(split, _Raw(block.subnet, factor=0.1), Affine(LogScale(tanh), (1, 0)), layer)
+    coupling = _coupling(split, SideBySide(block.subnet, factor=0.1), Affine(LogScale(tanh), (1, 0)), layer)
     scale = block.global_scale_activation(block.global_scale).detach().reshape(-1)
     parts = [coupling, maps.Diagonal(scale, block.global_offset.detach().reshape(-1)), maps.LinearMap.computed(mixing)]
     before = [maps.LinearMap.computed(mixing.T)] if block.reverse_pre_permute else []

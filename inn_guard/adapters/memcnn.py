@@ -13,7 +13,7 @@ from typing import Any
 from memcnn import InvertibleModuleWrapper
 from torch import Tensor, nn
 
-from inn_guard.adapters import tangents_memcnn  # noqa: F401 - registers the tangents
+from inn_guard.adapters import bounds_memcnn, tangents_memcnn  # noqa: F401 - register bound rules and tangents
 from inn_guard.adapters.functions import ForwardAndInverse
 from inn_guard.invertible import Context, Invertible
 

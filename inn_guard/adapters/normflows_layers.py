@@ -11,7 +11,7 @@ from typing import Any
 from normflows.flows import AffineCouplingBlock, Composite, GlowBlock, MaskedAffineFlow, Reverse
 from torch import Tensor, nn
 
-from inn_guard.adapters import tangents_normflows  # noqa: F401 - registers the tangents
+from inn_guard.adapters import bounds_normflows, tangents_normflows  # noqa: F401 - register bound rules and tangents
 from inn_guard.adapters.adapted import Adapted
 from inn_guard.adapters.known_output import KnownOutput
 from inn_guard.invertible import Invertible, NotApplicable

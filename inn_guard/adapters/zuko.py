@@ -19,6 +19,7 @@ from zuko.lazy import Flow, LazyComposedTransform, LazyInverse, LazyTransform
 from zuko.transforms import ComposedTransform
 
 from inn_guard.adapters import (
+    bounds_zuko,  # noqa: F401 - registers the bound rules
     distributions,
     tangents_zuko,  # noqa: F401 - registers the tangents
 )

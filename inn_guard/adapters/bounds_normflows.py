@@ -1,0 +1,166 @@
+"""The bound rules of normflows, data -> latent: what its flows are in the terms of inn_guard.lipschitz."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from normflows import flows as nf
+from normflows.transforms import Logit, Shift
+from torch import Tensor
+from torch.nn import functional
+
+from inn_guard.adapters.divided import ExpScale, InverseSigmoidScale, ShiftedBack, ShiftedBackThenScaled
+from inn_guard.adapters.side_by_side import SideBySide
+from inn_guard.adapters.tangents_normflows import permuted_weight, weight_of
+from inn_guard.lipschitz import flows, maps, splines
+from inn_guard.lipschitz.blocks import Pair
+from inn_guard.lipschitz.compositions import Composition, inverted
+from inn_guard.lipschitz.couplings import ByChannel, ByMask, Coupling
+from inn_guard.lipschitz.intervals import Interval
+from inn_guard.lipschitz.maps import BoundedMap, Unknown, bounded_map
+from inn_guard.lipschitz.spline_transformers import RationalQuadraticSpline
+from inn_guard.lipschitz.transformers import ScaleBounds, SigmoidScaleBounds
+
+#: what data -> latent multiplies by, of the network's raw output
+SCALES: dict[str, ScaleBounds] = {
+    "exp": ExpScale(falling=True),
+    "sigmoid": SigmoidScaleBounds(0.0, 1.0, 2.0),
+    "sigmoid_inv": InverseSigmoidScale(2.0),
+}
+
+
+@bounded_map.register
+def _(block: nf.AffineCouplingBlock, layer: Any) -> BoundedMap:
+    split, coupling, _ = block.flows
+    if split.mode not in ("channel", "channel_inv") or coupling.scale_map not in SCALES:
+        return Unknown(f"a coupling split by {split.mode}, or with a scale map of the user's own")
+    network: Any = coupling.param_map
+
+    def make(box: Interval) -> BoundedMap:
+        channels = box.shape[0]
+        halves = ByChannel.halves(channels, (channels + 1) // 2)
+        halves = halves.swapped if split.mode == "channel_inv" else halves
+        n = len(halves.change)
+        if not coupling.scale:
+            return Coupling(halves, network, ShiftedBack(), [torch.arange(n)])
+        rows = [torch.arange(n) * 2, torch.arange(n) * 2 + 1]
+        scale = SCALES[coupling.scale_map]  # type: ignore[index]
+        return Coupling(halves, network, ShiftedBackThenScaled(scale), rows)
+
+    return maps.Shaped(make, (network,))
+
+
+@bounded_map.register
+def _(block: nf.MaskedAffineFlow, layer: Any) -> BoundedMap:
+    mask, parts = block.b[0].detach().cpu(), dict(block.named_children())
+    if not bool(((mask == 0) | (mask == 1)).all()) or "t" not in parts:
+        return Unknown("a masked affine flow whose mask is not of zeros and ones, or without a translation")
+    n = mask.shape[0]
+    if "s" not in parts:
+        return Coupling(ByMask(mask > 0), parts["t"], ShiftedBack(), [torch.arange(n)])
+    rows = [torch.arange(n), torch.arange(n, 2 * n)]
+    both = SideBySide(parts["t"], parts["s"])
+    return Coupling(ByMask(mask > 0), both, ShiftedBackThenScaled(ExpScale(falling=True)), rows)
+
+
+@bounded_map.register
+def _(block: nf.CoupledRationalQuadraticSpline, layer: Any) -> BoundedMap:
+    inner = block.prqct
+    if inner.tails not in ("linear", None) or isinstance(inner.tail_bound, Tensor):
+        return Unknown("a spline with circular tails, or with bounds of its own for every entry")
+    spline = _spline(inner, inner.transform_net)
+    split = ByChannel(inner.identity_features.cpu(), inner.transform_features.cpu())
+    n = len(split.change)
+    rows = [torch.arange(n) * spline.count + p for p in range(spline.count)]
+    coupling = Coupling(split, inner.transform_net, spline, rows, layer.context)
+    return Composition((coupling, _cdf(inner.unconditional_transform)))
+
+
+@bounded_map.register
+def _(block: nf.AutoregressiveRationalQuadraticSpline, layer: Any) -> BoundedMap:
+    inner = block.mprqat
+    spline = _spline(inner, inner.autoregressive_net)
+    every = torch.arange(inner.autoregressive_net.final_layer.out_features // spline.count)
+    rows = [every * spline.count + p for p in range(spline.count)]
+    coupling = Coupling(ByChannel(every, every), inner.autoregressive_net, spline, rows, layer.context)
+    return flows.Autoregressive(coupling)
+
+
+def _spline(inner: Any, network: Any) -> RationalQuadraticSpline:
+    floors = (inner.min_bin_width, inner.min_bin_height, inner.min_derivative)
+    left, right, tails = _ends(inner)
+    temperature = math.sqrt(getattr(network, "hidden_features", getattr(network, "hidden_channels", 1)))
+    return RationalQuadraticSpline(inner.num_bins, left, right, tails, floors, temperature)
+
+
+def _ends(inner: Any) -> tuple[float, float, bool]:
+    bound = float(inner.tail_bound)
+    return (-bound, bound, True) if inner.tails == "linear" else (0.0, 1.0, False)
+
+
+def _cdf(inner: Any) -> BoundedMap:
+    """The spline of known knots on the kept entries; the others pass."""
+    left, right, tails = _ends(inner)
+    sizes = []
+    for raw, floor in (
+        (inner.unnormalized_widths, inner.min_bin_width),
+        (inner.unnormalized_heights, inner.min_bin_height),
+    ):
+        shares = raw.detach().double().softmax(-1)
+        sizes.append((right - left) * (floor + (1 - floor * shares.shape[-1]) * shares))
+    derivatives = inner.min_derivative + functional.softplus(inner.unnormalized_derivatives.detach().double())
+    derivatives = functional.pad(derivatives, (1, 1), value=1.0) if tails else derivatives
+    pair = splines.rational_quadratic_spline(sizes[0], sizes[1], derivatives)
+    return flows.Fixed(Pair(*(max(1.0, bound * (1 + 1e-12)) for bound in pair)), inside=(left, right))
+
+
+@bounded_map.register
+def _(block: nf.AffineConstFlow, layer: Any) -> BoundedMap:
+    if block.s.dim() > 2 and block.s[0, 0].numel() > 1:
+        return Unknown("scales that differ from pixel to pixel")
+    scale = (-block.s.detach().double()).exp().reshape(-1)
+    return maps.Diagonal(scale, -block.t.detach().double().reshape(-1) * scale)
+
+
+@bounded_map.register
+def _(block: nf.Permute, layer: Any) -> BoundedMap:
+    order = block.inv_perm.cpu() if block.mode == "shuffle" else None
+    return maps.Rearrangement(lambda x: block.inverse(x)[0], order)
+
+
+@bounded_map.register
+def _(block: nf.Squeeze, layer: Any) -> BoundedMap:
+    return maps.Rearrangement(lambda x: block.inverse(x)[0])
+
+
+@bounded_map.register
+def _(block: nf.InvertibleAffine, layer: Any) -> BoundedMap:
+    return maps.LinearMap.computed(weight_of(block).T)
+
+
+@bounded_map.register
+def _(block: nf.Invertible1x1Conv, layer: Any) -> BoundedMap:
+    return maps.LinearMap.computed(weight_of(block))
+
+
+@bounded_map.register
+def _(block: nf.LULinearPermute, layer: Any) -> BoundedMap:
+    return maps.LinearMap.computed(permuted_weight(block), block.linear.bias.detach())
+
+
+@bounded_map.register
+def _(block: nf.Residual, layer: Any) -> BoundedMap:
+    residual = flows.Residual(block.iresblock.nnet)
+    return residual if block.reverse else inverted(residual)
+
+
+@bounded_map.register
+def _(block: Logit, layer: Any) -> BoundedMap:
+    return flows.LogitMap(float(block.alpha))
+
+
+@bounded_map.register
+def _(block: Shift, layer: Any) -> BoundedMap:
+    return maps.Diagonal(torch.tensor(1.0, dtype=torch.float64), torch.tensor(float(block.shift), dtype=torch.float64))
