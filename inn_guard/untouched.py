@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import operator
 import random
 import types
 from collections.abc import Callable, Iterator
@@ -19,6 +20,8 @@ _REGISTRIES = ("_parameters", "_buffers", "_modules")
 _CONTAINERS = (list, dict, set, collections.deque, bytearray)
 _OPAQUE = (type, types.ModuleType, types.FunctionType, types.BuiltinFunctionType, types.MethodType)
 _ATOMS = (type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.device)
+_EXACT_ATOMS = frozenset(_ATOMS)  #: most values are of these very types, which is asked faster than isinstance
+_EXACT_CONTAINERS = frozenset((*_CONTAINERS, collections.OrderedDict))
 _DEPTH = 3  #: how far plain objects inside plain attributes are followed
 _INTEGER_OF = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
@@ -63,6 +66,12 @@ def _snapshots(model: nn.Module) -> Iterator[Restore]:
     stack: list[tuple[Any, int]] = [(model, 0)]
     while stack:
         value, depth = stack.pop()
+        kind = type(value)
+        if kind in _EXACT_ATOMS:
+            continue
+        if kind in _EXACT_CONTAINERS and not value:
+            empty.append(value)
+            continue
         if isinstance(value, _ATOMS) or id(value) in seen or isinstance(value, _OPAQUE):
             continue
         seen.add(id(value))
@@ -123,6 +132,8 @@ def _attributes(state: dict[str, Any]) -> Restore:
     saved = dict(state)
 
     def restore() -> None:
+        if _same_content(state, saved):
+            return
         for name in [name for name in state if name not in saved]:
             del state[name]
         for name, value in saved.items():
@@ -151,8 +162,8 @@ def _same_content(now: Any, before: Any) -> bool:
     if len(now) != len(before) or isinstance(now, (set, bytearray)):
         return bool(now == before)
     if isinstance(now, dict):
-        return all(a is c and b is d for (a, b), (c, d) in zip(now.items(), before.items(), strict=True))
-    return all(a is b for a, b in zip(now, before, strict=True))
+        return all(map(operator.is_, now, before)) and all(map(operator.is_, now.values(), before.values()))
+    return all(map(operator.is_, now, before))
 
 
 def _tensor(tensor: Tensor) -> Restore:
