@@ -6,8 +6,8 @@
 A small version of the latter, minutes on one core:
 
     python -m benchmarks.aef.against_vae --dataset mnist --root FOLDER --models "VAE,AEF linear,AEF spread" \
-        --latents 2,32 --seeds 0 --spreads 0.1,0.3 --steps 300 --test-images 100 --draws 64 --repetitions 2 \
-        --classifier-steps 250 --out benchmarks/results/mnist
+        --latents 2,32 --seeds 0 --spreads 0.1 --steps 400 --test-images 100 --draws 64 --classifier-steps 250 \
+        --out benchmarks/results/mnist
 
 Every model of one latent dimension has the same nets, flows, data, batches and number of steps. The likelihood of VAEs
 and linear AEFs is importance-sampled (the log of the mean weight, and the lower bound beside it), that of partition
