@@ -31,7 +31,7 @@ class Plan:
         batch_size: rows per step; the last, smaller batch of an epoch is left out.
         looks: numbers of steps after which the model is looked at, ascending.
         rate: factor of the optimiser's learning rate at a step.
-        clip: largest norm of the gradient.
+        clip: largest norm of the gradient; where it is finite, steps whose gradient is not are left out, and counted.
         seed: of the order of the rows and of the noise.
     """
 
@@ -71,9 +71,9 @@ def train(
     checkpoint: Path,
     examples: int,
 ) -> list[Row]:
-    """One row per look: step, loss, seconds of training, and what ``look()`` returns in evaluation mode.
+    """One row per look: step, loss, seconds of training, steps left out, and what ``look()`` returns in evaluation mode.
 
-    A loss that is not finite ends the training after the next look.
+    Parameters that are not finite end the training after the next look.
 
     Args:
         model: is trained.
@@ -85,11 +85,11 @@ def train(
         examples: number of training rows.
     """
     base = [group["lr"] for group in optimizer.param_groups]
-    progress: dict[str, Any] = {"step": 0, "seconds": 0.0, "rows": []}
+    progress: dict[str, Any] = {"step": 0, "seconds": 0.0, "skipped": 0, "rows": []}
     if checkpoint.exists():
         progress = load_checkpoint(checkpoint, model, optimizer)
     rows: list[Row] = progress["rows"]
-    seconds, started = progress["seconds"], _clock()
+    seconds, skipped, started = progress["seconds"], progress["skipped"], _clock()
     model.train()
     for step in range(progress["step"], plan.steps):
         for group, rate in zip(optimizer.param_groups, base, strict=True):
@@ -97,18 +97,21 @@ def train(
         optimizer.zero_grad(set_to_none=True)
         value = loss(Batch(_rows(plan, step, examples), step, _generator(plan.seed, 2 * step + 1)))
         value.backward()
-        if math.isfinite(plan.clip):
-            nn.utils.clip_grad_norm_(model.parameters(), plan.clip)
-        optimizer.step()
+        if _usable(model, plan.clip):
+            optimizer.step()
+        else:
+            skipped += 1
         if step + 1 in plan.looks:
             seconds += _clock() - started
             model.eval()
-            rows.append({"step": step + 1, "loss": value.item(), "training_seconds": seconds, **look()})
+            spent = {"training_seconds": seconds, "skipped_steps": skipped}
+            rows.append({"step": step + 1, "loss": value.item(), **spent, **look()})
             model.train()
-            if not math.isfinite(value.item()):
+            if not all(bool(parameter.isfinite().all()) for parameter in model.parameters()):
                 break
+            progress = {"step": step + 1, "seconds": seconds, "skipped": skipped, "rows": rows}
             checkpoint.parent.mkdir(parents=True, exist_ok=True)
-            save_checkpoint(checkpoint, model, optimizer, progress={"step": step + 1, "seconds": seconds, "rows": rows})
+            save_checkpoint(checkpoint, model, optimizer, progress=progress)
             started = _clock()
     return rows
 
@@ -134,6 +137,11 @@ def decayed(epochs: Sequence[int], steps_per_epoch: int) -> Rate:
 def warmed_up(steps: int) -> Rate:
     """A learning rate that rises linearly over so many steps."""
     return lambda step: min(1.0, (step + 1) / max(1, steps))
+
+
+def _usable(model: nn.Module, clip: float) -> bool:
+    """Clip the gradient; False if it is not finite. Without a bound it is taken as it is."""
+    return not math.isfinite(clip) or bool(nn.utils.clip_grad_norm_(model.parameters(), clip).isfinite())
 
 
 def _rows(plan: Plan, step: int, examples: int) -> Tensor:
