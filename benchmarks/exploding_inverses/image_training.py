@@ -71,7 +71,7 @@ def train(
     checkpoint: Path,
     examples: int,
 ) -> list[Row]:
-    """One row per look: step, loss, seconds of training, steps left out, and what ``look()`` returns in evaluation mode.
+    """One row per look: step, loss, seconds of training, steps left out, and what ``look()`` returns in eval mode.
 
     Parameters that are not finite end the training after the next look.
 

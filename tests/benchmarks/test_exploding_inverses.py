@@ -147,6 +147,28 @@ def test_a_loss_of_nan_ends_the_training_with_a_row(tmp_path):
     assert rows[0]["broken_gradients"] == 1
 
 
+def test_steps_whose_gradient_is_not_finite_are_left_out_where_gradients_are_clipped(tmp_path):
+    weight = torch.nn.Linear(1, 1, bias=False)
+    seen = []
+
+    def loss(batch):
+        seen.append(weight.weight.item())
+        return (weight.weight * (math.nan if batch.step == 1 else 1.0)).sum()
+
+    def trained(clip, name):
+        seen.clear()
+        torch.nn.init.ones_(weight.weight)
+        plan = Plan(steps=4, batch_size=1, looks=(1, 2, 4), clip=clip)
+        optimizer = torch.optim.SGD(weight.parameters(), 0.25)
+        return train(weight, optimizer, loss, plan=plan, look=dict, checkpoint=tmp_path / name, examples=1)
+
+    rows = trained(10.0, "clipped")
+    assert seen == [1, 0.75, 0.75, 0.5]
+    assert [row["skipped_steps"] for row in rows] == [0, 1, 1]
+    rows = trained(math.inf, "as it is")
+    assert [row["step"] for row in rows] == [1, 2]
+
+
 @pytest.mark.parametrize("text", ["affine conv", "affine conv FD", "affine conv none 1e-3", "linear conv none", ""])
 def test_a_run_that_is_none_is_refused(text):
     with pytest.raises(ValueError, match="expected"):
