@@ -59,7 +59,7 @@ class Config:
     width: int = 16
     steps: int = 1500
     samples: int = 300
-    seeds: tuple[int, ...] = (0, 1)
+    seeds: tuple[int, ...] = (0,)
 
     @classmethod
     def smoke(cls) -> Config:

@@ -52,8 +52,8 @@ class Config:
         seed: of weights and data.
     """
 
-    dims: tuple[int, ...] = (4, 16)
-    depths: tuple[int, ...] = (8, 24)
+    dims: tuple[int, ...] = (4, 8)
+    depths: tuple[int, ...] = (6, 16)
     gains: tuple[float, ...] = (1.0, 2.0, 4.0, 8.0)
     samples: int = 128
     probes: int = 1
