@@ -17,6 +17,7 @@ from inn_guard.invertible import Invertible
 from inn_guard.linearization import Linearization
 from inn_guard.lipschitz import bounding
 from inn_guard.lipschitz.bounding import LipschitzBounds
+from inn_guard.lipschitz.deadline import Deadline
 from inn_guard.lipschitz.intervals import Box
 from inn_guard.lipschitz.networks import LayerBound
 
@@ -60,7 +61,8 @@ def lipschitz_bounds(
     if not bool(rows.all()):
         model, x = model.select(rows.nonzero().flatten()), x[rows]
     box = _box(x, margin) if domain is None else domain
-    bounds = bounding.lipschitz_bounds(model, box, data=x.detach().cpu(), seconds=seconds)
+    deadline = Deadline.after(seconds)
+    bounds = bounding.lipschitz_bounds(model, box, data=x.detach().cpu(), seconds=0.9 * seconds)
     verdict, reason = _judged(bounds, usable_error(x.dtype) / torch.finfo(x.dtype).eps)
     return AuditResult(
         "lipschitz_bounds",
@@ -68,7 +70,7 @@ def lipschitz_bounds(
         reason,
         values=_values(bounds),
         units={name: "log10" for name in _values(bounds) if name.startswith("log10")},
-        per_layer=tuple(_rows(model, x, bounds)),
+        per_layer=tuple(_rows(_sampled(model, x, deadline), bounds)),
         settings={
             "scope": bounds.scope, "seconds": seconds, "method forward": bounds.method[0],
             "method inverse": bounds.method[1], "weights": bounds.certificate.weights, "remark": ON_IMAGES,
@@ -111,12 +113,11 @@ def _values(bounds: LipschitzBounds) -> dict[str, float]:
         upper, lower = getattr(bounds, side), getattr(bounds, f"lower_{side}")
         values |= {f"upper_{side}": upper, f"lower_{side}": lower}
         values[f"upper/lower_{side}"] = upper / lower if lower > 0 else math.inf
-        values[f"log10_table3_{side}"] = math.log10(bounds.printed[k]) if bounds.printed[k] < math.inf else math.inf
+        values[f"log10_table3_{side}"] = math.log10(bounds.printed[k])
     return values
 
 
-def _rows(model: Invertible, x: Tensor, bounds: LipschitzBounds) -> list[Mapping[str, Any]]:
-    lower = _sampled(model, x)
+def _rows(lower: list[tuple[float, float]], bounds: LipschitzBounds) -> list[Mapping[str, Any]]:
     loud = _loud(bounds.per_layer)
     rows: list[Mapping[str, Any]] = []
     for k, layer in enumerate(bounds.per_layer):
@@ -134,8 +135,11 @@ def _rows(model: Invertible, x: Tensor, bounds: LipschitzBounds) -> list[Mapping
     return rows
 
 
-def _sampled(model: Invertible, x: Tensor, probes: int = 8) -> list[tuple[float, float]]:
-    """Per layer the largest ||J v|| / ||v|| and ||v|| / ||J v|| over the data and over random directions."""
+def _sampled(model: Invertible, x: Tensor, deadline: Deadline, probes: int = 8) -> list[tuple[float, float]]:
+    """Per layer the largest ||J v|| / ||v|| and ||v|| / ||J v|| over the data and over random directions.
+
+    One direction where time has run out.
+    """
     few = torch.arange(min(len(x), SAMPLED), device=x.device)
     line = Linearization(model.select(few).in_dtype(torch.float64), x[few].double())
     generator = torch.Generator().manual_seed(0)
@@ -148,6 +152,8 @@ def _sampled(model: Invertible, x: Tensor, probes: int = 8) -> list[tuple[float,
             u = tangent.jvp(v)
             stretch = u.flatten(1).norm(dim=1)
             most, least = max(most, float(stretch.max())), min(least, float(stretch.min()))
+            if deadline.passed:
+                break
             v = tangent.vjp(u)
         result.append((most, 1 / least if least > 0 else math.inf))
     return result

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -16,6 +15,7 @@ from inn_guard.lipschitz.blocks import Pair
 from inn_guard.lipschitz.branch_and_bound import branch_and_bound
 from inn_guard.lipschitz.certificates import Certificate, weights_hash
 from inn_guard.lipschitz.conditioners import Effort
+from inn_guard.lipschitz.deadline import Deadline
 from inn_guard.lipschitz.intervals import Box, Interval
 from inn_guard.lipschitz.maps import bounded_map
 from inn_guard.lipschitz.networks import Factor, LayerBound, product, stack, whole_forward, whole_inverse
@@ -45,7 +45,7 @@ class LipschitzBounds:
         method: what gave ``forward`` and ``inverse``.
         scope: "global", or the box.
         per_layer: every layer with its box, its bounds and Table 3's.
-        printed: the product of what Table 3 prints, with norm products for subnetworks.
+        printed: the product of what Table 3 prints, with norm products for subnetworks; NaN if time ran out.
         reason: why a bound is infinite; empty where both are finite.
         certificate: what proves the bounds; ``certificate.save(path)``.
         witnesses: (most stretched, most shrunk) points and directions, each None where there is none.
@@ -89,7 +89,8 @@ def lipschitz_bounds(
         model: the map.
         domain: where: ``Box(lo, hi)`` of the shape of one sample, or ``Box.everywhere(shape)`` for global bounds.
         data: samples (B, *shape) to begin the search for witnesses with; random ones unless given.
-        seconds: for everything together, roughly.
+        seconds: for everything together. What is foreseen to take longer than what is left is replaced by something
+            cheaper, or left out; a single operation that takes longer than foreseen is not interrupted.
         effort: per chain; derived from ``seconds`` unless given.
         progress: called with a sentence and the share that is done.
 
@@ -100,29 +101,29 @@ def lipschitz_bounds(
         Understanding and Mitigating Exploding Inverses in Invertible Neural Networks (Behrmann, Vicol, Wang, Grosse,
         Jacobsen, 2021), Table 3, Remark 3.
     """
-    begun, report = time.monotonic(), progress or (lambda sentence, share: None)
+    deadline, report = Deadline.after(seconds), progress or (lambda sentence, share: None)
     exact = model.in_dtype(torch.float64)
     layers = exact.layers() or (exact,)
     report("layer by layer", 0.0)
-    per_layer_effort = effort or Effort(steps=30, seconds=min(5.0, 0.1 * seconds / len(layers)))
+    effort_per_layer = effort or Effort(steps=30, seconds=min(5.0, 0.1 * seconds / len(layers)))
     described = [(layer.name, bounded_map(layer.block, layer)) for layer in layers]
-    bounds = stack(described, domain, per_layer_effort)
-    report("whole network", 0.2)
     branching = domain.bounded and domain.lo.numel() <= BRANCHING and domain.lo.dim() == 1
-    whole_effort = effort or Effort(steps=400, seconds=(0.05 if branching else 0.3) * seconds)
-    ahead, back = whole_forward(bounds, whole_effort), whole_inverse(bounds, whole_effort)
+    bounds = stack(described, domain, replace(effort_per_layer, deadline=deadline.part(0.2 if branching else 0.4)))
+    report("whole network", 0.2)
+    whole = effort or Effort(steps=400, seconds=(0.05 if branching else 0.3) * seconds)
+    ahead = whole_forward(bounds, replace(whole, deadline=deadline.part(0.1 if branching else 0.4)))
+    back = whole_inverse(bounds, replace(whole, deadline=deadline.part(0.1 if branching else 0.6)))
     certificate = Certificate(tuple(ahead), tuple(back), weights=weights_hash(model.state_dict()))
     best = Pair(product([f.bound for f in ahead]), product([f.bound for f in back]))
     method = (_method(ahead), _method(back))
     report("witnesses", 0.6)
     found = _Found(exact)
-    found.searched(domain, data, 0.1 * seconds)
+    found.searched(domain, data, deadline.part(0.2 if branching else 0.8))
     if branching:
         report("branch and bound", 0.7)
-        left = max(seconds - (time.monotonic() - begun), 1.0)
         try:
             branched = branch_and_bound(
-                [m for _, m in described], domain, lower=found.lower, probe=found.at, seconds=left
+                [m for _, m in described], domain, lower=found.lower, probe=found.at, deadline=deadline
             )
             certificate = replace(certificate, leaves=branched.leaves)
             smaller = [new < old for new, old in zip(branched.pair, best, strict=True)]
@@ -136,7 +137,7 @@ def lipschitz_bounds(
     # Remark 3: every upper bound of one direction is a lower bound of the other
     lower = Pair(max(lower.forward, _over(best.inverse)), max(lower.inverse, _over(best.forward)))
     is_global = all(layer.bounds.is_global for layer in bounds) and "branch and bound" not in method
-    printed = Pair(*(product([getattr(layer.printed, side) for layer in bounds]) for side in ("forward", "inverse")))
+    printed = Pair(*(_printed([getattr(layer.printed, side) for layer in bounds]) for side in ("forward", "inverse")))
     reason = next((f"layer {k} ({b.name}): {b.bounds.reason}" for k, b in enumerate(bounds) if b.bounds.reason), "")
     return LipschitzBounds(
         *best, *lower, method, "global" if is_global else f"on the {_described(domain)}", tuple(bounds), printed,
@@ -157,9 +158,9 @@ class _Found:
         """What they prove, forward and inverse."""
         return Pair(self.stretch.ratio if self.stretch else 0.0, 1 / self.shrink.ratio if self.shrink else 0.0)
 
-    def searched(self, domain: Box, data: Tensor | None, seconds: float) -> None:
+    def searched(self, domain: Box, data: Tensor | None, deadline: Deadline) -> None:
         """From data, or random points, uphill."""
-        self._keep(*_witnesses(self.model, domain, data, seconds))
+        self._keep(*_witnesses(self.model, domain, data, deadline))
 
     def at(self, points: Tensor) -> Pair:
         """The lower bounds after a look at some points."""
@@ -170,6 +171,10 @@ class _Found:
     def _keep(self, stretch: Witness | None, shrink: Witness | None) -> None:
         self.stretch = better(self.stretch, stretch, largest=True)
         self.shrink = better(self.shrink, shrink, largest=False)
+
+
+def _printed(factors: list[float]) -> float:
+    return math.nan if any(map(math.isnan, factors)) else product(factors)
 
 
 def _over(bound: float) -> float:
@@ -187,12 +192,12 @@ def _method(factors: list[Factor]) -> str:
 
 
 def _witnesses(
-    model: Invertible, domain: Box, data: Tensor | None, seconds: float
+    model: Invertible, domain: Box, data: Tensor | None, deadline: Deadline
 ) -> tuple[Witness | None, Witness | None]:
     generator = torch.Generator().manual_seed(0)
     points = starting_points(domain, 256 if domain.lo.numel() <= 64 else 4, generator) if data is None else data
     try:
-        return search(model, points, domain, seconds=seconds, generator=generator)
+        return search(model, points, domain, deadline=deadline, generator=generator)
     except (NotApplicable, RuntimeError, ValueError):
         return None, None
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 import functools
 import math
 import operator
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -20,6 +19,7 @@ from torch import Tensor
 from inn_guard.lipschitz.blocks import Pair
 from inn_guard.lipschitz.compositions import Composition
 from inn_guard.lipschitz.couplings import Coupling
+from inn_guard.lipschitz.deadline import Deadline
 from inn_guard.lipschitz.intervals import Interval
 from inn_guard.lipschitz.jets import Direct, Table
 from inn_guard.lipschitz.maps import BoundedMap, Diagonal, Elementwise, LinearMap, Rearrangement, Shaped
@@ -31,6 +31,7 @@ from inn_guard.lipschitz.subnetworks import Unbounded
 __all__ = ["Branched", "Step", "branch_and_bound", "interval_norm", "step_of"]
 
 BATCH = 8192  #: boxes evaluated at once
+FIRST = 256  #: boxes evaluated at first, to see how long they take
 PROBED = 32  #: middles of the worst boxes at which the lower bound is measured
 CELLS = 1024  #: cells of a table of a network of one input
 SPREAD = 0.5  #: margin of a table beyond the values seen, in units of their range
@@ -245,7 +246,7 @@ def branch_and_bound(
     *,
     lower: Pair,
     probe: Probe | None = None,
-    seconds: float = 60.0,
+    deadline: Deadline | None = None,
     tolerance: float = 1.005,
 ) -> Branched:
     """Bounds of sup ||J|| and sup ||J^-1|| over a bounded box.
@@ -255,25 +256,24 @@ def branch_and_bound(
         box: (d,), bounded.
         lower: witnessed lower bounds; the search of a direction ends where its bound is ``tolerance`` times as large.
         probe: measures both lower bounds at points (B, d): called with the middles of the worst boxes.
-        seconds: for both directions together.
+        deadline: of both directions together; a minute from now unless given.
         tolerance: see ``lower``.
 
     Returns:
         The bounds; infinite where time ran out before every box had a finite one.
 
     Raises:
-        Unbounded: if a layer has no interval Jacobian.
+        Unbounded: if a layer has no interval Jacobian, or if time runs out before the search begins.
     """
-    begun = time.monotonic()
-    steps = _steps(_opened(layers), box)
+    deadline = deadline or Deadline.after(60.0)
+    steps = _steps(_opened(layers), box, deadline)
     found, boxes = [], []
     for k, low in enumerate(lower):
-        left = seconds - (time.monotonic() - begun)
 
         def measured(points: Tensor, k: int = k) -> float:
             return 0.0 if probe is None else probe(points)[k]
 
-        goal = _Goal(low, tolerance, measured, left / (2 - k))
+        goal = _Goal(low, tolerance, measured, deadline.part(1 / (2 - k)))
         bound, count = _searched(steps, box, goal, _Side(k == 1))
         found.append(bound)
         boxes.append(float(count))
@@ -288,11 +288,12 @@ class _Goal:
     lower: float
     tolerance: float
     probe: Callable[[Tensor], float]
-    seconds: float
+    deadline: Deadline
 
     def raised(self, points: Tensor) -> None:
-        """Look for a better lower bound at some points."""
-        self.lower = max(self.lower, self.probe(points))
+        """Look for a better lower bound at some points, while there is time."""
+        if not self.deadline.passed:
+            self.lower = max(self.lower, self.probe(points))
 
     @property
     def bound(self) -> float:
@@ -326,24 +327,43 @@ def _through(steps: Sequence[Step], boxes: Interval, side: _Side) -> State:
     return state
 
 
+class _Pace:
+    """Boxes in batches that are foreseen to end in time; those that are not reached stay unknown."""
+
+    def __init__(self, steps: Sequence[Step], side: _Side, deadline: Deadline) -> None:
+        self.steps, self.side, self.deadline = steps, side, deadline
+        self.batch = FIRST
+
+    def bounds(self, lo: Tensor, hi: Tensor) -> Tensor:
+        """Per box, (B,); infinite where time ran out."""
+        found: list[Tensor] = []
+        done = 0
+        while done < len(lo) and not self.deadline.passed:
+            left = self.deadline.left
+            found.append(self.side.bound(self.steps, lo[done : done + self.batch], hi[done : done + self.batch]))
+            done += len(found[-1])
+            pace = max(left - self.deadline.left, 1e-9) / len(found[-1])
+            self.batch = int(min(BATCH, 4 * self.batch, max(0.3 * self.deadline.left / pace, 1)))
+        return torch.cat([*found, torch.full((len(lo) - done,), math.inf, dtype=torch.float64)])
+
+
 def _searched(steps: Sequence[Step], box: Interval, goal: _Goal, side: _Side) -> tuple[float, int]:
-    begun, count, settled = time.monotonic(), 0, 0.0
+    pace, count, settled = _Pace(steps, side, goal.deadline), 0, 0.0
     new_lo, new_hi = _grid(box)
     parent = torch.full((len(new_lo),), math.inf, dtype=torch.float64)
     lo, hi, bound = new_lo[:0], new_hi[:0], parent[:0]
     while True:
-        fresh = [side.bound(steps, a, b) for a, b in zip(new_lo.split(BATCH), new_hi.split(BATCH), strict=True)]
         count += len(new_lo)
         lo, hi = torch.cat([lo, new_lo]), torch.cat([hi, new_hi])
-        bound = torch.cat([bound, torch.minimum(torch.cat(fresh), parent)])
+        bound = torch.cat([bound, torch.minimum(pace.bounds(new_lo, new_hi), parent)])
         worst = bound.topk(min(PROBED, len(bound))).indices
         goal.raised(lo[worst] / 2 + hi[worst] / 2)
         open_ = bound > goal.bound
         settled = max(settled, float(bound[~open_].max()) if bool((~open_).any()) else 0.0)
         lo, hi, bound = lo[open_], hi[open_], bound[open_]
-        if not len(bound) or time.monotonic() - begun > goal.seconds:
+        if not len(bound) or goal.deadline.passed:
             return max(settled, float(bound.max()) if len(bound) else 0.0), count
-        worst = bound.topk(min(BATCH // 2, len(bound))).indices
+        worst = bound.topk(min(max(pace.batch // 2, 1), len(bound))).indices
         rest = torch.ones(len(bound), dtype=torch.bool)
         rest[worst] = False
         new_lo, new_hi = _halved(lo[worst], hi[worst])
@@ -379,7 +399,7 @@ def _opened(layers: Sequence[BoundedMap]) -> list[BoundedMap]:
     return [part for m in layers for part in (_opened(m.parts) if isinstance(m, Composition) else [m])]
 
 
-def _steps(layers: Sequence[BoundedMap], box: Interval) -> list[Step]:
+def _steps(layers: Sequence[BoundedMap], box: Interval, deadline: Deadline) -> list[Step]:
     """The steps, tables made for what points of the box reach, widened; what leaves them gets infinite bounds."""
     points, _ = _grid(box)
     far = torch.stack([box.lo, box.hi, box.centre])
@@ -388,6 +408,8 @@ def _steps(layers: Sequence[BoundedMap], box: Interval) -> list[Step]:
     state = Interval.of(points)
     eye = torch.eye(points.shape[1], dtype=torch.float64).expand(len(points), -1, -1)
     for layer in layers:
+        if deadline.passed:
+            raise Unbounded("time ran out")
         step = step_of(layer, reach)
         steps.append(step)
         state = step(State(state, state, Interval.of(eye), None)).box

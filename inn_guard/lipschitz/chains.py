@@ -91,11 +91,15 @@ class Chain:
     @property
     def operations(self) -> float:
         """About how many floating-point operations one evaluation of a bound takes."""
-        total = 0.0
+        total, rank, shared, frequencies = 1e6, self.size, 0, 1
         for layer in self.layers:
-            sides = [layer.weight.shape[2], layer.keep.shape[1] + layer.weight.shape[1]]
-            frequencies = max(len(layer.weight), len(layer.keep))
-            total += (4 if layer.weight.is_complex() else 1) * 10.0 * frequencies * max(sides) ** 3 + 1e5
+            rows, n, m = layer.keep.shape[1] + layer.weight.shape[1], *layer.weight.shape[1:]
+            own = max(len(layer.keep), len(layer.weight))
+            frequencies = max(frequencies, own)
+            shared = max(shared, own) if shared else 1
+            total += 8.0 * frequencies * rows * (m + 2 * n) * rank + 10.0 * shared * rows**2 * max(rows, m) + 1e5
+            if rows <= 2 * rank:
+                total, rank, shared = total + 8.0 * frequencies * rows**3, rows, 0
         return total
 
     def at(self, frequencies: Tensor) -> Chain:

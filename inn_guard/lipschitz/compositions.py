@@ -28,7 +28,7 @@ class Composition(BoundedMap):
         """Products of the parts' bounds, each on the box that the parts before it make."""
         total, proofs = BlockBounds(1.0, 1.0), {}
         for k, part in enumerate(self.parts):
-            own = part.bounds(box, effort)
+            own = part.bounds(box, effort.within(1 / (len(self.parts) - k)))
             proofs.update({f"{k}.{name}": proof for name, proof in own.proofs.items()})
             total = BlockBounds(
                 up(total.forward * own.forward), up(total.inverse * own.inverse),
@@ -43,11 +43,11 @@ class Composition(BoundedMap):
             box = part.image(box)
         return box
 
-    def table3(self, box: Interval) -> Pair:
+    def table3(self, box: Interval, effort: Effort) -> Pair:
         """The product."""
         forward = inverse = 1.0
         for part, state in zip(self.parts, self._boxes(box), strict=True):
-            own = part.table3(state)
+            own = part.table3(state, effort)
             forward, inverse = up(forward * own.forward), up(inverse * own.inverse)
         return Pair(forward, inverse)
 
@@ -93,9 +93,9 @@ class OnTail(BoundedMap):
         tail = self.inner.image(self._tail(box)).map(torch.flatten)
         return Interval.cat([self._parted(box)[0], tail])
 
-    def table3(self, box: Interval) -> Pair:
+    def table3(self, box: Interval, effort: Effort) -> Pair:
         """The larger of one and the inner map's."""
-        own = self.inner.table3(self._tail(box))
+        own = self.inner.table3(self._tail(box), effort)
         return Pair(max(1.0, own.forward), max(1.0, own.inverse))
 
     def _tail(self, box: Interval) -> Interval:
@@ -122,9 +122,9 @@ class Inverted(BoundedMap):
         """Everything."""
         return _everywhere(box)
 
-    def table3(self, box: Interval) -> Pair:
+    def table3(self, box: Interval, effort: Effort) -> Pair:
         """Exchanged."""
-        forward, inverse = self.inner.table3(_everywhere(box))
+        forward, inverse = self.inner.table3(_everywhere(box), effort)
         return Pair(inverse, forward)
 
     def trace(self, builder: ChainBuilder, x: Linear, box: Interval) -> Linear:

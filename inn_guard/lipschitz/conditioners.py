@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor, nn
@@ -19,7 +19,7 @@ from inn_guard.lipschitz.semantics import Boxes, Constant, Norms
 from inn_guard.lipschitz.spectral import spectral_norm
 from inn_guard.lipschitz.subnetworks import CONVOLUTIONS, Network, Unbounded
 
-__all__ = ["Effort", "Proof", "Read", "bound_chain", "read", "subnetwork_lipschitz", "torus_of"]
+__all__ = ["Effort", "Proof", "Read", "bound_chain", "graph_of", "read", "subnetwork_lipschitz", "torus_of"]
 
 
 @dataclass(frozen=True)
@@ -30,11 +30,17 @@ class Effort:
         steps: optimiser steps per chain; 0 takes the multipliers of ECLipsE-Fast.
         seconds: time per chain.
         width: chains with more neurons in a layer are left to norm products.
+        deadline: of everything together; what is foreseen to take longer is replaced by something cheaper.
     """
 
     steps: int = 60
     seconds: float = 5.0
     width: int = 1024
+    deadline: Deadline = Deadline()  # noqa: RUF009 - immutable
+
+    def within(self, share: float) -> Effort:
+        """The same in a share of the time that is left."""
+        return replace(self, deadline=self.deadline.part(share))
 
 
 @dataclass(frozen=True)
@@ -62,10 +68,10 @@ class Read:
     output: Interval
     seen: dict[str, Interval]
 
-    def product(self) -> float:
+    def product(self, deadline: Deadline | None = None) -> float:
         """A Lipschitz constant by the product of certified norms; inf where an operation has none."""
         try:
-            return self.network.read(Constant(1.0, tuple(self.box.shape)), Norms(self.seen)).lipschitz
+            return self.network.read(Constant(1.0, tuple(self.box.shape)), Norms(self.seen, deadline)).lipschitz
         except Unbounded:
             return math.inf
 
@@ -74,19 +80,24 @@ class Read:
         return self.network.read(x, ChainReading(builder, self.seen))
 
 
-def read(module: nn.Module, box: Interval, context: Any = None) -> Read:
-    """A module read on a box of its inputs.
+def graph_of(module: nn.Module, context: Any = None) -> Network:
+    """A module as a graph, for a context that is a tensor or none."""
+    return Network(module, context if isinstance(context, Tensor) else None)
+
+
+def read(module: nn.Module | Network, box: Interval, context: Any = None) -> Read:
+    """A module, or the graph that was made of it, read on a box of its inputs.
 
     Raises:
         Unbounded: if the module is not understood.
     """
-    network = Network(module, context if isinstance(context, Tensor) else None)
+    network = module if isinstance(module, Network) else graph_of(module, context)
     boxes = Boxes()
     try:
         output = network.read(box, boxes)
     except RuntimeError as error:
         raise Unbounded(
-            f"{type(module).__name__} does not take an input of shape {tuple(box.shape)} ({error})"
+            f"{type(network.module).__name__} does not take an input of shape {tuple(box.shape)} ({error})"
         ) from error
     return Read(network, box, output, boxes.seen)
 
@@ -112,11 +123,17 @@ def _spreads(module: Any) -> bool:
 
 
 def bound_chain(chain: Chain, effort: Effort) -> Proof:
-    """A certified bound of a chain with multipliers that were looked for with some effort."""
+    """A certified bound of a chain with multipliers that were looked for with some effort.
+
+    Raises:
+        Unbounded: if not even a certificate of the simplest multipliers is foreseen to fit into the time.
+    """
+    if not effort.deadline.affords(4 * chain.operations):
+        raise Unbounded("time ran out")
     if not chain.layers:
         return Proof(spectral_norm(chain.output, chain.error), chain, ())
     if effort.steps:
-        multipliers = optimise(chain, steps=effort.steps, deadline=Deadline.after(effort.seconds))
+        multipliers = optimise(chain, steps=effort.steps, deadline=effort.deadline.sooner(effort.seconds))
         bound = certify(chain, multipliers)
         if math.isfinite(bound):
             return Proof(bound, chain, multipliers)
@@ -147,13 +164,13 @@ def subnetwork_lipschitz(
     True
     """
     network = read(module, box, context)
-    product = network.product()
+    effort = effort or Effort()
+    product = network.product(effort.deadline.part(0.5))
     try:
         builder = ChainBuilder(box.shape[0], torus_of([module], tuple(box.shape)))
         chain = builder.finish(network.into(builder, builder.start()))
+        if max((len(layer.lower) for layer in chain.layers), default=0) > effort.width:
+            return product
+        return min(product, bound_chain(chain, effort).bound)
     except Unbounded:
         return product
-    effort = effort or Effort()
-    if max((len(layer.lower) for layer in chain.layers), default=0) > effort.width:
-        return product
-    return min(product, bound_chain(chain, effort).bound)

@@ -18,9 +18,20 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from inn_guard.lipschitz.rounding import UNIT, gamma, up
-from inn_guard.lipschitz.spectral import exact, spectral_norm
+from inn_guard.lipschitz.spectral import cheap_norm, exact, norm_operations, spectral_norm
 
-__all__ = ["apply", "convolution_norm", "is_transposed", "kernels", "paddings", "riesz_norm", "symbol", "torus_norm"]
+__all__ = [
+    "apply",
+    "cheap_convolution_norm",
+    "convolution_norm",
+    "convolution_operations",
+    "is_transposed",
+    "kernels",
+    "paddings",
+    "riesz_norm",
+    "symbol",
+    "torus_norm",
+]
 
 Convolution = nn.Conv1d | nn.Conv2d | nn.Conv3d | nn.ConvTranspose1d | nn.ConvTranspose2d | nn.ConvTranspose3d
 Sizes = Sequence[int]
@@ -67,6 +78,25 @@ def convolution_norm(module: Any, size: Sizes | None = None) -> float:
     none = (0,) * len(size)
     valid = max(torus_norm(kernel, padded, (none, none), stride) for kernel in parts)
     return up(up(math.sqrt(copies)) * valid)
+
+
+def convolution_operations(module: Any, size: Sizes) -> float:
+    """About how many floating-point operations ``convolution_norm`` takes."""
+    kernel, groups = kernels(module)[0], len(kernels(module))
+    inner, outer = kernel.shape[1] * math.prod(module.stride), kernel.shape[0]
+    pixels = math.prod(n + p + TRIES for n, p in zip(size, paddings(module)[0], strict=True))
+    spread = kernel[0, 0].numel()
+    frequencies = 1.0 if spread == 1 else 0.5 * TRIES * pixels / math.prod(module.stride)
+    complexity = 1 if spread == 1 else 4
+    return groups * frequencies * (8.0 * inner * outer * spread + complexity * norm_operations(outer, inner))
+
+
+def cheap_convolution_norm(module: Any, size: Sizes) -> float:
+    """An upper bound in one pass over the kernel, for every padding: ``cheap_norm`` of the sums over its window."""
+    norm = max(cheap_norm(kernel.abs().flatten(2).sum(2) * (1 + 1e-12)) for kernel in kernels(module))
+    if module.padding_mode in ("zeros", "circular"):
+        return norm
+    return up(up(math.sqrt(_multiplicity(module, tuple(size), *paddings(module)))) * norm)
 
 
 def torus_norm(

@@ -7,6 +7,7 @@ and slopes: the recursion bounds them directly, scale and shift networks togethe
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -19,11 +20,12 @@ import inn_guard.lipschitz.blocks as blocks
 from inn_guard.lipschitz.blocks import Pair
 from inn_guard.lipschitz.building import ChainBuilder, ChainReading, Linear
 from inn_guard.lipschitz.chains import Chain
-from inn_guard.lipschitz.conditioners import Effort, Proof, Read, bound_chain, read, torus_of
+from inn_guard.lipschitz.conditioners import Effort, Proof, Read, bound_chain, graph_of, read, torus_of
+from inn_guard.lipschitz.deadline import Deadline
 from inn_guard.lipschitz.intervals import Interval
 from inn_guard.lipschitz.maps import BlockBounds, BoundedMap
 from inn_guard.lipschitz.rounding import up
-from inn_guard.lipschitz.subnetworks import Unbounded
+from inn_guard.lipschitz.subnetworks import Network, Unbounded
 from inn_guard.lipschitz.transformers import Affine, Transformer
 
 __all__ = ["ByChannel", "ByMask", "Coupling", "Split"]
@@ -153,7 +155,7 @@ class Coupling(BoundedMap):
         except Unbounded as error:
             return BlockBounds.none(str(error))
         scale = Pair(float(d.slope.magnitude.max()), float(d.slope.reciprocal().magnitude.max()))
-        norms = self._norms(d)
+        norms = self._norms(d, effort.deadline.part(0.5))
         proofs = self._proofs(d, effort)
         m = Pair(*(min(norm, proof.bound) for norm, proof in zip(norms, proofs, strict=True))) if proofs else norms
         pair = blocks.affine_coupling(m, scale)
@@ -179,15 +181,15 @@ class Coupling(BoundedMap):
         value = self.transformer.value(box.map(self.split.changed), self._parameters(network.output))
         return Interval(self.split.joined(box.lo, value.lo), self.split.joined(box.hi, value.hi))
 
-    def table3(self, box: Interval) -> Pair:
+    def table3(self, box: Interval, effort: Effort) -> Pair:
         """1 + Lip(t), or max(1, c) + M, with constants over the box and Lipschitz constants by norm products."""
         try:
             d = self._derivatives(box)
         except Unbounded:
             return Pair(math.inf, math.inf)
-        L = d.network.product()
         if not isinstance(self.transformer, Affine):
-            return blocks.affine_coupling(self._norms(d), _scales(d), paper=True)
+            return blocks.affine_coupling(self._norms(d, effort.deadline), _scales(d), paper=True)
+        L = d.network.product(effort.deadline)
         return self._printed_affine(self.transformer, d, L)
 
     def trace(self, builder: ChainBuilder, x: Linear, box: Interval) -> Linear:
@@ -209,7 +211,11 @@ class Coupling(BoundedMap):
         return [self.network]
 
     def _read(self, box: Interval) -> Read:
-        return read(self.network, box.map(self.split.kept), self.context)
+        return read(self._graph, box.map(self.split.kept))
+
+    @functools.cached_property
+    def _graph(self) -> Network:
+        return graph_of(self.network, self.context)
 
     def _parameters(self, output: Interval) -> list[Interval]:
         return [output[rows] for rows in self.rows]
@@ -219,9 +225,9 @@ class Coupling(BoundedMap):
         theta, h = self._parameters(network.output), self.transformer
         return _Derivatives(network, x, theta, h.slope(x, theta), h.sensitivities(x, theta), h.relative(x, theta))
 
-    def _norms(self, d: _Derivatives) -> Pair:
+    def _norms(self, d: _Derivatives, deadline: Deadline) -> Pair:
         """||sum_k D_k J_k|| <= max_i sqrt(sum_k D_k,i^2) ||J||."""
-        L = d.network.product()
+        L = d.network.product(deadline)
         return Pair(*(up(_row_norm(parts) * L, 2) for parts in (d.sensitivities, d.relative)))
 
     def _proofs(self, d: _Derivatives, effort: Effort) -> tuple[Proof, Proof] | None:
@@ -229,12 +235,12 @@ class Coupling(BoundedMap):
             ahead = self._chain(d, d.sensitivities)
             same = all(_is_one(part) for part in (*d.sensitivities, d.slope))
             back = ahead if same else self._chain(d, d.relative)
+            if max((len(layer.lower) for layer in ahead.layers), default=0) > effort.width:
+                return None
+            first = bound_chain(ahead, effort if same else effort.within(0.5))
+            return first, first if same else bound_chain(back, effort)
         except Unbounded:
             return None
-        if max((len(layer.lower) for layer in ahead.layers), default=0) > effort.width:
-            return None
-        first = bound_chain(ahead, effort)
-        return first, first if same else bound_chain(back, effort)
 
     def _chain(self, d: _Derivatives, factors: list[Interval]) -> Chain:
         """sum_k diag(factor_k) J_theta_k as a chain from the network's input."""
@@ -312,7 +318,7 @@ class Coupling(BoundedMap):
     def _why(self, d: _Derivatives, scale: Pair) -> str:
         if not d.x.bounded:
             return "the changed entries are unbounded: this coupling has local bounds only; give domain=Box(lo, hi)"
-        if not math.isfinite(d.network.product()):
+        if not math.isfinite(d.network.product(Deadline(-math.inf))):
             return "the conditioner's Lipschitz constant is not finite"
         if not math.isfinite(scale.forward):
             return "the scale is unbounded"

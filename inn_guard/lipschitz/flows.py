@@ -19,6 +19,7 @@ from inn_guard.lipschitz.intervals import Interval
 from inn_guard.lipschitz.maps import BlockBounds, BoundedMap
 from inn_guard.lipschitz.rounding import up
 from inn_guard.lipschitz.semantics import Entrywise
+from inn_guard.lipschitz.spectral import norm_operations
 from inn_guard.lipschitz.subnetworks import Unbounded
 
 __all__ = ["Autoregressive", "Fixed", "Flow", "LogitMap", "Residual"]
@@ -98,14 +99,15 @@ class Residual(BoundedMap):
     def bounds(self, box: Interval, effort: Effort) -> BlockBounds:
         """1 / (1 - L) for the inverse; for the forward map the recursion on x + g(x) at once, or 1 + L."""
         try:
-            L = subnetwork_lipschitz(self.network, box, effort=effort, context=self.context)
+            L = subnetwork_lipschitz(self.network, box, effort=effort.within(0.5), context=self.context)
         except Unbounded as error:
             return BlockBounds.none(str(error))
         pair, proofs = blocks.invertible_residual(L), {}
         try:
             builder = ChainBuilder(box.shape[0], torus_of([self.network], tuple(box.shape)))
             proof = bound_chain(builder.finish(self.trace(builder, builder.start(), box)), effort)
-            pair, proofs = Pair(min(pair.forward, proof.bound), pair.inverse), {"forward": proof}
+            if proof.bound < pair.forward:
+                pair, proofs = Pair(proof.bound, pair.inverse), {"forward": proof}
         except Unbounded:
             pass
         reason = "" if L < 1 else f"Lip(g) <= {L:.4g} is not below one: the inverse is not proved to exist"
@@ -120,10 +122,12 @@ class Residual(BoundedMap):
             everything = torch.full_like(box.lo, math.inf)
             return Interval(-everything, everything)
 
-    def table3(self, box: Interval) -> Pair:
+    def table3(self, box: Interval, effort: Effort) -> Pair:
         """1 + L and 1 / (1 - L) with the norm product."""
         try:
-            return blocks.invertible_residual(read(self.network, box, self.context).product(), paper=True)
+            return blocks.invertible_residual(
+                read(self.network, box, self.context).product(effort.deadline), paper=True
+            )
         except Unbounded:
             return Pair(math.inf, math.inf)
 
@@ -204,13 +208,16 @@ class Autoregressive(BoundedMap):
         if order is None:
             return BlockBounds.none("the network's masks are not autoregressive")
         ordered = off[order][:, order]
-        norm = up(float(d.slope.magnitude.max()) + c._norms(d).forward)
+        norm = up(float(d.slope.magnitude.max()) + c._norms(d, effort.deadline.part(0.3)).forward)
+        if not effort.deadline.affords(2 * norm_operations(*off.shape)):
+            return BlockBounds(norm, math.inf, c._holds_everywhere(box), "time ran out for its inverse")
         pair = blocks.autoregressive(d.slope.lo[order], ordered, forward=norm)
         proofs = {}
         try:
             builder = ChainBuilder(box.shape[0])
             proof = bound_chain(builder.finish(c.trace(builder, builder.start(), box)), effort)
-            pair, proofs = Pair(min(norm, proof.bound), pair.inverse), {"forward": proof}
+            if proof.bound < norm:
+                pair, proofs = Pair(proof.bound, pair.inverse), {"forward": proof}
         except Unbounded:
             pass
         finite = math.isfinite(pair.forward + pair.inverse)
@@ -233,12 +240,14 @@ class Autoregressive(BoundedMap):
 def _triangular_order(dependence: Tensor) -> Tensor | None:
     """An order of the entries in which each depends on earlier ones only; None if there is none."""
     depends = dependence != 0
-    placed: list[int] = []
-    left = list(range(len(depends)))
-    while left:
-        ready = [i for i in left if not bool(depends[i, left].any())]
-        if not ready:
+    missing = depends.sum(1)
+    placed: list[Tensor] = []
+    left = torch.ones(len(depends), dtype=torch.bool)
+    while bool(left.any()):
+        ready = (left & (missing == 0)).nonzero().flatten()
+        if not len(ready):
             return None
-        placed += ready
-        left = [i for i in left if i not in ready]
-    return torch.tensor(placed)
+        placed.append(ready)
+        left[ready] = False
+        missing = missing - depends[:, ready].sum(1)
+    return torch.cat(placed)

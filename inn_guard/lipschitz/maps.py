@@ -5,7 +5,7 @@ from __future__ import annotations
 import abc
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import singledispatch
 from typing import Any
 
@@ -20,7 +20,7 @@ from inn_guard.lipschitz.conditioners import Effort, Proof
 from inn_guard.lipschitz.intervals import Interval, linear
 from inn_guard.lipschitz.rounding import UNIT, up
 from inn_guard.lipschitz.semantics import over_channels
-from inn_guard.lipschitz.spectral import exact, inverse_with_error, spectral_norm
+from inn_guard.lipschitz.spectral import cheap_norm, exact, inverse_with_error, norm_operations, spectral_norm
 from inn_guard.lipschitz.subnetworks import Unbounded
 
 __all__ = [
@@ -82,9 +82,9 @@ class BoundedMap(abc.ABC):
     def image(self, box: Interval) -> Interval:
         """A box that holds the image of the box."""
 
-    def table3(self, box: Interval) -> Pair:
+    def table3(self, box: Interval, effort: Effort) -> Pair:
         """What Table 3 prints for this block, or the certified bounds where it has no row."""
-        return self.bounds(box, Effort(steps=0)).pair
+        return self.bounds(box, replace(effort, steps=0)).pair
 
     def trace(self, builder: ChainBuilder, x: Linear, box: Interval) -> Linear:
         """The forward map's Jacobians as layers of a builder.
@@ -202,9 +202,9 @@ class Shaped(BoundedMap):
         """The map's."""
         return self.make(box).image(box)
 
-    def table3(self, box: Interval) -> Pair:
+    def table3(self, box: Interval, effort: Effort) -> Pair:
         """The map's."""
-        return self.make(box).table3(box)
+        return self.make(box).table3(box, effort)
 
     def trace(self, builder: ChainBuilder, x: Linear, box: Interval) -> Linear:
         """The map's."""
@@ -276,6 +276,11 @@ class LinearMap(BoundedMap):
 
     def bounds(self, box: Interval, effort: Effort) -> BlockBounds:
         """Certified norms of W and W^-1."""
+        n = max(self.weight.shape)
+        if not effort.deadline.affords(2 * norm_operations(n, n) + 4.0 * n**3):
+            return BlockBounds(
+                up(cheap_norm(self.weight) + self.error), math.inf, reason="time ran out for its inverse"
+            )
         forward, inverse = blocks.linear(self.weight)
         slip = up(inverse * self.error)
         forward = up(forward + self.error)

@@ -28,7 +28,7 @@ class LayerBound:
         map: what it is.
         box: of its inputs.
         bounds: certified.
-        printed: what Table 3 prints.
+        printed: what Table 3 prints; NaN where there was no time to compute it.
     """
 
     name: str
@@ -39,6 +39,7 @@ class LayerBound:
 
 
 Stack = Sequence[LayerBound]
+SHARE = 0.25  #: of the time left that one layer may take
 
 
 @dataclass(frozen=True)
@@ -59,11 +60,16 @@ class Factor:
 
 
 def stack(layers: Sequence[tuple[str, BoundedMap]], box: Interval, effort: Effort) -> Stack:
-    """Every layer's bounds on the box that the layers before it make of ``box``."""
+    """Every layer's bounds on the box that the layers before it make of ``box``.
+
+    Table 3's are NaN where time ran out: they are shown, never needed.
+    """
     result = []
-    for name, described in layers:
-        bounds = described.bounds(box, effort)
-        result.append(LayerBound(name, described, box, bounds, described.table3(box)))
+    for k, (name, described) in enumerate(layers):
+        own = effort.within(max(SHARE, 1 / (len(layers) - k)))
+        bounds = described.bounds(box, own.within(0.7))
+        printed = Pair(math.nan, math.nan) if own.deadline.passed else described.table3(box, own)
+        result.append(LayerBound(name, described, box, bounds, printed))
         box = described.image(box)
     return tuple(result)
 
@@ -99,16 +105,24 @@ class _Direction:
 def _factors(layers: Stack, effort: Effort, way: _Direction) -> list[Factor]:
     factors, start = [], 0
     while start < len(layers):
-        chain, stop = _longest(layers, start, way)
-        singles = [way.bound(layer.bounds) for layer in layers[start:stop]]
-        best = Factor(start, stop, product(singles))
-        if chain is not None and stop - start > 1 and _fits(chain, effort):
-            proof = bound_chain(chain, effort)
-            if proof.bound < best.bound:
-                best = Factor(start, stop, proof.bound, proof)
-        factors += [best] if best.proof is not None else _single(layers, start, stop, way)
+        own = effort.within(max(0.5, 1 / (len(layers) - start)))
+        chain, stop = _longest(layers, start, way, own)
+        proof = _proved(chain, own) if chain is not None and stop - start > 1 else None
+        if proof is not None and proof.bound < product([way.bound(layer.bounds) for layer in layers[start:stop]]):
+            factors.append(Factor(start, stop, proof.bound, proof))
+        else:
+            factors += _single(layers, start, stop, way)
         start = stop
     return factors
+
+
+def _proved(chain: Chain, effort: Effort) -> Proof | None:
+    if max((len(layer.lower) for layer in chain.layers), default=0) > effort.width:
+        return None
+    try:
+        return bound_chain(chain, effort)
+    except Unbounded:
+        return None
 
 
 def _single(layers: Stack, start: int, stop: int, way: _Direction) -> list[Factor]:
@@ -118,15 +132,13 @@ def _single(layers: Stack, start: int, stop: int, way: _Direction) -> list[Facto
     ]
 
 
-def _fits(chain: Chain, effort: Effort) -> bool:
-    return max((len(layer.lower) for layer in chain.layers), default=0) <= effort.width
-
-
-def _longest(layers: Stack, start: int, way: _Direction) -> tuple[Chain | None, int]:
+def _longest(layers: Stack, start: int, way: _Direction, effort: Effort) -> tuple[Chain | None, int]:
     """The chain of as many layers from ``start`` as can be traced in one state, and the index after them."""
     shape = tuple((layers[start].box if way.proof == "forward" else _output_box(layers[start])).shape)
     same = [layer.map for layer in layers[start:] if len(layer.box.shape) == len(shape)]
     try:
+        if shape[0] > effort.width or effort.deadline.passed:
+            return None, start + 1
         builder = ChainBuilder(shape[0], torus_of([net for m in same for net in m.networks()], shape))
     except Unbounded:
         return None, start + 1
@@ -135,9 +147,9 @@ def _longest(layers: Stack, start: int, way: _Direction) -> tuple[Chain | None, 
     for layer in layers[start:]:
         parts, count = builder.parts, len(builder.layers)
         try:
-            if tuple(layer.box.shape[1:]) != shape[1:]:
-                raise Unbounded("the image size changes")
-            x = way.trace(layer.map, builder, x, layer.box)
+            if tuple(layer.box.shape[1:]) != shape[1:] or effort.deadline.passed:
+                raise Unbounded("the image size changes, or time ran out")
+            x = builder.alone(way.trace(layer.map, builder, x, layer.box))
         except Unbounded:
             builder.parts = parts
             del builder.layers[count:]

@@ -10,10 +10,16 @@ import torch
 from torch import Tensor
 
 from inn_guard.lipschitz.activations import Activation
-from inn_guard.lipschitz.convolution import apply, convolution_norm
+from inn_guard.lipschitz.convolution import (
+    apply,
+    cheap_convolution_norm,
+    convolution_norm,
+    convolution_operations,
+)
+from inn_guard.lipschitz.deadline import Deadline
 from inn_guard.lipschitz.intervals import Interval, linear
 from inn_guard.lipschitz.rounding import gamma, up
-from inn_guard.lipschitz.spectral import exact, spectral_norm
+from inn_guard.lipschitz.spectral import cheap_norm, exact, norm_operations, spectral_norm
 from inn_guard.lipschitz.subnetworks import Unbounded
 
 __all__ = ["Boxes", "Constant", "Entrywise", "Norms", "over_channels"]
@@ -90,19 +96,24 @@ class Norms:
 
     Args:
         seen: what goes into each activation, for local slopes; empty for global ones.
+        deadline: norms that would take longer are bounded by sums of absolute values instead.
     """
 
-    def __init__(self, seen: dict[str, Interval] | None = None) -> None:
+    def __init__(self, seen: dict[str, Interval] | None = None, deadline: Deadline | None = None) -> None:
         self.seen = seen or {}
+        self.deadline = deadline or Deadline()
 
     def linear(self, x: Constant, weight: Tensor, bias: Tensor | None) -> Constant:
         """||W||."""
-        return Constant(up(x.lipschitz * spectral_norm(weight)), (*x.shape[:-1], weight.shape[0]))
+        norm = spectral_norm if self.deadline.affords(norm_operations(*weight.shape)) else cheap_norm
+        return Constant(up(x.lipschitz * norm(weight)), (*x.shape[:-1], weight.shape[0]))
 
     def convolution(self, x: Constant, module: Any) -> Constant:
         """The torus bound."""
-        shape = apply(module, exact(module.weight), torch.zeros(x.shape, dtype=torch.float64)).shape
-        return Constant(up(x.lipschitz * convolution_norm(module, x.shape[1:])), tuple(shape))
+        shape, size = apply(module, exact(module.weight), torch.zeros(x.shape, dtype=torch.float64)).shape, x.shape[1:]
+        affordable = self.deadline.affords(convolution_operations(module, size))
+        norm = (convolution_norm if affordable else cheap_convolution_norm)(module, size)
+        return Constant(up(x.lipschitz * norm), tuple(shape))
 
     def activate(self, x: Constant, function: Activation, place: str) -> Constant:
         """The largest absolute slope."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from dataclasses import dataclass
 
 import torch
@@ -11,11 +10,14 @@ from torch import Tensor
 from inn_guard.dense_tangent import dense_jacobian
 from inn_guard.invertible import Invertible
 from inn_guard.linearization import Linearization, Scaled
+from inn_guard.lipschitz.deadline import Deadline
 from inn_guard.lipschitz.intervals import Interval
 
 __all__ = ["Witness", "better", "measure", "search", "starting_points"]
 
 DENSE = 64  #: dimensions up to which whole Jacobians are taken
+FEW = 4  #: points that are measured however little time there is
+POWERS = 20  #: power iterations
 EVALUATION = 1e-9  #: relative error allowed to the evaluation of a ratio in float64
 
 
@@ -40,34 +42,37 @@ class Witness:
 
 
 def search(
-    model: Invertible, points: Tensor, box: Interval, *, seconds: float = 5.0, generator: torch.Generator | None = None
-) -> tuple[Witness | None, Witness | None]:
+    model: Invertible, points: Tensor, box: Interval, *, deadline: Deadline | None = None,
+    generator: torch.Generator | None = None,
+) -> tuple[Witness | None, Witness | None]:  # fmt: skip
     """The points and directions that stretch most and shrink most: data first, then a local random search in the box.
 
     Args:
         model: the map, in float64.
         points: where to begin, (B, *data); those outside the box are moved onto it.
         box: where to search, of the shape of one sample.
-        seconds: time after which no round is begun.
+        deadline: after which no round is begun; 5 seconds unless given.
         generator: of the random steps.
 
     Returns:
         (most stretched, most shrunk), each None where nothing finite was found.
     """
     generator = generator or torch.Generator().manual_seed(0)
-    begun, points = time.monotonic(), _inside(points.double(), box)
+    deadline, points = deadline or Deadline.after(5.0), _inside(points.double(), box)
     stretch = shrink = None
-    first, last = measure(model, points)
+    left = deadline.left
+    first, last = measure(model, points, deadline.part(0.5))
     radius = 0.1 * _extent(points, box)
     while True:
         stretch, shrink = better(stretch, first, largest=True), better(shrink, last, largest=False)
-        if stretch is None or shrink is None or time.monotonic() - begun > seconds or float(radius.max()) < 1e-9:
+        took, left = left - deadline.left, deadline.left
+        if stretch is None or shrink is None or left < min(took, 1e9) or float(radius.max()) < 1e-9:
             return stretch, shrink
         near = [
-            w.x + radius * torch.randn(32, *w.x.shape, generator=generator, device="cpu", dtype=torch.float64)
+            w.x + radius * torch.randn(32, *w.x.shape, generator=generator, dtype=torch.float64)
             for w in (stretch, shrink)
         ]
-        first, last = measure(model, _inside(torch.cat(near), box))
+        first, last = measure(model, _inside(torch.cat(near), box), deadline)
         radius = radius * 0.8
 
 
@@ -92,9 +97,26 @@ def _extent(points: Tensor, box: Interval) -> Tensor:
     return torch.where(width.isfinite(), width, points.std(0, unbiased=False) + 0.1)
 
 
-def measure(model: Invertible, points: Tensor) -> tuple[Witness | None, Witness | None]:
-    """The most stretched and the most shrunk direction at some points: singular vectors, or power iterations."""
-    return _dense(model, points) if points[0].numel() <= DENSE else _iterated(model, points)
+def measure(
+    model: Invertible, points: Tensor, deadline: Deadline | None = None
+) -> tuple[Witness | None, Witness | None]:
+    """The most stretched and the most shrunk direction at some points: singular vectors, or power iterations.
+
+    The first few points are measured in any case, the others while there is time.
+    """
+    deadline = deadline or Deadline()
+    if points[0].numel() > DENSE:
+        return _iterated(model, points[:FEW], deadline)
+    stretch = shrink = None
+    done, count = 0, FEW
+    while done < len(points):
+        left = deadline.left
+        first, last = _dense(model, points[done : done + count])
+        stretch, shrink = better(stretch, first, largest=True), better(shrink, last, largest=False)
+        done, count = done + count, 4 * count
+        if deadline.left < 4 * min(left - deadline.left, 1e9):
+            break
+    return stretch, shrink
 
 
 def better(best: Witness | None, found: Witness | None, **goal: bool) -> Witness | None:
@@ -122,14 +144,15 @@ def _dense(model: Invertible, points: Tensor) -> tuple[Witness | None, Witness |
     return stretch, shrink
 
 
-def _iterated(model: Invertible, points: Tensor, steps: int = 20) -> tuple[Witness | None, Witness | None]:
+def _iterated(model: Invertible, points: Tensor, deadline: Deadline) -> tuple[Witness | None, Witness | None]:
     """Power iteration with J and, where the model has it, with J^-1: unconverged directions are witnesses as well."""
-    points = points[:4]
     line = Linearization(model, points)
     start = torch.randn(points.shape, generator=torch.Generator().manual_seed(0), device="cpu", dtype=torch.float64)
     v = w = Scaled.of(start)
     inverse = True
-    for _ in range(steps):
+    for _ in range(POWERS):
+        if deadline.passed:
+            break
         v = Scaled.of(line.vjp(Scaled.of(line.jvp(Scaled.of(v.vector)).vector)).vector)
         if inverse:
             try:

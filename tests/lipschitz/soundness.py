@@ -41,7 +41,7 @@ def assert_sound(layer: Invertible, box: Box, *, count: int = 60, finite: bool =
     sigma = torch.linalg.svdvals(J)
     assert float(sigma[:, 0].max()) <= bounds.forward * ROUNDING
     assert float((1 / sigma[:, -1]).max()) <= bounds.inverse * ROUNDING
-    printed = described.table3(box)
+    printed = described.table3(box, EFFORT)
     assert bounds.forward <= printed.forward * ROUNDING
     with torch.no_grad():
         z = layer(x)

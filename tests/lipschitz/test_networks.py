@@ -23,6 +23,7 @@ from inn_guard.lipschitz.blocks import Pair
 from inn_guard.lipschitz.bounding import lipschitz_bounds
 from inn_guard.lipschitz.branch_and_bound import branch_and_bound, interval_norm
 from inn_guard.lipschitz.conditioners import Effort
+from inn_guard.lipschitz.deadline import Deadline
 from inn_guard.lipschitz.intervals import Box, Interval
 from inn_guard.lipschitz.maps import Unknown, bounded_map
 from inn_guard.lipschitz.networks import product, stack, whole_forward, whole_inverse
@@ -116,7 +117,7 @@ def test_branch_and_bound_without_time_is_still_a_bound():
     model = dense(affine=True, size=2, blocks=3)
     box = Box(-2 * torch.ones(2), 2 * torch.ones(2))
     maps = [bounded_map(layer.block, layer) for layer in model.layers()]
-    found = branch_and_bound(maps, box, lower=Pair(0.0, 0.0), seconds=0.0)
+    found = branch_and_bound(maps, box, lower=Pair(0.0, 0.0), deadline=Deadline.after(0.5))
     true = ratios(model, box)
     assert true.forward <= found.pair.forward * ROUNDING
     assert true.inverse <= found.pair.inverse * ROUNDING
