@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import enum
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
 import torch.nn.functional as F
@@ -19,8 +21,22 @@ from inn_guard.layers.networks import MLP, ConvNet
 from inn_guard.layers.permutation import Permutation
 from inn_guard.layers.reshape import Squeeze
 from inn_guard.layers.scales import SigmoidScale, squashed_sigmoid
+from inn_guard.lipschitz import deadline
 
 BOX = 4.0
+
+
+@contextmanager
+def processor_time() -> Iterator[None]:
+    """One thread, and budgets in seconds of the processor: a busy machine changes no result."""
+    before, threads = deadline.now, torch.get_num_threads()
+    deadline.now = time.process_time
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        deadline.now = before
+        torch.set_num_threads(threads)
 
 
 class Kind(enum.Enum):

@@ -105,8 +105,8 @@ class _Direction:
 def _factors(layers: Stack, effort: Effort, way: _Direction) -> list[Factor]:
     factors, start = [], 0
     while start < len(layers):
-        own = effort.within(max(0.5, 1 / (len(layers) - start)))
-        chain, stop = _longest(layers, start, way, own)
+        chain, stop = _longest(layers, start, way, effort)
+        own = effort.within((stop - start) / (len(layers) - start))
         proof = _proved(chain, own) if chain is not None and stop - start > 1 else None
         if proof is not None and proof.bound < product([way.bound(layer.bounds) for layer in layers[start:stop]]):
             factors.append(Factor(start, stop, proof.bound, proof))
