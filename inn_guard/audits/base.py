@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import enum
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor
 
-__all__ = ["AuditResult", "Verdict"]
+__all__ = ["AuditResult", "Verdict", "scattered"]
 
 
 class Verdict(enum.Enum):
@@ -48,6 +50,8 @@ class AuditResult:
         values: named numbers; NaN and Inf stay as they are.
         units: unit of each value that has one ("nats", "degrees", "x eps").
         per_sample: named tensors (B,), on the CPU.
+        examined: for quantities in per_sample that were taken from some samples only: which, (B,) bool; the others'
+            entries are NaN and no finding.
         per_layer: one row (name -> number or text) per layer, first layer first.
         tables: further named tables, each a tuple of rows (name -> number or text): one row per dtype, probe, attack.
         settings: everything needed to repeat the measurement: dtype, device, samples, thresholds, seeds.
@@ -61,6 +65,7 @@ class AuditResult:
     values: Mapping[str, float] = field(default_factory=dict)
     units: Mapping[str, str] = field(default_factory=dict)
     per_sample: Mapping[str, Tensor] = field(default_factory=dict)
+    examined: Mapping[str, Tensor] = field(default_factory=dict)
     per_layer: tuple[Mapping[str, Any], ...] = ()
     tables: Mapping[str, tuple[Mapping[str, Any], ...]] = field(default_factory=dict)
     settings: Mapping[str, Any] = field(default_factory=dict)
@@ -71,3 +76,22 @@ class AuditResult:
     def not_applicable(cls, name: str, reason: str) -> AuditResult:
         """The answer to a question that this model cannot be asked."""
         return cls(name, Verdict.NOT_APPLICABLE, reason)
+
+
+def scattered(named: Mapping[str, Tensor], rows: Tensor, batch: int) -> dict[str, dict[str, Tensor]]:
+    """The arguments per_sample and examined of an AuditResult, for quantities of these rows of x only.
+
+    Args:
+        named: tensors (len(rows),).
+        rows: indices of the samples they belong to.
+        batch: B.
+
+    >>> scattered({"error": torch.tensor([0.5])}, torch.tensor([1]), 3)["per_sample"]["error"].tolist()
+    [nan, 0.5, nan]
+    """
+    examined = torch.zeros(batch, dtype=torch.bool)
+    examined[rows.cpu()] = True
+    whole = {name: torch.full((batch,), math.nan, dtype=torch.float64) for name in named}
+    for name, values in named.items():
+        whole[name][rows.cpu()] = values.to("cpu", torch.float64)
+    return {"per_sample": whole, "examined": {} if bool(examined.all()) else dict.fromkeys(named, examined)}

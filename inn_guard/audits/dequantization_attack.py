@@ -14,7 +14,7 @@ from inn_guard.audits.attacks.ascent import Ascent
 from inn_guard.audits.attacks.cubes import Cubes, Quantization
 from inn_guard.audits.attacks.gradient_free import GradientFree
 from inn_guard.audits.attacks.search import Search, Strategy, hunt
-from inn_guard.audits.base import AuditResult, Verdict
+from inn_guard.audits.base import AuditResult, Verdict, scattered
 from inn_guard.audits.guarded import Guarded, patience
 from inn_guard.audits.limits import data_scale, usable_error
 from inn_guard.audits.round_trip import finite_rows
@@ -95,10 +95,7 @@ def dequantization_attack(
         values=found.values(),
         units=dict.fromkeys(("max_error", "centre_error", "median_error", "error", "largest_error"), "units of x")
         | {"spent": "forwards"},
-        per_sample={
-            "error": _scattered(found.again, rows, len(x)),
-            "centre_error": _scattered(found.at_centre, rows, len(x)),
-        },
+        **scattered({"error": found.again, "centre_error": found.at_centre}, rows, len(x)),
         tables={"attack_curve": _curve(search), "price": _prices(search)},
         settings={
             "strategy": repr(strategy),
@@ -241,9 +238,3 @@ def _curve(search: Search) -> tuple[Mapping[str, Any], ...]:
 
 def _prices(search: Search) -> tuple[Mapping[str, Any], ...]:
     return tuple({"call": kind, "forward_equivalents": price} for kind, price in search.price.items())
-
-
-def _scattered(values: Tensor, rows: Tensor, batch: int) -> Tensor:
-    whole = torch.full((batch,), math.nan, dtype=torch.float64)
-    whole[rows.cpu()] = values
-    return whole

@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from inn_guard.audits.base import AuditResult, Verdict
+from inn_guard.audits.base import AuditResult, Verdict, scattered
 from inn_guard.audits.limits import from_log10, usable_error
 from inn_guard.audits.round_trip import finite_rows
 from inn_guard.audits.watched import polite
@@ -75,7 +75,7 @@ def jacobian_spectrum(
         reason,
         values=_values(logs, sides),
         units={name: "log10" for name in _values(logs, sides) if name.startswith("log10")},
-        per_sample=_per_sample(logs, sides, rows, len(x)),
+        **scattered(_per_sample(logs, sides), rows, len(x)),
         settings=settings | {"limit": usable_error(x.dtype), "method": "Lanczos on J and J^-1"},
         advice=advice,
     )
@@ -128,16 +128,10 @@ def _values(logs: dict[str, Tensor], sides: dict[str, LargestSingularValue]) -> 
     return values
 
 
-def _per_sample(
-    logs: dict[str, Tensor], sides: dict[str, LargestSingularValue], rows: Tensor, batch: int
-) -> dict[str, Tensor]:
+def _per_sample(logs: dict[str, Tensor], sides: dict[str, LargestSingularValue]) -> dict[str, Tensor]:
     named = {f"log10_{name}": log / LN10 for name, log in logs.items()}
     named |= {name: log.exp() for name, log in logs.items()}
-    named |= {f"{name}_error_estimate": side.relative_error for name, side in sides.items()}
-    whole = {name: torch.full((batch,), math.nan, dtype=torch.float64) for name in named}
-    for name, value in named.items():
-        whole[name][rows.cpu()] = value.cpu()
-    return whole
+    return named | {f"{name}_error_estimate": side.relative_error for name, side in sides.items()}
 
 
 def _rectangular(model: Invertible, x: Tensor, settings: dict[str, object]) -> AuditResult:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from inn_guard.audits.base import AuditResult, Verdict
+from inn_guard.audits.base import AuditResult, Verdict, scattered
 from inn_guard.audits.jacobian_spectrum import usable_rows
 from inn_guard.audits.limits import RESOLUTION
 from inn_guard.audits.watched import ModelRaised, polite
@@ -70,9 +70,10 @@ def log_det(model: Invertible, x: Tensor, *, samples: int = 8, seed: int = 0) ->
         reason,
         values=compared.values(),
         units=dict.fromkeys(("max_error", "forward_plus_inverse", "largest_log_det", "allowed"), "nats"),
-        per_sample=compared.per_sample(rows.cpu(), len(x)),
+        **scattered(compared.per_sample(), rows, len(x)),
         settings={
             "samples": len(rows),
+            "of": len(x),
             "reference": reference.label,
             "log_det_dtype": str(own.dtype).removeprefix("torch."),
             "draws": own.draws,
@@ -164,14 +165,11 @@ class _Compared:
         values["allowed"] = (self.allowed + self.statistical).min().item()
         return values
 
-    def per_sample(self, rows: Tensor, batch: int) -> dict[str, Tensor]:
+    def per_sample(self) -> dict[str, Tensor]:
         named = {"log_det": self.own.value, "reference": self.reference.value, "error": self.error}
         if isinstance(self.cancelled, Tensor):
             named["forward_plus_inverse"] = self.cancelled
-        whole = {name: torch.full((batch,), math.nan, dtype=torch.float64) for name in named}
-        for name, value in named.items():
-            whole[name][rows] = value
-        return whole
+        return named
 
 
 def _own(model: Invertible, x: Tensor) -> _Own:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from inn_guard.audits.arithmetic import Arithmetic, arithmetics, autocast, tf32
 from inn_guard.audits.arithmetic_forecast import NUMERIC, Copies, Forecaster, batch_length
-from inn_guard.audits.base import AuditResult, Verdict
+from inn_guard.audits.base import AuditResult, Verdict, scattered
 from inn_guard.audits.limits import usable_error
 from inn_guard.audits.round_trip import finite_rows
 from inn_guard.audits.watched import ModelRaised, polite
@@ -96,10 +96,9 @@ def precision(
         name="precision",
         verdict=verdict,
         reason=f"{reason} Works in: {', '.join(works) or 'none of those tried'}.",
-        values={f"{row['arithmetic']}_error": row["measured"] for row in table}
-        | {f"{row['arithmetic']}_forecast": row["forecast"] for row in table},
-        units={f"{row['arithmetic']}_{key}": "|x|" for row in table for key in ("error", "forecast")},
-        per_sample={"error": _scattered(_with_losses(measured[mine], limits[mine]), rows, len(x))},
+        values=(values := _values(table)),
+        units=dict.fromkeys(values, "|x|"),
+        **scattered({"error": _with_losses(measured[mine], limits[mine])}, rows, len(x)),
         tables={"arithmetic": tuple(table)},
         settings={
             "usable": limits[mine],
@@ -141,13 +140,6 @@ def _projected(model: Invertible, x: Tensor) -> Tensor:
             return model.inverse(model(x))
 
 
-def _scattered(values: Tensor, rows: Tensor, batch: int) -> Tensor:
-    """One number per sample of x, NaN for those left out."""
-    whole = torch.full((batch,), math.nan, dtype=torch.float64)
-    whole[rows.cpu()] = values
-    return whole
-
-
 @dataclass(frozen=True)
 class _Measured:
     """One round trip: errors in units of |x|, what the dtype lost of the data before, and what the model raised."""
@@ -168,14 +160,21 @@ def _row(arithmetic: Arithmetic, measurement: _Measured, usable: float, forecast
         "arithmetic": arithmetic.name,
         "unit roundoff": arithmetic.roundoff,
         "usable": usable,
-        "forecast": math.nan if forecast is None else _quantile(forecast[1]),
+        "forecast": None if forecast is None else _quantile(forecast[1]),
         "forecast verdict": "none" if forecast is None else _forecast_verdict(*forecast, usable),
-        "measured": math.nan if refused else _quantile(measured),
-        "measured median": finite.median().item() if len(finite) else math.nan,
-        "non-finite samples": len(measured) - len(finite),
+        "measured": None if refused else _quantile(measured),
+        "measured median": finite.median().item() if len(finite) else None,
+        "non-finite samples": None if refused else len(measured) - len(finite),
         "measured verdict": "refused" if refused else _measured_verdict(measured, usable),
         "remark": measurement.problem or remark,
     }
+
+
+def _values(table: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """Errors measured, then forecast; what was not to be had has no entry."""
+    named = {f"{row['arithmetic']}_error": row["measured"] for row in table}
+    named |= {f"{row['arithmetic']}_forecast": row["forecast"] for row in table}
+    return {name: value for name, value in named.items() if value is not None}
 
 
 def _with_losses(measurement: _Measured, usable: float) -> Tensor:

@@ -8,7 +8,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from inn_guard.audits.base import AuditResult, Verdict
+from inn_guard.audits.base import AuditResult, Verdict, scattered
 from inn_guard.audits.explanation import explain
 from inn_guard.audits.limits import FLOOR
 from inn_guard.audits.reconstruction_verdict import Explained, Measured, Trips, judged
@@ -83,7 +83,7 @@ def reconstruction(
         reason,
         values=_values(measured),
         units={name: "units of x" for name in ("max_error", "l2_error")},
-        per_sample={name: _scattered(value, kept.cpu()) for name, value in _per_sample(measured).items()},
+        **_scattered(measured, kept.cpu()),
         settings={
             "usable": measured.usable,
             "floor_limit": FLOOR,
@@ -166,7 +166,6 @@ def _per_sample(measured: Measured) -> dict[str, Tensor]:
         "l2_error": trips.data.l2,
         "relative_error": trips.data.relative,
         "latent_error": trips.encoded.relative,
-        "explained_error": measured.rounding(measured.dtype),
     }
     if not isinstance(trips.prior, str):
         named["prior_error"] = trips.prior.relative
@@ -175,11 +174,15 @@ def _per_sample(measured: Measured) -> dict[str, Tensor]:
     return named
 
 
-def _scattered(values: Tensor, kept: Tensor) -> Tensor:
-    """One number per sample of x, NaN for those left out."""
-    whole = torch.full((len(kept),), math.nan, dtype=torch.float64)
-    whole[kept] = values
-    return whole
+def _scattered(measured: Measured, kept: Tensor) -> dict[str, dict[str, Tensor]]:
+    """Of the samples that were kept, and the explanation of the worst of these."""
+    rows = kept.nonzero()[:, 0]
+    parts = scattered(_per_sample(measured), rows, len(kept))
+    if measured.explained is None:
+        return parts
+    explained = {"explained_error": measured.rounding(measured.dtype)[measured.explained.rows]}
+    few = scattered(explained, rows[measured.explained.rows], len(kept))
+    return {part: parts[part] | few[part] for part in parts}
 
 
 def _images(trip: RoundTrip) -> dict[str, Tensor]:

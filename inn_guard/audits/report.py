@@ -126,7 +126,7 @@ def _key(result: AuditResult) -> str:
 
 
 def _row(result: AuditResult) -> dict[str, Any]:
-    kept = ("name", "reason", "values", "units", "per_sample", "per_layer", "tables", "settings", "advice")
+    kept = ("name", "reason", "values", "units", "per_sample", "examined", "per_layer", "tables", "settings", "advice")
     return {"verdict": result.verdict.label, **{key: _plain(getattr(result, key)) for key in kept}}
 
 

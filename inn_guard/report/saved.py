@@ -64,6 +64,7 @@ def _result(row: Mapping[str, Any]) -> AuditResult:
         values=_each(row, "values", _number),
         units=_each(row, "units", str),
         per_sample=_each(row, "per_sample", _tensor),
+        examined=_each(row, "examined", _mask),
         per_layer=_rows(row.get("per_layer", [])),
         tables=_each(row, "tables", _rows),
         settings=_settings(_mapping(row.get("settings", {}), "settings")),
@@ -114,6 +115,12 @@ def _number(value: Any) -> float:
         return float(number)
     except OverflowError:
         raise ValueError("expected a saved report with numbers that fit a float64") from None
+
+
+def _mask(value: Any) -> Tensor:
+    if not isinstance(value, list) or not all(isinstance(item, bool) for item in value):
+        raise ValueError(f"expected a saved report with a list of true and false, got {value!r:.60}")
+    return torch.tensor(value, dtype=torch.bool)
 
 
 def _tensor(value: Any) -> Tensor:

@@ -53,7 +53,9 @@ def _histograms(result: AuditResult, shown: frozenset[str]) -> Iterator[Drawing]
     for name, values in result.per_sample.items():
         seen = name in shown or _is_said_by_its_twin(result, name)
         if not seen and values.dim() == 1 and values.numel() and not values.is_complex():
-            yield histogram(name, values, unit=result.units.get(name, ""))
+            few = result.examined.get(name)
+            mask = few if few is not None and few.shape == values.shape else None
+            yield histogram(name, values, unit=result.units.get(name, ""), examined=mask)
 
 
 def _is_said_by_its_twin(result: AuditResult, name: str) -> bool:
@@ -61,7 +63,8 @@ def _is_said_by_its_twin(result: AuditResult, name: str) -> bool:
     plain = name.removeprefix("log10_")
     if plain not in result.per_sample or f"log10_{plain}" not in result.per_sample:
         return False
-    fits = bool((result.per_sample[plain].isfinite() & (result.per_sample[plain] != 0)).all())
+    values = _examined(result, plain)
+    fits = bool((values.isfinite() & (values != 0)).all())
     return fits if name != plain else not fits
 
 
@@ -88,11 +91,15 @@ def _whole_spectra(result: AuditResult) -> Iterator[Drawing]:
 
 def _log10(result: AuditResult, name: str) -> Tensor | None:
     """log10 of a per-sample quantity: as measured if the audit has it (it may not fit a float), else taken here."""
-    measured = result.per_sample.get(f"log10_{name}")
-    values = result.per_sample.get(name)
-    if measured is not None or values is None:
-        return measured
-    return values.to(torch.float64).log10()
+    if f"log10_{name}" in result.per_sample:
+        return _examined(result, f"log10_{name}")
+    return _examined(result, name).to(torch.float64).log10() if name in result.per_sample else None
+
+
+def _examined(result: AuditResult, name: str) -> Tensor:
+    """A per-sample quantity of the samples that it was taken from."""
+    values, mask = result.per_sample[name], result.examined.get(name)
+    return values if mask is None or mask.shape != values.shape else values[mask]
 
 
 def _forecast(result: AuditResult) -> Iterator[Drawing]:

@@ -182,3 +182,17 @@ def test_absent_libraries_are_named_with_the_remedy():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert done.stderr.splitlines()[-1] == "ImportError: reports need jinja2; type: pip install inn_guard[report]"
+
+
+def test_what_was_not_examined_reads_like_no_finding():
+    """A dash for a cell without a number, and no NaN in the caption of a quantity of some samples."""
+    nan = float("nan")
+    rows = ({"arithmetic": "float16", "error": None}, {"arithmetic": "float32", "error": 0.5})
+    result = AuditResult(
+        "a", Verdict.STABLE, "fine", tables={"t": rows},
+        per_sample={"error": torch.tensor([0.1, nan, nan])}, examined={"error": torch.tensor([True, False, False])},
+    )  # fmt: skip
+    page = render(AuditReport((result,)))
+    assert 'title="not examined">—</td>' in page
+    assert "Not examined: 2 of 3 samples of the batch." in page
+    assert "NaN" not in page

@@ -56,6 +56,15 @@ def test_every_finite_number_has_a_place_but_zero_and_negatives_on_a_logarithmic
     assert (placed == expected).all()
 
 
+def test_samples_that_were_not_examined_are_no_nan():
+    """Of five samples two were examined, and one of these is NaN: one finding, three that nobody looked at."""
+    values, examined = torch.tensor([NAN, 0.5, NAN, NAN, NAN]), torch.tensor([False, True, True, False, False])
+    caption = histogram("error", values, examined=examined).caption
+    assert "1 of 2 is NaN" in caption
+    assert "Not examined: 3 of 5 samples" in caption
+    assert "Not examined" not in histogram("error", values).caption
+
+
 def test_errors_are_logarithmic_unless_they_have_signs():
     assert scale_for(np.array([1e-9, 1e-2])).logarithmic
     assert not scale_for(np.array([-1e-9, 1e-2])).logarithmic

@@ -12,6 +12,8 @@ from inn_guard.audits.report import AuditReport
 from inn_guard.report import from_json, render
 from tests.report.examples import unstable_report
 
+NAN = float("nan")
+
 
 def test_everything_but_images_comes_back():
     report = unstable_report()
@@ -44,6 +46,13 @@ def test_nan_and_inf_survive_and_are_numbers_again():
     assert str(back.tables["t"][0]["error"]) == "nan"
     assert back.settings["limit"] == float("inf")
     assert back.reason == "inf"
+
+
+def test_which_samples_were_examined_comes_back():
+    mask = torch.tensor([True, False])
+    result = AuditResult("a", Verdict.STABLE, "", per_sample={"e": torch.tensor([1.0, NAN])}, examined={"e": mask})
+    (back,) = from_json(AuditReport((result,), "m").to_json()).results
+    assert torch.equal(back.examined["e"], mask)
 
 
 def test_a_saved_report_can_be_shown():
@@ -82,6 +91,7 @@ def broken(**changes):
         broken(per_sample={"a": [1, [2]]}),
         broken(per_sample={"a": [None]}),
         broken(per_sample={"a": {}}),
+        broken(examined={"a": [1, 0]}),
         broken(per_layer={"a": 1}),
         broken(per_layer=[1]),
         broken(tables={"a": 1}),

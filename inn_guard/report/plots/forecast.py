@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -21,7 +22,10 @@ def forecast_against_measured(rows: Sequence[Mapping[str, Any]], *, usable: floa
         rows: with the columns arithmetic, forecast and measured, errors in units of |x|.
         usable: the error up to which an inverse is usable, drawn as a line.
     """
-    forecast, measured = (np.array([float(row[key]) for row in rows]) for key in ("forecast", "measured"))
+    forecast, measured = (
+        np.array([math.nan if row[key] is None else float(row[key]) for row in rows])
+        for key in ("forecast", "measured")
+    )
     with np.errstate(all="ignore"):
         hollow, solid = np.log10(forecast), np.log10(measured)
     figure, axis = axes(5.2, 1.2 + 0.32 * len(rows))
@@ -47,7 +51,7 @@ def forecast_against_measured(rows: Sequence[Mapping[str, Any]], *, usable: floa
 def _unplaced(axis: Axes, rows: Sequence[tuple[int, Mapping[str, Any]]]) -> None:
     """Measurements that have no place on a logarithmic axis, in words at its right end."""
     for place, row in rows:
-        exact = float(row["measured"]) == 0
+        exact = row["measured"] == 0
         refused = row.get("measured verdict") == "refused"
         text = "exact" if exact else "refused" if refused else f"measured {format_number(row['measured'])}"
         axis.text(

@@ -14,7 +14,7 @@ from inn_guard.report.plots.scale import Scale, scale_for, to_numpy
 __all__ = ["histogram"]
 
 
-def histogram(name: str, values: Tensor, *, unit: str = "") -> Drawing:
+def histogram(name: str, values: Tensor, *, unit: str = "", examined: Tensor | None = None) -> Drawing:
     """A histogram of one number per sample, logarithmic where the numbers ask for it.
 
     Numbers that have no place on the axis (NaN, Inf, and zeros on a logarithmic one) are counted in the caption.
@@ -23,8 +23,9 @@ def histogram(name: str, values: Tensor, *, unit: str = "") -> Drawing:
         name: the quantity, as in `AuditResult.per_sample`.
         values: one number per sample, shape (B,).
         unit: of the numbers.
+        examined: the samples that have a number, (B,) bool; None: all. The others are counted as not examined.
     """
-    numbers = to_numpy(values).ravel()
+    numbers = to_numpy(values if examined is None else values[examined]).ravel()
     scale = scale_for(numbers)
     places = scale.place(numbers)
     empty = bool(np.isnan(places).all())
@@ -38,7 +39,8 @@ def histogram(name: str, values: Tensor, *, unit: str = "") -> Drawing:
         axis.set_ylabel("samples")
         _draw(axis, places[~np.isnan(places)], scale)
         _mark(axis, float(scale.place(np.array(_median(numbers[np.isfinite(numbers)])))))
-    return drawing(figure, f"{_spread(numbers)} {left_out(numbers, scale)}".strip(), title=heading(name))
+    caption = f"{_spread(numbers)} {left_out(numbers, scale)} {_not_examined(examined)}"
+    return drawing(figure, " ".join(caption.split()), title=heading(name))
 
 
 def _draw(axis: Axes, places: np.ndarray, scale: Scale) -> None:
@@ -69,6 +71,13 @@ def _spread(numbers: np.ndarray) -> str:
         return f"{numbers.size} samples."
     middle, largest = format_number(_median(shown)), format_number(float(shown.max()))
     return f"{numbers.size} samples: median {middle}, largest {largest}."
+
+
+def _not_examined(examined: Tensor | None) -> str:
+    """A sentence on the samples that have no number; empty if all have."""
+    if examined is None or bool(examined.all()):
+        return ""
+    return f"Not examined: {int((~examined).sum())} of {examined.numel()} samples of the batch."
 
 
 def left_out(numbers: np.ndarray, scale: Scale) -> str:
