@@ -34,8 +34,8 @@ class Config:
     blocks: int = 16
     hidden: int = 128
     steps: int = 40
-    seconds: float = 270.0
-    searching: float = 60.0
+    seconds: float = 200.0
+    searching: float = 30.0
 
     @classmethod
     def smoke(cls) -> Config:

@@ -134,8 +134,12 @@ def lipschitz_bounds(
             pass
     lower, witnesses = found.lower, (found.stretch, found.shrink)
     report("done", 1.0)
-    # Remark 3: every upper bound of one direction is a lower bound of the other
-    lower = Pair(max(lower.forward, _over(best.inverse)), max(lower.inverse, _over(best.forward)))
+    if model.bijective:
+        # Remark 3: every upper bound of one direction is a lower bound of the other
+        lower = Pair(max(lower.forward, _over(best.inverse)), max(lower.inverse, _over(best.forward)))
+    else:
+        # what the forward map shrinks most are directions that it forgets: they say nothing of the inverse
+        lower, witnesses = Pair(lower.forward, 0.0), (found.stretch, None)
     is_global = all(layer.bounds.is_global for layer in bounds) and "branch and bound" not in method
     printed = Pair(*(_printed([getattr(layer.printed, side) for layer in bounds]) for side in ("forward", "inverse")))
     reason = next((f"layer {k} ({b.name}): {b.bounds.reason}" for k, b in enumerate(bounds) if b.bounds.reason), "")

@@ -18,22 +18,18 @@ from torch import Tensor
 
 from inn_guard.lipschitz.blocks import Pair
 from inn_guard.lipschitz.compositions import Composition
-from inn_guard.lipschitz.couplings import Coupling
 from inn_guard.lipschitz.deadline import Deadline
+from inn_guard.lipschitz.interval_steps import State, Step, step_of
 from inn_guard.lipschitz.intervals import Interval
-from inn_guard.lipschitz.jets import Direct, Table
-from inn_guard.lipschitz.maps import BoundedMap, Diagonal, Elementwise, LinearMap, Rearrangement, Shaped
+from inn_guard.lipschitz.maps import BoundedMap
 from inn_guard.lipschitz.rounding import UNIT
-from inn_guard.lipschitz.semantics import _nearly
-from inn_guard.lipschitz.spectral import exact, inverse_with_error
 from inn_guard.lipschitz.subnetworks import Unbounded
 
-__all__ = ["Branched", "Step", "branch_and_bound", "interval_norm", "step_of"]
+__all__ = ["Branched", "branch_and_bound", "interval_norm"]
 
 BATCH = 8192  #: boxes evaluated at once
 FIRST = 256  #: boxes evaluated at first, to see how long they take
 PROBED = 32  #: middles of the worst boxes at which the lower bound is measured
-CELLS = 1024  #: cells of a table of a network of one input
 SPREAD = 0.5  #: margin of a table beyond the values seen, in units of their range
 
 
@@ -50,163 +46,6 @@ class Branched:
     pair: Pair
     boxes: Pair
     leaves: Mapping[str, float] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class State:
-    """Boxes on their way through the layers.
-
-    Attributes:
-        centre: image of the boxes' centres, (B, d), thin.
-        box: image of the boxes, (B, d).
-        J: from the first input, (B, d, d).
-        K: the inverse Jacobian back to the first input, (B, d, d), or None if it is not asked for.
-    """
-
-    centre: Interval
-    box: Interval
-    J: Interval
-    K: Interval | None
-
-
-Step = Callable[[State], State]
-
-
-@functools.singledispatch
-def step_of(described: BoundedMap, reach: Interval) -> Step:
-    """How boxes go through a map, tables made for inputs within ``reach``.
-
-    Raises:
-        Unbounded: if it is not known.
-    """
-    raise Unbounded(f"{type(described).__name__} has no interval Jacobian")
-
-
-@step_of.register
-def _(described: Shaped, reach: Interval) -> Step:
-    return step_of(described.make(reach), reach)
-
-
-@step_of.register
-def _(described: Composition, reach: Interval) -> Step:
-    raise Unbounded("a composition is opened before its steps are made")
-
-
-@step_of.register
-def _(described: Rearrangement, reach: Interval) -> Step:
-    order = described._order(reach)
-
-    def step(s: State) -> State:
-        K = None if s.K is None else s.K[:, :, order]
-        return State(s.centre[:, order], s.box[:, order], s.J[:, order], K)
-
-    return step
-
-
-@step_of.register
-def _(described: Diagonal, reach: Interval) -> Step:
-    scale, shift = (
-        _nearly(exact(t) * torch.ones(reach.shape[0], dtype=torch.float64)) for t in (described.scale, described.shift)
-    )
-
-    def step(s: State) -> State:
-        K = None if s.K is None else s.K / scale
-        return State(s.centre * scale + shift, s.box * scale + shift, s.J * scale[:, None], K)
-
-    return step
-
-
-@step_of.register
-def _(described: Elementwise, reach: Interval) -> Step:
-    def step(s: State) -> State:
-        slope = described._slope(s.box)
-        K = None if s.K is None else s.K / slope.map(lambda t: t[:, None])
-        return State(described.image(s.centre), described.image(s.box), s.J * slope.map(lambda t: t[:, :, None]), K)
-
-    return step
-
-
-@step_of.register
-def _(described: LinearMap, reach: Interval) -> Step:
-    back, error = inverse_with_error(described.weight)
-    size = float(torch.linalg.matrix_norm(back)) + error
-    if not math.isfinite(error) or size * described.error > 0.5:
-        raise Unbounded("a matrix is singular")
-    W, W_inverse = (
-        _around(exact(described.weight), described.error),
-        _around(back, error + 4 * size * size * described.error),
-    )
-    shift = Interval.of(torch.zeros(()) if described.shift is None else exact(described.shift))
-
-    def step(s: State) -> State:
-        K = None if s.K is None else _matmul(s.K, W_inverse[None])
-        return State(_apply(W, s.centre) + shift, _apply(W, s.box) + shift, _matmul(W[None], s.J), K)
-
-    return step
-
-
-@step_of.register
-def _(described: Coupling, reach: Interval) -> Step:
-    K_matrix, S = described.split.matrices()
-    keep, change = K_matrix.any(0).nonzero().flatten(), S.any(0).nonzero().flatten()
-    rows = [index[S[:, change].argmax(0)] for index in described.rows]
-    direct = Direct(described.network, K_matrix[:, keep], described.context)
-    network: Callable[[Interval], tuple[Interval, Interval]] = direct
-    if len(keep) == 1:
-        low, high = float(reach.lo[keep[0]]), float(reach.hi[keep[0]])
-        network = Table(direct, low, high, CELLS)
-    h = described.transformer
-
-    def step(s: State) -> State:
-        output, rates = network(s.box[:, keep])
-        theta, x = [output[:, index] for index in rows], s.box[:, change]
-        slope = h.slope(x, theta)
-        M = _weighted(h.sensitivities(x, theta), rates, rows)
-        old = s.J[:, change]
-        J = _replaced(s.J, change, _matmul(M, s.J[:, keep]) + old * slope.map(lambda t: t[:, :, None]))
-        K = None if s.K is None else _pulled(s.K, keep, change, slope, _weighted(h.relative(x, theta), rates, rows))
-        at_centre, _ = network(s.centre[:, keep])
-        moved = h.value(s.centre[:, change], [at_centre[:, index] for index in rows])
-        box = _replaced(s.box, change, h.value(x, theta))
-        return State(_replaced(s.centre, change, moved), box, J, K)
-
-    return step
-
-
-def _weighted(factors: Sequence[Interval], rates: Interval, rows: Sequence[Tensor]) -> Interval:
-    """sum_k diag(factor_k) J_theta_k, (B, changed, kept)."""
-    terms = [
-        rates[:, :, index].map(lambda t: t.mT) * factor.map(lambda t: t[:, :, None])
-        for factor, index in zip(factors, rows, strict=True)
-    ]
-    return functools.reduce(operator.add, terms)
-
-
-def _pulled(K: Interval, keep: Tensor, change: Tensor, slope: Interval, relative: Interval) -> Interval:
-    """K times [[I, 0], [-D^-1 M, D^-1]]."""
-    moved = K[:, :, change]
-    kept = K[:, :, keep] - _matmul(moved, relative)
-    scaled = moved / slope.map(lambda t: t[:, None])
-    lo, hi = K.lo.clone(), K.hi.clone()
-    lo[:, :, keep], hi[:, :, keep] = kept.lo, kept.hi
-    lo[:, :, change], hi[:, :, change] = scaled.lo, scaled.hi
-    return Interval(lo, hi)
-
-
-def _replaced(whole: Interval, index: Tensor, part: Interval) -> Interval:
-    return Interval(whole.lo.index_copy(1, index, part.lo), whole.hi.index_copy(1, index, part.hi))
-
-
-def _matmul(A: Interval, B: Interval) -> Interval:
-    return (A.map(lambda t: t[:, :, :, None]) * B.map(lambda t: t[:, None])).sum(2)
-
-
-def _apply(W: Interval, x: Interval) -> Interval:
-    return (W * x.map(lambda t: t[:, None])).sum(2)
-
-
-def _around(W: Tensor, error: float) -> Interval:
-    return Interval.of(W) + Interval(torch.full_like(W, -error), torch.full_like(W, error))
 
 
 def interval_norm(J: Interval) -> Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +15,7 @@ from inn_guard.lipschitz.semantics import _nearly
 from inn_guard.lipschitz.spectral import exact
 from inn_guard.lipschitz.subnetworks import Network, Unbounded
 
-__all__ = ["Direct", "Jet", "JetReading", "Table"]
+__all__ = ["Direct", "Jet", "JetReading", "Jets", "Table"]
 
 
 @dataclass(frozen=True)
@@ -117,6 +117,14 @@ class JetReading:
         return Jet(x.centre, x.value.meet(x.centre + moved), x.rate, slope, x.bend)
 
 
+class Jets(Protocol):
+    """What a table is made of."""
+
+    def jet(self, x: Interval) -> Jet:
+        """Over boxes (B, 1)."""
+        ...
+
+
 class Direct:
     """A network of k inputs, evaluated anew on every box.
 
@@ -153,7 +161,7 @@ class Table:
         cells: number of cells.
     """
 
-    def __init__(self, direct: Direct, low: float, high: float, cells: int) -> None:
+    def __init__(self, direct: Jets, low: float, high: float, cells: int) -> None:
         edges = torch.linspace(low, high, cells + 1, dtype=torch.float64)
         jets = [
             direct.jet(Interval(a[:, None], b[:, None]))

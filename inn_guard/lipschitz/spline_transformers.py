@@ -11,11 +11,11 @@ from torch import Tensor
 
 from inn_guard.lipschitz.intervals import Interval
 
-__all__ = ["LinearSpline", "RationalQuadraticSpline"]
+__all__ = ["LinearSpline", "RationalQuadraticSpline", "Shares", "SplineBin"]
 
 
 @dataclass(frozen=True)
-class _Shares:
+class Shares:
     """A softmax's entries p_j and their sums C_k before bin k, each enclosed on its own.
 
     Attributes:
@@ -27,7 +27,7 @@ class _Shares:
     before: list[Interval]
 
     @classmethod
-    def of(cls, raw: list[Interval]) -> _Shares:
+    def of(cls, raw: list[Interval]) -> Shares:
         """From the softmax's inputs. C_k rises with the inputs before k and falls with those after."""
         top = raw[0].hi
         for u in raw[1:]:
@@ -95,23 +95,23 @@ class LinearSpline:
 
     def value(self, x: Interval, theta: list[Interval]) -> Interval:
         """left + (right - left) (C_k + xi p_k)."""
-        shares, size = _Shares.of(theta), self.right - self.left
+        shares, size = Shares.of(theta), self.right - self.left
         return self._over_bins(x, lambda k, xi: [(shares.before[k] + xi * shares.each[k]) * size + self.left])[0]
 
     def slope(self, x: Interval, theta: list[Interval]) -> Interval:
         """bins p_k."""
-        shares = _Shares.of(theta)
+        shares = Shares.of(theta)
         return self._over_bins(x, lambda k, xi: [shares.each[k] * float(self.bins)], outside=1.0)[0]
 
     def sensitivities(self, x: Interval, theta: list[Interval]) -> list[Interval]:
         """(right - left) d(C_k + xi p_k)."""
-        shares, size = _Shares.of(theta), self.right - self.left
+        shares, size = Shares.of(theta), self.right - self.left
         bins = range(self.bins)
         return self._over_bins(x, lambda k, xi: [shares.moves(j, k, xi) * size for j in bins], outside=0.0)
 
     def relative(self, x: Interval, theta: list[Interval]) -> list[Interval]:
         """Divided by bins p_k, bin by bin."""
-        shares, size = _Shares.of(theta), self.right - self.left
+        shares, size = Shares.of(theta), self.right - self.left
 
         def inside(k: int, xi: Interval) -> list[Interval]:
             return [shares.moves(j, k, xi) * size / (shares.each[k] * float(self.bins)) for j in range(self.bins)]
@@ -232,7 +232,7 @@ class RationalQuadraticSpline:
         parts = _Hull(x, self.left, self.right, outside if self.tails else math.nan)
         for k in range(self.bins):
             touched = (x.lo <= knots.x[k + 1].hi) & (x.hi >= knots.x[k].lo)
-            parts.add(touched, inside(_InBin(self, knots, k, _position(x, knots.x[k], knots.w[k]))))
+            parts.add(touched, inside(_InBin(self, knots, k, x)))
         return parts.result()
 
 
@@ -240,8 +240,8 @@ class RationalQuadraticSpline:
 class _Knots:
     """Enclosures of a spline's knots: positions, widths, heights, derivatives, and what they are made of."""
 
-    widths: _Shares
-    heights: _Shares
+    widths: Shares
+    heights: Shares
     x: list[Interval]
     y: list[Interval]
     w: list[Interval]
@@ -254,7 +254,7 @@ class _Knots:
         """From the raw parameters."""
         n, size = spline.bins, spline.right - spline.left
         scale = 1.0 / Interval.of(spline.temperature)
-        shares = [_Shares.of([u * scale for u in theta[a : a + n]]) for a in (0, n)]
+        shares = [Shares.of([u * scale for u in theta[a : a + n]]) for a in (0, n)]
         positions, lengths = [], []
         for part, floor in zip(shares, spline.floors[:2], strict=True):
             free = 1.0 - Interval.of(floor) * float(n)
@@ -269,17 +269,28 @@ class _Knots:
         return cls(shares[0], shares[1], positions[0], positions[1], lengths[0], lengths[1], d, rates)
 
 
-class _InBin:
-    """The spline in one bin at xi: alpha = N / D, N = s xi^2 + d0 xi eta, D = s (1 - 2 xi eta) + (d0 + d1) xi eta."""
+class SplineBin:
+    """The spline in one bin at xi: alpha = N / D, N = s xi^2 + d0 xi eta, D = s (1 - 2 xi eta) + (d0 + d1) xi eta.
 
-    def __init__(self, spline: RationalQuadraticSpline, knots: _Knots, k: int, xi: Interval) -> None:
-        self.spline, self.knots, self.k, self.xi = spline, knots, k, xi
+    Args:
+        x: where.
+        start: of the bin.
+        w: its width.
+        y: the value at its start.
+        h: its height.
+        ends: the derivatives at both ends.
+    """
+
+    def __init__(
+        self, x: Interval, start: Interval, w: Interval, y: Interval, h: Interval, ends: tuple[Interval, Interval]
+    ) -> None:
+        self.xi = xi = _position(x, start, w)
         self.eta = 1.0 - xi
-        self.y, self.h, self.w = knots.y[k], knots.h[k], knots.w[k]
-        self.d0, self.d1, self.s = knots.d[k], knots.d[k + 1], knots.h[k] / knots.w[k]
-        ends = [Interval(e, e) * (1.0 - Interval(e, e)) for e in (xi.lo, xi.hi)]
+        self.y, self.h, self.w = y, h, w
+        self.d0, self.d1, self.s = *ends, h / w
+        outer = [Interval(e, e) * (1.0 - Interval(e, e)) for e in (xi.lo, xi.hi)]
         top = (xi.lo <= 0.5) & (xi.hi >= 0.5)
-        product = ends[0].hull(ends[1])
+        product = outer[0].hull(outer[1])
         self.xe = Interval(product.lo.clamp_min(0), torch.where(top, product.hi.clamp_min(0.25), product.hi))
         self.D = self.s * (1.0 - self.xe * 2.0) + (self.d0 + self.d1) * self.xe
         self.inverse_square = self.D.square().reciprocal()
@@ -297,6 +308,22 @@ class _InBin:
         low = Interval(self.s.lo, self.s.lo).square() * Interval(least, least) / Interval(widest.hi, widest.hi).square()
         high = torch.maximum(torch.maximum(self.d0.hi, self.d1.hi), 2 * self.s.hi)
         return Interval(torch.maximum(natural.lo, low.lo), torch.minimum(natural.hi, high * (1 + 1e-15)))
+
+    def alpha_rates(self) -> tuple[Interval, Interval, Interval]:
+        """d alpha / ds, d alpha / d d0, d alpha / d d1."""
+        scale = self.xe * self.inverse_square
+        by_slope = scale * (self.d1 * self.xi.square() - self.d0 * self.eta.square())
+        by_first = scale * self.eta * (self.s * self.eta + self.d1 * self.xi)
+        by_last = -(scale * self.xi * (self.s * self.xi + self.d0 * self.eta))
+        return by_slope, by_first, by_last
+
+
+class _InBin(SplineBin):
+    """A bin of a spline whose knots are known as functions of the network's raw outputs."""
+
+    def __init__(self, spline: RationalQuadraticSpline, knots: _Knots, k: int, x: Interval) -> None:
+        self.spline, self.knots, self.k = spline, knots, k
+        super().__init__(x, knots.x[k], knots.w[k], knots.y[k], knots.h[k], (knots.d[k], knots.d[k + 1]))
 
     def sensitivities(self, unit: Interval, slope: Interval) -> list[Interval]:
         """df/dtheta times ``unit``; ``slope`` is f' times ``unit``, which is known better than the product."""

@@ -8,7 +8,7 @@ import torch
 
 from inn_guard.dense_tangent import dense_jacobian
 from inn_guard.invertible import Invertible
-from inn_guard.lipschitz.branch_and_bound import State, step_of
+from inn_guard.lipschitz.interval_steps import State, step_of
 from inn_guard.lipschitz.conditioners import Effort
 from inn_guard.lipschitz.intervals import Box, Interval
 from inn_guard.lipschitz.maps import BlockBounds, bounded_map
