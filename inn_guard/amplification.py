@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from inn_guard.distributed import Noise, noise_of
 from inn_guard.lanczos import LargestSingularValue, largest_singular_value
 from inn_guard.linearization import Linearization, Scaled
 from inn_guard.tangent import Tangent
@@ -32,7 +33,7 @@ class InverseGains:
     exact: bool
 
 
-def inverse_gains(linearization: Linearization, *, probes: int = 8, generator: torch.Generator) -> InverseGains:
+def inverse_gains(linearization: Linearization, *, probes: int = 8, generator: torch.Generator | Noise) -> InverseGains:
     """||P_k||_F / sqrt(D) and a lower bound of ||P_k||_2 for all k at once.
 
     P_{k+1}^T w = J_{k+1}^-T P_k^T w, so one sweep of transposed inverse products per probe w serves every k, and the
@@ -41,7 +42,7 @@ def inverse_gains(linearization: Linearization, *, probes: int = 8, generator: t
     Args:
         linearization: of a bijective model at x.
         probes: number of sweeps; D are enough for exact norms.
-        generator: of the probes, on the CPU.
+        generator: of the probes, on the CPU; or what draws them itself.
 
     Raises:
         NotApplicable: if a layer's inverse has no correct derivative.
@@ -49,7 +50,7 @@ def inverse_gains(linearization: Linearization, *, probes: int = 8, generator: t
     x = linearization.states[0]
     dimension = x[0].numel()
     count = min(probes, dimension)
-    noise = torch.randn(len(x), dimension, count, generator=generator, device="cpu", dtype=torch.float64)
+    noise = noise_of(generator)((len(x), dimension, count))
     basis = torch.linalg.qr(noise).Q.to(x).transpose(1, 2).reshape(len(x), count, *x.shape[1:])
     sweeps = [_sweep(linearization, Scaled.of(basis[:, j])) for j in range(count)]
     norms = [_norms([sweep[k] for sweep in sweeps]) for k in range(len(linearization.states))]
@@ -59,13 +60,11 @@ def inverse_gains(linearization: Linearization, *, probes: int = 8, generator: t
 
 
 def layer_extremes(
-    tangent: Tangent, x: Tensor, *, generator: torch.Generator, tolerance: float = 0.1, max_steps: int = 20
+    tangent: Tangent, x: Tensor, *, generator: torch.Generator | Noise, tolerance: float = 0.1, max_steps: int = 20
 ) -> tuple[LargestSingularValue, LargestSingularValue]:
     """sigma_max of one layer's J and of its J^-1, per sample."""
     lanczos = functools.partial(largest_singular_value, tolerance=tolerance, max_steps=max_steps)
-    v, u = (
-        torch.randn(t.shape, generator=generator, device="cpu", dtype=torch.float64).to(t) for t in (x, tangent.output)
-    )
+    v, u = (noise_of(generator)(t.shape).to(t) for t in (x, tangent.output))
     forward = lanczos(_scaled(tangent.jvp), _scaled(tangent.vjp), v)
     return forward, lanczos(_scaled(tangent.inverse_jvp), _scaled(tangent.inverse_vjp), u)
 

@@ -5,25 +5,44 @@ from __future__ import annotations
 import functools
 import inspect
 import time
-from collections.abc import Callable, Iterable, Iterator
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, TypedDict
 
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 from tqdm import tqdm
+from typing_extensions import Unpack
 
 from inn_guard.adapters import wrap
-from inn_guard.audits import AUDITS, LEVELS, Audit, AuditReport, Level, polite
+from inn_guard.audits import AUDITS, LEVELS, Audit, AuditReport, AuditResult, Level, polite
+from inn_guard.audits.dry_run import dry_run
 from inn_guard.audits.watched import checked_batch
+from inn_guard.distributed import Group, Shares
 from inn_guard.invertible import Context, Invertible
 from inn_guard.reversible import MemorySaving
 from inn_guard.untouched import untouched
 
-__all__ = ["audit", "known_check"]
+__all__ = ["Running", "audit", "known_check"]
 
 MAX_SAMPLES = 256  #: taken from a DataLoader; a batch is used whole
 PATIENCE = 3.0  #: seconds after which a progress bar appears, on a terminal
+
+
+class Running(TypedDict, total=False):
+    """How an audit is run.
+
+    Attributes:
+        dry_run: measure nothing, but estimate time and memory of every check from one timed pass of each kind.
+        memory: bytes that a check may hold at once beside model, data and what has the data's size; samples are then
+            measured in micro-batches that fit, and where a check takes samples all at once, fewer of them.
+        group: a torch.distributed group, as ``torch.distributed.group.WORLD``, whose processes all make this call with
+            the same model and data; they share the work, and each gets the whole report.
+    """
+
+    dry_run: bool
+    memory: float | None
+    group: Group | None
 
 
 def audit(
@@ -34,6 +53,7 @@ def audit(
     checks: Iterable[str | Audit] | None = None,
     level: Level | str = Level.STANDARD,
     loss: Callable[..., Tensor] | None = None,
+    **running: Unpack[Running],
 ) -> AuditReport:
     """Measure how stable a model and its inverse are in floating point, at the samples in x.
 
@@ -49,26 +69,30 @@ def audit(
             runs before them in any case.
         level: which checks, where ``checks`` does not say: "quick", "standard" or "full".
         loss: z -> scalar, for the checks that need one.
+        running: dry_run, memory, group; see ``Running``.
 
     Returns:
         an AuditReport; print it.
 
     Raises:
         TypeError: if x is no floating-point tensor, tuple of tensors or DataLoader.
-        ValueError: if x is empty, has the wrong shape, dtype or device, or a check or level is unknown.
+        ValueError: if x is empty, has the wrong shape, dtype or device, or a check or level is unknown; or processes of
+            the group hold different data or weights.
     """
+    shares = _shares(running)
     wrapped = _map(wrap(model, context=context))
     with untouched(wrapped):  # a DataLoader draws from the global generators
         x = _batch(wrapped, x)
     x = checked_batch(wrapped, x)
     _check_context(wrapped.context, x)
-    chosen = _chosen(checks, level)
+    shares.check_agreement(wrapped, x)
+    chosen = [polite(_with_loss(check, loss)) for check in _chosen(checks, level)]
     start = time.perf_counter()
-    results = []
-    with untouched(wrapped), tqdm(chosen, desc="audit", delay=PATIENCE, disable=None, leave=False) as bar:
-        for check in bar:
-            bar.set_postfix_str(_name(check))
-            results.append(polite(_with_loss(check, loss))(wrapped, x))
+    with untouched(wrapped):
+        if running.get("dry_run"):
+            results = tuple(shares.deal([chosen], lambda checks: _estimate(wrapped, x, checks, shares)))
+        else:
+            results = _run(chosen, wrapped, x, shares)
     settings = {
         "shape": tuple(x.shape),
         "dtype": str(x.dtype).removeprefix("torch."),
@@ -77,7 +101,48 @@ def audit(
         "level": "chosen checks" if checks is not None else Level(level).value,
         "seconds": round(time.perf_counter() - start, 2),
     }
-    return AuditReport(tuple(results), wrapped.name, settings)
+    if shares.size > 1:
+        settings["processes"] = shares.size
+    return AuditReport(results, wrapped.name, settings)
+
+
+def _estimate(model: Invertible, x: Tensor, checks: Sequence[Audit], shares: Shares) -> AuditResult:
+    return dry_run(model, x, checks=checks, processes=shares.size, shares=shares.alone)
+
+
+def _shares(running: Running) -> Shares:
+    if unknown := set(running) - set(Running.__annotations__):
+        raise TypeError(f"audit() got unexpected arguments: {', '.join(sorted(unknown))}")
+    memory = running.get("memory")
+    if memory is not None and not memory > 0:
+        raise ValueError(f"expected memory as a positive number of bytes, got {memory!r}: type memory=2e9")
+    return Shares(running.get("group"), memory)
+
+
+def _run(checks: Sequence[Audit], model: Invertible, x: Tensor, shares: Shares) -> tuple[AuditResult, ...]:
+    """The checks' results in their order: those that share samples by all processes, each of the others by one."""
+    results: dict[int, AuditResult] = {}
+    quiet = True if shares.rank else None
+    with tqdm(total=len(checks), desc="audit", delay=PATIENCE, disable=quiet, leave=False) as bar:
+
+        def one(k: int, within: Shares) -> AuditResult:
+            bar.set_postfix_str(_name(checks[k]))
+            result = checks[k](model, x, shares=within)
+            bar.update()
+            return result
+
+        if shares.group is not None:
+            # the first one refuses what no check can do anything with
+            first, *rest = [k for k, check in enumerate(checks) if not _shares_samples(check)]
+            for apart in ([first], rest):
+                answers = shares.deal(apart, lambda k: one(k, shares.alone))
+                results |= dict(zip(apart, answers, strict=True))
+        results |= {k: one(k, shares) for k in range(len(checks)) if k not in results}
+    return tuple(results[k] for k in range(len(checks)))
+
+
+def _shares_samples(check: Audit) -> bool:
+    return getattr(check.func if isinstance(check, functools.partial) else check, "shares_samples", False)
 
 
 def _map(model: Invertible) -> Invertible:

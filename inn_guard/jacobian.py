@@ -12,6 +12,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from inn_guard.distributed import Noise, noise_of
 from inn_guard.lanczos import LargestSingularValue, Narrow, Product, largest_singular_value
 from inn_guard.linearization import Linearization
 from inn_guard.tangent import AutogradTangent
@@ -50,7 +51,7 @@ class Extremes:
 
 
 def extremes(
-    linearization: Linearization, *, generator: torch.Generator, tolerance: float = 1e-3, max_steps: int = 60
+    linearization: Linearization, *, generator: torch.Generator | Noise, tolerance: float = 1e-3, max_steps: int = 60
 ) -> Extremes:
     """sigma_max and sigma_min of every sample's Jacobian: Lanczos on J and on J^-1, chained at the forward states.
 
@@ -59,7 +60,7 @@ def extremes(
 
     Args:
         linearization: of the model at x.
-        generator: of the random start vectors, on the CPU.
+        generator: of the random start vectors, on the CPU; or what draws them itself.
         tolerance: relative error to reach.
         max_steps: bound of the number of steps, each one product with J or J^-1 and one with its transpose.
 
@@ -141,8 +142,8 @@ def resolution(dtype: torch.dtype) -> float:
     return {torch.float64: 1e-14, torch.float32: 1e-7}.get(dtype, torch.finfo(dtype).eps)
 
 
-def _random(like: Tensor, generator: torch.Generator) -> Tensor:
-    return torch.randn(like.shape, generator=generator, device="cpu", dtype=torch.float64).to(like)
+def _random(like: Tensor, generator: torch.Generator | Noise) -> Tensor:
+    return noise_of(generator)(like.shape).to(like)
 
 
 def _chunks(size: int, tangent: AutogradTangent, jacobian: Tensor) -> Iterator[range]:

@@ -10,7 +10,7 @@ from tqdm import tqdm
 
 from inn_guard.audits.base import AuditResult, Verdict
 from inn_guard.audits.jacobian_spectrum import usable_rows
-from inn_guard.audits.watched import polite
+from inn_guard.audits.watched import polite, shares_of, shares_samples
 from inn_guard.composed_jacobian import composed_jacobian, is_composable
 from inn_guard.invertible import Invertible
 from inn_guard.jacobian import Spectrum, full_jacobian, resolution, spectrum
@@ -23,6 +23,7 @@ MAX_ENTRIES = 2**27  #: of one sample's dense Jacobian
 
 
 @polite
+@shares_samples
 def full_spectrum(model: Invertible, x: Tensor, *, samples: int = 2) -> AuditResult:
     """All singular values of J = dF/dx of a few samples, no unit.
 
@@ -47,9 +48,14 @@ def full_spectrum(model: Invertible, x: Tensor, *, samples: int = 2) -> AuditRes
         return AuditResult("full_spectrum", Verdict.NON_FINITE, reason)
     if x[0].numel() ** 2 > MAX_ENTRIES:
         raise NotApplicable(f"a dense Jacobian of D = {x[0].numel()} does not fit into memory")
-    found = [_one(model, x, row) for row in tqdm(rows, desc="spectrum", delay=PATIENCE, disable=None, leave=False)]
-    values = torch.cat([one.values for one in found])
-    resolved = torch.cat([one.resolved for one in found])
+    with tqdm(total=len(rows), desc="spectrum", delay=PATIENCE, disable=None, leave=False) as bar:
+
+        def measure(row: Tensor) -> tuple[Tensor, Tensor]:
+            found = _one(model, x, row)
+            bar.update()
+            return found.values, found.resolved
+
+        values, resolved = (t.cpu() for t in shares_of(model).map(rows, measure, at_most=1))
     unreadable = int((~resolved).sum(1).max())
     reason = f"{values.shape[1] - unreadable} of {values.shape[1]} singular values are resolved"
     if unreadable:
@@ -73,8 +79,7 @@ def full_spectrum(model: Invertible, x: Tensor, *, samples: int = 2) -> AuditRes
 
 
 def _one(model: Invertible, x: Tensor, row: Tensor) -> Spectrum:
-    chosen = row.reshape(1)
-    return spectrum(_jacobian(model.select(chosen), x[chosen]))
+    return spectrum(_jacobian(model.select(row), x[row]))
 
 
 def _jacobian(model: Invertible, x: Tensor) -> Tensor:

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from inn_guard.audits.base import AuditResult, Verdict
 from inn_guard.audits.gradient_comparison import GradientComparison, Pair
-from inn_guard.audits.watched import polite
+from inn_guard.audits.watched import polite, shares_of, shares_samples
+from inn_guard.footprint import linearized_footprint
 from inn_guard.invertible import Invertible, standard_normal_log_prob
 from inn_guard.reversible import Surroundings, memory_saving
 from inn_guard.tangent import NotApplicable
@@ -31,6 +32,7 @@ Measured = Callable[[Invertible, Tensor], Tensor]
 
 
 @polite
+@shares_samples
 def gradient_angle(
     model: Invertible, x: Tensor, *, loss: Loss | None = None, batch_size: int = 64, seed: int = 0
 ) -> AuditResult:
@@ -65,13 +67,16 @@ def gradient_angle(
     parameters = _parameters(model)
     measure = _default_loss(model, x) if loss is None else _scalar(loss)
     groups = _groups(model, parameters)
+    batch_size = int(min(batch_size, shares_of(model).fits(lambda: linearized_footprint(model, x))))
     batches = torch.arange(len(x), device=x.device).split(batch_size)
     saving = memory_saving(model)
-    compared = []
-    for rows in batches:
+
+    def compare(rows: Tensor) -> tuple[GradientComparison, list[GradientComparison]]:
         pairs = _pairs((saving.select(rows), x[rows]), (model.select(rows), x[rows]), measure, parameters)
         parts = [GradientComparison.of([pairs[k] for k in group.members]) for group in groups]
-        compared.append((GradientComparison.of(pairs), parts))
+        return GradientComparison.of(pairs), parts
+
+    compared = shares_of(model).deal(batches, compare)
     minibatches = tuple(whole.row() for whole, _ in compared)
     rounding = _rounding(model.select(batches[0]), x[batches[0]], measure, parameters, seed)
     verdict, reason = _judged(minibatches, rounding)

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -14,7 +14,9 @@ from inn_guard.amplification import inverse_gains, layer_extremes
 from inn_guard.audits.base import AuditResult, Verdict
 from inn_guard.audits.jacobian_spectrum import usable_rows
 from inn_guard.audits.limits import data_scale, from_log10, usable_error
-from inn_guard.audits.watched import polite
+from inn_guard.audits.watched import polite, shares_of, shares_samples
+from inn_guard.distributed import Noise, SampleNoise
+from inn_guard.footprint import linearized_footprint
 from inn_guard.invertible import Invertible
 from inn_guard.linearization import Linearization
 from inn_guard.tangent import NotApplicable
@@ -22,9 +24,11 @@ from inn_guard.tangent import NotApplicable
 __all__ = ["digits_lost", "layer_blame"]
 
 LN10 = math.log(10)
+LAYER_STEPS = 20  #: of the iteration for a layer's own condition number
 
 
 @polite
+@shares_samples
 def layer_blame(model: Invertible, x: Tensor, *, samples: int = 8, probes: int = 8, seed: int = 0) -> AuditResult:
     """Decimal digits that the inverse loses in each layer, and what each layer adds to the error of x.
 
@@ -53,10 +57,9 @@ def layer_blame(model: Invertible, x: Tensor, *, samples: int = 8, probes: int =
     rows = usable_rows(model, x)[:samples]
     if not len(rows):
         return AuditResult("layer_blame", Verdict.NON_FINITE, "no sample has a finite latent: nothing to linearise")
-    linearization = Linearization(model.select(rows), x[rows])
-    measured = _measure(linearization, probes, torch.Generator().manual_seed(seed))
+    measured = _shared(model.select(rows), x[rows], probes, seed)
     sample = int(measured.log_total.nan_to_num(math.inf).argmax())
-    table = measured.table(linearization, sample)
+    table = measured.table([layer.name for layer in model.layers() or (model,)], sample)
     verdict, reason = _judged(measured, table, usable_error(x.dtype))
     worst = _worst(table)
     return AuditResult(
@@ -110,6 +113,8 @@ def _log_root_sum_squares(logs: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class _Measurement:
+    tensors: ClassVar = ("log_condition", "log_gain", "log_local", "digits", "log_x", "log_base")
+
     log_condition: Tensor  #: (n, B), as all below
     log_gain: Tensor
     log_local: Tensor
@@ -117,6 +122,15 @@ class _Measurement:
     log_x: Tensor  #: (B,)
     log_base: Tensor  #: (B,)
     exact: bool
+
+    def by_sample(self) -> tuple[Tensor, ...]:
+        """The tensors, samples first."""
+        return tuple(getattr(self, name).movedim(-1, 0) for name in _Measurement.tensors)
+
+    @classmethod
+    def of_samples(cls, parts: Sequence[Tensor], *, exact: bool) -> _Measurement:
+        """From the tensors with the samples first."""
+        return cls(*(part.movedim(0, -1).cpu() for part in parts), exact=exact)
 
     @property
     def log_contribution(self) -> Tensor:
@@ -130,13 +144,13 @@ class _Measurement:
     def log_relative(self) -> Tensor:
         return self.log_total - self.log_x
 
-    def table(self, linearization: Linearization, sample: int) -> tuple[Mapping[str, Any], ...]:
+    def table(self, names: Sequence[str], sample: int) -> tuple[Mapping[str, Any], ...]:
         lost = self.digits[:, sample].nan_to_num(0.0, posinf=0.0).clamp(min=0)
         shares = lost / lost.sum().clamp(min=torch.finfo(lost.dtype).tiny)
         return tuple(
             {
                 "index": k,
-                "layer": layer.name,
+                "layer": name,
                 "log10_condition_number": self.log_condition[k, sample].item() / LN10,
                 "log10_gain": self.log_gain[k, sample].item() / LN10,
                 "local_error": self.log_local[k, sample].exp().item(),
@@ -144,23 +158,37 @@ class _Measurement:
                 "digits_lost": lost[k].item(),
                 "share": shares[k].item(),
             }
-            for k, layer in enumerate(linearization.layers)
+            for k, name in enumerate(names)
         )
 
 
-def _measure(linearization: Linearization, probes: int, generator: torch.Generator) -> _Measurement:
-    gains = inverse_gains(linearization, probes=probes, generator=generator)
+def _shared(model: Invertible, x: Tensor, probes: int, seed: int) -> _Measurement:
+    """`_measure` for all samples, in parts where they are shared out or memory is short."""
+    scales = data_scale(x)
+
+    def measure(rows: Tensor) -> tuple[Tensor, ...]:
+        noise = SampleNoise(torch.Generator().manual_seed(seed), rows, len(x))
+        return _measure(Linearization(model.select(rows), x[rows]), probes, noise, scales[rows]).by_sample()
+
+    kept = 2 * LAYER_STEPS + probes * (len(model.layers()) + 1)
+    at_most = shares_of(model).fits(lambda: linearized_footprint(model, x, vectors=kept))
+    parts = shares_of(model).map(torch.arange(len(x), device=x.device), measure, at_most=at_most)
+    return _Measurement.of_samples(parts, exact=probes >= x[0].numel())
+
+
+def _measure(linearization: Linearization, probes: int, noise: Noise, scales: Tensor) -> _Measurement:
+    gains = inverse_gains(linearization, probes=probes, generator=noise)
     conditions, errors = [], []
     for k, layer in enumerate(linearization.layers):
         state, tangent = linearization.states[k], linearization.inverse_tangent(k)
-        forward, backward = layer_extremes(tangent, state, generator=generator)
+        forward, backward = layer_extremes(tangent, state, generator=noise, max_steps=LAYER_STEPS)
         conditions.append(forward.log_value + backward.log_value)
         with torch.no_grad():
             errors.append(_log_norm(layer.inverse(tangent.output).double() - state.double()))
     eps = math.log(torch.finfo(linearization.output.dtype).eps)
     log_states = torch.stack([_log_norm(state.double()) for state in linearization.states])
     # a sample of zeros, or nearly, is held to the size of its neighbours
-    log_x = (data_scale(linearization.states[0]) * math.sqrt(linearization.states[0][0].numel())).log()
+    log_x = (scales * math.sqrt(linearization.states[0][0].numel())).log()
     base = log_x + eps
     log_gain, log_local = gains.log_rms[:-1], torch.stack(errors)
     amplification = (gains.log_rms + log_states).diff(dim=0).nan_to_num(0.0)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from inn_guard.audits.limits import data_scale
+from inn_guard.audits.watched import shares_of
 from inn_guard.invertible import Invertible
 
 __all__ = [
@@ -133,6 +134,8 @@ def _place(layers: list[tuple[int, Invertible]], k: int) -> str:
 
 
 def _in_batches(model: Invertible, t: Tensor, call: Callable[[Invertible, Tensor], Tensor], batch_size: int) -> Tensor:
-    rows = torch.arange(len(t), device=t.device).split(batch_size)
-    with torch.no_grad():
-        return torch.cat([call(model.select(part), t[part]) for part in rows])
+    def measure(rows: Tensor) -> tuple[Tensor]:
+        with torch.no_grad():
+            return (call(model.select(rows), t[rows]),)
+
+    return shares_of(model).map(torch.arange(len(t), device=t.device), measure, at_most=batch_size)[0]

@@ -10,11 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from inn_guard.audits.base import AuditResult, Verdict
+from inn_guard.distributed import ALONE, Shares
 from inn_guard.invertible import Context, Invertible
 from inn_guard.tangent import NotApplicable, Tangent
 from inn_guard.untouched import untouched
 
-__all__ = ["ModelRaised", "Refused", "Watched", "checked_batch", "polite"]
+__all__ = ["ModelRaised", "Refused", "Watched", "checked_batch", "polite", "shares_of", "shares_samples"]
 
 Answer = TypeVar("Answer")
 
@@ -34,6 +35,7 @@ def polite(audit: Callable[..., AuditResult]) -> Callable[..., AuditResult]:
 
     The audit sees a ``Watched`` model. A question that the model cannot answer becomes ``not_applicable``; an
     exception out of the model becomes a finding that names it; an exception out of the audit itself is raised.
+    ``shares``, with which processes its samples are shared and how much memory it may take, it finds by `shares_of`.
     """
     if isinstance(audit, functools.partial):
         return functools.partial(polite(audit.func), *audit.args, **audit.keywords)
@@ -41,12 +43,12 @@ def polite(audit: Callable[..., AuditResult]) -> Callable[..., AuditResult]:
         return audit
 
     @functools.wraps(audit)
-    def run(model: Invertible, x: Tensor, **settings: Any) -> AuditResult:
+    def run(model: Invertible, x: Tensor, *, shares: Shares = ALONE, **settings: Any) -> AuditResult:
         x = checked_batch(model, x)
         plain = torch.autocast(x.device.type, enabled=False)
         with torch.inference_mode(mode=False), torch.enable_grad(), plain, untouched(model):
             watched = Watched(model, trained=tuple(name for name, part in model.named_modules() if part.training))
-            watched.data_shape = x.shape[1:]
+            watched.data_shape, watched.shares = x.shape[1:], shares
             watched.eval()
             try:
                 return audit(watched, x.detach().clone(), **settings)
@@ -58,6 +60,20 @@ def polite(audit: Callable[..., AuditResult]) -> Callable[..., AuditResult]:
 
     run.polite = True  # type: ignore[attr-defined]
     return run
+
+
+def shares_samples(audit: Callable[..., AuditResult]) -> Callable[..., AuditResult]:
+    """Mark an audit that measures its samples by the `Shares` of its model, so that all processes run it together.
+
+    An audit without this mark is run whole by one of the processes.
+    """
+    audit.shares_samples = True  # type: ignore[attr-defined]
+    return audit
+
+
+def shares_of(model: nn.Module) -> Shares:
+    """With which processes an audit of this model shares its samples, and within how much memory."""
+    return getattr(model, "shares", ALONE)
 
 
 def checked_batch(model: nn.Module, x: Any) -> Tensor:
@@ -102,9 +118,11 @@ class Watched(Invertible):
 
     Attributes:
         data_shape: what the inverse must return, per sample; None where it is not known.
+        shares: with which processes an audit shares its samples.
     """
 
     data_shape: torch.Size | None = None
+    shares: Shares = ALONE
 
     def __init__(self, model: Invertible, label: str = "the model", *, trained: tuple[str, ...] = ()) -> None:
         super().__init__()
@@ -183,7 +201,7 @@ class Watched(Invertible):
     def _of(self, model: Invertible) -> Watched:
         """A variant of the watched model, watched alike."""
         twin = Watched(model, self.label, trained=self.trained)
-        twin.data_shape = self.data_shape
+        twin.data_shape, twin.shares = self.data_shape, self.shares
         return twin
 
     def _tensor(self, what: str, given: Tensor, call: Callable[[], Any]) -> Tensor:

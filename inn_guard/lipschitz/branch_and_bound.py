@@ -7,9 +7,7 @@ plus that of its radii. The box with the largest bound is split until the bound 
 
 from __future__ import annotations
 
-import functools
 import math
-import operator
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 

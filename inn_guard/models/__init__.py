@@ -18,6 +18,7 @@ from inn_guard.models.glow import (
     projection_head,
 )
 from inn_guard.models.importance import ImportanceEstimate, Proposal, importance_log_prob, tuned_width
+from inn_guard.models.injective_bounds import EncoderDecoder
 from inn_guard.models.injflow import Objective, injflow_linear, injflow_log, spectrally_normalised
 from inn_guard.models.injflow_nets import conv_decoder, conv_encoder
 from inn_guard.models.iresnet import IResNetConfig, checkerboard_residual_flow, iresnet, power_series, russian_roulette
@@ -38,6 +39,7 @@ __all__ = [
     "CoreShellFlow",
     "DenoisingAutoencoder",
     "DenseWidening",
+    "EncoderDecoder",
     "GaussianNIF",
     "GlowConfig",
     "IResNetConfig",

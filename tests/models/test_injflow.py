@@ -9,6 +9,10 @@ import torch
 from torch import nn
 from torch.distributions import MultivariateNormal
 
+import inn_guard as ig
+from inn_guard.audits.base import Verdict
+from inn_guard.lipschitz import lipschitz_bounds
+from inn_guard.lipschitz.intervals import Box
 from inn_guard.models import injflow as terms
 from inn_guard.models.autoencoder import (
     Autoencoder,
@@ -17,6 +21,7 @@ from inn_guard.models.autoencoder import (
     forward_mode,
     manifold_density,
 )
+from inn_guard.models.injflow_nets import conv_decoder, conv_encoder
 
 
 def generator(seed=0):
@@ -169,3 +174,53 @@ def test_spectral_normalisation_bounds_the_decoder():
     decoder.eval()
     for layer in (decoder[0], decoder[2]):
         assert torch.linalg.matrix_norm(layer.weight, 2).item() == pytest.approx(1, abs=1e-3)
+
+
+def convolutional():
+    torch.manual_seed(2)
+    shape = (1, 8, 8)
+    return Autoencoder(conv_encoder(shape, 3, width=4), conv_decoder(shape, 3, width=4)).eval(), torch.rand(5, *shape)
+
+
+@pytest.mark.parametrize(
+    "make", [convolutional, lambda: (curved().eval(), torch.rand(5, 7))], ids=["images", "vectors"]
+)
+def test_bounds_of_encoder_and_decoder_hold_for_thousands_of_sampled_ratios(make):
+    model, x = make()
+    box = Box(torch.zeros_like(x[0]), torch.ones_like(x[0]))
+    bounds = lipschitz_bounds(model, box, seconds=5.0)
+    assert bounds.reason == ""
+    a, b = (torch.rand(2000, *x.shape[1:]) for _ in range(2))
+    with torch.no_grad():
+        z, w = model(a), model(b)
+        ahead = (z - w).norm(dim=1) / (a - b).flatten(1).norm(dim=1)
+        back = (model.inverse(z) - model.inverse(w)).flatten(1).norm(dim=1) / (z - w).norm(dim=1)
+    assert ahead.max() <= bounds.forward < 1e4
+    assert back.max() <= bounds.inverse < 1e4
+    assert bounds.lower_forward <= bounds.forward
+    assert bounds.lower_inverse == 0
+
+
+def test_bounds_of_linear_encoder_and_decoder_are_their_norms():
+    model = linear().eval()
+    bounds = lipschitz_bounds(model, Box.everywhere((6,)), seconds=5.0)
+    assert bounds.forward == pytest.approx(torch.linalg.matrix_norm(model.encoder.weight, 2).item(), rel=1e-9)
+    assert bounds.inverse == pytest.approx(torch.linalg.matrix_norm(model.decoder.weight, 2).item(), rel=1e-9)
+    assert bounds.scope == "global"
+
+
+def test_every_audit_answers_or_says_why_not():
+    """Square Jacobians, log-determinants and walks back need a bijection; the others have a verdict that is measured."""
+    model, x = convolutional()
+    report = ig.audit(model, x, level="full", loss=lambda z: z.square().sum())
+    verdicts = {result.name: result for result in report.results}
+    absent = {"log_det", "layer_blame", "gradient_angle", "dequantization_attack"}
+    assert {name for name, result in verdicts.items() if result.verdict is Verdict.NOT_APPLICABLE} == absent
+    assert all(verdicts[name].reason for name in absent)
+    assert verdicts["reconstruction"].verdict is Verdict.UNSTABLE  # not trained: h does not undo g
+    values = verdicts["jacobian_spectrum"].values
+    density = manifold_density(model, model(x).detach())
+    assert values["decoder_sigma_min"] == pytest.approx(density.smallest_singular_value.min().item(), rel=1e-6)
+    assert ig.FiniteDifferences(1e-3)(model, x).item() > 0
+    with pytest.raises(ig.NotApplicable, match="log-determinant"):
+        ig.NormalizingFlowLoss(1e-3)(model, x)
