@@ -210,7 +210,7 @@ def test_bounds_of_linear_encoder_and_decoder_are_their_norms():
 
 
 def test_every_audit_answers_or_says_why_not():
-    """Square Jacobians, log-determinants and walks back need a bijection; the others have a verdict that is measured."""
+    """Log-determinants and walks back need a bijection; the others have a verdict that is measured."""
     model, x = convolutional()
     report = ig.audit(model, x, level="full", loss=lambda z: z.square().sum())
     verdicts = {result.name: result for result in report.results}
