@@ -21,6 +21,7 @@ ADAPTERS: dict[str, str] = {
     "normflows": "inn_guard.adapters.normflows",
     "zuko": "inn_guard.adapters.zuko",
     "memcnn": "inn_guard.adapters.memcnn",
+    "sbi": "inn_guard.adapters.sbi",
     "torch.distributions.transforms": "inn_guard.adapters.distributions",
 }
 
