@@ -9,10 +9,11 @@ from typing import Any
 import FrEIA.modules as Ff
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from inn_guard.adapters.side_by_side import SideBySide
 from inn_guard.lipschitz import flows, maps
-from inn_guard.lipschitz.activations import Activation, known_activation
+from inn_guard.lipschitz.activations import Activation, activation, known_activation
 from inn_guard.lipschitz.blocks import Pair
 from inn_guard.lipschitz.compositions import Composition
 from inn_guard.lipschitz.couplings import ByChannel, Coupling
@@ -36,6 +37,47 @@ def _clamp(block: Any) -> LogScale | None:
         if torch.allclose(block.f_clamp(points), function(points), rtol=0, atol=1e-14):
             return LogScale(make(float(block.clamp)))
     return None
+
+
+class _Clamped(nn.Module):
+    """An activation as a module."""
+
+    def __init__(self, function: Activation) -> None:
+        super().__init__()
+        self.function = function
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.function.function(x)
+
+
+@activation.register
+def _(module: _Clamped) -> Activation:
+    return module.function
+
+
+class _VolumePreserving(nn.Module):
+    """[log scales, shifts] of a GIN coupling of vectors: the mean of all log scales is taken from each."""
+
+    def __init__(self, network: nn.Module, log_scale: Activation, entries: int) -> None:
+        super().__init__()
+        one, none = torch.eye(entries, dtype=torch.float64), torch.zeros(entries, entries, dtype=torch.float64)
+        self.network, self.log_scale = network, _Clamped(log_scale)
+        self.register_buffer("scales", torch.cat([one, none], 1))
+        self.register_buffer("shifts", torch.cat([none, one], 1))
+        self.register_buffer("centred", one - 1 / entries)
+
+    def forward(self, x: Any, context: Any = None) -> Any:  # read by torch.fx, whose proxies are no tensors
+        raw = self.network(x) if context is None else self.network(x, context)
+        log_scales = functional.linear(self.log_scale(functional.linear(raw, self.scales)), self.centred)
+        return torch.cat([log_scales, functional.linear(raw, self.shifts)], 1)
+
+
+EXPONENTIAL = Affine(LogScale(known_activation(nn.Identity())), (1, 0))
+
+
+def _vectors_only(make: Callable[[], BoundedMap]) -> BoundedMap:
+    images = Unknown("a volume-preserving (GIN) block of images: a mean over all pixels")
+    return maps.Shaped(lambda box: make() if len(box.shape) == 1 else images)
 
 
 def _context(layer: Any) -> Tensor | None:
@@ -105,15 +147,32 @@ def _(block: Ff.ConditionalAffineTransform, layer: Any) -> BoundedMap:
 
 
 @bounded_map.register
+def _(block: Ff.GINCouplingBlock, layer: Any) -> BoundedMap:
+    scale = _clamp(block)
+    if scale is None:
+        return Unknown("a clamp activation of the user's own")
+    first = _VolumePreserving(SideBySide(block.subnet2), scale.log, block.split_len1)
+    second = _VolumePreserving(SideBySide(block.subnet1), scale.log, block.split_len2)
+    return _vectors_only(lambda: _two_sided(block, layer, (first, second), EXPONENTIAL))
+
+
+@bounded_map.register
 def _(block: Ff.AllInOneBlock, layer: Any) -> BoundedMap:
-    if block.GIN:
-        return Unknown("a volume-preserving (GIN) AllInOneBlock")
+    return _vectors_only(lambda: _all_in_one(block, layer)) if block.GIN else _all_in_one(block, layer)
+
+
+def _all_in_one(block: Ff.AllInOneBlock, layer: Any) -> BoundedMap:
     weight = block._construct_householder_permutation() if block.householder else block.w_perm
     mixing = weight.detach().double().reshape(block.in_channels, block.in_channels)
     split = ByChannel.halves(block.in_channels, block.splits[0])
     tanh = scaled(known_activation(nn.Tanh()), float(block.clamp))
-    coupling = _coupling(split, SideBySide(block.subnet, factor=0.1), Affine(LogScale(tanh), (1, 0)), layer)
+    network: nn.Module = SideBySide(block.subnet, factor=0.1)
+    transformer = Affine(LogScale(tanh), (1, 0))
     scale = block.global_scale_activation(block.global_scale).detach().reshape(-1)
+    if block.GIN:
+        network, transformer = _VolumePreserving(network, tanh, len(split.change)), EXPONENTIAL
+        scale = torch.ones_like(scale)
+    coupling = _coupling(split, network, transformer, layer)
     parts = [coupling, maps.Diagonal(scale, block.global_offset.detach().reshape(-1)), maps.LinearMap.computed(mixing)]
     before = [maps.LinearMap.computed(mixing.T)] if block.reverse_pre_permute else []
     return Composition((*before, *parts))

@@ -15,7 +15,7 @@ from inn_guard.lipschitz.convolution import is_transposed, kernels, paddings, sy
 from inn_guard.lipschitz.intervals import Interval
 from inn_guard.lipschitz.rounding import UNIT, up
 from inn_guard.lipschitz.spectral import exact
-from inn_guard.lipschitz.subnetworks import Unbounded
+from inn_guard.lipschitz.subnetworks import Move, Unbounded
 
 __all__ = ["ChainBuilder", "ChainReading", "Linear", "Torus"]
 
@@ -210,6 +210,10 @@ class ChainReading:
         if self.builder.torus is not None:
             raise Unbounded("an image is flattened")
         return x
+
+    def rearrange(self, x: Linear, move: Move) -> Linear:
+        """Not in a chain."""
+        raise Unbounded("entries are moved, repeated or averaged")
 
     def constant(self, value: Tensor, like: Linear) -> Linear:
         """No dependence on the state."""

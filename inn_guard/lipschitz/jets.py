@@ -13,7 +13,7 @@ from inn_guard.lipschitz.activations import Activation
 from inn_guard.lipschitz.intervals import Interval, linear
 from inn_guard.lipschitz.semantics import _nearly
 from inn_guard.lipschitz.spectral import exact
-from inn_guard.lipschitz.subnetworks import Network, Unbounded
+from inn_guard.lipschitz.subnetworks import Move, Network, Unbounded
 
 __all__ = ["Direct", "Jet", "JetReading", "Jets", "Table"]
 
@@ -100,6 +100,10 @@ class JetReading:
     def flatten(self, x: Jet) -> Jet:
         """The same."""
         return x
+
+    def rearrange(self, x: Jet, move: Move) -> Jet:
+        """Not on boxes."""
+        raise Unbounded("entries are moved, repeated or averaged")
 
     def constant(self, value: Tensor, like: Jet) -> Jet:
         """No derivative."""

@@ -20,7 +20,7 @@ from inn_guard.lipschitz.deadline import Deadline
 from inn_guard.lipschitz.intervals import Interval, linear
 from inn_guard.lipschitz.rounding import gamma, up
 from inn_guard.lipschitz.spectral import cheap_norm, exact, norm_operations, spectral_norm
-from inn_guard.lipschitz.subnetworks import Unbounded
+from inn_guard.lipschitz.subnetworks import Move, Unbounded
 
 __all__ = ["Boxes", "Constant", "Entrywise", "Norms", "over_channels"]
 
@@ -73,6 +73,12 @@ class Boxes:
     def flatten(self, x: Interval) -> Interval:
         """One dimension."""
         return x.map(torch.flatten)
+
+    def rearrange(self, x: Interval, move: Move) -> Interval:
+        """Both ends, with the rounding of averages."""
+        y = x.map(lambda t: move.move(t[None])[0])
+        slack = 1e-12 * y.magnitude if move.norm < 1 else torch.zeros(())
+        return Interval(y.lo - slack, y.hi + slack)
 
     def constant(self, value: Tensor, like: Interval) -> Interval:
         """The hull of a batch (B, *shape) of constants; vectors are repeated over the pixels of an image."""
@@ -141,6 +147,11 @@ class Norms:
         """The same."""
         return Constant(x.lipschitz, (math.prod(x.shape),))
 
+    def rearrange(self, x: Constant, move: Move) -> Constant:
+        """Times the norm of the move."""
+        shape = move.move(torch.zeros(1, *x.shape, dtype=torch.float64)).shape[1:]
+        return Constant(x.lipschitz if move.norm == 1 else up(x.lipschitz * move.norm), tuple(shape))
+
     def constant(self, value: Tensor, like: Constant) -> Constant:
         """Zero."""
         return Constant(0.0, (value.shape[1], *like.shape[1:]))
@@ -187,6 +198,13 @@ class Entrywise:
     def flatten(self, x: Tensor) -> Tensor:
         """The same."""
         return x
+
+    def rearrange(self, x: Tensor, move: Move) -> Tensor:
+        """Every column moved, on vectors only."""
+        moved = move.move(x.T).T * (1 + 1e-12)
+        if moved.dim() != 2:
+            raise Unbounded("entrywise bounds are for vectors only")
+        return moved
 
     def constant(self, value: Tensor, like: Tensor) -> Tensor:
         """Zero."""

@@ -7,8 +7,10 @@ the LipSDP recursion. What is not understood raises Unbounded with the reason; n
 from __future__ import annotations
 
 import inspect
+import math
 import operator
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from functools import singledispatch
 from typing import Any, Protocol, TypeVar, runtime_checkable
 
@@ -17,8 +19,9 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from inn_guard.lipschitz.activations import FUNCTIONS, Activation, activation
+from inn_guard.lipschitz.rounding import up
 
-__all__ = ["Network", "Semantics", "Unbounded", "readable"]
+__all__ = ["Move", "Network", "Semantics", "Unbounded", "readable"]
 
 Value = TypeVar("Value")
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
@@ -30,6 +33,19 @@ PASSING = (nn.Identity, nn.Flatten, *DROPOUTS)
 
 class Unbounded(Exception):
     """Why no bound can be given; its text is the reason that a result shows."""
+
+
+@dataclass(frozen=True)
+class Move:
+    """A linear map with nonnegative weights that moves, drops, pads with zeros, repeats or averages entries.
+
+    Attributes:
+        move: of a batch (B, *shape).
+        norm: its spectral norm, or more.
+    """
+
+    move: Callable[[Tensor], Tensor]
+    norm: float = 1.0
 
 
 @runtime_checkable
@@ -62,6 +78,10 @@ class Semantics(Protocol[Value]):
 
     def flatten(self, x: Value) -> Value:
         """Everything but the batch in one dimension."""
+        ...
+
+    def rearrange(self, x: Value, move: Move) -> Value:
+        """Entries moved, repeated or averaged."""
         ...
 
     def constant(self, value: Tensor, like: Value) -> Value:
@@ -161,7 +181,9 @@ class _Methods:
 
     add = staticmethod(torch.add)
     flatten = staticmethod(torch.flatten)
+    index_select = staticmethod(torch.index_select)
     relu = staticmethod(torch.relu)
+    reshape = staticmethod(torch.reshape)
     tanh = staticmethod(torch.tanh)
     sigmoid = staticmethod(torch.sigmoid)
 
@@ -218,8 +240,42 @@ def _module(module: nn.Module, x: Value, semantics: Semantics[Value], place: str
         return _normalise(module, x, semantics)
     if isinstance(module, nn.Flatten) and (module.start_dim, module.end_dim) == (1, -1):
         return semantics.flatten(x)
+    move = _moving_module(module)
+    if move is not None:
+        return semantics.rearrange(x, move)
     training = " in training mode" if module.training else ""
     raise Unbounded(f"no bound is known for {type(module).__name__}{training} (its name in the network: {place})")
+
+
+def _moving_module(module: nn.Module) -> Move | None:
+    """Unflatten; averages over windows that do not overlap, of norm 1 / sqrt(window); repetition, of norm sqrt(copies).
+
+    None if the module is none of them.
+    """
+    if isinstance(module, nn.Unflatten) and module.dim == 1:
+        return Move(module)
+    if isinstance(module, nn.AvgPool2d) and module.stride == module.kernel_size and module.padding in (0, (0, 0)):
+        size = module.kernel_size
+        window = size * size if isinstance(size, int) else math.prod(size)
+        plain = not module.ceil_mode and module.divisor_override is None
+        return Move(module, up(1 / math.sqrt(window), 2)) if plain else None
+    if isinstance(module, nn.Upsample) and module.mode == "nearest" and isinstance(module.scale_factor, float):
+        factor = module.scale_factor
+        return Move(module, factor) if factor == int(factor) else None
+    return None
+
+
+def _moving_function(function: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Move | None:
+    """Padding with zeros behind, a choice of entries without repetition, another shape; None if it is none of them."""
+    if function is F.pad and len(args) == 2 and min(args[1]) >= 0:
+        with_zeros = kwargs.get("mode", "constant") == "constant" and not kwargs.get("value")
+        return Move(lambda x: F.pad(x, args[1])) if with_zeros else None
+    if function is torch.index_select and len(args) == 3 and args[1] == 1 and isinstance(args[2], Tensor):
+        index = args[2].detach().cpu()
+        return Move(lambda x: x.index_select(1, index)) if len(index.unique()) == len(index) else None
+    if function is torch.reshape and all(isinstance(size, int) for size in args[1:]) and args[1] == -1:
+        return Move(lambda x: x.reshape(len(x), *args[2:]))
+    return None
 
 
 def _normalise(module: Any, x: Value, semantics: Semantics[Value]) -> Value:
@@ -257,6 +313,9 @@ def _function(
         return semantics.concatenate([_value_of(part, nn.Identity()) for part in args[0]])
     if function is torch.flatten and (*args[1:], *kwargs.values()) == (1,):
         return semantics.flatten(first.value)
+    move = _moving_function(function, args, kwargs)
+    if move is not None:
+        return semantics.rearrange(first.value, move)
     if function is F.dropout and not kwargs.get("training", False):
         return first.value
     raise Unbounded(f"the operation {getattr(function, '__name__', function)} is not known")
