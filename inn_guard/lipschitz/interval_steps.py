@@ -26,7 +26,7 @@ from inn_guard.lipschitz.transformers import Transformer
 __all__ = ["State", "Step", "step_of"]
 
 CELLS = 1024  #: cells of a table of a network of one input
-KNOT_CELLS = 4096  #: the same for the knots of a spline
+KNOT_CELLS = 1024  #: the same for the knots of a spline
 
 
 @dataclass(frozen=True)
