@@ -18,7 +18,7 @@ IDS = [str(path.relative_to(ROOT)) for path in FILES]
 FLOORS = [
     {"tangent", "files"},
     {"invertible", "network_tangent"},
-    {"dense_tangent", "dense_network", "local_product", "untouched"},
+    {"dense_tangent", "dense_network", "untouched"},
     {"linearization", "composed_jacobian"},
     {"lanczos"},
     {"footprint"},
