@@ -182,6 +182,7 @@ class _Methods:
     add = staticmethod(torch.add)
     flatten = staticmethod(torch.flatten)
     index_select = staticmethod(torch.index_select)
+    neg = staticmethod(torch.neg)
     relu = staticmethod(torch.relu)
     reshape = staticmethod(torch.reshape)
     tanh = staticmethod(torch.tanh)
@@ -307,6 +308,8 @@ def _function(
         return semantics.linear(first.value, args[1], bias)
     if function in (operator.add, operator.iadd, torch.add) and not kwargs:
         return _sum(args, semantics)
+    if function in (operator.neg, torch.neg):
+        return semantics.rescale(first.value, -torch.ones(()), torch.zeros(()))
     if function in (operator.mul, operator.imul, torch.mul, operator.truediv) and len(args) == 2:
         return _multiple(function, args, semantics)
     if function is torch.cat and (args[1:] or (kwargs.get("dim", kwargs.get("axis")),))[0] in (1, -1):
