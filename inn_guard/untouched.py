@@ -7,7 +7,7 @@ import operator
 import random
 import types
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -15,6 +15,8 @@ import torch
 from torch import Tensor, nn
 
 __all__ = ["changed_state", "untouched"]
+
+Restore = Callable[[], None]
 
 _REGISTRIES = ("_parameters", "_buffers", "_modules")
 _CONTAINERS = (list, dict, set, collections.deque, bytearray)
@@ -37,12 +39,24 @@ def untouched(model: nn.Module) -> Iterator[None]:
 
     What did not change is not written to: graphs that the caller holds stay valid.
     """
-    with ExitStack() as restorations:
-        restorations.callback(_global_generators())
-        # restored in reverse order: tensors and objects before the modules that hold them
-        for restore in _snapshots(model):
-            restorations.callback(restore)
+    restorations = [_global_generators(), *_snapshots(model)]
+    try:
         yield
+    finally:
+        # tensors and objects before the modules that hold them, and these before the random number generators
+        _restored(reversed(restorations))
+
+
+def _restored(restorations: Iterator[Restore]) -> None:
+    """All of them, also if one raises."""
+    failures = []
+    for restore in restorations:
+        try:
+            restore()
+        except Exception as failure:  # whatever it is, the others come first
+            failures.append(failure)
+    if failures:
+        raise failures[0]
 
 
 @contextmanager
@@ -54,9 +68,6 @@ def changed_state(model: nn.Module) -> Iterator[list[str]]:
     after = dict(_named_tensors(model))
     changed += [name for name, old in before.items() if name not in after or not _identical(old, after[name])]
     changed += [name for name in after if name not in before]
-
-
-Restore = Callable[[], None]
 
 
 def _snapshots(model: nn.Module) -> Iterator[Restore]:
@@ -97,7 +108,7 @@ def _taken(value: Any, depth: int) -> tuple[list[tuple[Any, int]], Restore | Non
         return [], _tensor(value)
     if isinstance(value, nn.Module):
         parts = [part for key in _REGISTRIES for part in dict(vars(value)[key]).values()]
-        plain = [part for key, part in vars(value).items() if key not in _REGISTRIES]
+        plain = [part for key, part in vars(value).items() if type(part) not in _EXACT_ATOMS and key not in _REGISTRIES]
         return [(part, 0) for part in parts] + [(part, 1) for part in plain], _module(value)
     if isinstance(value, tuple):
         return [(part, depth) for part in value], None
