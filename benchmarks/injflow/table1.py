@@ -244,7 +244,10 @@ def draw(frame: pd.DataFrame) -> Figure:
     panels = figure.subplots(1, 3, sharey=True)
     for axes, kind in zip(panels, ("rec", "normal", "gmm"), strict=True):
         axes.plot(frame[kind], frame.model, "o", alpha=0.6)
-        axes.set(xlabel={"rec": "reconstructions", "normal": "Gaussian samples", "gmm": "mixture samples"}[kind])
+        axes.set(
+            xscale="log",
+            xlabel={"rec": "reconstructions", "normal": "Gaussian samples", "gmm": "mixture samples"}[kind],
+        )
         axes.grid(alpha=0.3)
     panels[0].invert_yaxis()
     figure.suptitle(f"Frechet distance ({frame.extractor[0]}), lower is better")
