@@ -7,7 +7,6 @@ from torch import Tensor
 
 from inn_guard.dense_network import dense_network
 from inn_guard.layers.partition import Halves, Partition
-from inn_guard.local_product import TILE, add_local_product_
 from inn_guard.network_tangent import NetworkTangent, select_rows_of
 
 __all__ = ["CouplingTangent"]
@@ -91,11 +90,7 @@ class CouplingTangent:
         kept, changed = kept.reshape(-1, matrix.shape[1]), changed.reshape(-1, matrix.shape[1])
         if self._scale is not None:
             changed.mul_(self._scale.reshape(-1, 1))
-        image = tuple(self.output.shape[2:])
-        if len(image) == 2 and max(image) > TILE:
-            add_local_product_(changed, self._block(), kept, image=image)
-        else:
-            changed.addmm_(self._block(), kept)
+        changed.addmm_(self._block(), kept)
         return matrix
 
     def _block(self) -> Tensor:
