@@ -19,7 +19,8 @@ from inn_guard.audits.guarded import Guarded, patience
 from inn_guard.audits.limits import data_scale, usable_error
 from inn_guard.audits.round_trip import finite_rows
 from inn_guard.audits.watchdog import time_limit
-from inn_guard.audits.watched import ModelRaised, polite
+from inn_guard.audits.watched import ModelRaised, polite, shares_of
+from inn_guard.footprint import linearized_footprint
 from inn_guard.invertible import Invertible
 from inn_guard.tangent import NotApplicable
 
@@ -71,7 +72,8 @@ def dequantization_attack(
     """
     if not model.bijective:
         raise NotApplicable("the map is injective only: x -> z -> x is a projection, whose error says nothing")
-    rows = finite_rows(x).nonzero()[:, 0][:samples]
+    fits = shares_of(model).fits(lambda: linearized_footprint(model, x, vectors=8))
+    rows = finite_rows(x).nonzero()[:, 0][: int(min(samples, fits))]
     if not len(rows):
         return AuditResult("dequantization_attack", Verdict.NON_FINITE, "no sample of x is finite")
     chosen, start = model.select(rows), x[rows]

@@ -14,7 +14,7 @@ from inn_guard.jacobian import extremes
 from inn_guard.linearization import Linearization
 from inn_guard.rounding_forecast import RoundingForecast, rounding_forecast
 
-__all__ = ["Explanation", "explain"]
+__all__ = ["MAX_STEPS", "Explanation", "explain"]
 
 TOLERANCE = 0.1  #: of the singular values: a threshold needs no more
 MAX_STEPS = 20

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import torch
@@ -10,18 +11,22 @@ from torch import Tensor
 from inn_guard.audits.base import AuditResult, Verdict, scattered
 from inn_guard.audits.limits import from_log10, usable_error
 from inn_guard.audits.round_trip import finite_rows
-from inn_guard.audits.watched import polite
+from inn_guard.audits.watched import polite, shares_of, shares_samples
+from inn_guard.distributed import SampleNoise
+from inn_guard.footprint import forward_footprint, linearized_footprint
 from inn_guard.invertible import Invertible
-from inn_guard.jacobian import extremes, full_jacobian, spectrum
+from inn_guard.jacobian import Extremes, extremes, full_jacobian, spectrum
 from inn_guard.lanczos import LargestSingularValue
 from inn_guard.linearization import Linearization
 
 __all__ = ["amplification_verdict", "jacobian_spectrum", "usable_rows"]
 
 LN10 = math.log(10)
+_FIELDS = tuple(field.name for field in dataclasses.fields(LargestSingularValue))
 
 
 @polite
+@shares_samples
 def jacobian_spectrum(
     model: Invertible, x: Tensor, *, samples: int = 32, tolerance: float = 1e-2, max_steps: int = 60, seed: int = 0
 ) -> AuditResult:
@@ -64,8 +69,7 @@ def jacobian_spectrum(
     }
     if not model.bijective:
         return _rectangular(chosen, start, settings)
-    generator = torch.Generator().manual_seed(seed)
-    ends = extremes(Linearization(chosen, start), generator=generator, tolerance=tolerance, max_steps=max_steps)
+    ends = _shared_extremes(chosen, start, tolerance, max_steps, seed)
     logs = {"sigma_max": ends.log_max, "sigma_min": ends.log_min, "condition_number": ends.log_condition}
     sides = {"sigma_max": ends.forward, "sigma_min": ends.backward}
     verdict, reason, advice = amplification_verdict(ends.log_condition.cpu(), x.dtype)
@@ -81,13 +85,34 @@ def jacobian_spectrum(
     )
 
 
+def _shared_extremes(model: Invertible, x: Tensor, tolerance: float, max_steps: int, seed: int) -> Extremes:
+    """`extremes` for all samples, in parts where they are shared out or memory is short."""
+
+    def measure(rows: Tensor) -> tuple[Tensor, ...]:
+        noise = SampleNoise(torch.Generator().manual_seed(seed), rows, len(x))
+        linearization = Linearization(model.select(rows), x[rows])
+        ends = extremes(linearization, generator=noise, tolerance=tolerance, max_steps=max_steps)
+        return tuple(getattr(side, name) for side in (ends.forward, ends.backward) for name in _FIELDS)
+
+    vectors = 2 * min(max_steps, x[0].numel())
+    at_most = shares_of(model).fits(lambda: linearized_footprint(model, x, vectors=vectors))
+    found = shares_of(model).map(torch.arange(len(x), device=x.device), measure, at_most=at_most)
+    half = len(_FIELDS)
+    return Extremes(LargestSingularValue(*found[:half]), LargestSingularValue(*found[half:]))
+
+
 def usable_rows(model: Invertible, x: Tensor) -> Tensor:
     """Indices of the samples that are finite and have finite latents."""
     rows = finite_rows(x).nonzero()[:, 0]
-    if len(rows):
+    if not len(rows):
+        return rows
+
+    def measure(part: Tensor) -> tuple[Tensor]:
         with torch.no_grad():
-            rows = rows[finite_rows(model.select(rows)(x[rows]))]
-    return rows
+            return (finite_rows(model.select(part)(x[part])),)
+
+    at_most = shares_of(model).fits(lambda: forward_footprint(model, x))
+    return rows[shares_of(model).map(rows, measure, at_most=at_most)[0]]
 
 
 def amplification_verdict(log_condition: Tensor, dtype: torch.dtype) -> tuple[Verdict, str, str]:

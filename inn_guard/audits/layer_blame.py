@@ -130,7 +130,8 @@ class _Measurement:
     @classmethod
     def of_samples(cls, parts: Sequence[Tensor], *, exact: bool) -> _Measurement:
         """From the tensors with the samples first."""
-        return cls(*(part.movedim(0, -1).cpu() for part in parts), exact=exact)
+        named = zip(cls.tensors, parts, strict=True)
+        return cls(**{name: part.movedim(0, -1).cpu() for name, part in named}, exact=exact)
 
     @property
     def log_contribution(self) -> Tensor:

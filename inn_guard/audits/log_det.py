@@ -11,7 +11,8 @@ from torch import Tensor
 from inn_guard.audits.base import AuditResult, Verdict, scattered
 from inn_guard.audits.jacobian_spectrum import usable_rows
 from inn_guard.audits.limits import RESOLUTION
-from inn_guard.audits.watched import ModelRaised, polite
+from inn_guard.audits.watched import ModelRaised, polite, shares_of
+from inn_guard.footprint import linearized_footprint
 from inn_guard.invertible import Invertible
 from inn_guard.linearization import Linearization
 from inn_guard.log_determinant import composed_log_det, stochastic_log_det
@@ -27,6 +28,7 @@ RETURN = (
     "The forward log-determinant is right, the inverse's is not its negative: look at reconstruction. If the inverse "
     "comes back to x, derive its log-determinant again; if it does not, likelihoods of samples mean nothing."
 )
+QUADRATURE_STEPS = 16  #: of the stochastic reference
 DRAWS = 16  #: of a model whose log-determinant is itself random
 
 
@@ -54,7 +56,8 @@ def log_det(model: Invertible, x: Tensor, *, samples: int = 8, seed: int = 0) ->
     Raises:
         NotApplicable: if the model has no log-determinant.
     """
-    rows = usable_rows(model, x)[:samples]
+    fits = shares_of(model).fits(lambda: linearized_footprint(model, x, vectors=2 * QUADRATURE_STEPS))
+    rows = usable_rows(model, x)[: int(min(samples, fits))]
     if not len(rows):
         return AuditResult("log_det", Verdict.NON_FINITE, "no sample has a finite latent: nothing to compare")
     chosen, start = model.select(rows), x[rows]
@@ -198,7 +201,9 @@ def _forward_plus_inverse(model: Invertible, x: Tensor) -> Tensor | str:
 
 def _reference(model: Invertible, x: Tensor, seed: int) -> _Reference:
     if x[0].numel() > EXACT_UP_TO:
-        value, error = stochastic_log_det(Linearization(model, x), generator=torch.Generator().manual_seed(seed))
+        value, error = stochastic_log_det(
+            Linearization(model, x), steps=QUADRATURE_STEPS, generator=torch.Generator().manual_seed(seed)
+        )
         return _Reference(value.cpu(), error.cpu(), "stochastic Lanczos quadrature")
     layered = "layer by layer" if model.layers() else "whole"
     try:

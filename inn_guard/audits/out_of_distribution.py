@@ -18,7 +18,8 @@ from inn_guard.audits.radius import Radii, smallest_failing_radius
 from inn_guard.audits.round_trip import finite_rows, standard_normal
 from inn_guard.audits.trips import Trip, trip_from_data, trip_from_latents
 from inn_guard.audits.watchdog import TimedOut, time_limit
-from inn_guard.audits.watched import ModelRaised, checked_batch, polite
+from inn_guard.audits.watched import ModelRaised, checked_batch, polite, shares_of
+from inn_guard.footprint import forward_footprint, linearized_footprint
 from inn_guard.invertible import Invertible
 from inn_guard.jacobian import Extremes, extremes
 from inn_guard.linearization import Linearization
@@ -28,6 +29,7 @@ __all__ = ["out_of_distribution"]
 
 BITS = 0.1  #: per dimension that the two log-determinants may leave: what published likelihoods differ by
 DIRECTIONS = 16  #: of the radius search
+SPECTRUM_STEPS = 20
 LN10 = math.log(10)
 NAME = "out_of_distribution"
 ADVICE = "Do not trust scores, samples or memory-saving gradients on such inputs; bound the scales of the layers."
@@ -72,10 +74,16 @@ def out_of_distribution(
         Understanding and Mitigating Exploding Inverses in Invertible Neural Networks (Behrmann, Vicol, Wang, Grosse,
         Jacobsen, 2021), section 4.1 and appendix D.
     """
+    shares = shares_of(model)
+    fits = shares.fits(lambda: forward_footprint(model, x).plus(8 * x[0].numel()))
+    samples, directions = int(min(samples, fits)), int(min(DIRECTIONS, fits))
+    if spectrum_samples:
+        fits = shares.fits(lambda: linearized_footprint(model, x, vectors=2 * SPECTRUM_STEPS))
+        spectrum_samples = int(min(spectrum_samples, fits))
     rows = finite_rows(x).nonzero()[:, 0][:samples]
     if not len(rows):
         return AuditResult(NAME, Verdict.NON_FINITE, "no sample of x is finite: there is no data to be outside of")
-    probing = _Probing(model.select(rows), x[rows], spectrum_samples=spectrum_samples, seed=seed)
+    probing = _Probing(model.select(rows), x[rows], directions, spectrum_samples=spectrum_samples, seed=seed)
     probing.measure("data", x[rows], Reach(within=True))
     for name, other in (others or {}).items():
         probing.measure(name, _checked_other(model, name, other, x)[: len(rows)], Reach(within=True))
@@ -99,7 +107,7 @@ def out_of_distribution(
             "usable": probing.usable,
             "bits_per_dimension": BITS,
             "left_out": "; ".join(probing.left_out) or "nothing",
-            "directions": DIRECTIONS,
+            "directions": directions,
             "largest_radius": invertible.limit,
             "seconds_per_call": probing.guarded.seconds,
             "given_up": str(probing.guarded.outcome) or "none",
@@ -116,6 +124,7 @@ class _Probing:
 
     model: Invertible
     x: Tensor
+    directions: int
     spectrum_samples: int
     seed: int
     rows: list[Mapping[str, Any]] = field(default_factory=list)
@@ -173,10 +182,10 @@ class _Probing:
         centre = self.x.double().mean(0, keepdim=True)
         radius = (self.x.double() - centre).flatten(1).norm(dim=1).median().item() or 1.0
         generator = torch.Generator().manual_seed(self.seed)
-        noise = torch.randn(DIRECTIONS, *self.x.shape[1:], generator=generator, device="cpu", dtype=torch.float64)
+        noise = torch.randn(self.directions, *self.x.shape[1:], generator=generator, device="cpu", dtype=torch.float64)
         length = noise.flatten(1).norm(dim=1).reshape(-1, *[1] * (noise.dim() - 1))
         directions = (radius * noise / length).to(centre)
-        contexts = torch.arange(DIRECTIONS, device=self.x.device) % len(self.x)
+        contexts = torch.arange(self.directions, device=self.x.device) % len(self.x)
         guarded = self.guarded.select(contexts)
 
         def trip(radii: Tensor) -> Trip:
@@ -184,10 +193,10 @@ class _Probing:
             start = (centre + steps * directions).to(self.x)
             return trip_from_data(guarded, start, log_det=self.has_log_det, bijective=self.model.bijective)
 
-        invertible = smallest_failing_radius(lambda radii: trip(radii).error > self.usable, DIRECTIONS)
+        invertible = smallest_failing_radius(lambda radii: trip(radii).error > self.usable, self.directions)
         if not self.has_log_det:
             return invertible, None
-        return invertible, smallest_failing_radius(lambda radii: _bits(trip(radii)) > BITS, DIRECTIONS)
+        return invertible, smallest_failing_radius(lambda radii: _bits(trip(radii)) > BITS, self.directions)
 
     def values(self, invertible: Radii, likelihood: Radii | None) -> dict[str, float]:
         """The summary figures."""
@@ -244,7 +253,7 @@ class _Probing:
             return None
         linearization = Linearization(self.model.select(contexts[kept]), x[kept])
         generator = torch.Generator().manual_seed(self.seed)
-        return extremes(linearization, generator=generator, tolerance=0.1, max_steps=20)
+        return extremes(linearization, generator=generator, tolerance=0.1, max_steps=SPECTRUM_STEPS)
 
     def _answers_log_det(self) -> bool:
         try:

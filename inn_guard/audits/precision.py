@@ -15,7 +15,8 @@ from inn_guard.audits.arithmetic_forecast import NUMERIC, Copies, Forecaster, ba
 from inn_guard.audits.base import AuditResult, Verdict, scattered
 from inn_guard.audits.limits import usable_error
 from inn_guard.audits.round_trip import finite_rows
-from inn_guard.audits.watched import ModelRaised, polite
+from inn_guard.audits.watched import ModelRaised, polite, shares_of
+from inn_guard.footprint import forward_footprint
 from inn_guard.invertible import Invertible, NotApplicable
 
 __all__ = ["Arithmetic", "arithmetics", "precision"]
@@ -76,7 +77,7 @@ def precision(
     """
     candidates = arithmetics(x.device) if candidates is None else candidates
     _check(candidates, usable, probes)
-    rows = finite_rows(x).nonzero()[:, 0]
+    rows = finite_rows(x).nonzero()[:, 0][: _fitting(model, x)]
     if not len(rows):
         reason = "every sample of x contains NaN or Inf already: there is no round trip to measure"
         return AuditResult("precision", Verdict.NON_FINITE, reason, advice="Clean the data, then audit again.")
@@ -113,6 +114,12 @@ def precision(
         },
         advice="" if verdict is Verdict.STABLE else _advice(works, table[mine]["arithmetic"]),
     )
+
+
+def _fitting(model: Invertible, x: Tensor) -> int:
+    """How many samples memory allows: all states of all of them are held in float64."""
+    states = 8 * (len(model.layers()) + 4) * x[0].numel()
+    return int(min(len(x), shares_of(model).fits(lambda: forward_footprint(model, x).plus(states))))
 
 
 def _check(candidates: Sequence[Arithmetic], usable: float | None, probes: int | None) -> None:

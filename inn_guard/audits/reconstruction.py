@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from inn_guard.audits.base import AuditResult, Verdict, scattered
-from inn_guard.audits.explanation import explain
+from inn_guard.audits.explanation import MAX_STEPS, explain
 from inn_guard.audits.limits import FLOOR
 from inn_guard.audits.reconstruction_verdict import Explained, Measured, Trips, judged
 from inn_guard.audits.round_trip import (
@@ -20,7 +20,8 @@ from inn_guard.audits.round_trip import (
     standard_normal,
     unconverged,
 )
-from inn_guard.audits.watched import ModelRaised, polite
+from inn_guard.audits.watched import ModelRaised, polite, shares_of, shares_samples
+from inn_guard.footprint import forward_footprint, linearized_footprint
 from inn_guard.invertible import Invertible
 from inn_guard.tangent import NotApplicable
 
@@ -32,6 +33,7 @@ Prior = Callable[[Tensor, torch.Generator], Tensor]
 
 
 @polite
+@shares_samples
 def reconstruction(
     model: Invertible,
     x: Tensor,
@@ -67,6 +69,7 @@ def reconstruction(
         reason = "every sample of x contains NaN or Inf already: there is nothing to reconstruct"
         return AuditResult("reconstruction", Verdict.NON_FINITE, reason, advice="Clean the data, then audit again.")
     chosen, chosen_x = model.select(kept.nonzero()[:, 0]), x[kept]
+    batch_size = _fitting(chosen, chosen_x, batch_size)
     trips = _trips(chosen, chosen_x, prior, batch_size, seed)
     measured = Measured(trips, _precise(chosen, trips, batch_size), _explained(chosen, trips.main, seed), x.dtype)
     verdict, reason, advice = judged(measured, chosen)
@@ -96,6 +99,13 @@ def reconstruction(
         advice=advice,
         images=_images(trips.data),
     )
+
+
+def _fitting(model: Invertible, x: Tensor, batch_size: int) -> int:
+    """``batch_size``, or what memory allows."""
+    fits = shares_of(model).fits(lambda: forward_footprint(model, x))
+    # the float64 copy takes twice as much
+    return max(1, int(min(batch_size, fits if x.dtype == torch.float64 else fits / 2)))
 
 
 def _trips(model: Invertible, x: Tensor, prior: Prior | None, batch_size: int, seed: int) -> Trips:
@@ -128,7 +138,10 @@ def _explained(model: Invertible, main: RoundTrip, seed: int) -> Explained | Non
     if not model.bijective:
         return None
     usable = finite_rows(main.middle).cpu().nonzero()[:, 0]
-    rows = usable[main.relative[usable].nan_to_num(math.inf).argsort(descending=True)][:EXPLAINED_SAMPLES]
+    rows = usable[main.relative[usable].nan_to_num(math.inf).argsort(descending=True)]
+    vectors = 2 * MAX_STEPS + len(model.layers())
+    fits = shares_of(model).fits(lambda: linearized_footprint(model, main.start, vectors=vectors))
+    rows = rows[: int(min(EXPLAINED_SAMPLES, fits))]
     if not len(rows):
         return None
     there = rows.to(main.start.device)

@@ -10,6 +10,7 @@ import torch
 from jaxtyping import Float, Shaped
 from torch import Tensor
 
+from inn_guard.distributed import Group, noise_of_rank
 from inn_guard.invertible import Invertible
 from inn_guard.regularizers.arguments import check_coefficient, is_number
 from inn_guard.regularizers.full_precision import full_precision, reusable
@@ -38,11 +39,12 @@ class FiniteDifferences:
     only injective have F^-1(F(x)) computed, which is a projection of x.
 
     The noise comes from a generator of its own, drawn on the CPU in the order rows, v, v*: the global generators stay
-    as they are, and every device sees the same noise. Give each process of a distributed run its own seed. Under
-    autocast all passes run in float32 and a given z, being rounded, is computed anew. NaN and Inf come out as they
-    are. A model in training mode sees the noisy batches too: BatchNorm in it counts them in its running statistics.
-    Clip the gradient's norm where data have outliers: one sample at which the inverse explodes makes a penalty of any
-    size.
+    as they are, and every device sees the same noise. In a distributed run give every process the same seed and its
+    ``group``: each takes its part of the noise of all batches, and the averaged gradient is that of one process with
+    all of them. Without the group give each process a seed of its own. Under autocast all passes run in float32 and a
+    given z, being rounded, is computed anew. NaN and Inf come out as they are. A model in training mode sees the noisy
+    batches too: BatchNorm in it counts them in its running statistics. Clip the gradient's norm where data have
+    outliers: one sample at which the inverse explodes makes a penalty of any size.
 
     This differs from the paper in: nothing; its published code divides by eps instead of eps^2, draws v so scaled that
     the penalty is eps times the one above, and sums where the text averages, so that a coefficient c there acts about
@@ -54,6 +56,7 @@ class FiniteDifferences:
         eps: step, > 0; 0.1 rather than tiny, against catastrophic cancellation.
         fraction: penalise a random share of the batch only, in (0, 1]; None: all of it. An unbiased estimate.
         seed: of the noise.
+        group: the torch.distributed group whose processes hold one batch each, all of one size; None: this one alone.
 
     Attributes:
         generator: source of the noise; its state is what a training run must save to resume exactly.
@@ -69,6 +72,7 @@ class FiniteDifferences:
     eps: float = 0.1
     fraction: float | None = None
     seed: int = 0
+    group: Group | None = field(default=None, repr=False, compare=False)
     generator: torch.Generator = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -118,9 +122,8 @@ class FiniteDifferences:
         return model.select(rows), x[rows], None if z is None else z[rows]
 
     def _noise(self, like: Tensor) -> Tensor:
-        return self.eps * torch.randn(like.shape, generator=self.generator, device="cpu", dtype=like.dtype).to(
-            like.device
-        )
+        noise = noise_of_rank(like.shape, generator=self.generator, dtype=like.dtype, group=self.group)
+        return self.eps * noise.to(like.device)
 
     def _mean_square(self, moved: Tensor, origin: Tensor) -> Tensor:
         """mean_B |moved - origin|^2 / eps^2, subtracted in float32 at least."""
