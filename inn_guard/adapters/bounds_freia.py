@@ -58,6 +58,10 @@ def _(module: _Clamped) -> Activation:
 class _VolumePreserving(nn.Module):
     """[log scales, shifts] of a GIN coupling of vectors: the mean of all log scales is taken from each."""
 
+    scales: Tensor
+    shifts: Tensor
+    centred: Tensor
+
     def __init__(self, network: nn.Module, log_scale: Activation, entries: int) -> None:
         super().__init__()
         one, none = torch.eye(entries, dtype=torch.float64), torch.zeros(entries, entries, dtype=torch.float64)

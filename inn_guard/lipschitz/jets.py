@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -121,6 +121,7 @@ class JetReading:
         return Jet(x.centre, x.value.meet(x.centre + moved), x.rate, slope, x.bend)
 
 
+@runtime_checkable
 class Jets(Protocol):
     """What a table is made of."""
 

@@ -96,13 +96,13 @@ class _Above:
 
 
 def _certified(chain: Chain, multipliers: Multipliers) -> float:
-    state: _Above | None = _Above(None, torch.eye(chain.size, dtype=torch.float64)[None])
+    state = _Above(None, torch.eye(chain.size, dtype=torch.float64)[None])
     for layer, D in zip(chain.layers, multipliers, strict=True):
         joined = state.through(layer.joint, layer.error)
-        state = _advanced(joined, layer, D) if len(D) else joined
-        if state is None:
+        advanced = _advanced(joined, layer, D) if len(D) else joined
+        if advanced is None:
             return math.inf
-        state = state.folded()
+        state = advanced.folded()
     S, error = state.through(chain.output, chain.error).matrix()
     square = up(largest_eigenvalue(S) + error)
     return up(math.sqrt(max(square, 0.0))) if math.isfinite(square) else math.inf

@@ -27,6 +27,7 @@ Value = TypeVar("Value")
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 NORMALISATIONS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 IN_PLACE = (operator.iadd, operator.imul, operator.isub, operator.itruediv)
+SCALINGS = (operator.mul, operator.imul, torch.mul, operator.truediv, operator.neg, torch.neg)
 DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout)
 PASSING = (nn.Identity, nn.Flatten, *DROPOUTS)
 
@@ -308,9 +309,7 @@ def _function(
         return semantics.linear(first.value, args[1], bias)
     if function in (operator.add, operator.iadd, torch.add) and not kwargs:
         return _sum(args, semantics)
-    if function in (operator.neg, torch.neg):
-        return semantics.rescale(first.value, -torch.ones(()), torch.zeros(()))
-    if function in (operator.mul, operator.imul, torch.mul, operator.truediv) and len(args) == 2:
+    if function in SCALINGS and not kwargs:
         return _multiple(function, args, semantics)
     if function is torch.cat and (args[1:] or (kwargs.get("dim", kwargs.get("axis")),))[0] in (1, -1):
         return semantics.concatenate([_value_of(part, nn.Identity()) for part in args[0]])
@@ -330,6 +329,8 @@ def _with_options(function: Any, kwargs: Mapping[str, Any]) -> nn.Module:
 
 
 def _multiple(function: Callable[..., Any], args: tuple[Any, ...], semantics: Semantics[Value]) -> Value:
+    if len(args) == 1:
+        return semantics.rescale(args[0].value, -torch.ones(()), torch.zeros(()))
     symbol, factor = args if isinstance(args[0], _Symbol) else args[::-1]
     if not isinstance(factor, (int, float)) or (function is operator.truediv and symbol is not args[0]):
         raise Unbounded("a product or quotient of two things that both depend on the input, or of a tensor")

@@ -79,7 +79,7 @@ def test_no_method_looks_at_the_clock_long_after_the_deadline(model, counted, se
 
 def test_more_time_is_used(model, counted):
     looks = []
-    for seconds in (1.0, 100.0):
+    for seconds in (1.0, 20.0):
         watch = counted(0.1)
         lipschitz_bounds(model, BOX, seconds=seconds)
         looks.append(watch.looks)
@@ -97,7 +97,7 @@ def test_what_cannot_be_afforded_is_replaced_by_cheap_norms(model, monkeypatch):
     monkeypatch.setattr("inn_guard.lipschitz.conditioners.certify", refuse)
     couplings = [layer for layer in model.layers() if isinstance(layer, AffineCoupling)]
     for coupling in couplings:
-        bounds = lipschitz_bounds(coupling, BOX, seconds=5.0)
+        bounds = lipschitz_bounds(coupling, BOX, seconds=0.5)
         true = ratios(coupling, BOX)
         assert true.forward <= bounds.forward * ROUNDING < math.inf
         assert true.inverse <= bounds.inverse * ROUNDING < math.inf
