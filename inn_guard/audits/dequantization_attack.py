@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from inn_guard.audits.attacks.ascent import Ascent
 from inn_guard.audits.attacks.cubes import Cubes, Quantization
 from inn_guard.audits.attacks.gradient_free import GradientFree
 from inn_guard.audits.attacks.search import Search, Strategy, hunt
+from inn_guard.audits.attacks.spectral import SpectralAscent
 from inn_guard.audits.base import AuditResult, Verdict, scattered
 from inn_guard.audits.guarded import Guarded, patience
 from inn_guard.audits.limits import data_scale, usable_error
@@ -53,8 +53,8 @@ def dequantization_attack(
         model: a bijective map.
         x: data (B, *data), dequantized or on the grid; the cube is that of the integers they came from.
         quantization: how integers became inputs; 8 bits over the range that x seems to have unless given.
-        strategy: how to search, and for how much; ``Ascent()`` unless given, ``GradientFree()`` where the derivative
-            of the inverse is measured to be wrong. ``ProjectedGradient()`` is the paper's attack.
+        strategy: how to search, and for how much; ``SpectralAscent()`` unless given, ``GradientFree()`` where the
+            derivative of the inverse is measured to be wrong. ``ProjectedGradient()`` is the paper's attack.
         samples: the first so many finite ones are attacked.
         seed: of the search.
 
@@ -68,7 +68,7 @@ def dequantization_attack(
 
     References:
         Understanding and Mitigating Exploding Inverses in Invertible Neural Networks (Behrmann, Vicol, Wang, Grosse,
-        Jacobsen, 2021), appendix E. This differs from the paper in: the default strategy (see ``Ascent``).
+        Jacobsen, 2021), appendix E. This differs from the paper in: the default strategy (see ``SpectralAscent``).
     """
     if not model.bijective:
         raise NotApplicable("the map is injective only: x -> z -> x is a projection, whose error says nothing")
@@ -83,7 +83,7 @@ def dequantization_attack(
     seconds = patience(chosen, cubes.centre)
     if strategy is None:
         right = differentiable_inverse(chosen, cubes.centre, seconds=seconds, seed=seed)
-        strategy = Ascent() if right else GradientFree()
+        strategy = SpectralAscent() if right else GradientFree()
     generator = torch.Generator().manual_seed(seed)
     search = hunt(chosen, cubes, strategy, generator=generator, seconds=seconds)
     found = _Found.of(search, chosen)

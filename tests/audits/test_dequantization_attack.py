@@ -417,7 +417,7 @@ def test_a_gradient_that_lies_is_noticed():
     assert differentiable_inverse(Watched(couplings()), x, seconds=30)
     result = dequantization_attack(Hidden(), x)
     assert result.settings["strategy"].startswith("GradientFree")
-    assert dequantization_attack(couplings(), x).settings["strategy"].startswith("Ascent")
+    assert dequantization_attack(couplings(), x).settings["strategy"].startswith("SpectralAscent")
 
 
 def test_injective_maps_and_data_without_a_finite_sample():
