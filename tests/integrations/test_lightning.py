@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 import logging
+import re
 import warnings
+from pathlib import Path
 
 import normflows as nf
 import pytest
@@ -166,3 +168,14 @@ def test_a_checkpoint_resumes_the_schedule(tmp_path):
     resumed.on_fit_start(trainer, Module(flow()))
     assert resumed.state_dict() == state
     assert resumed.state_dict()["step"] == 6
+
+
+def test_the_readmes_example_is_such_a_module():
+    readme = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
+    (block,) = [
+        block for block in re.findall(r"```py\n(.*?)```", readme, flags=re.DOTALL) if "LightningModule" in block
+    ]
+    names = {"pl": pl, "ig": ig, "StabilityCallback": StabilityCallback}
+    exec(compile(block, "README.md", "exec"), names)
+    density = names["Density"](flow())
+    assert density.training_step((data()[:8],), 0).requires_grad
