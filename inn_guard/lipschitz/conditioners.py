@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from inn_guard.lipschitz.building import ChainBuilder, ChainReading, Linear, Torus
@@ -126,12 +127,20 @@ def bound_chain(chain: Chain, effort: Effort) -> Proof:
     """A certified bound of a chain with multipliers that were looked for with some effort.
 
     Raises:
-        Unbounded: if not even a certificate of the simplest multipliers is foreseen to fit into the time.
+        Unbounded: if not even a certificate of the simplest multipliers is foreseen to fit into the time, or into
+            floating point.
     """
     if not effort.deadline.affords(4 * chain.operations):
         raise Unbounded("time ran out")
     if not chain.layers:
         return Proof(spectral_norm(chain.output, chain.error), chain, ())
+    try:
+        return _searched(chain, effort)
+    except torch.linalg.LinAlgError as error:
+        raise Unbounded("a chain of numbers too large or too small for a factorisation") from error
+
+
+def _searched(chain: Chain, effort: Effort) -> Proof:
     if effort.steps:
         multipliers = optimise(chain, steps=effort.steps, deadline=effort.deadline.sooner(effort.seconds))
         bound = certify(chain, multipliers)

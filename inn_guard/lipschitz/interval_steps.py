@@ -7,6 +7,7 @@ import math
 import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -18,7 +19,7 @@ from inn_guard.lipschitz.jets import Direct, Table
 from inn_guard.lipschitz.maps import BoundedMap, Diagonal, Elementwise, LinearMap, Rearrangement, Shaped
 from inn_guard.lipschitz.semantics import _nearly
 from inn_guard.lipschitz.spectral import exact, inverse_with_error
-from inn_guard.lipschitz.spline_boxes import KnotJets, Local, spline_local
+from inn_guard.lipschitz.spline_boxes import KnotJets, Local, spline_local, spline_value
 from inn_guard.lipschitz.spline_transformers import RationalQuadraticSpline
 from inn_guard.lipschitz.subnetworks import Unbounded
 from inn_guard.lipschitz.transformers import Transformer
@@ -131,41 +132,67 @@ def _(described: Coupling, reach: Interval) -> Step:
     local = _local(described.transformer, direct, rows, reach[keep])
 
     def step(s: State) -> State:
-        found = local(s.box[:, keep], s.box[:, change])
+        found = local.everything(s.box[:, keep], s.box[:, change])
         old = s.J[:, change]
         J = _replaced(s.J, change, _matmul(found.moves, s.J[:, keep]) + old * found.slope.map(lambda t: t[:, :, None]))
         K = None if s.K is None else _pulled(s.K, keep, change, found.slope, found.relative)
-        moved = local(s.centre[:, keep], s.centre[:, change]).value
+        moved = local.value(s.centre[:, keep], s.centre[:, change])
         return State(_replaced(s.centre, change, moved), _replaced(s.box, change, found.value), J, K)
 
     return step
 
 
-def _local(
-    h: Transformer, direct: Direct, rows: Sequence[Tensor], reach: Interval
-) -> Callable[[Interval, Interval], Local]:
-    """A coupling on boxes of its kept and of its changed entries."""
+@runtime_checkable
+class _Coupled(Protocol):
+    """A coupling on boxes of its kept (B, k) and of its changed entries (B, e)."""
+
+    def everything(self, kept: Interval, x: Interval) -> Local:
+        """Value and derivatives."""
+        ...
+
+    def value(self, kept: Interval, x: Interval) -> Interval:
+        """The value alone."""
+        ...
+
+
+def _local(h: Transformer, direct: Direct, rows: Sequence[Tensor], reach: Interval) -> _Coupled:
     if len(reach.lo) == 1:
         low, high = float(reach.lo[0]), float(reach.hi[0])
         if isinstance(h, RationalQuadraticSpline):
-            return functools.partial(_by_knots, h, Table(KnotJets(direct, h, rows), low, high, KNOT_CELLS))
-        return functools.partial(_by_parameters, h, Table(direct, low, high, CELLS), rows)
-    return functools.partial(_by_parameters, h, direct, rows)
+            return _ByKnots(h, Table(KnotJets(direct, h, rows), low, high, KNOT_CELLS))
+        return _ByParameters(h, Table(direct, low, high, CELLS), rows)
+    return _ByParameters(h, direct, rows)
 
 
-def _by_knots(h: RationalQuadraticSpline, table: Table, kept: Interval, x: Interval) -> Local:
-    knots, rates = table(kept)
-    return spline_local(h, knots, rates[:, 0], x)
+@dataclass(frozen=True)
+class _ByKnots:
+    spline: RationalQuadraticSpline
+    table: Table
+
+    def everything(self, kept: Interval, x: Interval) -> Local:
+        knots, rates = self.table(kept)
+        return spline_local(self.spline, knots, rates[:, 0], x)
+
+    def value(self, kept: Interval, x: Interval) -> Interval:
+        return spline_value(self.spline, self.table(kept)[0], x)
 
 
-def _by_parameters(
-    h: Transformer, network: Callable[[Interval], tuple[Interval, Interval]], rows: Sequence[Tensor],
-    kept: Interval, x: Interval,
-) -> Local:  # fmt: skip
-    output, rates = network(kept)
-    theta = [output[:, index] for index in rows]
-    moves, relative = (_weighted(parts, rates, rows) for parts in (h.sensitivities(x, theta), h.relative(x, theta)))
-    return Local(h.value(x, theta), h.slope(x, theta), moves, relative)
+@dataclass(frozen=True)
+class _ByParameters:
+    h: Transformer
+    network: Callable[[Interval], tuple[Interval, Interval]]
+    rows: Sequence[Tensor]
+
+    def everything(self, kept: Interval, x: Interval) -> Local:
+        output, rates = self.network(kept)
+        theta = [output[:, index] for index in self.rows]
+        parts = self.h.sensitivities(x, theta), self.h.relative(x, theta)
+        moves, relative = (_weighted(factors, rates, self.rows) for factors in parts)
+        return Local(self.h.value(x, theta), self.h.slope(x, theta), moves, relative)
+
+    def value(self, kept: Interval, x: Interval) -> Interval:
+        output, _ = self.network(kept)
+        return self.h.value(x, [output[:, index] for index in self.rows])
 
 
 def _weighted(factors: Sequence[Interval], rates: Interval, rows: Sequence[Tensor]) -> Interval:

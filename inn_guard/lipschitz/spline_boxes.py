@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import functools
 import operator
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -24,7 +24,7 @@ from inn_guard.lipschitz.intervals import Interval
 from inn_guard.lipschitz.jets import Direct, Jet
 from inn_guard.lipschitz.spline_transformers import RationalQuadraticSpline, Shares, SplineBin
 
-__all__ = ["KnotJets", "Local", "spline_local"]
+__all__ = ["KnotJets", "Local", "spline_local", "spline_value"]
 
 
 class Local(NamedTuple):
@@ -162,6 +162,31 @@ def spline_local(spline: RationalQuadraticSpline, knots: Interval, rates: Interv
         rates: their derivatives, likewise.
         x: the changed entries, (B, e).
     """
+
+    def inside(index: Tensor) -> tuple[Interval, ...]:
+        return _inside(x, _Bin.taken(knots, index, spline.bins), _Bin.taken(rates, index, spline.bins))
+
+    parts = _over_bins(spline, knots, x, inside)
+    value, slope, moves, relative = _outside(spline, x, parts) if spline.tails else parts
+    return Local(value, slope, moves.map(lambda t: t[..., None]), relative.map(lambda t: t[..., None]))
+
+
+def spline_value(spline: RationalQuadraticSpline, knots: Interval, x: Interval) -> Interval:
+    """The value alone."""
+
+    def inside(index: Tensor) -> tuple[Interval, ...]:
+        q = _Bin.taken(knots, index, spline.bins)
+        b = SplineBin(x, q.x, q.w, q.y, q.h, (q.d0, q.d1))
+        return (b.y + b.h * b.alpha,)
+
+    parts = _over_bins(spline, knots, x, inside)
+    return (_outside(spline, x, parts) if spline.tails else parts)[0]
+
+
+def _over_bins(
+    spline: RationalQuadraticSpline, knots: Interval, x: Interval, inside: Callable[[Tensor], tuple[Interval, ...]]
+) -> tuple[Interval, ...]:
+    """The hull over the bins that boxes touch; ``inside`` takes a bin for every entry, (B, e)."""
     n = spline.bins
     positions = knots[:, : (n + 1) * x.shape[1]].map(lambda t: t.reshape(len(t), n + 1, -1))
     touched = (x.lo[:, None] <= positions.hi[:, 1:]) & (x.hi[:, None] >= positions.lo[:, :-1])
@@ -170,11 +195,9 @@ def spline_local(spline: RationalQuadraticSpline, knots: Interval, rates: Interv
     parts: tuple[Interval, ...] | None = None
     for k in range(int((last - first).max()) + 1):
         index = torch.minimum(first + k, last)  # a bin that was there already changes nothing
-        found = _inside(x, _Bin.taken(knots, index, n), _Bin.taken(rates, index, n))
+        found = inside(index)
         parts = found if parts is None else tuple(a.hull(b) for a, b in zip(parts, found, strict=True))
-    assert parts is not None
-    value, slope, moves, relative = _outside(spline, x, parts) if spline.tails else parts
-    return Local(value, slope, moves.map(lambda t: t[..., None]), relative.map(lambda t: t[..., None]))
+    return parts or ()
 
 
 def _inside(x: Interval, q: _Bin, rate: _Bin) -> tuple[Interval, ...]:
@@ -196,5 +219,5 @@ def _outside(spline: RationalQuadraticSpline, x: Interval, parts: Sequence[Inter
             torch.where(out, torch.minimum(part.lo, other.lo), part.lo),
             torch.where(out, torch.maximum(part.hi, other.hi), part.hi),
         )
-        for part, other in zip(parts, identity, strict=True)
+        for part, other in zip(parts, identity, strict=False)
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -293,12 +294,16 @@ class SplineBin:
         product = outer[0].hull(outer[1])
         self.xe = Interval(product.lo.clamp_min(0), torch.where(top, product.hi.clamp_min(0.25), product.hi))
         self.D = self.s * (1.0 - self.xe * 2.0) + (self.d0 + self.d1) * self.xe
-        self.inverse_square = self.D.square().reciprocal()
         alpha = (self.s * xi.square() + self.d0 * self.xe) / self.D
         self.alpha = Interval(alpha.lo.clamp(0, 1), alpha.hi.clamp(0, 1))
-        self.slope = self._slope()
 
-    def _slope(self) -> Interval:
+    @functools.cached_property
+    def inverse_square(self) -> Interval:
+        """1 / D^2."""
+        return self.D.square().reciprocal()
+
+    @functools.cached_property
+    def slope(self) -> Interval:
         """s^2 (d1 xi^2 + 2 s xi eta + d0 eta^2) / D^2, within its bounds by convexity."""
         mean = self.d1 * self.xi.square() + self.s * self.xe * 2.0 + self.d0 * self.eta.square()
         natural = self.s.square() * mean * self.inverse_square
