@@ -126,7 +126,7 @@ def _curves(axis: Axes, runs: pd.DataFrame, name: str, colours: dict[str, str]) 
     for k, (_, curve) in enumerate(runs.groupby("case", sort=False)):
         label = _label(curve["regularizer"].iloc[0], curve["coefficient"].iloc[0])
         finite = np.isfinite(curve[name])
-        axis.plot(curve["step"][finite], curve[name][finite], "o-", markersize=3, color=colours[label], label=label)
+        axis.plot(curve["step"], curve[name].where(finite), "o-", markersize=3, color=colours[label], label=label)
         lost = curve["step"][~finite]
         heights = [0.96 - 0.05 * k] * len(lost)
         axis.plot(lost, heights, "x", color=colours[label], transform=axis.get_xaxis_transform())

@@ -33,7 +33,7 @@ def draw(frame: pd.DataFrame) -> Figure:
         for coupling, group in looks.groupby("coupling", sort=False):
             finite = np.isfinite(group[name])
             style = {"color": COLOURS[str(coupling)], "label": coupling, "markersize": 3}
-            axis.plot(group["step"][finite], group[name][finite], "o-", **style)
+            axis.plot(group["step"], group[name].where(finite), "o-", **style)
             axis.plot(group["step"][~finite], [0.96] * int((~finite).sum()), "x", color=COLOURS[str(coupling)],
                       transform=axis.get_xaxis_transform())  # fmt: skip
         axis.set(xlabel="training step", ylabel=label, yscale="linear" if name.startswith("bits") else "log")
