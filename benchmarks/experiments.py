@@ -113,7 +113,7 @@ EXPERIMENTS = (
     ),
     Experiment(
         "exploding_inverses.audit_hook_cost",
-        "the default AuditHook every 100 steps costs about one per cent of training",
+        "the default AuditHook every 100 steps costs less than one per cent of training",
     ),
     Experiment(
         "precision.rounding_forecast",
