@@ -78,7 +78,7 @@ class AuditResult:
         return cls(name, Verdict.NOT_APPLICABLE, reason)
 
 
-def scattered(named: Mapping[str, Tensor], rows: Tensor, batch: int) -> dict[str, dict[str, Tensor]]:
+def scattered(named: Mapping[str, Tensor], rows: Tensor, batch: int) -> dict[str, Any]:
     """The arguments per_sample and examined of an AuditResult, for quantities of these rows of x only.
 
     Args:

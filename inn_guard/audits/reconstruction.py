@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -187,7 +188,7 @@ def _per_sample(measured: Measured) -> dict[str, Tensor]:
     return named
 
 
-def _scattered(measured: Measured, kept: Tensor) -> dict[str, dict[str, Tensor]]:
+def _scattered(measured: Measured, kept: Tensor) -> dict[str, Any]:
     """Of the samples that were kept, and the explanation of the worst of these."""
     rows = kept.nonzero()[:, 0]
     parts = scattered(_per_sample(measured), rows, len(kept))

@@ -45,7 +45,9 @@ class EncoderDecoder(BoundedMap):
             except Unbounded as why:
                 found.append(math.inf)
                 reason = reason or f"{name}: {why}"
-        return BlockBounds(*found, is_global=not box.bounded, reason=reason, method="recursions of two networks")
+        return BlockBounds(
+            found[0], found[1], is_global=not box.bounded, reason=reason, method="recursions of two networks"
+        )
 
     def image(self, box: Interval) -> Interval:
         """A box of the codes; all of space where the encoder is not understood."""
