@@ -180,12 +180,11 @@ class Measured:
         return self.net.inverse(z.to(next(self.net.parameters())))
 
     def pictures(self, found: AuditResult) -> dict[str, Tensor]:
-        """Title -> images in [0, 1]: test images, samples and the worst of each family, with their reconstructions."""
+        """Title -> images in [0, 1]: test images, samples, and the worst input of each family as the table has them."""
         x = self.tests(GRID)
         groups = {"test images": x, "their reconstructions": round_trip(self.net, x, batch_size=64).end}
         groups["samples"] = self.samples(2 * GRID)
-        names = ", ".join(row["family"] for row in found.tables.get("families", ())[:GRID])
-        for key, title in (("input", f"the worst of {names}"), ("reconstruction", "their reconstructions ")):
+        for key, title in (("input", "the worst of each family"), ("reconstruction", "their reconstructions ")):
             if key in found.images:
                 groups[title] = found.images[key][:GRID]
         return {title: images.cpu() + 0.5 for title, images in groups.items()}
