@@ -7,7 +7,7 @@ BIN    := $(VENV)/bin
 READY  := $(VENV)/.installed
 JOBS   ?= 2
 
-.PHONY: demo test thorough lint clean
+.PHONY: demo test thorough lint docs clean
 
 demo: $(READY)
 	$(BIN)/python -m benchmarks.exploding_inverses.digits_classifier --preset cpu --out demo-report --reports demo-report
@@ -24,10 +24,19 @@ lint: $(READY)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+# the site needs neither torch nor the package: docstrings are read, not imported
+docs: $(VENV)/.docs
+	NO_MKDOCS_2_WARNING=1 $(VENV)/docs/bin/mkdocs build --strict
+
+$(VENV)/.docs: pyproject.toml
+	$(PYTHON) -m venv $(VENV)/docs
+	$(VENV)/docs/bin/pip install --quiet "mkdocs-material>=9.5" "mkdocstrings[python]>=0.26"
+	touch $@
+
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet -c constraints.txt -e ".[all]"
 	touch $@
 
 clean:
-	rm -rf $(VENV) demo-report build *.egg-info
+	rm -rf $(VENV) site demo-report build *.egg-info

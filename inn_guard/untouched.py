@@ -5,6 +5,7 @@ from __future__ import annotations
 import collections
 import operator
 import random
+import threading
 import types
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -24,6 +25,7 @@ _OPAQUE = (type, types.ModuleType, types.FunctionType, types.BuiltinFunctionType
 _ATOMS = (type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.device)
 _EXACT_ATOMS = frozenset(_ATOMS)  #: most values are of these very types, which is asked faster than isinstance
 _EXACT_CONTAINERS = frozenset((*_CONTAINERS, collections.OrderedDict))
+_TURNS = threading.RLock()
 _DEPTH = 3  #: how far plain objects inside plain attributes are followed
 _INTEGER_OF = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
@@ -37,14 +39,16 @@ def untouched(model: nn.Module) -> Iterator[None]:
     libraries keep outside the state_dict, hooks, modules in lists), and the global random number generators of torch
     (CPU and every initialised CUDA device), numpy and python.
 
-    What did not change is not written to: graphs that the caller holds stay valid.
+    What did not change is not written to: graphs that the caller holds stay valid. Blocks of several threads take
+    turns: modules and the random number generators are theirs in common, and each would restore the other's changes.
     """
-    restorations = [_global_generators(), *_snapshots(model)]
-    try:
-        yield
-    finally:
-        # tensors and objects before the modules that hold them, and these before the random number generators
-        _restored(reversed(restorations))
+    with _TURNS:
+        restorations = [_global_generators(), *_snapshots(model)]
+        try:
+            yield
+        finally:
+            # tensors and objects before the modules that hold them, and these before the random number generators
+            _restored(reversed(restorations))
 
 
 def _restored(restorations: Iterator[Restore]) -> None:

@@ -95,6 +95,7 @@ def checked_batch(model: nn.Module, x: Any) -> Tensor:
         raise ValueError(f"expected x of shape (B, *data), got {tuple(x.shape)}: type x.reshape(B, -1)")
     if x.numel() == 0:
         raise ValueError(f"expected at least one sample with at least one value, got x of shape {tuple(x.shape)}")
+    _check_values(model, x)
     weights = [p for p in model.parameters() if p.is_floating_point()]
     dtypes, devices = {p.dtype for p in weights}, {p.device for p in weights}
     if weights and x.dtype not in dtypes:
@@ -103,9 +104,17 @@ def checked_batch(model: nn.Module, x: Any) -> Tensor:
     if weights and x.device not in devices:
         where = next(iter(devices))
         raise ValueError(f"expected x on the model's device, {where}; got {x.device}: type x.to('{where}')")
+    return x
+
+
+def _check_values(model: nn.Module, x: Tensor) -> None:
+    if any(tensor.is_meta for tensor in (*model.parameters(), *model.buffers())):
+        raise ValueError(
+            "expected a model with values; some of its parameters are on the meta device, which has none: type "
+            "model.to_empty(device=...) and load its weights"
+        )
     if x.is_meta:
         raise ValueError("expected x with values; got one on the meta device, which has none: load data and weights")
-    return x
 
 
 class Watched(Invertible):

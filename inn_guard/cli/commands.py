@@ -29,6 +29,7 @@ from inn_guard.audits.watched import Refused, checked_batch
 from inn_guard.cli.bench import ANY_OPTION, bench
 from inn_guard.cli.data import load_context, load_data
 from inn_guard.cli.models import load_weights, make_model, own_dtype
+from inn_guard.cli.processes import is_first, processes
 from inn_guard.cli.usage import WrongUsage, note, reported
 
 __all__ = ["app", "main"]
@@ -99,8 +100,16 @@ def audit(  # noqa: PLR0913  (one parameter for each option)
     dtype: Annotated[Precision | None, typer.Option(help="Audit in this dtype; the model's own if not given.")] = None,
     samples: Annotated[int, typer.Option(min=1, help="How many samples of the data are used, the first ones.")] = 256,
     seed: Annotated[int, typer.Option(min=0, help="Of the factory's and of the audits' random numbers.")] = 0,
+    *,
+    memory: Annotated[float | None, typer.Option(help="GiB that a check may hold beside model and data.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Estimate time and memory, measure nothing.")] = False,
 ) -> None:
-    """Measure how stable a model and its inverse are. Exit code: 0 stable, 1 unstable or non_finite, 2 wrong usage."""
+    """Measure how stable a model and its inverse are. Exit code: 0 stable, 1 unstable or non_finite, 2 wrong usage.
+
+    Under torchrun (torchrun --nproc-per-node 2 -m inn_guard audit ...) the processes share the work; the first writes.
+    """
+    if memory is not None and not 0 < memory < float("inf"):
+        raise WrongUsage(f"expected --memory as a positive number of GiB, got {memory:g}")
     chosen = _checks(checks, level, seed)
     _can_write(html, json)
     made = make_model(model, seed=seed)
@@ -112,15 +121,18 @@ def audit(  # noqa: PLR0913  (one parameter for each option)
     rows = load_data(data, samples=samples, dtype=wanted)
     given = None if context is None else load_context(context, rows=rows, dtype=wanted)
     wrapped = _wrapped(made, rows.tensor, given)
-    try:
-        report = run_audit(wrapped, rows.tensor, checks=chosen)
-    except Refused as error:
-        raise WrongUsage(str(error)) from error
     asked = {"model": model, "weights": weights, "data": data, "context": context, "seed": seed}
     named = {key: value if isinstance(value, int) else str(value) for key, value in asked.items() if value is not None}
     how = {"level": level.value} if not checks else {"checks": checks}
-    _finish(dataclasses.replace(report, settings={**report.settings, **how, **named}), html, json)
-    raise typer.Exit(EXIT_CODES[report.verdict])
+    limit = None if memory is None else memory * 2**30
+    with processes() as group:
+        try:
+            report = run_audit(wrapped, rows.tensor, checks=chosen, memory=limit, dry_run=dry_run, group=group)
+        except Refused as error:
+            raise WrongUsage(str(error)) from error
+        if is_first():
+            _finish(dataclasses.replace(report, settings={**report.settings, **how, **named}), html, json)
+    raise typer.Exit(0 if dry_run or not is_first() else EXIT_CODES[report.verdict])
 
 
 @app.command()

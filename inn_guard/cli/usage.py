@@ -10,6 +10,8 @@ from typing import Any
 
 import typer
 
+from inn_guard.cli.processes import is_first
+
 __all__ = ["WrongUsage", "note", "one_line", "origin", "reported"]
 
 _LENGTH = 300
@@ -38,7 +40,8 @@ def reported(command: Callable[..., None]) -> Callable[..., None]:
 
 def note(message: str) -> None:
     """Say something about the input on standard error, so that standard output holds the report alone."""
-    typer.echo(f"note: {one_line(message)}", err=True)
+    if is_first():
+        typer.echo(f"note: {one_line(message)}", err=True)
 
 
 def one_line(message: object) -> str:

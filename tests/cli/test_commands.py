@@ -66,6 +66,40 @@ def test_a_full_disk_loses_no_report(monkeypatch, data, tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["x.npy"]
 
 
+def test_a_dry_run_estimates_and_measures_nothing(data):
+    done = audit("unstable", data, "--dry-run", "--memory", "0.5")
+    assert done.exit_code == 0, done.output
+    assert "nothing was measured; estimate:" in " ".join(done.stdout.split())
+    assert audit("stable", data, "--memory", "0").exit_code == 2
+
+
+@pytest.mark.parametrize(("factory", "code"), [("stable", 0), ("unstable", 1)])
+def test_torchrun_gives_one_report_and_the_verdict_as_its_exit_code(factory, code, data, tmp_path):
+    words = ["audit", "--model", f"{NETS}:{factory}", "--data", str(data), "--json", str(tmp_path / "two.json")]
+    options = ["--checks", "reconstruction,jacobian_spectrum", "--dtype", "float32"]
+    torchrun = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        "2",
+        "-m",
+        "inn_guard",
+    ]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run([*torchrun, *words, *options], capture_output=True, text=True, env=environment, timeout=300)
+    assert done.returncode == code, done.stderr
+    assert done.stdout.count("reconstruction ") == 1
+    assert done.stderr.count("note: importing") == 1
+    saved = json.loads((tmp_path / "two.json").read_text())
+    assert saved["settings"]["processes"] == 2
+    audit(factory, data, "--json", tmp_path / "one.json", *options[2:], checks=options[1])
+    alone = json.loads((tmp_path / "one.json").read_text())
+    for two, one in zip(saved["results"], alone["results"], strict=True):
+        assert (two["verdict"], two["values"]) == (one["verdict"], pytest.approx(one["values"], rel=1e-5, nan_ok=True))
+
+
 def test_standard_output_is_the_report_and_remarks_are_apart(data):
     done = audit("stable", data)
     assert f"note: importing {NETS}, which runs its code" in done.stderr
