@@ -140,6 +140,7 @@ EXPERIMENTS = (
     ),
     Experiment("performance.full_jacobian", "full Jacobian and spectrum against row-by-row autograd"),
     Experiment("performance.growth", "growth with depth and dimension"),
+    Experiment("performance.scale", "audits within a memory budget, up to 196,608 dimensions"),
     Experiment(
         "performance.memory_saving",
         "peak memory and time of a training step, against stored activations, checkpoints and MemCNN",
