@@ -157,7 +157,7 @@ class Measured:
     def outside(self) -> AuditResult:
         """The families of inputs."""
         x = self.tests(self.config.outside)
-        return out_of_distribution(self.net, x, others=self.others(x), samples=len(x), spectrum_samples=2)
+        return out_of_distribution(self.net, x, others=self.others(x), samples=len(x), spectrum_samples=0)
 
     def tests(self, count: int) -> Tensor:
         """The first test images, dequantized."""
