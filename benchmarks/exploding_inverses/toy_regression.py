@@ -1,6 +1,6 @@
 """A regression onto a line that a bijection can only fit by flattening the plane; NF at 1e-8 keeps its inverse.
 
-    inn-guard bench exploding_inverses.toy_regression --preset cpu        # about 2 minutes on one core
+    inn-guard bench exploding_inverses.toy_regression --preset cpu        # about 2 minutes of one core
 
 Inputs (x1, x2) are independent standard normal; targets (y1, y2) have y1 of variance 1e-24, that is nothing, and
 y2 = x2. Rows: mean squared error, worst round trip and worst condition number of the training inputs over the steps.
