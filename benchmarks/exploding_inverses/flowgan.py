@@ -41,6 +41,7 @@ from inn_guard.layers.permutation import Permutation
 from inn_guard.metrics import FeatureExtractor, bits_per_dimension, dequantize, frechet_distance
 from inn_guard.models.glow import GlowConfig, glow_flow
 
+REPOSITORY = RESULTS.parents[1]
 COUPLINGS = {"additive": AdditiveCoupling.on_halves, "affine": AffineCoupling.on_halves}
 COLOURS = {"mle": "#0072b2", "gan": "#d55e00", "flowgan": "#009e73"}
 CURVES = {
@@ -80,7 +81,7 @@ class Config:
         looks: rows per objective.
         images: for every Frechet distance, at most as many as there are test images.
         looked_at: test images for round trips and condition numbers.
-        grids: folder for pictures of samples; "" draws none.
+        grids: folder for pictures of samples, from the repository's root; "" draws none.
         seed: of weights, order and noise.
     """
 
@@ -100,7 +101,7 @@ class Config:
     looks: int = 20
     images: int = 10_000
     looked_at: int = 64
-    grids: str = str(RESULTS)
+    grids: str = "benchmarks/results"
     seed: int = 0
 
     @classmethod
@@ -214,7 +215,7 @@ def measure(config: Config, name: str) -> Iterator[Row]:
         if not alive:
             break
     if config.grids:
-        save_grid(players, Path(config.grids) / f"exploding_inverses_flowgan_{config.data}_{name}.png")
+        save_grid(players, REPOSITORY / config.grids / f"exploding_inverses_flowgan_{config.data}_{name}.png")
 
 
 @torch.no_grad()
