@@ -97,7 +97,7 @@ class Config:
     train_files: bool = False
     models: tuple[str, ...] = ("VAE", "AEF linear", "AEF spread", "AEF center")
     latents: tuple[int, ...] = (2, 16)
-    seeds: tuple[int, ...] = (0, 1)
+    seeds: tuple[int, ...] = (0,)
     spreads: tuple[float, ...] = (0.1, 0.3)
     steps: int = 500
     batch_size: int = 128
