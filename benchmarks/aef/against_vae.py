@@ -6,7 +6,7 @@
 A small version of the latter, minutes on one core:
 
     python -m benchmarks.aef.against_vae --dataset mnist --root FOLDER --models "VAE,AEF linear,AEF spread" \
-        --latents 2,32 --seeds 0 --spreads 0.1 --steps 400 --test-images 100 --draws 64 --classifier-steps 250 \
+        --latents 2 --seeds 0,1 --spreads 0.1 --steps 400 --test-images 100 --draws 64 --classifier-steps 250 \
         --out benchmarks/results/mnist
 
 Every model of one latent dimension has the same nets, flows, data, batches and number of steps. The likelihood of VAEs
