@@ -70,9 +70,10 @@ def _audited(sender: Any, config: Config, side: int) -> None:
     net = glow_classifier((3, side, side), config=GlowConfig(config.levels, config.blocks, config.hidden))
     x = torch.randn(config.samples, 3, side, side)
     with torch.no_grad():
+        net(x)  # in training mode it sets what depends on data
         for parameter in net.parameters():
             parameter += config.spread * torch.randn_like(parameter) / max(1, parameter[0].numel()) ** 0.5
-        net.eval()(x)
+    net.eval()
     memory, checks = config.budget * 2**20, list(config.checks)
     estimate = ig.audit(net, x, checks=checks, memory=memory, dry_run=True)["dry_run"].values
     before, start = _peak(), time.process_time()
