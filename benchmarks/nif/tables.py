@@ -170,7 +170,7 @@ def measure(config: Config, case: tuple[int, int]) -> Iterator[Row]:
                 "tuned_s": tuned,
                 "bpd": bpd,
                 "distance": frechet_distance(extractor, real, pictures).value,
-                "non_finite": 0 if bool(pictures.isfinite().all()) else int((~pictures.isfinite()).any(1).sum()),
+                "non_finite_pixels": 0 if bool(pictures.isfinite().all()) else int((~pictures.isfinite()).any(1).sum()),
                 "extractor": extractor.name,
             }
         if seed == config.seeds[0]:
