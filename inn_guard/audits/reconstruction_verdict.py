@@ -22,6 +22,8 @@ STABILIZE = (
     "Bound the layers that amplify most (layer_blame names them), train with a RegularizerHook, or run in float64."
 )
 
+LINEAR = 0.1  #: explained errors beyond this share of the data's scale are more than a first-order estimate can tell
+
 OTHER_PRIOR = "If the model's prior is not N(0, I): functools.partial(reconstruction, prior=...)."
 
 
@@ -88,12 +90,17 @@ class Measured:
             allowed[rows] = self.explained.what.error(dtype) / data_scale(self.trips.main.start).cpu()[rows]
         return allowed
 
+    def allowed(self, dtype: torch.dtype) -> Tensor:
+        """The same, and inf where rounding moves a sample so far that the derivative there no longer tells how far."""
+        explained = self.rounding(dtype)
+        return torch.where(explained > LINEAR, torch.inf, explained)
+
     @property
     def floor(self) -> float:
         """Largest error of the float64 copy that rounding does not explain, relative; nan if not measured."""
         if isinstance(self.precise, str) or self.explained is None:
             return math.nan
-        beyond = torch.where(self.precise > self.rounding(torch.float64), self.precise, torch.zeros_like(self.precise))
+        beyond = torch.where(self.precise > self.allowed(torch.float64), self.precise, torch.zeros_like(self.precise))
         return beyond[self.explained.rows].max().item()
 
     @property
@@ -112,7 +119,7 @@ class Measured:
     @property
     def _beyond_rounding(self) -> Tensor:
         error = self.trips.main.relative
-        return torch.where(error > self.rounding(self.dtype), error, torch.zeros_like(error))
+        return torch.where(error > self.allowed(self.dtype), error, torch.zeros_like(error))
 
 
 def judged(measured: Measured, model: Invertible) -> tuple[Verdict, str, str]:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import functools
 import math
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from inn_guard.audits import Verdict
+from inn_guard.adapters import wrap
+from inn_guard.audits import Verdict, reconstruction_verdict
 from inn_guard.audits.explanation import explain
 from inn_guard.audits.limits import FLOOR, USABLE, data_scale, usable_error
 from inn_guard.audits.reconstruction import reconstruction
@@ -198,6 +200,25 @@ def test_an_iteration_that_did_not_arrive_is_said():
     assert "the inverse of layer 1 (Residual) did not converge: 5 of 5 samples, residual" in result.reason
     patient = Residual(nn.Sequential(Linear(0.5 * torch.eye(3)), nn.Tanh()), log_det=ExactLogDet())
     assert "converge" not in reconstruction(Chain(patient), torch.randn(5, 3)).reason
+
+
+@pytest.mark.parametrize(("linear", "called_wrong"), [(math.inf, True), (reconstruction_verdict.LINEAR, False)])
+def test_an_explosion_beyond_first_order_is_not_called_a_wrong_inverse(monkeypatch, linear, called_wrong):
+    """The inverse is exact on paper; not even float64 can carry its condition number, nor a derivative tell how far."""
+    transforms, nets = pytest.importorskip("nflows.transforms"), pytest.importorskip("nflows.nn.nets")
+    monkeypatch.setattr(reconstruction_verdict, "LINEAR", linear)
+    torch.set_default_dtype(torch.float32)
+    steps = []
+    for _ in range(16):
+        network = functools.partial(nets.ResidualNet, hidden_features=64)
+        steps += [transforms.RandomPermutation(10), transforms.AffineCouplingTransform(torch.arange(10) % 2, network)]
+    flow = transforms.CompositeTransform(steps)
+    with torch.no_grad():
+        for parameter in flow.parameters():
+            parameter.mul_(2)
+    result = reconstruction(wrap(flow), torch.randn(64, 10))
+    assert result.verdict is Verdict.UNSTABLE
+    assert ("wrong" in result.reason) is called_wrong
 
 
 def test_poisoned_samples_are_left_out_and_counted():
