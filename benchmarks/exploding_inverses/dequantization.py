@@ -298,7 +298,7 @@ def shown(flow: Flow, title: str, found: AuditResult) -> dict[str, Tensor]:
 def save_grid(path: Path, pictures: dict[str, Tensor]) -> None:
     """The pictures as one PNG."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    columns = max(len(images) for images in pictures.values())
+    columns = max(8, *(len(images) for images in pictures.values()))
     with atomic_write(path) as partial:
         grid(pictures, columns=columns).savefig(partial, dpi=90, bbox_inches="tight", format="png")
 

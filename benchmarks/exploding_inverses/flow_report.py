@@ -64,7 +64,15 @@ def _families(axis: Axes, families: pd.DataFrame) -> None:
 
 def grid(groups: Mapping[str, Tensor], *, columns: int) -> Figure:
     """Images in [0, 1], clipped; pixels that are not finite in cyan, as in the paper's table 5."""
-    return image_grid({title: _shown(images) for title, images in groups.items()}, columns=columns)
+    figure = image_grid({title: _shown(images) for title, images in groups.items()}, columns=columns)
+    for axis in figure.axes:
+        if title := axis.get_title(loc="left"):
+            # a title wider than its image must not widen the column; a blank one keeps the row's height
+            axis.set_title("", loc="left")
+            axis.set_title(" ", fontsize=8)
+            label = axis.annotate(title, (0, 1), (0, 4), "axes fraction", textcoords="offset points", fontsize=8)
+            label.set_in_layout(False)
+    return figure
 
 
 def _shown(images: Tensor) -> Tensor:

@@ -116,7 +116,7 @@ class Config:
 
     @classmethod
     def cpu(cls) -> Config:
-        """Two minutes of one core: a small net, few steps at a higher rate."""
+        """Two minutes of one core: small nets, few steps at a higher rate."""
         return cls(
             data_name="CIFAR-10 (JPEG copies)", train_images=10_000, blocks=4, hidden=32, steps=300, batch_size=32,
             learning_rate=5e-3, warmup=50, looks=5, evaluated=128, spectra=8, outside=8, device="cpu",
