@@ -2,9 +2,9 @@
 
     python -m benchmarks.exploding_inverses.audit_hook_cost --preset cpu           # less than a minute on one core
 
-Claim measured: AuditHook's default check, every 100 steps, adds less than one per cent to the time of training. Processor
-time, medians; batches of 128 images of 8x8 pixels, Adam. These nets are as small as they come: the cost of an audit is
-mostly that of looking after the model's state, part by part, which does not grow with its size as a step does.
+Claim measured: AuditHook's default check, every 100 steps, adds less than one per cent to the time of training.
+Processor time, medians; batches of 128 images of 8x8 pixels, Adam. These nets are as small as they come: the cost of an
+audit is mostly that of looking after the model's state, part by part, which does not grow with its size as a step does.
 """
 
 from __future__ import annotations

@@ -42,6 +42,11 @@ for watched in (forever, swallowing, int):
 """
 
 
+def forever():
+    while True:
+        time.sleep(0.001)
+
+
 def test_traced_code_runs_after_a_watch():
     # in a process of its own: what this guards against is an endless loop of the interpreter
     subprocess.run([sys.executable, "-c", AFTERWARDS], check=True, timeout=120)
@@ -49,8 +54,7 @@ def test_traced_code_runs_after_a_watch():
 
 def test_what_hangs_is_ended_and_what_ends_is_left_alone():
     with pytest.raises(TimedOut, match=r"after 0.05 s"), time_limit(0.05):
-        while True:
-            time.sleep(0.001)
+        forever()
     with time_limit(60.0):
         value = sum(range(1000))
     assert value == 499500
