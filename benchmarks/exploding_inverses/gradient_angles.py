@@ -34,7 +34,7 @@ class Config(cifar10_classifiers.Config):
 
     @classmethod
     def cpu(cls) -> Config:
-        """About 2 minutes of one core: the small net, 78 steps, four minibatches at each of six looks."""
+        """About 3 minutes of one core: the small net, 78 steps, four minibatches at each of six looks."""
         return _like(
             cifar10_classifiers.Config.cpu(), epochs=1, memory_saving=True, looks=6, angle_batches=4,
             test_images=100, reconstructed=200, spectra=4,
