@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
+import sys
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
 
 __all__ = ["TimedOut", "time_limit"]
 
 AGAIN = 1.0  #: seconds until code that swallowed the interruption is interrupted once more
+SOON = 0.05  #: seconds until a thread that was just leaving the block is looked at again
 
 
 class TimedOut(RuntimeError):
@@ -20,7 +22,7 @@ class _Interruption(BaseException):
     """Raised inside the watched code; no Exception, so that ``except Exception`` does not swallow it."""
 
 
-@contextmanager
+@contextlib.contextmanager
 def time_limit(seconds: float | int) -> Iterator[None]:
     """Interrupt what runs inside the block after so many seconds, in whatever thread it runs.
 
@@ -85,10 +87,20 @@ class _Watcher:
     def _watch(self, seconds: float | int) -> None:
         while not self._over.wait(seconds):
             with self._lock:
-                if not self._over.is_set():
+                leaving = self._leaving()
+                if not self._over.is_set() and not leaving:
                     self._fired = True
                     _interrupt(self._watched)
-            seconds = AGAIN
+            seconds = SOON if leaving else AGAIN
+
+    def _leaving(self) -> bool:
+        """Whether the watched thread is on its way out of the block already, where an interruption would get lost."""
+        frame = sys._current_frames().get(self._watched)
+        if frame is not None and frame.f_code.co_filename == contextlib.__file__:
+            return True
+        while frame is not None and frame.f_code.co_filename != __file__:
+            frame = frame.f_back
+        return frame is not None
 
 
 def _interrupt(thread: int) -> None:
