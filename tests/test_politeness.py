@@ -29,10 +29,16 @@ def kind(case: Case) -> tuple[str, ...]:
     return tuple(re.split("[-/ ]", case.id)[:2])
 
 
+def solves_adaptively(case: Case) -> bool:
+    """Every product with the Jacobian of such a case is one more differential equation: minutes for all audits."""
+    return re.search("FFJ|CNF", case.id) is not None
+
+
 def further_of_a_kind_are_slow():
     seen = set()
     for case in CASES:
-        yield pytest.param(case, id=case.id, marks=[pytest.mark.slow] if kind(case) in seen else [])
+        slow = kind(case) in seen or solves_adaptively(case)
+        yield pytest.param(case, id=case.id, marks=[pytest.mark.slow] if slow else [])
         seen.add(kind(case))
 
 
@@ -102,7 +108,12 @@ def assert_no_trace(case: Case, names: set[str]) -> None:
         assert photograph(model, x) == before, name
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
+def adaptive_solvers_are_slow():
+    for case in CASES:
+        yield pytest.param(case, id=case.id, marks=[pytest.mark.slow] if solves_adaptively(case) else [])
+
+
+@pytest.mark.parametrize("case", adaptive_solvers_are_slow())
 def test_no_audit_leaves_a_trace(case):
     assert_no_trace(case, AUDITS.keys() - LONG)
 
