@@ -171,8 +171,20 @@ def _default_loss(model: Invertible, x: Tensor) -> Measured:
         with torch.no_grad():
             model.select(torch.arange(1, device=x.device)).forward_and_log_det(x[:1])
     except NotApplicable:
-        return _scalar(_mean_square)
-    return _scalar(_negative_log_likelihood)
+        return _differentiable(_scalar(_mean_square))
+    return _differentiable(_scalar(_negative_log_likelihood))
+
+
+def _differentiable(measure: Measured) -> Measured:
+    """The same, not applicable to models through whose output no gradient reaches anything."""
+
+    def measured(model: Invertible, x: Tensor) -> Any:
+        value = measure(model, x)
+        if not value.requires_grad:
+            raise NotApplicable("no gradient reaches the model's parameters from its output")
+        return value
+
+    return measured
 
 
 def _mean_square(z: Tensor) -> Tensor:
