@@ -115,7 +115,7 @@ class FiniteDifferences:
             return self.coefficient * penalty
 
     def _subset(self, model: Invertible, x: Tensor, z: Tensor | None) -> tuple[Invertible, Tensor, Tensor | None]:
-        if self.fraction is None or len(x) == 0:
+        if self.fraction in (None, 1) or len(x) == 0:
             return model, x, z
         count = math.ceil(self.fraction * len(x))
         rows = torch.randperm(len(x), generator=self.generator, device="cpu")[:count].to(x.device)
