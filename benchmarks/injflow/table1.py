@@ -48,7 +48,8 @@ class Config:
         data_root: folder of the official files; digits need none.
         latent: d; the paper has 32 for MNIST, 128 for CIFAR-10.
         width: channels after the first convolution.
-        steps: of Adam at 1e-3, batch 128; the paper has 100,000.
+        steps: of Adam at 1e-3; the paper has 100,000.
+        batch_size: images per step; the paper has 128.
         samples: images per Frechet distance, at most as many as there are test images.
         seeds: one run each.
         models: rows of the table.
@@ -59,6 +60,7 @@ class Config:
     latent: int = 8
     width: int = 16
     steps: int = 1500
+    batch_size: int = 128
     samples: int = 300
     seeds: tuple[int, ...] = (0,)
     models: tuple[str, ...] = ("VAE", "beta-VAE", "AE", "CAE", "AE+L2", "AE+SN", "InjFlow_ln", "InjFlow")
@@ -142,7 +144,8 @@ def train(config: Config, name: str, seed: int) -> Autoencoder:
         x = images.scaled(batch.x)
         return recipe.objective(model, x, iteration=batch.step, generator=batch.generator)
 
-    fit(model, loss, (images.train,), settings=FitSettings(steps=config.steps, clip=10.0, seed=seed))
+    settings = FitSettings(steps=config.steps, batch_size=config.batch_size, clip=10.0, seed=seed)
+    fit(model, loss, (images.train,), settings=settings)
     return model.eval()
 
 

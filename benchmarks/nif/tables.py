@@ -50,7 +50,8 @@ class Config:
         levels: of Glow; the paper has 5.
         blocks: per level; the paper has 16.
         hidden: channels; the paper has 256.
-        steps: of Adam at 1e-3, batch 64.
+        steps: of Adam at 1e-3.
+        batch_size: images per step.
         noises: values of s; 1 is the trained model, 0 the manifold.
         temperatures: values of t at s = the tuned one.
         samples: images per Frechet distance.
@@ -64,6 +65,7 @@ class Config:
     blocks: int = 4
     hidden: int = 32
     steps: int = 1200
+    batch_size: int = 64
     noises: tuple[float, ...] = (0.0, 0.1, 0.25, 0.5, 0.75, 1.0)
     temperatures: tuple[float, ...] = (0.5, 1.0, 1.5, 2.0, 3.0)
     samples: int = 300
@@ -143,7 +145,7 @@ def train(config: Config, latent: int, seed: int) -> Model:
             -model.log_prob(dequantize(batch.x, generator=batch.generator, levels=images.levels)).mean() / images.dims
         )
 
-    settings = FitSettings(steps=config.steps, batch_size=64, clip=10.0, seed=seed)
+    settings = FitSettings(steps=config.steps, batch_size=config.batch_size, clip=10.0, seed=seed)
     fit(model, loss, (images.train,), settings=settings)
     return model.eval()
 
