@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch.distributions import MultivariateNormal
 
+import inn_guard as ig
 from inn_guard.invertible import NotApplicable, standard_normal_log_prob
 from inn_guard.layers.actnorm import Diagonal
 from inn_guard.layers.chain import Chain
@@ -16,6 +17,7 @@ from inn_guard.layers.networks import MLP
 from inn_guard.layers.permutation import Permutation
 from inn_guard.models.nif import NIF, GaussianNIF
 from inn_guard.models.widening import DenseWidening, NearestUpsampling
+from tests import reference
 
 
 def generator(seed=0):
@@ -178,3 +180,61 @@ def test_training_follows_the_gradient_of_the_closed_form():
 def test_dimensions_that_do_not_widen_are_refused():
     with pytest.raises(ValueError, match="0 < d < D"):
         DenseWidening(5, 5)
+
+
+def audited():
+    """A NIF of two latent dimensions in five, and samples around its manifold."""
+    return NIF(flow(5, 0), dense()[0]).eval(), torch.randn(6, 5, generator=generator(4))
+
+
+def test_the_audited_spectrum_is_that_of_the_dense_encoder_and_decoder():
+    model, x = audited()
+    values = ig.audit(model, x, checks=["jacobian_spectrum"])["jacobian_spectrum"].values
+    decoder = torch.func.vmap(torch.func.jacrev(lambda z: model.inverse(z[None])[0]))(model(x).detach())
+    for side, J in (("encoder", reference.jacobian(model, x)), ("decoder", decoder)):
+        sigma = torch.linalg.svdvals(J)
+        assert sigma.shape == (6, 2)
+        assert values[f"{side}_sigma_max"] == pytest.approx(sigma.max().item(), rel=1e-9)
+        assert values[f"{side}_sigma_min"] == pytest.approx(sigma.min().item(), rel=1e-9)
+        assert values[f"{side}_condition_number"] == pytest.approx((sigma[:, 0] / sigma[:, 1]).max().item(), rel=1e-9)
+
+
+def test_the_audited_round_trip_is_that_on_the_manifold_and_the_distance_from_it_is_told():
+    model, x = audited()
+    projected = model.inverse(model(x)).detach()
+    off, on = (ig.audit(model, data, checks=["reconstruction"])["reconstruction"] for data in (x, projected))
+    assert off.verdict is on.verdict is ig.Verdict.STABLE
+    assert off.values["latent_error"] < 1e-12
+    assert off.values["l2_error"] == pytest.approx((x - projected).norm(dim=1).max().item())
+    assert off.values["l2_error"] > 1
+    assert on.values["l2_error"] < 1e-12
+
+
+def test_audits_of_square_maps_say_why_they_do_not_apply():
+    model, x = audited()
+    reasons = {"log_det": "no log-determinant", "layer_blame": "injective only", "dequantization_attack": "projection"}
+    report = ig.audit(model, x, checks=list(reasons))
+    for name, reason in reasons.items():
+        assert report[name].verdict is ig.Verdict.NOT_APPLICABLE
+        assert reason in report[name].reason
+
+
+def test_without_a_rule_for_the_gaussian_layer_bounds_are_infinite_and_witnesses_still_hold():
+    model, x = audited()
+    x = x[:4]  # as many as are looked at however little time there is
+    bounds = ig.lipschitz_bounds(model, ig.Box(-3 * torch.ones(5), 3 * torch.ones(5)), data=x, seconds=0.1)
+    assert bounds.forward == bounds.inverse == math.inf
+    assert "GaussianNIF" in bounds.reason
+    assert bounds.lower_forward >= torch.linalg.matrix_norm(reference.jacobian(model, x), 2).max().item() * (1 - 1e-8)
+    assert bounds.witnesses[0].replay(model) == pytest.approx(bounds.lower_forward, rel=1e-8)
+    assert bounds.lower_inverse == 0
+
+
+def test_audits_find_latents_that_share_a_direction():
+    model, x = audited()
+    with torch.no_grad():
+        columns = model.prior.widening.weight
+        columns[:, 1] = columns[:, 0] + 1e-9 * columns[:, 1]
+    report = ig.audit(model, x, checks=["reconstruction", "jacobian_spectrum"])
+    assert report.verdict is ig.Verdict.UNSTABLE
+    assert report["jacobian_spectrum"].values["decoder_condition_number"] > 1e8
