@@ -223,8 +223,8 @@ def save_images(config: Config, model: Model, latent: int, tuned: float) -> None
 def run(config: Config) -> pd.DataFrame:
     """All models under all seeds."""
     frame = collect(config, cases(config), measure)
-    means = frame.groupby(["model", "s", "t"], sort=False)[["bpd", "distance"]].mean()
-    print(means.to_string())
+    means = frame.groupby(["model", "s", "t"], sort=False)[["bpd", "distance"]]
+    print(means.agg(lambda values: values.mean(skipna=False)).to_string())
     return frame
 
 
@@ -233,17 +233,22 @@ def draw(frame: pd.DataFrame) -> Figure:
     figure = Figure(figsize=(9, 3.6), layout="constrained")
     left, right = figure.subplots(1, 2, sharey=True)
     for model, group in frame.groupby("model", sort=False):
-        at_one = group[group.t == 1].groupby("s").distance.mean()
+        at_one = _means(group[group.t == 1], "s")
         left.plot(at_one.index, at_one, "o-" if len(at_one) > 1 else "o", label=model)
-        at_tuned = group[group.s == group.tuned_s].groupby("t").distance.mean()
+        at_tuned = _means(group[group.s == group.tuned_s], "t")
         right.plot(at_tuned.index, at_tuned, "o-", label=model)
-    left.set(xlabel="noise scale s at t = 1", ylabel="Frechet distance")
+    left.set(xlabel="noise scale s at t = 1", ylabel="Frechet distance, lower is better")
     right.set(xlabel="temperature t at the tuned s")
     for axes in (left, right):
         axes.grid(alpha=0.3)
     left.legend(frameon=False)
-    figure.suptitle(f"{frame.extractor[0]} on {frame.data[0]}, lower is better")
+    figure.suptitle(f"Features of the {frame.extractor[0]}; no point where a sample is not finite")
     return figure
+
+
+def _means(rows: pd.DataFrame, key: str) -> pd.Series:
+    """Distances over the seeds; NaN where one is."""
+    return rows.groupby(key).distance.agg(lambda distances: distances.mean(skipna=False))
 
 
 if __name__ == "__main__":
