@@ -93,14 +93,19 @@ class ChainBuilder:
 
     def activated(self, x: Linear, lower: Tensor, upper: Tensor) -> Linear:
         """sigma(x) with slopes in [lower, upper], (channels,); on a torus it is zero outside the image."""
-        if self.torus is not None and self.torus.margin:
-            lower, upper = lower.clamp_max(0), upper.clamp_min(0)
+        lower, upper = self.slopes(x, lower, upper)
         if not bool((lower.isfinite() & upper.isfinite()).all()):
             raise Unbounded("a slope is not finite")
         state = sum(size for _, size in self.parts)
         keep = torch.eye(state, dtype=torch.float64)[None]
         self.layers.append(Layer(keep, self._matrix(x), lower, upper, x.error))
         return replace(self._named(x, self.parts), clean=True)
+
+    def slopes(self, x: Linear, lower: Tensor, upper: Tensor) -> tuple[Tensor, Tensor]:
+        """Slopes with zero among them where x must be set to zero outside the image; what is zero stays so anyhow."""
+        if x.clean or self.torus is None or not self.torus.margin:
+            return lower, upper
+        return lower.clamp_max(0), upper.clamp_min(0)
 
     def alone(self, x: Linear) -> Linear:
         """x as the whole state: everything else is forgotten."""

@@ -14,13 +14,23 @@ from inn_guard.lipschitz.chains import Chain, Multipliers
 from inn_guard.lipschitz.convolution import paddings
 from inn_guard.lipschitz.deadline import Deadline
 from inn_guard.lipschitz.intervals import Interval
-from inn_guard.lipschitz.multipliers import fast_multipliers, optimise
+from inn_guard.lipschitz.multipliers import Goal, fast_multipliers, optimise
 from inn_guard.lipschitz.recursion import certify
 from inn_guard.lipschitz.semantics import Boxes, Constant, Norms
 from inn_guard.lipschitz.spectral import spectral_norm
 from inn_guard.lipschitz.subnetworks import CONVOLUTIONS, Network, Unbounded
 
-__all__ = ["Effort", "Proof", "Read", "bound_chain", "graph_of", "read", "subnetwork_lipschitz", "torus_of"]
+__all__ = [
+    "Effort",
+    "Proof",
+    "Read",
+    "bound_chain",
+    "graph_of",
+    "read",
+    "searched_multipliers",
+    "subnetwork_lipschitz",
+    "torus_of",
+]
 
 
 @dataclass(frozen=True)
@@ -136,6 +146,22 @@ def bound_chain(chain: Chain, effort: Effort) -> Proof:
         return Proof(spectral_norm(chain.output, chain.error), chain, ())
     try:
         return _searched(chain, effort)
+    except torch.linalg.LinAlgError as error:
+        raise Unbounded("a chain of numbers too large or too small for a factorisation") from error
+
+
+def searched_multipliers(chain: Chain, effort: Effort, goal: Goal) -> Multipliers:
+    """Multipliers for a goal, looked for with some effort.
+
+    Raises:
+        Unbounded: if not even the simplest are foreseen to fit into the time, or into floating point.
+    """
+    if not effort.deadline.affords(4 * chain.operations):
+        raise Unbounded("time ran out")
+    try:
+        if effort.steps:
+            return optimise(chain, steps=effort.steps, deadline=effort.deadline.sooner(effort.seconds), goal=goal)
+        return fast_multipliers(chain)
     except torch.linalg.LinAlgError as error:
         raise Unbounded("a chain of numbers too large or too small for a factorisation") from error
 

@@ -27,6 +27,7 @@ __all__ = [
     "convolution_operations",
     "is_transposed",
     "kernels",
+    "multiplicities",
     "paddings",
     "riesz_norm",
     "symbol",
@@ -223,6 +224,12 @@ def _waves(window: Sizes, grid: Sizes, origin: Sizes | None = None) -> Tensor:
         angle = turns.double() * (2 * math.pi / n)
         waves = waves * torch.complex(angle.cos(), -angle.sin())
     return waves
+
+
+def multiplicities(grid: Sizes) -> Tensor:
+    """How many of the torus's frequencies each of the grid frequencies of ``symbol`` stands for: one or two."""
+    half = torch.arange(grid[-1] // 2 + 1)
+    return torch.where((half == 0) | (2 * half == grid[-1]), 1, 2).repeat(math.prod(grid[:-1]))
 
 
 def is_transposed(module: Any) -> bool:

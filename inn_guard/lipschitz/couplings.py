@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -23,7 +23,7 @@ from inn_guard.lipschitz.chains import Chain
 from inn_guard.lipschitz.conditioners import Effort, Proof, Read, bound_chain, graph_of, read, torus_of
 from inn_guard.lipschitz.deadline import Deadline
 from inn_guard.lipschitz.intervals import Interval
-from inn_guard.lipschitz.maps import BlockBounds, BoundedMap
+from inn_guard.lipschitz.maps import BlockBounds, BoundedMap, per_channel
 from inn_guard.lipschitz.rounding import up
 from inn_guard.lipschitz.subnetworks import Network, Unbounded
 from inn_guard.lipschitz.transformers import Affine, Transformer
@@ -206,6 +206,12 @@ class Coupling(BoundedMap):
             builder, z, d, d.slope.reciprocal(), [-part for part in d.relative], joint=d.sensitivities
         )
 
+    def differences(self, builder: ChainBuilder, x: Linear, box: Interval, centre: Tensor) -> Linear:
+        """As the forward map, with dh/dtheta where the changed entries are the centre's."""
+        d = self._derivatives(box)
+        at_centre = self.transformer.sensitivities(Interval.of(self.split.changed(centre)), d.theta)
+        return self._assembled(builder, x, d, d.slope, at_centre)
+
     def networks(self) -> list[nn.Module]:
         """The conditioner."""
         return [self.network]
@@ -259,12 +265,9 @@ class Coupling(BoundedMap):
         others = [(part, factor) for part, factor in zip(parts, factors, strict=True) if not _is_one(factor)]
         if others:
             stacked = arithmetic.concatenate([part for part, _ in others])
-            ends = [
-                (factor.lo.reshape(part.channels, -1), factor.hi.reshape(part.channels, -1)) for part, factor in others
-            ]
-            lower = torch.cat([lo.amin(1) for lo, _ in ends])
-            upper = torch.cat([hi.amax(1) for _, hi in ends])
-            active = builder.activated(stacked, lower, upper)
+            ends = [builder.slopes(part, *per_channel(factor, part.channels)) for part, factor in others]
+            lower, upper = (torch.cat(side) for side in zip(*ends, strict=True))
+            active = builder.activated(replace(stacked, clean=True), lower, upper)
             plain += [
                 active.rows(index) for index in torch.arange(active.channels).split([p.channels for p, _ in others])
             ]

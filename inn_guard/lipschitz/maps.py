@@ -33,6 +33,7 @@ __all__ = [
     "Shaped",
     "Unknown",
     "bounded_map",
+    "per_channel",
 ]
 
 
@@ -101,6 +102,16 @@ class BoundedMap(abc.ABC):
             Unbounded: if they are not of that form.
         """
         raise Unbounded(f"{type(self).__name__} is not a chain of linear maps and slopes")
+
+    def differences(self, builder: ChainBuilder, x: Linear, box: Interval, centre: Tensor) -> Linear:
+        """F(centre + d) - F(centre), for d = x and centre + d in the box, as layers of a builder.
+
+        Differences of a chain are the chain with slopes of secants, which lie where the derivatives do.
+
+        Raises:
+            Unbounded: if they are not of that form.
+        """
+        return self.trace(builder, x, box)
 
     def networks(self) -> list[torch.nn.Module]:
         """The conditioners, whose paddings a torus must hold."""
@@ -213,6 +224,10 @@ class Shaped(BoundedMap):
     def trace_inverse(self, builder: ChainBuilder, z: Linear, box: Interval) -> Linear:
         """The map's."""
         return self.make(box).trace_inverse(builder, z, box)
+
+    def differences(self, builder: ChainBuilder, x: Linear, box: Interval, centre: Tensor) -> Linear:
+        """The map's."""
+        return self.make(box).differences(builder, x, box, centre)
 
     def networks(self) -> list[torch.nn.Module]:
         """The conditioners."""
@@ -331,17 +346,17 @@ class Elementwise(BoundedMap):
 
     def trace(self, builder: ChainBuilder, x: Linear, box: Interval) -> Linear:
         """Slopes over the box."""
-        return builder.activated(x, *_per_channel(self._slope(box), x.channels))
+        return builder.activated(x, *per_channel(self._slope(box), x.channels))
 
     def trace_inverse(self, builder: ChainBuilder, z: Linear, box: Interval) -> Linear:
         """One over them."""
-        return builder.activated(z, *_per_channel(self._slope(box).reciprocal(), z.channels))
+        return builder.activated(z, *per_channel(self._slope(box).reciprocal(), z.channels))
 
     def _slope(self, box: Interval) -> Interval:
         return self.function.slope(box) * self.scale
 
 
-def _per_channel(slopes: Interval, channels: int) -> tuple[Tensor, Tensor]:
+def per_channel(slopes: Interval, channels: int) -> tuple[Tensor, Tensor]:
     """The hull over the pixels, per channel."""
     return slopes.lo.reshape(channels, -1).amin(1), slopes.hi.reshape(channels, -1).amax(1)
 

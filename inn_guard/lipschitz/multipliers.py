@@ -21,11 +21,12 @@ from torch import Tensor
 from inn_guard.lipschitz.chains import Chain, Layer, Multipliers, product
 from inn_guard.lipschitz.deadline import Deadline
 
-__all__ = ["fast_multipliers", "optimise"]
+__all__ = ["NORM", "ROWS", "Goal", "fast_multipliers", "optimise"]
 
 Progress = Callable[[str, float], None]
 WORST = 8  #: frequencies that are optimised at first, and that are added at each look at all of them
 LOOK = 25  #: steps between two looks at all frequencies
+RATE = 0.1  #: of Adam
 POWERS = 12  #: power iterations for the size of a layer's S on many frequencies
 CERTIFICATE = 6.0  #: times an evaluation at all frequencies that a certificate takes
 
@@ -40,9 +41,38 @@ def fast_multipliers(chain: Chain) -> Multipliers:
         return _evaluate(chain, _start(chain))[1]
 
 
+@dataclass(frozen=True)
+class Goal:
+    """What multipliers are to make small.
+
+    Attributes:
+        of_matrix: from Q (frequencies, n, n) to one number per frequency, (frequencies,).
+        of_all: from those to one.
+        chosen: from those to the indices of the frequencies that are differentiated first.
+    """
+
+    of_matrix: Callable[[Tensor], Tensor]
+    of_all: Callable[[Tensor], Tensor]
+    chosen: Callable[[Tensor], Tensor]
+
+
+def _worst(values: Tensor) -> Tensor:
+    return values.topk(min(WORST, len(values))).indices
+
+
+def _spread(values: Tensor) -> Tensor:
+    return torch.linspace(0, len(values) - 1, min(WORST, len(values)) + 2).long().unique()[1:-1]
+
+
+#: the norm, squared
+NORM = Goal(lambda Q: torch.linalg.eigvalsh(Q)[:, -1], torch.amax, _worst)
+#: the mean square of the norms of the rows
+ROWS = Goal(lambda Q: Q.diagonal(dim1=1, dim2=2).real.mean(1), torch.mean, _spread)
+
+
 @torch.enable_grad()
 def optimise(
-    chain: Chain, *, deadline: Deadline | None = None, steps: int = 150, rate: float = 0.1,
+    chain: Chain, *, deadline: Deadline | None = None, steps: int = 150, goal: Goal = NORM,
     progress: Progress | None = None,
 ) -> Multipliers:  # fmt: skip
     """Multipliers that make a chain's bound small, by Adam on log of the bound.
@@ -54,13 +84,13 @@ def optimise(
         chain: what is bounded.
         deadline: when a certificate should be there too: no step is begun that would leave too little time for it.
         steps: at most so many.
-        rate: learning rate.
+        goal: what the bound is of.
         progress: called with a sentence and the share that is done.
 
     Returns:
         The best multipliers found, at least as good as ``fast_multipliers``.
     """
-    search = _Search(chain, deadline or Deadline(), rate)
+    search = _Search(chain, deadline or Deadline(), goal)
     for step in range(steps):
         if not search.goes_on() or not search.step():
             break
@@ -78,21 +108,26 @@ Free = list[tuple[Tensor, Tensor]]
 class _Search:
     """Adam on the worst frequencies, and the best multipliers for all of them."""
 
-    def __init__(self, chain: Chain, deadline: Deadline, rate: float) -> None:
-        self.chain, self.deadline = chain, deadline
+    def __init__(self, chain: Chain, deadline: Deadline, goal: Goal) -> None:
+        self.chain, self.deadline, self.goal = chain, deadline, goal
         self.free = _start(chain)
         left = deadline.left
         with torch.no_grad():
-            bounds, self.best = _evaluate(chain, self.free)
+            bounds, self.best = self.evaluated(chain, self.free)
         self.looking = max(left - deadline.left, 0.0) if math.isfinite(left) else 0.0
         self.stepping = 0.0
-        self.least = float(bounds.max())
-        self.chosen = bounds.topk(min(WORST, len(bounds))).indices
+        self.least = float(goal.of_all(bounds))
+        self.chosen = goal.chosen(bounds)
         self.part = chain.at(self.chosen)
         self.candidate: Free | None = None
         self.candidate_bound = math.inf
         parameters = [tensor.requires_grad_() for pair in self.free for tensor in pair]
-        self.optimiser = torch.optim.Adam(parameters, lr=rate)
+        self.optimiser = torch.optim.Adam(parameters, lr=RATE)
+
+    def evaluated(self, chain: Chain, free: Free) -> tuple[Tensor, Multipliers]:
+        """What the goal is of, per frequency, and the multipliers."""
+        Q, multipliers = _evaluate(chain, free)
+        return self.goal.of_matrix(Q), multipliers
 
     def goes_on(self) -> bool:
         """Whether there is time for a step, a look and the certificate."""
@@ -106,7 +141,7 @@ class _Search:
         left = self.deadline.left
         self.optimiser.zero_grad()
         try:
-            loss = _evaluate(self.part, self.free)[0].max()
+            loss = self.goal.of_all(self.evaluated(self.part, self.free)[0])
         except torch.linalg.LinAlgError:
             return False
         if float(loss.detach()) < self.candidate_bound:
@@ -123,12 +158,12 @@ class _Search:
         if self.candidate is None:
             return
         try:
-            bounds, found = _evaluate(self.chain, self.candidate)
+            bounds, found = self.evaluated(self.chain, self.candidate)
         except torch.linalg.LinAlgError:
             return
-        if float(bounds.max()) < self.least:
-            self.least, self.best = float(bounds.max()), found
-        fresh = bounds.topk(min(WORST, len(bounds))).indices
+        if float(self.goal.of_all(bounds)) < self.least:
+            self.least, self.best = float(self.goal.of_all(bounds)), found
+        fresh = self.goal.chosen(bounds)
         if not bool(torch.isin(fresh, self.chosen).all()):
             self.chosen = torch.cat([self.chosen, fresh]).unique()
             self.part = self.chain.at(self.chosen)
@@ -182,12 +217,12 @@ class _State:
 
 
 def _evaluate(chain: Chain, free: Free) -> tuple[Tensor, Multipliers]:
-    """The squared bound per frequency for free parameters (v, c), differentiable, and the multipliers they mean."""
+    """Q >= J J^H per frequency for free parameters (v, c), differentiable, and the multipliers they mean."""
     state, multipliers = _State(None, torch.eye(chain.size, dtype=torch.float64)[None]), []
     for layer, (v, c) in zip(chain.layers, free, strict=True):
         state, D = _step(state, layer, v, c)
         multipliers.append(D.detach())
-    return torch.linalg.eigvalsh(state.through(chain.output).matrix())[:, -1], tuple(multipliers)
+    return state.through(chain.output).matrix(), tuple(multipliers)
 
 
 def _step(state: _State, layer: Layer, v: Tensor, c: Tensor) -> tuple[_State, Tensor]:

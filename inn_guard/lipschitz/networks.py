@@ -13,6 +13,7 @@ from inn_guard.lipschitz.chains import Chain
 from inn_guard.lipschitz.conditioners import Effort, Proof, bound_chain, torus_of
 from inn_guard.lipschitz.intervals import Interval
 from inn_guard.lipschitz.maps import BlockBounds, BoundedMap
+from inn_guard.lipschitz.reach import Reach
 from inn_guard.lipschitz.rounding import up
 from inn_guard.lipschitz.subnetworks import Unbounded
 
@@ -62,16 +63,33 @@ class Factor:
 def stack(layers: Sequence[tuple[str, BoundedMap]], box: Interval, effort: Effort) -> Stack:
     """Every layer's bounds on the box that the layers before it make of ``box``.
 
-    Table 3's are NaN where time ran out: they are shown, never needed.
+    Boxes are what intervals leave and, from a bounded box on, the reach of differences from its centre. Table 3's
+    bounds are NaN where time ran out: they are shown, never needed.
     """
     result = []
+    reach = Reach.around(box) if box.bounded else None
     for k, (name, described) in enumerate(layers):
         own = effort.within(max(SHARE, 1 / (len(layers) - k)))
-        bounds = described.bounds(box, own.within(0.7))
+        bounds = described.bounds(box, own.within(0.5))
         printed = Pair(math.nan, math.nan) if own.deadline.passed else described.table3(box, own)
         result.append(LayerBound(name, described, box, bounds, printed))
+        reach = _moved(reach, [m for _, m in layers[k:]], result[-1], own.within(0.8))
         box = described.image(box)
+        box = box if reach is None else reach.within(box)
     return tuple(result)
+
+
+def _moved(reach: Reach | None, following: Sequence[BoundedMap], layer: LayerBound, effort: Effort) -> Reach | None:
+    """The reach behind a layer; None if it is not known."""
+    if reach is None:
+        return None
+    shape = tuple(reach.centre.shape)
+    try:
+        if reach.torus is None or reach.torus.size != shape[1:]:
+            reach = replace(reach, torus=torus_of([net for m in following for net in m.networks()], shape))
+        return reach.through(layer.map, layer.box, layer.bounds.forward, effort)
+    except Unbounded:
+        return None
 
 
 def product(bounds: Sequence[float]) -> float:

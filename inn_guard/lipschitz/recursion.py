@@ -16,7 +16,7 @@ from torch import Tensor
 from inn_guard.lipschitz.chains import Chain, Layer, Multipliers, product
 from inn_guard.lipschitz.rounding import UNIT, gamma, largest_eigenvalue, up
 
-__all__ = ["certify"]
+__all__ = ["certify", "covering"]
 
 CHUNK = 2**22  #: entries of the matrices of several frequencies that are certified at once
 FOLDS = 8  #: shifts that are tried to make a matrix positive definite
@@ -81,31 +81,60 @@ class _Above:
         return (Q + Q.mH) / 2, up(slack * (1 + 1e-12) + 8 * UNIT * _frobenius(Q), 4)
 
     def folded(self) -> _Above:
-        """The same with a square factor and no base, where that is smaller: L L^H >= Q by a shift of its diagonal."""
+        """The same with a square factor and no base, where that is smaller."""
         m, r = self.factor.shape[-2:]
         if m > 2 * r or (self.base is None and m >= r):
             return self
+        L = self.root()
+        return self if L is None else _Above(None, L)
+
+    def root(self) -> Tensor | None:
+        """L with L L^H >= the sum, by a shift of its diagonal; None where no shift was enough."""
         Q, error = self.matrix()
         shift = error + 4 * _cholesky_error(Q) + 1e-15 * _largest_diagonal(Q)
         for _ in range(FOLDS):
             L, info = torch.linalg.cholesky_ex(_raised(Q, shift))
             if not bool(info.any()):
-                return _Above(None, L)
+                return L
             shift *= 4
-        return self
+        return None
+
+
+def covering(chain: Chain, multipliers: Multipliers) -> Tensor | None:
+    """A factor F with J J^H <= F F^H for all slopes of a chain, (1 or frequencies, out, r), proved by the multipliers.
+
+    Returns:
+        F; None if the multipliers prove nothing.
+    """
+    parts = []
+    for part in _chunks(chain):
+        state = _reached(chain.at(part), multipliers)
+        factor = None if state is None else state.root()
+        if factor is None:
+            return None
+        parts.append(factor)
+    return torch.cat(parts)
 
 
 def _certified(chain: Chain, multipliers: Multipliers) -> float:
+    state = _reached(chain, multipliers)
+    if state is None:
+        return math.inf
+    S, error = state.matrix()
+    square = up(largest_eigenvalue(S) + error)
+    return up(math.sqrt(max(square, 0.0))) if math.isfinite(square) else math.inf
+
+
+def _reached(chain: Chain, multipliers: Multipliers) -> _Above | None:
+    """The state behind the output; None if the multipliers prove nothing."""
     state = _Above(None, torch.eye(chain.size, dtype=torch.float64)[None])
     for layer, D in zip(chain.layers, multipliers, strict=True):
         joined = state.through(layer.joint, layer.error)
         advanced = _advanced(joined, layer, D) if len(D) else joined
         if advanced is None:
-            return math.inf
+            return None
         state = advanced.folded()
-    S, error = state.through(chain.output, chain.error).matrix()
-    square = up(largest_eigenvalue(S) + error)
-    return up(math.sqrt(max(square, 0.0))) if math.isfinite(square) else math.inf
+    return state.through(chain.output, chain.error)
 
 
 def _advanced(T: _Above, layer: Layer, D: Tensor) -> _Above | None:

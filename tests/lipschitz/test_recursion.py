@@ -53,7 +53,7 @@ def test_bound_dominates_random_slope_vertices(frequencies):
     generator = torch.Generator().manual_seed(frequencies)
     for trial in range(80):
         chain = random_chain(generator, frequencies)
-        multipliers = optimise(chain, steps=12, rate=0.3) if trial % 2 else fast_multipliers(chain)
+        multipliers = optimise(chain, steps=12) if trial % 2 else fast_multipliers(chain)
         bound = certify(chain, multipliers)
         assert math.isfinite(bound)
         assert worst_vertex(chain, generator, 40) <= bound * (1 + 1e-12)

@@ -1,0 +1,145 @@
+"""Where layers take a box: an ellipsoid around the image of one point, by the recursion on differences from it.
+
+x_k - c_k = F u with |u| <= 1. F F^H goes through a layer as J J^H does in the recursion, with differences in the place
+of derivatives: z(x) - z(c) = dh/dx (x - c) + dh/dtheta(c) (theta(x) - theta(c)), where the centre c alone, not the
+whole box, multiplies what the network does. An entry moves by no more than the norm of its row of F; on a torus, whose
+frequencies F is known at, by the root of the mean of their squares. Intervals alone forget that entries move together,
+and grow from layer to layer.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from inn_guard.lipschitz.building import ChainBuilder, Torus
+from inn_guard.lipschitz.compositions import Composition
+from inn_guard.lipschitz.conditioners import Effort, searched_multipliers
+from inn_guard.lipschitz.convolution import multiplicities
+from inn_guard.lipschitz.intervals import Interval, up_tensor
+from inn_guard.lipschitz.maps import BoundedMap
+from inn_guard.lipschitz.multipliers import ROWS
+from inn_guard.lipschitz.recursion import covering
+from inn_guard.lipschitz.rounding import gamma, up
+from inn_guard.lipschitz.semantics import over_channels
+from inn_guard.lipschitz.spectral import spectral_norm
+from inn_guard.lipschitz.subnetworks import Unbounded
+
+__all__ = ["Reach"]
+
+STRETCH = 1e-6  #: by which an ellipsoid is widened to take in the rounding of its centre
+
+
+@dataclass(frozen=True)
+class Reach:
+    """All x with x - centre = factor u + w, |u| <= 1, |w| <= ball.
+
+    Attributes:
+        centre: (C, *size), float64.
+        ball: in the norm of all entries together.
+        factor: (1 or frequencies, C, m), or None for zero.
+        torus: on which the frequencies are, or None.
+    """
+
+    centre: Tensor
+    ball: float
+    factor: Tensor | None = None
+    torus: Torus | None = None
+
+    @classmethod
+    def around(cls, box: Interval) -> Reach:
+        """The ball around a bounded box."""
+        return cls(box.centre, _length(box.radius))
+
+    def box(self) -> Interval:
+        """The smallest box around it."""
+        radius = torch.full((len(self.centre),), self.ball, dtype=torch.float64)
+        if self.factor is not None:
+            radius = up_tensor(radius + self._row_norms(self.factor))
+        radius = over_channels(radius, self.centre).expand_as(self.centre)
+        return Interval.of(self.centre) + Interval(-radius, radius)
+
+    def _row_norms(self, factor: Tensor) -> Tensor:
+        squares = factor.abs().square().sum(2)
+        if len(squares) > 1 and self.torus is not None:
+            weights = multiplicities(self.torus.grid).double()
+            squares = (weights[:, None] * squares).sum(0, keepdim=True) / weights.sum()
+        return (squares[0] * (1 + gamma(16 * factor.numel()))).sqrt() * (1 + 1e-15)
+
+    def through(self, described: BoundedMap, box: Interval, lipschitz: float, effort: Effort) -> Reach:
+        """What a map makes of it.
+
+        Args:
+            described: the map.
+            box: a convex set that holds the centre and everything else that can be there.
+            lipschitz: a bound of the map's derivative on that box, for maps that are no chains.
+            effort: how hard multipliers are looked for.
+
+        Returns:
+            The ellipsoid around the centre's image.
+
+        Raises:
+            Unbounded: if the image is not bounded, or time ran out.
+        """
+        if isinstance(described, Composition):
+            return self._opened(described, box, effort)
+        landed = described.image(Interval.of(self.centre))
+        if effort.deadline.passed or not landed.bounded:
+            raise Unbounded("time ran out, or the image of the centre is unbounded")
+        missed = _length(landed.radius)
+        try:
+            return Reach(landed.centre, missed, self._differences(described, box, effort), self.torus)
+        except Unbounded:
+            size = self.ball if self.factor is None else up(self.ball + spectral_norm(self.factor))
+            radius = up(up(lipschitz * size) + missed)
+            if not math.isfinite(radius):
+                raise
+            return Reach(landed.centre, radius)
+
+    def _opened(self, described: Composition, box: Interval, effort: Effort) -> Reach:
+        reach = self
+        for k, part in enumerate(described.parts):
+            own = effort.within(1 / (len(described.parts) - k))
+            held = reach.within(box)
+            reach = reach.through(part, held, part.bounds(held, replace(own, steps=0)).forward, own)
+            box = part.image(held)
+        return reach
+
+    def within(self, box: Interval) -> Interval:
+        """What is in it and in another box, and the centre."""
+        return box.meet(self.box()).hull(Interval.of(self.centre))
+
+    def _differences(self, described: BoundedMap, box: Interval, effort: Effort) -> Tensor:
+        """The factor of the map's differences from the centre.
+
+        Raises:
+            Unbounded: if the map is no chain, or too large for the time.
+        """
+        if len(self.centre) > effort.width:
+            raise Unbounded("too many channels")
+        start = self._joined()
+        builder = ChainBuilder(start.shape[2], self.torus)
+        x = builder.alone(builder.start().mapped(start))
+        chain = builder.finish(builder.cropped(described.differences(builder, x, box, self.centre)))
+        if max((len(layer.lower) for layer in chain.layers), default=0) > effort.width:
+            raise Unbounded("too many neurons")
+        factor = covering(chain, searched_multipliers(chain, effort, ROWS))
+        if factor is None:
+            raise Unbounded("no multipliers prove anything")
+        return factor
+
+    def _joined(self) -> Tensor:
+        """One factor of both parts: (F u + w) is G v, |v| <= 1, for G G^H = (1 + t) F F^H + (1 + 1/t) ball^2 I."""
+        eye = torch.eye(len(self.centre), dtype=torch.float64)[None]
+        if self.factor is None:
+            return self.ball * eye
+        rest = up(self.ball * math.sqrt(1 + 1 / STRETCH) * (1 + 1e-9)) * eye.to(self.factor.dtype)
+        return torch.cat([self.factor * (1 + STRETCH), rest.expand(len(self.factor), -1, -1)], 2)
+
+
+def _length(radius: Tensor) -> float:
+    """||radius||_2, rounded up."""
+    return up(math.sqrt(float(radius.square().sum()) * (1 + gamma(radius.numel() + 4))), 2)
