@@ -28,7 +28,9 @@ class DenseFactor(Protocol):
         ...
 
 
-def composed_jacobian(model: Invertible, x: Float[Tensor, "batch *data"]) -> Float[Tensor, "batch latent data"]:
+def composed_jacobian(
+    model: Invertible, x: Float[Tensor, "batch *data"], *, columns: range | None = None
+) -> Float[Tensor, "batch latent columns"]:
     """The Jacobian of every sample, (B, dim z, dim x), in the dtype of x.
 
     Layers whose tangent cannot multiply a matrix are differentiated row by row on their own and multiplied as dense
@@ -37,11 +39,13 @@ def composed_jacobian(model: Invertible, x: Float[Tensor, "batch *data"]) -> Flo
     Args:
         model: the map; a model without layers() is one layer.
         x: where.
+        columns: these alone, (B, dim z, len(columns)); all of them unless given.
     """
+    columns = range(math.prod(x.shape[1:])) if columns is None else columns
     jacobians = []
     for b in range(len(x)):
         row = torch.tensor([b], device=x.device)
-        jacobians.append(_of_one(model.select(row), x[b : b + 1].detach()))
+        jacobians.append(_of_one(model.select(row), x[b : b + 1].detach(), columns))
     if not jacobians:
         raise ValueError(f"expected at least one sample, got {tuple(x.shape)}")
     return torch.stack(jacobians)
@@ -57,9 +61,9 @@ def is_composable(model: Invertible, x: Float[Tensor, "batch *data"]) -> bool:
     return True
 
 
-def _of_one(model: Invertible, x: Tensor) -> Tensor:
-    size = math.prod(x.shape[1:])
-    J = torch.eye(size, dtype=x.dtype, device=x.device)
+def _of_one(model: Invertible, x: Tensor, columns: range) -> Tensor:
+    J = x.new_zeros(math.prod(x.shape[1:]), len(columns))
+    J[columns, range(len(columns))] = 1
     for layer in model.layers() or (model,):
         tangent = layer.linearize(x)
         with torch.no_grad():

@@ -58,14 +58,15 @@ class Shares:
         """The same bound of memory in this process only."""
         return Shares(None, self.memory)
 
-    def fits(self, footprint: Callable[[], Footprint]) -> float | int:
+    def fits(self, footprint: Callable[[float], Footprint]) -> float | int:
         """How many samples a measurement of that footprint may take at once: 1 at least, inf without a bound.
 
-        All processes agree on it. The footprint is only measured where there is a bound.
+        All processes agree on it. The footprint is only measured where there is a bound, which it is told.
         """
         if self.memory is None:
             return math.inf
-        return min(self.gathered(lambda: footprint().samples_within(self.memory)))  # type: ignore[arg-type]
+        memory = float(self.memory)
+        return min(self.gathered(lambda: footprint(memory).samples_within(memory)))
 
     def map(
         self,

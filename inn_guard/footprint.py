@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -48,18 +49,18 @@ class Footprint:
         return Footprint(self.fixed, self.each + each)
 
 
-def forward_footprint(model: Invertible, x: Tensor) -> Footprint:
-    """Of one pass forward and back without a graph."""
+def forward_footprint(model: Invertible, x: Tensor, *, within: float = math.inf) -> Footprint:
+    """Of one pass forward and back without a graph; measured holding no more bytes than ``within`` if it can be."""
 
     def passes(part: Invertible, rows: Tensor) -> None:
         with torch.no_grad():
             part.inverse(part(rows))
 
-    return _line(model, x, passes)
+    return _line(model, x, passes, within)
 
 
-def linearized_footprint(model: Invertible, x: Tensor, *, vectors: int = 0) -> Footprint:
-    """Of a linearisation at x with its four products, and so many vectors of the size of x per sample."""
+def linearized_footprint(model: Invertible, x: Tensor, *, vectors: int = 0, within: float = math.inf) -> Footprint:
+    """Of a linearisation at x with its four products, and so many vectors like x per sample; measured alike."""
 
     def passes(part: Invertible, rows: Tensor) -> None:
         linearization = Linearization(part, rows)
@@ -70,17 +71,18 @@ def linearized_footprint(model: Invertible, x: Tensor, *, vectors: int = 0) -> F
             return
 
     width = torch.promote_types(x.dtype, torch.float32).itemsize
-    return _line(model, x, passes).plus(vectors * x[0].numel() * width)
+    return _line(model, x, passes, within).plus(vectors * x[0].numel() * width)
 
 
-def _line(model: Invertible, x: Tensor, passes: Callable[[Invertible, Tensor], None]) -> Footprint:
-    """The line through one and two samples."""
-    measured = []
-    for rows in (torch.zeros(count, dtype=torch.long, device=x.device) for count in (1, 2)):
-        part, chosen = model.select(rows), x[rows]
-        measured.append(peak_bytes(lambda part=part, chosen=chosen: passes(part, chosen)))  # type: ignore[misc]
-    one, two = measured
-    each = max(two - one, x[0].numel() * x.element_size())
+def _line(model: Invertible, x: Tensor, passes: Callable[[Invertible, Tensor], None], within: float) -> Footprint:
+    """The line through one and two samples; through one and the origin where two may be too many."""
+
+    def measured(count: int) -> int:
+        rows = torch.zeros(count, dtype=torch.long, device=x.device)
+        return peak_bytes(lambda: passes(model.select(rows), x[rows]))
+
+    one = measured(1)
+    each = max(one if 2 * one > within else measured(2) - one, x[0].numel() * x.element_size())
     return Footprint(max(0, one - each), each)
 
 

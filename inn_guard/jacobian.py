@@ -91,7 +91,9 @@ def _narrowed(linearization: Linearization, products: Callable[[Linearization], 
     return narrow
 
 
-def full_jacobian(function: Callable[[Tensor], Tensor], x: Float[Tensor, "batch *data"]) -> Tensor:
+def full_jacobian(
+    function: Callable[[Tensor], Tensor], x: Float[Tensor, "batch *data"], *, rows: range | None = None
+) -> Tensor:
     """The Jacobian of ``function`` at every sample, (B, dim z, dim x), in the dtype of x, by reverse mode.
 
     Rows are computed in chunks, every chunk with one backward pass; several sizes are timed and the fastest is kept.
@@ -100,15 +102,16 @@ def full_jacobian(function: Callable[[Tensor], Tensor], x: Float[Tensor, "batch 
     Args:
         function: (B, *data) -> (B, *latent), samples independent of one another.
         x: where.
+        rows: these alone, (B, len(rows), dim x); all of them unless given.
 
     Raises:
         NotApplicable: if the output does not depend on x through autograd.
     """
     tangent = AutogradTangent(function, function, x)
-    size = tangent.output[0].numel()
-    jacobian = x.new_empty(len(x), size, x[0].numel())
-    for rows in _chunks(size, tangent, jacobian):
-        _fill(jacobian, rows, tangent)
+    rows = range(tangent.output[0].numel()) if rows is None else rows
+    jacobian = x.new_empty(len(x), len(rows), x[0].numel())
+    for part in _chunks(len(rows)):
+        jacobian[:, part.start : part.stop] = _pulled(tangent, rows[part.start : part.stop])
     return jacobian
 
 
@@ -146,7 +149,7 @@ def _random(like: Tensor, generator: torch.Generator | Noise) -> Tensor:
     return noise_of(generator)(like.shape).to(like)
 
 
-def _chunks(size: int, tangent: AutogradTangent, jacobian: Tensor) -> Iterator[range]:
+def _chunks(size: int) -> Iterator[range]:
     """Ranges of rows; the first ones differ in length to find the fastest."""
     speeds: dict[int, float] = {}
     begin = 0
@@ -160,13 +163,14 @@ def _chunks(size: int, tangent: AutogradTangent, jacobian: Tensor) -> Iterator[r
         begin = rows.stop
 
 
-def _fill(jacobian: Tensor, rows: range, tangent: AutogradTangent) -> None:
-    batch = len(jacobian)
-    basis = tangent.output.new_zeros(len(rows), batch, jacobian.shape[1])
+def _pulled(tangent: AutogradTangent, rows: range) -> Tensor:
+    """These rows of the Jacobian, (B, len(rows), dim x)."""
+    batch, size = len(tangent.output), tangent.output[0].numel()
+    basis = tangent.output.new_zeros(len(rows), batch, size)
     basis[range(len(rows)), :, rows] = 1
     basis = basis.reshape(len(rows), *tangent.output.shape)
     try:
         pulled = tangent.vjp(basis)
     except RuntimeError:  # no batching rule for some operation
         pulled = torch.stack([tangent.vjp(row) for row in basis])
-    jacobian[:, rows.start : rows.stop] = pulled.reshape(len(rows), batch, -1).transpose(0, 1)
+    return pulled.reshape(len(rows), batch, -1).transpose(0, 1)

@@ -126,8 +126,8 @@ def test_alone_is_one_call_without_a_bound():
     ALONE.map(torch.arange(5), measure)
     Shares().map(torch.arange(5), measure, at_most=2)
     assert calls == [[0, 1, 2, 3, 4], [0, 1], [2, 3], [4]]
-    assert ALONE.fits(lambda: pytest.fail("no footprint is measured without a bound")) == math.inf
-    assert Shares(memory=100).fits(lambda: Footprint(fixed=10, each=30)) == 3
+    assert ALONE.fits(lambda within: pytest.fail("no footprint is measured without a bound")) == math.inf
+    assert Shares(memory=100).fits(lambda within: Footprint(fixed=within - 90, each=30)) == 3
 
 
 def test_noise_belongs_to_samples():

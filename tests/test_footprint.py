@@ -72,6 +72,24 @@ def test_a_linearisation_holds_more_than_a_pass():
     assert extra == 100 * 6 * 8
 
 
+def test_a_footprint_is_measured_within_what_it_is_told():
+    seen = []
+
+    class Counting(Linear):
+        def forward(self, x):
+            seen.append(len(x))
+            return super().forward(x)
+
+    model, x = Counting(torch.eye(100)), torch.randn(8, 100)
+    wide = forward_footprint(model, x)
+    assert seen == [1, 2]
+    seen.clear()
+    narrow = forward_footprint(model, x, within=1.5 * wide.of(1))
+    assert seen == [1]
+    assert narrow.of(1) == wide.of(1)
+    assert narrow.samples_within(1.5 * wide.of(1)) == 1
+
+
 def test_samples_within_a_budget():
     line = Footprint(fixed=100, each=10)
     assert [line.samples_within(memory) for memory in (50, 109, 110, 129, 130)] == [1, 1, 1, 2, 3]

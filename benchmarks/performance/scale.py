@@ -1,17 +1,20 @@
-"""Audits of large flows in bounded memory: D up to 196,608, one memory budget, peak resident memory and seconds.
+"""Audits of large flows in bounded memory: D up to 196,608, up to 100 million parameters, one memory budget.
 
-A small Glow with its coupling networks' last layers perturbed, so that it does something, audited in a process of its
-own within a budget that chooses the micro-batches; beside it what the dry run estimated. One thread.
+A Glow down to 4 x 4 pixels with its coupling networks perturbed, so that it does something, audited in a process of its
+own within a budget that chooses the micro-batches; beside it what the dry run estimated. One thread; peak resident
+memory as Linux counts it.
 """
 
 from __future__ import annotations
 
+import gc
+import math
 import multiprocessing
-import resource
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import pandas as pd
 import torch
@@ -19,19 +22,18 @@ from matplotlib.figure import Figure
 
 import inn_guard as ig
 from benchmarks.runner import Row, collect, main
+from inn_guard.layers.permutation import Permutation
 from inn_guard.models.glow import GlowConfig, glow_classifier
 
 
 @dataclass(frozen=True)
 class Config:
-    """Sides of RGB images, D = 3 side^2; the flow; how much is audited, within how many MiB."""
+    """Sides of RGB images, D = 3 side^2; channels of the coupling networks, and for each the budget in MiB."""
 
-    sides: tuple[int, ...] = (32, 64, 128, 256)
-    levels: int = 3
-    blocks: int = 1
-    hidden: int = 16
-    samples: int = 4
-    budget: int = 512
+    sides: tuple[int, ...] = (64, 128, 256)
+    hidden: tuple[int, ...] = (16, 448)
+    budgets: tuple[int, ...] = (256, 3072)
+    samples: int = 3
     checks: tuple[str, ...] = ("reconstruction", "jacobian_spectrum", "layer_blame")
     spread: float = 0.05
     seed: int = 0
@@ -39,7 +41,7 @@ class Config:
     @classmethod
     def smoke(cls) -> Config:
         """Seconds."""
-        return cls(sides=(8, 16), levels=2, hidden=4, samples=2, budget=1)
+        return cls(sides=(8, 16), hidden=(4,), budgets=(1,))
 
     @classmethod
     def cpu(cls) -> Config:
@@ -47,16 +49,28 @@ class Config:
         return cls()
 
 
-def cases(config: Config) -> dict[str, int]:
-    """Dimension -> side."""
-    return {f"D={3 * side**2}": side for side in config.sides}
+class Size(NamedTuple):
+    """One flow."""
+
+    side: int
+    hidden: int
+    budget: int
 
 
-def measure(config: Config, side: int) -> Iterable[Row]:
+def cases(config: Config) -> dict[str, Size]:
+    """Dimension and channels -> size."""
+    return {
+        f"D={3 * side**2}, {wide} channels": Size(side, wide, budget)
+        for wide, budget in zip(config.hidden, config.budgets, strict=True)
+        for side in config.sides
+    }
+
+
+def measure(config: Config, size: Size) -> Iterable[Row]:
     """One audit in a process of its own."""
     context = multiprocessing.get_context("spawn")
     receiver, sender = context.Pipe(duplex=False)
-    child = context.Process(target=_audited, args=(sender, config, side))
+    child = context.Process(target=_audited, args=(sender, config, size))
     child.start()
     sender.close()
     row = receiver.recv()
@@ -64,29 +78,25 @@ def measure(config: Config, side: int) -> Iterable[Row]:
     yield row
 
 
-def _audited(sender: Any, config: Config, side: int) -> None:
+def _audited(sender: Any, config: Config, size: Size) -> None:
     torch.set_num_threads(1)
-    torch.manual_seed(config.seed)
-    net = glow_classifier((3, side, side), config=GlowConfig(config.levels, config.blocks, config.hidden))
-    x = torch.randn(config.samples, 3, side, side)
-    with torch.no_grad():
-        net(x)  # in training mode it sets what depends on data
-        for parameter in net.parameters():
-            parameter += config.spread * torch.randn_like(parameter) / max(1, parameter[0].numel()) ** 0.5
-    net.eval()
-    memory, checks = config.budget * 2**20, list(config.checks)
+    net, x = _flow(config, size)
+    memory, checks = size.budget * 2**20, list(config.checks)
     estimate = ig.audit(net, x, checks=checks, memory=memory, dry_run=True)["dry_run"].values
-    before, start = _peak(), time.process_time()
+    gc.collect()
+    _forget_peak()
+    before, start = _resident("VmRSS"), time.process_time()
     report = ig.audit(net, x, checks=checks, memory=memory)
     sender.send(
         {
             "D": x[0].numel(),
             "parameters": sum(p.numel() for p in net.parameters()),
             "samples": config.samples,
-            "budget_mib": config.budget,
+            "budget_mib": size.budget,
             "estimated_mib": estimate["bytes"] / 2**20,
-            "peak_growth_mib": (_peak() - before) / 2**10,
-            "peak_resident_mib": _peak() / 2**10,
+            "peak_growth_mib": (_resident("VmHWM") - before) / 2**10,
+            "model_mib": sum(p.numel() * p.element_size() for p in net.parameters()) / 2**20,
+            "peak_resident_mib": _resident("VmHWM") / 2**10,
             "estimated_seconds": estimate["seconds"],
             "seconds": time.process_time() - start,
             "verdict": report.verdict.label,
@@ -96,9 +106,27 @@ def _audited(sender: Any, config: Config, side: int) -> None:
     )
 
 
-def _peak() -> int:
-    """The largest resident memory of this process so far, in KiB."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+def _flow(config: Config, size: Size) -> tuple[torch.nn.Module, torch.Tensor]:
+    torch.manual_seed(config.seed)
+    levels = int(math.log2(size.side)) - 2
+    sizes = GlowConfig(levels, blocks=1, hidden=size.hidden, mixing=Permutation.reverse)
+    net = glow_classifier((3, size.side, size.side), config=sizes)
+    x = torch.randn(config.samples, 3, size.side, size.side)
+    with torch.no_grad():
+        net(x)  # in training mode it sets what depends on data
+        for parameter in net.parameters():
+            parameter += config.spread * torch.randn_like(parameter) / max(1, parameter[0].numel()) ** 0.5
+    return net.eval(), x
+
+
+def _resident(which: str) -> int:
+    """KiB of this process in memory: now (VmRSS), or at most since the peak was forgotten (VmHWM)."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(which))
+
+
+def _forget_peak() -> None:
+    Path("/proc/self/clear_refs").write_text("5")
 
 
 def run(config: Config) -> pd.DataFrame:
@@ -110,12 +138,14 @@ def draw(frame: pd.DataFrame) -> Figure:
     """Memory and time against D, measured and estimated."""
     figure = Figure(figsize=(9, 3.4), layout="constrained")
     memory, seconds = figure.subplots(1, 2)
-    memory.loglog(frame["D"], frame["peak_resident_mib"], "o-", label="peak resident, whole process")
-    memory.loglog(frame["D"], frame["estimated_mib"], "s--", label="dry run's estimate, beside model and data")
-    memory.axhline(frame["budget_mib"].iloc[0], color="grey", lw=0.8, label="budget")
-    seconds.loglog(frame["D"], frame["seconds"], "o-", label="measured")
-    seconds.loglog(frame["D"], frame["estimated_seconds"], "s--", label="dry run's estimate")
-    for axes, unit in ((memory, "MiB"), (seconds, "seconds of one core")):
+    for k, (budget, rows) in enumerate(frame.groupby("budget_mib")):
+        label = f"up to {rows['parameters'].max() / 1e6:.3g} million parameters"
+        memory.axhline(budget, color=f"C{k}", lw=0.8, label=f"budget, {budget} MiB")
+        memory.loglog(rows["D"], rows["peak_growth_mib"], "o-", color=f"C{k}", label=f"{label}, measured")
+        memory.loglog(rows["D"], rows["estimated_mib"], "s--", color=f"C{k}", label="dry run's estimate")
+        seconds.loglog(rows["D"], rows["seconds"], "o-", color=f"C{k}", label=f"{label}, measured")
+        seconds.loglog(rows["D"], rows["estimated_seconds"], "s--", color=f"C{k}", label="dry run's estimate")
+    for axes, unit in ((memory, "MiB beside model and data"), (seconds, "seconds of one core")):
         axes.set(xlabel="D", ylabel=unit)
         axes.legend(frameon=False, fontsize=8)
         axes.spines[["top", "right"]].set_visible(False)

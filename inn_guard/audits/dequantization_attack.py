@@ -72,7 +72,7 @@ def dequantization_attack(
     """
     if not model.bijective:
         raise NotApplicable("the map is injective only: x -> z -> x is a projection, whose error says nothing")
-    fits = shares_of(model).fits(lambda: linearized_footprint(model, x, vectors=8))
+    fits = shares_of(model).fits(lambda within: linearized_footprint(model, x, within=within, vectors=8))
     rows = finite_rows(x).nonzero()[:, 0][: int(min(samples, fits))]
     if not len(rows):
         return AuditResult("dequantization_attack", Verdict.NON_FINITE, "no sample of x is finite")

@@ -25,6 +25,7 @@ from inn_guard.tangent import NotApplicable
 __all__ = ["dry_run"]
 
 TIMED = 8  #: samples in one timed pass
+FOOTPRINTS: tuple[Callable[..., Footprint], ...] = (forward_footprint, linearized_footprint)
 KINDS = ("forward", "inverse", "linearize", "product")
 
 
@@ -51,11 +52,16 @@ def dry_run(
     rows = usable_rows(model, x)[:TIMED]
     if not len(rows):
         return AuditResult("dry_run", Verdict.NON_FINITE, "no sample has a finite latent: nothing could be timed")
+    memory = shares_of(model).memory
+    within = math.inf if memory is None else float(memory)
     chosen, start = model.select(rows), x[rows]
+    prints = {measure is linearized_footprint: measure(chosen, start, within=within) for measure in FOOTPRINTS}
+    if memory is not None:
+        rows = rows[: prints[True].samples_within(memory)]
+        chosen, start = model.select(rows), x[rows]
     seconds, missing = _timed(chosen, start)
-    prints = {False: forward_footprint(chosen, start), True: linearized_footprint(chosen, start)}
     size = (len(x), x[0].numel(), len(model.layers()) or 1)
-    known = _Known(size, x.dtype, seconds, prints, Resources(processes, shares_of(model).memory))
+    known = _Known(size, x.dtype, seconds, prints, Resources(processes, memory))
     table = tuple(known.row(check) for check in checks)
     total = sum(row["seconds"] for row in table if math.isfinite(row["seconds"]))
     most = max((row["bytes"] for row in table if math.isfinite(row["bytes"])), default=math.nan)

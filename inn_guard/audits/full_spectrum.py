@@ -12,6 +12,7 @@ from inn_guard.audits.base import AuditResult, Verdict
 from inn_guard.audits.jacobian_spectrum import usable_rows
 from inn_guard.audits.watched import polite, shares_of, shares_samples
 from inn_guard.composed_jacobian import composed_jacobian, is_composable
+from inn_guard.distributed import Shares
 from inn_guard.invertible import Invertible
 from inn_guard.jacobian import Spectrum, full_jacobian, resolution, spectrum
 from inn_guard.tangent import AutogradTangent, NotApplicable, probes, transposes
@@ -48,14 +49,7 @@ def full_spectrum(model: Invertible, x: Tensor, *, samples: int = 2) -> AuditRes
         return AuditResult("full_spectrum", Verdict.NON_FINITE, reason)
     if x[0].numel() ** 2 > MAX_ENTRIES:
         raise NotApplicable(f"a dense Jacobian of D = {x[0].numel()} does not fit into memory")
-    with tqdm(total=len(rows), desc="spectrum", delay=PATIENCE, disable=None, leave=False) as bar:
-
-        def measure(row: Tensor) -> tuple[Tensor, Tensor]:
-            found = _one(model, x, row)
-            bar.update()
-            return found.values, found.resolved
-
-        values, resolved = (t.cpu() for t in shares_of(model).map(rows, measure, at_most=1))
+    values, resolved = _spectra(model, x, rows)
     unreadable = int((~resolved).sum(1).max())
     reason = f"{values.shape[1] - unreadable} of {values.shape[1]} singular values are resolved"
     if unreadable:
@@ -78,16 +72,44 @@ def full_spectrum(model: Invertible, x: Tensor, *, samples: int = 2) -> AuditRes
     )
 
 
-def _one(model: Invertible, x: Tensor, row: Tensor) -> Spectrum:
-    return spectrum(_jacobian(model.select(row), x[row]))
+def _spectra(model: Invertible, x: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+    """Singular values and whether they are resolved, (samples, D) each.
+
+    All processes form one sample's Jacobian after the other together; then each decomposes one of them.
+    """
+    shares, found = shares_of(model), list[Spectrum]()
+    with tqdm(total=len(rows), desc="spectrum", delay=PATIENCE, disable=True if shares.rank else None) as bar:
+        for together in rows.split(shares.size):
+            mine = None
+            for k, row in enumerate(together.split(1)):
+                J = _jacobian(model.select(row), x[row], shares)
+                mine = J if k == shares.rank else mine
+            spectra = shares.gathered(lambda mine=mine: None if mine is None else spectrum(mine))  # type: ignore[misc]
+            found += [one for one in spectra if one is not None]
+            bar.update(len(together))
+    return torch.cat([one.values for one in found]), torch.cat([one.resolved for one in found])
 
 
-def _jacobian(model: Invertible, x: Tensor) -> Tensor:
-    """J composed of the layers' own factors if autograd agrees on a random vector, else row by row by autograd."""
-    if is_composable(model, x):
-        J, whole = composed_jacobian(model, x), AutogradTangent(model.forward, model.inverse, x)
-        v, w = probes(x, whole.output)
-        image = torch.einsum("bij,bj->bi", J, v.flatten(1)).reshape(w.shape)
-        if transposes(image, w, v, whole.vjp(w)):
-            return J
-    return full_jacobian(model.forward, x)
+def _jacobian(model: Invertible, x: Tensor, shares: Shares) -> Tensor:
+    """J composed of the layers' own factors if autograd agrees on a random vector, else row by row by autograd.
+
+    Its columns, or its rows, are shared over the processes, which go the same way.
+    """
+    if all(shares.gathered(lambda: is_composable(model, x))):
+        columns = torch.arange(x[0].numel(), device=x.device)
+        (found,) = shares.map(columns, lambda part: (composed_jacobian(model, x, columns=_range(part))[0].T,))
+        if all(shares.gathered(lambda: _agrees(model, x, found.T))):
+            return found.T[None]
+    rows = torch.arange(model(x)[0].numel(), device=x.device)
+    return shares.map(rows, lambda part: (full_jacobian(model.forward, x, rows=_range(part))[0],))[0][None]
+
+
+def _agrees(model: Invertible, x: Tensor, J: Tensor) -> bool:
+    whole = AutogradTangent(model.forward, model.inverse, x)
+    v, w = probes(x, whole.output)
+    image = torch.einsum("ij,bj->bi", J, v.flatten(1)).reshape(w.shape)
+    return transposes(image, w, v, whole.vjp(w))
+
+
+def _range(part: Tensor) -> range:
+    return range(int(part[0]), int(part[-1]) + 1)

@@ -67,7 +67,9 @@ def gradient_angle(
     parameters = _parameters(model)
     measure = _default_loss(model, x) if loss is None else _scalar(loss)
     groups = _groups(model, parameters)
-    batch_size = int(min(batch_size, shares_of(model).fits(lambda: linearized_footprint(model, x))))
+    batch_size = int(
+        min(batch_size, shares_of(model).fits(lambda within: linearized_footprint(model, x, within=within)))
+    )
     batches = torch.arange(len(x), device=x.device).split(batch_size)
     saving = memory_saving(model)
 

@@ -95,7 +95,7 @@ def _shared_extremes(model: Invertible, x: Tensor, tolerance: float, max_steps: 
         return tuple(getattr(side, name) for side in (ends.forward, ends.backward) for name in _FIELDS)
 
     vectors = 2 * min(max_steps, x[0].numel())
-    at_most = shares_of(model).fits(lambda: linearized_footprint(model, x, vectors=vectors))
+    at_most = shares_of(model).fits(lambda within: linearized_footprint(model, x, within=within, vectors=vectors))
     found = shares_of(model).map(torch.arange(len(x), device=x.device), measure, at_most=at_most)
     half = len(_FIELDS)
     return Extremes(LargestSingularValue(*found[:half]), LargestSingularValue(*found[half:]))
@@ -111,7 +111,7 @@ def usable_rows(model: Invertible, x: Tensor) -> Tensor:
         with torch.no_grad():
             return (finite_rows(model.select(part)(x[part])),)
 
-    at_most = shares_of(model).fits(lambda: forward_footprint(model, x))
+    at_most = shares_of(model).fits(lambda within: forward_footprint(model, x, within=within))
     return rows[shares_of(model).map(rows, measure, at_most=at_most)[0]]
 
 

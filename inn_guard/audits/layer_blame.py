@@ -172,7 +172,7 @@ def _shared(model: Invertible, x: Tensor, probes: int, seed: int) -> _Measuremen
         return _measure(Linearization(model.select(rows), x[rows]), probes, noise, scales[rows]).by_sample()
 
     kept = 2 * LAYER_STEPS + probes * (len(model.layers()) + 1)
-    at_most = shares_of(model).fits(lambda: linearized_footprint(model, x, vectors=kept))
+    at_most = shares_of(model).fits(lambda within: linearized_footprint(model, x, within=within, vectors=kept))
     parts = shares_of(model).map(torch.arange(len(x), device=x.device), measure, at_most=at_most)
     return _Measurement.of_samples(parts, exact=probes >= x[0].numel())
 

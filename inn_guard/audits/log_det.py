@@ -56,7 +56,9 @@ def log_det(model: Invertible, x: Tensor, *, samples: int = 8, seed: int = 0) ->
     Raises:
         NotApplicable: if the model has no log-determinant.
     """
-    fits = shares_of(model).fits(lambda: linearized_footprint(model, x, vectors=2 * QUADRATURE_STEPS))
+    fits = shares_of(model).fits(
+        lambda within: linearized_footprint(model, x, within=within, vectors=2 * QUADRATURE_STEPS)
+    )
     rows = usable_rows(model, x)[: int(min(samples, fits))]
     if not len(rows):
         return AuditResult("log_det", Verdict.NON_FINITE, "no sample has a finite latent: nothing to compare")

@@ -75,10 +75,10 @@ def out_of_distribution(
         Jacobsen, 2021), section 4.1 and appendix D.
     """
     shares = shares_of(model)
-    fits = shares.fits(lambda: forward_footprint(model, x).plus(8 * x[0].numel()))
+    fits = shares.fits(lambda within: forward_footprint(model, x, within=within).plus(8 * x[0].numel()))
     samples, directions = int(min(samples, fits)), int(min(DIRECTIONS, fits))
     if spectrum_samples:
-        fits = shares.fits(lambda: linearized_footprint(model, x, vectors=2 * SPECTRUM_STEPS))
+        fits = shares.fits(lambda within: linearized_footprint(model, x, within=within, vectors=2 * SPECTRUM_STEPS))
         spectrum_samples = int(min(spectrum_samples, fits))
     rows = finite_rows(x).nonzero()[:, 0][:samples]
     if not len(rows):

@@ -119,7 +119,9 @@ def precision(
 def _fitting(model: Invertible, x: Tensor) -> int:
     """How many samples memory allows: all states of all of them are held in float64."""
     states = 8 * (len(model.layers()) + 4) * x[0].numel()
-    return int(min(len(x), shares_of(model).fits(lambda: forward_footprint(model, x).plus(states))))
+    return int(
+        min(len(x), shares_of(model).fits(lambda within: forward_footprint(model, x, within=within).plus(states)))
+    )
 
 
 def _check(candidates: Sequence[Arithmetic], usable: float | None, probes: int | None) -> None:
