@@ -8,6 +8,7 @@ layers leave the range of floats; each is therefore carried as a unit vector and
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -15,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from inn_guard.allocation import keep_freed_memory
 from inn_guard.dense_tangent import returning, trustworthy, with_forward_mode
 from inn_guard.invertible import Invertible
 from inn_guard.tangent import Selectable, Tangent, probes
@@ -22,6 +24,9 @@ from inn_guard.tangent import Selectable, Tangent, probes
 __all__ = ["Linearization", "Scaled"]
 
 Step = Callable[[Tensor], Tensor]
+Check = Callable[..., Tangent]  #: (tangent, x, name, *, draw) -> the tangent itself, or a better one
+
+FEW = 4  #: samples whose products are compared for a layer that treats every sample alike
 
 
 @dataclass(frozen=True)
@@ -81,6 +86,7 @@ class Linearization:
     """
 
     def __init__(self, model: Invertible, x: Tensor) -> None:
+        keep_freed_memory()
         self.layers = model.layers() or (model,)
         self.states = [x.detach()]
         self.tangents: list[Tangent] = []
@@ -130,14 +136,15 @@ class Linearization:
     def forward_tangent(self, k: int) -> Tangent:
         """Layer k's tangent, its J v having been checked once against its J^T u."""
         if k not in self._forward_checked:
-            self.tangents[k] = with_forward_mode(self.tangents[k], self.states[k], self._label(k), draw=self._probes)
+            self.tangents[k] = self._checked(k, with_forward_mode)
             self._forward_checked.add(k)
         return self.tangents[k]
 
     def returning_tangent(self, k: int) -> Tangent:
         """Layer k's tangent, its J^-1 u having been checked once against its J v; its J^-T v is not looked at."""
         if k not in self._returning_checked:
-            self.tangents[k] = returning(self.forward_tangent(k), self.states[k], self._label(k), draw=self._probes)
+            self.forward_tangent(k)
+            self.tangents[k] = self._checked(k, returning)
             self._returning_checked.add(k)
         return self.tangents[k]
 
@@ -148,7 +155,8 @@ class Linearization:
     def inverse_tangent(self, k: int) -> Tangent:
         """Layer k's tangent, its inverse maps having been checked once against its forward maps."""
         if k not in self._inverse_checked:
-            self.tangents[k] = trustworthy(self.forward_tangent(k), self.states[k], self._label(k), draw=self._probes)
+            self.forward_tangent(k)
+            self.tangents[k] = self._checked(k, trustworthy)
             self._inverse_checked.add(k)
             self._returning_checked.add(k)
         return self.tangents[k]
@@ -166,14 +174,32 @@ class Linearization:
         twin._inverse_checked = set(self._inverse_checked)
         return twin
 
+    def _checked(self, k: int, check: Check) -> Tangent:
+        """What ``check`` makes of layer k's tangent; of one that can be taken apart a few samples speak for all."""
+        tangent, x, name = self.tangents[k], self.states[k], self._label(k)
+        few = tangent.select(self._few) if isinstance(tangent, Selectable) and len(x) > FEW else None
+        if few is not None and check(few, x[self._few], name, draw=self._probes) is few:
+            return tangent
+        return check(tangent, x, name, draw=self._probes)
+
+    @functools.cached_property
+    def _few(self) -> Tensor:
+        """Samples from all over the batch, of those that stay finite if there are any."""
+        finite = self.output.flatten(1).isfinite().all(1)
+        rows = (finite if bool(finite.any()) else torch.ones_like(finite)).nonzero()[:, 0]
+        return rows[torch.linspace(0, len(rows) - 1, FEW, device=rows.device).round().long()]
+
     def _chain(self, v: Tensor | Scaled, steps: Sequence[Step]) -> Scaled:
         scaled = v if isinstance(v, Scaled) else Scaled.of(v)
         if not self._leaves_range:
-            vector, peaks = scaled.vector, []
+            vector, highest, lowest = scaled.vector, [], []
             for step in steps:
                 vector = step(vector)
-                peaks.append(_peak(vector))
-            if bool(_in_range(torch.stack(peaks)).all()):
+                entries = tuple(range(1, vector.dim()))
+                # many times as fast as vector_norm with ord=inf, or as flattening what is channels-last
+                highest.append(vector.amax(dim=entries))
+                lowest.append(vector.amin(dim=entries))
+            if bool(_in_range(torch.maximum(torch.stack(highest), -torch.stack(lowest))).all()):
                 return Scaled(vector, scaled.log_scale).normalized()
             self._leaves_range = True
         for step in steps:
@@ -189,12 +215,6 @@ class Linearization:
 
     def _label(self, k: int) -> str:
         return f"layer {k} ({self.layers[k].name})"
-
-
-def _peak(vector: Tensor) -> Tensor:
-    """The largest absolute entry of every sample, (B,)."""
-    # many times as fast as vector_norm with ord=inf, or as flattening what is channels-last
-    return vector.abs().amax(dim=tuple(range(1, vector.dim())))
 
 
 def _in_range(peak: Tensor) -> Tensor:

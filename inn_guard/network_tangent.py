@@ -125,8 +125,9 @@ class Composed:
     def __init__(self, modules: nn.Sequential, x: Tensor) -> None:
         self.steps: list[NetworkTangent] = []
         for module in modules:
-            self.steps.append(tangent_of_module(module, x))
-            x = self.steps[-1].output
+            step = tangent_of_module(module, x)
+            x = step.output
+            self.steps.append(_hollow(step))
         self.output = x
 
     def select(self, rows: Tensor) -> Composed | None:
@@ -136,7 +137,7 @@ class Composed:
         if len(chosen) < len(steps):
             return None
         twin = copy.copy(self)
-        twin.steps, twin.output = chosen, self.output[rows]
+        twin.steps, twin.output = [_hollow(step) for step in chosen], self.output[rows]
         return twin
 
     def jvp(self, v: Tensor) -> Tensor:
@@ -281,6 +282,11 @@ def select_rows_of(tangent: NetworkTangent, rows: Tensor) -> Any:
     return tangent.select(rows) if isinstance(tangent, Selectable) else None
 
 
+def _hollow(step: NetworkTangent) -> NetworkTangent:
+    """The step with an output of its shape and dtype that holds no memory: only the next step needed the values."""
+    return _with_output(step, step.output.new_empty(()).expand(step.output.shape))
+
+
 def _with_output(tangent: T, output: Tensor) -> T:
     twin = copy.copy(tangent)
     vars(twin)["output"] = output
@@ -316,7 +322,9 @@ def _(module: nn.Conv2d, x: Tensor) -> NetworkTangent:
 
 @tangent_of_module.register
 def _(module: nn.ReLU, x: Tensor) -> NetworkTangent:
-    return Slope(x.relu(), (x > 0).to(x.dtype)) if _is_plain(module, nn.ReLU) else ByAutograd(module, x)
+    if not _is_plain(module, nn.ReLU):
+        return ByAutograd(module, x)
+    return Slope(x.relu(), torch.gt(x, 0, out=torch.empty_like(x)))
 
 
 @tangent_of_module.register

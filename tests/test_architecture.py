@@ -16,7 +16,7 @@ IDS = [str(path.relative_to(ROOT)) for path in FILES]
 #: from the ground up; a module may import its own package and packages of lower floors. Neighbours on one floor do not
 #: know each other, except that adapters build on layers.
 FLOORS = [
-    {"tangent", "files"},
+    {"tangent", "files", "allocation"},
     {"invertible", "network_tangent"},
     {"dense_tangent", "dense_network", "untouched"},
     {"linearization", "composed_jacobian"},

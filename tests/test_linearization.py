@@ -48,6 +48,32 @@ def test_wrong_and_missing_derivatives_inside_a_chain_are_replaced():
     assert_four_products(model, vectors(), vectors(seed=2), 1e-10)
 
 
+class Selected:
+    """A tangent z = 2 x whose J^-1 is wrong for every sample, and which can be taken apart."""
+
+    def __init__(self, x):
+        self.output, self.jvp, self.vjp = 2 * x, lambda v: 2 * v, lambda u: 2 * u
+        self.inverse_jvp, self.inverse_vjp = lambda u: u / 3, lambda v: v / 3
+
+    def select(self, rows):
+        return Selected(self.output[rows] / 2)
+
+
+class WronglyInverted(Warp):
+    """A layer with that tangent."""
+
+    def linearize(self, x):
+        return Selected(x)
+
+
+@pytest.mark.parametrize("finite", [20, 1, 0])
+def test_a_few_finite_samples_speak_for_a_layer_that_can_be_taken_apart(finite):
+    x, v = vectors(batch=20), vectors(batch=20, seed=2)
+    x[: len(x) - finite] = math.nan
+    product = Linearization(WronglyInverted(6), x).inverse_jvp(v).value()
+    assert torch.allclose(product[len(x) - finite :], v[len(x) - finite :] / 2, rtol=1e-12)
+
+
 def test_states_are_those_of_the_forward_pass():
     model, x = random_chain(depth=3), vectors()
     linearization = Linearization(model, x)

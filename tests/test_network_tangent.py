@@ -137,3 +137,15 @@ def test_partial_tangent_holds_the_last_channels():
     assert_equal(partial.jvp(v), slow.jvp(v))
     assert_equal(partial.vjp(u), slow.vjp(u))
     assert_equal(partial.jvp(v.expand(3, 4, 2)), slow.jvp(v).expand(3, 4, 3))
+
+
+def test_steps_of_a_chain_hold_no_values_that_products_do_not_need():
+    chain = nn.Sequential(nn.Linear(4, 5), nn.ReLU(), nn.Linear(5, 3))
+    x = torch.randn(7, 4)
+    tangent = linearize_network(chain, x)
+    assert torch.equal(tangent.output, chain(x))
+    assert all(step.output.untyped_storage().nbytes() == x.element_size() for step in tangent.steps)
+    few = tangent.select(torch.tensor([2, 5]))
+    assert torch.equal(few.output, chain(x)[[2, 5]])
+    v = torch.randn(7, 4)
+    assert torch.allclose(few.jvp(v[[2, 5]]), tangent.jvp(v)[[2, 5]])

@@ -13,6 +13,8 @@ __all__ = ["ElementwiseTangent", "LinearTangent", "MixingTangent", "MovingTangen
 
 Product = Callable[[Tensor], Tensor]
 
+CHUNK = 2**18  #: entries that are multiplied at once, so that they stay in a cache
+
 
 @dataclass
 class LinearTangent:
@@ -45,8 +47,11 @@ class MixingTangent(LinearTangent):
         return dataclasses.replace(self, output=self.output[rows])
 
     def multiply(self, matrix: Tensor) -> Tensor:
-        """The weight applied to the channels of every column."""
-        return (self.weight @ matrix.reshape(len(self.weight), -1)).reshape(matrix.shape)
+        """The weight applied to the channels of every column; in place, so that no second large matrix is needed."""
+        matrix = matrix.contiguous()
+        for columns in matrix.view(len(self.weight), -1).split(max(1, CHUNK // len(self.weight)), dim=1):
+            columns.copy_(self.weight @ columns)
+        return matrix
 
 
 @dataclass
