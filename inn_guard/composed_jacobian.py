@@ -13,6 +13,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from inn_guard.allocation import keep_freed_memory
 from inn_guard.dense_tangent import dense_jacobian
 from inn_guard.invertible import Invertible
 
@@ -41,6 +42,7 @@ def composed_jacobian(
         x: where.
         columns: these alone, (B, dim z, len(columns)); all of them unless given.
     """
+    keep_freed_memory()
     columns = range(math.prod(x.shape[1:])) if columns is None else columns
     jacobians = []
     for b in range(len(x)):
