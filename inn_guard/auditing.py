@@ -17,7 +17,7 @@ from typing_extensions import Unpack
 from inn_guard.adapters import wrap
 from inn_guard.audits import AUDITS, LEVELS, Audit, AuditReport, AuditResult, Level, polite
 from inn_guard.audits.dry_run import dry_run
-from inn_guard.audits.watched import checked_batch
+from inn_guard.audits.watched import checked_batch, is_shared
 from inn_guard.distributed import Group, Shares
 from inn_guard.invertible import Context, Invertible
 from inn_guard.reversible import MemorySaving
@@ -133,16 +133,12 @@ def _run(checks: Sequence[Audit], model: Invertible, x: Tensor, shares: Shares) 
 
         if shares.group is not None:
             # the first one refuses what no check can do anything with
-            first, *rest = [k for k, check in enumerate(checks) if not _shares_samples(check)]
+            first, *rest = [k for k, check in enumerate(checks) if not is_shared(check)]
             for apart in ([first], rest):
                 answers = shares.deal(apart, lambda k: one(k, shares.alone))
                 results |= dict(zip(apart, answers, strict=True))
         results |= {k: one(k, shares) for k in range(len(checks)) if k not in results}
     return tuple(results[k] for k in range(len(checks)))
-
-
-def _shares_samples(check: Audit) -> bool:
-    return getattr(check.func if isinstance(check, functools.partial) else check, "shares_samples", False)
 
 
 def _map(model: Invertible) -> Invertible:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import sys
 from pathlib import Path
+from unittest import mock
 
 import torch
 import torch.distributed as dist
@@ -13,7 +15,12 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 import inn_guard as ig
+from inn_guard.audits.attacks import Restarts, SpectralAscent
+from inn_guard.audits.dequantization_attack import dequantization_attack
+from inn_guard.composed_jacobian import composed_jacobian
 from inn_guard.distributed import Shares, through_fsdp
+from inn_guard.jacobian import full_jacobian
+from inn_guard.layers import MLP, AdditiveCoupling
 from inn_guard.layers.chain import Chain
 from inn_guard.tangent import NotApplicable
 from tests.toys import Linear, Warp
@@ -26,6 +33,7 @@ CHECKS = (
     "precision",
     "gradient_angle",
     "full_spectrum",
+    functools.partial(dequantization_attack, strategy=Restarts(3, SpectralAscent(budget=40)), samples=3),
 )
 STEPS = 4
 
@@ -34,6 +42,11 @@ def model() -> Chain:
     generator = torch.Generator().manual_seed(5)
     matrix = torch.eye(6, dtype=torch.float64) + 0.3 * torch.randn(6, 6, generator=generator, dtype=torch.float64)
     return Chain(Warp(6), Linear(matrix), Warp(6, seed=1))
+
+
+def couplings() -> Chain:
+    torch.manual_seed(0)
+    return Chain(*(AdditiveCoupling.on_halves(6, lambda kept, out: MLP([kept, 4, out])) for _ in range(2)))
 
 
 def data(batch: int = 7, seed: int = 3) -> Tensor:
@@ -104,6 +117,24 @@ def fsdp(mine: slice, group) -> dict[str, list]:
     return train(net, ig.RegularizerHook(through_fsdp(net), regularizers(group), every=2), batches(mine))
 
 
+def spectrum(net: Chain, group) -> dict[str, list]:
+    """All singular values of one sample, and how many rows or columns of its Jacobian this process formed."""
+    formed = []
+
+    def composed(part, x, *, columns):
+        formed.append(len(columns))
+        return composed_jacobian(part, x, columns=columns)
+
+    def full(function, x, *, rows):
+        formed.append(len(rows))
+        return full_jacobian(function, x, rows=rows)
+
+    module = sys.modules["inn_guard.audits.full_spectrum"]
+    with mock.patch.object(module, "composed_jacobian", composed), mock.patch.object(module, "full_jacobian", full):
+        report = ig.audit(net, data(1), checks=["full_spectrum"], group=group)
+    return {"formed": formed, "values": report["full_spectrum"].per_sample["singular_values"].tolist()}
+
+
 def main(folder: Path, rank: int) -> None:
     torch.set_num_threads(1)
     torch.set_default_dtype(torch.float64)
@@ -117,6 +148,8 @@ def main(folder: Path, rank: int) -> None:
         "report": json.loads(ig.audit(model(), data(), checks=CHECKS, group=group).to_json()),
         "few": json.loads(ig.audit(model(), data(1), checks=CHECKS[:3], group=group, memory=1e4).to_json()),
         "dry": ig.audit(model(), data(), group=group, dry_run=True)["dry_run"].settings["processes"],
+        "composed": spectrum(couplings(), group),
+        "rows": spectrum(model(), group),
         "mapped": shares.map(rows, lambda part: (10.0 * part, part), at_most=1)[0].tolist(),
         "dealt": shares.deal("abc", lambda letter: f"{letter}{rank}"),
         "other data": message(lambda: ig.audit(model(), data(seed=rank), checks=["reconstruction"], group=group)),

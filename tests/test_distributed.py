@@ -15,7 +15,7 @@ import torch
 import inn_guard as ig
 from inn_guard.distributed import ALONE, SampleNoise, Shares, noise_of_rank, through_fsdp
 from inn_guard.footprint import Footprint
-from tests.distributed_worker import CHECKS, STEPS, batches, data, model, regularizers, train
+from tests.distributed_worker import CHECKS, STEPS, batches, couplings, data, model, regularizers, train
 
 ROOT = Path(__file__).parent.parent
 pytestmark = pytest.mark.skipif(not torch.distributed.is_available(), reason="torch without distributed")
@@ -83,6 +83,14 @@ def test_fewer_samples_than_processes_and_a_budget(answers):
         "not_applicable",
         "stable",
     ]
+
+
+@pytest.mark.parametrize(("how", "make"), [("composed", couplings), ("rows", model)])
+def test_the_jacobian_of_one_sample_is_shared(how, make, answers):
+    alone = ig.audit(make(), data(1), checks=["full_spectrum"])["full_spectrum"].per_sample["singular_values"]
+    for answer in answers:
+        assert answer[how]["formed"] == [3]
+        same(answer[how]["values"], alone.tolist(), tolerance=1e-12)
 
 
 def test_a_dry_run_knows_of_the_processes(answers):

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from inn_guard.audits.attacks.cubes import Cubes, Quantization
 from inn_guard.audits.attacks.gradient_free import GradientFree
+from inn_guard.audits.attacks.restarts import Restarts
 from inn_guard.audits.attacks.search import Search, Strategy, hunt
 from inn_guard.audits.attacks.spectral import SpectralAscent
 from inn_guard.audits.base import AuditResult, Verdict, scattered
@@ -19,7 +20,7 @@ from inn_guard.audits.guarded import Guarded, patience
 from inn_guard.audits.limits import data_scale, usable_error
 from inn_guard.audits.round_trip import finite_rows
 from inn_guard.audits.watchdog import time_limit
-from inn_guard.audits.watched import ModelRaised, polite, shares_of
+from inn_guard.audits.watched import ModelRaised, polite, shares_of, shares_work
 from inn_guard.footprint import linearized_footprint
 from inn_guard.invertible import Invertible
 from inn_guard.tangent import NotApplicable
@@ -33,6 +34,7 @@ POINTS = 60  #: of the curve in the table
 
 
 @polite
+@shares_work(where=lambda settings: isinstance(settings.get("strategy"), Restarts))
 def dequantization_attack(
     model: Invertible,
     x: Tensor,
@@ -48,6 +50,7 @@ def dequantization_attack(
     [n, n + 1) / 2^bits is a valid training sample. The cubes are searched for the points that come back worst; each is
     checked to lie in its cube in the model's own dtype, and its round trip is run once more. Verdict as for
     reconstruction: the largest entry of the error over the sample's scale exceeds ``usable_error``, or is not finite.
+    Processes share the starts of ``Restarts``.
 
     Args:
         model: a bijective map.
@@ -80,7 +83,7 @@ def dequantization_attack(
     assumed = quantization is None
     quantization = Quantization.assumed(start) if quantization is None else quantization
     cubes = quantization.cubes(start)
-    seconds = patience(chosen, cubes.centre)
+    seconds = max(shares_of(model).gathered(lambda: patience(chosen, cubes.centre)))
     if strategy is None:
         right = differentiable_inverse(chosen, cubes.centre, seconds=seconds, seed=seed)
         strategy = SpectralAscent() if right else GradientFree()

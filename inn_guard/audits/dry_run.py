@@ -16,7 +16,7 @@ from torch import Tensor
 from inn_guard.audits.base import AuditResult, Verdict
 from inn_guard.audits.jacobian_spectrum import usable_rows
 from inn_guard.audits.passes import COSTS, Cost, Task
-from inn_guard.audits.watched import polite, shares_of
+from inn_guard.audits.watched import is_shared, polite, shares_of
 from inn_guard.footprint import Footprint, forward_footprint, linearized_footprint
 from inn_guard.invertible import Invertible
 from inn_guard.linearization import Linearization
@@ -154,7 +154,7 @@ def _asked(check: Callable[..., AuditResult]) -> tuple[str, dict[str, Any], bool
     given = check.keywords if isinstance(check, functools.partial) else {}
     parameters = inspect.signature(function).parameters.values()
     defaults = {one.name: one.default for one in parameters if one.default is not one.empty}
-    return function.__name__, defaults | given, getattr(function, "shares_samples", False)
+    return function.__name__, defaults | given, is_shared(check)
 
 
 def _time(seconds: float | int) -> str:

@@ -78,6 +78,12 @@ class Guarded:
         twin.model = self.model.select(rows)
         return twin
 
+    def afresh(self) -> Guarded:
+        """The same with nothing given up yet."""
+        twin = copy.copy(self)
+        twin.outcome = Outcome()
+        return twin
+
     def forward(self, x: Tensor) -> Tensor:
         """F(x), (B, *latent); NaN for samples that failed."""
         return self._run(self.model, x, self._latent_shape, lambda part, t: part(t))

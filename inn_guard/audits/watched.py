@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
 import torch
@@ -15,9 +15,20 @@ from inn_guard.invertible import Context, Invertible
 from inn_guard.tangent import NotApplicable, Tangent
 from inn_guard.untouched import untouched
 
-__all__ = ["ModelRaised", "Refused", "Watched", "checked_batch", "polite", "shares_of", "shares_samples"]
+__all__ = [
+    "ModelRaised",
+    "Refused",
+    "Watched",
+    "checked_batch",
+    "is_shared",
+    "polite",
+    "shares_of",
+    "shares_samples",
+    "shares_work",
+]
 
 Answer = TypeVar("Answer")
+Audit = Callable[..., AuditResult]
 
 
 class ModelRaised(RuntimeError):
@@ -62,13 +73,32 @@ def polite(audit: Callable[..., AuditResult]) -> Callable[..., AuditResult]:
     return run
 
 
-def shares_samples(audit: Callable[..., AuditResult]) -> Callable[..., AuditResult]:
-    """Mark an audit that measures its samples by the `Shares` of its model, so that all processes run it together.
+def shares_work(*, where: Callable[[Mapping[str, Any]], bool]) -> Callable[[Audit], Audit]:
+    """Mark an audit that shares its work by the `Shares` of its model, so that all processes run it together.
 
     An audit without this mark is run whole by one of the processes.
+
+    Args:
+        where: whether it does, by the settings it is given.
     """
-    audit.shares_samples = True  # type: ignore[attr-defined]
-    return audit
+
+    def marked(audit: Audit) -> Audit:
+        audit.shares_work = where  # type: ignore[attr-defined]
+        return audit
+
+    return marked
+
+
+def shares_samples(audit: Audit) -> Audit:
+    """Mark an audit that always shares its samples: see `shares_work`."""
+    return shares_work(where=lambda settings: True)(audit)
+
+
+def is_shared(audit: Audit) -> bool:
+    """Whether all processes run this audit, or a partial of it, together."""
+    function, settings = (audit.func, audit.keywords) if isinstance(audit, functools.partial) else (audit, {})
+    where = getattr(function, "shares_work", None)
+    return where is not None and where(settings)
 
 
 def shares_of(model: nn.Module) -> Shares:

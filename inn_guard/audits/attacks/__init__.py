@@ -5,6 +5,7 @@ from inn_guard.audits.attacks.cubes import Cubes, Quantization
 from inn_guard.audits.attacks.gradient_free import GradientFree
 from inn_guard.audits.attacks.projected_gradient import ProjectedGradient
 from inn_guard.audits.attacks.random_search import RandomSearch
+from inn_guard.audits.attacks.restarts import Restarts
 from inn_guard.audits.attacks.search import Search, Strategy
 from inn_guard.audits.attacks.spectral import SpectralAscent
 
@@ -15,6 +16,7 @@ __all__ = [
     "ProjectedGradient",
     "Quantization",
     "RandomSearch",
+    "Restarts",
     "Search",
     "SpectralAscent",
     "Strategy",

@@ -26,7 +26,7 @@ class ProjectedGradient:
     Attributes:
         steps: from every start.
         step_size: in units of high - low of the normalisation.
-        restarts: random starts, one after the other.
+        restarts: random starts, one after the other; those of ``Restarts`` are shared over processes.
         budget: forward-equivalents per sample that end the search early.
         gradient: ``Search.gradient`` (autograd through the inverse, whatever it is) or ``Search.implicit_gradient``
             (the implicit function theorem, for fixed-point iterations).

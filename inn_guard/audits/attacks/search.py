@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import math
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Protocol, TypeVar, runtime_checkable
@@ -21,7 +23,7 @@ from inn_guard.invertible import Invertible
 from inn_guard.linearization import Linearization
 from inn_guard.tangent import NotApplicable
 
-__all__ = ["Pulled", "Search", "Strategy", "hunt"]
+__all__ = ["Found", "Pulled", "Search", "Strategy", "hunt"]
 
 Answer = TypeVar("Answer")
 
@@ -58,6 +60,18 @@ class Pulled:
     to_latent: Tensor
 
 
+@dataclass(frozen=True)
+class Found:
+    """What a search has found, on the CPU, to be sent to other processes: see the attributes of `Search`."""
+
+    points: Tensor
+    error: Tensor
+    spent: float
+    curve: tuple[tuple[float, Tensor], ...]
+    price: Mapping[str, float]
+    given_up: Counter[str]
+
+
 class Search:
     """The state of one attack on a batch.
 
@@ -80,6 +94,7 @@ class Search:
     ) -> None:
         self.model, self.cubes, self.budget, self.generator = model, cubes, budget, generator
         self.spent, self.price = 0.0, dict[str, float]()
+        self._begun = 0.0
         self.guarded = Guarded(model, cubes.centre, seconds=seconds)
         self.points = cubes.centre.clone()
         self.error = torch.full((len(self.points),), -1.0, dtype=torch.float64)
@@ -87,6 +102,33 @@ class Search:
         self._trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         with torch.no_grad():
             self.latent, self._unit = count_operations(lambda: model(cubes.centre))
+
+    def again(self, *, budget: float | int, generator: torch.Generator) -> Search:
+        """A search of the same cubes from here on, of which this one sees nothing until it takes what was found."""
+        twin = copy.copy(self)
+        twin.budget, twin.generator, twin.curve, twin._begun = budget, generator, [], self.spent
+        twin.price, twin.guarded = dict(self.price), self.guarded.afresh()
+        twin.points, twin.error = self.points.clone(), self.error.clone()
+        return twin
+
+    @property
+    def found(self) -> Found:
+        """What was found so far, and what it has cost since `again`."""
+        curve = tuple((spent - self._begun, error) for spent, error in self.curve)
+        given_up = self.guarded.outcome.reasons
+        return Found(self.points.cpu(), self.error, self.spent - self._begun, curve, self.price, given_up)
+
+    def take(self, found: Found) -> None:
+        """Keep what another search found where it is worse, and count what that has cost."""
+        for spent, error in found.curve:
+            if bool((error > self.error).any()):
+                self.curve.append((self.spent + spent, torch.maximum(error, self.error)))
+        worse = found.error > self.error
+        self.points[worse.to(self.points.device)] = found.points[worse].to(self.points.device)
+        self.error = torch.maximum(found.error, self.error)
+        self.spent += found.spent
+        self.price |= found.price
+        self.guarded.outcome.reasons.update(found.given_up)
 
     @property
     def active(self) -> Tensor:

@@ -1,0 +1,53 @@
+"""Restarts: the same search from several starts, which processes share."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+
+from inn_guard.audits.attacks.search import Found, Search, Strategy
+from inn_guard.audits.attacks.spectral import SpectralAscent
+from inn_guard.audits.watched import shares_of
+
+__all__ = ["Restarts"]
+
+
+@dataclass(frozen=True)
+class Restarts:
+    """The same search several times, each with random numbers of its own; of every sample the worst point is kept.
+
+    No search knows of another one, so that processes which run the attack together each take some of them and find
+    what one process finds.
+
+    Attributes:
+        count: how many.
+        strategy: what is done every time, with its whole budget.
+
+    >>> Restarts(3, SpectralAscent(budget=200.0)).budget
+    600.0
+    """
+
+    count: int
+    strategy: Strategy = field(default_factory=SpectralAscent)
+
+    def __post_init__(self) -> None:
+        if self.count < 1:
+            raise ValueError(f"expected at least one start, got {self.count}")
+
+    @property
+    def budget(self) -> float | int:
+        """Forward-equivalents per sample of all searches."""
+        return self.count * self.strategy.budget
+
+    def hunt(self, search: Search) -> None:
+        """Search from every start."""
+        seeds = torch.randint(2**62, (self.count,), generator=search.generator, device="cpu").tolist()
+
+        def one(seed: int) -> Found:
+            again = search.again(budget=self.strategy.budget, generator=torch.Generator().manual_seed(seed))
+            self.strategy.hunt(again)
+            return again.found
+
+        for found in shares_of(search.model).deal(seeds, one):
+            search.take(found)
