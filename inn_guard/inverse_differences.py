@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -17,6 +17,8 @@ __all__ = ["InverseDifferences"]
 #: largest entry of the nudge in units of h's: the root of float64's eps, where rounding and curvature cost the same
 STEP = math.sqrt(torch.finfo(torch.float64).eps)
 CHECKED = 16  #: samples for which a layer's inverse is compared with the state before it
+SMALL = 2.0**-40  #: size of the errors carried through the whole inverse: far above float64's, far below curvature
+FIRST_ORDER = 1e-3  #: deviation in units of a state's largest entry up to which the whole inverse is as good as linear
 
 
 class InverseDifferences:
@@ -53,6 +55,32 @@ class InverseDifferences:
         Calling it raises NotApplicable where the layer's inverse does not come back to the state before it.
         """
         return functools.partial(self._product, k)
+
+    def carried(self, errors: Sequence[Tensor]) -> Tensor | None:
+        """sum_k A_k e_k, with A_k the Jacobian of (F_k ... F_1)^-1 at h_k, by one pass of the whole inverse.
+
+        Every state is moved by a small multiple of its error, on top of what the errors after it have moved it.
+
+        Args:
+            errors: one for every state, last one first, about of the states' size.
+
+        Returns:
+            the sum, (B, *data); None where a deviation does not stay small, or the inverse does not come back.
+        """
+        count, state = len(self.states[0]), self.states[-1]
+        free = state[:CHECKED]
+        with torch.no_grad():
+            moved = SMALL * errors[0]
+            for k in reversed(range(len(self.layers))):
+                both = self.layers[k].select(self._rows).inverse(torch.cat([state + moved, free]))
+                state, free = self.states[k], both[count:]
+                moved = both[:count] - state
+                if bool((_peak(moved) > FIRST_ORDER * _peak(state)).any()):
+                    return None
+                moved = moved + SMALL * errors[len(self.layers) - k]
+        off = _peak(free - state[:CHECKED])
+        # samples that are not finite say nothing about the others
+        return None if bool((off > INEXACT * _peak(moved[:CHECKED])).any()) else moved / SMALL
 
     def _product(self, k: int, u: Tensor) -> Tensor:
         before, state = self.states[k], self.states[k + 1]

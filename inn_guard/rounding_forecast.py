@@ -46,6 +46,15 @@ class Linearized(Protocol):
         ...
 
 
+@runtime_checkable
+class Carrying(Protocol):
+    """What adds up all errors by itself where that is cheaper."""
+
+    def carried(self, errors: Sequence[Tensor]) -> Tensor | None:
+        """sum_i A_i e_i for errors given from the last state to the first; None where that cannot be had this way."""
+        ...
+
+
 __all__ = ["RoundingForecast", "rounding_forecast", "unit_roundoff"]
 
 
@@ -134,6 +143,9 @@ def _root_mean_square(states: Tensor) -> Tensor:
 def _sweep(linearization: Linearized, amplitudes: list[Tensor], generator: torch.Generator) -> Scaled:
     """One realisation of sum_i A_i delta_i for u = 1."""
     errors = _errors(amplitudes, generator)[::-1]
+    total = linearization.carried(errors) if isinstance(linearization, Carrying) else None
+    if total is not None and bool(total.isfinite().all()):
+        return Scaled.of(total)
     products = [linearization.inverse_product(k) for k in reversed(range(len(linearization.layers)))]
     error = errors[0]
     for product, extra in zip(products, errors[1:], strict=True):

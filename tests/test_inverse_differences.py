@@ -61,6 +61,43 @@ def test_the_forecast_is_that_of_the_linearization(gain):
     torch.testing.assert_close(fast.smallest_scale, slow.smallest_scale)
 
 
+def scattered_errors(states, seed=3):
+    draw = torch.Generator().manual_seed(seed)
+    return [torch.randn(state.shape, generator=draw) * state.abs() for state in reversed(states)]
+
+
+def test_errors_carried_at_once_are_the_sum_of_products():
+    """sum_k A_k e_k against products of dense-checked layer derivatives, one error at a time."""
+    model, x = couplings(6, 4, gain=3.0), torch.randn(40, 6)
+    slow, fast = Linearization(model, x), InverseDifferences(model, x)
+    errors = scattered_errors(fast.states)
+    expected = torch.zeros_like(x)
+    for k, error in enumerate(reversed(errors)):
+        for j in reversed(range(k)):
+            error = slow.inverse_product(j)(error)
+        expected = expected + error
+    assert ((fast.carried(errors) - expected).norm(dim=1) < 2e-3 * expected.norm(dim=1)).all()
+
+
+@pytest.mark.parametrize(("factor", "off"), [(1e-10, 0.0), (2.0, 1e-14)])
+def test_errors_are_not_carried_at_once_through_what_explodes_or_is_off(factor, off):
+    class Off(Diagonal):
+        def inverse(self, z):
+            return super().inverse(z) + off
+
+    fast = InverseDifferences(Chain(Off([factor] * 3), Shifted()), torch.randn(4, 3))
+    assert fast.carried(scattered_errors(fast.states)) is None
+
+
+def test_errors_carried_at_once_leave_out_samples_that_are_not_finite():
+    x = torch.randn(4, 3)
+    x[1, 2] = math.nan
+    fast = InverseDifferences(Diagonal([2.0, 2.0, 2.0]), x)
+    errors = scattered_errors(fast.states)
+    got, expected = fast.carried(errors), errors[0] / 2 + errors[1]
+    torch.testing.assert_close(got[[0, 2, 3]], expected[[0, 2, 3]], rtol=1e-3, atol=1e-3)
+
+
 def test_errors_beyond_the_range_of_floats():
     layers = [layer for _ in range(20) for layer in (Diagonal([1e-30]), Shifted())]
     got = rounding_forecast(InverseDifferences(Chain(*layers).double(), torch.ones(1, 1)), generator=generator())
