@@ -192,12 +192,12 @@ def _parsed(config: Any, key: str, text: str) -> Any:
 
 
 def _read_finished(path: Path) -> dict[str, list[Row]]:
-    """Cases that were written whole; a line that a kill cut short is ignored."""
+    """Cases that were written whole; a line that a kill cut short, or that is none of ours, is ignored."""
     finished: dict[str, list[Row]] = {}
-    for line in path.read_text().splitlines() if path.exists() else []:
+    for line in path.read_text(errors="replace").splitlines() if path.exists() else []:
         try:
             entry = json.loads(line)
-        except json.JSONDecodeError:
+            finished[str(entry["case"])] = [dict(row) for row in entry["rows"]]
+        except (ValueError, KeyError, TypeError, RecursionError):
             continue
-        finished[entry["case"]] = entry["rows"]
     return finished

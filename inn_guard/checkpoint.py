@@ -64,15 +64,21 @@ def load_checkpoint(path: Path, model: nn.Module, optimizer: torch.optim.Optimiz
         with safe_open(path, framework="pt") as handle:
             header = json.loads((handle.metadata() or {}).get("inn_guard", "{}"))
             tensors = {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118
-    except (SafetensorError, json.JSONDecodeError, OSError) as error:
+        if header.get("format") != FORMAT:
+            raise ValueError(f"expected a file of format {FORMAT!r}, got {header.get('format')!r}")
+        progress = dict(header["progress"])
+        state = {"state": _optimizer_state(tensors, header), "param_groups": _groups(optimizer, header["groups"])}
+    except (SafetensorError, ValueError, TypeError, KeyError, AttributeError, RecursionError, OSError) as error:
         raise ValueError(f"{path} is not a complete checkpoint ({type(error).__name__}: {error})") from error
-    if header.get("format") != FORMAT:
-        raise ValueError(f"{path}: expected a file of format {FORMAT!r}, got {header.get('format')!r}")
     saved = {name.removeprefix("model."): tensor for name, tensor in tensors.items() if name.startswith("model.")}
     _check_fit(path, model, saved)
+    _check_moments(path, optimizer, state["state"])
+    try:
+        optimizer.load_state_dict(state)  # it checks before it changes anything
+    except (ValueError, TypeError, KeyError, AttributeError, RuntimeError) as error:
+        raise ValueError(f"{path} belongs to another optimizer ({type(error).__name__}: {error})") from error
     model.load_state_dict(saved)
-    optimizer.load_state_dict({"state": _optimizer_state(tensors, header), "param_groups": header["groups"]})
-    return header["progress"]
+    return progress
 
 
 def _state(model: nn.Module) -> dict[str, Tensor]:
@@ -89,6 +95,34 @@ def _check_fit(path: Path, model: nn.Module, saved: dict[str, Tensor]) -> None:
             f"{path} belongs to another model: {len(different)} tensors differ, first {name!r}: "
             f"expected shape {here.get(name)}, got {there.get(name)}"
         )
+
+
+def _check_moments(path: Path, optimizer: torch.optim.Optimizer, saved: dict[int, dict[str, Any]]) -> None:
+    """What is kept for a parameter is one number, or of the parameter's shape."""
+    shapes = [p.shape for group in optimizer.param_groups for p in group["params"]]
+    for index, entries in saved.items():
+        for key, value in entries.items():
+            wanted = shapes[index] if 0 <= index < len(shapes) else None
+            if wanted is None or (isinstance(value, Tensor) and value.dim() and value.shape != wanted):
+                raise ValueError(
+                    f"{path} belongs to another optimizer: {key!r} of parameter {index} does not fit its shape {wanted}"
+                )
+
+
+def _groups(optimizer: torch.optim.Optimizer, saved: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The saved parameter groups, if they have the settings that the optimizer's own have."""
+    for mine, theirs in zip(optimizer.state_dict()["param_groups"], saved, strict=True):
+        for name in mine.keys() | theirs.keys():
+            if name not in mine or name not in theirs or _kind(mine[name]) is not _kind(theirs[name]):
+                raise ValueError(f"expected {name!r} of the optimizer as {mine.get(name)!r}, got {theirs.get(name)!r}")
+    return saved
+
+
+def _kind(setting: Any) -> type:
+    """JSON has lists for tuples and may have 1 for 1.0; None stands for whatever is left out."""
+    if isinstance(setting, (list, tuple)):
+        return list
+    return float if isinstance(setting, (int, float)) and not isinstance(setting, bool) else type(setting)
 
 
 def _optimizer_state(tensors: dict[str, Tensor], header: dict[str, Any]) -> dict[int, dict[str, Any]]:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import zipfile
+import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,6 +16,7 @@ import torch
 from torch import Tensor
 
 from inn_guard.files import atomic_write
+from inn_guard.invertible import Invertible
 from inn_guard.lipschitz.chains import Chain, Layer
 from inn_guard.lipschitz.conditioners import Proof
 from inn_guard.lipschitz.networks import Factor, product
@@ -24,6 +27,13 @@ from inn_guard.lipschitz.spectral import spectral_norm
 __all__ = ["Certificate", "weights_hash"]
 
 FORMAT = "inn_guard Lipschitz certificate 2"
+LARGEST = 2**33  #: bytes that a file may unpack to
+WIDEST = 2**15  #: entries of a chain's state, of which the recursion makes square matrices
+#: what reading a damaged or forged file may raise
+DAMAGED = (
+    *(ValueError, KeyError, TypeError, AttributeError, IndexError, OverflowError, RecursionError, MemoryError),
+    *(EOFError, OSError, RuntimeError, zipfile.BadZipFile, zlib.error),
+)
 
 
 @dataclass(frozen=True)
@@ -50,8 +60,21 @@ class Certificate:
         """What is proved, forward and inverse."""
         return product([f.bound for f in self.forward]), product([f.bound for f in self.inverse])
 
-    def check(self) -> bool:
-        """Whether every chain's bound follows from its multipliers: the recursion alone, without the optimiser."""
+    @property
+    def unproved(self) -> tuple[Factor, ...]:
+        """Factors without a chain: the file only claims them."""
+        return tuple(f for f in (*self.forward, *self.inverse) if f.proof is None)
+
+    def check(self, model: Invertible | None = None) -> bool:
+        """Whether every chain's bound follows from its multipliers: the recursion alone, without the optimiser.
+
+        Args:
+            model: that the certificate must belong to: its weights' hash, and its number of layers.
+        """
+        if model is not None:
+            count = len(model.layers() or (model,))
+            if weights_hash(model.state_dict()) != self.weights or self.forward[-1].last != count:
+                return False
         return all(_proves(f.proof, f.bound) for f in (*self.forward, *self.inverse) if f.proof is not None)
 
     def save(self, path: str | Path) -> None:
@@ -66,22 +89,19 @@ class Certificate:
 
     @classmethod
     def load(cls, path: str | Path) -> Certificate:
-        """Read a certificate; nothing in the file is executed.
+        """Read a certificate; nothing in the file is executed, and what could make a false proof pass is refused.
 
         Raises:
-            ValueError: if the file is none.
+            FileNotFoundError: if there is no such file.
+            ValueError: if the file is none, or damaged.
         """
-        with np.load(path, allow_pickle=False) as file:
-            if "header" not in file:
-                raise ValueError(f"expected a Lipschitz certificate, got {path}")
-            header = json.loads(file["header"].tobytes())
-            if header.get("format") != FORMAT:
-                raise ValueError(f"expected a file of format {FORMAT!r}, got {header.get('format')!r}")
-            sides = {
-                side: tuple(_restored(entry, f"{side}.{k}", file) for k, entry in enumerate(header[side]))
-                for side in ("forward", "inverse")
-            }
-        return cls(sides["forward"], sides["inverse"], header["leaves"], header["weights"])
+        if not Path(path).is_file():
+            raise FileNotFoundError(f"expected a Lipschitz certificate at {path}; there is no such file")
+        try:
+            return _read(path)
+        except DAMAGED as error:
+            said = f"{type(error).__name__}: {error}"[:300]
+            raise ValueError(f"expected a whole Lipschitz certificate, got {path} ({said})") from error
 
 
 def weights_hash(state: Mapping[str, Tensor]) -> str:
@@ -92,6 +112,65 @@ def weights_hash(state: Mapping[str, Tensor]) -> str:
         digest.update(f"{name} {tuple(array.shape)} {array.dtype}".encode())
         digest.update(array.reshape(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
+
+
+def _read(path: str | Path) -> Certificate:
+    with zipfile.ZipFile(path) as packed:
+        size = sum(member.file_size for member in packed.infolist())
+    if size > LARGEST:
+        raise ValueError(f"it unpacks to {size} bytes, more than {LARGEST}")
+    with np.load(path, allow_pickle=False) as file:
+        header = json.loads(file["header"].tobytes())
+        if header["format"] != FORMAT or not isinstance(header["weights"], str):
+            raise ValueError(f"expected the format {FORMAT!r}, got {header['format']!r}")
+        if not all(isinstance(bound, float) for bound in header["leaves"].values()):
+            raise ValueError("expected bounds of leaves as numbers")
+        forward, inverse = (
+            tuple(_restored(entry, f"{side}.{k}", file) for k, entry in enumerate(header[side]))
+            for side in ("forward", "inverse")
+        )
+    _check_runs(forward, inverse)
+    return Certificate(forward, inverse, header["leaves"], header["weights"])
+
+
+def _check_runs(forward: tuple[Factor, ...], inverse: tuple[Factor, ...]) -> None:
+    """Factors must lead from the first layer to the last one without a gap, in both directions."""
+    ends = []
+    for factors in (forward, inverse):
+        at = 0
+        for factor in factors:
+            if factor.first != at or not factor.last > at:
+                raise ValueError(f"expected a factor from layer {at} on, got one from {factor.first} to {factor.last}")
+            if not factor.bound >= 0:
+                raise ValueError(f"expected a bound of at least 0, got {factor.bound}")
+            at = factor.last
+        ends.append(at)
+    if ends[0] != ends[1] or ends[0] == 0:
+        raise ValueError(f"expected factors over the same layers in both directions, got {ends[0]} and {ends[1]}")
+
+
+def _check_chain(chain: Chain, multipliers: tuple[Tensor, ...]) -> None:
+    """What the recursion takes for granted: matrices that fit, errors of at least zero, finite slopes, positive D."""
+    width, frequencies = chain.size, chain.frequencies
+    if not all(0 <= error < float("inf") for error in (chain.error, *(layer.error for layer in chain.layers))):
+        raise ValueError("expected finite errors of at least 0")
+    for layer, D in zip(chain.layers, multipliers, strict=True):
+        _check_matrices((layer.keep, layer.weight), width, frequencies)
+        n = layer.weight.shape[1]
+        for values in (layer.lower, layer.upper, D):
+            if values.shape != (n,) or values.dtype != torch.float64 or not bool(values.isfinite().all()):
+                raise ValueError(f"expected {n} finite numbers, got {tuple(values.shape)} of {values.dtype}")
+        if not bool((D > 0).all() and (layer.lower <= layer.upper).all()):
+            raise ValueError("expected positive multipliers, and slopes from lower to upper")
+        width = layer.keep.shape[1] + n
+    _check_matrices((chain.output,), width, frequencies)
+
+
+def _check_matrices(matrices: tuple[Tensor, ...], width: int, frequencies: int) -> None:
+    for matrix in matrices:
+        fits = matrix.dim() == 3 and matrix.shape[2] == width <= WIDEST and len(matrix) in (1, frequencies)
+        if not fits or matrix.dtype not in (torch.float64, torch.complex128) or not bool(matrix.isfinite().all()):
+            raise ValueError(f"expected finite matrices on {width} entries, got {tuple(matrix.shape)} {matrix.dtype}")
 
 
 def _proves(proof: Proof, bound: float) -> bool:
@@ -124,7 +203,7 @@ def _describe(factor: Factor, name: str, arrays: dict[str, np.ndarray]) -> dict[
 
 
 def _restored(entry: Mapping[str, Any], name: str, file: Mapping[str, np.ndarray]) -> Factor:
-    bound, (first, last) = float.fromhex(entry["bound"]), entry["layers"]
+    bound, (first, last) = float.fromhex(entry["bound"]), map(int, entry["layers"])
     if not entry["chain"]:
         return Factor(first, last, bound)
     layers, multipliers = [], []
@@ -135,5 +214,6 @@ def _restored(entry: Mapping[str, Any], name: str, file: Mapping[str, np.ndarray
         layers.append(Layer(keep, weight, lower, upper, float.fromhex(error)))
         multipliers.append(D)
     output = torch.from_numpy(file[f"{name}.output"])
-    chain = Chain(entry["size"], tuple(layers), output, float.fromhex(entry["error"]))
+    chain = Chain(int(entry["size"]), tuple(layers), output, float.fromhex(entry["error"]))
+    _check_chain(chain, tuple(multipliers))
     return Factor(first, last, bound, Proof(bound, chain, tuple(multipliers)))

@@ -78,6 +78,8 @@ def largest_eigenvalue(matrices: Tensor) -> float:
     shift, slack = _estimate(H), 4 * n * UNIT
     while True:
         s = up(shift + slack * max(size, 1e-300), 2)
+        if not math.isfinite(s):
+            return math.inf
         failed = torch.linalg.cholesky_ex(_shifted(H, s))[1] != 0
         if not bool(failed.any()):
             break
