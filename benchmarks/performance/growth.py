@@ -25,7 +25,7 @@ class Config(Sizes):
 
     batch: int = 8
     depths: tuple[int, ...] = (12, 24)
-    sizes: tuple[int, ...] = (8, 16, 32)
+    sizes: tuple[int, ...] = (8, 16, 32, 64)
     blocks: int = 24
     products: int = 3
     repeats: int = 5

@@ -32,7 +32,7 @@ class Config(Sizes):
 
     blocks: int = 48
     batch: int = 32
-    gains: tuple[float, ...] = (11.0, 13.0, 16.0, 18.0)
+    gains: tuple[float, ...] = (11.0, 13.0, 16.0, 18.0, 19.0)
     tolerance: float = 1e-2
 
     @classmethod
