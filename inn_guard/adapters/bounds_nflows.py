@@ -10,21 +10,30 @@ import torch
 from nflows import transforms as nf
 from nflows.transforms.autoregressive import (
     MaskedAffineAutoregressiveTransform,
+    MaskedPiecewiseCubicAutoregressiveTransform,
     MaskedPiecewiseLinearAutoregressiveTransform,
+    MaskedPiecewiseQuadraticAutoregressiveTransform,
     MaskedPiecewiseRationalQuadraticAutoregressiveTransform,
 )
 from nflows.transforms.linear import Linear
-from nflows.transforms.nonlinearities import PiecewiseLinearCDF, PiecewiseRationalQuadraticCDF
+from nflows.transforms.nonlinearities import (
+    PiecewiseCubicCDF,
+    PiecewiseLinearCDF,
+    PiecewiseQuadraticCDF,
+    PiecewiseRationalQuadraticCDF,
+)
 from nflows.transforms.normalization import ActNorm, BatchNorm
 from nflows.transforms.orthogonal import HouseholderSequence
 from torch import Tensor, nn
 from torch.nn import functional
 
-from inn_guard.lipschitz import flows, maps, splines
+from inn_guard.lipschitz import blocks, flows, maps, splines
 from inn_guard.lipschitz.activations import known_activation
 from inn_guard.lipschitz.blocks import Pair
 from inn_guard.lipschitz.couplings import ByChannel, Coupling
+from inn_guard.lipschitz.intervals import Interval
 from inn_guard.lipschitz.maps import BoundedMap, Unknown, bounded_map
+from inn_guard.lipschitz.quadratic_spline import QuadraticSpline
 from inn_guard.lipschitz.spline_transformers import LinearSpline, RationalQuadraticSpline
 from inn_guard.lipschitz.transformers import (
     Additive,
@@ -85,6 +94,24 @@ def _(block: nf.PiecewiseRationalQuadraticCouplingTransform, layer: Any) -> Boun
     return _coupling(block, layer, spline, _interleaved(block.num_transform_features, spline.count))
 
 
+@bounded_map.register
+def _(block: nf.PiecewiseQuadraticCouplingTransform, layer: Any) -> BoundedMap:
+    temperature = math.sqrt(getattr(block.transform_net, "hidden_features", 1))
+    floors = (block.min_bin_width, block.min_bin_height)
+    spline = QuadraticSpline(block.num_bins, *_ends(block), floors, (temperature, temperature))
+    return _coupling(block, layer, spline, _interleaved(block.num_transform_features, spline.count))
+
+
+@bounded_map.register(nf.PiecewiseCubicCouplingTransform)
+@bounded_map.register(MaskedPiecewiseCubicAutoregressiveTransform)
+@bounded_map.register(PiecewiseCubicCDF)
+def _(block: Any, layer: Any) -> BoundedMap:
+    return Unknown(
+        f"{type(block).__name__}: the slope of a monotone cubic comes arbitrarily close to zero inside a bin, so that "
+        "its inverse has no bound that holds for all outputs of the network"
+    )
+
+
 def _autoregressive(block: Any, layer: Any, transformer: Transformer) -> BoundedMap:
     net = block.autoregressive_net
     n = net.final_layer.out_features // transformer.count
@@ -105,6 +132,14 @@ def _(block: MaskedPiecewiseLinearAutoregressiveTransform, layer: Any) -> Bounde
 
 
 @bounded_map.register
+def _(block: MaskedPiecewiseQuadraticAutoregressiveTransform, layer: Any) -> BoundedMap:
+    # unlike in the coupling, raw heights are used as they are
+    temperature = math.sqrt(getattr(block.autoregressive_net, "hidden_features", 1))
+    floors = (block.min_bin_width, block.min_bin_height)
+    return _autoregressive(block, layer, QuadraticSpline(block.num_bins, *_ends(block), floors, (temperature, 1.0)))
+
+
+@bounded_map.register
 def _(block: MaskedPiecewiseRationalQuadraticAutoregressiveTransform, layer: Any) -> BoundedMap:
     return _autoregressive(block, layer, _quadratic(block, block.autoregressive_net))
 
@@ -115,6 +150,17 @@ def _(block: PiecewiseLinearCDF, layer: Any) -> BoundedMap:
     left, right, tails = _ends(block)
     pair = splines.linear_spline(torch.full_like(shares, 1 / shares.shape[-1]), shares)
     return flows.Fixed(_with_tails(pair, tails), inside=(left, right))
+
+
+@bounded_map.register
+def _(block: PiecewiseQuadraticCDF, layer: Any) -> BoundedMap:
+    left, right, tails = _ends(block)
+    bins = block.unnormalized_widths.shape[-1]
+    spline = QuadraticSpline(bins, left, right, tails, (block.min_bin_width, block.min_bin_height))
+    raw = torch.cat([block.unnormalized_widths, block.unnormalized_heights], -1).detach().double()
+    theta = [Interval.of(part.flatten()) for part in raw.unbind(-1)]
+    inside = Interval(torch.full_like(theta[0].lo, left), torch.full_like(theta[0].hi, right))
+    return flows.Fixed(_with_tails(blocks.elementwise(spline.slope(inside, theta)), tails), inside=(left, right))
 
 
 @bounded_map.register

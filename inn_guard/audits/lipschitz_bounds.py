@@ -24,6 +24,7 @@ from inn_guard.lipschitz.networks import LayerBound
 __all__ = ["lipschitz_bounds"]
 
 LOUD = 1.5  #: a layer is named as a cause if its bound is this far above the geometric mean of all, or infinite
+NAMED = 6  #: layers that an advice names
 SAMPLED = 16  #: rows of the data at which layers are measured beside their bounds
 ON_IMAGES = (
     "On a box, the inverse's bound is that of sup ||J^-1||: Lip(F^-1) on the box's image only where that is convex."
@@ -179,10 +180,12 @@ def _advice(bounds: LipschitzBounds) -> str:
         )
     if any("not below one" in reason for reason in reasons):
         advice.append("residual layers: certified spectral normalisation below one makes the inverse exist")
-    loud = [layer.name for k, layer in enumerate(bounds.per_layer) if k in _loud(bounds.per_layer)]
-    if loud and not advice and max(bounds.forward, bounds.inverse) > 10 * len(bounds.per_layer):
-        names = ", ".join(dict.fromkeys(loud))
+    if not advice and max(bounds.forward, bounds.inverse) > 10 * len(bounds.per_layer):
+        loud = [f"{k} ({layer.name})" for k, layer in enumerate(bounds.per_layer) if k in _loud(bounds.per_layer)]
+        named = ", ".join([*loud[:NAMED], f"{len(loud) - NAMED} more"] if len(loud) > NAMED else loud)
+        culprits = f"layers that make the product large: {named}" if loud else "all layers make the product large alike"
         advice.append(
-            f"{names}: spectral normalisation of the subnetworks, or a scale in (0.5, 1), lowers these factors"
+            f"{culprits}; spectral normalisation of the subnetworks lowers both directions, a scale in (0.5, 1) "
+            "the inverse of affine couplings, and additive couplings have no scale to bound"
         )
     return "; ".join(advice)

@@ -82,8 +82,8 @@ def lipschitz_bounds(
 ) -> LipschitzBounds:
     """Certified upper and witnessed lower bounds of the Lipschitz constants of a model and of its inverse.
 
-    Layer by layer; then, within the time, runs of layers as one chain; and in up to four dimensions, on a bounded box,
-    branch and bound with interval Jacobians. The least bound is kept.
+    Layer by layer; then, within the time, runs of layers as one chain, or as a product of comparison matrices; and in
+    up to four dimensions, on a bounded box, branch and bound with interval Jacobians. The least bound is kept.
 
     Args:
         model: the map.
@@ -186,13 +186,14 @@ def _over(bound: float) -> float:
 
 
 def _method(factors: list[Factor]) -> str:
-    longest = max((f.last - f.first for f in factors if f.proof is not None), default=0)
-    if longest == 0:
+    longest = max(factors, key=lambda f: f.last - f.first)
+    count, total = longest.last - longest.first, max(f.last for f in factors)
+    if count == 1:
         return "product of layers"
-    total = max(f.last for f in factors)
-    return (
-        "whole-network recursion" if longest == total else f"recursion over runs of up to {longest} of {total} layers"
-    )
+    if count == total:
+        return "comparison matrices" if longest.compared else "whole-network recursion"
+    kind = "comparison matrices" if longest.compared else "recursion"
+    return f"{kind} over runs of up to {count} of {total} layers"
 
 
 def _witnesses(

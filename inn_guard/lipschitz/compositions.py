@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
+from torch import Tensor
 
 from inn_guard.lipschitz.blocks import Pair
 from inn_guard.lipschitz.building import ChainBuilder, Linear
 from inn_guard.lipschitz.conditioners import Effort
 from inn_guard.lipschitz.intervals import Interval
 from inn_guard.lipschitz.maps import BlockBounds, BoundedMap, Elementwise
-from inn_guard.lipschitz.rounding import up
+from inn_guard.lipschitz.rounding import gamma, up
 
 __all__ = ["Composition", "Inverted", "OnTail", "inverted"]
 
@@ -62,6 +63,16 @@ class Composition(BoundedMap):
         for part, state in reversed(list(zip(self.parts, self._boxes(box), strict=True))):
             z = part.trace_inverse(builder, z, state)
         return z
+
+    def comparison(self, box: Interval, bounds: BlockBounds) -> tuple[Tensor, Tensor]:
+        """The products of the parts'."""
+        ahead = back = torch.eye(box.shape[0], dtype=torch.float64)
+        for k, (part, state) in enumerate(zip(self.parts, self._boxes(box), strict=True)):
+            own = {name.removeprefix(f"{k}."): p for name, p in bounds.proofs.items() if name.startswith(f"{k}.")}
+            first, last = part.comparison(state, replace(bounds, proofs=own))
+            rounding = 1 + 2 * gamma(len(first) + 2)
+            ahead, back = (first @ ahead) * rounding, (back @ last) * rounding
+        return ahead, back
 
     def networks(self) -> list[torch.nn.Module]:
         """Of all parts."""

@@ -16,7 +16,7 @@ from inn_guard.lipschitz.deadline import Deadline
 from inn_guard.lipschitz.intervals import Interval
 from inn_guard.lipschitz.multipliers import Goal, fast_multipliers, optimise
 from inn_guard.lipschitz.recursion import certify
-from inn_guard.lipschitz.semantics import Boxes, Constant, Norms
+from inn_guard.lipschitz.semantics import Boxes, Channelwise, Constant, Entrywise, Norms
 from inn_guard.lipschitz.spectral import spectral_norm
 from inn_guard.lipschitz.subnetworks import CONVOLUTIONS, Network, Unbounded
 
@@ -85,6 +85,18 @@ class Read:
             return self.network.read(Constant(1.0, tuple(self.box.shape)), Norms(self.seen, deadline)).lipschitz
         except Unbounded:
             return math.inf
+
+    def entries(self) -> Tensor:
+        """Bounds of the Jacobian's norms from channel to channel, (outputs, inputs).
+
+        Raises:
+            Unbounded: if an operation has none.
+        """
+        reading = Entrywise(self.seen) if len(self.box.shape) == 1 else Channelwise(self.seen)
+        entries = self.network.read(torch.eye(self.box.shape[0], dtype=torch.float64), reading)
+        if bool(entries.isnan().any()):
+            raise Unbounded("a weight is not finite")
+        return entries
 
     def into(self, builder: ChainBuilder, x: Linear) -> Linear:
         """The network's output for an input x, as layers of a builder."""

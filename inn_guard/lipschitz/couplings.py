@@ -28,7 +28,7 @@ from inn_guard.lipschitz.rounding import up
 from inn_guard.lipschitz.subnetworks import Network, Unbounded
 from inn_guard.lipschitz.transformers import Affine, Transformer
 
-__all__ = ["ByChannel", "ByMask", "Coupling", "Split"]
+__all__ = ["ByChannel", "ByMask", "Coupling", "Derivatives", "Split"]
 
 
 @runtime_checkable
@@ -119,7 +119,7 @@ class ByMask:
 
 
 @dataclass(frozen=True)
-class _Derivatives:
+class Derivatives:
     """Over a box: the network as read, dh/dx, dh/dtheta_k, and the latter over the former."""
 
     network: Read
@@ -212,6 +212,22 @@ class Coupling(BoundedMap):
         at_centre = self.transformer.sensitivities(Interval.of(self.split.changed(centre)), d.theta)
         return self._assembled(builder, x, d, d.slope, at_centre)
 
+    def comparison(self, box: Interval, bounds: BlockBounds) -> tuple[Tensor, Tensor]:
+        """[[I, 0], [M, D]] and [[I, 0], [-D^-1 M, D^-1]], no block of M above what is proved of all of it."""
+        d = self._derivatives(box)
+        K, S = self.split.matrices()
+        entries = d.network.entries()
+        rest = torch.eye(box.shape[0], dtype=torch.float64) - S.T @ S
+        found = []
+        for name, slope, factors in (("M", d.slope, d.sensitivities), ("M*", d.slope.reciprocal(), d.relative)):
+            M = torch.zeros(len(S), len(K), dtype=torch.float64)
+            for rows, factor in zip(self.rows, factors, strict=True):
+                M = M + _largest(factor)[:, None] * entries[rows] * (1 + 1e-12)
+            proof = bounds.proofs.get(name)
+            M = M.nan_to_num(0, math.inf, 0).clamp_max(proof.bound if proof is not None else math.inf)
+            found.append(rest + S.T @ torch.diag(_largest(slope)) @ S + S.T @ M @ K)
+        return found[0], found[1]
+
     def networks(self) -> list[nn.Module]:
         """The conditioner."""
         return [self.network]
@@ -226,17 +242,17 @@ class Coupling(BoundedMap):
     def _parameters(self, output: Interval) -> list[Interval]:
         return [output[rows] for rows in self.rows]
 
-    def _derivatives(self, box: Interval) -> _Derivatives:
+    def _derivatives(self, box: Interval) -> Derivatives:
         network, x = self._read(box), box.map(self.split.changed)
         theta, h = self._parameters(network.output), self.transformer
-        return _Derivatives(network, x, theta, h.slope(x, theta), h.sensitivities(x, theta), h.relative(x, theta))
+        return Derivatives(network, x, theta, h.slope(x, theta), h.sensitivities(x, theta), h.relative(x, theta))
 
-    def _norms(self, d: _Derivatives, deadline: Deadline) -> Pair:
+    def _norms(self, d: Derivatives, deadline: Deadline) -> Pair:
         """||sum_k D_k J_k|| <= max_i sqrt(sum_k D_k,i^2) ||J||."""
         L = d.network.product(deadline)
         return Pair(*(up(_row_norm(parts) * L, 2) for parts in (d.sensitivities, d.relative)))
 
-    def _proofs(self, d: _Derivatives, effort: Effort) -> tuple[Proof, Proof] | None:
+    def _proofs(self, d: Derivatives, effort: Effort) -> tuple[Proof, Proof] | None:
         try:
             ahead = self._chain(d, d.sensitivities)
             same = all(_is_one(part) for part in (*d.sensitivities, d.slope))
@@ -248,13 +264,13 @@ class Coupling(BoundedMap):
         except Unbounded:
             return None
 
-    def _chain(self, d: _Derivatives, factors: list[Interval]) -> Chain:
+    def _chain(self, d: Derivatives, factors: list[Interval]) -> Chain:
         """sum_k diag(factor_k) J_theta_k as a chain from the network's input."""
         builder = self._builder(d)
         raw = d.network.into(builder, builder.start())
         return builder.finish(self._weighted(builder, [raw.rows(rows) for rows in self.rows], factors))
 
-    def _builder(self, d: _Derivatives) -> ChainBuilder:
+    def _builder(self, d: Derivatives) -> ChainBuilder:
         shape = tuple(d.network.box.shape)
         return ChainBuilder(shape[0], torus_of([self.network], shape))
 
@@ -277,7 +293,7 @@ class Coupling(BoundedMap):
         return total
 
     def _assembled(
-        self, builder: ChainBuilder, x: Linear, d: _Derivatives, slope: Interval, factors: list[Interval],
+        self, builder: ChainBuilder, x: Linear, d: Derivatives, slope: Interval, factors: list[Interval],
         joint: list[Interval] | None = None,
     ) -> Linear:  # fmt: skip
         """kept x + S^T (slope S x + sum_k factor_k theta_k); parts of sensitivity one share the slope of x if joint."""
@@ -301,7 +317,7 @@ class Coupling(BoundedMap):
         rest = torch.eye(x.channels, dtype=torch.float64) - S.T @ S
         return arithmetic.add(x.mapped(rest[None]), new)
 
-    def _printed_affine(self, transformer: Affine, d: _Derivatives, L: float) -> Pair:
+    def _printed_affine(self, transformer: Affine, d: Derivatives, L: float) -> Pair:
         t, s = (d.theta[k] for k in transformer.order)
         g, slope = transformer.scale.value(s), transformer.scale.slope(s)
         c, c_inverse, c_slope = (
@@ -318,7 +334,7 @@ class Coupling(BoundedMap):
     def _holds_everywhere(self, box: Interval) -> bool:
         return bool((box.lo == -math.inf).all() and (box.hi == math.inf).all())
 
-    def _why(self, d: _Derivatives, scale: Pair) -> str:
+    def _why(self, d: Derivatives, scale: Pair) -> str:
         if not d.x.bounded:
             return "the changed entries are unbounded: this coupling has local bounds only; give domain=Box(lo, hi)"
         if not math.isfinite(d.network.product(Deadline(-math.inf))):
@@ -328,12 +344,17 @@ class Coupling(BoundedMap):
         return "the scale comes arbitrarily close to zero, so the inverse has no bound"
 
 
-def _scales(d: _Derivatives) -> Pair:
+def _scales(d: Derivatives) -> Pair:
     return Pair(float(d.slope.magnitude.max()), float(d.slope.reciprocal().magnitude.max()))
 
 
 def _is_one(factor: Interval) -> bool:
     return bool((factor.lo == 1).all() and (factor.hi == 1).all())
+
+
+def _largest(factor: Interval) -> Tensor:
+    """Per channel."""
+    return factor.magnitude.reshape(len(factor.lo), -1).amax(1)
 
 
 def _row_norm(parts: list[Interval]) -> float:

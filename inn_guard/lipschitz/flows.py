@@ -14,12 +14,11 @@ import inn_guard.lipschitz.blocks as blocks
 from inn_guard.lipschitz.blocks import Pair
 from inn_guard.lipschitz.building import ChainBuilder, ChainReading, Linear
 from inn_guard.lipschitz.conditioners import Effort, bound_chain, read, subnetwork_lipschitz, torus_of
-from inn_guard.lipschitz.couplings import Coupling
+from inn_guard.lipschitz.couplings import Coupling, Derivatives
 from inn_guard.lipschitz.intervals import Interval
 from inn_guard.lipschitz.maps import BlockBounds, BoundedMap
 from inn_guard.lipschitz.rounding import up
-from inn_guard.lipschitz.semantics import Entrywise
-from inn_guard.lipschitz.spectral import norm_operations
+from inn_guard.lipschitz.spectral import inverse_with_error, norm_operations
 from inn_guard.lipschitz.subnetworks import Unbounded
 
 __all__ = ["Autoregressive", "Fixed", "Flow", "LogitMap", "Residual"]
@@ -198,12 +197,9 @@ class Autoregressive(BoundedMap):
         c = self.coupling
         try:
             d = c._derivatives(box)
-            entries = d.network.network.read(torch.eye(box.shape[0], dtype=torch.float64), Entrywise(d.network.seen))
+            off = self._off_diagonal(d)
         except Unbounded as error:
             return BlockBounds.none(str(error))
-        off = torch.zeros(box.shape[0], box.shape[0], dtype=torch.float64)
-        for rows, factor in zip(c.rows, d.sensitivities, strict=True):
-            off = off + (factor.magnitude[:, None] * entries[rows] * (1 + 1e-12)).nan_to_num(0, math.inf, 0)
         order = _triangular_order(off)
         if order is None:
             return BlockBounds.none("the network's masks are not autoregressive")
@@ -231,6 +227,23 @@ class Autoregressive(BoundedMap):
     def trace(self, builder: ChainBuilder, x: Linear, box: Interval) -> Linear:
         """As of a coupling."""
         return self.coupling.trace(builder, x, box)
+
+    def comparison(self, box: Interval, bounds: BlockBounds) -> tuple[Tensor, Tensor]:
+        """diag(slopes) + |N|, and the inverse of the M-matrix diag(least slopes) - |N|."""
+        d = self.coupling._derivatives(box)
+        off, least = self._off_diagonal(d), d.slope.lo
+        if _triangular_order(off) is None or not bool((least > 0).all()) or not bool(off.isfinite().all()):
+            raise Unbounded("the network's masks are not autoregressive, or nothing is known of it")
+        inverse, error = inverse_with_error(torch.diag(least) - off)
+        return torch.diag(d.slope.magnitude) + off, inverse.clamp_min(0) + error
+
+    def _off_diagonal(self, d: Derivatives) -> Tensor:
+        """|N|, entry by entry."""
+        entries = d.network.entries()
+        off = torch.zeros(len(d.slope.lo), entries.shape[1], dtype=torch.float64)
+        for rows, factor in zip(self.coupling.rows, d.sensitivities, strict=True):
+            off = off + (factor.magnitude[:, None] * entries[rows] * (1 + 1e-12)).nan_to_num(0, math.inf, 0)
+        return off
 
     def networks(self) -> list[nn.Module]:
         """The masked network."""

@@ -17,7 +17,7 @@ from inn_guard.lipschitz.activations import Activation
 from inn_guard.lipschitz.blocks import Pair
 from inn_guard.lipschitz.building import ChainBuilder, Linear
 from inn_guard.lipschitz.conditioners import Effort, Proof
-from inn_guard.lipschitz.intervals import Interval, linear
+from inn_guard.lipschitz.intervals import Box, Interval, linear
 from inn_guard.lipschitz.rounding import UNIT, up
 from inn_guard.lipschitz.semantics import over_channels
 from inn_guard.lipschitz.spectral import cheap_norm, exact, inverse_with_error, norm_operations, spectral_norm
@@ -104,14 +104,22 @@ class BoundedMap(abc.ABC):
         raise Unbounded(f"{type(self).__name__} is not a chain of linear maps and slopes")
 
     def differences(self, builder: ChainBuilder, x: Linear, box: Interval, centre: Tensor) -> Linear:
-        """F(centre + d) - F(centre), for d = x and centre + d in the box, as layers of a builder.
-
-        Differences of a chain are the chain with slopes of secants, which lie where the derivatives do.
+        """F(centre + d) - F(centre), d = x, centre + d in the box: slopes of secants lie where the derivatives do.
 
         Raises:
             Unbounded: if they are not of that form.
         """
         return self.trace(builder, x, box)
+
+    def comparison(self, box: Interval, bounds: BlockBounds) -> tuple[Tensor, Tensor]:
+        """Bounds of the norms of J's blocks from channel to channel, (C', C), and of those of J^-1, (C, C').
+
+        The map's own ``bounds`` on the box, whose proofs may tighten them, are known already.
+
+        Raises:
+            Unbounded: if they are not known.
+        """
+        raise Unbounded(f"{type(self).__name__} has no comparison matrix")
 
     def networks(self) -> list[torch.nn.Module]:
         """The conditioners, whose paddings a torus must hold."""
@@ -150,8 +158,7 @@ class Unknown(BoundedMap):
 
     def image(self, box: Interval) -> Interval:
         """Everything."""
-        everything = torch.full(self.shape_of(box.shape), math.inf, dtype=torch.float64)
-        return Interval(-everything, everything)
+        return Box.everywhere(self.shape_of(box.shape))
 
 
 @dataclass(frozen=True)
@@ -181,6 +188,11 @@ class Rearrangement(BoundedMap):
     def trace_inverse(self, builder: ChainBuilder, z: Linear, box: Interval) -> Linear:
         """The channels back in order."""
         return z.rows(self._order(box).argsort())
+
+    def comparison(self, box: Interval, bounds: BlockBounds) -> tuple[Tensor, Tensor]:
+        """Permutation matrices."""
+        matrix = torch.eye(box.shape[0], dtype=torch.float64)[self._order(box)]
+        return matrix, matrix.T
 
     def _order(self, box: Interval) -> Tensor:
         if self.channels is not None:
@@ -229,6 +241,10 @@ class Shaped(BoundedMap):
         """The map's."""
         return self.make(box).differences(builder, x, box, centre)
 
+    def comparison(self, box: Interval, bounds: BlockBounds) -> tuple[Tensor, Tensor]:
+        """The map's."""
+        return self.make(box).comparison(box, bounds)
+
     def networks(self) -> list[torch.nn.Module]:
         """The conditioners."""
         return list(self.conditioners)
@@ -247,9 +263,8 @@ class Diagonal(BoundedMap):
         if not scale.bounded:
             return BlockBounds.none("the scale is not finite")
         pair = blocks.elementwise(scale)
-        return BlockBounds(
-            *pair, reason="" if math.isfinite(pair.inverse) else "a scale is zero: the block is singular"
-        )
+        reason = "" if math.isfinite(pair.inverse) else "a scale is zero: the block is singular"
+        return BlockBounds(*pair, reason=reason)
 
     def image(self, box: Interval) -> Interval:
         """Scaled and shifted."""
@@ -265,6 +280,11 @@ class Diagonal(BoundedMap):
         """Its inverse."""
         scale = exact(self.scale) * torch.ones(z.channels, dtype=torch.float64)
         return z.mapped(torch.diag(1 / scale)[None])
+
+    def comparison(self, box: Interval, bounds: BlockBounds) -> tuple[Tensor, Tensor]:
+        """The diagonal and its inverse."""
+        scale = _nearly(exact(self.scale) * torch.ones(box.shape[0], dtype=torch.float64))
+        return torch.diag(scale.magnitude), torch.diag(scale.reciprocal().magnitude)
 
     def _scale(self) -> Interval:
         return _nearly(exact(self.scale).reshape(-1))
@@ -323,6 +343,14 @@ class LinearMap(BoundedMap):
             raise Unbounded("the matrix is singular")
         return z.mapped(inverse[None], up(error + 2 * up(up(size * size) * self.error)))
 
+    def comparison(self, box: Interval, bounds: BlockBounds) -> tuple[Tensor, Tensor]:
+        """|W| and |W^-1|."""
+        if self.weight.shape[0] != self.weight.shape[1] or not math.isfinite(bounds.inverse):
+            raise Unbounded("the matrix is not invertible")
+        inverse, error = inverse_with_error(self.weight)
+        slip = up(error + up(up(bounds.inverse * bounds.inverse) * 2 * self.error))
+        return exact(self.weight).abs() + self.error, inverse.abs() + slip
+
 
 @dataclass(frozen=True)
 class Elementwise(BoundedMap):
@@ -334,8 +362,7 @@ class Elementwise(BoundedMap):
 
     def bounds(self, box: Interval, effort: Effort) -> BlockBounds:
         """sup |f'| and 1 / inf |f'| over the box."""
-        slope = self._slope(box)
-        everywhere = self._slope(Interval(torch.full_like(box.lo, -math.inf), torch.full_like(box.hi, math.inf)))
+        slope, everywhere = self._slope(box), self._slope(Box.everywhere(box.shape))
         pair, widest = blocks.elementwise(slope), blocks.elementwise(everywhere)
         reason = "" if math.isfinite(pair.inverse) else "the slope comes arbitrarily close to zero: give a smaller box"
         return BlockBounds(*pair, pair == widest, reason)
@@ -351,6 +378,13 @@ class Elementwise(BoundedMap):
     def trace_inverse(self, builder: ChainBuilder, z: Linear, box: Interval) -> Linear:
         """One over them."""
         return builder.activated(z, *per_channel(self._slope(box).reciprocal(), z.channels))
+
+    def comparison(self, box: Interval, bounds: BlockBounds) -> tuple[Tensor, Tensor]:
+        """Largest slopes, and one over the smallest."""
+        slope = self._slope(box)
+        ends = (slope.magnitude, slope.reciprocal().magnitude)
+        first, last = (torch.diag(end.reshape(len(end), -1).amax(1)) for end in ends)
+        return first, last
 
     def _slope(self, box: Interval) -> Interval:
         return self.function.slope(box) * self.scale

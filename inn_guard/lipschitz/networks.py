@@ -7,14 +7,18 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from torch import Tensor
+
 from inn_guard.lipschitz.blocks import Pair
 from inn_guard.lipschitz.building import ChainBuilder, Linear
 from inn_guard.lipschitz.chains import Chain
+from inn_guard.lipschitz.comparison import comparison_factors
 from inn_guard.lipschitz.conditioners import Effort, Proof, bound_chain, torus_of
+from inn_guard.lipschitz.deadline import Deadline
+from inn_guard.lipschitz.factors import Factor, cheapest, product
 from inn_guard.lipschitz.intervals import Interval
 from inn_guard.lipschitz.maps import BlockBounds, BoundedMap
 from inn_guard.lipschitz.reach import Reach
-from inn_guard.lipschitz.rounding import up
 from inn_guard.lipschitz.subnetworks import Unbounded
 
 __all__ = ["Factor", "LayerBound", "Stack", "product", "stack", "whole_forward", "whole_inverse"]
@@ -41,23 +45,6 @@ class LayerBound:
 
 Stack = Sequence[LayerBound]
 SHARE = 0.25  #: of the time left that one layer may take
-
-
-@dataclass(frozen=True)
-class Factor:
-    """A bound of consecutive layers, first to last; the product of all factors bounds the network.
-
-    Attributes:
-        first: index of the first layer.
-        last: index after the last layer.
-        bound: certified.
-        proof: the chain and its multipliers, where a chain gave the bound.
-    """
-
-    first: int
-    last: int
-    bound: float
-    proof: Proof | None = None
 
 
 def stack(layers: Sequence[tuple[str, BoundedMap]], box: Interval, effort: Effort) -> Stack:
@@ -92,22 +79,14 @@ def _moved(reach: Reach | None, following: Sequence[BoundedMap], layer: LayerBou
         return None
 
 
-def product(bounds: Sequence[float]) -> float:
-    """The product, rounded up; inf if one is."""
-    total = 1.0
-    for bound in bounds:
-        total = up(total * bound)
-    return math.inf if math.isnan(total) else total
-
-
 def whole_forward(layers: Stack, effort: Effort) -> list[Factor]:
-    """Factors of a bound of the forward map: longest runs of layers that are one chain, single layers otherwise."""
-    return _factors(layers, effort, _Direction("forward", lambda m, *args: m.trace(*args), lambda b: b.forward))
+    """Factors of a bound of the forward map: among chains, comparison matrices and single layers the least product."""
+    return _factors(layers, effort, _Direction("forward", lambda m, *args: m.trace(*args), lambda b: b.forward, 0))
 
 
 def whole_inverse(layers: Stack, effort: Effort) -> list[Factor]:
     """The same for the inverse map; the last layer comes first."""
-    backward = _Direction("M*", lambda m, *args: m.trace_inverse(*args), lambda b: b.inverse)
+    backward = _Direction("inverse", lambda m, *args: m.trace_inverse(*args), lambda b: b.inverse, 1)
     turned = _factors(tuple(reversed(layers)), effort, backward)
     n = len(layers)
     return [replace(f, first=n - f.last, last=n - f.first) for f in reversed(turned)]
@@ -115,23 +94,37 @@ def whole_inverse(layers: Stack, effort: Effort) -> list[Factor]:
 
 @dataclass(frozen=True)
 class _Direction:
-    proof: str
+    name: str
     trace: Any
     bound: Any
+    compared: int
 
 
 def _factors(layers: Stack, effort: Effort, way: _Direction) -> list[Factor]:
-    factors, start = [], 0
+    factors, start = _single(layers, way), 0
+    factors += comparison_factors(_matrices(layers, way, effort.deadline), effort.deadline.part(0.1))
     while start < len(layers):
         chain, stop = _longest(layers, start, way, effort)
         own = effort.within((stop - start) / (len(layers) - start))
         proof = _proved(chain, own) if chain is not None and stop - start > 1 else None
-        if proof is not None and proof.bound < product([way.bound(layer.bounds) for layer in layers[start:stop]]):
+        if proof is not None:
             factors.append(Factor(start, stop, proof.bound, proof))
-        else:
-            factors += _single(layers, start, stop, way)
         start = stop
-    return factors
+    return cheapest(len(layers), factors)
+
+
+def _matrices(layers: Stack, way: _Direction, deadline: Deadline) -> list[Tensor | None]:
+    """The comparison matrices of all layers; None where there is none, or no time."""
+    matrices: list[Tensor | None] = []
+    for layer in layers:
+        try:
+            if deadline.passed:
+                raise Unbounded("time ran out")
+            found = layer.map.comparison(layer.box, layer.bounds)[way.compared]
+            matrices.append(found if bool(found.isfinite().all()) else None)
+        except Unbounded:
+            matrices.append(None)
+    return matrices
 
 
 def _proved(chain: Chain, effort: Effort) -> Proof | None:
@@ -143,16 +136,15 @@ def _proved(chain: Chain, effort: Effort) -> Proof | None:
         return None
 
 
-def _single(layers: Stack, start: int, stop: int, way: _Direction) -> list[Factor]:
+def _single(layers: Stack, way: _Direction) -> list[Factor]:
     return [
-        Factor(k, k + 1, way.bound(layers[k].bounds), layers[k].bounds.proofs.get("forward"))
-        for k in range(start, stop)
+        Factor(k, k + 1, way.bound(layer.bounds), layer.bounds.proofs.get(way.name)) for k, layer in enumerate(layers)
     ]
 
 
 def _longest(layers: Stack, start: int, way: _Direction, effort: Effort) -> tuple[Chain | None, int]:
     """The chain of as many layers from ``start`` as can be traced in one state, and the index after them."""
-    shape = tuple((layers[start].box if way.proof == "forward" else _output_box(layers[start])).shape)
+    shape = tuple((layers[start].box if way.name == "forward" else _output_box(layers[start])).shape)
     same = [layer.map for layer in layers[start:] if len(layer.box.shape) == len(shape)]
     try:
         if shape[0] > effort.width or effort.deadline.passed:

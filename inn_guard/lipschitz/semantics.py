@@ -15,6 +15,8 @@ from inn_guard.lipschitz.convolution import (
     cheap_convolution_norm,
     convolution_norm,
     convolution_operations,
+    is_transposed,
+    kernels,
 )
 from inn_guard.lipschitz.deadline import Deadline
 from inn_guard.lipschitz.intervals import Interval, linear
@@ -22,7 +24,7 @@ from inn_guard.lipschitz.rounding import gamma, up
 from inn_guard.lipschitz.spectral import cheap_norm, exact, norm_operations, spectral_norm
 from inn_guard.lipschitz.subnetworks import Move, Unbounded
 
-__all__ = ["Boxes", "Constant", "Entrywise", "Norms", "over_channels"]
+__all__ = ["Boxes", "Channelwise", "Constant", "Entrywise", "Norms", "over_channels"]
 
 
 class Boxes:
@@ -178,9 +180,10 @@ class Entrywise:
 
     def activate(self, x: Tensor, function: Activation, place: str) -> Tensor:
         """Times the largest absolute slope."""
-        low, high = function.slopes()
-        slope = function.slope(self.seen[place]).magnitude[:, None] if place in self.seen else max(abs(low), abs(high))
-        return x * slope * (1 + 1e-15)
+        if place not in self.seen:
+            return x * max(map(abs, function.slopes())) * (1 + 1e-15)
+        slope = function.slope(self.seen[place]).magnitude
+        return x * slope.reshape(len(x), -1).amax(1)[:, None] * (1 + 1e-15)
 
     def rescale(self, x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
         """Times |scale|."""
@@ -209,6 +212,29 @@ class Entrywise:
     def constant(self, value: Tensor, like: Tensor) -> Tensor:
         """Zero."""
         return torch.zeros(value.shape[1], like.shape[1], dtype=torch.float64)
+
+
+class Channelwise(Entrywise):
+    """The same for networks on images: norms of the maps from one channel to another."""
+
+    def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """Not on images."""
+        raise Unbounded("a dense layer on an image")
+
+    def convolution(self, x: Tensor, module: Any) -> Tensor:
+        """Times the sums of the kernels' absolute values (Young's inequality)."""
+        if str(module.padding_mode) not in ("zeros", "circular"):
+            raise Unbounded(f"{module.padding_mode} padding")
+        sums = torch.block_diag(*(part.abs().flatten(2).sum(2) for part in kernels(module)))
+        return (sums.T if is_transposed(module) else sums) @ x * (1 + gamma(2 * module.weight.numel() + 4))
+
+    def flatten(self, x: Tensor) -> Tensor:
+        """Not on images."""
+        raise Unbounded("an image is flattened")
+
+    def rearrange(self, x: Tensor, move: Move) -> Tensor:
+        """Not on images."""
+        raise Unbounded("entries are moved, repeated or averaged")
 
 
 def over_channels(values: Tensor, like: Tensor) -> Tensor:

@@ -41,6 +41,7 @@ def assert_sound(layer: Invertible, box: Box, *, count: int = 60, finite: bool =
     sigma = torch.linalg.svdvals(J)
     assert float(sigma[:, 0].max()) <= bounds.forward * ROUNDING
     assert float((1 / sigma[:, -1]).max()) <= bounds.inverse * ROUNDING
+    _assert_comparison_dominates(described, box, bounds, J)
     printed = described.table3(box, EFFORT)
     assert bounds.forward <= printed.forward * ROUNDING
     with torch.no_grad():
@@ -50,6 +51,21 @@ def assert_sound(layer: Invertible, box: Box, *, count: int = 60, finite: bool =
     if box.bounded and len(box.shape) == 1 and box.shape[0] <= 8:
         _assert_steps_enclose(described, layer, box, x, J)
     return bounds
+
+
+def _assert_comparison_dominates(described, box, bounds, J) -> None:
+    """Blocks from channel to channel of sampled Jacobians and of their inverses, against the comparison matrices."""
+    try:
+        matrices = described.comparison(box, bounds)
+    except Unbounded:
+        return
+    K = torch.linalg.inv(J)
+    solved = 1e-12 * torch.linalg.matrix_norm(K).max() ** 2 * torch.linalg.matrix_norm(J).max()  # of inv itself
+    for N, M, slack in zip(matrices, (J, K), (1e-12, solved), strict=True):
+        if not bool(N.isfinite().all()):
+            continue
+        blocks = M.reshape(len(M), len(N), M.shape[1] // len(N), N.shape[1], M.shape[2] // N.shape[1]).transpose(2, 3)
+        assert bool((torch.linalg.matrix_norm(blocks, 2) <= N * ROUNDING + slack).all())
 
 
 def _assert_steps_enclose(described, layer, box, x, J) -> None:

@@ -9,19 +9,23 @@ import torch
 from nflows import transforms as nf
 from nflows.nn.nets import ConvResidualNet, ResidualNet
 from nflows.transforms.autoregressive import (
+    MaskedPiecewiseCubicAutoregressiveTransform,
     MaskedPiecewiseLinearAutoregressiveTransform,
+    MaskedPiecewiseQuadraticAutoregressiveTransform,
     MaskedPiecewiseRationalQuadraticAutoregressiveTransform,
 )
-from nflows.transforms.nonlinearities import PiecewiseLinearCDF, PiecewiseRationalQuadraticCDF
+from nflows.transforms.nonlinearities import PiecewiseLinearCDF, PiecewiseQuadraticCDF, PiecewiseRationalQuadraticCDF
 from nflows.transforms.normalization import ActNorm, BatchNorm
 from nflows.transforms.orthogonal import HouseholderSequence
 from nflows.transforms.qr import QRLinear
+from nflows.transforms.splines.quadratic import quadratic_spline, unconstrained_quadratic_spline
 from nflows.transforms.svd import SVDLinear
 
 import inn_guard as ig
 from inn_guard.adapters import bounds_nflows  # noqa: F401 - registers the rules
-from inn_guard.lipschitz.intervals import Box
+from inn_guard.lipschitz.intervals import Box, Interval
 from inn_guard.lipschitz.maps import Unknown, bounded_map
+from inn_guard.lipschitz.quadratic_spline import QuadraticSpline
 from tests.lipschitz.soundness import assert_sound
 
 MASK = [1, 0, 1, 0]
@@ -39,6 +43,13 @@ LOCAL = {
     "additive": lambda: nf.AdditiveCouplingTransform(MASK, net),
     "affine": lambda: nf.AffineCouplingTransform(MASK, net),
     "linear spline": lambda: nf.PiecewiseLinearCouplingTransform(MASK, net, num_bins=4, tails="linear", tail_bound=2.0),
+    "quadratic": lambda: nf.PiecewiseQuadraticCouplingTransform(MASK, net, num_bins=4, tails="linear", tail_bound=2.0),
+    "quadratic of two bins": lambda: nf.PiecewiseQuadraticCouplingTransform(
+        MASK, net, num_bins=2, tails="linear", tail_bound=2.0
+    ),
+    "quadratic autoregressive": lambda: MaskedPiecewiseQuadraticAutoregressiveTransform(
+        4, 8, num_bins=3, tails="linear", tail_bound=2.0
+    ),
     "rational quadratic": lambda: nf.PiecewiseRationalQuadraticCouplingTransform(
         MASK, net, num_bins=4, tails="linear", tail_bound=2.0
     ),
@@ -50,6 +61,7 @@ LOCAL = {
     "tanh": lambda: nf.Tanh(),
     "sigmoid": lambda: nf.Sigmoid(1.5),
     "rational quadratic cdf": lambda: PiecewiseRationalQuadraticCDF([4], tails="linear", tail_bound=2.0),
+    "quadratic cdf": lambda: PiecewiseQuadraticCDF([4], tails="linear", tail_bound=2.0),
     "linear cdf": lambda: PiecewiseLinearCDF([4], tails="linear", tail_bound=2.0),
     "actnorm": lambda: ActNorm(4),
     "batch norm": lambda: BatchNorm(4).eval(),
@@ -64,7 +76,9 @@ LOCAL = {
     "pointwise affine": lambda: nf.PointwiseAffineTransform(torch.tensor(0.5), torch.tensor(2.0)),
 }
 
-FRAGILE = {"linear spline", "affine autoregressive", "rational quadratic autoregressive"}
+FRAGILE = {
+    "linear spline", "affine autoregressive", "quadratic autoregressive", "rational quadratic autoregressive",
+}  # fmt: skip
 
 
 def shaken(transform: torch.nn.Module, std: float) -> torch.nn.Module:
@@ -98,6 +112,8 @@ def test_global_bounds(name):
     [
         lambda: nf.PiecewiseLinearCouplingTransform(MASK, net, num_bins=4),
         lambda: nf.PiecewiseRationalQuadraticCouplingTransform(MASK, net, num_bins=4),
+        lambda: nf.PiecewiseQuadraticCouplingTransform(MASK, net, num_bins=4),
+        lambda: MaskedPiecewiseQuadraticAutoregressiveTransform(4, 8, num_bins=3),
         lambda: MaskedPiecewiseLinearAutoregressiveTransform(4, 4, 8),
         lambda: MaskedPiecewiseRationalQuadraticAutoregressiveTransform(4, 8, num_bins=4),
     ],
@@ -130,11 +146,47 @@ def test_inverted_transforms_hold_where_the_map_is_global():
     assert_sound(layer, Box.everywhere((4,)))
 
 
-def test_what_has_no_rule_is_unknown_with_a_reason():
-    layer = ig.wrap(nf.PiecewiseCubicCouplingTransform(MASK, net, num_bins=3))
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: nf.PiecewiseCubicCouplingTransform(MASK, net, num_bins=3),
+        lambda: MaskedPiecewiseCubicAutoregressiveTransform(3, 4, 8),
+    ],
+)
+def test_what_has_no_rule_is_unknown_with_a_reason(make):
+    layer = ig.wrap(make())
     described = bounded_map(layer.block, layer)
     assert isinstance(described, Unknown)
-    assert "PiecewiseCubicCouplingTransform" in described.reason
+    assert type(layer.block).__name__ in described.reason
+    assert "slope" in described.reason
+
+
+@pytest.mark.parametrize("tails", [True, False])
+def test_enclosures_of_quadratic_splines(tails):
+    """Values and derivatives in x and in every raw parameter against automatic differentiation of nflows's own."""
+    torch.manual_seed(int(tails))
+    for bins in (2, 3, 5):
+        spline = QuadraticSpline(bins, -2.0, 2.0, tails=tails, temperatures=(1.5, 0.7))
+        options = {"tails": "linear", "tail_bound": 2.0} if tails else {"left": -2, "right": 2, "bottom": -2, "top": 2}
+        function = unconstrained_quadratic_spline if tails else quadratic_spline
+        for trial in range(6):
+            centre = torch.randn(spline.count, 40, dtype=torch.float64) * 1.5
+            width, size = 0.5 * (trial % 3) * torch.rand_like(centre), 2.5 if tails else 1.9
+            x = ((torch.rand(40, dtype=torch.float64) * 2 - 1) * size).requires_grad_()
+            reach = 0.1 * (trial % 4) * torch.rand(40, dtype=torch.float64)
+            raw = (centre + (2 * torch.rand_like(centre) - 1) * width).requires_grad_()
+            y, _ = function(x, raw[:bins].T / 1.5, raw[bins:].T / 0.7, **options)
+            by_x, by_raw = torch.autograd.grad(y.sum(), (x, raw))
+            box = Interval((x - reach).detach(), (x + reach).detach())
+            box = box if tails else Interval(box.lo.clamp_min(-2), box.hi.clamp_max(2))
+            theta = [Interval(c - w, c + w) for c, w in zip(centre, width, strict=True)]
+            found = [spline.value(box, theta), spline.slope(box, theta), *spline.sensitivities(box, theta)]
+            truth = [y.detach(), by_x, *by_raw]
+            found += spline.relative(box, theta)
+            truth += [part / by_x for part in by_raw]
+            for enclosure, true in zip(found, truth, strict=True):
+                slack = 1e-9 * (1 + true.abs())
+                assert bool(((enclosure.lo <= true + slack) & (true - slack <= enclosure.hi)).all())
 
 
 def test_affine_couplings_have_no_global_bound():
