@@ -44,7 +44,7 @@ class LayerBound:
 
 
 Stack = Sequence[LayerBound]
-SHARE = 0.25  #: of the time left that one layer may take
+SHARE = 0.1  #: of the time left that one layer may take, or twice what is its own if that is more
 
 
 def stack(layers: Sequence[tuple[str, BoundedMap]], box: Interval, effort: Effort) -> Stack:
@@ -56,25 +56,33 @@ def stack(layers: Sequence[tuple[str, BoundedMap]], box: Interval, effort: Effor
     result = []
     reach = Reach.around(box) if box.bounded else None
     for k, (name, described) in enumerate(layers):
-        own = effort.within(max(SHARE, 1 / (len(layers) - k)))
-        bounds = described.bounds(box, own.within(0.5))
+        own = effort.within(min(1.0, max(SHARE, 2 / (len(layers) - k))))
+        moved = _moved(reach, [m for _, m in layers[k:]], box, own.within(0.5))
+        bounds = described.bounds(box, own.within(0.7))
         printed = Pair(math.nan, math.nan) if own.deadline.passed else described.table3(box, own)
         result.append(LayerBound(name, described, box, bounds, printed))
-        reach = _moved(reach, [m for _, m in layers[k:]], result[-1], own.within(0.8))
+        reach = moved or _stretched(reach, result[-1])
         box = described.image(box)
         box = box if reach is None else reach.within(box)
     return tuple(result)
 
 
-def _moved(reach: Reach | None, following: Sequence[BoundedMap], layer: LayerBound, effort: Effort) -> Reach | None:
-    """The reach behind a layer; None if it is not known."""
+def _moved(reach: Reach | None, following: Sequence[BoundedMap], box: Interval, effort: Effort) -> Reach | None:
+    """The reach behind the first of the following maps; None where the recursion does not say."""
     if reach is None:
         return None
     shape = tuple(reach.centre.shape)
     try:
         if reach.torus is None or reach.torus.size != shape[1:]:
             reach = replace(reach, torus=torus_of([net for m in following for net in m.networks()], shape))
-        return reach.through(layer.map, layer.box, layer.bounds.forward, effort)
+        return reach.through(following[0], box, effort)
+    except Unbounded:
+        return None
+
+
+def _stretched(reach: Reach | None, layer: LayerBound) -> Reach | None:
+    try:
+        return None if reach is None else reach.stretched(layer.map, layer.bounds.forward)
     except Unbounded:
         return None
 

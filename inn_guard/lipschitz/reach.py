@@ -69,42 +69,52 @@ class Reach:
             squares = (weights[:, None] * squares).sum(0, keepdim=True) / weights.sum()
         return (squares[0] * (1 + gamma(16 * factor.numel()))).sqrt() * (1 + 1e-15)
 
-    def through(self, described: BoundedMap, box: Interval, lipschitz: float, effort: Effort) -> Reach:
-        """What a map makes of it.
+    def through(self, described: BoundedMap, box: Interval, effort: Effort) -> Reach:
+        """What a map makes of it, by the recursion.
 
         Args:
             described: the map.
             box: a convex set that holds the centre and everything else that can be there.
-            lipschitz: a bound of the map's derivative on that box, for maps that are no chains.
             effort: how hard multipliers are looked for.
 
         Returns:
             The ellipsoid around the centre's image.
 
         Raises:
-            Unbounded: if the image is not bounded, or time ran out.
+            Unbounded: if the map is no chain, or too large for the time.
         """
         if isinstance(described, Composition):
             return self._opened(described, box, effort)
+        landed = self._landed(described)
+        return Reach(landed.centre, _length(landed.radius), self._differences(described, box, effort), self.torus)
+
+    def stretched(self, described: BoundedMap, lipschitz: float) -> Reach:
+        """What any map makes of it whose derivative is at most ``lipschitz`` on a convex set that holds all of it.
+
+        Raises:
+            Unbounded: if that is infinite.
+        """
+        landed = self._landed(described)
+        size = self.ball if self.factor is None else up(self.ball + spectral_norm(self.factor))
+        radius = up(up(lipschitz * size) + _length(landed.radius))
+        if not math.isfinite(radius):
+            raise Unbounded("the image is unbounded")
+        return Reach(landed.centre, radius)
+
+    def _landed(self, described: BoundedMap) -> Interval:
         landed = described.image(Interval.of(self.centre))
-        if effort.deadline.passed or not landed.bounded:
-            raise Unbounded("time ran out, or the image of the centre is unbounded")
-        missed = _length(landed.radius)
-        try:
-            return Reach(landed.centre, missed, self._differences(described, box, effort), self.torus)
-        except Unbounded:
-            size = self.ball if self.factor is None else up(self.ball + spectral_norm(self.factor))
-            radius = up(up(lipschitz * size) + missed)
-            if not math.isfinite(radius):
-                raise
-            return Reach(landed.centre, radius)
+        if not landed.bounded:
+            raise Unbounded("the image of the centre is unbounded")
+        return landed
 
     def _opened(self, described: Composition, box: Interval, effort: Effort) -> Reach:
         reach = self
         for k, part in enumerate(described.parts):
-            own = effort.within(1 / (len(described.parts) - k))
-            held = reach.within(box)
-            reach = reach.through(part, held, part.bounds(held, replace(own, steps=0)).forward, own)
+            own, held = effort.within(1 / (len(described.parts) - k)), reach.within(box)
+            try:
+                reach = reach.through(part, held, own)
+            except Unbounded:
+                reach = reach.stretched(part, part.bounds(held, replace(own, steps=0)).forward)
             box = part.image(held)
         return reach
 
@@ -118,8 +128,8 @@ class Reach:
         Raises:
             Unbounded: if the map is no chain, or too large for the time.
         """
-        if len(self.centre) > effort.width:
-            raise Unbounded("too many channels")
+        if len(self.centre) > effort.width or effort.deadline.passed:
+            raise Unbounded("too many channels, or time ran out")
         start = self._joined()
         builder = ChainBuilder(start.shape[2], self.torus)
         x = builder.alone(builder.start().mapped(start))
