@@ -105,7 +105,7 @@ def lipschitz_bounds(
     exact = model.in_dtype(torch.float64)
     layers = exact.layers() or (exact,)
     report("layer by layer", 0.0)
-    effort_per_layer = effort or Effort(steps=30, seconds=min(5.0, 0.1 * seconds / len(layers)))
+    effort_per_layer = effort or Effort(steps=30, seconds=min(10.0, 0.4 * seconds / len(layers)))
     described = [(layer.name, bounded_map(layer.block, layer)) for layer in layers]
     branching = domain.bounded and domain.lo.numel() <= BRANCHING and domain.lo.dim() == 1
     bounds = stack(described, domain, replace(effort_per_layer, deadline=deadline.part(0.2 if branching else 0.4)))

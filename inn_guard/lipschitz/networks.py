@@ -57,7 +57,7 @@ def stack(layers: Sequence[tuple[str, BoundedMap]], box: Interval, effort: Effor
     reach = Reach.around(box) if box.bounded else None
     for k, (name, described) in enumerate(layers):
         own = effort.within(min(1.0, max(SHARE, 2 / (len(layers) - k))))
-        moved = _moved(reach, [m for _, m in layers[k:]], box, own.within(0.5))
+        moved = _moved(reach, [m for _, m in layers[k:]], box, own.within(0.7))
         bounds = described.bounds(box, own.within(0.7))
         printed = Pair(math.nan, math.nan) if own.deadline.passed else described.table3(box, own)
         result.append(LayerBound(name, described, box, bounds, printed))
