@@ -67,14 +67,14 @@ def load_checkpoint(path: Path, model: nn.Module, optimizer: torch.optim.Optimiz
         if header.get("format") != FORMAT:
             raise ValueError(f"expected a file of format {FORMAT!r}, got {header.get('format')!r}")
         progress = dict(header["progress"])
-        state = {"state": _optimizer_state(tensors, header), "param_groups": _groups(optimizer, header["groups"])}
+        moments, groups = _optimizer_state(tensors, header), _groups(optimizer, header["groups"])
     except (SafetensorError, ValueError, TypeError, KeyError, AttributeError, RecursionError, OSError) as error:
         raise ValueError(f"{path} is not a complete checkpoint ({type(error).__name__}: {error})") from error
     saved = {name.removeprefix("model."): tensor for name, tensor in tensors.items() if name.startswith("model.")}
     _check_fit(path, model, saved)
-    _check_moments(path, optimizer, state["state"])
+    _check_moments(path, optimizer, moments)
     try:
-        optimizer.load_state_dict(state)  # it checks before it changes anything
+        optimizer.load_state_dict({"state": moments, "param_groups": groups})  # it checks before it changes anything
     except (ValueError, TypeError, KeyError, AttributeError, RuntimeError) as error:
         raise ValueError(f"{path} belongs to another optimizer ({type(error).__name__}: {error})") from error
     model.load_state_dict(saved)

@@ -20,8 +20,9 @@ from inn_guard.lipschitz.compositions import Composition, inverted
 from inn_guard.lipschitz.couplings import ByChannel, ByMask, Coupling
 from inn_guard.lipschitz.intervals import Interval
 from inn_guard.lipschitz.maps import BoundedMap, Unknown, bounded_map
+from inn_guard.lipschitz.sequential import Sequential
 from inn_guard.lipschitz.spline_transformers import RationalQuadraticSpline
-from inn_guard.lipschitz.transformers import ScaleBounds, SigmoidScaleBounds
+from inn_guard.lipschitz.transformers import Affine, ScaleBounds, SigmoidScaleBounds
 
 #: what data -> latent multiplies by, of the network's raw output
 SCALES: dict[str, ScaleBounds] = {
@@ -86,6 +87,16 @@ def _(block: nf.AutoregressiveRationalQuadraticSpline, layer: Any) -> BoundedMap
     rows = [every * spline.count + p for p in range(spline.count)]
     coupling = Coupling(ByChannel(every, every), inner.autoregressive_net, spline, rows, layer.context)
     return flows.Autoregressive(coupling)
+
+
+@bounded_map.register
+def _(block: nf.MaskedAffineAutoregressive, layer: Any) -> BoundedMap:
+    features = torch.arange(block.features)
+    scale = SigmoidScaleBounds(1e-3, 1.001, 2.0)
+    rows = [2 * features, 2 * features + 1]
+    affine = Affine(scale, order=(1, 0))
+    coupling = Coupling(ByChannel(features, features), block.autoregressive_net, affine, rows, layer.context)
+    return Sequential(flows.Autoregressive(coupling), lambda x, theta: (x - theta[1]) / scale.value(theta[0]))
 
 
 def _spline(inner: Any, network: Any) -> RationalQuadraticSpline:

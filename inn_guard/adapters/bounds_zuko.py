@@ -16,10 +16,14 @@ from zuko.flows.coupling import GeneralCouplingTransform
 from zuko.lazy import UnconditionalTransform
 
 from inn_guard.adapters.side_by_side import SideBySide
-from inn_guard.lipschitz import flows, maps
+from inn_guard.lipschitz import flows, maps, splines
 from inn_guard.lipschitz.activations import Activation
+from inn_guard.lipschitz.blocks import Pair
 from inn_guard.lipschitz.couplings import ByChannel, Coupling
+from inn_guard.lipschitz.intervals import Interval
 from inn_guard.lipschitz.maps import BoundedMap, Unknown, bounded_map
+from inn_guard.lipschitz.reparametrised import Reparametrised
+from inn_guard.lipschitz.spline_transformers import RationalQuadraticSpline
 from inn_guard.lipschitz.subnetworks import readable
 from inn_guard.lipschitz.transformers import Additive, Affine, LogScale, Transformer
 
@@ -53,18 +57,46 @@ def _coupling(block: Any, layer: Any, split: ByChannel) -> BoundedMap:
 
 
 def _transformer(block: Any) -> Transformer | None:
-    """Of an affine or additive map of one feature, as its class or a partial of it; None for anything else."""
+    """Of an affine, additive or spline map of one feature, as its class or a partial of it; None for anything else."""
     univariate: Any = block.univariate
     options: dict[str, Any] = {}
     if isinstance(univariate, functools.partial) and not univariate.args:
         univariate, options = univariate.func, univariate.keywords
     if univariate is transforms.AdditiveTransform and len(block.shapes) == 1:
         return Additive()
+    if univariate is transforms.MonotonicRQSTransform and set(options) <= {"slope", "bound"}:
+        return _spline(block.shapes[0][0], options)
     if univariate is not transforms.MonotonicAffineTransform or not set(options) <= {"slope"}:
         return None
-    default = inspect.signature(transforms.MonotonicAffineTransform).parameters["slope"].default
-    limit = abs(math.log(options.get("slope", default)))
-    return Affine(LogScale(softclip(limit)))
+    return Affine(LogScale(softclip(_limit(univariate, options))))
+
+
+class _ExponentialSpline(RationalQuadraticSpline):
+    """Knots without floors, whose derivatives are exponentials."""
+
+    def derivative(self, raw: Interval) -> Interval:
+        """e^raw."""
+        return raw.exp()
+
+    def derivative_rate(self, raw: Interval) -> Interval:
+        """e^raw."""
+        return raw.exp()
+
+
+def _spline(bins: int, options: dict[str, Any]) -> Transformer:
+    """Raw widths and heights are clipped softly to half as much as raw derivatives, which are logarithms."""
+    limit = _limit(transforms.MonotonicRQSTransform, options)
+    bound = float(options.get("bound", _default(transforms.MonotonicRQSTransform, "bound")))
+    spline = _ExponentialSpline(bins, -bound, bound, floors=(0.0, 0.0, 0.0))
+    return Reparametrised(spline, [softclip(limit / 2)] * (2 * bins) + [softclip(limit)] * (bins - 1))
+
+
+def _limit(univariate: Any, options: dict[str, Any]) -> float:
+    return abs(math.log(options.get("slope", _default(univariate, "slope"))))
+
+
+def _default(univariate: Any, name: str) -> float:
+    return inspect.signature(univariate).parameters[name].default
 
 
 def softclip(limit: float) -> Activation:
@@ -98,6 +130,11 @@ def _of(transform: Any) -> BoundedMap:
         return maps.Diagonal(torch.ones_like(transform.shift), transform.shift.detach())
     if isinstance(transform, transforms.SoftclipTransform):
         return maps.Elementwise(softclip(float(transform.bound)))
+    if isinstance(transform, transforms.MonotonicRQSTransform):
+        sizes = [knots.detach().double().diff(dim=-1) for knots in (transform.horizontal, transform.vertical)]
+        pair = splines.rational_quadratic_spline(sizes[0], sizes[1], transform.derivatives.detach().double())
+        bound = float(transform.horizontal.detach().double().abs().max())
+        return flows.Fixed(Pair(*(max(1.0, side * (1 + 1e-12)) for side in pair)), inside=(-bound, bound))
     return Unknown(f"no rule is registered for {type(transform).__name__}")
 
 

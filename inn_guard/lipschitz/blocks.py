@@ -19,7 +19,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from inn_guard.lipschitz.intervals import Interval
-from inn_guard.lipschitz.rounding import UNIT, up
+from inn_guard.lipschitz.rounding import UNIT, gamma, up
 from inn_guard.lipschitz.spectral import exact, inverse_norm, spectral_norm
 
 __all__ = [
@@ -250,4 +250,15 @@ def autoregressive(
     """
     if not bool((least_diagonal > 0).all()) or not bool(off_diagonal.isfinite().all()):
         return Pair(forward, math.inf)
-    return Pair(forward, inverse_norm(torch.diag(exact(least_diagonal)) - exact(off_diagonal)))
+    return Pair(forward, _solved_norm(exact(least_diagonal), exact(off_diagonal)))
+
+
+def _solved_norm(diagonal: Tensor, B: Tensor) -> float:
+    """||(diag - B)^-1|| for strictly lower triangular B >= 0, row by row from the top: sums of what is not negative."""
+    X = torch.zeros_like(B)
+    tiny = torch.finfo(B.dtype).tiny  # more than underflow takes
+    for i in range(len(B)):
+        row = B[i, :i] @ X[:i] + tiny
+        row[i] += 1.0
+        X[i] = row / diagonal[i] * (1 + gamma(i + 8)) + tiny
+    return spectral_norm(X) if bool(X.isfinite().all()) else math.inf

@@ -18,6 +18,8 @@ from inn_guard.lipschitz.rounding import gamma, up
 
 __all__ = ["Composition", "Inverted", "OnTail", "inverted"]
 
+EXCHANGED = {"forward": "inverse", "inverse": "forward"}
+
 
 @dataclass(frozen=True)
 class Composition(BoundedMap):
@@ -127,7 +129,8 @@ class Inverted(BoundedMap):
     def bounds(self, box: Interval, effort: Effort) -> BlockBounds:
         """The other's global bounds, exchanged."""
         own = self.inner.bounds(_everywhere(box), effort)
-        return BlockBounds(own.inverse, own.forward, own.is_global, own.reason, own.method, own.proofs)
+        proofs = {EXCHANGED[name]: proof for name, proof in own.proofs.items() if name in EXCHANGED}
+        return BlockBounds(own.inverse, own.forward, own.is_global, own.reason, own.method, proofs)
 
     def image(self, box: Interval) -> Interval:
         """Everything."""

@@ -200,6 +200,14 @@ class RationalQuadraticSpline:
         """Parameters per entry."""
         return 3 * self.bins - 1 if self.tails else 3 * self.bins + 1
 
+    def derivative(self, raw: Interval) -> Interval:
+        """At a knot."""
+        return raw.increasing(torch.nn.functional.softplus) + self.floors[2]
+
+    def derivative_rate(self, raw: Interval) -> Interval:
+        """d derivative / d raw."""
+        return raw.increasing(torch.sigmoid)
+
     def value(self, x: Interval, theta: list[Interval]) -> Interval:
         """y_k + h_k alpha."""
         knots = _Knots.of(self, theta)
@@ -264,8 +272,8 @@ class _Knots:
             )
             lengths.append([(p * free + floor) * size for p in part.each])
         one = Interval.of(torch.ones_like(theta[0].lo))
-        inner = [u.increasing(torch.nn.functional.softplus) + spline.floors[2] for u in theta[2 * n :]]
-        rates = [u.increasing(torch.sigmoid) for u in theta[2 * n :]]
+        inner = [spline.derivative(u) for u in theta[2 * n :]]
+        rates = [spline.derivative_rate(u) for u in theta[2 * n :]]
         d = [one, *inner, one] if spline.tails else inner
         return cls(shares[0], shares[1], positions[0], positions[1], lengths[0], lengths[1], d, rates)
 
