@@ -86,6 +86,10 @@ class ExpScale:
         """q or -q."""
         return -self.value(s) if self.falling else self.value(s)
 
+    def bend(self, s: Interval) -> Interval:
+        """q."""
+        return self.value(s)
+
     def log_slope(self, s: Interval) -> Interval:
         """One or minus one."""
         one = torch.ones_like(s.lo)
@@ -105,6 +109,10 @@ class InverseSigmoidScale:
     def slope(self, s: Interval) -> Interval:
         """-e^-(s + offset)."""
         return -self._falling(s)
+
+    def bend(self, s: Interval) -> Interval:
+        """e^-(s + offset)."""
+        return self._falling(s)
 
     def log_slope(self, s: Interval) -> Interval:
         """-sigmoid(-(s + offset))."""

@@ -1,12 +1,13 @@
-"""Branch and bound on boxes of a few dimensions with mean-value interval Jacobians, rounded outwards.
+"""Branch and bound on boxes of a few dimensions with Jacobians as affine forms, rounded outwards.
 
-Every box carries an enclosure of its image, of J and of J^-1 through all layers. States are enclosed by the one-step
-interval image and by the mean-value form F(c) + J (X - c); the norm of an interval matrix is at most that of its centre
-plus that of its radii. The box with the largest bound is split until the bound meets the witnessed lower bound.
+Every box carries its image and J, or J^-1, through all layers: linear in the box's coordinates up to a rest of second
+order in its width. The norm of such a matrix is at most its norm at the worst corner plus that of its rest. The boxes
+with the largest bounds are split until the bound meets the witnessed lower bound.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -14,6 +15,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from inn_guard.lipschitz.affine_forms import ROUNDED, AffineForm
 from inn_guard.lipschitz.blocks import Pair
 from inn_guard.lipschitz.compositions import Composition
 from inn_guard.lipschitz.deadline import Deadline
@@ -23,7 +25,7 @@ from inn_guard.lipschitz.maps import BoundedMap
 from inn_guard.lipschitz.rounding import UNIT
 from inn_guard.lipschitz.subnetworks import Unbounded
 
-__all__ = ["Branched", "branch_and_bound", "interval_norm"]
+__all__ = ["Branched", "branch_and_bound", "form_norm"]
 
 BATCH = 8192  #: boxes evaluated at once
 FIRST = 256  #: boxes evaluated at first, to see how long they take
@@ -46,32 +48,43 @@ class Branched:
     leaves: Mapping[str, float] = field(default_factory=dict)
 
 
-def interval_norm(J: Interval) -> Tensor:
-    """An upper bound of the spectral norm of every matrix in J (B, m, n), small m and n: ||centre|| + ||radius||, (B,).
+def form_norm(J: AffineForm) -> Tensor:
+    """An upper bound of the spectral norm of every matrix in J (B, m, n), small m and n, (B,).
 
-    Both are singular values enlarged by 1e-10, and checked by a Cholesky factorisation of s^2 I - A^T A: for up to a
-    few dozen rows its rounding is far below that margin.
+    The norm is convex: the linear part is largest at a corner of the box, and the rest adds at most its own norm.
     """
-    centre, radius = J.centre, J.radius
-    known = centre.flatten(1).isfinite().all(1) & radius.flatten(1).isfinite().all(1)
-    norm = torch.full((len(centre),), math.inf, dtype=torch.float64)
-    if bool(known.any()):
-        norm[known] = (_norms(centre[known]) + _norms(radius[known])) * (1 + 4 * UNIT)
-    return norm
+    signs = torch.tensor(list(itertools.product((-1.0, 1.0), repeat=len(J.slopes))), dtype=torch.float64)
+    corners = [J.middle + (corner[:, None, None, None] * J.slopes).sum(0) for corner in signs]
+    rest = J.rest + ROUNDED * (J.middle.abs() + J.linear)
+    norm = torch.stack([matrix_norms(A) for A in corners]).amax(0) + matrix_norms(rest)
+    return (norm * (1 + 4 * UNIT)).nan_to_num(math.inf, math.inf)
 
 
-def _norms(A: Tensor) -> Tensor:
-    scale = A.abs().amax((1, 2)).clamp_min(1e-300)
+def matrix_norms(A: Tensor) -> Tensor:
+    """An upper bound of the spectral norms of matrices (B, m, n) with two columns, or of a few dozen, (B,)."""
+    scale = A.abs().amax((1, 2)).clamp(1e-300, 1e300)
     A = A / scale[:, None, None]
     if A.shape[1:] == (2, 2):
-        square, det = A.square().sum((1, 2)), (A[:, 0, 0] * A[:, 1, 1] - A[:, 0, 1] * A[:, 1, 0]).abs()
-        s = ((square + 2 * det).sqrt() + (square - 2 * det).clamp_min(0).sqrt()) / 2 * (1 + 1e-10)
+        # sigma_1 +- sigma_2 squared are |A|_F^2 +- 2 |det A|, each known up to a few units of |A|_F^2
+        square = A.square().sum((1, 2))
+        twice, slack = 2 * (A[:, 0, 0] * A[:, 1, 1] - A[:, 0, 1] * A[:, 1, 0]).abs(), 16 * UNIT * square
+        s = ((square + twice + slack).sqrt() + ((square - twice).clamp_min(0) + slack).sqrt()) / 2
     else:
-        s = torch.linalg.matrix_norm(A, 2) * (1 + 1e-10)
+        s = _by_singular_values(A)
+    return s * scale * (1 + 16 * UNIT)
+
+
+def _by_singular_values(A: Tensor) -> Tensor:
+    """Singular values enlarged by 1e-10 and checked by a Cholesky factorisation of s^2 I - A^T A.
+
+    For up to a few dozen rows its rounding is far below that margin.
+    """
+    known = A.flatten(1).isfinite().all(1)
+    s = torch.linalg.matrix_norm(torch.where(known[:, None, None], A, 0.0), 2) * (1 + 1e-10)
     gram = -(A.mT @ A)
     gram.diagonal(dim1=1, dim2=2).add_((s.square() * (1 - 1e-11))[:, None])
-    proved = torch.linalg.cholesky_ex(gram)[1] == 0
-    return torch.where(proved, s * scale * (1 + 4 * UNIT), math.inf)
+    proved = known & (torch.linalg.cholesky_ex(torch.where(known[:, None, None], gram, 0.0))[1] == 0)
+    return torch.where(proved | (A == 0).all(2).all(1), s, math.inf)
 
 
 Probe = Callable[[Tensor], Pair]
@@ -146,22 +159,12 @@ class _Side:
 
     def bound(self, steps: Sequence[Step], lo: Tensor, hi: Tensor) -> Tensor:
         """Per box, (B,)."""
-        end = _through(steps, Interval(lo, hi), self)
-        J = end.K if end.K is not None else end.J
-        return interval_norm(J).nan_to_num(math.inf)
-
-
-def _through(steps: Sequence[Step], boxes: Interval, side: _Side) -> State:
-    count, d = boxes.shape
-    eye = Interval.of(torch.eye(d, dtype=torch.float64).expand(count, d, d))
-    centre = boxes.centre
-    offset = (boxes - centre).map(lambda t: t[:, None])
-    state = State(Interval.of(centre), boxes, eye, eye if side.of_inverse else None)
-    for step in steps:
-        state = step(state)
-        reached = state.box.meet(state.centre + (state.J * offset).sum(2))
-        state = State(state.centre, reached, state.J, state.K)
-    return state
+        first = State.of(Interval(lo, hi))
+        state = State(first.x, None, first.K) if self.of_inverse else State(first.x, first.J, None)
+        for step in steps:
+            state = step(state)
+        J = state.K if self.of_inverse else state.J
+        return torch.full((len(lo),), math.inf, dtype=torch.float64) if J is None else form_norm(J)
 
 
 class _Pace:
@@ -242,15 +245,15 @@ def _steps(layers: Sequence[BoundedMap], box: Interval, deadline: Deadline) -> l
     far = torch.stack([box.lo, box.hi, box.centre])
     points = torch.cat([points, far])
     reach, steps = box, []
-    state = Interval.of(points)
-    eye = torch.eye(points.shape[1], dtype=torch.float64).expand(len(points), -1, -1)
+    state = State(AffineForm.coordinates(Interval(points, points)), None, None)
     for layer in layers:
         if deadline.passed:
             raise Unbounded("time ran out")
         step = step_of(layer, reach)
         steps.append(step)
-        state = step(State(state, state, Interval.of(eye), None)).box
-        seen = Interval(state.lo.amin(0), state.hi.amax(0))
+        state = step(state)
+        image = state.x.range
+        seen = Interval(image.lo.amin(0), image.hi.amax(0))
         margin = SPREAD * (seen.hi - seen.lo) + 1e-3
         reach = Interval(seen.lo - margin, seen.hi + margin)
         if not reach.bounded:

@@ -1,33 +1,33 @@
-"""How boxes go through each kind of map: image, interval Jacobian and interval inverse Jacobian, rounded outwards."""
+"""How boxes go through each kind of map: image, Jacobian and inverse Jacobian as affine forms of the first input."""
 
 from __future__ import annotations
 
 import functools
 import math
-import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
+from inn_guard.lipschitz.affine_forms import AffineForm
 from inn_guard.lipschitz.compositions import Composition
 from inn_guard.lipschitz.couplings import Coupling
 from inn_guard.lipschitz.intervals import Interval
-from inn_guard.lipschitz.jets import Direct, Table
+from inn_guard.lipschitz.jets import Direct
+from inn_guard.lipschitz.local_forms import ByParameters, Coupled, evaluated, looked_up
 from inn_guard.lipschitz.maps import BoundedMap, Diagonal, Elementwise, LinearMap, Rearrangement, Shaped
 from inn_guard.lipschitz.semantics import _nearly
 from inn_guard.lipschitz.spectral import exact, inverse_with_error
-from inn_guard.lipschitz.spline_boxes import KnotJets, Local, spline_local, spline_value
+from inn_guard.lipschitz.spline_boxes import KnotJets, SplineOnBoxes
 from inn_guard.lipschitz.spline_transformers import RationalQuadraticSpline
 from inn_guard.lipschitz.subnetworks import Unbounded
+from inn_guard.lipschitz.tables import Table
 from inn_guard.lipschitz.transformers import Transformer
 
 __all__ = ["State", "Step", "step_of"]
 
 CELLS = 1024  #: cells of a table of a network of one input
-KNOT_CELLS = 1024  #: the same for the knots of a spline
 
 
 @dataclass(frozen=True)
@@ -35,16 +35,21 @@ class State:
     """Boxes on their way through the layers.
 
     Attributes:
-        centre: image of the boxes' centres, (B, d), thin.
-        box: image of the boxes, (B, d).
-        J: from the first input, (B, d, d).
+        x: their image, (B, d).
+        J: the Jacobian from the first input, (B, d, d), or None if it is not asked for.
         K: the inverse Jacobian back to the first input, (B, d, d), or None if it is not asked for.
     """
 
-    centre: Interval
-    box: Interval
-    J: Interval
-    K: Interval | None
+    x: AffineForm
+    J: AffineForm | None
+    K: AffineForm | None
+
+    @classmethod
+    def of(cls, boxes: Interval) -> State:
+        """Before the first layer."""
+        eye = torch.eye(boxes.shape[1], dtype=torch.float64).expand(len(boxes.lo), -1, -1)
+        unit = AffineForm.of(Interval.of(eye), boxes.shape[1])
+        return cls(AffineForm.coordinates(boxes), unit, unit)
 
 
 Step = Callable[[State], State]
@@ -75,8 +80,8 @@ def _(described: Rearrangement, reach: Interval) -> Step:
     order = described._order(reach)
 
     def step(s: State) -> State:
-        K = None if s.K is None else s.K[:, :, order]
-        return State(s.centre[:, order], s.box[:, order], s.J[:, order], K)
+        J = None if s.J is None else s.J[:, order]
+        return State(s.x[:, order], J, None if s.K is None else s.K[:, :, order])
 
     return step
 
@@ -88,8 +93,9 @@ def _(described: Diagonal, reach: Interval) -> Step:
     )
 
     def step(s: State) -> State:
-        K = None if s.K is None else s.K / scale
-        return State(s.centre * scale + shift, s.box * scale + shift, s.J * scale[:, None], K)
+        a, b = (_constant(part, s)[None] for part in (scale, shift))
+        J = None if s.J is None else s.J * a[:, :, None]
+        return State(s.x * a + b, J, None if s.K is None else s.K * a.reciprocal()[:, None])
 
     return step
 
@@ -97,9 +103,14 @@ def _(described: Diagonal, reach: Interval) -> Step:
 @step_of.register
 def _(described: Elementwise, reach: Interval) -> Step:
     def step(s: State) -> State:
-        slope = described._slope(s.box)
-        K = None if s.K is None else s.K / slope.map(lambda t: t[:, None])
-        return State(described.image(s.centre), described.image(s.box), s.J * slope.map(lambda t: t[:, :, None]), K)
+        point, box = Interval.of(s.x.middle), s.x.range
+        over = described._slope(box)
+        x = s.x.weighted(over, described.image(point))
+        bend = described.function.bend(box) * described.scale
+        slope = s.x.weighted(bend, described._slope(point)).better(over)
+        flat = slope.reciprocal()
+        J = None if s.J is None else s.J * slope[:, :, None]
+        return State(x, J, None if s.K is None else s.K * flat[:, None])
 
     return step
 
@@ -114,11 +125,12 @@ def _(described: LinearMap, reach: Interval) -> Step:
         _around(exact(described.weight), described.error),
         _around(back, error + 4 * size * size * described.error),
     )
-    shift = Interval.of(torch.zeros(()) if described.shift is None else exact(described.shift))
+    shift = Interval.of(torch.zeros(W.shape[0]) if described.shift is None else exact(described.shift))
 
     def step(s: State) -> State:
-        K = None if s.K is None else _matmul(s.K, W_inverse[None])
-        return State(_apply(W, s.centre) + shift, _apply(W, s.box) + shift, _matmul(W[None], s.J), K)
+        A, B, b = (_constant(part, s)[None] for part in (W, W_inverse, shift))
+        J = None if s.J is None else _matmul(A, s.J)
+        return State((A * s.x[:, None]).sum(2) + b, J, None if s.K is None else _matmul(s.K, B))
 
     return step
 
@@ -127,104 +139,45 @@ def _(described: LinearMap, reach: Interval) -> Step:
 def _(described: Coupling, reach: Interval) -> Step:
     K_matrix, S = described.split.matrices()
     keep, change = K_matrix.any(0).nonzero().flatten(), S.any(0).nonzero().flatten()
-    rows = [index[S[:, change].argmax(0)] for index in described.rows]
+    order, rows = torch.cat([keep, change]), [index[S[:, change].argmax(0)] for index in described.rows]
     direct = Direct(described.network, K_matrix[:, keep], described.context)
-    local = _local(described.transformer, direct, rows, reach[keep])
+    coupled = _coupled(described.transformer, direct, rows, reach[keep])
 
     def step(s: State) -> State:
-        found = local.everything(s.box[:, keep], s.box[:, change])
-        old = s.J[:, change]
-        J = _replaced(s.J, change, _matmul(found.moves, s.J[:, keep]) + old * found.slope.map(lambda t: t[:, :, None]))
-        K = None if s.K is None else _pulled(s.K, keep, change, found.slope, found.relative)
-        moved = local.value(s.centre[:, keep], s.centre[:, change])
-        return State(_replaced(s.centre, change, moved), _replaced(s.box, change, found.value), J, K)
+        inner = s.x[:, order]
+        box = inner.range
+        found = coupled(box[:, : len(keep)], box[:, len(keep) :])
+        value, slope, flat, moves, relative = (functools.partial(part.within, inner, box) for part in found)
+        J = K = None
+        if s.J is not None:
+            J = s.J.replaced(change, _matmul(moves(), s.J[:, keep]) + s.J[:, change] * slope()[:, :, None])
+        if s.K is not None:
+            # times [[I, 0], [-D^-1 M, D^-1]]
+            last = s.K[:, :, change]
+            K = s.K.replaced(keep, s.K[:, :, keep] - _matmul(last, relative()), 2)
+            K = K.replaced(change, last * flat()[:, None], 2)
+        return State(s.x.replaced(change, value()), J, K)
 
     return step
 
 
-@runtime_checkable
-class _Coupled(Protocol):
-    """A coupling on boxes of its kept (B, k) and of its changed entries (B, e)."""
-
-    def everything(self, kept: Interval, x: Interval) -> Local:
-        """Value and derivatives."""
-        ...
-
-    def value(self, kept: Interval, x: Interval) -> Interval:
-        """The value alone."""
-        ...
+def _coupled(h: Transformer, direct: Direct, rows: Sequence[Tensor], reach: Interval) -> Coupled:
+    if len(reach.lo) > 1:
+        return ByParameters(h, evaluated(direct), rows)
+    low, high = float(reach.lo[0]), float(reach.hi[0])
+    if isinstance(h, RationalQuadraticSpline):
+        groups = h.bins * len(rows[0])
+        return SplineOnBoxes(h, Table(KnotJets(direct, h, rows), low, high, cells=CELLS, groups=groups))
+    return ByParameters(h, looked_up(Table(direct, low, high, cells=CELLS)), rows)
 
 
-def _local(h: Transformer, direct: Direct, rows: Sequence[Tensor], reach: Interval) -> _Coupled:
-    if len(reach.lo) == 1:
-        low, high = float(reach.lo[0]), float(reach.hi[0])
-        if isinstance(h, RationalQuadraticSpline):
-            return _ByKnots(h, Table(KnotJets(direct, h, rows), low, high, KNOT_CELLS))
-        return _ByParameters(h, Table(direct, low, high, CELLS), rows)
-    return _ByParameters(h, direct, rows)
+def _constant(x: Interval, s: State) -> AffineForm:
+    return AffineForm.of(x, len(s.x.slopes))
 
 
-@dataclass(frozen=True)
-class _ByKnots:
-    spline: RationalQuadraticSpline
-    table: Table
-
-    def everything(self, kept: Interval, x: Interval) -> Local:
-        knots, rates = self.table(kept)
-        return spline_local(self.spline, knots, rates[:, 0], x)
-
-    def value(self, kept: Interval, x: Interval) -> Interval:
-        return spline_value(self.spline, self.table(kept)[0], x)
-
-
-@dataclass(frozen=True)
-class _ByParameters:
-    h: Transformer
-    network: Callable[[Interval], tuple[Interval, Interval]]
-    rows: Sequence[Tensor]
-
-    def everything(self, kept: Interval, x: Interval) -> Local:
-        output, rates = self.network(kept)
-        theta = [output[:, index] for index in self.rows]
-        parts = self.h.sensitivities(x, theta), self.h.relative(x, theta)
-        moves, relative = (_weighted(factors, rates, self.rows) for factors in parts)
-        return Local(self.h.value(x, theta), self.h.slope(x, theta), moves, relative)
-
-    def value(self, kept: Interval, x: Interval) -> Interval:
-        output, _ = self.network(kept)
-        return self.h.value(x, [output[:, index] for index in self.rows])
-
-
-def _weighted(factors: Sequence[Interval], rates: Interval, rows: Sequence[Tensor]) -> Interval:
-    """sum_k diag(factor_k) J_theta_k, (B, changed, kept)."""
-    terms = [
-        rates[:, :, index].map(lambda t: t.mT) * factor.map(lambda t: t[:, :, None])
-        for factor, index in zip(factors, rows, strict=True)
-    ]
-    return functools.reduce(operator.add, terms)
-
-
-def _pulled(K: Interval, keep: Tensor, change: Tensor, slope: Interval, relative: Interval) -> Interval:
-    """K times [[I, 0], [-D^-1 M, D^-1]]."""
-    moved = K[:, :, change]
-    kept = K[:, :, keep] - _matmul(moved, relative)
-    scaled = moved / slope.map(lambda t: t[:, None])
-    lo, hi = K.lo.clone(), K.hi.clone()
-    lo[:, :, keep], hi[:, :, keep] = kept.lo, kept.hi
-    lo[:, :, change], hi[:, :, change] = scaled.lo, scaled.hi
-    return Interval(lo, hi)
-
-
-def _replaced(whole: Interval, index: Tensor, part: Interval) -> Interval:
-    return Interval(whole.lo.index_copy(1, index, part.lo), whole.hi.index_copy(1, index, part.hi))
-
-
-def _matmul(A: Interval, B: Interval) -> Interval:
-    return (A.map(lambda t: t[:, :, :, None]) * B.map(lambda t: t[:, None])).sum(2)
-
-
-def _apply(W: Interval, x: Interval) -> Interval:
-    return (W * x.map(lambda t: t[:, None])).sum(2)
+def _matmul(A: AffineForm, B: AffineForm) -> AffineForm:
+    """Batches of matrices, (B, m, k) times (B, k, n)."""
+    return (A[:, :, :, None] * B[:, None]).sum(2)
 
 
 def _around(W: Tensor, error: float) -> Interval:

@@ -1,8 +1,7 @@
-"""Enclosures of a network's values and derivatives on many small boxes, and tables of them for scalar inputs."""
+"""Enclosures of a network's values and derivatives on many small boxes, with second derivatives for scalar inputs."""
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
@@ -15,7 +14,7 @@ from inn_guard.lipschitz.semantics import _nearly
 from inn_guard.lipschitz.spectral import exact
 from inn_guard.lipschitz.subnetworks import Move, Network, Unbounded
 
-__all__ = ["Direct", "Jet", "JetReading", "Jets", "Table"]
+__all__ = ["Direct", "Jet", "JetReading", "Jets"]
 
 
 @dataclass(frozen=True)
@@ -151,89 +150,3 @@ class Direct:
         """All that is known."""
         reading = JetReading(x.radius)
         return self.network.read(reading.start(x.centre, self.embedding), reading)
-
-
-class Table:
-    """A network of one input, evaluated once on the cells of a grid; queries take the hull of the cells they touch.
-
-    The first and the last cell that a query touches are taken by Taylor's form on the touched part only, so that a
-    query much smaller than a cell is enclosed to second order.
-
-    Args:
-        direct: the network.
-        low: left end of the grid.
-        high: right end; queries that leave the grid get everything.
-        cells: number of cells.
-    """
-
-    def __init__(self, direct: Jets, low: float, high: float, cells: int) -> None:
-        edges = torch.linspace(low, high, cells + 1, dtype=torch.float64)
-        jets = [
-            direct.jet(Interval(a[:, None], b[:, None]))
-            for a, b in zip(edges[:-1].split(1024), edges[1:].split(1024), strict=True)
-        ]
-        self.edges, self.middle = edges, Interval(edges[:-1], edges[1:]).centre
-        self.centre = Interval.cat([jet.centre for jet in jets])
-        self.rate = Interval.cat([jet.rate[:, 0] for jet in jets])
-        self.bend = Interval.cat([jet.bend[:, 0] for jet in jets if jet.bend is not None])
-        self.slope = Interval.cat([jet.slope[:, 0] for jet in jets])
-        self.values, self.slopes = _levels(Interval.cat([jet.value for jet in jets])), _levels(self.slope)
-
-    def __call__(self, x: Interval) -> tuple[Interval, Interval]:
-        """Values (B, n) and derivatives (B, 1, n) over intervals (B, 1)."""
-        a, b = x.lo[:, 0], x.hi[:, 0]
-        cells = len(self.edges) - 1
-        outside = ~((a >= self.edges[0]) & (b <= self.edges[-1]))
-        first = (torch.searchsorted(self.edges, a.contiguous(), right=True) - 1).clamp(0, cells - 1)
-        last = (torch.searchsorted(self.edges, b.contiguous()) - 1).clamp(0, cells - 1)
-        last = torch.maximum(first, last)
-        value, slope = self._part(first, a, b)
-        for other in (self._part(last, a, b), self._between(first + 1, last - 1)):
-            value, slope = value.hull(other[0]), slope.hull(other[1])
-        everything = outside[:, None]
-        value, slope = (
-            Interval(part.lo.masked_fill(everything, -math.inf), part.hi.masked_fill(everything, math.inf))
-            for part in (value, slope)
-        )
-        return value, slope.map(lambda t: t[:, None])
-
-    def _part(self, cell: Tensor, a: Tensor, b: Tensor) -> tuple[Interval, Interval]:
-        """Over the part of [a, b] in a cell."""
-        ends = Interval(torch.maximum(a, self.edges[cell]), torch.minimum(b, self.edges[cell + 1]))
-        ends = Interval(torch.minimum(ends.lo, ends.hi), torch.maximum(ends.lo, ends.hi))
-        offset = (ends - self.middle[cell]).map(lambda t: t[:, None])
-        slope = (self.rate[cell] + self.bend[cell] * offset).meet(self.slope[cell])
-        # from the middle to the part, the derivative is taken over the whole cell's slope
-        value = (
-            self.centre[cell]
-            + (self.rate[cell] + self.bend[cell] * offset.hull(offset * 0.0)).meet(self.slope[cell]) * offset
-        )
-        return value, slope
-
-    def _between(self, first: Tensor, last: Tensor) -> tuple[Interval, Interval]:
-        """Over whole cells; nothing where there are none."""
-        count = last - first + 1
-        level = torch.zeros_like(count)
-        for k in range(1, len(self.values)):
-            level[count >= 2**k] = k
-        empty = (count < 1)[:, None]
-        parts = []
-        for table in (self.values, self.slopes):
-            lo = torch.full((len(first), table[0].shape[1]), math.inf, dtype=torch.float64)
-            hi = -lo
-            for k in level.unique().tolist():
-                rows = (level == k) & (count >= 1)
-                left, right = table[k][first[rows]], table[k][last[rows] - 2**k + 1]
-                lo[rows], hi[rows] = torch.minimum(left.lo, right.lo), torch.maximum(left.hi, right.hi)
-            parts.append(Interval(lo.masked_fill(empty, math.inf), hi.masked_fill(empty, -math.inf)))
-        return parts[0], parts[1]
-
-
-def _levels(cells: Interval) -> list[Interval]:
-    """Hulls of 1, 2, 4, ... consecutive cells."""
-    levels, width = [cells], 1
-    while 2 * width <= len(cells.lo):
-        last = levels[-1]
-        levels.append(last[:-width].hull(last[width:]))
-        width *= 2
-    return levels

@@ -95,6 +95,10 @@ class ScaleBounds(Protocol):
         """g'/g."""
         ...
 
+    def bend(self, s: Interval) -> Interval:
+        """g''."""
+        ...
+
 
 @dataclass(frozen=True)
 class Affine:
@@ -155,6 +159,10 @@ class SigmoidScaleBounds:
         """g'."""
         return self._steepness(s) * self._width()
 
+    def bend(self, s: Interval) -> Interval:
+        """g'' = w p (1 - p) (1 - 2 p)."""
+        return self.slope(s) * (1.0 - self._p(s) * 2.0)
+
     def log_slope(self, s: Interval) -> Interval:
         """g'/g: at p from 0 to 1 it rises to its maximum and falls."""
         a = Interval.of(self.lower) / self._width()
@@ -206,6 +214,11 @@ class SoftplusScaleBounds:
         """The sigmoid."""
         return s.increasing(torch.sigmoid)
 
+    def bend(self, s: Interval) -> Interval:
+        """The sigmoid's slope."""
+        p = s.increasing(torch.sigmoid)
+        return p * (1.0 - p)
+
     def log_slope(self, s: Interval) -> Interval:
         """Sigmoid over g, at most one."""
         ratio = self.slope(s) / self.value(s)
@@ -225,6 +238,10 @@ class LogScale:
     def slope(self, s: Interval) -> Interval:
         """e^f f'."""
         return self.value(s) * self.log.slope(s)
+
+    def bend(self, s: Interval) -> Interval:
+        """e^f (f'^2 + f'')."""
+        return self.value(s) * (self.log.slope(s).square() + self.log.bend(s))
 
     def log_slope(self, s: Interval) -> Interval:
         """f'."""
@@ -251,6 +268,10 @@ class ConstantScale:
     def log_slope(self, s: Interval) -> Interval:
         """[-max_log_slope, max_log_slope]."""
         return self._all(s, -self.max_log_slope, self.max_log_slope)
+
+    def bend(self, s: Interval) -> Interval:
+        """Unknown."""
+        return self._all(s, -math.inf, math.inf)
 
     @staticmethod
     def _all(s: Interval, lo: float, hi: float) -> Interval:

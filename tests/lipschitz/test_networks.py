@@ -19,9 +19,10 @@ from inn_guard.layers.partition import Halves
 from inn_guard.layers.permutation import Permutation
 from inn_guard.layers.reshape import Squeeze
 from inn_guard.layers.scales import squashed_sigmoid
+from inn_guard.lipschitz.affine_forms import AffineForm
 from inn_guard.lipschitz.blocks import Pair
 from inn_guard.lipschitz.bounding import lipschitz_bounds
-from inn_guard.lipschitz.branch_and_bound import branch_and_bound, interval_norm
+from inn_guard.lipschitz.branch_and_bound import branch_and_bound, form_norm
 from inn_guard.lipschitz.conditioners import Effort
 from inn_guard.lipschitz.deadline import Deadline
 from inn_guard.lipschitz.intervals import Box, Interval
@@ -123,13 +124,17 @@ def test_branch_and_bound_without_time_is_still_a_bound():
     assert true.inverse <= found.pair.inverse * ROUNDING
 
 
-def test_interval_norm_dominates_members():
+def test_form_norm_dominates_members():
     for d in (2, 3, 4):
-        lo = torch.randn(200, d, d)
-        box = Interval(lo, lo + torch.rand(200, d, d))
-        inside = box.lo + (box.hi - box.lo) * torch.rand(200, d, d)
-        assert (torch.linalg.matrix_norm(inside, 2) <= interval_norm(box)).all()
-    assert interval_norm(Interval(torch.full((1, 2, 2), math.nan), torch.ones(1, 2, 2))) == math.inf
+        J = AffineForm(torch.randn(200, d, d), torch.randn(2, 200, d, d), torch.rand(200, d, d))
+        for _ in range(20):
+            e, rest = 2 * torch.rand(2, 200, 1, 1) - 1, J.rest * (2 * torch.rand(200, d, d) - 1)
+            inside = J.middle + (J.slopes * e).sum(0) + rest
+            assert (torch.linalg.matrix_norm(inside, 2) <= form_norm(J)).all()
+    unknown = torch.full((1, 2, 2), math.nan)
+    assert form_norm(AffineForm(unknown, torch.ones(2, 1, 2, 2), unknown)) == math.inf
+    exact = torch.eye(2)[None] * 3
+    assert float(form_norm(AffineForm(exact, 0 * exact[None], 0 * exact))) == pytest.approx(3, rel=1e-6)
 
 
 def test_unknown_layers_give_infinity_with_the_reason():
