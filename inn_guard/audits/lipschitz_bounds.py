@@ -46,7 +46,7 @@ def lipschitz_bounds(
         x: data, (B, *data); the witnesses' search begins there.
         domain: the box; unless given, the smallest one that holds the finite samples of x.
         margin: widens that box on every side, in units of its largest width.
-        seconds: of computation, roughly.
+        seconds: by the clock on the wall, roughly: a time budget. Bounds are as tight as it allows on this machine.
 
     Returns:
         values: upper and lower bounds, their ratios, Table 3's product; per_layer: the same for every layer.

@@ -83,13 +83,14 @@ def lipschitz_bounds(
     """Certified upper and witnessed lower bounds of the Lipschitz constants of a model and of its inverse.
 
     Layer by layer; then, within the time, runs of layers as one chain, or as a product of comparison matrices; and in
-    up to four dimensions, on a bounded box, branch and bound with interval Jacobians. The least bound is kept.
+    up to four dimensions, on a bounded box, branch and bound with affine forms of the Jacobians. The least bound is kept.
 
     Args:
         model: the map.
         domain: where: ``Box(lo, hi)`` of the shape of one sample, or ``Box.everywhere(shape)`` for global bounds.
         data: samples (B, *shape) to begin the search for witnesses with; random ones unless given.
-        seconds: for everything together. What is foreseen to take longer than what is left is replaced by something
+        seconds: for everything together, by the clock on the wall: a time budget, so that a busy or slow machine proves
+            less, never something wrong. What is foreseen to take longer than what is left is replaced by something
             cheaper, or left out; a single operation that takes longer than foreseen is not interrupted.
         effort: per chain; derived from ``seconds`` unless given.
         progress: called with a sentence and the share that is done.
