@@ -83,7 +83,7 @@ def lipschitz_bounds(
     """Certified upper and witnessed lower bounds of the Lipschitz constants of a model and of its inverse.
 
     Layer by layer; then, within the time, runs of layers as one chain, or as a product of comparison matrices; and in
-    up to four dimensions, on a bounded box, branch and bound with affine forms of the Jacobians. The least bound is kept.
+    up to four dimensions, on a bounded box, branch and bound. The least bound is kept.
 
     Args:
         model: the map.

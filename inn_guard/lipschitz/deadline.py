@@ -16,7 +16,7 @@ TRIFLE = 1e6  #: operations that are not worth saving
 
 @dataclass(frozen=True)
 class Deadline:
-    """A moment on the clock, on the wall unless ``now`` is another. What begins before it should end before it, roughly.
+    """A moment of wall-clock time, unless ``now`` is another. What begins before it should end before it, roughly.
 
     Attributes:
         end: the moment; infinite for none.
