@@ -32,7 +32,7 @@ SHAPE = (3, 32, 32)
 #: name -> whether the couplings are affine, with scales in (0.5, 1), and the radius of the box around an image
 FLOWS = {
     "additive": (False, math.inf),
-    "affine on an image +- 0.001": (True, 1e-3),
+    "affine on an image +- 1e-5": (True, 1e-5),
     "affine on an image +- 1/256": (True, 1 / 256),
 }
 

@@ -61,7 +61,9 @@ def _worst(values: Tensor) -> Tensor:
 
 
 def _spread(values: Tensor) -> Tensor:
-    return torch.linspace(0, len(values) - 1, min(WORST, len(values)) + 2).long().unique()[1:-1]
+    # the worst ones too: they decide how large the multipliers have to be
+    evenly = torch.linspace(0, len(values) - 1, min(WORST, len(values))).long()
+    return torch.cat([evenly, _worst(values)[: WORST // 2]]).unique()
 
 
 #: the norm, squared
