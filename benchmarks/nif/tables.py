@@ -1,7 +1,9 @@
-"""Tables 1 and 2 of the NIF paper: a flow against the same flow with a noisy injective prior; noise s and temperature.
+r"""Tables 1 and 2 of the NIF paper: a flow against the same flow with a noisy injective prior; noise s and temperature.
 
     python -m benchmarks.nif.tables --preset cpu                                  # digits, minutes
-    python -m benchmarks.nif.tables --preset cpu --data mnist --data-root FOLDER
+    python -m benchmarks.nif.tables --preset cpu --data mnist --data-root FOLDER --latents 0,16 --blocks 2 \
+        --steps 900 --batch-size 32 --noises 0,0.1,0.25,0.5,1 --temperatures 0.5,1,1.5,2 --samples 500 --seeds 0 \
+        --out benchmarks/results/mnist                                            # MNIST, a minute
 
 One row per model, noise scale s and temperature t: bits per dimension of held-out images (uniform
 dequantization of their grey values, the standard convention; the paper's printed figures do not compare), and the
@@ -242,7 +244,7 @@ def draw(frame: pd.DataFrame) -> Figure:
     for axes in (left, right):
         axes.grid(alpha=0.3)
     left.legend(frameon=False)
-    figure.suptitle(f"Features of the {frame.extractor[0]}; no point where a sample is not finite")
+    figure.suptitle(f"Features of the {frame.extractor[0]}; no point where a sample is not finite", fontsize=10)
     return figure
 
 
