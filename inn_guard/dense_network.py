@@ -18,7 +18,7 @@ from inn_guard.network_tangent import (
     Unchanged,
 )
 
-__all__ = ["dense_network"]
+__all__ = ["add_product_", "dense_network"]
 
 CHUNK = 64  #: columns at once where the products are computed one by one
 
@@ -46,6 +46,49 @@ def dense_network(network: NetworkTangent, shape: Sequence[int], *, gain: Tensor
         return J
     shift, h = J.chunk(2)
     return torch.addcmul(shift, gain.reshape(-1, 1), h)
+
+
+def add_product_(
+    target: Tensor, network: NetworkTangent, matrix: Tensor, *, shape: Sequence[int], gain: Tensor | None = None
+) -> None:
+    """Add J M to ``target``, (dim out, K), for a matrix M, (dim in, K); J, shape and gain as in `dense_network`.
+
+    Where one row of the output image depends on a few rows of the input image only, J is never formed: each row is
+    multiplied with what it depends on.
+    """
+    steps = list(_flat(network))
+    if len(shape) == 3 and all(_is_local(step) for step in steps):
+        T = _windows(steps, shape, gain)
+        if T.shape[3] < shape[1]:
+            _add_rows_(target, T, matrix)
+            return
+        target.addmm_(_scattered(T, shape), matrix)
+        return
+    target.addmm_(dense_network(network, shape, gain=gain), matrix)
+
+
+def _add_rows_(target: Tensor, T: Tensor, matrix: Tensor) -> None:
+    """Image row by image row; ``matrix`` is (channels * H * W, K)."""
+    height, width, out, window, _, channels = T.shape
+    # an image row's channels side by side, so that neighbouring image rows are one block of the matrix
+    rows = matrix.unflatten(0, (channels, height, width)).transpose(0, 1).contiguous()
+    products = matrix.new_empty(height, out * width, matrix.shape[1])
+    for y, band in enumerate(_bands(T)):
+        begin, end = max(0, y - window // 2), min(height, y + window // 2 + 1)
+        first = begin - (y - window // 2)
+        block = band[:, :, first : first + end - begin].reshape(out * width, -1)
+        torch.mm(block, rows[begin:end].view(-1, matrix.shape[1]), out=products[y])
+    target.unflatten(0, (out, height, width)).add_(products.unflatten(1, (out, width)).transpose(0, 1))
+
+
+def _bands(T: Tensor) -> Tensor:
+    """d out[c, y, x] / d in[c', y + i, x'] as (y, c, x, i, c', x'): windows along the width written out."""
+    height, width, out, window, columns, channels = T.shape
+    canvas = T.new_zeros(height, out, width, window, channels, width + columns - 1)
+    s = canvas.stride()
+    diagonal = canvas.as_strided(T.shape, (s[0], s[2] + s[5], s[1], s[3], s[5], s[4]))
+    diagonal.copy_(T)
+    return canvas[..., columns // 2 : columns // 2 + width]
 
 
 def _flat(network: NetworkTangent) -> list[NetworkTangent]:

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from inn_guard.composed_jacobian import composed_jacobian
-from inn_guard.dense_network import dense_network
+from inn_guard.dense_network import add_product_, dense_network
 from inn_guard.invertible import Invertible
 from inn_guard.layers.chain import Chain
 from inn_guard.layers.coupling import AffineCoupling
@@ -60,6 +60,22 @@ def test_a_gain_combines_the_two_halves_of_the_output(name):
     shift, h = dense_by_columns(network, x).chunk(2)
     expected = shift + gain.reshape(-1, 1) * h
     assert (dense_network(tangent, x.shape[1:], gain=gain) - expected).norm() <= 1e-12 * expected.norm()
+
+
+@pytest.mark.parametrize("name", sorted(set(KERNELS) - {"flat"}))
+@pytest.mark.parametrize("with_gain", [False, True])
+def test_a_product_is_added_without_the_dense_jacobian(name, with_gain):
+    x = torch.randn(1, 2, 9, 5)
+    network = nn.Sequential(*KERNELS[name]).double()
+    if with_gain:
+        network.append(nn.Conv2d(network(x).shape[1], 6, 3, padding=1).double())
+    tangent = linearize_network(network, x)
+    gain = torch.randn_like(tangent.output.chunk(2, 1)[0]) if with_gain else None
+    J = dense_network(tangent, x.shape[1:], gain=gain)
+    matrix, start = torch.randn(x.numel(), 4), torch.randn(len(J), 4)
+    target = start.clone()
+    add_product_(target, tangent, matrix, shape=x.shape[1:], gain=gain)
+    assert (target - start - J @ matrix).norm() <= 1e-12 * J.norm() * matrix.norm()
 
 
 def test_dense_network_of_vectors():

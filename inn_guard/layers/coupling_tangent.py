@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from inn_guard.dense_network import dense_network
+from inn_guard.dense_network import add_product_
 from inn_guard.layers.partition import Halves, Partition
 from inn_guard.network_tangent import NetworkTangent, select_rows_of
 
@@ -81,7 +81,7 @@ class CouplingTangent:
         return self._join(kept - self._coupled_transpose(changed), changed)
 
     def multiply(self, matrix: Tensor) -> Tensor:
-        """J M for a matrix M (dim x, K), at a batch of one: the block A as one dense matrix; in place."""
+        """J M for a matrix M (dim x, K), at a batch of one; in place."""
         if not isinstance(self._partition, Halves):
             columns = self.jvp(matrix.T.reshape(-1, *self.output.shape))
             return columns.reshape(len(columns), -1).T.contiguous()
@@ -90,13 +90,8 @@ class CouplingTangent:
         kept, changed = kept.reshape(-1, matrix.shape[1]), changed.reshape(-1, matrix.shape[1])
         if self._scale is not None:
             changed.mul_(self._scale.reshape(-1, 1))
-        changed.addmm_(self._block(), kept)
+        add_product_(changed, self._network, kept, shape=self._split(self.output)[0].shape[1:], gain=self._gain)
         return matrix
-
-    def _block(self) -> Tensor:
-        """A, (changed, kept)."""
-        kept = self._split(self.output)[0]
-        return dense_network(self._network, kept.shape[1:], gain=self._gain)
 
     def _coupled(self, kept: Tensor) -> Tensor:
         """A v1."""
