@@ -152,7 +152,7 @@ def bound_chain(chain: Chain, effort: Effort) -> Proof:
         Unbounded: if not even a certificate of the simplest multipliers is foreseen to fit into the time, or into
             floating point.
     """
-    if not effort.deadline.affords(4 * chain.operations):
+    if not effort.deadline.affords(2 * chain.operations):
         raise Unbounded("time ran out")
     if not chain.layers:
         return Proof(spectral_norm(chain.output, chain.error), chain, ())
@@ -168,7 +168,7 @@ def searched_multipliers(chain: Chain, effort: Effort, goal: Goal) -> Multiplier
     Raises:
         Unbounded: if not even the simplest are foreseen to fit into the time, or into floating point.
     """
-    if not effort.deadline.affords(4 * chain.operations):
+    if not effort.deadline.affords(2 * chain.operations):
         raise Unbounded("time ran out")
     try:
         if effort.steps:
