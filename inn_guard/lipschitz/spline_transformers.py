@@ -322,14 +322,6 @@ class SplineBin:
         high = torch.maximum(torch.maximum(self.d0.hi, self.d1.hi), 2 * self.s.hi)
         return Interval(torch.maximum(natural.lo, low.lo), torch.minimum(natural.hi, high * (1 + 1e-15)))
 
-    def alpha_rates(self) -> tuple[Interval, Interval, Interval]:
-        """d alpha / ds, d alpha / d d0, d alpha / d d1."""
-        scale = self.xe * self.inverse_square
-        by_slope = scale * (self.d1 * self.xi.square() - self.d0 * self.eta.square())
-        by_first = scale * self.eta * (self.s * self.eta + self.d1 * self.xi)
-        by_last = -(scale * self.xi * (self.s * self.xi + self.d0 * self.eta))
-        return by_slope, by_first, by_last
-
 
 class _InBin(SplineBin):
     """A bin of a spline whose knots are known as functions of the network's raw outputs."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, replace
+
 import pytest
 import torch
 from nflows import transforms as nf
@@ -15,6 +17,7 @@ from inn_guard.lipschitz.deadline import Deadline
 from inn_guard.lipschitz.interval_steps import State, step_of
 from inn_guard.lipschitz.intervals import Box, Interval
 from inn_guard.lipschitz.maps import bounded_map
+from inn_guard.lipschitz.spline_transformers import RationalQuadraticSpline
 from tests.lipschitz.soundness import ROUNDING, assert_encloses, jacobians
 
 
@@ -119,3 +122,24 @@ def test_no_sampled_jacobian_is_above_the_bound_of_its_box():
             assert bool((sigma[:, 0] <= bounds[0] * ROUNDING).all())
             assert bool((1 / sigma[:, 1] <= bounds[1] * (1 + 1e-6)).all())
     assert float((bounds[0] / sigma[:, 0]).median()) < 1.1
+
+
+def test_a_spline_with_other_knots_is_not_taken_for_this_one():
+    @dataclass(frozen=True)
+    class Doubled(RationalQuadraticSpline):
+        def derivative(self, raw: Interval) -> Interval:
+            return super().derivative(raw) * 2.0
+
+        def derivative_rate(self, raw: Interval) -> Interval:
+            return super().derivative_rate(raw) * 2.0
+
+    torch.manual_seed(3)
+    layer = coupling("linear").double()
+    described = bounded_map(layer.block, layer)
+    other = replace(described, transformer=Doubled(**vars(described.transformer)))
+    reach, points = Interval(-torch.ones(2), torch.ones(2)), 2 * torch.rand(50, 2) - 1
+    images = [step_of(m, reach)(State.of(Interval(points, points))).x.range[:, 1] for m in (described, other)]
+    theta = [layer.block.transform_net(points[:, :1])[:, k].detach() for k in range(other.transformer.count)]
+    thin = other.transformer.value(Interval.of(points[:, 1]), [Interval.of(t) for t in theta])
+    assert bool((images[1].lo <= thin.hi).all() and (thin.lo <= images[1].hi).all())
+    assert bool(((images[0].lo > thin.hi) | (images[0].hi < thin.lo)).any())
