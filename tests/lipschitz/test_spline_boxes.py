@@ -94,7 +94,7 @@ def test_splines_are_bracketed(blocks):
 
     true = at(2 * torch.rand(20000, 2) - 1)
     maps = [bounded_map(layer.block, layer) for layer in layers]
-    found = branch_and_bound(maps, box, lower=true, probe=probe, deadline=Deadline.after(20.0), tolerance=1.02)
+    found = branch_and_bound(maps, box, lower=true, probe=probe, deadline=Deadline.after(60.0), tolerance=1.02)
     for bound, truth, reached in zip(found.pair, true, best, strict=True):
         assert max(truth, reached) <= bound * ROUNDING
         assert bound <= 1.021 * max(truth, reached)
