@@ -13,8 +13,10 @@ from torch import Tensor
 from inn_guard.audits.arithmetic import Arithmetic, arithmetics, autocast, tf32
 from inn_guard.audits.arithmetic_forecast import NUMERIC, Copies, Forecaster, batch_length
 from inn_guard.audits.base import AuditResult, Verdict, scattered
+from inn_guard.audits.guarded import patience
 from inn_guard.audits.limits import usable_error
 from inn_guard.audits.round_trip import finite_rows
+from inn_guard.audits.watchdog import TimedOut, time_limit
 from inn_guard.audits.watched import ModelRaised, polite, shares_of
 from inn_guard.footprint import forward_footprint
 from inn_guard.invertible import Invertible, NotApplicable
@@ -49,9 +51,10 @@ def precision(
     does not come back: then the sweeps are products with derivatives). Under autocast a state is rounded to the dtype
     of the layer that made it, but a coarser rounding inside a sub-network may come out otherwise in the inverse, whose
     input differs in the last bits: works is said only if every layer could round to the coarse dtype, breaks only if
-    the finer roundings do it alone; the larger forecast is printed. The measurement runs the model. Data that a dtype
-    cannot hold to ``usable`` count as an error of the size of what is lost. The verdict is that of the model's own
-    dtype.
+    the finer roundings do it alone; the larger forecast is printed. The measurement runs the model; a
+    round trip that takes longer than 50 times the model's own, and 10 s, is given up and counts as broken: an adaptive
+    solver may never reach its tolerance in a coarse dtype. Data that a dtype cannot hold to ``usable`` count as an
+    error of the size of what is lost. The verdict is that of the model's own dtype.
 
     The round trip of a map that is injective only is a projection: it starts from F^-1(F(x)), which lies on the
     manifold, and there is no forecast. Samples with NaN or Inf are left out.
@@ -88,7 +91,8 @@ def precision(
     copies = Copies(chosen, start.dtype)
     forecaster = Forecaster(copies, start, probes=probes, seed=seed)
     limits = [usable_error(arithmetic.coarsest) if usable is None else usable for arithmetic in candidates]
-    measured = [_relative(copies, start, arithmetic) for arithmetic in candidates]
+    seconds = patience(chosen, start)
+    measured = [_relative(copies, start, arithmetic, seconds=seconds) for arithmetic in candidates]
     table = [_row(*triple, forecaster) for triple in zip(candidates, measured, limits, strict=True)]
     mine = next((k for k, arithmetic in enumerate(candidates) if _is_own(arithmetic, x.dtype)), 0)
     verdict, reason = _verdict(table[mine], own=_is_own(candidates[mine], x.dtype))
@@ -192,17 +196,20 @@ def _with_losses(measurement: _Measured, usable: float) -> Tensor:
     return torch.where(lost > usable, torch.maximum(error, lost), error)
 
 
-def _relative(copies: Copies, x: Tensor, arithmetic: Arithmetic) -> _Measured:
+def _relative(copies: Copies, x: Tensor, arithmetic: Arithmetic, *, seconds: float) -> _Measured:
     """Measured |F^-1(F(x)) - x| / |x| per sample, and what came instead, '' if the model ran.
 
-    It may have refused (no such operation in this dtype: nan) or raised (its own check of its numbers failed: inf).
+    It may have refused (no such operation in this dtype: nan), raised (its own check of its numbers failed: inf) or not
+    returned (a solver that cannot reach its tolerance in this dtype: inf).
     """
     cast = x.to(arithmetic.storage)
     lost = _ratio(cast.double() - x.double(), x).cpu()
     try:
-        with torch.no_grad(), tf32(arithmetic), autocast(x.device.type, arithmetic):
+        with torch.no_grad(), tf32(arithmetic), autocast(x.device.type, arithmetic), time_limit(seconds):
             twin = copies.of(arithmetic.storage)
             rebuilt = twin.inverse(twin(cast.clone()))
+    except TimedOut as hang:
+        return _Measured(_failed(x, math.inf), lost, f"did not return: {hang}")
     except (NotApplicable, ModelRaised) as error:
         cause = error.__cause__ or error
         if isinstance(cause, NUMERIC):

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from inn_guard.audits import LEVELS, Level
+from inn_guard.audits import LEVELS, Level, guarded
 from inn_guard.audits.base import Verdict
 from inn_guard.audits.limits import usable_error
 from inn_guard.audits.precision import Arithmetic, arithmetics, precision
@@ -40,6 +40,28 @@ class Offset(Invertible):
 
     def inverse(self, z):
         return z - self.offset
+
+
+class Endless(Offset):
+    """Its inverse iterates until the residual is below what only float32 and finer can reach, as a solver may."""
+
+    def inverse(self, z):
+        x, step = z - self.offset, torch.ones_like(z)
+        while float((x + self.offset - z).abs().max()) + torch.finfo(z.dtype).eps > 1e-4:
+            step = step / 2
+        return x
+
+
+def test_a_round_trip_that_does_not_return_is_given_up(monkeypatch):
+    monkeypatch.setattr(guarded, "LEAST", 0.3)
+    monkeypatch.setattr(guarded, "FACTOR", 0.0)
+    result = precision(Endless(0.0), data(4, 3))
+    table = rows(result)
+    assert result.verdict is Verdict.STABLE
+    for name in ("bfloat16", "float16"):
+        assert table[name]["measured verdict"] == "breaks"
+        assert table[name]["remark"] == "did not return: interrupted after 0.3 s"
+    assert table["float32"]["measured verdict"] == "works"
 
 
 def test_a_large_offset_breaks_exactly_the_dtypes_too_coarse_for_it():
