@@ -70,7 +70,7 @@ def draw(frame: pd.DataFrame) -> Figure:
     figure = Figure(figsize=(3.4 * len(panels), 3.4), layout="constrained")
     axes = figure.subplots(1, len(panels), squeeze=False)
     styles = {"table 3": "k--", "closed forms": "C1-", "whole network": "C2-", "best": "C0o-", "witness": "C3v:"}
-    names = ["Table 3", "tightened, layer by layer", "whole-network recursion", "branch and bound", "witnessed lower"]
+    names = ["Table 3", "tightened, layer by layer", "runs of layers at once", "branch and bound", "witnessed lower"]
     for axis, ((flow, side), rows) in zip(axes[0], panels, strict=True):
         for (column, style), name in zip(styles.items(), names, strict=True):
             axis.plot(rows["blocks"], rows[column], style, label=name, markersize=4)
