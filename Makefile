@@ -36,6 +36,7 @@ $(VENV)/.docs: pyproject.toml
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet -c constraints.txt -e ".[all]"
+	$(BIN)/pip install --quiet -c constraints.txt --no-deps memcnn
 	touch $@
 
 clean:

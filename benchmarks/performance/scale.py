@@ -136,7 +136,7 @@ def run(config: Config) -> pd.DataFrame:
 
 def draw(frame: pd.DataFrame) -> Figure:
     """Memory and time against D, measured and estimated."""
-    figure = Figure(figsize=(9, 3.4), layout="constrained")
+    figure = Figure(figsize=(11, 3.4), layout="constrained")
     memory, seconds = figure.subplots(1, 2)
     for k, (budget, rows) in enumerate(frame.groupby("budget_mib")):
         label = f"up to {rows['parameters'].max() / 1e6:.3g} million parameters"
@@ -147,8 +147,10 @@ def draw(frame: pd.DataFrame) -> Figure:
         seconds.loglog(rows["D"], rows["estimated_seconds"], "s--", color=f"C{k}", label="dry run's estimate")
     for axes, unit in ((memory, "MiB beside model and data"), (seconds, "seconds of one core")):
         axes.set(xlabel="D", ylabel=unit)
-        axes.legend(frameon=False, fontsize=8)
+        axes.set_xticks(sorted(frame["D"].unique()), [f"{D:,}" for D in sorted(frame["D"].unique())])
+        axes.minorticks_off()
         axes.spines[["top", "right"]].set_visible(False)
+    figure.legend(*memory.get_legend_handles_labels(), loc="outside right center", frameon=False, fontsize=8)
     return figure
 
 
