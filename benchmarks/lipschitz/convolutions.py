@@ -33,7 +33,7 @@ SHAPE = (3, 32, 32)
 FLOWS = {
     "additive": (False, math.inf),
     "affine on an image +- 1e-5": (True, 1e-5),
-    "affine on an image +- 1/256": (True, 1 / 256),
+    "additive on an image +- 1/256": (False, 1 / 256),
 }
 
 
