@@ -20,6 +20,7 @@ from inn_guard.network_tangent import (
 
 __all__ = ["add_product_", "dense_network"]
 
+ENTRIES = 2**21  #: that are multiplied at once: memory of this size is used again when it is freed
 CHUNK = 64  #: columns at once where the products are computed one by one
 
 
@@ -68,17 +69,27 @@ def add_product_(
 
 
 def _add_rows_(target: Tensor, T: Tensor, matrix: Tensor) -> None:
-    """Image row by image row; ``matrix`` is (channels * H * W, K)."""
-    height, width, out, window, _, channels = T.shape
-    # an image row's channels side by side, so that neighbouring image rows are one block of the matrix
-    rows = matrix.unflatten(0, (channels, height, width)).transpose(0, 1).contiguous()
-    products = matrix.new_empty(height, out * width, matrix.shape[1])
+    """Image row by image row, and some columns at a time; ``matrix`` is (channels * H * W, K)."""
+    height, width, out, _, _, channels = T.shape
+    blocks = _row_blocks(T)
+    columns = max(1, ENTRIES // len(matrix))
+    for part, sums in zip(matrix.split(columns, dim=1), target.split(columns, dim=1), strict=True):
+        # an image row's channels side by side, so that neighbouring image rows are one block of the matrix
+        rows = part.unflatten(0, (channels, height, width)).transpose(0, 1).contiguous()
+        products = part.new_empty(height, out * width, part.shape[1])
+        for product, (begin, end, block) in zip(products, blocks, strict=True):
+            torch.mm(block, rows[begin:end].view(-1, part.shape[1]), out=product)
+        sums.unflatten(0, (out, height, width)).add_(products.unflatten(1, (out, width)).transpose(0, 1))
+
+
+def _row_blocks(T: Tensor) -> list[tuple[int, int, Tensor]]:
+    """For every row of the output image the rows of the input image that it depends on, [begin, end), and how."""
+    (height, width, out, window), blocks = T.shape[:4], []
     for y, band in enumerate(_bands(T)):
         begin, end = max(0, y - window // 2), min(height, y + window // 2 + 1)
         first = begin - (y - window // 2)
-        block = band[:, :, first : first + end - begin].reshape(out * width, -1)
-        torch.mm(block, rows[begin:end].view(-1, matrix.shape[1]), out=products[y])
-    target.unflatten(0, (out, height, width)).add_(products.unflatten(1, (out, width)).transpose(0, 1))
+        blocks.append((begin, end, band[:, :, first : first + end - begin].reshape(out * width, -1)))
+    return blocks
 
 
 def _bands(T: Tensor) -> Tensor:
@@ -146,15 +157,19 @@ def _windows(steps: Sequence[NetworkTangent], shape: Sequence[int], gain: Tensor
 def _convolved(weight: Tensor, T: Tensor, gain: Tensor | None) -> Tensor:
     """A convolution after T: each pixel's contribution to the pixels that read it, shifted and summed."""
     (rows, columns), (height, width, hidden, *window, channels) = weight.shape[2:], T.shape
-    weights = _at_every_pixel(weight, gain, height, width)
-    parts = torch.bmm(weights, T.reshape(height * width, hidden, -1))
-    parts = parts.reshape(height, width, rows, columns, -1, *window, channels)
-    grown = parts.new_zeros(height, width, parts.shape[4], window[0] + rows - 1, window[1] + columns - 1, channels)
-    for i in range(rows):
-        for j in range(columns):
+    weights = _at_every_pixel(weight, gain, height, width).unflatten(1, (rows * columns, -1))
+    out, T = weights.shape[2], T.reshape(height * width, hidden, -1)
+    grown = T.new_zeros(height, width, out, window[0] + rows - 1, window[1] + columns - 1, channels)
+    offsets = [(i, j) for i in range(rows) for j in range(columns)]
+    at_once = max(1, ENTRIES // (len(T) * out * T.shape[2]))
+    for begin in range(0, len(offsets), at_once):
+        some = offsets[begin : begin + at_once]
+        parts = torch.bmm(weights[:, begin : begin + at_once].flatten(1, 2), T)
+        parts = parts.reshape(height, width, len(some), out, *window, channels)
+        for k, (i, j) in enumerate(some):
             (to_y, from_y), (to_x, from_x) = _shifted(height, i - rows // 2), _shifted(width, j - columns // 2)
             target = grown[to_y, to_x, :, i : i + window[0], j : j + window[1]]
-            target += parts[from_y, from_x, i, j]
+            target += parts[from_y, from_x, k]
     return grown
 
 
