@@ -111,7 +111,8 @@ class AffineForm:
     def __add__(self, other: AffineForm | Tensor | float) -> AffineForm:
         if not isinstance(other, AffineForm):
             middle = self.middle + other
-            return AffineForm(middle, self.slopes, (self.rest + ROUNDED * middle.abs()) * UPWARDS)
+            slopes = self.slopes.expand(len(self.slopes), *middle.shape)
+            return AffineForm(middle, slopes, (self.rest + ROUNDED * middle.abs()) * UPWARDS)
         self._comparable(other)
         middle, slopes = self.middle + other.middle, self.slopes + other.slopes
         rest = self.rest + other.rest + ROUNDED * (middle.abs() + slopes.abs().sum(0))

@@ -34,6 +34,7 @@ class Table:
 
     With the middle m of the cell that holds the box's middle, and q'' = b +- r over all the cells that the box touches,
     q(u) = q(m) + q'(m) (u - m) + b (u - m)^2 / 2 and q'(u) = q'(m) + b (u - m), up to r |u - m|^2 / 2 and r |u - m|.
+    Where q' jumps, as with ReLU, q' = b +- r over the cells, and q(u) = q(m) + b (u - m) up to r |u - m|.
 
     Args:
         jets: the function.
@@ -56,8 +57,11 @@ class Table:
         value, rate = (Interval.cat(parts) for parts in zip(*map(_thin, found), strict=True))
         self.error = float(torch.maximum(value.radius.max(), rate.radius.max()))
         self.points = self._rows(value.centre, rate.centre)
-        bends, self.reach = _windows(Interval.cat([j.bend[:, 0] for j in found if j.bend is not None]), self.width)
-        self.bends = self._rows(bends.centre, bends.radius)
+        bends = Interval.cat([j.bend[:, 0] for j in found if j.bend is not None])
+        self.smooth = bends.bounded
+        changes = bends if self.smooth else Interval.cat([j.slope[:, 0] for j in found])
+        windows, self.lengths = _windows(changes)
+        self.changes = self._rows(windows.centre, windows.radius)
 
     def _rows(self, *columns: Tensor) -> Tensor:
         """(cells * groups, 2 * entries)."""
@@ -72,18 +76,23 @@ class Table:
         """The function over u (B,): one group of its outputs, (entries, B), the first unless given."""
         cell = self.nearest(u.middle)
         offset = u - self.middle[cell]
-        window = torch.bucketize(offset.size, self.reach)
-        inside = (window < len(self.reach)) & (u.range.lo >= self.low) & (u.range.hi <= self.high)
-        window = window.clamp_max(len(self.reach) - 1)
+        box = u.range
+        # a little more on both sides, for the rounding of the edges
+        start, end = self.nearest(box.lo - 1e-9 * self.width), self.nearest(box.hi + 1e-9 * self.width)
+        window = torch.bucketize(end - start, self.lengths)
+        inside = (window < len(self.lengths)) & (box.lo >= self.low) & (box.hi <= self.high)
+        window = window.clamp_max(len(self.lengths) - 1)
         row = torch.zeros_like(cell) if group is None else group
         value, rate = self._taken(self.points, cell * self.groups + row)
-        bend, error = self._taken(self.bends, (window * len(self.middle) + cell) * self.groups + row)
-        away, offset = offset.size, offset[None]
-        away = torch.where(inside, away, math.inf)
-        moved = offset * rate + offset.square() * (0.5 * bend) + value
+        change, error = self._taken(self.changes, (window * len(self.middle) + start) * self.groups + row)
+        away, beyond, offset = offset.size, torch.where(inside, 0.0, math.inf), offset[None]
+        if not self.smooth:
+            slope = (offset * 0.0 + change).widened(error + beyond)
+            return Curve((offset * change + value).widened(error * away + self.error + beyond), slope)
+        moved = offset * rate + offset.square() * (0.5 * change) + value
         return Curve(
-            moved.widened(0.5 * error * away.square() + self.error * (1 + away)),
-            (offset * bend + rate).widened(error * away + self.error),
+            moved.widened(0.5 * error * away.square() + self.error * (1 + away) + beyond),
+            (offset * change + rate).widened(error * away + self.error + beyond),
         )
 
     def _taken(self, rows: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
@@ -97,15 +106,13 @@ def _thin(jet: Jet) -> tuple[Interval, Interval]:
     return jet.centre, jet.rate[:, 0]
 
 
-def _windows(cells: Interval, width: float) -> tuple[Interval, Tensor]:
-    """Hulls over 0, 1, 2, 4, ... cells to both sides of each, one after the other, and how far each reaches."""
+def _windows(cells: Interval) -> tuple[Interval, Tensor]:
+    """Hulls of every cell with the next 0, 1, 2, 4, ... cells, one after the other, and those numbers."""
     count, index = len(cells.lo), torch.arange(len(cells.lo))
-    windows, reach, side = [cells], [0], 1
-    while 4 * side <= count:
-        last, step = windows[-1], max(side // 2, 1)
-        left, right = last[(index - step).clamp_min(0)], last[(index + step).clamp_max(count - 1)]
-        windows.append(left.hull(right).hull(last))
-        reach.append(side)
-        side *= 2
-    # a little less, for the rounding of the edges
-    return Interval.cat(windows), (torch.tensor(reach, dtype=torch.float64) + 0.5) * width * (1 - 1e-9)
+    windows, lengths, length = [cells], [0], 1
+    while 4 * length <= count:
+        step = max(length // 2, 1)
+        windows.append(windows[-1].hull(windows[-1][(index + step).clamp_max(count - 1)]))
+        lengths.append(length)
+        length *= 2
+    return Interval.cat(windows), torch.tensor(lengths)
