@@ -1,4 +1,8 @@
-"""StabilityCallback: audits on a schedule inside a Lightning run, logged like any other metric."""
+"""StabilityCallback: audits on a schedule inside a Lightning run, logged like any other metric.
+
+Where importing lightning itself stops at "operator torchvision::nms does not exist", a torchvision is installed that
+was compiled for another torch (MemCNN asks for one and needs none): pip uninstall torchvision.
+"""
 
 from __future__ import annotations
 
