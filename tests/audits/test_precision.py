@@ -360,12 +360,16 @@ def test_the_reason_names_the_arithmetic_that_was_judged():
     "cases", [CASES[::12], pytest.param(CASES, marks=pytest.mark.slow)], ids=["a twelfth", "every case"]
 )
 def test_the_forecast_is_right_where_it_decides(cases):
-    """At least 99 % of the decided pairs of model and arithmetic; a missing operation is no answer to compare with."""
+    """At least 99 % of the decided pairs of model and arithmetic.
+
+    A missing operation is no answer to compare with, nor is a round trip that was given up: no error was measured.
+    """
     decided, wrong = 0, []
     for case in cases:
         model, x = case.make()
         for row in precision(model, x).tables.get("arithmetic", ()):
-            if row["forecast verdict"] in ("works", "breaks") and row["measured verdict"] != "refused":
+            answered = row["measured verdict"] != "refused" and "did not return" not in row["remark"]
+            if row["forecast verdict"] in ("works", "breaks") and answered:
                 decided += 1
                 if row["forecast verdict"] != row["measured verdict"]:
                     wrong.append((case.id, row))
