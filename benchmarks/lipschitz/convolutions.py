@@ -50,7 +50,7 @@ class Config:
     hidden: int = 128
     steps: int = 40
     seconds: float = 200.0
-    boxed: float = 600.0
+    boxed: float = 420.0
     searching: float = 30.0
 
     @classmethod
