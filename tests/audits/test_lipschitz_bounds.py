@@ -32,6 +32,18 @@ def test_a_map_beyond_rounding_is_unstable():
     assert lipschitz_bounds(stretching(1e-15, 1.0), torch.randn(5, 2)).verdict is Verdict.UNSTABLE
 
 
+def test_the_advice_names_the_layers_that_make_the_product_large():
+    model = Chain(stretching(1.0, 1.0), stretching(1.0, 100.0), stretching(1.0, 1.0))
+    result = lipschitz_bounds(model, torch.randn(5, 2), seconds=2.0)
+    assert [row["makes_it_large"] for row in result.per_layer] == [False, True, False]
+    assert "large: 1 (Diagonal)" in result.advice
+    for remedy in ("spectral normalisation", "(0.5, 1)", "additive"):
+        assert remedy in result.advice
+    alike = lipschitz_bounds(Chain(*[stretching(5.0, 5.0)] * 3), torch.randn(5, 2), seconds=2.0)
+    assert "all layers make the product large alike" in alike.advice
+    assert lipschitz_bounds(stretching(1.0, 2.0), torch.randn(5, 2), seconds=1.0).advice == ""
+
+
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 def test_samples_that_are_not_finite_are_left_out(bad):
     model, x = Chain(InvertibleLinear(3), stretching(1.0, 2.0, 3.0)), torch.randn(6, 3)
