@@ -24,7 +24,7 @@ class Config:
     kinds: tuple[str, ...] = ("ADDITIVE", "AFFINE")
     depths: tuple[int, ...] = (1, 2, 4, 8, 16)
     hidden: int = 128
-    steps: int = 200
+    steps: int = 300
     seconds: float = 25.0
 
     @classmethod

@@ -23,7 +23,7 @@ class Config:
     kinds: tuple[str, ...] = tuple(kind.name for kind in Kind)
     blocks: int = 16
     hidden: int = 128
-    steps: int = 200
+    steps: int = 300
     seconds: float = 60.0
 
     @classmethod

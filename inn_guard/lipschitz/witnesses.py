@@ -18,6 +18,7 @@ __all__ = ["Witness", "better", "measure", "search", "starting_points"]
 DENSE = 64  #: dimensions up to which whole Jacobians are taken
 FEW = 4  #: points that are measured however little time there is
 POWERS = 20  #: power iterations
+UNIT = torch.finfo(torch.float64).eps
 EVALUATION = 1e-9  #: relative error allowed to the evaluation of a ratio in float64
 
 
@@ -28,7 +29,7 @@ class Witness:
     Attributes:
         x: the point, of the shape of one sample, float64.
         v: the direction, of the same shape, of length one.
-        ratio: ||J(x) v||, as it was found.
+        ratio: ||J(x) v||, as it was found; of the most shrunk direction with what rounding may have hidden of it.
     """
 
     x: Tensor
@@ -128,20 +129,23 @@ def better(best: Witness | None, found: Witness | None, **goal: bool) -> Witness
 
 def _dense(model: Invertible, points: Tensor) -> tuple[Witness | None, Witness | None]:
     """The best of all singular vectors."""
-    J = torch.eye(points[0].numel(), dtype=torch.float64).expand(len(points), -1, -1)
+    J = largest = torch.eye(points[0].numel(), dtype=torch.float64).expand(len(points), -1, -1)
     line = Linearization(model, points)
     for tangent, state in zip(line.tangents, line.states, strict=False):
-        J = dense_jacobian(tangent, state) @ J
+        factor = dense_jacobian(tangent, state)
+        J, largest = factor @ J, factor.abs() @ largest
     finite = J.flatten(1).isfinite().all(1)
     if not bool(finite.any()):
         return None, None
-    points, J = points[finite], J[finite]
+    points, J, largest = points[finite], J[finite], largest[finite]
     values, V = torch.linalg.svd(J, full_matrices=False)[1:]
     top, bottom = int(values[:, 0].argmax()), int(values[:, -1].argmin())
     shape = points.shape[1:]
     stretch = Witness(points[top], V[top, 0].reshape(shape), float(values[top, 0]))
-    shrink = Witness(points[bottom], V[bottom, -1].reshape(shape), float((J[bottom] @ V[bottom, -1]).norm()))
-    return stretch, shrink
+    # what rounding in the product of the factors may hide of a vector that nearly cancels
+    rounding = len(line.tangents) * J.shape[2] * UNIT * float(largest[bottom].norm())
+    shrunk = float((J[bottom] @ V[bottom, -1]).norm()) + rounding
+    return stretch, Witness(points[bottom], V[bottom, -1].reshape(shape), shrunk) if shrunk > 0 else None
 
 
 def _iterated(model: Invertible, points: Tensor, deadline: Deadline) -> tuple[Witness | None, Witness | None]:
@@ -164,7 +168,7 @@ def _iterated(model: Invertible, points: Tensor, deadline: Deadline) -> tuple[Wi
 
 def _pick(line: Linearization, v: Scaled, points: Tensor, **goal: bool) -> Witness | None:
     ratios = line.jvp(Scaled.of(v.vector)).log_norm().exp()
-    finite = ratios.isfinite().nonzero().flatten()
+    finite = (ratios.isfinite() & (ratios > 0)).nonzero().flatten()
     if not len(finite):
         return None
     k = int(finite[ratios[finite].argmax() if goal["largest"] else ratios[finite].argmin()])

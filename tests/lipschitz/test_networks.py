@@ -28,7 +28,7 @@ from inn_guard.lipschitz.deadline import Deadline
 from inn_guard.lipschitz.intervals import Box, Interval
 from inn_guard.lipschitz.maps import Unknown, bounded_map
 from inn_guard.lipschitz.networks import product, stack, whole_forward, whole_inverse
-from inn_guard.lipschitz.witnesses import Witness
+from inn_guard.lipschitz.witnesses import Witness, measure
 from tests.lipschitz.soundness import ROUNDING, jacobians, sample
 
 EFFORT = Effort(steps=25, seconds=2.0)
@@ -183,6 +183,27 @@ def test_witnesses_replay_what_they_say():
         model.steps[0].matrix.copy_(torch.diag(torch.tensor([3.0, 2.0, 1.0])))
     witness = Witness(torch.zeros(3), torch.tensor([1.0, 0.0, 0.0]), 3.0)
     assert witness.replay(model) == pytest.approx(3.0)
+
+
+@pytest.mark.parametrize("a", [1e3, 1e7, 1e9, 1e12])
+def test_a_witness_of_the_inverse_is_not_above_the_truth_where_rounding_hides_what_is_left(a):
+    """Two shears: J = [[1, a], [a, a^2 + 1]] has determinant 1, and no more of it in float64 than of a^2."""
+    model = Chain(InvertibleLinear(2), InvertibleLinear(2))
+    with torch.no_grad():
+        model.steps[0].matrix.copy_(torch.tensor([[1.0, a], [0.0, 1.0]]))
+        model.steps[1].matrix.copy_(torch.tensor([[1.0, 0.0], [a, 1.0]]))
+    stretch, shrink = measure(model, torch.randn(5, 2))
+    assert stretch.ratio == pytest.approx(a**2, rel=1e-5)
+    assert 1 / shrink.ratio <= stretch.ratio * ROUNDING  # both are the larger singular value: the determinant is 1
+    assert a > 1e4 or 1 / shrink.ratio == pytest.approx(a**2, rel=1e-2)
+
+
+def test_a_direction_that_is_lost_altogether_is_no_error():
+    model = Chain(Diagonal(2))
+    with torch.no_grad():
+        model.steps[0].log_scale.copy_(torch.tensor([0.0, -2000.0]))
+    bounds = lipschitz_bounds(model, Box(torch.zeros(2), torch.ones(2)), seconds=1.0)
+    assert 1e15 < bounds.lower_inverse <= bounds.inverse == math.inf
 
 
 def test_audit_reports_every_layer_and_what_makes_it_large():
