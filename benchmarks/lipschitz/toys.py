@@ -39,7 +39,7 @@ class Config:
     @classmethod
     def paper(cls) -> Config:
         """The depth of the paper's 2-D flows."""
-        return cls(kinds=("ADDITIVE", "AFFINE", "AFFINE_HALF"), blocks=100, seconds=120.0)
+        return cls(steps=200, kinds=("ADDITIVE", "AFFINE", "AFFINE_HALF"), blocks=100, seconds=120.0)
 
 
 def measure(config: Config, kind: Kind) -> list[Row]:
