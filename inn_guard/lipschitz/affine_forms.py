@@ -28,7 +28,7 @@ __all__ = ["AffineForm"]
 
 ROUNDED = 32 * UNIT  #: relative error of an operation's middle and slopes; each takes a few roundings
 UPWARDS = 1 + 64 * UNIT  #: more than the relative error of a sum and product of a few dozen positive numbers
-TINY = 1e-290  #: more than what underflows
+TINY = 1e-290  #: more than what underflows in one operation
 
 
 @dataclass(frozen=True)
@@ -161,7 +161,7 @@ class AffineForm:
         least = self.middle.abs() * (1 - 2 * UNIT) - self.spread * UPWARDS
         half = self.spread.square() * square * 0.5 / least
         rest = half + square * self.rest + ROUNDED * (inverse.abs() + square * self.spread + half) + TINY
-        known = least > 0
+        known = (least > 0) & (self.middle.abs() > 1e-150) & (self.middle.abs() < 1e150)  # its square is in range
         rest = torch.where(known, rest * UPWARDS, math.inf)
         return AffineForm(inverse + half.copysign(self.middle), -square * self.slopes, rest)
 
@@ -181,7 +181,8 @@ class AffineForm:
 
     def better(self, other: Interval) -> AffineForm:
         """This, or an interval that is known too, whichever is narrower, entry by entry."""
-        keep, middle, radius = self.spread <= other.radius, other.centre, other.radius
+        middle, radius = other.centre, other.radius
+        keep = (self.spread <= radius) | radius.isnan()
         return AffineForm(
             torch.where(keep, self.middle, middle), torch.where(keep, self.slopes, 0.0),
             torch.where(keep, self.rest, radius),

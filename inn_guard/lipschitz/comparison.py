@@ -21,6 +21,7 @@ from inn_guard.lipschitz.spectral import norm_operations, spectral_norm
 
 __all__ = ["comparison_factors"]
 
+UNDERFLOW = 1e-300  #: more than what products of a row lose by underflow
 WIDE = 256  #: channels up to which matrices are multiplied
 
 
@@ -43,7 +44,7 @@ def comparison_factors(matrices: Sequence[Tensor | None], deadline: Deadline) ->
                 break
             if not deadline.affords(norm_operations(*step.shape)):
                 return found
-            total = (step @ total) * (1 + 2 * gamma(step.shape[1] + 2))
+            total = (step @ total) * (1 + 2 * gamma(step.shape[1] + 2)) + UNDERFLOW
             bound = spectral_norm(total)
             if not math.isfinite(bound):
                 break

@@ -222,9 +222,9 @@ class Coupling(BoundedMap):
         for name, slope, factors in (("M", d.slope, d.sensitivities), ("M*", d.slope.reciprocal(), d.relative)):
             M = torch.zeros(len(S), len(K), dtype=torch.float64)
             for rows, factor in zip(self.rows, factors, strict=True):
-                M = M + _largest(factor)[:, None] * entries[rows] * (1 + 1e-12)
+                M = M + dependence(_largest(factor), entries[rows])
             proof = bounds.proofs.get(name)
-            M = M.nan_to_num(0, math.inf, 0).clamp_max(proof.bound if proof is not None else math.inf)
+            M = M.clamp_max(proof.bound if proof is not None else math.inf)
             found.append(rest + S.T @ torch.diag(_largest(slope)) @ S + S.T @ M @ K)
         return found[0], found[1]
 
@@ -350,6 +350,13 @@ def _scales(d: Derivatives) -> Pair:
 
 def _is_one(factor: Interval) -> bool:
     return bool((factor.lo == 1).all() and (factor.hi == 1).all())
+
+
+def dependence(factor: Tensor, entries: Tensor) -> Tensor:
+    """factor (C,) times the rows of entries (C, K), rounded up: 0 where either is, and inf where either is unknown."""
+    none = (factor[:, None] == 0) | (entries == 0)
+    product = (factor[:, None] * entries * (1 + 1e-12)).nan_to_num(math.inf, math.inf, math.inf)
+    return torch.where(none, 0.0, product)
 
 
 def _largest(factor: Interval) -> Tensor:

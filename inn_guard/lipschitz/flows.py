@@ -14,7 +14,7 @@ import inn_guard.lipschitz.blocks as blocks
 from inn_guard.lipschitz.blocks import Pair
 from inn_guard.lipschitz.building import ChainBuilder, ChainReading, Linear
 from inn_guard.lipschitz.conditioners import Effort, bound_chain, read, subnetwork_lipschitz, torus_of
-from inn_guard.lipschitz.couplings import Coupling, Derivatives
+from inn_guard.lipschitz.couplings import Coupling, Derivatives, dependence
 from inn_guard.lipschitz.intervals import Interval
 from inn_guard.lipschitz.maps import BlockBounds, BoundedMap
 from inn_guard.lipschitz.rounding import up
@@ -242,7 +242,7 @@ class Autoregressive(BoundedMap):
         entries = d.network.entries()
         off = torch.zeros(len(d.slope.lo), entries.shape[1], dtype=torch.float64)
         for rows, factor in zip(self.coupling.rows, d.sensitivities, strict=True):
-            off = off + (factor.magnitude[:, None] * entries[rows] * (1 + 1e-12)).nan_to_num(0, math.inf, 0)
+            off = off + dependence(factor.magnitude, entries[rows])
         return off
 
     def networks(self) -> list[nn.Module]:

@@ -51,7 +51,7 @@ class QuadraticSpline:
 
     def value(self, x: Interval, theta: list[Interval]) -> Interval:
         """f, moved back."""
-        size = self.right - self.left
+        size = Interval.of(self.right) - self.left
         y = self._over_bins(x, theta, lambda b: [b.value * size + self.left], outside=None)[0]
         if not self.tails:
             return y
@@ -74,7 +74,7 @@ class QuadraticSpline:
         self, x: Interval, theta: list[Interval], inside: Callable[[_Bin], list[Interval]], outside: float | None
     ) -> list[Interval]:
         density = _Density.of(self, theta)
-        u = (x - self.left) / (self.right - self.left)
+        u = (x - self.left) / (Interval.of(self.right) - self.left)
         parts = _Hull(x, self.left, self.right, outside if self.tails else float("nan"))
         for k in range(self.bins):
             touched = (u.lo <= density.knots[k + 1].hi) & (u.hi >= density.knots[k].lo)

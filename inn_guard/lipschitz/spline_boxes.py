@@ -74,7 +74,7 @@ class KnotJets:
     def _knots(self, value: Interval, first: Interval, second: Interval) -> _Curve:
         u = [_Curve(value[:, index], first[:, index], second[:, index]) for index in self.rows]
         n, spline = self.spline.bins, self.spline
-        size = spline.right - spline.left
+        size = Interval.of(spline.right) - spline.left
         positions, lengths = [], []
         for start, floor in zip((0, n), spline.floors[:2], strict=True):
             scale = 1.0 / Interval.of(spline.temperature)

@@ -12,13 +12,13 @@ from inn_guard.invertible import Invertible
 from inn_guard.linearization import Linearization, Scaled
 from inn_guard.lipschitz.deadline import Deadline
 from inn_guard.lipschitz.intervals import Interval
+from inn_guard.lipschitz.rounding import UNIT
 
 __all__ = ["Witness", "better", "measure", "search", "starting_points"]
 
 DENSE = 64  #: dimensions up to which whole Jacobians are taken
 FEW = 4  #: points that are measured however little time there is
 POWERS = 20  #: power iterations
-UNIT = torch.finfo(torch.float64).eps
 EVALUATION = 1e-9  #: relative error allowed to the evaluation of a ratio in float64
 
 
@@ -29,7 +29,8 @@ class Witness:
     Attributes:
         x: the point, of the shape of one sample, float64.
         v: the direction, of the same shape, of length one.
-        ratio: ||J(x) v||, as it was found; of the most shrunk direction with what rounding may have hidden of it.
+        ratio: ||J(x) v|| as it was found. Where whole Jacobians are taken, less what rounding in their product may have
+            added where v is stretched most, and more by what it may have hidden where v is shrunk most.
     """
 
     x: Tensor
@@ -141,10 +142,11 @@ def _dense(model: Invertible, points: Tensor) -> tuple[Witness | None, Witness |
     values, V = torch.linalg.svd(J, full_matrices=False)[1:]
     top, bottom = int(values[:, 0].argmax()), int(values[:, -1].argmin())
     shape = points.shape[1:]
-    stretch = Witness(points[top], V[top, 0].reshape(shape), float(values[top, 0]))
-    # what rounding in the product of the factors may hide of a vector that nearly cancels
-    rounding = len(line.tangents) * J.shape[2] * UNIT * float(largest[bottom].norm())
-    shrunk = float((J[bottom] @ V[bottom, -1]).norm()) + rounding
+    # of entries that nearly cancel in the product of the factors nothing but rounding may be left
+    rounding = len(line.tangents) * J.shape[2] * 2 * UNIT * largest.flatten(1).norm(dim=1)
+    stretched = float(values[top, 0] - rounding[top])
+    shrunk = float((J[bottom] @ V[bottom, -1]).norm() + rounding[bottom])
+    stretch = Witness(points[top], V[top, 0].reshape(shape), stretched) if stretched > 0 else None
     return stretch, Witness(points[bottom], V[bottom, -1].reshape(shape), shrunk) if shrunk > 0 else None
 
 

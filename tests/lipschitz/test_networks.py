@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from fractions import Fraction
 
 import pytest
 import torch
@@ -185,17 +186,41 @@ def test_witnesses_replay_what_they_say():
     assert witness.replay(model) == pytest.approx(3.0)
 
 
-@pytest.mark.parametrize("a", [1e3, 1e7, 1e9, 1e12])
-def test_a_witness_of_the_inverse_is_not_above_the_truth_where_rounding_hides_what_is_left(a):
-    """Two shears: J = [[1, a], [a, a^2 + 1]] has determinant 1, and no more of it in float64 than of a^2."""
+def linear_pair(first, second):
     model = Chain(InvertibleLinear(2), InvertibleLinear(2))
     with torch.no_grad():
-        model.steps[0].matrix.copy_(torch.tensor([[1.0, a], [0.0, 1.0]]))
-        model.steps[1].matrix.copy_(torch.tensor([[1.0, 0.0], [a, 1.0]]))
+        model.steps[0].matrix.copy_(first)
+        model.steps[1].matrix.copy_(second)
+    return model
+
+
+@pytest.mark.parametrize("a", [1e3, 1e7, 1e9, 1e12])
+def test_witnesses_of_two_shears_are_not_above_the_truth(a):
+    """J = [[1, a], [a, a^2 + 1]] has determinant 1, and no more of it is left in float64 than of a^2."""
+    model = linear_pair(torch.tensor([[1.0, a], [0.0, 1.0]]), torch.tensor([[1.0, 0.0], [a, 1.0]]))
     stretch, shrink = measure(model, torch.randn(5, 2))
-    assert stretch.ratio == pytest.approx(a**2, rel=1e-5)
-    assert 1 / shrink.ratio <= stretch.ratio * ROUNDING  # both are the larger singular value: the determinant is 1
-    assert a > 1e4 or 1 / shrink.ratio == pytest.approx(a**2, rel=1e-2)
+    largest = (a**2 + 2 + a * math.sqrt(a**2 + 4)) / 2  # J is symmetric, and its smallest value the inverse of this
+    assert stretch.ratio <= largest * ROUNDING
+    assert 1 / shrink.ratio <= largest * ROUNDING
+    assert stretch.ratio == pytest.approx(largest, rel=1e-5)
+    if a < 1e4:
+        assert 1 / shrink.ratio == pytest.approx(largest, rel=1e-2)
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_witnesses_are_not_above_the_truth_where_two_layers_nearly_cancel(seed):
+    """A of condition number 1e16 and its inverse in float64, against their product in rational numbers."""
+    generator = torch.Generator().manual_seed(seed)
+    U, V = (torch.linalg.qr(torch.randn(2, 2, generator=generator)).Q for _ in range(2))
+    A = U @ torch.diag(torch.tensor([1e8, 1e-8])) @ V
+    B = torch.linalg.inv(A)
+    exact = [
+        [sum(Fraction(B[i, k].item()) * Fraction(A[k, j].item()) for k in range(2)) for j in range(2)] for i in range(2)
+    ]
+    values = torch.linalg.svdvals(torch.tensor([[float(entry) for entry in row] for row in exact]))
+    stretch, shrink = measure(linear_pair(A, B), torch.randn(3, 2, generator=generator))
+    assert stretch is None or stretch.ratio <= values[0] * ROUNDING
+    assert 1 / shrink.ratio <= ROUNDING / values[-1]
 
 
 def test_a_direction_that_is_lost_altogether_is_no_error():
