@@ -37,7 +37,7 @@ def dense_network(network: NetworkTangent, shape: Sequence[int], *, gain: Tensor
         gain: where the output is [t, s] along its channels, t + gain * s is differentiated in its place, gain fixed.
     """
     steps = list(_flat(network))
-    if len(shape) == 3 and all(_is_local(step) for step in steps):
+    if len(shape) == 3 and _are_local(steps):
         return _scattered(_windows(steps, shape, gain), shape)
     if len(shape) == 1 and all(isinstance(step, (Dense, Slope, Unchanged)) for step in steps):
         J = _product(steps, network.output, shape[0])
@@ -58,7 +58,7 @@ def add_product_(
     multiplied with what it depends on.
     """
     steps = list(_flat(network))
-    if len(shape) == 3 and all(_is_local(step) for step in steps):
+    if len(shape) == 3 and _are_local(steps):
         T = _windows(steps, shape, gain)
         if T.shape[3] < shape[1]:
             _add_rows_(target, T, matrix)
@@ -106,6 +106,11 @@ def _flat(network: NetworkTangent) -> list[NetworkTangent]:
     if not isinstance(network, Composed):
         return [network]
     return [inner for step in network.steps for inner in _flat(step)]
+
+
+def _are_local(steps: Sequence[NetworkTangent]) -> bool:
+    """Whether all are, and one does something."""
+    return all(_is_local(step) for step in steps) and not all(isinstance(step, Unchanged) for step in steps)
 
 
 def _is_local(step: NetworkTangent) -> bool:

@@ -19,7 +19,8 @@ from torch import Tensor
 from inn_guard.allocation import keep_freed_memory
 from inn_guard.dense_tangent import returning, trustworthy, with_forward_mode
 from inn_guard.invertible import Invertible
-from inn_guard.tangent import Selectable, Tangent, probes
+from inn_guard.network_tangent import as_written
+from inn_guard.tangent import AutogradTangent, Selectable, Tangent, probes
 
 __all__ = ["Linearization", "Scaled"]
 
@@ -87,7 +88,8 @@ class Linearization:
 
     def __init__(self, model: Invertible, x: Tensor) -> None:
         keep_freed_memory()
-        self.layers = model.layers() or (model,)
+        # what hooks and patched methods do to the whole model is seen from outside only
+        self.layers = (as_written(model.block) and model.layers()) or (model,)
         self.states = [x.detach()]
         self.tangents: list[Tangent] = []
         self._leaves_range = False
@@ -96,7 +98,8 @@ class Linearization:
         self._returning_checked: set[int] = set()
         self._inverse_checked: set[int] = set()
         for layer in self.layers:
-            tangent = layer.linearize(self.states[-1])
+            x = self.states[-1]
+            tangent = layer.linearize(x) if as_written(layer.block) else AutogradTangent(layer, layer.inverse, x)
             self.tangents.append(tangent)
             self.states.append(tangent.output)
 

@@ -28,6 +28,7 @@ __all__ = [
     "PointwiseConvolution",
     "Slope",
     "Unchanged",
+    "as_written",
     "elementwise_tangent",
     "linearize_network",
     "select_rows_of",
@@ -296,9 +297,15 @@ def _with_output(tangent: T, output: Tensor) -> T:
 _MAKES_NEW = (Dense, PointwiseConvolution, Convolution, Slope)
 
 
+def as_written(module: nn.Module) -> bool:
+    """Whether calling the module runs its class's methods and nothing else: no hooks, no methods of its own."""
+    hooked = module._forward_hooks or module._forward_pre_hooks
+    return not hooked and not {"forward", "inverse", "linearize"} & vars(module).keys()
+
+
 def _is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
     """Whether calling the module does what its class says: no forward of its own, no hooks."""
-    return type(module).forward is kind.forward and not (module._forward_hooks or module._forward_pre_hooks)
+    return type(module).forward is kind.forward and as_written(module)
 
 
 @tangent_of_module.register

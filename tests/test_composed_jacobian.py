@@ -30,6 +30,8 @@ KERNELS = {
     "stride": [nn.Conv2d(2, 3, 3, stride=2, padding=1), nn.ReLU()],
     "valid": [nn.Conv2d(2, 3, 3), nn.ReLU()],
     "dilated": [nn.Conv2d(2, 3, 3, dilation=2, padding=2)],
+    "nothing": [],
+    "identity": [nn.Identity()],
     "flat": [nn.Conv2d(2, 3, 1), nn.Flatten(), nn.Linear(60, 7)],
 }
 

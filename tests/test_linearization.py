@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from inn_guard.layers.chain import Chain
+from inn_guard.layers.coupling import AdditiveCoupling
 from inn_guard.linearization import Linearization, Scaled
 from tests.reference import jacobian
 from tests.toys import Detached, Linear, ReverseOnly, Warp, random_chain
@@ -72,6 +73,37 @@ def test_a_few_finite_samples_speak_for_a_layer_that_can_be_taken_apart(finite):
     x[: len(x) - finite] = math.nan
     product = Linearization(WronglyInverted(6), x).inverse_jvp(v).value()
     assert torch.allclose(product[len(x) - finite :], v[len(x) - finite :] / 2, rtol=1e-12)
+
+
+def patched_network(model):
+    network = model.layers()[0].network
+    network[0].forward = lambda x: 5 * x.sin()
+
+
+def patched_layer(model):
+    layer, forward = model.layers()[0], model.layers()[0].forward
+    layer.forward = lambda x: 2 * forward(x)
+    inverse = layer.inverse
+    layer.inverse = lambda z: inverse(z / 2)
+
+
+def hooked_layer(model):
+    model.layers()[0].register_forward_hook(lambda module, args, out: 3 * out)
+
+
+def hooked_model(model):
+    model.register_forward_hook(lambda module, args, out: 3 * out)
+
+
+@pytest.mark.parametrize("change", [patched_network, patched_layer, hooked_layer, hooked_model])
+def test_hooks_and_patched_methods_count_as_in_a_call(change):
+    network = torch.nn.Sequential(torch.nn.Linear(3, 3), torch.nn.ReLU(), torch.nn.Linear(3, 3)).double()
+    model, x, v = Chain(AdditiveCoupling(network), Warp(6)), vectors(), vectors(seed=2)
+    change(model)
+    linearization = Linearization(model, x)
+    assert torch.equal(linearization.output, model(x).detach())
+    expected = torch.einsum("bij,bj->bi", jacobian(model, x), v)
+    assert torch.allclose(linearization.jvp(v).value(), expected, rtol=1e-9)
 
 
 def test_states_are_those_of_the_forward_pass():

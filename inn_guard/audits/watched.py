@@ -171,7 +171,7 @@ class Watched(Invertible):
 
     def forward(self, x: Tensor) -> Tensor:
         """F(x) of the watched model."""
-        return self._tensor("forward", x, lambda: self.model.forward(x.clone()))
+        return self._tensor("forward", x, lambda: self.model(x.clone()))
 
     def inverse(self, z: Tensor) -> Tensor:
         """F^-1(z) of the watched model."""

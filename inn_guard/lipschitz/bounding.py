@@ -98,10 +98,15 @@ def lipschitz_bounds(
     Returns:
         The bounds; infinite ones with the reason.
 
+    Raises:
+        ValueError: if ``seconds`` is negative or not a number.
+
     References:
         Understanding and Mitigating Exploding Inverses in Invertible Neural Networks (Behrmann, Vicol, Wang, Grosse,
         Jacobsen, 2021), Table 3, Remark 3.
     """
+    if not seconds >= 0:
+        raise ValueError(f"expected a time of at least 0 seconds, got {seconds}")
     deadline, report = Deadline.after(seconds), progress or (lambda sentence, share: None)
     exact = model.in_dtype(torch.float64)
     layers = exact.layers() or (exact,)

@@ -45,7 +45,8 @@ class Table:
     """
 
     def __init__(self, jets: Jets, low: float, high: float, *, cells: int, groups: int = 1) -> None:
-        margin = 1e-6 * (high - low)  # forms that end where the grid does end a little beyond
+        # forms that end where the grid does end a little beyond
+        margin = 1e-6 * (high - low) + 1e-12 * (1 + max(abs(low), abs(high)))
         low, high = low - margin, high + margin
         edges = torch.linspace(low, high, cells + 1, dtype=torch.float64)
         self.low, self.high, self.width, self.groups = low, high, (high - low) / cells, groups

@@ -19,6 +19,7 @@ __all__ = ["Witness", "better", "measure", "search", "starting_points"]
 DENSE = 64  #: dimensions up to which whole Jacobians are taken
 FEW = 4  #: points that are measured however little time there is
 POWERS = 20  #: power iterations
+EDGE = 1e-9  #: of the box's width that points keep from its faces
 EVALUATION = 1e-9  #: relative error allowed to the evaluation of a ratio in float64
 
 
@@ -91,7 +92,9 @@ def starting_points(box: Interval, count: int, generator: torch.Generator) -> Te
 
 
 def _inside(points: Tensor, box: Interval) -> Tensor:
-    return torch.minimum(torch.maximum(points, box.lo), box.hi)
+    # not onto its faces: where a spline ends with the box, libraries clamp, and the derivative there is that of a clamp
+    edge = EDGE * (box.hi - box.lo).nan_to_num(0, 0, 0)
+    return torch.minimum(torch.maximum(points, box.lo + edge), box.hi - edge)
 
 
 def _extent(points: Tensor, box: Interval) -> Tensor:

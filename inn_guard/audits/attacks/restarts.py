@@ -32,8 +32,8 @@ class Restarts:
     strategy: Strategy = field(default_factory=SpectralAscent)
 
     def __post_init__(self) -> None:
-        if self.count < 1:
-            raise ValueError(f"expected at least one start, got {self.count}")
+        if not isinstance(self.count, int) or self.count < 1:
+            raise ValueError(f"expected a whole number of starts, at least one; got {self.count!r}")
 
     @property
     def budget(self) -> float | int:
