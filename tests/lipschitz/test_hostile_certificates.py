@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import io
 import json
+import sys
 import zipfile
 from pathlib import Path
 from unittest import mock
@@ -54,6 +55,7 @@ def known(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def checker():
+    sys.path.insert(0, str(CHECKER.parent))  # as when it is run
     specification = importlib.util.spec_from_file_location("check_certificate", CHECKER)
     module = importlib.util.module_from_spec(specification)
     specification.loader.exec_module(module)
