@@ -33,6 +33,9 @@ def save_checkpoint(
         model: its state_dict is stored; tensors shared between two names are stored under each.
         optimizer: its per-parameter tensors and its parameter groups' settings are stored.
         progress: stored as JSON; NaN and Inf survive.
+
+    Raises:
+        ValueError: if progress or the optimizer's settings are nothing that JSON holds, such as tensors.
     """
     state = optimizer.state_dict()
     tensors = {f"model.{name}": tensor.detach().cpu().clone().contiguous() for name, tensor in _state(model).items()}
@@ -44,8 +47,15 @@ def save_checkpoint(
             else:
                 scalars[f"{index}.{key}"] = value
     header = {"format": FORMAT, "progress": progress, "groups": state["param_groups"], "scalars": scalars}
+    try:
+        written = json.dumps(header)
+    except TypeError as error:
+        raise ValueError(
+            "expected progress and the optimizer's settings as numbers, strings, lists and dictionaries, such as lr=1e-3 "
+            f"and not a tensor: {error}"
+        ) from error
     with atomic_write(path) as partial:
-        partial.write_bytes(save(tensors, metadata={"inn_guard": json.dumps(header)}))
+        partial.write_bytes(save(tensors, metadata={"inn_guard": written}))
 
 
 def load_checkpoint(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:

@@ -103,6 +103,14 @@ def test_states_that_do_not_fit_the_parameters(name, saved, tmp_path):
 
 @many
 @given(junk=st.binary(max_size=60), line=anything)
+def test_an_optimizer_that_json_cannot_hold_is_refused_and_nothing_is_written(tmp_path):
+    model = nn.Linear(2, 2)
+    optimizer = torch.optim.Adam(model.parameters(), lr=torch.tensor(1e-3))
+    with pytest.raises(ValueError, match="lr=1e-3"):
+        save_checkpoint(tmp_path / "c.safetensors", model, optimizer, progress={})
+    assert not list(tmp_path.iterdir())
+
+
 def test_what_is_no_finished_case_is_not_taken_for_one(junk, line, tmp_path):
     good = json.dumps({"case": "a", "rows": [{"x": 1}]}).encode()
     junk = junk.replace(b'"case"', b"")
