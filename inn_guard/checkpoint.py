@@ -51,8 +51,8 @@ def save_checkpoint(
         written = json.dumps(header)
     except TypeError as error:
         raise ValueError(
-            "expected progress and the optimizer's settings as numbers, strings, lists and dictionaries, such as lr=1e-3 "
-            f"and not a tensor: {error}"
+            "expected progress and the optimizer's settings as numbers, strings, lists and dictionaries, such as "
+            f"lr=1e-3 and not a tensor: {error}"
         ) from error
     with atomic_write(path) as partial:
         partial.write_bytes(save(tensors, metadata={"inn_guard": written}))

@@ -101,8 +101,6 @@ def test_states_that_do_not_fit_the_parameters(name, saved, tmp_path):
     assert not load_or_change_nothing(tmp_path / "c.safetensors")
 
 
-@many
-@given(junk=st.binary(max_size=60), line=anything)
 def test_an_optimizer_that_json_cannot_hold_is_refused_and_nothing_is_written(tmp_path):
     model = nn.Linear(2, 2)
     optimizer = torch.optim.Adam(model.parameters(), lr=torch.tensor(1e-3))
@@ -111,6 +109,8 @@ def test_an_optimizer_that_json_cannot_hold_is_refused_and_nothing_is_written(tm
     assert not list(tmp_path.iterdir())
 
 
+@many
+@given(junk=st.binary(max_size=60), line=anything)
 def test_what_is_no_finished_case_is_not_taken_for_one(junk, line, tmp_path):
     good = json.dumps({"case": "a", "rows": [{"x": 1}]}).encode()
     junk = junk.replace(b'"case"', b"")
