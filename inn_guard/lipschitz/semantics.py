@@ -204,10 +204,10 @@ class Entrywise:
 
     def rearrange(self, x: Tensor, move: Move) -> Tensor:
         """Every column moved, on vectors only."""
-        moved = move.move(x.T).T * (1 + 1e-12)
+        moved = move.move(x.T)
         if moved.dim() != 2:
             raise Unbounded("entrywise bounds are for vectors only")
-        return moved
+        return moved.T * (1 + 1e-12)
 
     def constant(self, value: Tensor, like: Tensor) -> Tensor:
         """Zero."""

@@ -12,6 +12,7 @@ from torch.distributions import MultivariateNormal
 
 import inn_guard as ig
 from inn_guard.audits import AUDITS
+from inn_guard.audits.lipschitz_bounds import lipschitz_bounds
 from inn_guard.layers.actnorm import ActNorm, Diagonal
 from inn_guard.layers.chain import Chain
 from inn_guard.lipschitz.conditioners import Effort
@@ -328,12 +329,12 @@ MODELS = {
 @pytest.mark.parametrize("kind", MODELS)
 def test_every_audit_of_square_maps_applies_and_finds_nothing(kind):
     model, x = MODELS[kind]()
-    report = ig.audit(model, x, level="full", loss=lambda z: z.square().sum())
-    assert {result.name for result in report.results} >= set(AUDITS)
+    others = [name for name in AUDITS if name != "lipschitz_bounds"]
+    report = ig.audit(model, x, checks=others, loss=lambda z: z.square().sum())
+    assert {result.name for result in report.results} >= set(others)
+    assert not lipschitz_bounds(model, x, seconds=2.0).verdict.failed  # padding has no bound rule, which is said
     for result in report.results:
-        if result.name == "lipschitz_bounds":  # padding and unflattening have no bound rule, which is said
-            assert not result.verdict.failed
-        elif result.name == "out_of_distribution" and kind == "expanded":
+        if result.name == "out_of_distribution" and kind == "expanded":
             # the joint's data are noise beside pixels: its probes put noise where pixels go, beyond the logit's (0, 1)
             assert result.verdict is ig.Verdict.NON_FINITE
             assert "the data pass" in result.reason
