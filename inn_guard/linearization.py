@@ -88,8 +88,7 @@ class Linearization:
 
     def __init__(self, model: Invertible, x: Tensor) -> None:
         keep_freed_memory()
-        # what hooks and patched methods do to the whole model is seen from outside only
-        self.layers = (as_written(model.block) and model.layers()) or (model,)
+        self.layers = model.layers() or (model,)
         self.states = [x.detach()]
         self.tangents: list[Tangent] = []
         self._leaves_range = False

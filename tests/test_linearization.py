@@ -91,11 +91,7 @@ def hooked_layer(model):
     model.layers()[0].register_forward_hook(lambda module, args, out: 3 * out)
 
 
-def hooked_model(model):
-    model.register_forward_hook(lambda module, args, out: 3 * out)
-
-
-@pytest.mark.parametrize("change", [patched_network, patched_layer, hooked_layer, hooked_model])
+@pytest.mark.parametrize("change", [patched_network, patched_layer, hooked_layer])
 def test_hooks_and_patched_methods_count_as_in_a_call(change):
     network = torch.nn.Sequential(torch.nn.Linear(3, 3), torch.nn.ReLU(), torch.nn.Linear(3, 3)).double()
     model, x, v = Chain(AdditiveCoupling(network), Warp(6)), vectors(), vectors(seed=2)

@@ -8,7 +8,7 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from inn_guard.invertible import Invertible
 from inn_guard.lipschitz.blocks import Pair
@@ -17,7 +17,7 @@ from inn_guard.lipschitz.certificates import Certificate, weights_hash
 from inn_guard.lipschitz.conditioners import Effort
 from inn_guard.lipschitz.deadline import Deadline
 from inn_guard.lipschitz.intervals import Box, Interval
-from inn_guard.lipschitz.maps import bounded_map
+from inn_guard.lipschitz.maps import BoundedMap, Unknown, bounded_map
 from inn_guard.lipschitz.networks import Factor, LayerBound, product, stack, whole_forward, whole_inverse
 from inn_guard.lipschitz.subnetworks import Unbounded
 from inn_guard.lipschitz.witnesses import Witness, better, measure, search, starting_points
@@ -112,7 +112,7 @@ def lipschitz_bounds(
     layers = exact.layers() or (exact,)
     report("layer by layer", 0.0)
     effort_per_layer = effort or Effort(steps=30, seconds=min(10.0, 0.4 * seconds / len(layers)))
-    described = [(layer.name, bounded_map(layer.block, layer)) for layer in layers]
+    described = [(layer.name, _rule(model, layer)) for layer in layers]
     branching = domain.bounded and domain.lo.numel() <= BRANCHING and domain.lo.dim() == 1
     bounds = stack(described, domain, replace(effort_per_layer, deadline=deadline.part(0.2 if branching else 0.4)))
     report("whole network", 0.2)
@@ -211,6 +211,22 @@ def _witnesses(
         return search(model, points, domain, deadline=deadline, generator=generator)
     except (NotApplicable, RuntimeError, ValueError):
         return None, None
+
+
+def _rule(model: Invertible, layer: Invertible) -> BoundedMap:
+    """What is known of a layer; nothing where a call runs more than the classes of its modules say."""
+    altered = _altered(model.block, *layer.block.modules())
+    return Unknown(altered) if altered else bounded_map(layer.block, layer)
+
+
+def _altered(*modules: nn.Module) -> str:
+    """Which module has hooks or a forward of its own, '' if none; reparametrisations of torch.nn.utils are known."""
+    for module in modules:
+        hooks = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
+        foreign = [hook for hook in hooks if not type(hook).__module__.startswith("torch.nn.utils")]
+        if foreign or "forward" in vars(module):
+            return f"{type(module).__name__} has hooks or a forward of its own, which may change what it computes"
+    return ""
 
 
 def _described(box: Interval) -> str:

@@ -231,6 +231,22 @@ def test_a_direction_that_is_lost_altogether_is_no_error():
     assert 1e15 < bounds.lower_inverse <= bounds.inverse == math.inf
 
 
+def changed_network(model):
+    model.layers()[0].network[0].forward = lambda x: 5 * x
+
+
+@pytest.mark.parametrize("place", [lambda m: m, lambda m: m.layers()[0], lambda m: m.layers()[0].network[0], None])
+def test_what_hooks_and_patched_methods_change_has_no_bound(place):
+    model = dense(affine=True, size=2, blocks=2).eval()
+    if place is None:
+        changed_network(model)
+    else:
+        place(model).register_forward_hook(lambda module, args, out: 3 * out)
+    bounds = lipschitz_bounds(model, Box(torch.zeros(2), torch.ones(2)), seconds=1.0)
+    assert bounds.forward == bounds.inverse == math.inf
+    assert "hooks" in bounds.reason
+
+
 def test_audit_reports_every_layer_and_what_makes_it_large():
     torch.manual_seed(1)
     model = dense(affine=True, size=2, blocks=2).eval()
