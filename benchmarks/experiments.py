@@ -88,6 +88,11 @@ EXPERIMENTS = (
         "Behrmann 2021, figures 11, 12",
     ),
     Experiment(
+        "exploding_inverses.attack_growth",
+        "what the attack finds in affine flows against their depth and training",
+        "Behrmann 2021, figure 11",
+    ),
+    Experiment(
         "exploding_inverses.checkerboard",
         "three flows of a 2-D checkerboard: where the inverse fails, densities, certified bounds",
         "Behrmann 2021, figures 2, 7, 8",

@@ -31,7 +31,7 @@ class Plan:
         batch_size: rows per step; the last, smaller batch of an epoch is left out.
         looks: numbers of steps after which the model is looked at, ascending.
         rate: factor of the optimiser's learning rate at a step.
-        clip: largest norm of the gradient; where it is finite, steps whose gradient is not are left out, and counted.
+        clip: largest norm of the gradient.
         seed: of the order of the rows and of the noise.
     """
 
@@ -73,7 +73,8 @@ def train(
 ) -> list[Row]:
     """One row per look: step, loss, seconds of training, steps left out, and what ``look()`` returns in eval mode.
 
-    Parameters that are not finite end the training after the next look.
+    A step whose gradient is not finite is left out: a single image whose inverse overflows makes a penalty NaN, and
+    Adam never forgets it. Training ends after a look before which no step was taken, or parameters are not finite.
 
     Args:
         model: is trained.
@@ -107,7 +108,8 @@ def train(
             spent = {"training_seconds": seconds, "skipped_steps": skipped}
             rows.append({"step": step + 1, "loss": value.item(), **spent, **look()})
             model.train()
-            if not all(bool(parameter.isfinite().all()) for parameter in model.parameters()):
+            taken = step + 1 - skipped - (progress["step"] - progress["skipped"])
+            if not taken or not all(bool(parameter.isfinite().all()) for parameter in model.parameters()):
                 break
             progress = {"step": step + 1, "seconds": seconds, "skipped": skipped, "rows": rows}
             checkpoint.parent.mkdir(parents=True, exist_ok=True)
@@ -140,8 +142,8 @@ def warmed_up(steps: int) -> Rate:
 
 
 def _usable(model: nn.Module, clip: float) -> bool:
-    """Clip the gradient; False if it is not finite. Without a bound it is taken as it is."""
-    return not math.isfinite(clip) or bool(nn.utils.clip_grad_norm_(model.parameters(), clip).isfinite())
+    """Clip the gradient; False if it is not finite."""
+    return bool(nn.utils.clip_grad_norm_(model.parameters(), clip).isfinite())
 
 
 def _rows(plan: Plan, step: int, examples: int) -> Tensor:

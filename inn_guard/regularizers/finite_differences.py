@@ -44,7 +44,8 @@ class FiniteDifferences:
     all of them. Without the group give each process a seed of its own. Under autocast all passes run in float32 and a
     given z, being rounded, is computed anew. NaN and Inf come out as they are. A model in training mode sees the noisy
     batches too: BatchNorm in it counts them in its running statistics. Clip the gradient's norm where data have
-    outliers: one sample at which the inverse explodes makes a penalty of any size.
+    outliers, and leave out a step whose gradient is not finite: one sample at which the inverse explodes makes a
+    penalty of any size, NaN included.
 
     This differs from the paper in: nothing; its published code divides by eps instead of eps^2, draws v so scaled that
     the penalty is eps times the one above, and sums where the text averages, so that a coefficient c there acts about

@@ -24,6 +24,7 @@ from benchmarks.exploding_inverses.image_training import (
     train,
     warmed_up,
 )
+from benchmarks.exploding_inverses.table10 import conclusions
 from inn_guard.audits.round_trip import round_trip
 from inn_guard.layers.residual import Residual
 
@@ -128,26 +129,28 @@ def test_a_training_that_was_killed_continues_to_the_same_weights_and_rows(tmp_p
     assert [row["loss"] for row in resumed] == [row["loss"] for row in whole]
 
 
-def test_a_loss_of_nan_ends_the_training_with_a_row(tmp_path):
+def test_a_loss_that_stays_nan_ends_the_training_with_a_row(tmp_path):
     net = training()
     rows = train(
         net.net,
         torch.optim.Adam(net.net.parameters(), 1e30),
         net.loss(),
-        plan=Plan(steps=50, batch_size=16, looks=(5, 50)),
+        plan=Plan(steps=50, batch_size=16, looks=(1, 5, 50)),
         look=net.look,
         checkpoint=tmp_path / "c.safetensors",
         examples=64,
     )
-    assert len(rows) == 1
-    assert not math.isfinite(rows[0]["loss"])
-    assert rows[0]["broken_images"] == 16
-    assert not rows[0]["invertible"]
-    assert rows[0]["reconstruction_error"] == math.inf
-    assert rows[0]["broken_gradients"] == 1
+    assert [row["step"] for row in rows] == [1, 5]
+    assert rows[1]["skipped_steps"] == 4
+    assert not math.isfinite(rows[1]["loss"])
+    assert rows[1]["broken_images"] == 16
+    assert not rows[1]["invertible"]
+    assert rows[1]["reconstruction_error"] == math.inf
+    assert rows[1]["broken_gradients"] == 1
 
 
-def test_steps_whose_gradient_is_not_finite_are_left_out_where_gradients_are_clipped(tmp_path):
+@pytest.mark.parametrize("clip", [10.0, math.inf])
+def test_steps_whose_gradient_is_not_finite_are_left_out(tmp_path, clip):
     weight = torch.nn.Linear(1, 1, bias=False)
     seen = []
 
@@ -155,18 +158,12 @@ def test_steps_whose_gradient_is_not_finite_are_left_out_where_gradients_are_cli
         seen.append(weight.weight.item())
         return (weight.weight * (math.nan if batch.step == 1 else 1.0)).sum()
 
-    def trained(clip, name):
-        seen.clear()
-        torch.nn.init.ones_(weight.weight)
-        plan = Plan(steps=4, batch_size=1, looks=(1, 2, 4), clip=clip)
-        optimizer = torch.optim.SGD(weight.parameters(), 0.25)
-        return train(weight, optimizer, loss, plan=plan, look=dict, checkpoint=tmp_path / name, examples=1)
-
-    rows = trained(10.0, "clipped")
+    torch.nn.init.ones_(weight.weight)
+    plan = Plan(steps=4, batch_size=1, looks=(1, 3, 4), clip=clip)
+    optimizer = torch.optim.SGD(weight.parameters(), 0.25)
+    rows = train(weight, optimizer, loss, plan=plan, look=dict, checkpoint=tmp_path / "c", examples=1)
     assert seen == [1, 0.75, 0.75, 0.5]
     assert [row["skipped_steps"] for row in rows] == [0, 1, 1]
-    rows = trained(math.inf, "as it is")
-    assert [row["step"] for row in rows] == [1, 2]
 
 
 @pytest.mark.parametrize("text", ["affine conv", "affine conv FD", "affine conv none 1e-3", "linear conv none", ""])
@@ -227,6 +224,14 @@ def test_the_papers_figures_stand_beside_their_own_runs():
     assert frame["their_test_accuracy"].tolist()[:3] == pytest.approx([0.8907, 0.8864, 0.8849])
     assert frame["their_test_accuracy"].isna().tolist() == [False, False, False, True, True]
     assert "/ -" in beside_paper(frame).set_index("run").loc["affine conv FD 7e-7", "accuracy"]
+
+
+def test_the_papers_conclusions_hold_of_its_own_figures_and_not_of_others():
+    frame = with_theirs(pd.DataFrame([last_row(name) for name in cifar10_classifiers.Config.paper().runs]))
+    counted = conclusions(frame)
+    assert [text.split(" of ")[0] for text in counted["paper"]] == [text.split(" of ")[1] for text in counted["paper"]]
+    assert counted.set_index("conclusion").loc["FD lowers the condition number", "ours"] == "0 of 4"
+    assert counted["paper"].iloc[1] == "8 of 8"
 
 
 def test_a_residual_inverse_of_few_iterations_is_off_and_the_converged_one_is_not():

@@ -1,0 +1,131 @@
+"""What the dequantization attack finds in affine flows, against their depth and the steps of their training.
+
+    python -m benchmarks.exploding_inverses.attack_growth --preset cpu --data-root FOLDER
+
+The flows of ``dequantization`` with scales in (0, 1), one for each number of blocks, attacked by the paper's search at
+several steps of their training by maximum likelihood. Rows: likelihood and spectrum, errors at the centres of the
+cubes and at the worst points found, Euclidean, the worst of the images, and how many images were lost altogether.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+
+import pandas as pd
+import torch
+from matplotlib.figure import Figure
+
+from benchmarks.exploding_inverses import dequantization
+from benchmarks.exploding_inverses.dequantization import Flow
+from benchmarks.exploding_inverses.image_training import Plan, exact_float32, looks_until, train, unfinished, warmed_up
+from benchmarks.runner import Row, collect, main
+from inn_guard.audits.attacks import ProjectedGradient
+
+FLOW = "affine (0 1)"
+COLOURS = ("#56b4e9", "#0072b2", "#009e73", "#e69f00", "#d55e00")
+
+
+@dataclasses.dataclass(frozen=True)
+class Config(dequantization.Config):
+    """As there; only affine flows with scales in (0, 1).
+
+    Attributes:
+        depths: blocks per level, a flow for each.
+        looks: attacks in the course of a training.
+    """
+
+    flows: tuple[str, ...] = (FLOW,)
+    depths: tuple[int, ...] = (4, 8, 16)
+    looks: int = 20
+
+    @classmethod
+    def smoke(cls) -> Config:
+        """Seconds, on scikit-learn's digits."""
+        return _like(dequantization.Config.smoke(), depths=(1, 2), looks=2)
+
+    @classmethod
+    def cpu(cls) -> Config:
+        """Minutes of one core."""
+        return _like(dequantization.Config.cpu(), levels=3, hidden=32, steps=600, depths=(4,), looks=4)
+
+    @classmethod
+    def paper(cls) -> Config:
+        """Table 7, 100 epochs, for a GPU."""
+        return cls()
+
+
+def _like(config: dequantization.Config, **changes: object) -> Config:
+    return Config(**{**dataclasses.asdict(config), "flows": (FLOW,), **changes})
+
+
+def look(flow: Flow) -> Row:
+    """Likelihood, spectrum, and what the attack finds."""
+    found = flow.attack(flow.net, ProjectedGradient(flow.config.attack_steps, flow.config.step_size))
+    centre, worst = (found.per_sample[name].nan_to_num(math.inf) for name in ("centre_error", "error"))
+    return {
+        **flow.look(),
+        "centre_error": centre.max().item(),
+        "error": worst.max().item(),
+        "gain": (worst / centre).max().item(),
+        "lost_images": int((~worst.isfinite()).sum()),
+        "verdict": found.verdict.label,
+    }
+
+
+def measure(config: Config, depth: int) -> list[Row]:
+    """Train one flow; a row per look."""
+    flow = Flow.fresh(dataclasses.replace(config, blocks=depth), FLOW)
+    checkpoint = unfinished(config, str(depth))
+    plan = Plan(
+        steps=config.steps,
+        batch_size=config.batch_size,
+        looks=looks_until(config.steps, config.looks),
+        rate=warmed_up(config.warmup),
+        clip=config.clip,
+        seed=config.seed,
+    )
+    with exact_float32():
+        rows = train(
+            flow.net,
+            torch.optim.Adamax(flow.net.parameters(), config.learning_rate),
+            functools.partial(flow.training.loss, flow.net),
+            plan=plan,
+            look=functools.partial(look, flow),
+            checkpoint=checkpoint,
+            examples=len(flow.training.data.train),
+        )
+    checkpoint.unlink(missing_ok=True)
+    source = {"data": config.data_name, "files": flow.training.data.checksum[:12]}
+    return [{"blocks": depth, **row, **source} for row in rows]
+
+
+def run(config: Config) -> pd.DataFrame:
+    """A flow per depth."""
+    return collect(config, {f"{depth} blocks": depth for depth in config.depths}, measure)
+
+
+def draw(frame: pd.DataFrame) -> Figure:
+    """Errors at the centres and under attack, and the spectrum, over the steps of training."""
+    figure = Figure(figsize=(11, 4), layout="constrained")
+    errors, spectrum = figure.subplots(1, 2)
+    for colour, (depth, group) in zip(COLOURS, frame.groupby("blocks", sort=False), strict=False):
+        style = {"color": colour, "markersize": 4}
+        errors.plot(group["step"], group["error"], "o-", label=f"{depth} blocks per level, attacked", **style)
+        errors.plot(group["step"], group["centre_error"], "o:", label="centres of the cubes", **style)
+        lost = group[group["lost_images"] > 0]
+        errors.plot(lost["step"], [0.96] * len(lost), "x", transform=errors.get_xaxis_transform(), **style)
+        spectrum.plot(group["step"], group["sigma_max"], "^-", label=f"{depth} blocks, largest", **style)
+        spectrum.plot(group["step"], group["sigma_min"], "v-", label="smallest", **style)
+    errors.set(ylabel="worst round trip, Euclidean", title="x: a reconstruction is not finite")
+    spectrum.set(ylabel="singular values at the images")
+    for axis in (errors, spectrum):
+        axis.set(xlabel="step of training", yscale="log")
+        axis.grid(visible=True, color="#d9dde3", linewidth=0.6)
+        axis.legend(frameon=False, fontsize=7)
+    return figure
+
+
+if __name__ == "__main__":
+    main(Config, run, draw)
