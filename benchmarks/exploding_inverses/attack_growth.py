@@ -63,7 +63,7 @@ def _like(config: dequantization.Config, **changes: object) -> Config:
 def look(flow: Flow) -> Row:
     """Likelihood, spectrum, and what the attack finds."""
     found = flow.attack(flow.net, ProjectedGradient(flow.config.attack_steps, flow.config.step_size))
-    centre, worst = (found.per_sample[name].nan_to_num(math.inf) for name in ("centre_error", "error"))
+    centre, worst = (found.per_sample[name].nan_to_num(math.inf, posinf=math.inf) for name in ("centre_error", "error"))
     return {
         **flow.look(),
         "centre_error": centre.max().item(),

@@ -180,7 +180,7 @@ def audited(model: Classifier, data: Digits, config: Config, page: Path | None) 
     return {
         "test_accuracy": correct.float().mean().item(),
         "worst_error": trip.values["max_error"],
-        "median_error": trip.per_sample["max_error"].double().nan_to_num(math.inf).median().item(),
+        "median_error": trip.per_sample["max_error"].double().nan_to_num(math.inf, posinf=math.inf).median().item(),
         "condition_number": spectrum.values.get("condition_number", float("nan")),
         "sigma_min": spectrum.values.get("sigma_min", float("nan")),
         "sigma_max": spectrum.values.get("sigma_max", float("nan")),

@@ -245,7 +245,7 @@ def round_trip(flow: Invertible, x: Tensor) -> float:
 
 def finite_or_inf(number: Tensor) -> float:
     """NaN as inf, so that a failure is never the best of its column."""
-    return number.nan_to_num(math.inf).item()
+    return number.nan_to_num(math.inf, posinf=math.inf).item()
 
 
 def pixels(x: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ __all__ = ["round_trip_error", "singular_values"]
 @torch.no_grad()
 def round_trip_error(net: Invertible, x: Tensor) -> Tensor:
     """||F^-1(F(x)) - x||, (B,); inf where it is not finite."""
-    return (net.inverse(net(x)) - x).norm(dim=1).nan_to_num(math.inf)
+    return (net.inverse(net(x)) - x).norm(dim=1).nan_to_num(math.inf, posinf=math.inf)
 
 
 @torch.no_grad()

@@ -121,7 +121,7 @@ def looked_at(net: Invertible, x: Tensor) -> Row:
     sigma_max, sigma_min = singular_values(net, x)
     return {
         "error": round_trip_error(net, x).max().item(),
-        "condition_number": (sigma_max / sigma_min).nan_to_num(torch.inf).max().item(),
+        "condition_number": (sigma_max / sigma_min).nan_to_num(torch.inf, posinf=torch.inf).max().item(),
         "sigma_max": sigma_max.max().item(),
         "sigma_min": sigma_min.min().item(),
     }

@@ -38,6 +38,16 @@ def test_a_flattened_direction_is_a_zero_singular_value_and_an_infinite_error():
     assert round_trip_error(Chain(flat), x).tolist() == [math.inf] * 3
 
 
+@pytest.mark.parametrize("lost", [math.nan, math.inf])
+def test_what_is_lost_is_infinite_and_not_the_largest_number(lost):
+    class Lost(Chain):
+        def inverse(self, z):
+            return torch.full_like(z, lost)
+
+    assert round_trip_error(Lost(Diagonal(2)), torch.ones(1, 2)).tolist() == [math.inf]
+    assert flowgan.finite_or_inf(torch.tensor(lost)) == math.inf
+
+
 def test_the_regression_is_onto_a_line():
     config = dataclasses.replace(toy_regression.Config.smoke(), samples=4000)
     x, y = toy_regression.data(config)
