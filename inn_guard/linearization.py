@@ -49,8 +49,7 @@ class Scaled:
         vectors stay as they are.
         """
         peak = torch.linalg.vector_norm(self.vector, ord=torch.inf, dim=tuple(range(1, self.vector.dim())))
-        far = torch.finfo(peak.dtype).max ** 0.25
-        if bool(((peak > 1 / far) & (peak < far)).all()):
+        if bool(_in_range(peak).all()):
             return self
         peak = torch.where((peak > 0) & peak.isfinite(), peak, torch.ones_like(peak))
         return Scaled(self.vector / _broadcast(peak, self.vector), self.log_scale + peak.double().log())
@@ -194,14 +193,11 @@ class Linearization:
     def _chain(self, v: Tensor | Scaled, steps: Sequence[Step]) -> Scaled:
         scaled = v if isinstance(v, Scaled) else Scaled.of(v)
         if not self._leaves_range:
-            vector, highest, lowest = scaled.vector, [], []
+            vector, lengths = scaled.vector, []
             for step in steps:
                 vector = step(vector)
-                entries = tuple(range(1, vector.dim()))
-                # many times as fast as vector_norm with ord=inf, or as flattening what is channels-last
-                highest.append(vector.amax(dim=entries))
-                lowest.append(vector.amin(dim=entries))
-            if bool(_in_range(torch.maximum(torch.stack(highest), -torch.stack(lowest))).all()):
+                lengths.append(torch.linalg.vector_norm(vector, dim=tuple(range(1, vector.dim()))))
+            if bool(_in_range(torch.stack(lengths)).all()):
                 return Scaled(vector, scaled.log_scale).normalized()
             self._leaves_range = True
         for step in steps:
@@ -219,10 +215,10 @@ class Linearization:
         return f"layer {k} ({self.layers[k].name})"
 
 
-def _in_range(peak: Tensor) -> Tensor:
-    """Whether entries of this size are far from the ends of their dtype's range."""
-    far = torch.finfo(peak.dtype).max ** 0.25
-    return (peak > 1 / far) & (peak < far)
+def _in_range(size: Tensor) -> Tensor:
+    """Whether vectors of this length, or largest entry, are far from the ends of their dtype's range."""
+    far = torch.finfo(size.dtype).max ** 0.25
+    return (size > 1 / far) & (size < far)
 
 
 def _broadcast(per_sample: Tensor, like: Tensor) -> Tensor:

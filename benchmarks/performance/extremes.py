@@ -5,6 +5,9 @@ ratio is the median over the rounds of the peer's seconds per sample over ours. 
 ``rows`` of its D equal backward passes in every round, plus one whole decomposition with vectors, timed once (of the
 first sample's Jacobian, composed). Accuracy in the same run: of the values of the last round, on the first samples,
 against the singular values of J composed in float64.
+
+``bare_ratio`` is what would be left if a pass consisted of its matrix products alone: the peer's seconds over those of
+one product per weight and pass (operands ready, convolutions unfolded), as many passes as steps took, and no check.
 """
 
 from __future__ import annotations
@@ -16,14 +19,15 @@ from dataclasses import dataclass
 
 import pandas as pd
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from benchmarks.performance.nets import Sizes
-from benchmarks.performance.peer import row_seconds, svd_seconds
+from benchmarks.performance.peer import processor_seconds, row_seconds, svd_seconds
 from benchmarks.runner import Row, collect, main
 from inn_guard.composed_jacobian import composed_jacobian
 from inn_guard.jacobian import Extremes, extremes
 from inn_guard.layers.chain import Chain
+from inn_guard.layers.linear import InvertibleLinear
 from inn_guard.linearization import Linearization
 
 
@@ -64,14 +68,17 @@ def measure(config: Config, batch: int) -> list[Row]:
     net, x = config.net(config.blocks), config.data()[:batch]
     decomposing = decomposition_seconds(config)
     ours(net, x[:1], config)
-    peer, own = [], []
+    products = matrix_products(net, x)
+    peer, own, bare = [], [], []
     for _ in range(config.rounds):
         rows = row_seconds(net, x[:1], rows=config.rows)
         seconds, found = ours(net, x, config)
         peer.append(rows * x[0].numel() + decomposing)
         own.append(seconds)
+        bare.append(processor_seconds(lambda: [left @ right for left, right in products])[0] / len(x))
     errors = deviations(net, x, found, config)
     steps = torch.stack([found.forward.steps, found.backward.steps]).double()
+    passes = 1 + 2 * steps.sum(0).mean().item()
     return [
         {
             "batch": batch,
@@ -79,6 +86,7 @@ def measure(config: Config, batch: int) -> list[Row]:
             "seconds_per_sample": statistics.median(own),
             "peer_seconds_extrapolated": statistics.median(peer),
             "ratio": statistics.median(p / o for p, o in zip(peer, own, strict=True)),
+            "bare_ratio": statistics.median(p / (passes * b) for p, b in zip(peer, bare, strict=True)),
             "steps_mean": steps.mean().item(),
             "steps_max": steps.max().item(),
             "sigma_max_error": errors[0],
@@ -87,6 +95,23 @@ def measure(config: Config, batch: int) -> list[Row]:
             "error_estimate": max(s.relative_error.max().item() for s in (found.forward, found.backward)),
         }
     ]
+
+
+def matrix_products(net: Chain, x: Tensor) -> list[tuple[Tensor, Tensor]]:
+    """Operands of one product per weight of the net in its order: (batch x positions, fan in) and (fan in, fan out)."""
+    products: list[tuple[Tensor, Tensor]] = []
+
+    def note(module: nn.Module, _: object, output: Tensor) -> None:
+        (weight,) = (parameter for parameter in module.parameters() if parameter.dim() > 1)
+        right = weight.detach().flatten(1).T.contiguous()
+        products.append((output.new_ones(output.numel() // len(weight), len(right)), right))
+
+    hooks = [m.register_forward_hook(note) for m in net.modules() if isinstance(m, nn.Conv2d | InvertibleLinear)]
+    with torch.no_grad():
+        net(x)
+    for hook in hooks:
+        hook.remove()
+    return products
 
 
 def deviations(net: Chain, x: Tensor, found: Extremes, config: Config) -> tuple[float, float]:

@@ -1,7 +1,8 @@
 """Growth of the extremes' cost: time(2L) / time(L) <= 2.2 in depth, steps(4D) - steps(D) <= 3 in dimension.
 
 The affine Glow trunk, one thread, processor time. Depth: one linearisation and the same number of all four products
-with L and 2L blocks in turn, medians of ratios. Dimension: mean and largest number of Lanczos steps to 1 %.
+with L and 2L blocks in turn, medians of ratios. Dimension: mean and largest number of Lanczos steps to 1 %; images of
+twice the width have one level more, so that the coarsest level of all is equally large.
 """
 
 from __future__ import annotations
@@ -21,11 +22,15 @@ from inn_guard.linearization import Linearization
 
 @dataclass(frozen=True)
 class Config(Sizes):
-    """Depths L, each beside 2L; image sizes, each of four times the dimension of the one before."""
+    """Depths L, each beside 2L; image sizes, each of four times the dimension of the one before.
+
+    ``coarsest``: height and width of the last level's images, at every image size.
+    """
 
     batch: int = 8
     depths: tuple[int, ...] = (12, 24)
     sizes: tuple[int, ...] = (8, 16, 32, 64)
+    coarsest: int = 4
     blocks: int = 24
     products: int = 3
     repeats: int = 5
@@ -34,7 +39,7 @@ class Config(Sizes):
     @classmethod
     def smoke(cls) -> Config:
         """Seconds."""
-        return cls(hidden=8, size=8, batch=4, depths=(3,), sizes=(8, 16), blocks=3, products=1, repeats=1)
+        return cls(hidden=8, size=8, batch=4, depths=(3,), sizes=(8, 16), blocks=6, products=1, repeats=1)
 
     @classmethod
     def cpu(cls) -> Config:
@@ -66,7 +71,7 @@ def measure(config: Config, case: tuple[str, int]) -> list[Row]:
         steps = {"L": passes(config, size), "2L": passes(config, 2 * size)}
         seconds = alternating_seconds(steps, repeats=config.repeats)
         return [{"L": size, "time_ratio": median_ratio(seconds["2L"], seconds["L"])}]
-    sized = dataclasses.replace(config, size=size)
+    sized = dataclasses.replace(config, size=size, levels=(size // config.coarsest).bit_length() - 1)
     net, x = sized.net(config.blocks), sized.data()
     with torch.no_grad():
         generator = torch.Generator().manual_seed(config.seed)
@@ -75,6 +80,7 @@ def measure(config: Config, case: tuple[str, int]) -> list[Row]:
     return [
         {
             "D": x[0].numel(),
+            "levels": sized.levels,
             "steps_sigma_max": forward.mean().item(),
             "steps_sigma_min": backward.mean().item(),
             "steps_largest": torch.maximum(forward, backward).max().item(),

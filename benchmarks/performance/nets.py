@@ -1,4 +1,4 @@
-"""The net of the performance claims: the affine Glow trunk, 3 levels, D = 3072 for images of 32 x 32."""
+"""The net of the performance claims: the affine Glow trunk, D = 3072 for images of 32 x 32."""
 
 from __future__ import annotations
 
@@ -17,18 +17,20 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 @dataclass(frozen=True)
 class Sizes:
-    """Channels of the couplings' networks, height and width of the images, samples in the batch, and a seed."""
+    """Channels of the couplings' networks, levels, height and width of the images, samples in the batch, and a seed."""
 
     hidden: int = 128
+    levels: int = 3
     size: int = 32
     batch: int = 32
     seed: int = 0
 
     def net(self, blocks: int) -> Chain:
-        """So many blocks over three levels, with couplings that do something, initialised from a batch."""
+        """So many blocks over all levels, with couplings that do something, initialised from a batch."""
         torch.manual_seed(self.seed)
         shape = (3, self.size, self.size)
-        net = glow_classifier(shape, config=GlowConfig(levels=3, blocks=blocks // 3, hidden=self.hidden))
+        sizes = GlowConfig(levels=self.levels, blocks=blocks // self.levels, hidden=self.hidden)
+        net = glow_classifier(shape, config=sizes)
         with torch.no_grad():
             for parameter in net.parameters():
                 parameter.add_(0.01 * torch.randn_like(parameter))

@@ -57,9 +57,9 @@ class CouplingTangent:
     def jvp(self, v: Tensor) -> Tensor:
         """J v."""
         kept, changed = self._split(v)
-        if self._scale is not None:
-            changed = changed * self._scale
-        return self._join(kept, changed + self._coupled(kept))
+        coupled = self._coupled(kept)
+        moved = changed + coupled if self._scale is None else torch.addcmul(coupled, changed, self._scale)
+        return self._join(kept, moved)
 
     def vjp(self, u: Tensor) -> Tensor:
         """J^T u."""

@@ -47,8 +47,7 @@ class Halves(nn.Module):
 
     def split(self, x: Tensor, *, dims: int) -> tuple[Tensor, Tensor]:
         """(kept, changed)."""
-        channels = x.shape[1 - dims]
-        first, second = x.split([(channels + 1) // 2, channels // 2], dim=1 - dims)
+        first, second = _cut(x, (x.shape[1 - dims] + 1) // 2, dim=1 - dims)
         return (second, first) if self.swapped else (first, second)
 
     def join(self, kept: Tensor, changed: Tensor, *, dims: int) -> Tensor:
@@ -83,7 +82,7 @@ class Leading(nn.Module):
 
     def split(self, x: Tensor, *, dims: int) -> tuple[Tensor, Tensor]:
         """(kept, changed)."""
-        first, second = x.split([self.count, x.shape[1 - dims] - self.count], dim=1 - dims)
+        first, second = _cut(x, self.count, dim=1 - dims)
         return (second, first) if self.swapped else (first, second)
 
     def join(self, kept: Tensor, changed: Tensor, *, dims: int) -> Tensor:
@@ -125,3 +124,8 @@ class Mask(nn.Module):
     def restrict(self, parameter: Tensor, *, neutral: float) -> Tensor:
         """The parameter where x is changed, ``neutral`` elsewhere."""
         return torch.where(self.mask, neutral, parameter)
+
+
+def _cut(x: Tensor, count: int, *, dim: int) -> tuple[Tensor, Tensor]:
+    """The first ``count`` channels and the others: ``split`` takes four times as long, which deep nets notice."""
+    return x.narrow(dim, 0, count), x.narrow(dim, count, x.shape[dim] - count)
