@@ -96,27 +96,36 @@ def _state(model: nn.Module) -> dict[str, Tensor]:
 
 
 def _check_fit(path: Path, model: nn.Module, saved: dict[str, Tensor]) -> None:
-    here = {name: tuple(tensor.shape) for name, tensor in _state(model).items()}
-    there = {name: tuple(tensor.shape) for name, tensor in saved.items()}
+    here = {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in _state(model).items()}
+    there = {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in saved.items()}
     different = sorted(name for name in here.keys() | there.keys() if here.get(name) != there.get(name))
     if different:
         name = different[0]
         raise ValueError(
             f"{path} belongs to another model: {len(different)} tensors differ, first {name!r}: "
-            f"expected shape {here.get(name)}, got {there.get(name)}"
+            f"expected {_described(here.get(name))}, got {_described(there.get(name))}"
         )
 
 
+def _described(tensor: tuple[tuple[int, ...], torch.dtype] | None) -> str:
+    return "none of that name" if tensor is None else f"shape {tensor[0]} of {tensor[1]}"
+
+
 def _check_moments(path: Path, optimizer: torch.optim.Optimizer, saved: dict[int, dict[str, Any]]) -> None:
-    """What is kept for a parameter is one number, or of the parameter's shape."""
+    """What is kept for a parameter broadcasts to its shape: a number, a moment per entry, per row or per column."""
     shapes = [p.shape for group in optimizer.param_groups for p in group["params"]]
     for index, entries in saved.items():
         for key, value in entries.items():
             wanted = shapes[index] if 0 <= index < len(shapes) else None
-            if wanted is None or (isinstance(value, Tensor) and value.dim() and value.shape != wanted):
+            if wanted is None or (isinstance(value, Tensor) and not _broadcasts(value.shape, wanted)):
                 raise ValueError(
                     f"{path} belongs to another optimizer: {key!r} of parameter {index} does not fit its shape {wanted}"
                 )
+
+
+def _broadcasts(shape: torch.Size, wanted: torch.Size) -> bool:
+    aligned = zip(reversed(shape), reversed(wanted), strict=False)
+    return len(shape) <= len(wanted) and all(size in (1, whole) for size, whole in aligned)
 
 
 def _groups(optimizer: torch.optim.Optimizer, saved: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -138,6 +138,33 @@ def test_a_checkpoint_of_another_model_is_refused(tmp_path):
         load_checkpoint(path, model, torch.optim.Adam(model.parameters()))
 
 
+def test_a_checkpoint_of_another_precision_is_refused(tmp_path):
+    path = tmp_path / "run.safetensors"
+    single = make_model().float()
+    save_checkpoint(path, single, torch.optim.Adam(single.parameters()), progress={})
+    double = make_model().double()
+    with pytest.raises(ValueError, match=r"expected shape .* of torch.float64, got shape .* of torch.float32"):
+        load_checkpoint(path, double, torch.optim.Adam(double.parameters()))
+    assert_same_state(double, make_model().double())
+
+
+@pytest.mark.parametrize("kind", [torch.optim.Adafactor, torch.optim.Adam, torch.optim.SGD, torch.optim.Adagrad])
+def test_every_kind_of_moment_comes_back(tmp_path, kind):
+    path, model = tmp_path / "run.safetensors", make_model()
+    optimizer = kind(model.parameters(), lr=0.01)
+    model(make_data()[0]).mean().backward()
+    optimizer.step()
+    save_checkpoint(path, model, optimizer, progress={})
+    other = make_model()
+    fresh = kind(other.parameters(), lr=0.01)
+    load_checkpoint(path, other, fresh)
+    for trained, its in ((model, optimizer), (other, fresh)):
+        its.zero_grad()
+        trained(make_data()[0]).square().mean().backward()
+        its.step()
+    assert_same_state(model, other)
+
+
 def test_too_little_data_is_an_error():
     with pytest.raises(ValueError, match="batch size"):
         fit(make_model(), lambda batch: batch.x.mean(), (torch.zeros(3, 3),), settings=SETTINGS)

@@ -99,7 +99,7 @@ def lipschitz_bounds(
         The bounds; infinite ones with the reason.
 
     Raises:
-        ValueError: if ``seconds`` is negative or not a number.
+        ValueError: if ``seconds`` is negative or not a number, or the data are no samples of the domain's shape.
 
     References:
         Understanding and Mitigating Exploding Inverses in Invertible Neural Networks (Behrmann, Vicol, Wang, Grosse,
@@ -107,6 +107,9 @@ def lipschitz_bounds(
     """
     if not seconds >= 0:
         raise ValueError(f"expected a time of at least 0 seconds, got {seconds}")
+    if data is not None and (len(data) == 0 or data.shape[1:] != domain.lo.shape):
+        wanted = ", ".join(["B >= 1", *map(str, domain.lo.shape)])
+        raise ValueError(f"expected data of the domain's shape, ({wanted}), got {tuple(data.shape)}")
     deadline, report = Deadline.after(seconds), progress or (lambda sentence, share: None)
     exact = model.in_dtype(torch.float64)
     layers = exact.layers() or (exact,)

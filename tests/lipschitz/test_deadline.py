@@ -82,8 +82,15 @@ def test_more_time_is_used(model, counted):
     for seconds in (1.0, 20.0):
         watch = counted(0.1)
         lipschitz_bounds(model, BOX, seconds=seconds)
+
         looks.append(watch.looks)
     assert looks[1] > looks[0]
+
+
+@pytest.mark.parametrize("data", [torch.zeros(0, 2), torch.zeros(4, 3), torch.zeros(2)])
+def test_data_that_are_no_samples_of_the_box_are_an_error(model, data):
+    with pytest.raises(ValueError, match=r"expected data of the domain's shape, \(B >= 1, 2\), got"):
+        lipschitz_bounds(model, BOX, data=data, seconds=1.0)
 
 
 def test_what_cannot_be_afforded_is_replaced_by_cheap_norms(model, monkeypatch):
