@@ -169,6 +169,7 @@ EXPERIMENTS = (
         "Silvestri 2023, table 1",
         "aef_tables.csv",
     ),
+    Experiment("aef.curves", "likelihood of AEFs and of identical VAEs against the steps of training"),
     Experiment("aef.denoising", "denoising by models trained on noisy images", "Silvestri 2023, figure 7"),
 )
 

@@ -159,6 +159,19 @@ class Case:
     seed: int
 
 
+@dataclass(frozen=True)
+class Looks:
+    """At the model during training.
+
+    Attributes:
+        count: how many, evenly spaced; the last one at the end.
+        look: (model in eval mode, step) -> a number to keep.
+    """
+
+    count: int
+    look: Callable[[Model, int], float]
+
+
 def cases(config: Config) -> dict[str, Case]:
     return {
         f"{config.dataset} d={latent} {model} seed={seed}": Case(model, latent, seed)
@@ -174,7 +187,7 @@ def run(config: Config) -> pd.DataFrame:
 
 def measure(config: Config, case: Case) -> Iterator[Row]:
     """Train one model and score it on the test images."""
-    data, extractor = _data(config.dataset, config.root, config.train_files), _extractor(config)
+    data, extractor = load(config.dataset, config.root, config.train_files), _extractor(config)
     start = time.process_time()
     model, loss = chosen(config, case, data)
     seconds = time.process_time() - start
@@ -222,7 +235,9 @@ def chosen(config: Config, case: Case, data: QuantizedImages) -> tuple[Model, fl
     return max((trained(config, case, data, spread=spread) for spread in config.spreads), key=score)
 
 
-def trained(config: Config, case: Case, data: QuantizedImages, *, spread: float = 0.0) -> tuple[Model, float]:
+def trained(
+    config: Config, case: Case, data: QuantizedImages, *, spread: float = 0.0, looks: Looks | None = None
+) -> tuple[Model, float]:
     """The model after ``config.steps``, in eval mode, and the mean of its last training losses in nats."""
     recipe = AutoencoderConfig(
         data.shape,
@@ -239,8 +254,12 @@ def trained(config: Config, case: Case, data: QuantizedImages, *, spread: float 
         x = dequantize(batch.x, generator=batch.generator, levels=data.levels)
         return model.loss(x, generator=batch.generator)
 
-    settings = FitSettings(config.steps, batch_size=config.batch_size, clip=200.0, seed=case.seed)
-    history = fit(model, loss, (data.train,), settings=settings)
+    every = config.steps // looks.count if looks else config.steps
+    settings = FitSettings(
+        config.steps, batch_size=config.batch_size, clip=200.0, seed=case.seed, validate_every=max(1, every)
+    )
+    watch = partial(looks.look, model) if looks else None
+    history = fit(model, loss, (data.train,), settings=settings, validate=watch)
     last = float(np.mean([value for _, value in history.losses[-20:]]))
     return model.eval(), last
 
@@ -297,7 +316,7 @@ def _stability(config: Config, model: Model, x: Tensor) -> Row:
 
 
 @cache
-def _data(dataset: str, root: str, train_files: bool) -> QuantizedImages:  # noqa: FBT001
+def load(dataset: str, root: str, train_files: bool) -> QuantizedImages:  # noqa: FBT001
     if Dataset(dataset) is Dataset.DIGITS:
         return quantized_digits()
     return mnist(Path(root), train_files=train_files)
@@ -305,7 +324,7 @@ def _data(dataset: str, root: str, train_files: bool) -> QuantizedImages:  # noq
 
 @cache
 def _extractor(config: Config) -> FeatureExtractor:
-    return classifier_features(_data(config.dataset, config.root, config.train_files), steps=config.classifier_steps)
+    return classifier_features(load(config.dataset, config.root, config.train_files), steps=config.classifier_steps)
 
 
 def _keep_images(config: Config, case: Case, test: Tensor, reconstructed: Tensor, generated: Tensor) -> None:

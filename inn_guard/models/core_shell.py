@@ -230,6 +230,11 @@ class CoreShellFlow(Chain):
         """The standard deviations of the shell around f(z)."""
         return self.steps[self._before + 2].sigma()  # type: ignore[union-attr, operator]
 
+    @property
+    def prior(self) -> Chain:
+        """z -> u, p_0 as a flow on (B, d)."""
+        return Chain(*self.steps[self._before + 3 :])
+
     def prior_inverse(self, u: Float[Tensor, "batch latent"]) -> Float[Tensor, "batch latent"]:
         """z ~ p_0 from u ~ N(0, I)."""
         for step in reversed(self.steps[self._before + 3 :]):
