@@ -1,6 +1,16 @@
-"""Training a classifier of CIFAR-10 explodes the inverse of an affine INN; FD or NF keep it at equal accuracy.
+r"""Training a classifier of CIFAR-10 explodes the inverse of an affine INN; FD or NF keep it at equal accuracy.
 
     python -m benchmarks.exploding_inverses.cifar10_classifiers --preset cpu --data-root FOLDER
+
+Two more committed tables, FD at every tenth step and a longer training, six and four minutes of one core:
+
+    python -m benchmarks.exploding_inverses.cifar10_classifiers --preset cpu --data-root FOLDER \
+        --runs "affine conv none,affine conv FD 1e-4,affine conv NF 1e-4" --train-images 8000 --test-images 1000 \
+        --batch-size 128 --epochs 6 --fd-every 10 --fd-fraction 0.25 --reconstructed 1000 \
+        --out benchmarks/results/every_tenth_step
+    python -m benchmarks.exploding_inverses.cifar10_classifiers --preset cpu --data-root FOLDER \
+        --runs "affine shuffle none" --train-images 8000 --epochs 12 --looks 8 --spectra 32 --reconstructed 1000 \
+        --out benchmarks/results/longer
 
 Per look at each training run: accuracy, reconstruction errors and singular values on held-out images, and the angle
 between memory-saving and true gradients on training minibatches. ``their_*`` beside the last look is table 9 or 10.
