@@ -53,7 +53,7 @@ def _bits(axes: Axes, frame: pd.DataFrame) -> None:
     latents = sorted(frame["latent"].unique())
     for offset, (model, rows) in enumerate(frame.groupby("model", sort=False)):
         places = [latents.index(latent) + 0.12 * (offset - 1) for latent in rows["latent"]]
-        axes.plot(places, rows["bpd"], "o", label=model, alpha=0.8)
+        axes.plot(places, rows["bpd_mode"], "o", label=model, alpha=0.8)
     axes.set_xticks(range(len(latents)), [f"d = {latent}" for latent in latents])
     axes.set(xlim=(-0.5, len(latents) - 0.5), ylabel="bits per dimension, lower is better")
     axes.set_title(f"{frame['dataset'].iloc[0]}, {frame['steps'].iloc[0]} steps, one point per seed", fontsize=9)

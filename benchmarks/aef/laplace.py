@@ -25,7 +25,7 @@ from inn_guard.models.importance import ImportanceEstimate, Proposal, importance
 
 __all__ = ["LaplaceProposal", "Posterior", "laplace", "laplace_log_prob"]
 
-WIDTHS = (0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0, 1.15)
+WIDTHS = (0.5, 0.65, 0.8, 1.0)
 FREEDOM = 10  #: degrees of Student's t
 ROWS = 4096  #: decoded at once
 
