@@ -9,7 +9,7 @@ An experiment is a module with
 * optionally ``beside_paper(frame) -> DataFrame``: the paper's numbers and ours in one table;
 
 and ends with ``if __name__ == "__main__": main(Config, run, draw)``. Its row in ``experiments.py`` makes it known to
-``inn-guard bench``. Where the configuration has a ``data_root``, its files' checksums are part of the results.
+``inn-guard bench``. Where the configuration has a folder of data, the checksums of its files are part of the results.
 """
 
 from __future__ import annotations
@@ -84,9 +84,10 @@ def write_results(name: str, frame: pd.DataFrame, config: Any, *, folder: Path =
 
 
 def data_checksums(config: Any) -> dict[str, str]:
-    """File name -> sha256 of the official files that a configuration with ``data_root`` (and ``data``) reads."""
-    root = getattr(config, "data_root", "")
-    return file_checksums(Path(root), getattr(config, "data", "")) if root else {}
+    """File name -> sha256 of the official files that a configuration with a folder (and a data set's name) reads."""
+    root = getattr(config, "data_root", "") or getattr(config, "root", "")
+    name = getattr(config, "data", "") or getattr(config, "dataset", "")
+    return file_checksums(Path(root), name) if root else {}
 
 
 def environment() -> dict[str, Any]:
