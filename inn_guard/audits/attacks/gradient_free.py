@@ -3,57 +3,49 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from inn_guard.audits.attacks.ascent import draw_near
+from inn_guard.audits.attacks.climb import Climb, Slope
 from inn_guard.audits.attacks.search import Search
 
 __all__ = ["GradientFree"]
 
 
 @dataclass(frozen=True)
-class GradientFree:
+class GradientFree(Climb):
     """Simultaneous perturbations: log error at x + c d and at x - c d, d of random signs, averaged over directions.
 
     Attributes:
-        budget: forward-equivalents per sample.
-        share: of the budget for the climb; the rest is for draws around its end.
-        first_step: in half-widths; steps shrink linearly from it to ``last_step``.
-        last_step: likewise.
         momentum: weight of the mean of directions so far.
         spread: c, in half-widths.
-        radius: of the draws, in half-widths.
 
     References:
         Multivariate Stochastic Approximation Using a Simultaneous Perturbation Gradient Approximation (Spall, 1992).
     """
 
-    budget: float | int = 800.0
-    share: float | int = 0.5
-    first_step: float | int = 0.25
-    last_step: float | int = 0.005
     momentum: float | int = 0.95
     spread: float | int = 0.5
-    radius: float | int = 0.02
 
-    def hunt(self, search: Search) -> None:
-        """Climb, then draw."""
-        cubes, begin = search.cubes, search.spent
-        x = cubes.uniform(search.generator)
-        mean = torch.zeros_like(x)
-        climb = self.share * (self.budget - begin)
-        while search.spent - begin < climb and search.affords("error"):
-            left = 1 - (search.spent - begin) / climb
+    measures: ClassVar[str] = "error"
+
+    def uphill(self, search: Search, start: Tensor) -> Slope:
+        """The mean so far of the random signs, each weighted with how the error grew along them."""
+        cubes, mean = search.cubes, torch.zeros_like(start)
+
+        def slope(x: Tensor) -> Tensor:
+            nonlocal mean
             signs = _signs(x, search.generator)
             above, below = (
                 search.errors(cubes.project(x + c * cubes.half * signs)) for c in (self.spread, -self.spread)
             )
-            slope = _log_ratio(above, below).to(x).reshape(-1, *[1] * (x.dim() - 1))
-            mean = self.momentum * mean + slope * signs
-            x = cubes.project(x + (self.first_step * left + self.last_step) * cubes.half * mean.sign())
-        draw_near(search, x, self.radius)
+            growth = _log_ratio(above, below).to(x).reshape(-1, *[1] * (x.dim() - 1))
+            mean = self.momentum * mean + growth * signs
+            return mean
+
+        return slope
 
 
 def _signs(like: Tensor, generator: torch.Generator) -> Tensor:

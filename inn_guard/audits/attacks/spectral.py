@@ -7,14 +7,16 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from inn_guard.audits.attacks.ascent import draw_near, unit
+from inn_guard.audits.attacks.climb import Climb, Slope, unit
 from inn_guard.audits.attacks.search import Pulled, Search
 
 __all__ = ["SpectralAscent"]
 
+EVERY = 5  #: steps between two measurements of the true error
+
 
 @dataclass(frozen=True)
-class SpectralAscent:
+class SpectralAscent(Climb):
     """Ascends sigma_max(J^-1) by the growth of one latent nudge w: |F^-1(F(x) + a w) - x| / a, jointly in x and w.
 
     One backward pass gives both: its gradient with respect to the nudge is J^-T J^-1 w, the next step of a power
@@ -24,40 +26,31 @@ class SpectralAscent:
     the budget is drawn around the end, as in Ascent.
 
     Attributes:
-        budget: forward-equivalents per sample.
-        share: of the budget for the climb.
-        first_step: in half-widths; steps shrink linearly from it to ``last_step``.
-        last_step: likewise.
         reach: length of the nudge's image in units of |x|.
-        radius: of the draws, in half-widths.
     """
 
-    budget: float | int = 800.0
-    share: float | int = 0.5
-    first_step: float | int = 0.25
-    last_step: float | int = 0.005
     reach: float | int = 0.05
-    radius: float | int = 0.02
 
-    def hunt(self, search: Search) -> None:
-        """Climb, then draw."""
-        cubes, begin = search.cubes, search.spent
-        x = cubes.uniform(search.generator)
-        direction = unit(torch.randn(search.latent.shape, generator=search.generator, device="cpu").to(search.latent))
-        wanted = self.reach * x.flatten(1).double().norm(dim=1)
+    def uphill(self, search: Search, start: Tensor) -> Slope:
+        """The gradient of the growth of a nudge that turns towards what grows most."""
+        noise = torch.randn(search.latent.shape, generator=search.generator, device="cpu")
+        direction = unit(noise.to(search.latent))
+        wanted = self.reach * start.flatten(1).double().norm(dim=1)
         length = 1e-4 * search.latent.flatten(1).double().norm(dim=1)
-        climb, step, true = self.share * (self.budget - begin), 0, search.error
-        while search.spent - begin < climb and search.affords("gradient"):
-            left = 1 - (search.spent - begin) / climb
-            if step % 5 == 0:
+        step, true = 0, search.error
+
+        def slope(x: Tensor) -> Tensor:
+            nonlocal direction, length, step, true
+            if step % EVERY == 0:
                 true = search.errors(x)
+            step += 1
             usable = torch.where(true.to(length.device) < wanted, length, torch.zeros_like(length))
             pulled = search.gradient(x, _along(direction, usable))
             direction = _turned(direction, pulled)
             length = _adjusted(length, pulled.error.to(length.device), wanted)
-            x = cubes.project(x + (self.first_step * left + self.last_step) * cubes.half * pulled.to_x.sign())
-            step += 1
-        draw_near(search, x, self.radius)
+            return pulled.to_x
+
+        return slope
 
 
 def _along(direction: Tensor, length: Tensor) -> Tensor:
