@@ -11,7 +11,7 @@ from benchmarks.exploding_inverses.flow_report import grid
 __all__ = ["draw", "grid"]
 
 COLOURS = {"affine (0 1)": "#d55e00", "affine (0.5 1)": "#cc79a7", "residual": "#0072b2"}
-LINES = {"paper": "-", "ascent": "--"}
+LINES = {"paper": "-", "spectral": "--"}
 
 
 def draw(frame: pd.DataFrame) -> Figure:
