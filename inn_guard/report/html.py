@@ -47,13 +47,11 @@ def render(report: AuditReport) -> str:
         .get_template("report.html")
         .render(
             report=report,
-            model=getattr(report, "model", "") or "model",
-            worst_layer=getattr(report, "worst_layer", None),
-            settings=getattr(report, "settings", {}),
+            name=getattr(report, "model", "") or "model",
+            verdict=report.verdict,
             advice=list(dict.fromkeys(result.advice for result in report.results if result.advice)),
             sections=sections,
             failed=[section for section in sections if section.result.verdict.failed],
-            version=version("inn_guard"),
         )
     )
 
@@ -104,6 +102,7 @@ def environment() -> jinja2.Environment:
         "value": format_value,
         "flaw": _flaw,
     }
+    environment.globals["version"] = version("inn_guard")
     environment.filters |= {"headline": _HEADLINES.__getitem__, "sign": _SIGNS.__getitem__}
     return environment
 
