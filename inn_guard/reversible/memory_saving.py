@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from inn_guard.invertible import Context, Invertible, NotApplicable
 from inn_guard.reversible.guard import Guard
+from inn_guard.reversible.replay import hooks_suspended
 from inn_guard.reversible.steps import Backward, Forward, Measure, Step, output_and_log_det, output_only
 from inn_guard.reversible.walk import Trace, Walk
 from inn_guard.reversible.walkback import Walkback
@@ -29,9 +30,11 @@ def memory_saving(model: nn.Module, *, guard: float | None = None) -> MemorySavi
     from the last to the first, rebuilds each layer's input with the layer's own inverse, evaluates that one layer with
     a graph, differentiates it, and forgets it. That costs one more evaluation of every layer, and one of its inverse;
     coupling layers do both with one evaluation of their network (``Invertible.primed``). The first layer's input is x
-    itself; layers that are only injective, and layers that draw randomness or move statistics (dropout, BatchNorm in
-    training mode) without a fused inverse, have their input stored, and every layer is repeated with the random
-    numbers, statistics and autocast that it had. Double backward works; it stores the activations while it lasts.
+    itself; layers that are only injective, layers with hooks, and layers that draw randomness or move statistics
+    (dropout, BatchNorm in training mode) without a fused inverse, have their input stored, and every layer is repeated
+    with the modes, random numbers, statistics and autocast that it had. Hooks on layers run in both passes; hooks on
+    ``model`` itself, or on a container whose layers it lists, do not run. Double backward works; it stores the
+    activations while it lasts.
 
     The gradient is that of the rebuilt inputs: wrong, without a sign, where the inverse is. With ``guard`` it is not:
     every rebuilt input is compared with a sketch of the true one (nine numbers per sample and layer), and where it is
@@ -168,7 +171,9 @@ class _Differentiable(torch.autograd.Function):
         ctx.walk, ctx.kept, ctx.noted = walk, list(trace.kept), replace(trace, kept={}, sketches=[])
         ctx.set_materialize_grads(False)
         # through autograd, which notices changes in place and frees all of it after the backward pass
-        ctx.save_for_backward(x, outputs[0], *sources, *trace.kept.values(), *trace.sketches)
+        unchanging = [*sources, *walk.constants()]
+        ctx.count = len(unchanging)
+        ctx.save_for_backward(x, outputs[0], *unchanging, *trace.kept.values(), *trace.sketches)
         return outputs
 
     @staticmethod
@@ -178,7 +183,8 @@ class _Differentiable(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
         x, output, *rest = ctx.saved_tensors
-        stored = iter(rest[len(ctx.walk.sources) :])
+        ctx.walk.check_parameters()
+        stored = iter(rest[ctx.count :])
         kept = {k: next(stored) for k in ctx.kept}
         trace = replace(ctx.noted, kept=kept, sketches=list(stored))
         if torch.is_grad_enabled():
@@ -204,5 +210,6 @@ def _recorded_gradients(walk: Walk, trace: Trace, x: Tensor, gradients: Sequence
     if not pairs:
         return [None] * len(inputs)
     values, gradients = zip(*pairs, strict=True)
-    found = iter(torch.autograd.grad(values, wanted, gradients, create_graph=True, allow_unused=True))
+    with hooks_suspended(wanted):
+        found = iter(torch.autograd.grad(values, wanted, gradients, create_graph=True, allow_unused=True))
     return [next(found) if tensor.requires_grad else None for tensor in inputs]

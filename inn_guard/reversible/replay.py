@@ -1,15 +1,18 @@
-"""What a layer's second evaluation must find as the first one did: randomness, running statistics, autocast."""
+"""What a layer's second evaluation must find as the first one did: modes, randomness, running statistics, autocast."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import functools
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
-__all__ = ["Autocast", "Surroundings"]
+__all__ = ["Autocast", "Modes", "Surroundings", "hooks_suspended"]
 
 
 @dataclass(frozen=True)
@@ -35,11 +38,35 @@ class Autocast:
             yield
 
 
+class Modes:
+    """Which modules are in training mode at this moment.
+
+    Args:
+        modules: each with its submodules.
+    """
+
+    def __init__(self, modules: Iterable[nn.Module]) -> None:
+        found = {id(part): part for module in modules for part in module.modules()}
+        self._flags = [(part, part.training) for part in found.values()]
+
+    @contextmanager
+    def restored(self) -> Iterator[None]:
+        """A block in which they are in the recorded modes."""
+        switched = [(module, training) for module, training in self._flags if module.training != training]
+        try:
+            for module, training in switched:
+                module.training = training
+            yield
+        finally:
+            for module, training in switched:
+                module.training = not training
+
+
 class Surroundings:
     """The state outside a layer's parameters and input that its evaluation reads and writes, recorded before it.
 
-    These are the random number generators (the global ones, and every ``torch.Generator`` that a module of the layer
-    has as an attribute) and the buffers of modules in training mode.
+    These are the random number generators (the global ones of torch and numpy, and every ``torch.Generator``
+    that a module of the layer has as an attribute) and the buffers of modules in training mode.
 
     Args:
         layer: what is about to be evaluated.
@@ -55,17 +82,49 @@ class Surroundings:
 
     def changed(self) -> bool:
         """Whether the evaluation since then has drawn randomness or written buffers, so that repeating it differs."""
-        self._random_used = not all(map(torch.equal, self._states, self._random.states()))
+        self._random_used = self._random.changed(self._states)
         self._buffers_used = self._buffers.changed()
         return self._random_used or self._buffers_used
 
     @contextmanager
     def restored(self) -> Iterator[None]:
         """The recorded state; whatever the block draws or writes leaves no trace."""
-        random = self._random.set_to(self._states) if self._random_used else nullcontext()
+        drawn = self._random.set_to(self._states) if self._random_used else nullcontext()
         buffers = self._buffers.swapped_in() if self._buffers_used else nullcontext()
-        with random, buffers:
+        with drawn, buffers:
             yield
+
+
+@contextmanager
+def hooks_suspended(tensors: Iterable[Tensor]) -> Iterator[None]:
+    """A block in which hooks on the tensors do not run: they are for the whole gradient, not for each part of it."""
+    running = [hooks for tensor in tensors if (hooks := tensor._backward_hooks)]  # type: ignore[attr-defined]
+    saved = [dict(hooks) for hooks in running]
+    try:
+        for hooks in running:
+            hooks.clear()
+        yield
+    finally:
+        for hooks, content in zip(running, saved, strict=True):
+            hooks.update(content)
+
+
+class _Source(NamedTuple):
+    """One generator of random numbers."""
+
+    get: Callable[[], Any]
+    set: Callable[[Any], Any]
+    same: Callable[[Any, Any], bool]
+
+
+def _same_numpy(a: Any, b: Any) -> bool:
+    return a[2:] == b[2:] and np.array_equal(a[1], b[1])
+
+
+_GLOBAL = (
+    _Source(torch.get_rng_state, torch.set_rng_state, torch.equal),
+    _Source(np.random.get_state, np.random.set_state, _same_numpy),
+)
 
 
 class _Random:
@@ -73,15 +132,18 @@ class _Random:
 
     def __init__(self, modules: list[nn.Module], like: Tensor) -> None:
         found = [value for module in modules for value in vars(module).values() if type(value) is torch.Generator]
-        self._own = list({id(generator): generator for generator in found}.values())
-        self._cuda = like.device if like.is_cuda else None
+        own = {id(generator): _Source(generator.get_state, generator.set_state, torch.equal) for generator in found}
+        self._sources = [*_GLOBAL, *own.values(), *([_of_device(like.device)] if like.is_cuda else [])]
 
-    def states(self) -> list[Tensor]:
-        cuda = [torch.cuda.get_rng_state(self._cuda)] if self._cuda is not None else []
-        return [torch.get_rng_state(), *cuda, *(generator.get_state() for generator in self._own)]
+    def states(self) -> list[Any]:
+        return [source.get() for source in self._sources]
+
+    def changed(self, states: list[Any]) -> bool:
+        now = self.states()
+        return not all(source.same(*pair) for source, *pair in zip(self._sources, states, now, strict=True))
 
     @contextmanager
-    def set_to(self, states: list[Tensor]) -> Iterator[None]:
+    def set_to(self, states: list[Any]) -> Iterator[None]:
         before = self.states()
         try:
             self._set(states)
@@ -89,13 +151,14 @@ class _Random:
         finally:
             self._set(before)
 
-    def _set(self, states: list[Tensor]) -> None:
-        rest = iter(states)
-        torch.set_rng_state(next(rest))
-        if self._cuda is not None:
-            torch.cuda.set_rng_state(next(rest), self._cuda)
-        for generator, state in zip(self._own, rest, strict=True):
-            generator.set_state(state)
+    def _set(self, states: list[Any]) -> None:
+        for source, state in zip(self._sources, states, strict=True):
+            source.set(state)
+
+
+def _of_device(device: torch.device) -> _Source:
+    read = functools.partial(torch.cuda.get_rng_state, device)
+    return _Source(read, lambda state: torch.cuda.set_rng_state(state, device), torch.equal)
 
 
 class _Buffers:

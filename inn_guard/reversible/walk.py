@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.utils import parametrize
 
-from inn_guard.invertible import map_tensors
+from inn_guard.invertible import Invertible, map_tensors
+from inn_guard.network_tangent import as_written
 from inn_guard.reversible.guard import Guard
-from inn_guard.reversible.replay import Autocast, Surroundings
+from inn_guard.reversible.replay import Autocast, Modes, Surroundings
 from inn_guard.reversible.steps import Measure, Step
 
 __all__ = ["Record", "Trace", "Walk"]
@@ -44,15 +46,23 @@ class Trace:
 
     Attributes:
         autocast: how the way forwards casted.
+        modes: which modules were in training mode.
         records: one per step.
         kept: inputs of steps that are stored, by the number of the step; that of the first always.
         sketches: one per step under a guard; else none.
     """
 
     autocast: Autocast
+    modes: Modes
     records: list[Record] = field(default_factory=list)
     kept: dict[int, Tensor] = field(default_factory=dict)
     sketches: list[Tensor] = field(default_factory=list)
+
+    @contextmanager
+    def restored(self) -> Iterator[None]:
+        """A block in which modules are in the modes, and autocast is as it was, on the way forwards."""
+        with self.modes.restored(), self.autocast.restored():
+            yield
 
 
 class Walk:
@@ -78,13 +88,18 @@ class Walk:
         return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (x, *self.sources))
 
     def run(self, x: Tensor) -> tuple[tuple[Tensor, ...], Trace]:
-        """The outputs without a graph, and what the way back needs."""
-        trace, state = Trace(Autocast.current(x)), x
+        """The outputs without a graph, and what the way back needs.
+
+        Raises:
+            RuntimeError: inside ``torch.nn.utils.parametrize.cached()``.
+        """
+        self._check_cache()
+        trace, state = Trace(Autocast.current(x), Modes(step.layer for step in self.steps)), x
         log_dets: list[Tensor] = []
         with torch.no_grad(), trace.autocast.restored():
             for k, step in enumerate(self.steps):
                 surroundings = Surroundings(step.layer, state)
-                primed = step.of(step.layer.primed(state))
+                primed = step if _hooked(step.layer) else step.of(step.layer.primed(state))
                 output, *log_det = self.measure(primed, state)
                 self._note(trace, k, state, (surroundings, primed.layer is not step.layer))
                 state = output
@@ -95,7 +110,7 @@ class Walk:
         """The outputs once more, with the graph that autograd records."""
         state = x
         log_dets: list[Tensor] = []
-        with torch.enable_grad(), trace.autocast.restored():
+        with torch.enable_grad(), trace.restored():
             for step, record in zip(self.steps, trace.records, strict=True):
                 with record.restored():
                     state, *log_det = self.measure(step, state)
@@ -111,6 +126,25 @@ class Walk:
                     state = states[k + 1] = self.measure(self.steps[k], state)[0]
         return states
 
+    def constants(self) -> list[Tensor]:
+        """The buffers that no evaluation moves: those of modules in evaluation mode."""
+        modules = {id(part): part for step in self.steps for part in step.layer.modules() if not part.training}
+        return [buffer for part in modules.values() for buffer in part._buffers.values() if buffer is not None]
+
+    def check_parameters(self) -> None:
+        """Refuse a way back through other parameters than those of the way forwards.
+
+        Raises:
+            RuntimeError: if a layer has one that it had not.
+        """
+        for k, step in enumerate(self.steps):
+            for name, parameter in step.layer.named_parameters():
+                if id(parameter) not in self.position:
+                    raise RuntimeError(
+                        f"the parameter {name!r} of layer {k} ({step.layer.name}) is another one than in the forward "
+                        "pass, as it is where torch.func.functional_call has exchanged it: use the model itself there"
+                    )
+
     def first_differentiable(self, x: Tensor) -> int:
         """Number of the first step with anything to differentiate at or before it."""
         wanted = {id(tensor) for tensor in self.sources if tensor.requires_grad}
@@ -125,8 +159,9 @@ class Walk:
         changed = surroundings.changed()
         trace.records.append(Record(state.dtype, primes, surroundings if changed else None))
         stride = len(self.steps) if self.guard is None else math.isqrt(len(self.steps) - 1) + 1
+        step = self.steps[k]
         # the inverse of a layer that draws randomness or moves statistics need not do so as its forward did
-        if k % stride == 0 or not self.steps[k].invertible or (changed and not primes):
+        if k % stride == 0 or not step.invertible or (changed and not primes) or _hooked(step.layer):
             trace.kept[k] = state
         if self.guard is not None:
             trace.sketches.append(self.guard.sketch(state))
@@ -134,11 +169,25 @@ class Walk:
     def _results(self, state: Tensor, log_dets: list[Tensor]) -> tuple[Tensor, ...]:
         return (state, torch.stack(log_dets).sum(0)) if log_dets else (state,)
 
+    def _check_cache(self) -> None:
+        parts = (part for step in self.steps for part in step.layer.modules())
+        if parametrize._cache_enabled and any(map(parametrize.is_parametrized, parts)):
+            raise RuntimeError(
+                "expected a call outside torch.nn.utils.parametrize.cached(), which would keep weights without a graph "
+                "from this pass, so that they got no gradient: leave cached() out, or use the model itself inside"
+            )
+
     def _contexts(self) -> list[Tensor]:
         return [tensor for step in self.steps for tensor in _tensors(step.layer.context)]
 
     def _sources_of(self, step: Step) -> list[Tensor]:
         return [*step.layer.parameters(), *_tensors(step.layer.context)]
+
+
+def _hooked(layer: Invertible) -> bool:
+    """Whether hooks or methods of one instance make more of a call than the class, which its inverse does not undo."""
+    modules = (layer, layer.block)
+    return any(not as_written(m) or m._backward_hooks or m._backward_pre_hooks for m in modules)
 
 
 def _tensors(context: Any) -> list[Tensor]:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from inn_guard.invertible import map_tensors
+from inn_guard.reversible.replay import hooks_suspended
 from inn_guard.reversible.steps import Step
 from inn_guard.reversible.walk import Trace, Walk
 from inn_guard.tangent import NotApplicable
@@ -52,7 +53,7 @@ class Walkback:
     def run(self, output: Tensor, gradients: Sequence[Tensor | None], first: int) -> Tensor | None:
         """The gradient of the input of step ``first``; those of the walk's sources are in ``self.gradients``."""
         state, (gradient, *log_det_gradient) = output.detach(), gradients
-        with self.trace.autocast.restored():
+        with self.trace.restored():
             for k in reversed(range(first, len(self.walk.steps))):
                 state, gradient = self._differentiate(k, state, [gradient, *log_det_gradient])
         return gradient
@@ -72,7 +73,8 @@ class Walkback:
             return state, None
         values, gradients = zip(*pairs, strict=True)
         leaves = _leaves(values)
-        found = torch.autograd.grad(values, leaves, gradients, allow_unused=True) if leaves else ()
+        with hooks_suspended(leaves):
+            found = torch.autograd.grad(values, leaves, gradients, allow_unused=True) if leaves else ()
         state_gradient = None
         for leaf, gradient in zip(leaves, found, strict=True):
             if leaf is local.state:
