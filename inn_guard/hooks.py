@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol, runtime_checkable
 
@@ -28,7 +29,11 @@ def every(k: int) -> Schedule:
     """
     if k < 1:
         raise ValueError(f"expected a period of at least 1 step; got {k}")
-    return lambda step: step % k == 0
+    return functools.partial(_is_multiple, k)
+
+
+def _is_multiple(k: int, step: int) -> bool:
+    return step % k == 0
 
 
 @runtime_checkable
@@ -60,7 +65,7 @@ class RegularizerHook:
 
     def __init__(self, model: nn.Module, regularizers: Sequence[Regularizer], *, every: int | Schedule = 10) -> None:
         self.model: Invertible = wrap(model)
-        if callable(regularizers) or not all(callable(regularizer) for regularizer in regularizers):
+        if callable(regularizers) or not all(callable(one) and not isinstance(one, type) for one in regularizers):
             raise TypeError(f"expected a list of regularizers, such as [FiniteDifferences(1e-4)]; got {regularizers!r}")
         self.regularizers = tuple(regularizers)
         self.due: Schedule = schedule(every)
@@ -91,7 +96,7 @@ class RegularizerHook:
         if not self.due(step):
             return x.new_zeros(())
         model = self.model if context is None else self.model.conditioned(context)
-        penalties = [regularizer(model, x, z) for regularizer in self.regularizers]
+        penalties = [_penalty(regularizer, model, x, z) for regularizer in self.regularizers]
         self._last = {name: penalty.detach() for name, penalty in zip(self._names(), penalties, strict=True)}
         return torch.stack(penalties).sum() if penalties else x.new_zeros(())
 
@@ -141,9 +146,16 @@ def schedule(period: int | Schedule) -> Schedule:
     Raises:
         TypeError: if it is neither.
     """
-    if not isinstance(period, int) and not callable(period):
+    if isinstance(period, bool) or not (isinstance(period, int) or callable(period)):
         raise TypeError(f"expected every as a number of steps or a function step -> bool; got {period!r}")
     return every(period) if isinstance(period, int) else period
+
+
+def _penalty(regularizer: Regularizer, model: Invertible, x: Tensor, z: Tensor | None) -> Tensor:
+    penalty = regularizer(model, x, z)
+    if not isinstance(penalty, Tensor) or penalty.numel() != 1:
+        raise TypeError(f"expected a scalar tensor from the regularizer {regularizer!r}; got {penalty!r}")
+    return penalty.reshape(())
 
 
 def _generator_state(regularizer: Regularizer) -> Tensor | None:

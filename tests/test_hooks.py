@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import io
 import math
+import pickle
 
 import pytest
 import torch
@@ -169,6 +170,22 @@ def test_bad_input_is_refused():
         hook(torch.zeros(0, 6))
     with pytest.raises(TypeError, match=r"x.float\(\)"):
         hook(torch.zeros(3, 6, dtype=torch.int64))
+    with pytest.raises(TypeError, match="number of steps"):
+        RegularizerHook(TwoCouplings(), both(), every=True)
+    with pytest.raises(TypeError, match="list of regularizers"):
+        RegularizerHook(TwoCouplings(), [FiniteDifferences])
+    for penalty in (3.0, torch.ones(2), None):
+        with pytest.raises(TypeError, match="scalar tensor"):
+            RegularizerHook(TwoCouplings(), [lambda *given, penalty=penalty: penalty], every=1)(data())
+
+
+def test_a_hook_can_be_sent_to_another_process():
+    hook, x = RegularizerHook(TwoCouplings().double(), both(), every=3), data()
+    hook(x)
+    twin = pickle.loads(pickle.dumps(hook))
+    assert [twin.due(step) for step in range(4)] == [True, False, False, True]
+    assert twin.step == 1
+    assert torch.equal(twin(x, step=3), hook(x, step=3))
 
 
 @pytest.mark.parametrize("autocast", [False, True])

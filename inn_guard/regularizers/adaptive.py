@@ -67,9 +67,10 @@ class AdaptiveCoefficient:
             raise ValueError(f"expected a target condition number > 1, the least there is; got {self.target}")
         if not 0 < low <= self.initial <= high < math.inf:
             raise ValueError(f"expected 0 < lower bound <= initial <= upper bound; got {self.initial} in {self.bounds}")
-        if not (self.gain > 0 and self.damping >= 0 and self.rate > 0 and self.tolerance >= 0):
+        finite = max(self.gain, self.damping, self.rate, self.tolerance) < math.inf
+        if not (finite and self.gain > 0 and self.damping >= 0 and self.rate > 0 and self.tolerance >= 0):
             raise ValueError(
-                "expected gain > 0, damping >= 0, rate > 0 and tolerance >= 0; "
+                "expected finite gain > 0, damping >= 0, rate > 0 and tolerance >= 0; "
                 f"got {self.gain}, {self.damping}, {self.rate}, {self.tolerance}"
             )
         self.value = self.initial

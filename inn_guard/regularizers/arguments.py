@@ -19,5 +19,9 @@ def check_coefficient(value: object) -> None:
     Raises:
         ValueError: unless it is a finite number >= 0.
     """
-    if not (is_number(value) and 0 <= value < math.inf):  # type: ignore[operator]
+    try:
+        fits = is_number(value) and 0 <= float(value) < math.inf  # type: ignore[arg-type]
+    except OverflowError:
+        fits = False
+    if not fits:
         raise ValueError(f"expected a finite coefficient >= 0; got {value!r}")

@@ -14,6 +14,7 @@ from inn_guard.distributed import Group, noise_of_rank
 from inn_guard.invertible import Invertible
 from inn_guard.regularizers.arguments import check_coefficient, is_number
 from inn_guard.regularizers.full_precision import full_precision, reusable
+from inn_guard.regularizers.one_map import one_map
 
 __all__ = ["Direction", "FiniteDifferences"]
 
@@ -43,9 +44,9 @@ class FiniteDifferences:
     ``group``: each takes its part of the noise of all batches, and the averaged gradient is that of one process with
     all of them. Without the group give each process a seed of its own. Under autocast all passes run in float32 and a
     given z, being rounded, is computed anew. NaN and Inf come out as they are. A model in training mode sees the noisy
-    batches too: BatchNorm in it counts them in its running statistics. Clip the gradient's norm where data have
-    outliers, and leave out a step whose gradient is not finite: one sample at which the inverse explodes makes a
-    penalty of any size, NaN included.
+    batches too: BatchNorm in it counts them in its running statistics; dropout, which makes another map of every pass,
+    is refused. Clip the gradient's norm where data have outliers, and leave out a step whose gradient is not finite:
+    one sample at which the inverse explodes makes a penalty of any size, NaN included.
 
     This differs from the paper in: nothing; its published code divides by eps instead of eps^2, draws v so scaled that
     the penalty is eps times the one above, and sums where the text averages, so that a coefficient c there acts about
@@ -100,12 +101,15 @@ class FiniteDifferences:
 
         Returns:
             A scalar with gradients for the parameters of F (and for x, if x wants them).
+
+        Raises:
+            ValueError: if x is empty, z does not belong to it, or F(x) depends on random numbers.
         """
         z = reusable(z, x)
         if z is not None:
             _require_graph(model, z)
         model, x, z = self._subset(model, x, z)
-        with full_precision(x) as x:
+        with full_precision(x) as x, one_map(model, x):
             z = model(x) if z is None else z
             penalty = torch.zeros((), dtype=z.dtype, device=z.device)
             if Direction.FORWARD in self.direction:

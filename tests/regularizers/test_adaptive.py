@@ -123,6 +123,10 @@ def test_state_is_all_that_the_next_step_depends_on():
         {"damping": -1.0},
         {"rate": 0.0},
         {"tolerance": -0.1},
+        {"gain": math.inf},
+        {"damping": math.inf},
+        {"rate": math.inf},
+        {"rate": math.nan},
     ],
 )
 def test_bad_settings_are_refused(wrong):

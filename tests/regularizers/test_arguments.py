@@ -10,7 +10,7 @@ import pytest
 from inn_guard.regularizers.arguments import check_coefficient
 
 
-@pytest.mark.parametrize("value", ["1e-4", None, True, -1.0, math.inf, math.nan, 1j])
+@pytest.mark.parametrize("value", ["1e-4", None, True, -1.0, math.inf, math.nan, 1j, 10**400])
 def test_what_cannot_weigh_a_penalty_is_refused(value):
     with pytest.raises(ValueError, match="finite coefficient"):
         check_coefficient(value)

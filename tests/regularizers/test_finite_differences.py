@@ -246,6 +246,45 @@ def test_bad_input_is_refused():
     assert regularizer(model, x, model(x)).isfinite()
 
 
+class Noisy(TwoCouplings):
+    """Draws random numbers in training mode, which change its values or do not."""
+
+    def __init__(self, strength):
+        super().__init__()
+        self.strength = strength
+
+    def forward(self, x):
+        return super().forward(x) + self.noise_like(x)
+
+    def inverse(self, z):
+        return super().inverse(z - self.noise_like(z))
+
+    def noise_like(self, x):
+        return self.strength * torch.randn(x.shape, dtype=x.dtype) if self.training else torch.zeros_like(x)
+
+
+@pytest.mark.parametrize("direction", list(Direction), ids=lambda direction: direction.name)
+def test_a_map_that_changes_from_pass_to_pass_is_refused(direction):
+    x, regularizer = noise(1, (4, 6))[0], FiniteDifferences(1.0, direction=direction)
+    model = Noisy(0.1).double().train()
+    for z in (None, model(x)):
+        with pytest.raises(ValueError, match=r"type model\.eval\(\) before"):
+            regularizer(model, x, z)
+    twin, plain = (FiniteDifferences(1.0, direction=direction, seed=5) for _ in range(2))
+    assert torch.equal(twin(model.eval(), x), plain(copy.deepcopy(model).eval(), x))
+
+
+def test_random_numbers_that_leave_the_map_alone_are_no_matter():
+    model, x = Noisy(0.0).double().train(), noise(1, (4, 6))[0]
+    torch.manual_seed(0)
+    found = FiniteDifferences(1.0)(model, x)
+    drawn = torch.get_rng_state()
+    torch.manual_seed(0)
+    _ = model(x), model(x), model.inverse(x)  # its passes, and no trace of the check
+    assert torch.equal(drawn, torch.get_rng_state())
+    assert torch.equal(found, FiniteDifferences(1.0)(model.eval(), x))
+
+
 @pytest.mark.parametrize(
     "settings",
     [
