@@ -64,8 +64,8 @@ class Diagonal(Invertible):
 class ActNorm(Diagonal):
     """A Diagonal whose first training batch sets it so that every channel comes out with mean 0 and variance 1.
 
-    That happens once, in training mode, in a forward pass over at least two values a channel; in evaluation mode, and
-    in the inverse, an ActNorm without data is the identity. Whether it has happened is a buffer.
+    That happens once, in training mode, in a forward pass over at least two values a channel, all of them finite; in
+    evaluation mode, and in the inverse, an ActNorm without data is the identity. Whether it has happened is a buffer.
 
     Args:
         channels: size of dimension 1.
@@ -94,6 +94,8 @@ class ActNorm(Diagonal):
         if values.shape[1] < 2:
             return
         deviation, mean = torch.std_mean(values, dim=1, correction=0)
+        if not (deviation + mean).isfinite().all():
+            return
         self.log_scale.copy_(-(deviation + self.eps).log())
         self.shift.copy_(-mean * self.log_scale.exp())
         self.initialized.logical_not_()

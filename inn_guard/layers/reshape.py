@@ -12,7 +12,7 @@ from inn_guard.invertible import Invertible
 from inn_guard.layers.linear_tangent import MovingTangent, Product
 from inn_guard.tangent import Tangent
 
-__all__ = ["Flatten", "Rearrangement", "Squeeze", "ZeroPadding"]
+__all__ = ["Flatten", "Rearrangement", "Squeeze", "ZeroPadding", "squeezed_shape"]
 
 
 class Rearrangement(Invertible):
@@ -57,11 +57,30 @@ class Squeeze(Rearrangement):
         """
         if x.dim() != 4 or x.shape[2] % self.factor or x.shape[3] % self.factor:
             raise ValueError(f"expected (B, C, H, W), H and W multiples of {self.factor}; got {tuple(x.shape)}")
-        return functional.pixel_unshuffle(x, self.factor)
+        batch, channels, height, width = x.shape
+        f = self.factor  # the shape of an empty batch, which pixel_unshuffle leaves as it is
+        return functional.pixel_unshuffle(x, f).reshape(batch, channels * f**2, height // f, width // f)
 
     def inverse(self, z: Tensor) -> Tensor:
         """Channels to space."""
-        return functional.pixel_shuffle(z, self.factor)
+        batch, channels, height, width = z.shape
+        f = self.factor
+        return functional.pixel_shuffle(z, f).reshape(batch, channels // f**2, height * f, width * f)
+
+
+def squeezed_shape(shape: Sequence[int]) -> tuple[int, int, int]:
+    """The shape of one image (C, H, W) after a squeeze by 2: (4 C, H/2, W/2).
+
+    Raises:
+        ValueError: if height or width is odd.
+
+    >>> squeezed_shape((3, 32, 32))
+    (12, 16, 16)
+    """
+    channels, height, width = shape
+    if height % 2 or width % 2:
+        raise ValueError(f"expected an even height and width at every level, got {height} x {width}; use fewer levels")
+    return 4 * channels, height // 2, width // 2
 
 
 class Flatten(Rearrangement):

@@ -215,8 +215,8 @@ class LinearAEF(ExpandedAutoencoder):
 
     def __init__(self, config: AutoencoderConfig, *, spread: float = 0.0) -> None:
         super().__init__(config)
-        if spread < 0:
-            raise ValueError(f"expected a spread >= 0, got {spread}")
+        if not 0 <= spread < math.inf:
+            raise ValueError(f"expected a finite spread >= 0, got {spread}")
         self.features = nn.Linear(config.dims, config.latent)
         self.spread = spread
         self.register_buffer("width", torch.tensor(0.1))

@@ -16,7 +16,7 @@ from inn_guard.layers.linear import InvertibleLinear
 from inn_guard.layers.multiscale import FactorOut, OnRemaining
 from inn_guard.layers.networks import ConvNet, zero_last
 from inn_guard.layers.permutation import Permutation
-from inn_guard.layers.reshape import Flatten, Squeeze
+from inn_guard.layers.reshape import Flatten, Squeeze, squeezed_shape
 from inn_guard.layers.scales import ExpScale
 
 __all__ = [
@@ -87,7 +87,7 @@ def glow_classifier(shape: Sequence[int] = (3, 32, 32), *, config: GlowConfig = 
     """
     layers: list[Invertible] = []
     for _ in range(config.levels):
-        shape = _squeezed(shape)
+        shape = squeezed_shape(shape)
         layers += [Squeeze(), *_blocks(shape[0], config)]
     return Chain(*layers, Flatten(shape))
 
@@ -116,7 +116,7 @@ def glow_flow(shape: Sequence[int] = (3, 32, 32), *, config: GlowConfig = CIFAR_
     layers: list[Invertible] = []
     finished = False
     for level in range(config.levels):
-        squeezed = _squeezed(shape)
+        squeezed = squeezed_shape(shape)
         steps: list[Invertible] = [Squeeze(), *_blocks(squeezed[0], config)]
         out = FactorOut(squeezed) if level < config.levels - 1 else None
         steps += [Flatten(squeezed)] if out is None else [_prior(squeezed[0]), out]
@@ -151,10 +151,3 @@ def _on_remaining(steps: Sequence[Invertible], shape: Sequence[int], squeezed: S
         OnRemaining(step, shape=before, latent_shape=after)
         for step, before, after in zip(steps, data_shapes, latent_shapes, strict=True)
     ]
-
-
-def _squeezed(shape: Sequence[int]) -> tuple[int, int, int]:
-    channels, height, width = shape
-    if height % 2 or width % 2:
-        raise ValueError(f"expected an even height and width at every level, got {height} x {width}; use fewer levels")
-    return 4 * channels, height // 2, width // 2

@@ -11,7 +11,7 @@ from inn_guard.invertible import Invertible
 from inn_guard.layers.actnorm import ActNorm
 from inn_guard.layers.chain import Chain
 from inn_guard.layers.contraction import contractive_conv_net, contractive_mlp
-from inn_guard.layers.reshape import Flatten, Squeeze
+from inn_guard.layers.reshape import Flatten, Squeeze, squeezed_shape
 from inn_guard.layers.residual import Residual
 from inn_guard.layers.residual_log_det import PowerSeries, ResidualLogDet, RussianRoulette
 
@@ -49,6 +49,8 @@ class IResNetConfig:
     log_det: LogDetMaker = russian_roulette
 
     def __post_init__(self) -> None:
+        if min(self.levels, self.blocks, self.hidden) < 1:
+            raise ValueError(f"expected positive sizes, got {self.levels} x {self.blocks} x {self.hidden}")
         if not 0 < self.coefficient < 1:
             raise ValueError(f"expected a coefficient between 0 and 1, got {self.coefficient}")
 
@@ -67,15 +69,14 @@ def iresnet(shape: Sequence[int], *, config: IResNetConfig) -> Chain:
         Invertible Residual Networks (Behrmann, Grathwohl, Chen, Duvenaud, Jacobsen, 2019).
         Residual Flows for Invertible Generative Modeling (Chen, Behrmann, Duvenaud, Jacobsen, 2019).
     """
-    channels, height, width = shape
     layers: list[Invertible] = []
     for _ in range(config.levels):
-        channels, height, width = 4 * channels, height // 2, width // 2
+        shape = squeezed_shape(shape)
         layers.append(Squeeze())
         for _ in range(config.blocks):
-            network = contractive_conv_net(channels, config.hidden, coefficient=config.coefficient)
-            layers += [ActNorm(channels), Residual(network, log_det=config.log_det(len(layers) << 32))]
-    return Chain(*layers, Flatten((channels, height, width)))
+            network = contractive_conv_net(shape[0], config.hidden, coefficient=config.coefficient)
+            layers += [ActNorm(shape[0]), Residual(network, log_det=config.log_det(len(layers) << 32))]
+    return Chain(*layers, Flatten(shape))
 
 
 def checkerboard_residual_flow(*, blocks: int = 100, hidden: int = 128, coefficient: float = 0.8) -> Chain:

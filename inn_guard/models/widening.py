@@ -150,6 +150,8 @@ class NearestUpsampling(Widening):
 
     def __init__(self, factor: int = 2) -> None:
         super().__init__()
+        if factor < 1:
+            raise ValueError(f"expected a factor of at least 1, got {factor}")
         self.factor = factor
 
     def forward(self, z: Tensor) -> Tensor:

@@ -32,6 +32,8 @@ def test_actnorm_is_not_initialised_in_evaluation_nor_by_the_inverse_nor_by_one_
     assert torch.equal(layer.eval()(x), x)
     layer.train().inverse(x)
     layer(x[:1])
+    for value in (torch.nan, torch.inf):  # what comes after it would never be finite again
+        layer(x.index_fill(0, torch.tensor([2]), value))
     assert not layer.initialized
     layer(x)
     assert bool(layer.initialized)
@@ -123,6 +125,9 @@ def test_squeeze_keeps_each_block_together():
     assert z[0, :, 0, 0].tolist() == [0, 1, 4, 5]
     with pytest.raises(ValueError, match="multiples of 2"):
         Squeeze()(torch.zeros(1, 1, 3, 4))
+    empty = Squeeze()(torch.zeros(0, 3, 4, 6))
+    assert empty.shape == (0, 12, 2, 3)
+    assert Squeeze().inverse(empty).shape == (0, 3, 4, 6)
 
 
 def test_finished_latents_stay_in_front():

@@ -303,8 +303,9 @@ def test_nonsense_is_refused():
         small_nets((1, 6, 6), 2)
     with pytest.raises(ValueError, match="square images"):
         big_nets((1, 6, 6), 2)
-    with pytest.raises(ValueError, match="spread"):
-        LinearAEF(SMALL, spread=-1.0)
+    for spread in (-1.0, math.nan, math.inf):
+        with pytest.raises(ValueError, match="spread"):
+            LinearAEF(SMALL, spread=spread)
 
 
 def audited(make):

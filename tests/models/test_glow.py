@@ -90,6 +90,10 @@ def test_odd_sizes_are_named():
         GlowConfig(0, 1, 1)
     with pytest.raises(ValueError, match="between 0 and 1"):
         IResNetConfig(coefficient=1.0)
+    with pytest.raises(ValueError, match="positive sizes"):
+        IResNetConfig(levels=0)
+    with pytest.raises(ValueError, match="fewer levels"):
+        iresnet((3, 6, 6), config=IResNetConfig(2, 1, 4))
 
 
 def test_regression_net_and_iresnet_train_one_step():

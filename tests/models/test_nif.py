@@ -180,6 +180,8 @@ def test_training_follows_the_gradient_of_the_closed_form():
 def test_dimensions_that_do_not_widen_are_refused():
     with pytest.raises(ValueError, match="0 < d < D"):
         DenseWidening(5, 5)
+    with pytest.raises(ValueError, match="factor"):
+        NearestUpsampling(0)
 
 
 def audited():
