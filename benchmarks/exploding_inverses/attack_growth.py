@@ -124,7 +124,7 @@ def run(config: Config) -> pd.DataFrame:
 
 def draw(frame: pd.DataFrame) -> Figure:
     """Errors at the centres and under attack, and the spectrum, over the steps of training."""
-    figure = Figure(figsize=(11, 4), layout="constrained")
+    figure = Figure(figsize=(13, 4), layout="constrained")
     errors, spectrum = figure.subplots(1, 2)
     for colour, (depth, group) in zip(COLOURS, frame.groupby("blocks", sort=False), strict=False):
         style = {"color": colour, "markersize": 4}
@@ -141,7 +141,9 @@ def draw(frame: pd.DataFrame) -> Figure:
     for axis in (errors, spectrum):
         axis.set(xlabel="step of training", yscale="log")
         axis.grid(visible=True, color="#d9dde3", linewidth=0.6)
-        axis.legend(frameon=False, fontsize=7)
+    spectrum.legend(frameon=False, fontsize=7, handlelength=4)
+    shown = [line for line in errors.get_lines() if not line.get_label().startswith("_")]
+    figure.legend(handles=shown, loc="outside left center", frameon=False, fontsize=7, handlelength=4)
     return figure
 
 
