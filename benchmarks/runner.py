@@ -22,6 +22,7 @@ import importlib.metadata
 import json
 import platform
 import sys
+import tempfile
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -114,14 +115,15 @@ def main(
     parser = _parser(config_class, sys.modules[run.__module__])
     arguments = vars(parser.parse_args(argv))
     preset, out = arguments.pop("preset"), arguments.pop("out")
-    config = getattr(config_class, preset)()
-    config = dataclasses.replace(config, **{key: _parsed(config, key, text) for key, text in arguments.items()})
+    config = _configured(parser, getattr(config_class, preset)(), arguments)
+    folder = out or (UNFINISHED if preset == "smoke" else RESULTS)
+    _check_writable(parser, folder)
     try:
         frame = run(config)
     except MissingData as error:
         parser.exit(2, f"error: {error}\n")
     name = _name(config) if preset == "cpu" else f"{_name(config)}_{preset}"
-    table = write_results(name, frame, config, folder=out or (UNFINISHED if preset == "smoke" else RESULTS))
+    table = write_results(name, frame, config, folder=folder)
     print(frame.to_string(index=False))
     print(beside_paper(frame, run))
     for file, digest in data_checksums(config).items():
@@ -156,6 +158,31 @@ def _parser(config_class: Any, module: Any) -> argparse.ArgumentParser:
     return parser
 
 
+def _configured(parser: argparse.ArgumentParser, preset: Any, flags: Mapping[str, str]) -> Any:
+    """The preset with what was typed in place of its values; ends with exit code 2 where that is none of their type."""
+    values = {}
+    for key, text in flags.items():
+        try:
+            values[key] = _parsed(preset, key, text)
+        except (ValueError, KeyError):
+            flag, like = key.replace("_", "-"), getattr(preset, key)
+            parser.error(f"argument --{flag}: expected something like {like!r}; got {text!r}")
+    try:
+        return dataclasses.replace(preset, **values)
+    except ValueError as error:
+        parser.error(str(error))
+
+
+def _check_writable(parser: argparse.ArgumentParser, folder: Path) -> None:
+    """End with exit code 2 before hours of work, rather than after them, where their results could not be written."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        parser.error(f"argument --out: expected a folder that can be written to; got {folder}: {error.strerror}")
+
+
 def _name(config: Any) -> str:
     """The experiment's folder and file, joined: injflow_table1."""
     return _stem(type(config).__module__)
@@ -185,7 +212,7 @@ def _parsed(config: Any, key: str, text: str) -> Any:
     """``text`` as the type of the preset's value: numbers as numbers, tuples comma by comma."""
     current = getattr(config, key)
     if isinstance(current, bool):
-        return text.lower() in ("1", "true", "yes")
+        return {"1": True, "true": True, "yes": True, "0": False, "false": False, "no": False}[text.lower()]
     if isinstance(current, tuple):
         kind = type(current[0]) if current else str
         return tuple(kind(part) for part in text.split(",") if part)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from dataclasses import dataclass
 
 import pandas as pd
@@ -19,6 +20,7 @@ class Config:
     rates: tuple[float, ...] = (0.5,)
     data: str = "mnist"
     data_root: str = ""
+    fast: bool = False
 
     @classmethod
     def smoke(cls):
@@ -82,6 +84,26 @@ def test_flags_are_parsed_as_the_fields_they_set_and_results_hold_the_checksums(
     assert written["data"] == {"MNIST/raw/t10k-labels-idx1-ubyte.gz": digest}
     assert digest in capsys.readouterr().out
     assert list(pd.read_csv(path.with_suffix(".csv"))["size"]) == [7] * 3
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--size", "abc"], r"--size: expected something like 2; got 'abc'"),
+        (["--rates", "0.5,x"], r"--rates: expected something like \(0\.5,\); got '0\.5,x'"),
+        (["--fast", "maybe"], r"--fast: expected something like False; got 'maybe'"),
+        (["--preset", "huge"], "invalid choice"),
+        (["--out", "file"], "--out: expected a folder that can be written to; got file"),
+        (["--out", "file/within"], "--out: expected a folder that can be written to; got file/within"),
+    ],
+)
+def test_wrong_flags_end_before_anything_is_run(flags, said, tmp_path, capsys):
+    (tmp_path / "file").touch()
+    with pytest.raises(SystemExit) as end:
+        runner.main(Config, run, argv=["--preset", "smoke", *flags])
+    assert end.value.code == 2
+    assert re.search(said, capsys.readouterr().err)
+    assert not calls
 
 
 def test_checksums_are_of_the_data_set_that_is_asked_for(tmp_path):
