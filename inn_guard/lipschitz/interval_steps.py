@@ -17,7 +17,6 @@ from inn_guard.lipschitz.intervals import Interval
 from inn_guard.lipschitz.jets import Direct
 from inn_guard.lipschitz.local_forms import ByParameters, Coupled, evaluated, looked_up
 from inn_guard.lipschitz.maps import BoundedMap, Diagonal, Elementwise, LinearMap, Rearrangement, Shaped
-from inn_guard.lipschitz.semantics import _nearly
 from inn_guard.lipschitz.spectral import exact, inverse_with_error
 from inn_guard.lipschitz.spline_boxes import KnotJets, SplineOnBoxes
 from inn_guard.lipschitz.spline_transformers import RationalQuadraticSpline
@@ -89,7 +88,8 @@ def _(described: Rearrangement, reach: Interval) -> Step:
 @step_of.register
 def _(described: Diagonal, reach: Interval) -> Step:
     scale, shift = (
-        _nearly(exact(t) * torch.ones(reach.shape[0], dtype=torch.float64)) for t in (described.scale, described.shift)
+        Interval.around(exact(t) * torch.ones(reach.shape[0], dtype=torch.float64))
+        for t in (described.scale, described.shift)
     )
 
     def step(s: State) -> State:

@@ -56,6 +56,14 @@ class Interval:
         )
 
     @classmethod
+    def around(cls, x: Tensor) -> Interval:
+        """A computed tensor with what 64 roundings may have lost of it; NaN and infinite entries become everything."""
+        point = exact(x)
+        slack = 64 * UNIT * point.abs()
+        lo, hi = down(point - slack), up_tensor(point + slack)
+        return cls(lo.nan_to_num(-math.inf, math.inf, -math.inf), hi.nan_to_num(math.inf, math.inf, -math.inf))
+
+    @classmethod
     def cat(cls, parts: Sequence[Interval], dim: int = 0) -> Interval:
         """The parts side by side."""
         return Interval(torch.cat([part.lo for part in parts], dim), torch.cat([part.hi for part in parts], dim))

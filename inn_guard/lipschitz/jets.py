@@ -10,7 +10,6 @@ from torch import Tensor, nn
 
 from inn_guard.lipschitz.activations import Activation
 from inn_guard.lipschitz.intervals import Interval, linear
-from inn_guard.lipschitz.semantics import _nearly
 from inn_guard.lipschitz.spectral import exact
 from inn_guard.lipschitz.subnetworks import Move, Network, Unbounded
 
@@ -74,7 +73,7 @@ class JetReading:
 
     def rescale(self, x: Jet, scale: Tensor, shift: Tensor) -> Jet:
         """scale * x + shift."""
-        a, b = _nearly(exact(scale)), _nearly(exact(shift))
+        a, b = Interval.around(exact(scale)), Interval.around(exact(shift))
         bend = None if x.bend is None else x.bend * a
         return Jet(x.centre * a + b, x.value * a + b, x.rate * a, x.slope * a, bend)
 

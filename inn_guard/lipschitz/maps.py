@@ -18,7 +18,7 @@ from inn_guard.lipschitz.blocks import Pair
 from inn_guard.lipschitz.building import ChainBuilder, Linear
 from inn_guard.lipschitz.conditioners import Effort, Proof
 from inn_guard.lipschitz.intervals import Box, Interval, linear
-from inn_guard.lipschitz.rounding import UNIT, up
+from inn_guard.lipschitz.rounding import up
 from inn_guard.lipschitz.semantics import over_channels
 from inn_guard.lipschitz.spectral import cheap_norm, exact, inverse_with_error, norm_operations, spectral_norm
 from inn_guard.lipschitz.subnetworks import Unbounded
@@ -269,7 +269,7 @@ class Diagonal(BoundedMap):
     def image(self, box: Interval) -> Interval:
         """Scaled and shifted."""
         scale, shift = (over_channels(exact(t), box.lo) for t in (self.scale, self.shift))
-        return box * _nearly(scale) + _nearly(shift)
+        return box * Interval.around(scale) + Interval.around(shift)
 
     def trace(self, builder: ChainBuilder, x: Linear, box: Interval) -> Linear:
         """The diagonal."""
@@ -283,11 +283,11 @@ class Diagonal(BoundedMap):
 
     def comparison(self, box: Interval, bounds: BlockBounds) -> tuple[Tensor, Tensor]:
         """The diagonal and its inverse."""
-        scale = _nearly(exact(self.scale) * torch.ones(box.shape[0], dtype=torch.float64))
+        scale = Interval.around(exact(self.scale) * torch.ones(box.shape[0], dtype=torch.float64))
         return torch.diag(scale.magnitude), torch.diag(scale.reciprocal().magnitude)
 
     def _scale(self) -> Interval:
-        return _nearly(exact(self.scale).reshape(-1))
+        return Interval.around(exact(self.scale).reshape(-1))
 
 
 @dataclass(frozen=True)
@@ -328,7 +328,7 @@ class LinearMap(BoundedMap):
         slack = self.error * box.magnitude.square().sum(0).sqrt() * (1 + 1e-9) if self.error else torch.zeros(())
         y = (y + Interval(-slack[..., None], slack[..., None])) if self.error else y
         y = y.map(lambda t: t.movedim(-1, 0))
-        return y if self.shift is None else y + _nearly(over_channels(exact(self.shift), y.lo))
+        return y if self.shift is None else y + Interval.around(over_channels(exact(self.shift), y.lo))
 
     def trace(self, builder: ChainBuilder, x: Linear, box: Interval) -> Linear:
         """W."""
@@ -393,8 +393,3 @@ class Elementwise(BoundedMap):
 def per_channel(slopes: Interval, channels: int) -> tuple[Tensor, Tensor]:
     """The hull over the pixels, per channel."""
     return slopes.lo.reshape(channels, -1).amin(1), slopes.hi.reshape(channels, -1).amax(1)
-
-
-def _nearly(x: Tensor) -> Interval:
-    slack = 64 * UNIT * x.abs()
-    return Interval.of(x) + Interval(-slack, slack)

@@ -10,7 +10,7 @@ import torch
 from torch.nn import functional
 
 from inn_guard.lipschitz.intervals import Interval
-from inn_guard.lipschitz.spline_transformers import Shares, _Hull, _position
+from inn_guard.lipschitz.spline_transformers import Hull, Shares, position_in
 
 __all__ = ["QuadraticSpline"]
 
@@ -75,7 +75,7 @@ class QuadraticSpline:
     ) -> list[Interval]:
         density = _Density.of(self, theta)
         u = (x - self.left) / (Interval.of(self.right) - self.left)
-        parts = _Hull(x, self.left, self.right, outside if self.tails else float("nan"))
+        parts = Hull(x, self.left, self.right, outside if self.tails else float("nan"))
         for k in range(self.bins):
             touched = (u.lo <= density.knots[k + 1].hi) & (u.hi >= density.knots[k].lo)
             parts.add(touched, inside(_Bin(density, k, u)))
@@ -124,7 +124,7 @@ class _Bin:
     def __init__(self, density: _Density, k: int, u: Interval) -> None:
         self.density, self.k = density, k
         d = density
-        self.xi = _position(u, d.knots[k], d.w[k])
+        self.xi = position_in(u, d.knots[k], d.w[k])
         self.p = d.e[k] * (1.0 - self.xi) + d.e[k + 1] * self.xi
         self.p = self.p.meet(d.e[k].hull(d.e[k + 1]))
         before = [_mean(d, i) * d.w[i] for i in range(k)]

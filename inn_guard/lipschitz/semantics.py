@@ -61,7 +61,7 @@ class Boxes:
 
     def rescale(self, x: Interval, scale: Tensor, shift: Tensor) -> Interval:
         """scale * x + shift, scale and shift being known up to a few roundings."""
-        scales, shifts = (_nearly(over_channels(exact(t), x.lo)) for t in (scale, shift))
+        scales, shifts = (Interval.around(over_channels(exact(t), x.lo)) for t in (scale, shift))
         return x * scales + shifts
 
     def add(self, x: Interval, y: Interval) -> Interval:
@@ -240,8 +240,3 @@ class Channelwise(Entrywise):
 def over_channels(values: Tensor, like: Tensor) -> Tensor:
     """(channels,) broadcast over a sample (channels, ...); one number stays one."""
     return values if values.dim() == 0 else values.reshape(-1, *[1] * (like.dim() - 1))
-
-
-def _nearly(x: Tensor) -> Interval:
-    slack = x.abs() * 2.0**-48
-    return Interval.of(x) + Interval(-slack, slack)

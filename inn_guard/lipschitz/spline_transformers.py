@@ -12,7 +12,7 @@ from torch import Tensor
 
 from inn_guard.lipschitz.intervals import Interval
 
-__all__ = ["LinearSpline", "RationalQuadraticSpline", "Shares", "SplineBin"]
+__all__ = ["Hull", "LinearSpline", "RationalQuadraticSpline", "Shares", "SplineBin", "position_in"]
 
 
 @dataclass(frozen=True)
@@ -124,16 +124,16 @@ class LinearSpline:
     ) -> list[Interval]:
         """The hull over the bins that x may touch; outside of them a constant, or x itself."""
         width = Interval.of(self.right - self.left) / float(self.bins)
-        parts = _Hull(x, self.left, self.right, outside if self.tails else math.nan)
+        parts = Hull(x, self.left, self.right, outside if self.tails else math.nan)
         for k in range(self.bins):
             knots = (width * float(k) + self.left, width * float(k + 1) + self.left)
             touched = (x.lo <= knots[1].hi) & (x.hi >= knots[0].lo)
-            xi = _position(x, knots[0], width)
+            xi = position_in(x, knots[0], width)
             parts.add(touched, inside(k, xi))
         return parts.result()
 
 
-class _Hull:
+class Hull:
     """Hulls of several quantities over the bins that an interval touches."""
 
     def __init__(self, x: Interval, left: float, right: float, outside: float | None) -> None:
@@ -163,7 +163,7 @@ class _Hull:
         ]
 
 
-def _position(x: Interval, start: Interval, width: Interval) -> Interval:
+def position_in(x: Interval, start: Interval, width: Interval) -> Interval:
     """(x - start) / width within [0, 1]: rising in x, falling in start; for points of the bin."""
     at = (x - start) / width
     return Interval(at.lo.clamp(0, 1), at.hi.clamp(0, 1))
@@ -238,7 +238,7 @@ class RationalQuadraticSpline:
     def _over_bins(
         self, x: Interval, knots: _Knots, inside: Callable[[_InBin], list[Interval]], outside: float | None
     ) -> list[Interval]:
-        parts = _Hull(x, self.left, self.right, outside if self.tails else math.nan)
+        parts = Hull(x, self.left, self.right, outside if self.tails else math.nan)
         for k in range(self.bins):
             touched = (x.lo <= knots.x[k + 1].hi) & (x.hi >= knots.x[k].lo)
             parts.add(touched, inside(_InBin(self, knots, k, x)))
@@ -293,7 +293,7 @@ class SplineBin:
     def __init__(
         self, x: Interval, start: Interval, w: Interval, y: Interval, h: Interval, ends: tuple[Interval, Interval]
     ) -> None:
-        self.xi = xi = _position(x, start, w)
+        self.xi = xi = position_in(x, start, w)
         self.eta = 1.0 - xi
         self.y, self.h, self.w = y, h, w
         self.d0, self.d1, self.s = *ends, h / w

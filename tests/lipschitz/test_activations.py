@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from fractions import Fraction
 
 import pytest
 import torch
@@ -60,3 +61,21 @@ def test_functions_are_their_modules():
 def test_unknown_modules_are_not_activations():
     assert activation(nn.Softmax(0)) is None
     assert activation(nn.GELU("tanh")) is None
+
+
+@given(factors=st.lists(st.floats(0.5, 2.0), min_size=1, max_size=63), sign=st.sampled_from([-1, 1]))
+def test_what_roundings_lose_lies_around_a_computed_number(factors, sign):
+    computed, true = float(sign), Fraction(sign)
+    for factor in factors:
+        computed, true = computed * factor, true * Fraction(factor)
+    around = Interval.around(torch.tensor(computed, dtype=torch.float64))
+    assert Fraction(float(around.lo)) < true < Fraction(float(around.hi))
+    assert around.hi - around.lo <= 2.0**-45 * abs(computed)
+
+
+def test_around_what_is_no_number_is_everything():
+    around = Interval.around(torch.tensor([math.nan, math.inf, -math.inf], dtype=torch.float64))
+    assert around.lo.tolist()[0::2] == [-math.inf] * 2
+    assert around.hi.tolist()[:2] == [math.inf] * 2
+    for k, value in enumerate((0.0, math.inf, -math.inf)):
+        assert around.lo[k] <= value <= around.hi[k]
