@@ -1,6 +1,6 @@
 """Bits per dimension of autoencoders within flows and of identical VAEs against the steps of training.
 
-    python -m benchmarks.aef.curves --preset cpu --root FOLDER     # MNIST's test images, 20 minutes on one core
+    python -m benchmarks.aef.curves --preset cpu --root FOLDER     # MNIST's test images, 25 minutes on one core
 
 The likelihood of both is importance-sampled around the mode of p(z | x) (``laplace.py``); that proposal's effective
 draws are in the table beside those of the paper's protocol at the last look: an isotropic proposal around h(x) for the
