@@ -58,14 +58,18 @@ class Squeeze(Rearrangement):
         if x.dim() != 4 or x.shape[2] % self.factor or x.shape[3] % self.factor:
             raise ValueError(f"expected (B, C, H, W), H and W multiples of {self.factor}; got {tuple(x.shape)}")
         batch, channels, height, width = x.shape
-        f = self.factor  # the shape of an empty batch, which pixel_unshuffle leaves as it is
-        return functional.pixel_unshuffle(x, f).reshape(batch, channels * f**2, height // f, width // f)
+        f = self.factor
+        if not x.numel():  # pixel_unshuffle leaves the shape of an empty batch as it is
+            return x.reshape(batch, channels * f**2, height // f, width // f)
+        return functional.pixel_unshuffle(x, f)
 
     def inverse(self, z: Tensor) -> Tensor:
         """Channels to space."""
         batch, channels, height, width = z.shape
         f = self.factor
-        return functional.pixel_shuffle(z, f).reshape(batch, channels // f**2, height * f, width * f)
+        if not z.numel():
+            return z.reshape(batch, channels // f**2, height * f, width * f)
+        return functional.pixel_shuffle(z, f)
 
 
 def squeezed_shape(shape: Sequence[int]) -> tuple[int, int, int]:

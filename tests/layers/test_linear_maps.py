@@ -125,9 +125,15 @@ def test_squeeze_keeps_each_block_together():
     assert z[0, :, 0, 0].tolist() == [0, 1, 4, 5]
     with pytest.raises(ValueError, match="multiples of 2"):
         Squeeze()(torch.zeros(1, 1, 3, 4))
-    empty = Squeeze()(torch.zeros(0, 3, 4, 6))
+
+
+def test_squeeze_of_no_image_has_a_shape_and_a_gradient():
+    x = torch.zeros(0, 3, 4, 6, requires_grad=True)
+    empty = Squeeze()(x)
     assert empty.shape == (0, 12, 2, 3)
-    assert Squeeze().inverse(empty).shape == (0, 3, 4, 6)
+    assert Squeeze().inverse(empty).shape == x.shape
+    (gradient,) = torch.autograd.grad(Squeeze().inverse(empty).sum(), x)
+    assert gradient.shape == x.shape
 
 
 def test_finished_latents_stay_in_front():
