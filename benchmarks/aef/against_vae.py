@@ -9,6 +9,8 @@ A small version of the latter, minutes on one core:
         --latents 2 --seeds 0,1 --spreads 0.1 --steps 400 --test-images 100 --draws 64 --classifier-steps 250 \
         --out benchmarks/results/mnist
 
+and with --latents 32 --seeds 0 what is in results/mnist_32; ``curves.py`` trains longer.
+
 Every model of one latent dimension has the same nets, flows, data, batches and number of steps. The likelihood of VAEs
 and linear AEFs is importance-sampled (the log of the mean weight, and the lower bound beside it), by the paper's
 proposals (``bpd``) and by one around the mode of p(z | x) (``bpd_mode``, see ``laplace.py``); that of partition AEFs is
