@@ -58,7 +58,7 @@ class Config:
 
     @classmethod
     def cpu(cls) -> Config:
-        """What the committed table holds: about an hour of one core."""
+        """What the committed table holds: three minutes of one core."""
         return cls()
 
 
