@@ -171,7 +171,7 @@ class _Differentiable(torch.autograd.Function):
         ctx.walk, ctx.kept, ctx.noted = walk, list(trace.kept), replace(trace, kept={}, sketches=[])
         ctx.set_materialize_grads(False)
         # through autograd, which notices changes in place and frees all of it after the backward pass
-        unchanging = [*sources, *walk.constants()]
+        unchanging = [*sources, *trace.modules.constants()]
         ctx.count = len(unchanging)
         ctx.save_for_backward(x, outputs[0], *unchanging, *trace.kept.values(), *trace.sketches)
         return outputs
@@ -183,7 +183,7 @@ class _Differentiable(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
         x, output, *rest = ctx.saved_tensors
-        ctx.walk.check_parameters()
+        ctx.noted.modules.check_parameters()
         stored = iter(rest[ctx.count :])
         kept = {k: next(stored) for k in ctx.kept}
         trace = replace(ctx.noted, kept=kept, sketches=list(stored))

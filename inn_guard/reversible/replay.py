@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -11,8 +11,9 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
-__all__ = ["Autocast", "Modes", "Surroundings", "hooks_suspended"]
+__all__ = ["Autocast", "Modules", "Surroundings", "hooks_suspended"]
 
 
 @dataclass(frozen=True)
@@ -38,21 +39,23 @@ class Autocast:
             yield
 
 
-class Modes:
-    """Which modules are in training mode at this moment.
+class Modules:
+    """All modules of a walk as they are at this moment.
 
     Args:
         modules: each with its submodules.
     """
 
     def __init__(self, modules: Iterable[nn.Module]) -> None:
-        found = {id(part): part for module in modules for part in module.modules()}
-        self._flags = [(part, part.training) for part in found.values()]
+        parts = {id(part): part for module in modules for part in module.modules()}.values()
+        self._modes = [(part, part.training) for part in parts]
+        self._parameters = [(part, name, parameter) for part in parts for name, parameter in part._parameters.items()]
+        self.parametrized = any(map(parametrize.is_parametrized, parts)) if parametrize._cache_enabled else False
 
     @contextmanager
-    def restored(self) -> Iterator[None]:
-        """A block in which they are in the recorded modes."""
-        switched = [(module, training) for module, training in self._flags if module.training != training]
+    def in_their_modes(self) -> Iterator[None]:
+        """A block in which those train that did, and no others."""
+        switched = [(module, training) for module, training in self._modes if module.training != training]
         try:
             for module, training in switched:
                 module.training = training
@@ -60,6 +63,24 @@ class Modes:
         finally:
             for module, training in switched:
                 module.training = not training
+
+    def constants(self) -> list[Tensor]:
+        """The buffers that no evaluation moves: those of modules in evaluation mode."""
+        resting = [module for module, training in self._modes if not training]
+        return [buffer for module in resting for buffer in module._buffers.values() if buffer is not None]
+
+    def check_parameters(self) -> None:
+        """Refuse other parameters than those that there were.
+
+        Raises:
+            RuntimeError: if one has been exchanged.
+        """
+        for module, name, parameter in self._parameters:
+            if module._parameters.get(name) is not parameter:
+                raise RuntimeError(
+                    f"the parameter {name!r} of {type(module).__name__} is another one than in the forward pass, as it "
+                    "is where torch.func.functional_call has exchanged it: use the model itself there"
+                )
 
 
 class Surroundings:
@@ -71,18 +92,22 @@ class Surroundings:
     Args:
         layer: what is about to be evaluated.
         like: a tensor on the device of the evaluation.
+        previous: those of the evaluation right before this one, which have been asked whether they changed.
     """
 
-    def __init__(self, layer: nn.Module, like: Tensor) -> None:
+    def __init__(self, layer: nn.Module, like: Tensor, previous: Surroundings | None = None) -> None:
         modules = list(layer.modules())
         self._random = _Random(modules, like)
-        self._states = self._random.states()
+        self._states = self._random.states(() if previous is None else previous._after)
+        self._after: list[Any] = []
         self._buffers = _Buffers(modules)
         self._random_used = self._buffers_used = False
 
     def changed(self) -> bool:
         """Whether the evaluation since then has drawn randomness or written buffers, so that repeating it differs."""
-        self._random_used = self._random.changed(self._states)
+        now = self._random.states()
+        self._after = now[: len(_GLOBAL)]
+        self._random_used = not self._random.same(self._states, now)
         self._buffers_used = self._buffers.changed()
         return self._random_used or self._buffers_used
 
@@ -135,12 +160,11 @@ class _Random:
         own = {id(generator): _Source(generator.get_state, generator.set_state, torch.equal) for generator in found}
         self._sources = [*_GLOBAL, *own.values(), *([_of_device(like.device)] if like.is_cuda else [])]
 
-    def states(self) -> list[Any]:
-        return [source.get() for source in self._sources]
+    def states(self, known: Sequence[Any] = ()) -> list[Any]:
+        return [*known, *(source.get() for source in self._sources[len(known) :])]
 
-    def changed(self, states: list[Any]) -> bool:
-        now = self.states()
-        return not all(source.same(*pair) for source, *pair in zip(self._sources, states, now, strict=True))
+    def same(self, states: list[Any], others: list[Any]) -> bool:
+        return all(source.same(*pair) for source, *pair in zip(self._sources, states, others, strict=True))
 
     @contextmanager
     def set_to(self, states: list[Any]) -> Iterator[None]:

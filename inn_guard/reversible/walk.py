@@ -10,12 +10,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.utils import parametrize
 
 from inn_guard.invertible import Invertible, map_tensors
 from inn_guard.network_tangent import as_written
 from inn_guard.reversible.guard import Guard
-from inn_guard.reversible.replay import Autocast, Modes, Surroundings
+from inn_guard.reversible.replay import Autocast, Modules, Surroundings
 from inn_guard.reversible.steps import Measure, Step
 
 __all__ = ["Record", "Trace", "Walk"]
@@ -46,14 +45,14 @@ class Trace:
 
     Attributes:
         autocast: how the way forwards casted.
-        modes: which modules were in training mode.
+        modules: their modes and parameters.
         records: one per step.
         kept: inputs of steps that are stored, by the number of the step; that of the first always.
         sketches: one per step under a guard; else none.
     """
 
     autocast: Autocast
-    modes: Modes
+    modules: Modules
     records: list[Record] = field(default_factory=list)
     kept: dict[int, Tensor] = field(default_factory=dict)
     sketches: list[Tensor] = field(default_factory=list)
@@ -61,7 +60,7 @@ class Trace:
     @contextmanager
     def restored(self) -> Iterator[None]:
         """A block in which modules are in the modes, and autocast is as it was, on the way forwards."""
-        with self.modes.restored(), self.autocast.restored():
+        with self.modules.in_their_modes(), self.autocast.restored():
             yield
 
 
@@ -93,15 +92,16 @@ class Walk:
         Raises:
             RuntimeError: inside ``torch.nn.utils.parametrize.cached()``.
         """
-        self._check_cache()
-        trace, state = Trace(Autocast.current(x), Modes(step.layer for step in self.steps)), x
+        trace, state = Trace(Autocast.current(x), _uncached(Modules(step.layer for step in self.steps))), x
         log_dets: list[Tensor] = []
+        surroundings = None
         with torch.no_grad(), trace.autocast.restored():
             for k, step in enumerate(self.steps):
-                surroundings = Surroundings(step.layer, state)
-                primed = step if _hooked(step.layer) else step.of(step.layer.primed(state))
+                surroundings = Surroundings(step.layer, state, surroundings)
+                hooked = _hooked(step.layer)
+                primed = step if hooked else step.of(step.layer.primed(state))
                 output, *log_det = self.measure(primed, state)
-                self._note(trace, k, state, (surroundings, primed.layer is not step.layer))
+                self._note(trace, k, state, (surroundings, primed.layer is not step.layer, hooked))
                 state = output
                 log_dets += log_det
         return self._results(state, log_dets), trace
@@ -126,25 +126,6 @@ class Walk:
                     state = states[k + 1] = self.measure(self.steps[k], state)[0]
         return states
 
-    def constants(self) -> list[Tensor]:
-        """The buffers that no evaluation moves: those of modules in evaluation mode."""
-        modules = {id(part): part for step in self.steps for part in step.layer.modules() if not part.training}
-        return [buffer for part in modules.values() for buffer in part._buffers.values() if buffer is not None]
-
-    def check_parameters(self) -> None:
-        """Refuse a way back through other parameters than those of the way forwards.
-
-        Raises:
-            RuntimeError: if a layer has one that it had not.
-        """
-        for k, step in enumerate(self.steps):
-            for name, parameter in step.layer.named_parameters():
-                if id(parameter) not in self.position:
-                    raise RuntimeError(
-                        f"the parameter {name!r} of layer {k} ({step.layer.name}) is another one than in the forward "
-                        "pass, as it is where torch.func.functional_call has exchanged it: use the model itself there"
-                    )
-
     def first_differentiable(self, x: Tensor) -> int:
         """Number of the first step with anything to differentiate at or before it."""
         wanted = {id(tensor) for tensor in self.sources if tensor.requires_grad}
@@ -154,14 +135,14 @@ class Walk:
         everything_found = set().union(*per_step) == wanted
         return next((k for k, found in enumerate(per_step) if found), 0) if everything_found else 0
 
-    def _note(self, trace: Trace, k: int, state: Tensor, made: tuple[Surroundings, bool]) -> None:
-        surroundings, primes = made
+    def _note(self, trace: Trace, k: int, state: Tensor, made: tuple[Surroundings, bool, bool]) -> None:
+        surroundings, primes, hooked = made
         changed = surroundings.changed()
         trace.records.append(Record(state.dtype, primes, surroundings if changed else None))
         stride = len(self.steps) if self.guard is None else math.isqrt(len(self.steps) - 1) + 1
         step = self.steps[k]
         # the inverse of a layer that draws randomness or moves statistics need not do so as its forward did
-        if k % stride == 0 or not step.invertible or (changed and not primes) or _hooked(step.layer):
+        if k % stride == 0 or not step.invertible or (changed and not primes) or hooked:
             trace.kept[k] = state
         if self.guard is not None:
             trace.sketches.append(self.guard.sketch(state))
@@ -169,19 +150,20 @@ class Walk:
     def _results(self, state: Tensor, log_dets: list[Tensor]) -> tuple[Tensor, ...]:
         return (state, torch.stack(log_dets).sum(0)) if log_dets else (state,)
 
-    def _check_cache(self) -> None:
-        parts = (part for step in self.steps for part in step.layer.modules())
-        if parametrize._cache_enabled and any(map(parametrize.is_parametrized, parts)):
-            raise RuntimeError(
-                "expected a call outside torch.nn.utils.parametrize.cached(), which would keep weights without a graph "
-                "from this pass, so that they got no gradient: leave cached() out, or use the model itself inside"
-            )
-
     def _contexts(self) -> list[Tensor]:
         return [tensor for step in self.steps for tensor in _tensors(step.layer.context)]
 
     def _sources_of(self, step: Step) -> list[Tensor]:
         return [*step.layer.parameters(), *_tensors(step.layer.context)]
+
+
+def _uncached(modules: Modules) -> Modules:
+    if modules.parametrized:
+        raise RuntimeError(
+            "expected a call outside torch.nn.utils.parametrize.cached(), which would keep weights without a graph "
+            "from this pass, so that they got no gradient: leave cached() out, or use the model itself inside"
+        )
+    return modules
 
 
 def _hooked(layer: Invertible) -> bool:

@@ -149,5 +149,5 @@ def test_exchanged_parameters_are_noticed(frozen):
     saving = memory_saving(model)
     others = {name: nn.Parameter(1.1 * parameter) for name, parameter in saving.named_parameters()}
     loss = moments(torch.func.functional_call(saving, others, (nets.vectors(),)))
-    with pytest.raises(RuntimeError, match=r"'log_scale' of layer 0 \(ActNorm\) is another one"):
+    with pytest.raises(RuntimeError, match=r"'log_scale' of ActNorm is another one"):
         loss.backward()
