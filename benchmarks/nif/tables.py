@@ -62,7 +62,7 @@ class Config:
         hidden: channels; the paper has 256.
         diagonal: also the flow with a learned mean and deviation of every latent, N(b, Sigma): what a NIF has beside
             its manifold.
-        clamp: bound of |log scale| in the couplings; 0 for Glow's sigmoid(h + 2), which is not bounded from below.
+        clamp: bound of |log scale| in the blocks' couplings; 0 for Glow's sigmoid(h + 2), which may come near 0.
         learning_rate: of Adam.
         steps: of Adam.
         batch_size: images per step.
