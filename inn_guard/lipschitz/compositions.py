@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -15,6 +15,7 @@ from inn_guard.lipschitz.conditioners import Effort
 from inn_guard.lipschitz.intervals import Interval
 from inn_guard.lipschitz.maps import BlockBounds, BoundedMap, Elementwise
 from inn_guard.lipschitz.rounding import gamma, up
+from inn_guard.lipschitz.subnetworks import Unbounded
 
 __all__ = ["Composition", "Inverted", "OnTail", "inverted"]
 
@@ -44,6 +45,12 @@ class Composition(BoundedMap):
         """Through all parts."""
         for part in self.parts:
             box = part.image(box)
+        return box
+
+    def preimage(self, box: Interval) -> Interval:
+        """Back through all parts."""
+        for part in reversed(self.parts):
+            box = part.preimage(box)
         return box
 
     def table3(self, box: Interval, effort: Effort) -> Pair:
@@ -122,32 +129,52 @@ class OnTail(BoundedMap):
 
 @dataclass(frozen=True)
 class Inverted(BoundedMap):
-    """The inverse of another map. Its box is one of outputs, so only what holds everywhere can be said of its input."""
+    """The inverse of another map, whose inputs are the box's preimage, as far as it is known."""
 
     inner: BoundedMap
+    _last: list[Interval] = field(default_factory=list, init=False, repr=False, compare=False)
 
     def bounds(self, box: Interval, effort: Effort) -> BlockBounds:
-        """The other's global bounds, exchanged."""
-        own = self.inner.bounds(_everywhere(box), effort)
+        """The other's bounds, exchanged."""
+        inputs = self.image(box)
+        own = self.inner.bounds(inputs, effort)
         proofs = {EXCHANGED[name]: proof for name, proof in own.proofs.items() if name in EXCHANGED}
-        return BlockBounds(own.inverse, own.forward, own.is_global, own.reason, own.method, proofs)
+        lost = own.reason and box.bounded and not inputs.bounded
+        reason = "its images of the box are not known to be bounded" if lost else own.reason
+        return BlockBounds(own.inverse, own.forward, own.is_global, reason, own.method, proofs)
 
     def image(self, box: Interval) -> Interval:
-        """Everything."""
-        return _everywhere(box)
+        """The other's preimage; that of the last box is kept, because every question about it begins there."""
+        if not self._last or self._last[0] is not box:
+            self._last[:] = [box, self.inner.preimage(box)]
+        return self._last[1]
+
+    def preimage(self, box: Interval) -> Interval:
+        """The other's image."""
+        return self.inner.image(box)
 
     def table3(self, box: Interval, effort: Effort) -> Pair:
         """Exchanged."""
-        forward, inverse = self.inner.table3(_everywhere(box), effort)
+        forward, inverse = self.inner.table3(self.image(box), effort)
         return Pair(inverse, forward)
 
     def trace(self, builder: ChainBuilder, x: Linear, box: Interval) -> Linear:
         """The other's inverse."""
-        return self.inner.trace_inverse(builder, x, _everywhere(box))
+        return self.inner.trace_inverse(builder, x, self.image(box))
 
     def trace_inverse(self, builder: ChainBuilder, z: Linear, box: Interval) -> Linear:
         """The other's forward map."""
-        return self.inner.trace(builder, z, _everywhere(box))
+        return self.inner.trace(builder, z, self.image(box))
+
+    def comparison(self, box: Interval, bounds: BlockBounds) -> tuple[Tensor, Tensor]:
+        """The other's, exchanged."""
+        own = replace(bounds, forward=bounds.inverse, inverse=bounds.forward, proofs={})
+        ahead, back = self.inner.comparison(self.image(box), own)
+        return back, ahead
+
+    def differences(self, builder: ChainBuilder, x: Linear, box: Interval, centre: Tensor) -> Linear:
+        """Not known: derivatives of an inverse that share a slope do not enclose its secants."""
+        raise Unbounded("the differences of an inverse are not chains")
 
     def networks(self) -> list[torch.nn.Module]:
         """The other's."""
@@ -155,11 +182,6 @@ class Inverted(BoundedMap):
 
 
 def inverted(described: BoundedMap) -> BoundedMap:
-    """The inverse map: the one that was given, or what holds everywhere; a box of z says nothing about x."""
+    """The inverse map: the one that was given, or the other one run backwards."""
     own = described.inverse if isinstance(described, Elementwise) else None
     return Inverted(described) if own is None else own
-
-
-def _everywhere(box: Interval) -> Interval:
-    everything = torch.full_like(box.lo, math.inf)
-    return Interval(-everything, everything)

@@ -24,6 +24,7 @@ from inn_guard.lipschitz.conditioners import Effort, Proof, Read, bound_chain, g
 from inn_guard.lipschitz.deadline import Deadline
 from inn_guard.lipschitz.intervals import Interval
 from inn_guard.lipschitz.maps import BlockBounds, BoundedMap, per_channel
+from inn_guard.lipschitz.preimages import everywhere, preimage
 from inn_guard.lipschitz.rounding import up
 from inn_guard.lipschitz.subnetworks import Network, Unbounded
 from inn_guard.lipschitz.transformers import Affine, Transformer
@@ -173,13 +174,37 @@ class Coupling(BoundedMap):
         try:
             network = self._read(box)
         except Unbounded:
-            everything = torch.full_like(box.lo, math.inf)
-            return Interval(
-                self.split.joined(box.lo, self.split.changed(-everything)),
-                self.split.joined(box.hi, self.split.changed(everything)),
-            )
-        value = self.transformer.value(box.map(self.split.changed), self._parameters(network.output))
+            value = everywhere(box.map(self.split.changed))
+        else:
+            value = self.transformer.value(box.map(self.split.changed), self._parameters(network.output))
         return Interval(self.split.joined(box.lo, value.lo), self.split.joined(box.hi, value.hi))
+
+    def preimage(self, box: Interval) -> Interval:
+        """Kept entries as they are, h undone over the boxes of z and of the parameters."""
+        changed = box.map(self.split.changed)
+        try:
+            found = self.undone(changed, self.parameters(box))
+        except Unbounded:
+            found = everywhere(changed)
+        return Interval(self.split.joined(box.lo, found.lo), self.split.joined(box.hi, found.hi))
+
+    def parameters(self, box: Interval) -> list[Interval]:
+        """Those of h over a box.
+
+        Raises:
+            Unbounded: if the network is not understood.
+        """
+        return self._parameters(self._read(box).output)
+
+    def undone(self, changed: Interval, theta: list[Interval]) -> Interval:
+        """Every entry that h, with parameters ``theta``, moves into ``changed``; of all changed entries or of some."""
+        return preimage(functools.partial(self._values, theta), changed)
+
+    def _values(self, theta: list[Interval], x: Interval) -> Interval:
+        """h at many points (points, *changed): entry by entry, so that all stand in one long list of channels."""
+        repeated = [part.map(lambda t: t.expand(x.shape).flatten(0, 1)) for part in theta]
+        value = self.transformer.value(x.map(lambda t: t.flatten(0, 1)), repeated)
+        return value.map(lambda t: t.unflatten(0, x.shape[:2]))
 
     def table3(self, box: Interval, effort: Effort) -> Pair:
         """1 + Lip(t), or max(1, c) + M, with constants over the box and Lipschitz constants by norm products."""

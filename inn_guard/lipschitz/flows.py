@@ -17,11 +17,14 @@ from inn_guard.lipschitz.conditioners import Effort, bound_chain, read, subnetwo
 from inn_guard.lipschitz.couplings import Coupling, Derivatives, dependence
 from inn_guard.lipschitz.intervals import Interval
 from inn_guard.lipschitz.maps import BlockBounds, BoundedMap
+from inn_guard.lipschitz.preimages import everywhere
 from inn_guard.lipschitz.rounding import up
 from inn_guard.lipschitz.spectral import inverse_with_error, norm_operations
 from inn_guard.lipschitz.subnetworks import Unbounded
 
 __all__ = ["Autoregressive", "Fixed", "Flow", "LogitMap", "Residual"]
+
+UNDONE = 128  #: parameters that may be looked at, one entry after the other, when an autoregressive map is undone
 
 
 @dataclass(frozen=True)
@@ -55,6 +58,10 @@ class Fixed(BoundedMap):
             everything = torch.full(self.shape_of(box.shape), math.inf, dtype=torch.float64)
             return Interval(-everything, everything)
         return box + Interval(torch.full_like(box.lo, -self.drift), torch.full_like(box.hi, self.drift))
+
+    def preimage(self, box: Interval) -> Interval:
+        """The same, of maps that keep the shape."""
+        return self.image(box) if self.shape_of(box.shape) == box.shape else everywhere(box)
 
 
 @dataclass(frozen=True)
@@ -223,6 +230,25 @@ class Autoregressive(BoundedMap):
     def image(self, box: Interval) -> Interval:
         """h over the boxes."""
         return self.coupling.image(box)
+
+    def preimage(self, box: Interval) -> Interval:
+        """Entry after entry: what is known of the first ones bounds the next ones' parameters."""
+        c, x = self.coupling, everywhere(box)
+        changed, unknown = box.map(c.split.changed), torch.ones(len(box.lo), dtype=torch.bool)
+        for _ in range(max(1, UNDONE // c.transformer.count)):
+            try:
+                theta = c.parameters(x)
+            except Unbounded:
+                break
+            ready = unknown & torch.stack([part.magnitude.isfinite() for part in theta]).all(0)
+            if not bool(ready.any()):
+                break
+            found = c.undone(changed[ready], [part[ready] for part in theta])
+            lo, hi = (
+                c.split.changed(end).masked_scatter(ready, new) for end, new in ((x.lo, found.lo), (x.hi, found.hi))
+            )
+            x, unknown = Interval(c.split.joined(x.lo, lo), c.split.joined(x.hi, hi)), unknown & ~ready
+        return x
 
     def trace(self, builder: ChainBuilder, x: Linear, box: Interval) -> Linear:
         """As of a coupling."""

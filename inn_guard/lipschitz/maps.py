@@ -18,6 +18,7 @@ from inn_guard.lipschitz.blocks import Pair
 from inn_guard.lipschitz.building import ChainBuilder, Linear
 from inn_guard.lipschitz.conditioners import Effort, Proof
 from inn_guard.lipschitz.intervals import Box, Interval, linear
+from inn_guard.lipschitz.preimages import everywhere, preimage
 from inn_guard.lipschitz.rounding import up
 from inn_guard.lipschitz.semantics import over_channels
 from inn_guard.lipschitz.spectral import cheap_norm, exact, inverse_with_error, norm_operations, spectral_norm
@@ -71,8 +72,9 @@ class BlockBounds:
 class BoundedMap(abc.ABC):
     """A map about which bounds are known. Boxes have the shape of one sample, without batch.
 
-    How to add one: give ``bounds`` and ``image``; give ``trace`` and ``trace_inverse`` where the Jacobian is made of
-    linear maps and slopes, so that whole networks are bounded at once; give ``table3`` where the paper has a formula.
+    How to add one: give ``bounds`` and ``image``; give ``preimage`` so that its inverse has bounds on boxes; give
+    ``trace`` and ``trace_inverse`` where the Jacobian is made of linear maps and slopes, so that whole networks are
+    bounded at once; give ``table3`` where the paper has a formula.
     """
 
     @abc.abstractmethod
@@ -82,6 +84,10 @@ class BoundedMap(abc.ABC):
     @abc.abstractmethod
     def image(self, box: Interval) -> Interval:
         """A box that holds the image of the box."""
+
+    def preimage(self, box: Interval) -> Interval:
+        """A box that holds every x whose image is in the box: everything, where the map does not know better."""
+        return everywhere(box)
 
     def table3(self, box: Interval, effort: Effort) -> Pair:
         """What Table 3 prints for this block, or the certified bounds where it has no row."""
@@ -181,6 +187,13 @@ class Rearrangement(BoundedMap):
         """The box, moved."""
         return box.map(lambda t: self.move(t[None])[0])
 
+    def preimage(self, box: Interval) -> Interval:
+        """The box, moved back."""
+        try:
+            return box[self._order(box).argsort()]
+        except Unbounded:
+            return everywhere(box)
+
     def trace(self, builder: ChainBuilder, x: Linear, box: Interval) -> Linear:
         """The channels in another order."""
         return x.rows(self._order(box))
@@ -224,6 +237,10 @@ class Shaped(BoundedMap):
     def image(self, box: Interval) -> Interval:
         """The map's."""
         return self.make(box).image(box)
+
+    def preimage(self, box: Interval) -> Interval:
+        """The map's."""
+        return self.make(box).preimage(box)
 
     def table3(self, box: Interval, effort: Effort) -> Pair:
         """The map's."""
@@ -270,6 +287,11 @@ class Diagonal(BoundedMap):
         """Scaled and shifted."""
         scale, shift = (over_channels(exact(t), box.lo) for t in (self.scale, self.shift))
         return box * Interval.around(scale) + Interval.around(shift)
+
+    def preimage(self, box: Interval) -> Interval:
+        """The shift taken off, divided by the scale."""
+        scale, shift = (over_channels(exact(t), box.lo) for t in (self.scale, self.shift))
+        return (box - Interval.around(shift)) / Interval.around(scale)
 
     def trace(self, builder: ChainBuilder, x: Linear, box: Interval) -> Linear:
         """The diagonal."""
@@ -330,18 +352,23 @@ class LinearMap(BoundedMap):
         y = y.map(lambda t: t.movedim(-1, 0))
         return y if self.shift is None else y + Interval.around(over_channels(exact(self.shift), y.lo))
 
+    def preimage(self, box: Interval) -> Interval:
+        """W^-1 (box - b)."""
+        try:
+            inverse, error = self._inverse()
+        except Unbounded:
+            return everywhere(box)
+        z = box if self.shift is None else box - Interval.around(over_channels(exact(self.shift), box.lo))
+        return LinearMap(inverse, error=error).image(z)
+
     def trace(self, builder: ChainBuilder, x: Linear, box: Interval) -> Linear:
         """W."""
         return x.mapped(exact(self.weight)[None], self.error)
 
     def trace_inverse(self, builder: ChainBuilder, z: Linear, box: Interval) -> Linear:
         """W^-1, computed, with a bound of what it is off by."""
-        inverse, error = inverse_with_error(self.weight)
-        size = spectral_norm(inverse) + error
-        slip = up(size * self.error)
-        if not math.isfinite(error) or slip >= 0.5:
-            raise Unbounded("the matrix is singular")
-        return z.mapped(inverse[None], up(error + 2 * up(up(size * size) * self.error)))
+        inverse, error = self._inverse()
+        return z.mapped(inverse[None], error)
 
     def comparison(self, box: Interval, bounds: BlockBounds) -> tuple[Tensor, Tensor]:
         """|W| and |W^-1|."""
@@ -350,6 +377,21 @@ class LinearMap(BoundedMap):
         inverse, error = inverse_with_error(self.weight)
         slip = up(error + up(up(bounds.inverse * bounds.inverse) * 2 * self.error))
         return exact(self.weight).abs() + self.error, inverse.abs() + slip
+
+    def _inverse(self) -> tuple[Tensor, float]:
+        """W^-1, computed, with a bound of the norm of what it is off by.
+
+        Raises:
+            Unbounded: if W is singular.
+        """
+        if self.weight.shape[0] != self.weight.shape[1]:
+            raise Unbounded("the matrix is not square")
+        inverse, error = inverse_with_error(self.weight)
+        size = spectral_norm(inverse) + error
+        slip = up(size * self.error)
+        if not math.isfinite(error) or slip >= 0.5:
+            raise Unbounded("the matrix is singular")
+        return inverse, up(error + 2 * up(up(size * size) * self.error))
 
 
 @dataclass(frozen=True)
@@ -370,6 +412,13 @@ class Elementwise(BoundedMap):
     def image(self, box: Interval) -> Interval:
         """f over the box."""
         return self.function.value(box) * self.scale
+
+    def preimage(self, box: Interval) -> Interval:
+        """The inverse's image, if there is one; or by f itself, if its slope is proved to be nowhere negative."""
+        if self.inverse is not None:
+            return self.inverse.image(box)
+        rises = float(self._slope(everywhere(box)).lo.min()) >= 0
+        return preimage(self.image, box) if rises else everywhere(box)
 
     def trace(self, builder: ChainBuilder, x: Linear, box: Interval) -> Linear:
         """Slopes over the box."""

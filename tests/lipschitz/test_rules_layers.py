@@ -106,6 +106,27 @@ def test_masked_autoregressive():
     assert_sound(MaskedAutoregressive(network), box4())
 
 
+@pytest.mark.parametrize(
+    "inner",
+    [
+        lambda: AdditiveCoupling(MLP([2, 8, 2], activation=nn.SiLU)),
+        lambda: AffineCoupling(MLP([2, 8, 4]), scale=squashed_sigmoid()),
+        lambda: AffineCoupling(MLP([4, 8, 8]), partition=Mask(torch.tensor([True, False, False, True]))),
+        lambda: MaskedAutoregressive(MADE(4, hidden=8, blocks=1)),
+        lambda: Diagonal(4),
+        lambda: LULinear(4),
+    ],
+)
+def test_inverses_on_boxes(inner):
+    layer = Inverted(inner())
+    for parameter in layer.parameters():
+        nn.init.normal_(parameter, std=0.2) if parameter.dim() == 1 else parameter.data.mul_(1.2)
+    with torch.no_grad():
+        assert_sound(layer, Box(-torch.ones(4), 0.5 * torch.ones(4)))
+        image = Box(torch.zeros(4, 4, 4), torch.ones(4, 4, 4))
+    assert_sound(Inverted(AffineCoupling(ConvNet(2, 6, 4), scale=squashed_sigmoid())), image, count=6)
+
+
 def test_logit_on_a_box_and_everywhere():
     assert_sound(Logit(0.05), Box(torch.zeros(4), torch.ones(4)))
     assert bounded_map(Logit(0.05), Logit(0.05)).bounds(Box.everywhere((4,)), EFFORT).forward == math.inf
