@@ -19,11 +19,11 @@ from benchmarks.runner import Row, collect, main
 from inn_guard.invertible import Invertible
 from inn_guard.layers.chain import Chain
 from inn_guard.layers.coupling import Coupling
+from inn_guard.lipschitz.bounded import bounded_map
 from inn_guard.lipschitz.bounding import lipschitz_bounds
 from inn_guard.lipschitz.conditioners import Effort
 from inn_guard.lipschitz.deadline import Deadline
 from inn_guard.lipschitz.intervals import Box
-from inn_guard.lipschitz.maps import bounded_map
 from inn_guard.lipschitz.networks import Stack, product, stack, whole_forward, whole_inverse
 from inn_guard.lipschitz.spectral import spectral_norm
 from inn_guard.lipschitz.witnesses import search

@@ -15,9 +15,9 @@ from inn_guard.adapters.side_by_side import SideBySide
 from inn_guard.lipschitz import flows, maps
 from inn_guard.lipschitz.activations import Activation, activation, known_activation
 from inn_guard.lipschitz.blocks import Pair
+from inn_guard.lipschitz.bounded import BoundedMap, Unknown, bounded_map
 from inn_guard.lipschitz.compositions import Composition
 from inn_guard.lipschitz.couplings import ByChannel, Coupling
-from inn_guard.lipschitz.maps import BoundedMap, Unknown, bounded_map
 from inn_guard.lipschitz.transformers import Additive, Affine, LogScale, Transformer, atan_activation, scaled
 
 

@@ -10,10 +10,11 @@ from memcnn import AdditiveCoupling, AffineAdapterNaive, AffineAdapterSigmoid, A
 from torch import Tensor, nn
 
 from inn_guard.adapters.divided import ExpScale
+from inn_guard.lipschitz.bounded import BoundedMap, Unknown, bounded_map
 from inn_guard.lipschitz.compositions import Composition
 from inn_guard.lipschitz.couplings import ByChannel, Coupling
 from inn_guard.lipschitz.intervals import Interval
-from inn_guard.lipschitz.maps import BoundedMap, Shaped, Unknown, bounded_map
+from inn_guard.lipschitz.maps import Shaped
 from inn_guard.lipschitz.transformers import Additive, Affine, SigmoidScaleBounds, Transformer
 
 Half = tuple[nn.Module, Transformer, Sequence[Tensor]]  #: network, what it does to an entry, rows of its parameters

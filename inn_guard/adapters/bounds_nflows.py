@@ -30,9 +30,9 @@ from torch.nn import functional
 from inn_guard.lipschitz import blocks, flows, maps, splines
 from inn_guard.lipschitz.activations import known_activation
 from inn_guard.lipschitz.blocks import Pair
+from inn_guard.lipschitz.bounded import BoundedMap, Unknown, bounded_map
 from inn_guard.lipschitz.couplings import ByChannel, Coupling
 from inn_guard.lipschitz.intervals import Interval
-from inn_guard.lipschitz.maps import BoundedMap, Unknown, bounded_map
 from inn_guard.lipschitz.quadratic_spline import QuadraticSpline
 from inn_guard.lipschitz.spline_transformers import LinearSpline, RationalQuadraticSpline
 from inn_guard.lipschitz.transformers import (

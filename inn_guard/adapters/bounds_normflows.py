@@ -16,10 +16,10 @@ from inn_guard.adapters.side_by_side import SideBySide
 from inn_guard.adapters.tangents_normflows import permuted_weight, weight_of
 from inn_guard.lipschitz import flows, maps, splines
 from inn_guard.lipschitz.blocks import Pair
+from inn_guard.lipschitz.bounded import BoundedMap, Unknown, bounded_map
 from inn_guard.lipschitz.compositions import Composition, inverted
 from inn_guard.lipschitz.couplings import ByChannel, ByMask, Coupling
 from inn_guard.lipschitz.intervals import Interval
-from inn_guard.lipschitz.maps import BoundedMap, Unknown, bounded_map
 from inn_guard.lipschitz.sequential import Sequential
 from inn_guard.lipschitz.spline_transformers import RationalQuadraticSpline
 from inn_guard.lipschitz.transformers import Affine, ScaleBounds, SigmoidScaleBounds

@@ -19,9 +19,9 @@ from inn_guard.adapters.side_by_side import SideBySide
 from inn_guard.lipschitz import flows, maps, splines
 from inn_guard.lipschitz.activations import Activation
 from inn_guard.lipschitz.blocks import Pair
+from inn_guard.lipschitz.bounded import BoundedMap, Unknown, bounded_map
 from inn_guard.lipschitz.couplings import ByChannel, Coupling
 from inn_guard.lipschitz.intervals import Interval
-from inn_guard.lipschitz.maps import BoundedMap, Unknown, bounded_map
 from inn_guard.lipschitz.reparametrised import Reparametrised
 from inn_guard.lipschitz.spline_transformers import RationalQuadraticSpline
 from inn_guard.lipschitz.subnetworks import readable

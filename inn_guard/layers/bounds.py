@@ -25,8 +25,9 @@ from inn_guard.layers.residual import Residual
 from inn_guard.layers.scales import ClampedScale, ExpScale, ScaleFunction, SigmoidScale, SoftplusScale
 from inn_guard.lipschitz import couplings, flows, maps
 from inn_guard.lipschitz.activations import Activation, activation, known_activation
+from inn_guard.lipschitz.bounded import BoundedMap, Unknown, bounded_map
 from inn_guard.lipschitz.compositions import OnTail, inverted
-from inn_guard.lipschitz.maps import BoundedMap, Shaped, bounded_map
+from inn_guard.lipschitz.maps import Shaped
 from inn_guard.lipschitz.subnetworks import readable
 from inn_guard.lipschitz.transformers import (
     Additive,
@@ -66,7 +67,7 @@ def _coupling(layer: Coupling, transformer: Any, parameters: int) -> BoundedMap:
         elif isinstance(layer.partition, Mask):
             split, size = couplings.ByMask(layer.partition.mask.cpu().expand(shape)), channels
         else:
-            return maps.Unknown(f"no rule for the partition {type(layer.partition).__name__}")
+            return Unknown(f"no rule for the partition {type(layer.partition).__name__}")
         rows = torch.arange(parameters * size).split(size)
         return couplings.Coupling(split, layer.network, transformer, rows, layer.context)
 

@@ -13,7 +13,7 @@ from torchdiffeq import odeint
 
 from inn_guard.invertible import Invertible
 from inn_guard.lipschitz import flows
-from inn_guard.lipschitz.maps import BoundedMap, bounded_map
+from inn_guard.lipschitz.bounded import BoundedMap, bounded_map
 
 __all__ = ["Adaptive", "ExactTrace", "FixedStep", "HutchinsonTrace", "NeuralODE", "RungeKutta", "Solver", "Trace"]
 

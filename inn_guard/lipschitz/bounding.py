@@ -12,12 +12,12 @@ from torch import Tensor, nn
 
 from inn_guard.invertible import Invertible
 from inn_guard.lipschitz.blocks import Pair
+from inn_guard.lipschitz.bounded import BoundedMap, Unknown, bounded_map
 from inn_guard.lipschitz.branch_and_bound import branch_and_bound
 from inn_guard.lipschitz.certificates import Certificate, weights_hash
 from inn_guard.lipschitz.conditioners import Effort
 from inn_guard.lipschitz.deadline import Deadline
 from inn_guard.lipschitz.intervals import Box, Interval
-from inn_guard.lipschitz.maps import BoundedMap, Unknown, bounded_map
 from inn_guard.lipschitz.networks import Factor, LayerBound, product, stack, whole_forward, whole_inverse
 from inn_guard.lipschitz.subnetworks import Unbounded
 from inn_guard.lipschitz.witnesses import Witness, better, measure, search, starting_points

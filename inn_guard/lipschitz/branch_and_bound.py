@@ -17,11 +17,11 @@ from torch import Tensor
 
 from inn_guard.lipschitz.affine_forms import ROUNDED, AffineForm
 from inn_guard.lipschitz.blocks import Pair
+from inn_guard.lipschitz.bounded import BoundedMap
 from inn_guard.lipschitz.compositions import Composition
 from inn_guard.lipschitz.deadline import Deadline
 from inn_guard.lipschitz.interval_steps import State, Step, step_of
 from inn_guard.lipschitz.intervals import Interval
-from inn_guard.lipschitz.maps import BoundedMap
 from inn_guard.lipschitz.rounding import UNIT
 from inn_guard.lipschitz.subnetworks import Unbounded
 

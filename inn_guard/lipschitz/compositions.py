@@ -10,10 +10,11 @@ import torch
 from torch import Tensor
 
 from inn_guard.lipschitz.blocks import Pair
+from inn_guard.lipschitz.bounded import BlockBounds, BoundedMap
 from inn_guard.lipschitz.building import ChainBuilder, Linear
 from inn_guard.lipschitz.conditioners import Effort
 from inn_guard.lipschitz.intervals import Interval
-from inn_guard.lipschitz.maps import BlockBounds, BoundedMap, Elementwise
+from inn_guard.lipschitz.maps import Elementwise
 from inn_guard.lipschitz.rounding import gamma, up
 from inn_guard.lipschitz.subnetworks import Unbounded
 

@@ -18,12 +18,13 @@ from torch import Tensor, nn
 
 import inn_guard.lipschitz.blocks as blocks
 from inn_guard.lipschitz.blocks import Pair
+from inn_guard.lipschitz.bounded import BlockBounds, BoundedMap
 from inn_guard.lipschitz.building import ChainBuilder, ChainReading, Linear
 from inn_guard.lipschitz.chains import Chain
 from inn_guard.lipschitz.conditioners import Effort, Proof, Read, bound_chain, graph_of, read, torus_of
 from inn_guard.lipschitz.deadline import Deadline
 from inn_guard.lipschitz.intervals import Interval
-from inn_guard.lipschitz.maps import BlockBounds, BoundedMap, per_channel
+from inn_guard.lipschitz.maps import per_channel
 from inn_guard.lipschitz.preimages import everywhere, preimage
 from inn_guard.lipschitz.rounding import up
 from inn_guard.lipschitz.subnetworks import Network, Unbounded

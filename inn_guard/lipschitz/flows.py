@@ -12,11 +12,11 @@ from torch import Tensor, nn
 
 import inn_guard.lipschitz.blocks as blocks
 from inn_guard.lipschitz.blocks import Pair
+from inn_guard.lipschitz.bounded import BlockBounds, BoundedMap
 from inn_guard.lipschitz.building import ChainBuilder, ChainReading, Linear
 from inn_guard.lipschitz.conditioners import Effort, bound_chain, read, subnetwork_lipschitz, torus_of
 from inn_guard.lipschitz.couplings import Coupling, Derivatives, dependence
 from inn_guard.lipschitz.intervals import Interval
-from inn_guard.lipschitz.maps import BlockBounds, BoundedMap
 from inn_guard.lipschitz.preimages import everywhere
 from inn_guard.lipschitz.rounding import up
 from inn_guard.lipschitz.spectral import inverse_with_error, norm_operations

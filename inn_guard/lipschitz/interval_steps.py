@@ -11,12 +11,13 @@ import torch
 from torch import Tensor
 
 from inn_guard.lipschitz.affine_forms import AffineForm
+from inn_guard.lipschitz.bounded import BoundedMap
 from inn_guard.lipschitz.compositions import Composition
 from inn_guard.lipschitz.couplings import Coupling
 from inn_guard.lipschitz.intervals import Interval
 from inn_guard.lipschitz.jets import Direct
 from inn_guard.lipschitz.local_forms import ByParameters, Coupled, evaluated, looked_up
-from inn_guard.lipschitz.maps import BoundedMap, Diagonal, Elementwise, LinearMap, Rearrangement, Shaped
+from inn_guard.lipschitz.maps import Diagonal, Elementwise, LinearMap, Rearrangement, Shaped
 from inn_guard.lipschitz.spectral import exact, inverse_with_error
 from inn_guard.lipschitz.spline_boxes import KnotJets, SplineOnBoxes
 from inn_guard.lipschitz.spline_transformers import RationalQuadraticSpline

@@ -1,13 +1,10 @@
-"""What a block is, in the terms in which its bounds are known: BoundedMap, its simple kinds, the register of rules."""
+"""Simple kinds of bounded maps: rearrangements, diagonal, linear and elementwise ones."""
 
 from __future__ import annotations
 
-import abc
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
-from functools import singledispatch
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -15,8 +12,9 @@ from torch import Tensor
 import inn_guard.lipschitz.blocks as blocks
 from inn_guard.lipschitz.activations import Activation
 from inn_guard.lipschitz.blocks import Pair
+from inn_guard.lipschitz.bounded import BlockBounds, BoundedMap
 from inn_guard.lipschitz.building import ChainBuilder, Linear
-from inn_guard.lipschitz.conditioners import Effort, Proof
+from inn_guard.lipschitz.conditioners import Effort
 from inn_guard.lipschitz.intervals import Box, Interval, linear
 from inn_guard.lipschitz.preimages import everywhere, preimage
 from inn_guard.lipschitz.rounding import up
@@ -24,147 +22,7 @@ from inn_guard.lipschitz.semantics import over_channels
 from inn_guard.lipschitz.spectral import cheap_norm, exact, inverse_with_error, norm_operations, spectral_norm
 from inn_guard.lipschitz.subnetworks import Unbounded
 
-__all__ = [
-    "BlockBounds",
-    "BoundedMap",
-    "Diagonal",
-    "Elementwise",
-    "LinearMap",
-    "Rearrangement",
-    "Shaped",
-    "Unknown",
-    "bounded_map",
-    "per_channel",
-]
-
-
-@dataclass(frozen=True)
-class BlockBounds:
-    """Certified bounds of one block on one box.
-
-    Attributes:
-        forward: bound of sup ||J||.
-        inverse: bound of sup ||J^-1||, over the same x.
-        is_global: whether they hold on all of R^d.
-        reason: why a bound is infinite; empty where both are finite.
-        method: what gave them.
-        proofs: chains with multipliers that prove norms that went in, by name.
-    """
-
-    forward: float
-    inverse: float
-    is_global: bool = True
-    reason: str = ""
-    method: str = "closed form"
-    proofs: dict[str, Proof] = field(default_factory=dict, compare=False)
-
-    @classmethod
-    def none(cls, reason: str) -> BlockBounds:
-        """No bound, and why."""
-        return cls(math.inf, math.inf, is_global=False, reason=reason, method="none")
-
-    @property
-    def pair(self) -> Pair:
-        """(forward, inverse)."""
-        return Pair(self.forward, self.inverse)
-
-
-class BoundedMap(abc.ABC):
-    """A map about which bounds are known. Boxes have the shape of one sample, without batch.
-
-    How to add one: give ``bounds`` and ``image``; give ``preimage`` so that its inverse has bounds on boxes; give
-    ``trace`` and ``trace_inverse`` where the Jacobian is made of linear maps and slopes, so that whole networks are
-    bounded at once; give ``table3`` where the paper has a formula.
-    """
-
-    @abc.abstractmethod
-    def bounds(self, box: Interval, effort: Effort) -> BlockBounds:
-        """Bounds of J and J^-1 over the box."""
-
-    @abc.abstractmethod
-    def image(self, box: Interval) -> Interval:
-        """A box that holds the image of the box."""
-
-    def preimage(self, box: Interval) -> Interval:
-        """A box that holds every x whose image is in the box: everything, where the map does not know better."""
-        return everywhere(box)
-
-    def table3(self, box: Interval, effort: Effort) -> Pair:
-        """What Table 3 prints for this block, or the certified bounds where it has no row."""
-        return self.bounds(box, replace(effort, steps=0)).pair
-
-    def trace(self, builder: ChainBuilder, x: Linear, box: Interval) -> Linear:
-        """The forward map's Jacobians as layers of a builder.
-
-        Raises:
-            Unbounded: if they are not of that form.
-        """
-        raise Unbounded(f"{type(self).__name__} is not a chain of linear maps and slopes")
-
-    def trace_inverse(self, builder: ChainBuilder, z: Linear, box: Interval) -> Linear:
-        """The inverse Jacobians at the same x as layers of a builder.
-
-        Raises:
-            Unbounded: if they are not of that form.
-        """
-        raise Unbounded(f"{type(self).__name__} is not a chain of linear maps and slopes")
-
-    def differences(self, builder: ChainBuilder, x: Linear, box: Interval, centre: Tensor) -> Linear:
-        """F(centre + d) - F(centre), d = x, centre + d in the box: slopes of secants lie where the derivatives do.
-
-        Raises:
-            Unbounded: if they are not of that form.
-        """
-        return self.trace(builder, x, box)
-
-    def comparison(self, box: Interval, bounds: BlockBounds) -> tuple[Tensor, Tensor]:
-        """Bounds of the norms of J's blocks from channel to channel, (C', C), and of those of J^-1, (C, C').
-
-        The map's own ``bounds`` on the box, whose proofs may tighten them, are known already.
-
-        Raises:
-            Unbounded: if they are not known.
-        """
-        raise Unbounded(f"{type(self).__name__} has no comparison matrix")
-
-    def networks(self) -> list[torch.nn.Module]:
-        """The conditioners, whose paddings a torus must hold."""
-        return []
-
-
-@singledispatch
-def bounded_map(block: Any, layer: Any) -> BoundedMap:
-    """The bounded map that a block is. ``@bounded_map.register(Class)`` beneath a class makes its rule.
-
-    Args:
-        block: what is looked up by its class: ``layer.block``.
-        layer: the Invertible around it, with the context.
-
-    Returns:
-        The map; an ``Unknown`` with the reason where no rule is registered.
-    """
-    return Unknown(f"no rule is registered for {type(block).__module__}.{type(block).__qualname__}")
-
-
-@dataclass(frozen=True)
-class Unknown(BoundedMap):
-    """A block about which nothing is known; its bounds are infinite.
-
-    Attributes:
-        reason: why.
-        shape_of: from the input shape to the output shape; the same unless given.
-    """
-
-    reason: str
-    shape_of: Callable[[torch.Size], torch.Size] = lambda shape: shape
-
-    def bounds(self, box: Interval, effort: Effort) -> BlockBounds:
-        """Infinite, with the reason."""
-        return BlockBounds.none(self.reason)
-
-    def image(self, box: Interval) -> Interval:
-        """Everything."""
-        return Box.everywhere(self.shape_of(box.shape))
+__all__ = ["Diagonal", "Elementwise", "LinearMap", "Rearrangement", "Shaped", "per_channel"]
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from inn_guard.lipschitz.blocks import Pair
+from inn_guard.lipschitz.bounded import BlockBounds, BoundedMap
 from inn_guard.lipschitz.building import ChainBuilder, Linear
 from inn_guard.lipschitz.chains import Chain
 from inn_guard.lipschitz.comparison import comparison_factors
@@ -17,7 +18,6 @@ from inn_guard.lipschitz.conditioners import Effort, Proof, bound_chain, torus_o
 from inn_guard.lipschitz.deadline import Deadline
 from inn_guard.lipschitz.factors import Factor, cheapest, product
 from inn_guard.lipschitz.intervals import Interval
-from inn_guard.lipschitz.maps import BlockBounds, BoundedMap
 from inn_guard.lipschitz.reach import Reach
 from inn_guard.lipschitz.subnetworks import Unbounded
 

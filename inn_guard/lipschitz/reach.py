@@ -15,12 +15,12 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from inn_guard.lipschitz.bounded import BoundedMap
 from inn_guard.lipschitz.building import ChainBuilder, Torus
 from inn_guard.lipschitz.compositions import Composition
 from inn_guard.lipschitz.conditioners import Effort, searched_multipliers
 from inn_guard.lipschitz.convolution import multiplicities
 from inn_guard.lipschitz.intervals import Interval, up_tensor
-from inn_guard.lipschitz.maps import BoundedMap
 from inn_guard.lipschitz.multipliers import ROWS
 from inn_guard.lipschitz.recursion import covering
 from inn_guard.lipschitz.rounding import gamma, up

@@ -9,12 +9,12 @@ import torch
 from torch import nn
 
 from inn_guard.lipschitz.blocks import Pair
+from inn_guard.lipschitz.bounded import BlockBounds, BoundedMap
 from inn_guard.lipschitz.building import ChainBuilder, Linear
 from inn_guard.lipschitz.compositions import EXCHANGED
 from inn_guard.lipschitz.conditioners import Effort, read
 from inn_guard.lipschitz.flows import Autoregressive
 from inn_guard.lipschitz.intervals import Interval
-from inn_guard.lipschitz.maps import BlockBounds, BoundedMap
 from inn_guard.lipschitz.subnetworks import Unbounded
 
 __all__ = ["Sequential"]

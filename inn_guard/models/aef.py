@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from inn_guard.layers.chain import Chain
 from inn_guard.layers.reshape import Rearrangement
 from inn_guard.lipschitz import maps
-from inn_guard.lipschitz.maps import BoundedMap, bounded_map
+from inn_guard.lipschitz.bounded import BoundedMap, bounded_map
 from inn_guard.models.autoencoder_nets import AutoencoderNets
 from inn_guard.models.core_shell import AutoencoderConfig, CoreShellFlow
 from inn_guard.models.expansion import ExpandedAutoencoder

@@ -22,7 +22,7 @@ from inn_guard.layers.partition import Leading
 from inn_guard.layers.preprocessing import Logit
 from inn_guard.layers.scales import SoftplusScale
 from inn_guard.lipschitz import maps
-from inn_guard.lipschitz.maps import BoundedMap, bounded_map
+from inn_guard.lipschitz.bounded import BoundedMap, bounded_map
 from inn_guard.models.autoencoder_nets import AutoencoderNets, small_nets
 from inn_guard.network_tangent import NetworkTangent, tangent_of_module
 from inn_guard.tangent import Tangent

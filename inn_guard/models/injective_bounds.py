@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from inn_guard.lipschitz.bounded import BlockBounds, BoundedMap, bounded_map
 from inn_guard.lipschitz.conditioners import Effort, read, subnetwork_lipschitz
 from inn_guard.lipschitz.intervals import Interval
-from inn_guard.lipschitz.maps import BlockBounds, BoundedMap, bounded_map
 from inn_guard.lipschitz.networks import product
 from inn_guard.lipschitz.subnetworks import Unbounded
 from inn_guard.models.autoencoder import Autoencoder

@@ -9,10 +9,10 @@ import torch
 from inn_guard.dense_tangent import dense_jacobian
 from inn_guard.invertible import Invertible
 from inn_guard.lipschitz.affine_forms import AffineForm
+from inn_guard.lipschitz.bounded import BlockBounds, bounded_map
 from inn_guard.lipschitz.conditioners import Effort
 from inn_guard.lipschitz.interval_steps import State, step_of
 from inn_guard.lipschitz.intervals import Box, Interval
-from inn_guard.lipschitz.maps import BlockBounds, bounded_map
 from inn_guard.lipschitz.subnetworks import Unbounded
 
 EFFORT = Effort(steps=6, seconds=0.5)

@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 
 from inn_guard.layers import Diagonal
+from inn_guard.lipschitz.bounded import bounded_map
 from inn_guard.lipschitz.compositions import OnTail
 from inn_guard.lipschitz.conditioners import Effort
 from inn_guard.lipschitz.intervals import Interval
-from inn_guard.lipschitz.maps import bounded_map
 
 
 def stretching() -> Diagonal:

@@ -22,12 +22,12 @@ from inn_guard.layers.reshape import Squeeze
 from inn_guard.layers.scales import squashed_sigmoid
 from inn_guard.lipschitz.affine_forms import AffineForm
 from inn_guard.lipschitz.blocks import Pair
+from inn_guard.lipschitz.bounded import Unknown, bounded_map
 from inn_guard.lipschitz.bounding import lipschitz_bounds
 from inn_guard.lipschitz.branch_and_bound import branch_and_bound, form_norm
 from inn_guard.lipschitz.conditioners import Effort
 from inn_guard.lipschitz.deadline import Deadline
 from inn_guard.lipschitz.intervals import Box, Interval
-from inn_guard.lipschitz.maps import Unknown, bounded_map
 from inn_guard.lipschitz.networks import product, stack, whole_forward, whole_inverse
 from inn_guard.lipschitz.witnesses import Witness, measure
 from tests.lipschitz.soundness import ROUNDING, jacobians, sample

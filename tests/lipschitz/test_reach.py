@@ -18,11 +18,11 @@ from inn_guard.layers.networks import MLP, ConvNet
 from inn_guard.layers.permutation import Permutation
 from inn_guard.layers.reshape import Squeeze
 from inn_guard.layers.scales import squashed_sigmoid
+from inn_guard.lipschitz.bounded import bounded_map
 from inn_guard.lipschitz.building import Torus
 from inn_guard.lipschitz.conditioners import Effort
 from inn_guard.lipschitz.convolution import multiplicities, symbol
 from inn_guard.lipschitz.intervals import Box, Interval
-from inn_guard.lipschitz.maps import bounded_map
 from inn_guard.lipschitz.multipliers import ROWS, fast_multipliers, optimise
 from inn_guard.lipschitz.networks import Stack, stack
 from inn_guard.lipschitz.reach import Reach

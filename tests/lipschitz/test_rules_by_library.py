@@ -16,8 +16,8 @@ from zuko.flows.coupling import GeneralCouplingTransform
 from zuko.lazy import UnconditionalTransform
 
 import inn_guard as ig
+from inn_guard.lipschitz.bounded import Unknown, bounded_map
 from inn_guard.lipschitz.intervals import Box
-from inn_guard.lipschitz.maps import Unknown, bounded_map
 from tests.lipschitz.soundness import EFFORT, assert_sound, jacobians
 
 

@@ -11,8 +11,8 @@ from torch import nn
 
 import inn_guard as ig
 from inn_guard.adapters import bounds_freia  # noqa: F401 - registers the rules
+from inn_guard.lipschitz.bounded import bounded_map
 from inn_guard.lipschitz.intervals import Box
-from inn_guard.lipschitz.maps import bounded_map
 from tests.lipschitz.soundness import EFFORT, assert_sound
 
 VECTOR, IMAGE = [(4,)], [(4, 4, 4)]

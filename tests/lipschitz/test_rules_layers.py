@@ -23,8 +23,8 @@ from inn_guard.layers.preprocessing import Logit
 from inn_guard.layers.reshape import Flatten, Squeeze
 from inn_guard.layers.residual import Residual
 from inn_guard.layers.scales import ClampedScale, ExpScale, SigmoidScale, SoftplusScale, squashed_sigmoid
+from inn_guard.lipschitz.bounded import bounded_map
 from inn_guard.lipschitz.intervals import Box
-from inn_guard.lipschitz.maps import bounded_map
 from tests.lipschitz.soundness import EFFORT, assert_sound
 
 SCALES = [SigmoidScale(lower=1e-3, upper=1.001), squashed_sigmoid(), ClampedScale(1.0), ExpScale(), SoftplusScale(1e-2)]

@@ -23,8 +23,8 @@ from nflows.transforms.svd import SVDLinear
 
 import inn_guard as ig
 from inn_guard.adapters import bounds_nflows  # noqa: F401 - registers the rules
+from inn_guard.lipschitz.bounded import Unknown, bounded_map
 from inn_guard.lipschitz.intervals import Box, Interval
-from inn_guard.lipschitz.maps import Unknown, bounded_map
 from inn_guard.lipschitz.quadratic_spline import QuadraticSpline
 from tests.lipschitz.soundness import assert_sound
 

@@ -12,11 +12,11 @@ import inn_guard as ig
 from inn_guard.adapters import bounds_nflows  # noqa: F401 - registers the rules
 from inn_guard.layers.networks import MLP
 from inn_guard.lipschitz.blocks import Pair
+from inn_guard.lipschitz.bounded import bounded_map
 from inn_guard.lipschitz.branch_and_bound import branch_and_bound, form_norm
 from inn_guard.lipschitz.deadline import Deadline
 from inn_guard.lipschitz.interval_steps import State, step_of
 from inn_guard.lipschitz.intervals import Box, Interval
-from inn_guard.lipschitz.maps import bounded_map
 from inn_guard.lipschitz.spline_transformers import RationalQuadraticSpline
 from tests.lipschitz.soundness import ROUNDING, assert_encloses, jacobians
 

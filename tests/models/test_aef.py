@@ -15,9 +15,9 @@ from inn_guard.audits import AUDITS
 from inn_guard.audits.lipschitz_bounds import lipschitz_bounds
 from inn_guard.layers.actnorm import ActNorm, Diagonal
 from inn_guard.layers.chain import Chain
+from inn_guard.lipschitz.bounded import bounded_map
 from inn_guard.lipschitz.conditioners import Effort
 from inn_guard.lipschitz.intervals import Interval
-from inn_guard.lipschitz.maps import bounded_map
 from inn_guard.models.aef import CoreLast, LinearAEF, PartitionAEF, center_core, corner_core, random_core
 from inn_guard.models.autoencoder_nets import AutoencoderNets, big_nets, small_nets
 from inn_guard.models.core_shell import AutoencoderConfig, ResidualScale, no_flow
