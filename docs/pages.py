@@ -45,9 +45,14 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
     pages |= {f"reference/{name}.md": _reference(name) for name in REFERENCE}
     for path, text in pages.items():
         files.append(File.generated(config, path, content=text))
-    for figure in sorted((ROOT / FIGURES).glob("*.png")):
-        files.append(File.generated(config, (FIGURES / figure.name).as_posix(), abs_src_path=str(figure)))
+    for figure in _figures():
+        files.append(File.generated(config, figure.as_posix(), abs_src_path=str(ROOT / figure)))
     return files
+
+
+def _figures() -> list[Path]:
+    """The committed figures, from the root of the repository."""
+    return sorted(figure.relative_to(ROOT) for figure in (ROOT / FIGURES).rglob("*.png"))
 
 
 def _linked(text: str) -> str:
@@ -61,9 +66,9 @@ def _gallery() -> str:
         "",
         "Figures that the committed experiments drew; `benchmarks/README.md` has their commands.",
     ]
-    for figure in sorted((ROOT / FIGURES).glob("*.png")):
-        name = figure.stem.replace("_", " ")
-        entries += ["", f"## {name}", "", f"![{name}]({(FIGURES / figure.name).as_posix()})"]
+    for figure in _figures():
+        name = " / ".join(figure.relative_to(FIGURES).with_suffix("").parts).replace("_", " ")
+        entries += ["", f"## {name}", "", f"![{name}]({figure.as_posix()})"]
     return "\n".join(entries)
 
 
