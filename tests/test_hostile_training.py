@@ -25,9 +25,9 @@ anything = st.recursive(
 
 
 def trained() -> tuple[nn.Module, torch.optim.Optimizer]:
-    model = nn.Linear(3, 2)
+    model = nn.Linear(3, 2, dtype=torch.float64)
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
-    model(torch.randn(4, 3)).square().mean().backward()
+    model(torch.randn(4, 3, dtype=torch.float64)).square().mean().backward()
     optimizer.step()
     return model, optimizer
 
@@ -55,7 +55,7 @@ def load_or_change_nothing(path) -> bool:
             assert all(torch.equal(tensor, before[1]["state"][index][key]) for key, tensor in state.items())
         return False
     # what was loaded can go on
-    model(torch.randn(4, 3)).square().mean().backward()
+    model(torch.randn(4, 3, dtype=torch.float64)).square().mean().backward()
     optimizer.step()
     return True
 

@@ -86,7 +86,8 @@ def patients(draw: st.DrawFn) -> tuple[Chain, Tensor]:
     parameters = list(model.parameters())
     if draw(st.booleans()) and parameters:
         parameter = parameters[draw(st.integers(0, len(parameters) - 1))].data.view(-1)
-        parameter[draw(st.integers(0, parameter.numel() - 1))] = draw(poison)
+        # by way of a tensor, which becomes infinite where a number would be refused as too large for the dtype
+        parameter[draw(st.integers(0, parameter.numel() - 1))] = torch.tensor(draw(poison), dtype=torch.float64)
     return model, x.to(dtype)
 
 
