@@ -97,7 +97,10 @@ def _(block: MaskedAutoregressive, layer: Any) -> BoundedMap:
 @bounded_map.register
 def _(block: Inverted, layer: Any) -> BoundedMap:
     inner = block.inner.conditioned(layer.context)
-    return inverted(bounded_map(inner.block, inner))
+    described = bounded_map(inner.block, inner)
+    if isinstance(described, maps.Rearrangement):
+        return maps.Rearrangement(block.forward, None if described.channels is None else described.channels.argsort())
+    return inverted(described)
 
 
 @bounded_map.register

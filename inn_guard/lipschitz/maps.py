@@ -71,8 +71,8 @@ class Rearrangement(BoundedMap):
         if len(box.shape) != 1:
             raise Unbounded("entries move between pixels")
         order = self.move(torch.arange(box.shape[0], dtype=torch.float64)[None])[0].long()
-        if len(order) != box.shape[0]:
-            raise Unbounded("entries are dropped or added")
+        if order.shape != box.shape:
+            raise Unbounded("entries are dropped, added, or arranged as an image")
         return order
 
 

@@ -10,6 +10,7 @@ from torch import nn
 
 from inn_guard.layers.actnorm import ActNorm, Diagonal
 from inn_guard.layers.autoregressive import MADE, MaskedAutoregressive
+from inn_guard.layers.chain import Chain
 from inn_guard.layers.contraction import contractive_mlp
 from inn_guard.layers.coupling import AdditiveCoupling, AffineCoupling
 from inn_guard.layers.inverted import Inverted
@@ -24,6 +25,7 @@ from inn_guard.layers.reshape import Flatten, Squeeze
 from inn_guard.layers.residual import Residual
 from inn_guard.layers.scales import ClampedScale, ExpScale, SigmoidScale, SoftplusScale, squashed_sigmoid
 from inn_guard.lipschitz.bounded import bounded_map
+from inn_guard.lipschitz.bounding import lipschitz_bounds
 from inn_guard.lipschitz.intervals import Box
 from tests.lipschitz.soundness import EFFORT, assert_sound
 
@@ -125,6 +127,21 @@ def test_inverses_on_boxes(inner):
         assert_sound(layer, Box(-torch.ones(4), 0.5 * torch.ones(4)))
         image = Box(torch.zeros(4, 4, 4), torch.ones(4, 4, 4))
     assert_sound(Inverted(AffineCoupling(ConvNet(2, 6, 4), scale=squashed_sigmoid())), image, count=6)
+
+
+@pytest.mark.parametrize(
+    ("make", "size"),
+    [
+        (lambda: Chain(Inverted(Flatten((2, 2, 2))), Squeeze()), 8),
+        (lambda: Inverted(Chain(Squeeze(), AdditiveCoupling(ConvNet(2, 6, 2)), Flatten((4, 1, 1)))), 4),
+        (lambda: Inverted(Chain(Permutation.reverse(8), Diagonal(8))), 8),
+    ],
+)
+def test_inverses_may_change_the_shape(make, size):
+    model = make()
+    bounds = lipschitz_bounds(model, Box(-torch.ones(size), torch.ones(size)), seconds=2.0)
+    assert bounds.lower_forward <= bounds.forward < math.inf
+    assert bounds.lower_inverse <= bounds.inverse < math.inf
 
 
 def test_logit_on_a_box_and_everywhere():
