@@ -22,7 +22,7 @@ REFERENCE = {
                 "inn_guard.regularizers.adaptive.AdaptiveCoefficient", "inn_guard.audit_hook.AuditHook",
                 "inn_guard.reversible.memory_saving.memory_saving"),
     "lipschitz": ("inn_guard.lipschitz.bounding.lipschitz_bounds",),
-    "distributed": ("inn_guard.distributed.Shares", "inn_guard.distributed.through_fsdp",
+    "distributed": ("inn_guard.distributed.WorkSharing", "inn_guard.distributed.register_fsdp_methods",
                     "inn_guard.footprint.peak_bytes"),
     "reports": ("inn_guard.audits.report.AuditReport", "inn_guard.audits.base.AuditResult",
                 "inn_guard.audits.base.Verdict"),

@@ -4,27 +4,40 @@ wrap(model) -> Invertible -> audit(model, x) -> AuditReport; RegularizerHook(mod
 """
 
 # what an audit inside a training run may do
-from inn_guard.actions import Adapt, Raise, RollBack, StabilityError, StabilityWarning, SwitchOff, Warn
-
 # the protocol, and how any model comes to keep it
 from inn_guard.adapters import wrap
+from inn_guard.audits import AUDITS, AuditReport, AuditResult, Level, Verdict
+from inn_guard.audits.run import audit
+from inn_guard.core.invertible import Invertible, NotApplicable
+from inn_guard.lipschitz import Box, LipschitzBounds, lipschitz_bounds
+from inn_guard.memory_saving import memory_saving
+from inn_guard.training.actions import (
+    AdaptCoefficient,
+    DisableMemorySaving,
+    EmitWarning,
+    RaiseError,
+    RollBack,
+    StabilityError,
+    StabilityWarning,
+)
 
 # audits, on a schedule and at once
-from inn_guard.audit_hook import AuditHook
-from inn_guard.auditing import audit
-from inn_guard.audits import AUDITS, AuditReport, AuditResult, Level, Verdict
+from inn_guard.training.audit_hook import AuditHook
+from inn_guard.training.records import CsvRecorder, TensorBoardRecorder
 
 # repairs
-from inn_guard.hooks import RegularizerHook, every
-from inn_guard.invertible import Invertible, NotApplicable
-from inn_guard.lipschitz import Box, LipschitzBounds, lipschitz_bounds
-from inn_guard.recorders import CsvRecorder, TensorBoardRecorder
-from inn_guard.regularizers import AdaptiveCoefficient, Direction, FiniteDifferences, NormalizingFlowLoss
-from inn_guard.reversible import memory_saving
+from inn_guard.training.regularizer_hook import RegularizerHook
+from inn_guard.training.regularizers import (
+    AdaptiveCoefficient,
+    Direction,
+    FiniteDifferences,
+    NormalizingFlowLoss,
+)
+from inn_guard.training.schedule import every
 
 __all__ = [
     "AUDITS",
-    "Adapt",
+    "AdaptCoefficient",
     "AdaptiveCoefficient",
     "AuditHook",
     "AuditReport",
@@ -32,21 +45,21 @@ __all__ = [
     "Box",
     "CsvRecorder",
     "Direction",
+    "DisableMemorySaving",
+    "EmitWarning",
     "FiniteDifferences",
     "Invertible",
     "Level",
     "LipschitzBounds",
     "NormalizingFlowLoss",
     "NotApplicable",
-    "Raise",
+    "RaiseError",
     "RegularizerHook",
     "RollBack",
     "StabilityError",
     "StabilityWarning",
-    "SwitchOff",
     "TensorBoardRecorder",
     "Verdict",
-    "Warn",
     "audit",
     "every",
     "lipschitz_bounds",

@@ -26,12 +26,23 @@ def numbers(file, name, entry):
     expect(all(0 <= error < math.inf for error in errors), "finite errors of at least 0")
     width, steps = int(entry["size"]), []
     for k in range(len(errors) - 1):
-        parts = [file[f"{name}.{k}.{key}"] for key in ("keep", "weight", "lower", "upper", "multipliers")]
+        parts = [
+            file[f"{name}.{k}.{key}"] for key in ("keep", "weight", "lower", "upper", "multipliers")
+        ]
         keep, W, lower, upper, D = parts
-        expect(all(A.ndim == 3 and A.shape[2] == width <= 2**15 for A in (keep, W)), f"matrices on {width} entries")
-        expect(all(v.shape == W.shape[1:2] for v in parts[2:]), "a slope and a multiplier for every neuron")
+        expect(
+            all(A.ndim == 3 and A.shape[2] == width <= 2**15 for A in (keep, W)),
+            f"matrices on {width} entries",
+        )
+        expect(
+            all(v.shape == W.shape[1:2] for v in parts[2:]),
+            "a slope and a multiplier for every neuron",
+        )
         expect(all(double(A) for A in parts), "finite numbers of double precision")
-        expect((D > 0).all() and (lower <= upper).all(), "positive multipliers, slopes from lower to upper")
+        expect(
+            (D > 0).all() and (lower <= upper).all(),
+            "positive multipliers, slopes from lower to upper",
+        )
         width = keep.shape[1] + W.shape[1]
         steps.append(parts)
     output = file[f"{name}.output"]
@@ -45,19 +56,33 @@ def factors(header, side):
     at = 0
     for entry in header[side]:
         (first, last), claimed = entry["layers"], float.fromhex(entry["bound"])
-        expect(first == at < last and claimed >= 0, f"a factor from layer {at} on, of a bound of at least 0")
+        expect(
+            first == at < last and claimed >= 0,
+            f"a factor from layer {at} on, of a bound of at least 0",
+        )
         at = last
         yield entry, claimed
 
 
 def read(path, weights):
     """The arrays, the header with what it says of itself checked, and whether the weights, if given, are its own."""
-    expect(sum(member.file_size for member in zipfile.ZipFile(path).infolist()) < 2**33, "less than 8 GiB")
+    expect(
+        sum(member.file_size for member in zipfile.ZipFile(path).infolist()) < 2**33,
+        "less than 8 GiB",
+    )
     file = np.load(path, allow_pickle=False)
     header = json.loads(file["header"].tobytes())
-    expect(header["format"] == FORMAT and isinstance(header["weights"], str), f"the format {FORMAT!r}")
-    expect(all(isinstance(bound, float) for bound in header["leaves"].values()), "bounds of leaves as numbers")
-    layers = {sum(entry["layers"][1] - entry["layers"][0] for entry in header[side]) for side in ("forward", "inverse")}
+    expect(
+        header["format"] == FORMAT and isinstance(header["weights"], str), f"the format {FORMAT!r}"
+    )
+    expect(
+        all(isinstance(bound, float) for bound in header["leaves"].values()),
+        "bounds of leaves as numbers",
+    )
+    layers = {
+        sum(entry["layers"][1] - entry["layers"][0] for entry in header[side])
+        for side in ("forward", "inverse")
+    }
     expect(len(layers) == 1 and 0 not in layers, "the same layers in both directions")
     if weights is None:
         return file, header, True

@@ -40,13 +40,17 @@ def congruence(A, error, Q):
     """A Q A^* and a bound of its error, A being known up to ``error``."""
     S = A @ Q @ A.conj().swapaxes(1, 2)
     relative = gamma(2 * A.shape[2] + 4)
-    return (S + S.conj().swapaxes(1, 2)) / 2, (relative * norm(A) ** 2 + (2 * norm(A) + error) * error) * norm(Q)
+    return (S + S.conj().swapaxes(1, 2)) / 2, (
+        relative * norm(A) ** 2 + (2 * norm(A) + error) * error
+    ) * norm(Q)
 
 
 def step(Q, keep, W, lower, upper, D, error):
     """[keep state; sigma(W state)]: Q' = [[P, 0], [0, R^2 D - M^2 D]] + V^* (D - S)^-1 V, V = [C, D M], enlarged."""
     k, n, M, R = keep.shape[1], W.shape[1], (lower + upper) / 2, (upper - lower) / 2
-    A = np.concatenate([np.broadcast_to(part, (max(len(keep), len(W)), *part.shape[1:])) for part in (keep, W)], 1)
+    A = np.concatenate(
+        [np.broadcast_to(part, (max(len(keep), len(W)), *part.shape[1:])) for part in (keep, W)], 1
+    )
     T, e = congruence(A, error, Q)
     e += 8 * U * (abs(T).max(initial=0) + D.max(initial=0))
     if not n:
@@ -61,8 +65,12 @@ def step(Q, keep, W, lower, upper, D, error):
     new[:, :k, :k] += T[:, :k, :k] + 2 * e * np.eye(k)
     new[:, range(k, k + n), range(k, k + n)] += (R * R - M * M) * D
     unseen = gamma(n + 4) * (norm(N) * norm(X) + norm(V))
-    slack = gamma(n + 4) * norm(X) * (norm(V) + norm(E)) + unseen * (norm(X) + 2 * (norm(E) + unseen) / least)
-    slack += norm(E) ** 2 / least + 16 * U * (norm(T) + float((D * (M * M + R * R)).max(initial=0)) + norm(new))
+    slack = gamma(n + 4) * norm(X) * (norm(V) + norm(E)) + unseen * (
+        norm(X) + 2 * (norm(E) + unseen) / least
+    )
+    slack += norm(E) ** 2 / least + 16 * U * (
+        norm(T) + float((D * (M * M + R * R)).max(initial=0)) + norm(new)
+    )
     return (new + new.conj().swapaxes(1, 2)) / 2 + slack * (1 + 1e-9) * np.eye(k + n)
 
 
@@ -85,13 +93,24 @@ def main(path, weights=None):
         file, header, good = read(path, weights)
         for side in ("forward", "inverse"):
             for k, (entry, claimed) in enumerate(factors(header, side)):
-                bound = proved(file, f"{side}.{k}", entry) if (chain := entry["chain"]) else "nothing"
-                good, unproved = good and (not chain or bound <= claimed * (1 + 1e-6)), unproved + (not chain)
+                bound = (
+                    proved(file, f"{side}.{k}", entry) if (chain := entry["chain"]) else "nothing"
+                )
+                good, unproved = (
+                    good and (not chain or bound <= claimed * (1 + 1e-6)),
+                    unproved + (not chain),
+                )
                 print(f"{side}, layers {entry['layers']}: claimed {claimed:.10g}, proved {bound}")
     except Exception as error:
         print(f"NO CERTIFICATE: {type(error).__name__}: {error}"[:500])
         return 2
-    print("INVALID" if not good else f"PROVED IN PART: {unproved} factors are only claimed" if unproved else "VALID")
+    print(
+        "INVALID"
+        if not good
+        else f"PROVED IN PART: {unproved} factors are only claimed"
+        if unproved
+        else "VALID"
+    )
     return 1 if not good else 3 if unproved else 0
 
 

@@ -35,24 +35,24 @@ from torch import Tensor
 import inn_guard as ig
 from benchmarks.aef.drawing import IMAGES, draw, image_file
 from benchmarks.aef.laplace import laplace_log_prob
-from benchmarks.features import classifier_features
-from benchmarks.quantized_images import QuantizedImages, mnist, quantized_digits
-from benchmarks.runner import Row, collect, main
-from inn_guard.invertible import Invertible
-from inn_guard.layers.autoregressive import maf
-from inn_guard.metrics import (
+from benchmarks.common.features import classifier_features
+from benchmarks.common.fit import Batch, FitSettings, fit
+from benchmarks.common.metrics import (
     FeatureExtractor,
     bits_per_dimension,
     dequantize,
     frechet_distance,
     reconstruction_error,
 )
-from inn_guard.models.aef import LinearAEF, PartitionAEF, center_core, corner_core
-from inn_guard.models.autoencoder_nets import small_nets
-from inn_guard.models.core_shell import AutoencoderConfig
-from inn_guard.models.expansion import ExpandedAutoencoder
-from inn_guard.models.vae import VAE
-from inn_guard.training import Batch, FitSettings, fit
+from benchmarks.common.quantized_images import QuantizedImages, mnist, quantized_digits
+from benchmarks.common.runner import Row, collect, main
+from inn_guard.core.invertible import Invertible
+from inn_guard.layers.autoregressive import maf
+from inn_guard.models.aef.expanded import ExpandedAutoencoder
+from inn_guard.models.aef.flow import AutoencoderConfig
+from inn_guard.models.aef.model import LinearAEF, PartitionAEF, center_core, corner_core
+from inn_guard.models.aef.networks import small_nets
+from inn_guard.models.aef.vae import VAE
 
 Model = ExpandedAutoencoder | PartitionAEF
 Bits = Callable[[Tensor], Tensor]  #: log p(x) in nats -> bits per dimension
@@ -227,21 +227,30 @@ def chosen(config: Config, case: Case, data: QuantizedImages) -> tuple[Model, fl
     if case.model != "AEF spread":
         return trained(config, case, data)
     noise = torch.Generator().manual_seed(2000 + case.seed)
-    validation = dequantize(data.validation[: config.test_images], generator=noise, levels=data.levels)
+    validation = dequantize(
+        data.validation[: config.test_images], generator=noise, levels=data.levels
+    )
 
     def score(candidate: tuple[Model, float]) -> float:
         model = candidate[0]
         assert isinstance(model, LinearAEF)
         model.tune(validation, draws=config.draws, generator=noise)
         return (
-            model.importance(validation, draws=config.draws, repetitions=1, generator=noise).lower_bound.mean().item()
+            model.importance(validation, draws=config.draws, repetitions=1, generator=noise)
+            .lower_bound.mean()
+            .item()
         )
 
     return max((trained(config, case, data, spread=spread) for spread in config.spreads), key=score)
 
 
 def trained(
-    config: Config, case: Case, data: QuantizedImages, *, spread: float = 0.0, looks: Looks | None = None
+    config: Config,
+    case: Case,
+    data: QuantizedImages,
+    *,
+    spread: float = 0.0,
+    looks: Looks | None = None,
 ) -> tuple[Model, float]:
     """The model after ``config.steps``, in eval mode, and the mean of its last training losses in nats."""
     recipe = AutoencoderConfig(
@@ -261,7 +270,11 @@ def trained(
 
     every = config.steps // looks.count if looks else config.steps
     settings = FitSettings(
-        config.steps, batch_size=config.batch_size, clip=200.0, seed=case.seed, validate_every=max(1, every)
+        config.steps,
+        batch_size=config.batch_size,
+        clip=200.0,
+        seed=case.seed,
+        validate_every=max(1, every),
     )
     watch = partial(looks.look, model) if looks else None
     history = fit(model, loss, (data.train,), settings=settings, validate=watch)
@@ -269,7 +282,9 @@ def trained(
     return model.eval(), last
 
 
-def likelihood(config: Config, model: Model, data: QuantizedImages, x: Tensor, noise: torch.Generator) -> Row:
+def likelihood(
+    config: Config, model: Model, data: QuantizedImages, x: Tensor, noise: torch.Generator
+) -> Row:
     """Bits per dimension, importance-sampled unless the density is exact, with the width tuned on validation data."""
     bits = partial(bits_per_dimension, dims=x[0].numel(), levels=data.levels)
     if isinstance(model, PartitionAEF):
@@ -279,7 +294,9 @@ def likelihood(config: Config, model: Model, data: QuantizedImages, x: Tensor, n
         mean = exact.mean().item()
         return {"bpd": mean, "bpd_upper": mean, "bpd_error": spread, "bpd_mode": mean}
     if isinstance(model, LinearAEF):
-        validation = dequantize(data.validation[: config.test_images], generator=noise, levels=data.levels)
+        validation = dequantize(
+            data.validation[: config.test_images], generator=noise, levels=data.levels
+        )
         model.tune(validation, draws=config.draws, generator=noise)
     estimates = [
         model.importance(part, draws=config.draws, repetitions=config.repetitions, generator=noise)
@@ -299,16 +316,22 @@ def likelihood(config: Config, model: Model, data: QuantizedImages, x: Tensor, n
     }
 
 
-def _at_the_mode(config: Config, model: ExpandedAutoencoder, x: Tensor, bits: Bits, noise: torch.Generator) -> Row:
+def _at_the_mode(
+    config: Config, model: ExpandedAutoencoder, x: Tensor, bits: Bits, noise: torch.Generator
+) -> Row:
     """The same likelihood from a proposal around the mode of p(z | x), which finds it in many dimensions too."""
     estimates = [
-        laplace_log_prob(model, part, draws=config.draws, repetitions=config.repetitions, generator=noise)
+        laplace_log_prob(
+            model, part, draws=config.draws, repetitions=config.repetitions, generator=noise
+        )
         for part in x.split(100)
     ]
     log_prob = torch.cat([estimate.log_prob for estimate in estimates])
     return {
         "bpd_mode": bits(log_prob).mean().item(),
-        "effective_draws_mode": torch.cat([estimate.effective_draws for estimate in estimates]).median().item(),
+        "effective_draws_mode": torch.cat([estimate.effective_draws for estimate in estimates])
+        .median()
+        .item(),
     }
 
 
@@ -318,7 +341,11 @@ def _expansion(model: ExpandedAutoencoder, x: Tensor) -> Row:
         return {}
     with torch.no_grad():
         features = model.proposal(model.preprocessed(x)[0]).center
-    return {"spread": model.spread, "width": float(model.width), "features_deviation": features.std(0).mean().item()}
+    return {
+        "spread": model.spread,
+        "width": float(model.width),
+        "features_deviation": features.std(0).mean().item(),
+    }
 
 
 def _stability(config: Config, model: Model, x: Tensor) -> Row:
@@ -344,17 +371,22 @@ def load(dataset: str, root: str, train_files: bool) -> QuantizedImages:  # noqa
 
 @cache
 def _extractor(config: Config) -> FeatureExtractor:
-    return classifier_features(load(config.dataset, config.root, config.train_files), steps=config.classifier_steps)
+    return classifier_features(
+        load(config.dataset, config.root, config.train_files), steps=config.classifier_steps
+    )
 
 
-def _keep_images(config: Config, case: Case, test: Tensor, reconstructed: Tensor, generated: Tensor) -> None:
+def _keep_images(
+    config: Config, case: Case, test: Tensor, reconstructed: Tensor, generated: Tensor
+) -> None:
     """The first images of the first seed, for the grids."""
     if case.seed != config.seeds[0]:
         return
     IMAGES.mkdir(parents=True, exist_ok=True)
     kept = {"test": test, "reconstructed": reconstructed, "generated": generated}
     np.savez(
-        image_file(config.dataset, case.model, case.latent), **{name: part[:64].numpy() for name, part in kept.items()}
+        image_file(config.dataset, case.model, case.latent),
+        **{name: part[:64].numpy() for name, part in kept.items()},
     )
 
 

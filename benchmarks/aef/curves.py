@@ -22,11 +22,11 @@ from torch import Tensor
 
 from benchmarks.aef import against_vae
 from benchmarks.aef.laplace import laplace_log_prob
-from benchmarks.quantized_images import QuantizedImages
-from benchmarks.runner import Row, collect, main
-from inn_guard.metrics import bits_per_dimension, dequantize
-from inn_guard.models.aef import LinearAEF
-from inn_guard.models.expansion import ExpandedAutoencoder
+from benchmarks.common.metrics import bits_per_dimension, dequantize
+from benchmarks.common.quantized_images import QuantizedImages
+from benchmarks.common.runner import Row, collect, main
+from inn_guard.models.aef.expanded import ExpandedAutoencoder
+from inn_guard.models.aef.model import LinearAEF
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,9 @@ class Config(against_vae.Config):
 def cases(config: Config) -> dict[str, tuple[int, int]]:
     """Every latent dimension under every seed: all models together, since they are compared image by image."""
     return {
-        f"{config.dataset} d={latent} seed={seed}": (latent, seed) for latent in config.latents for seed in config.seeds
+        f"{config.dataset} d={latent} seed={seed}": (latent, seed)
+        for latent in config.latents
+        for seed in config.seeds
     }
 
 
@@ -98,7 +100,9 @@ def measure(config: Config, case: tuple[int, int]) -> Iterator[Row]:
         looks = Looking(config, data, seed)
         one = against_vae.Case(model, latent, seed)
         spread = config.spreads[0] if model == "AEF spread" else 0.0
-        against_vae.trained(config, one, data, spread=spread, looks=against_vae.Looks(config.looks, looks))
+        against_vae.trained(
+            config, one, data, spread=spread, looks=against_vae.Looks(config.looks, looks)
+        )
         for step, (row, bits) in looks.seen.items():
             difference = bits - first.setdefault(step, bits)
             yield {
@@ -134,9 +138,14 @@ class Looking:
         row: Row = {}
         for name, pixels in (("train", data.train), ("test", data.test)):
             x = dequantize(pixels[: config.test_images], generator=cells, levels=data.levels)
-            estimate = laplace_log_prob(model, x, draws=config.draws, repetitions=config.repetitions, generator=noise)
+            estimate = laplace_log_prob(
+                model, x, draws=config.draws, repetitions=config.repetitions, generator=noise
+            )
             bits = self._bits(estimate.log_prob)
-            row |= {f"bpd_{name}": bits.mean().item(), f"bpd_{name}_error": bits.std().item() / math.sqrt(len(bits))}
+            row |= {
+                f"bpd_{name}": bits.mean().item(),
+                f"bpd_{name}_error": bits.std().item() / math.sqrt(len(bits)),
+            }
         row |= {
             "bpd_test_upper": self._bits(estimate.lower_bound).mean().item(),
             "effective_draws": estimate.effective_draws.median().item(),
@@ -150,9 +159,13 @@ class Looking:
         """Bits and effective draws by the paper's protocol, the AEF's width tuned on validation images."""
         config, data = self._config, self._data
         if isinstance(model, LinearAEF):
-            validation = dequantize(data.validation[: config.test_images], generator=noise, levels=data.levels)
+            validation = dequantize(
+                data.validation[: config.test_images], generator=noise, levels=data.levels
+            )
             model.tune(validation, draws=config.draws, generator=noise)
-        estimate = model.importance(x, draws=config.draws, repetitions=config.repetitions, generator=noise)
+        estimate = model.importance(
+            x, draws=config.draws, repetitions=config.repetitions, generator=noise
+        )
         return {
             "bpd_paper": self._bits(estimate.log_prob).mean().item(),
             "effective_draws_paper": estimate.effective_draws.median().item(),

@@ -22,17 +22,23 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from benchmarks.aef.drawing import COLUMNS, IMAGES, grid, image_file
-from benchmarks.features import classifier_features
-from benchmarks.quantized_images import QuantizedImages, quantized_digits
-from benchmarks.runner import Row, collect, main
+from benchmarks.common.features import classifier_features
+from benchmarks.common.fit import Batch, FitSettings, fit
+from benchmarks.common.metrics import (
+    FeatureExtractor,
+    add_noise,
+    dequantize,
+    feature_error,
+    reconstruction_error,
+)
+from benchmarks.common.quantized_images import QuantizedImages, quantized_digits
+from benchmarks.common.runner import Row, collect, main
 from inn_guard.layers.autoregressive import maf
-from inn_guard.metrics import FeatureExtractor, add_noise, dequantize, feature_error, reconstruction_error
-from inn_guard.models.aef import LinearAEF
-from inn_guard.models.autoencoder_nets import small_nets
-from inn_guard.models.core_shell import AutoencoderConfig
-from inn_guard.models.expansion import ExpandedAutoencoder
-from inn_guard.models.vae import VAE, DenoisingAutoencoder
-from inn_guard.training import Batch, FitSettings, fit
+from inn_guard.models.aef.expanded import ExpandedAutoencoder
+from inn_guard.models.aef.flow import AutoencoderConfig
+from inn_guard.models.aef.model import LinearAEF
+from inn_guard.models.aef.networks import small_nets
+from inn_guard.models.aef.vae import VAE, DenoisingAutoencoder
 
 Model = ExpandedAutoencoder | DenoisingAutoencoder
 MODELS: dict[str, Callable[[AutoencoderConfig], Model]] = {
@@ -91,7 +97,9 @@ class Case:
 
 def run(config: Config) -> pd.DataFrame:
     grid_of_cases = {
-        f"digits d={latent} noise={deviation} {model} seed={seed}": Case(model, deviation, latent, seed)
+        f"digits d={latent} noise={deviation} {model} seed={seed}": Case(
+            model, deviation, latent, seed
+        )
         for latent in config.latents
         for deviation in config.deviations
         for model in config.models
@@ -112,7 +120,10 @@ def measure(config: Config, case: Case) -> Iterator[Row]:
     if case.seed == config.seeds[0]:
         IMAGES.mkdir(parents=True, exist_ok=True)
         parts = {"clean": clean, "noisy": noisy, "denoised": denoised}
-        np.savez(_file(case.model, case.deviation, case.latent), **{k: v[:COLUMNS].numpy() for k, v in parts.items()})
+        np.savez(
+            _file(case.model, case.deviation, case.latent),
+            **{k: v[:COLUMNS].numpy() for k, v in parts.items()},
+        )
     yield {
         "model": case.model,
         "latent": case.latent,
@@ -145,22 +156,30 @@ def trained(config: Config, case: Case, data: QuantizedImages) -> Model:
         noisy = add_noise(x, deviation=case.deviation, generator=batch.generator)
         return model.loss(noisy, generator=batch.generator)
 
-    settings = FitSettings(config.steps, learning_rate=config.learning_rate, clip=200.0, seed=case.seed)
+    settings = FitSettings(
+        config.steps, learning_rate=config.learning_rate, clip=200.0, seed=case.seed
+    )
     fit(model, loss, (data.train,), settings=settings)
     return model.eval()
 
 
 def draw(frame: pd.DataFrame) -> Figure:
     """Clean, noisy and denoised test images of every model."""
-    settings = [tuple(row) for row in frame[["model", "deviation", "latent"]].drop_duplicates().to_numpy()]
+    settings = [
+        tuple(row) for row in frame[["model", "deviation", "latent"]].drop_duplicates().to_numpy()
+    ]
     figure = Figure(figsize=(9, 2.1 * len(settings)), layout="constrained")
     rows = figure.subplots(len(settings), squeeze=False)[:, 0]
     for axes, (model, deviation, latent) in zip(rows, settings, strict=True):
         path = _file(model, deviation, latent)
         if path.exists():
             with np.load(path) as images:
-                grid(axes, np.concatenate([images[name] for name in ("clean", "noisy", "denoised")]))
-        axes.set_title(f"{model}, d = {latent}, noise {deviation}: clean, noisy, denoised", fontsize=9)
+                grid(
+                    axes, np.concatenate([images[name] for name in ("clean", "noisy", "denoised")])
+                )
+        axes.set_title(
+            f"{model}, d = {latent}, noise {deviation}: clean, noisy, denoised", fontsize=9
+        )
     return figure
 
 

@@ -36,7 +36,9 @@ def draw(frame: pd.DataFrame) -> Figure:
             pairs = np.concatenate([images["test"][:COLUMNS], images["reconstructed"][:COLUMNS]])
             grid(reconstructions, pairs)
             grid(samples, images["generated"][: 2 * COLUMNS])
-        reconstructions.set_title(f"{model}, d = {latent}: test images above, reconstructions below", fontsize=8)
+        reconstructions.set_title(
+            f"{model}, d = {latent}: test images above, reconstructions below", fontsize=8
+        )
         samples.set_title("samples, temperature 0.85", fontsize=8)
     return figure
 
@@ -44,8 +46,13 @@ def draw(frame: pd.DataFrame) -> Figure:
 def grid(axes: Axes, images: np.ndarray) -> None:
     """Images (n, C, H, W) in [0, 1], ``COLUMNS`` a row, white on black, with a line between."""
     padded = np.pad(images, ((0, 0), (0, 0), (0, 1), (0, 1)), constant_values=0.5)
-    rows = [np.concatenate(list(padded[k : k + COLUMNS]), axis=2) for k in range(0, len(padded), COLUMNS)]
-    axes.imshow(np.concatenate(rows, axis=1).transpose(1, 2, 0).squeeze(), cmap="gray", vmin=0, vmax=1)
+    rows = [
+        np.concatenate(list(padded[k : k + COLUMNS]), axis=2)
+        for k in range(0, len(padded), COLUMNS)
+    ]
+    axes.imshow(
+        np.concatenate(rows, axis=1).transpose(1, 2, 0).squeeze(), cmap="gray", vmin=0, vmax=1
+    )
     axes.set_axis_off()
 
 
@@ -56,5 +63,8 @@ def _bits(axes: Axes, frame: pd.DataFrame) -> None:
         axes.plot(places, rows["bpd_mode"], "o", label=model, alpha=0.8)
     axes.set_xticks(range(len(latents)), [f"d = {latent}" for latent in latents])
     axes.set(xlim=(-0.5, len(latents) - 0.5), ylabel="bits per dimension, lower is better")
-    axes.set_title(f"{frame['dataset'].iloc[0]}, {frame['steps'].iloc[0]} steps, one point per seed", fontsize=9)
+    axes.set_title(
+        f"{frame['dataset'].iloc[0]}, {frame['steps'].iloc[0]} steps, one point per seed",
+        fontsize=9,
+    )
     axes.legend(fontsize=8)

@@ -18,10 +18,15 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from inn_guard.invertible import standard_normal_log_prob
+from inn_guard.core.invertible import standard_normal_log_prob
+from inn_guard.models.aef.expanded import ExpandedAutoencoder
+from inn_guard.models.aef.importance_sampling import (
+    ImportanceEstimate,
+    Proposal,
+    importance_log_prob,
+    tuned_width,
+)
 from inn_guard.models.autoencoder import forward_mode
-from inn_guard.models.expansion import ExpandedAutoencoder
-from inn_guard.models.importance import ImportanceEstimate, Proposal, importance_log_prob, tuned_width
 
 __all__ = ["LaplaceProposal", "Posterior", "laplace", "laplace_log_prob"]
 
@@ -43,16 +48,26 @@ class LaplaceProposal(Proposal):
     def sample(self, draws: int, *, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """z (B, K, d) and log q(z) (B, K)."""
         rows, dims = self.center.shape
-        normal = torch.randn(rows, draws, dims + FREEDOM, generator=generator, dtype=self.center.dtype)
+        normal = torch.randn(
+            rows, draws, dims + FREEDOM, generator=generator, dtype=self.center.dtype
+        )
         spread = (normal[..., dims:].square().sum(2, keepdim=True) / FREEDOM).rsqrt()
         e = normal[..., :dims] * spread
-        log_det = self.root.diagonal(dim1=1, dim2=2).abs().log().sum(1) + dims * math.log(self.width)
+        log_det = self.root.diagonal(dim1=1, dim2=2).abs().log().sum(1) + dims * math.log(
+            self.width
+        )
         tail = (FREEDOM + dims) / 2 * torch.log1p(e.square().sum(2) / FREEDOM)
-        return self.center[:, None] + self.width * e @ self.root.mT, -tail - log_det[:, None] - _log_t_constant(dims)
+        return self.center[:, None] + self.width * e @ self.root.mT, -tail - log_det[
+            :, None
+        ] - _log_t_constant(dims)
 
 
 def _log_t_constant(dims: int) -> float:
-    return math.lgamma(FREEDOM / 2) - math.lgamma((FREEDOM + dims) / 2) + dims / 2 * math.log(FREEDOM * math.pi)
+    return (
+        math.lgamma(FREEDOM / 2)
+        - math.lgamma((FREEDOM + dims) / 2)
+        + dims / 2 * math.log(FREEDOM * math.pi)
+    )
 
 
 class Posterior:
@@ -77,7 +92,9 @@ class Posterior:
 
     def log_joint(self, z: Tensor, rows: Tensor | None = None) -> Tensor:
         """log p(x, z), (B,), of the images of these rows, of all in their order if None."""
-        shell, log_det = (self.shell, self._log_det) if rows is None else (self.shell[rows], self._log_det[rows])
+        shell, log_det = (
+            (self.shell, self._log_det) if rows is None else (self.shell[rows], self._log_det[rows])
+        )
         residual = (shell - self.flow.decode(z)) / self._sigma
         prior = self._prior.log_prob(z)
         return prior + standard_normal_log_prob(residual) - self._sigma.log().sum() + log_det

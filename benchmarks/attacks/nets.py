@@ -11,10 +11,10 @@ from sklearn.datasets import load_digits
 from torch import Tensor, nn
 from torch.nn import functional
 
+from benchmarks.common.image_files import read_cifar10
 from benchmarks.exploding_inverses.digits_nets import NETS, Classifier
-from benchmarks.image_files import read_cifar10
-from inn_guard.audits.attacks import Quantization
-from inn_guard.invertible import Invertible
+from inn_guard.audits.dequantization_attack import Quantization
+from inn_guard.core.invertible import Invertible
 from inn_guard.layers.chain import Chain
 from inn_guard.layers.contraction import contractive_conv_net
 from inn_guard.layers.residual import Residual
@@ -34,7 +34,9 @@ class Subject:
     quantization: Quantization
 
 
-def digits_subject(kind: str, *, blocks: int, learning_rate: float, steps: int) -> Callable[[Path, int], Subject]:
+def digits_subject(
+    kind: str, *, blocks: int, learning_rate: float, steps: int
+) -> Callable[[Path, int], Subject]:
     """A digits classifier, grey values 0..16 as v / 8 - 1; Adam, whose high rate makes the inverse suffer."""
 
     def make(_: Path, seed: int) -> Subject:
@@ -66,16 +68,21 @@ def glow(levels: int = 2, blocks: int = 8, hidden: int = 32) -> Invertible:
     return glow_flow((3, 32, 32), config=GlowConfig(levels, blocks, hidden))
 
 
-def trained_glow(root: Path, seed: int, *, steps: int = 150, learning_rate: float = 3e-3) -> Subject:
+def trained_glow(
+    root: Path, seed: int, *, steps: int = 150, learning_rate: float = 3e-3
+) -> Subject:
     """The Glow after a short maximum-likelihood training on the images below ``root``, in [-0.5, 0.5]."""
     train_pixels, test_pixels = (
-        torch.as_tensor(read_cifar10(root, train=split).pixels[:2000]).float() for split in (True, False)
+        torch.as_tensor(read_cifar10(root, train=split).pixels[:2000]).float()
+        for split in (True, False)
     )
     torch.manual_seed(seed)
     net = glow()
 
     def loss(x: Tensor, _: Tensor) -> Tensor:
-        noise = torch.rand(x.shape, generator=torch.Generator().manual_seed(int(x.sum().item()) % 2**31))
+        noise = torch.rand(
+            x.shape, generator=torch.Generator().manual_seed(int(x.sum().item()) % 2**31)
+        )
         return -net.log_prob((x + noise) / 256 - 0.5).mean() / x[0].numel()
 
     train(net, train_pixels, loss, steps=steps, learning_rate=learning_rate, seed=seed, batch=16)

@@ -17,9 +17,9 @@ from dataclasses import dataclass
 import pandas as pd
 import torch
 
-from benchmarks.runner import Row, collect, main
-from inn_guard.audits.attacks import ProjectedGradient, Quantization, Search
-from inn_guard.audits.watched import Watched
+from benchmarks.common.runner import Row, collect, main
+from inn_guard.audits.audited_model import AuditedModel
+from inn_guard.audits.dequantization_attack import ProjectedGradient, Quantization, Search
 from inn_guard.models.glow import GlowConfig, glow_classifier
 
 
@@ -59,7 +59,13 @@ def measure(config: Config, case: tuple[int, int]) -> Iterator[Row]:
     net.eval()
     x = torch.rand(batch, 3, 32, 32)
     cubes = Quantization().cubes(x)
-    search = Search(Watched(net), cubes, budget=float("inf"), generator=torch.Generator().manual_seed(0), seconds=600.0)
+    search = Search(
+        AuditedModel(net),
+        cubes,
+        budget=float("inf"),
+        generator=torch.Generator().manual_seed(0),
+        seconds=600.0,
+    )
     search.errors(cubes.centre)
     search.gradient(cubes.centre)
     attack = ProjectedGradient()
@@ -77,7 +83,12 @@ def measure(config: Config, case: tuple[int, int]) -> Iterator[Row]:
         search.errors(x)
 
     times = alternated(
-        {"forward": forward, "round trip": lambda: search.errors(x), "step": step, "logged": logged_step},
+        {
+            "forward": forward,
+            "round trip": lambda: search.errors(x),
+            "step": step,
+            "logged": logged_step,
+        },
         config.repeats,
     )
     yield {

@@ -23,18 +23,18 @@ import torch
 from matplotlib.figure import Figure
 
 from benchmarks.attacks.nets import SUBJECTS, Subject
-from benchmarks.runner import Row, collect, main
-from inn_guard.audits.attacks import (
+from benchmarks.common.runner import Row, collect, main
+from inn_guard.audits.audited_model import AuditedModel
+from inn_guard.audits.dequantization_attack import (
     Ascent,
+    Attack,
     GradientFree,
     ProjectedGradient,
     RandomSearch,
     Search,
     SpectralAscent,
-    Strategy,
 )
-from inn_guard.audits.attacks.search import hunt
-from inn_guard.audits.watched import Watched
+from inn_guard.audits.dequantization_attack.search import run_attack
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ class Config:
         return cls(seeds=2)
 
 
-def strategies(budget: int) -> dict[str, Strategy]:
+def strategies(budget: int) -> dict[str, Attack]:
     """Every search, with the same budget; the paper's begins again every 200 steps."""
     forever = 10**6
     return {
@@ -75,7 +75,9 @@ def strategies(budget: int) -> dict[str, Strategy]:
         "averaged ascent": Ascent(budget),
         "spectral ascent": SpectralAscent(budget),
         "gradient-free": GradientFree(budget),
-        "implicit gradient": ProjectedGradient(restarts=forever, budget=budget, gradient=Search.implicit_gradient),
+        "implicit gradient": ProjectedGradient(
+            restarts=forever, budget=budget, gradient=Search.implicit_gradient
+        ),
     }
 
 
@@ -97,13 +99,21 @@ def measure(config: Config, case: tuple[str, str]) -> Iterator[Row]:
     name, search_name = case
     who = subject(name, config.data_root)
     images = min(config.images, 4) if name.startswith("CIFAR-10") else config.images
-    seeds, budget = (1, config.budget // 2) if name.startswith("CIFAR-10") else (config.seeds, config.budget)
+    seeds, budget = (
+        (1, config.budget // 2) if name.startswith("CIFAR-10") else (config.seeds, config.budget)
+    )
     x = who.x[:images]
     cubes = who.quantization.cubes(x)
     for seed in range(seeds):
         generator = torch.Generator().manual_seed(seed)
         with torch.no_grad():
-            found = hunt(Watched(who.net), cubes, strategies(budget)[search_name], generator=generator, seconds=300.0)
+            found = run_attack(
+                AuditedModel(who.net),
+                cubes,
+                strategies(budget)[search_name],
+                generator=generator,
+                seconds=300.0,
+            )
         centre = found.curve[0][1]
         for k in range(len(x)):
             yield {
@@ -114,7 +124,9 @@ def measure(config: Config, case: tuple[str, str]) -> Iterator[Row]:
                 "centre_error": centre[k].item(),
                 "error": found.error[k].item(),
                 "spent": found.spent,
-                "steps_price": found.price.get("gradient", found.price.get("implicit gradient", math.nan)),
+                "steps_price": found.price.get(
+                    "gradient", found.price.get("implicit gradient", math.nan)
+                ),
                 "valid": bool(cubes.contain(found.points)[k]),
             }
 
@@ -140,7 +152,9 @@ def summary(frame: pd.DataFrame) -> pd.DataFrame:
                 "net": net,
                 "strategy": name,
                 "found": np.exp(ratio.mean()) if len(ratio) else np.nan,
-                "standard error": np.exp(ratio.mean()) * ratio.std() / np.sqrt(len(ratio)) if len(ratio) else np.nan,
+                "standard error": np.exp(ratio.mean()) * ratio.std() / np.sqrt(len(ratio))
+                if len(ratio)
+                else np.nan,
                 "compared": len(ratio),
                 "broken": int(np.isinf(group.error).sum()),
                 "broken at centre": int(np.isinf(group.centre_error).sum()),
@@ -160,8 +174,18 @@ def draw(frame: pd.DataFrame) -> Figure:
     for k, name in enumerate(names):
         group = table[table.strategy == name].set_index("net").reindex(nets)
         at = np.arange(len(nets)) + (k - (len(names) - 1) / 2) * 0.13
-        axes.errorbar(group.found, at, xerr=group["standard error"], fmt="o", markersize=5, capsize=2, label=name)
-        for place, (found, broken, of) in zip(at, zip(group.found, group.broken, group.of, strict=True), strict=True):
+        axes.errorbar(
+            group.found,
+            at,
+            xerr=group["standard error"],
+            fmt="o",
+            markersize=5,
+            capsize=2,
+            label=name,
+        )
+        for place, (found, broken, of) in zip(
+            at, zip(group.found, group.broken, group.of, strict=True), strict=True
+        ):
             if broken:
                 axes.text(
                     found * 1.02 if np.isfinite(found) else 1.0, place, f"  {broken}/{of} not finite",

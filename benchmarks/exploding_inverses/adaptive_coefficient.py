@@ -23,11 +23,11 @@ from matplotlib.figure import Figure
 from torch import nn
 
 import inn_guard as ig
-from benchmarks.data_digits import Digits, digits
+from benchmarks.common.digits import Digits, digits
+from benchmarks.common.runner import Row, collect, main
 from benchmarks.exploding_inverses.digits_nets import Classifier, plain
-from benchmarks.runner import Row, collect, main
-from inn_guard.actions import log10_condition_number
-from inn_guard.audits.glance import glance
+from inn_guard.audits.quick_check import quick_round_trip
+from inn_guard.training.actions import log10_condition_number
 
 SPECTRUM = functools.partial(ig.AUDITS["jacobian_spectrum"], tolerance=0.2, max_steps=10)
 
@@ -67,7 +67,15 @@ class Config:
     @classmethod
     def smoke(cls) -> Config:
         """Seconds."""
-        return cls(fixed=(1e-3,), starts=(1e-2,), blocks=2, width=16, steps=20, steer_every=10, show_every=10)
+        return cls(
+            fixed=(1e-3,),
+            starts=(1e-2,),
+            blocks=2,
+            width=16,
+            steps=20,
+            steer_every=10,
+            show_every=10,
+        )
 
     @classmethod
     def cpu(cls) -> Config:
@@ -93,10 +101,18 @@ def measure(config: Config, run: Run) -> Iterator[Row]:
     """One row per look at the network while it is trained."""
     torch.manual_seed(config.seed)
     data, net = digits(), Classifier(plain(config.blocks, config.width))
-    adaptive = ig.AdaptiveCoefficient(ig.NormalizingFlowLoss(1.0), target=config.target, initial=run.coefficient or 1.0)
-    penalty = ig.RegularizerHook(net.inn, [adaptive] if run.coefficient else [], every=config.regularize_every)
+    adaptive = ig.AdaptiveCoefficient(
+        ig.NormalizingFlowLoss(1.0), target=config.target, initial=run.coefficient or 1.0
+    )
+    penalty = ig.RegularizerHook(
+        net.inn, [adaptive] if run.coefficient else [], every=config.regularize_every
+    )
     steer = ig.AuditHook(
-        net.inn, checks=[SPECTRUM], every=config.steer_every, samples=None, actions=[ig.Adapt(adaptive)]
+        net.inn,
+        checks=[SPECTRUM],
+        every=config.steer_every,
+        samples=None,
+        actions=[ig.AdaptCoefficient(adaptive)],
     )
     optimizer = torch.optim.Adam(net.parameters(), lr=config.learning_rate)
     training = steering = 0.0
@@ -133,7 +149,7 @@ def batches(config: Config, data: Digits) -> Iterator[tuple[torch.Tensor, torch.
 
 def looked_at(net: Classifier, data: Digits, config: Config) -> Row:
     """Condition number, round trip and accuracy on held-out images."""
-    hook = ig.AuditHook(net.inn, checks=[SPECTRUM, glance], samples=None)
+    hook = ig.AuditHook(net.inn, checks=[SPECTRUM, quick_round_trip], samples=None)
     report = hook.report(data.test_images[: config.samples])
     net.eval()
     with torch.no_grad():
@@ -168,7 +184,8 @@ def summary(frame: pd.DataFrame) -> pd.DataFrame:
                 "largest log10 condition": group.log10_condition.max(),
                 "last coefficient": group.coefficient.iloc[-1],
                 "accuracy": group.accuracy.iloc[-1],
-                "steering / training time": group.seconds_steering.iloc[-1] / group.seconds_training.iloc[-1],
+                "steering / training time": group.seconds_steering.iloc[-1]
+                / group.seconds_training.iloc[-1],
             }
         )
     return pd.DataFrame(rows)
@@ -183,7 +200,9 @@ def draw(frame: pd.DataFrame) -> Figure:
     for case, group in frame.groupby("case", sort=False):
         steered = bool(group.steered.iloc[0])
         style = (
-            {"color": next(colours), "linewidth": 1.8} if steered else {"color": str(next(shades)), "linestyle": "--"}
+            {"color": next(colours), "linewidth": 1.8}
+            if steered
+            else {"color": str(next(shades)), "linestyle": "--"}
         )
         condition.semilogy(group.step, 10**group.log10_condition, label=case, **style)
         if steered or group.coefficient.iloc[0] > 0:
@@ -191,9 +210,15 @@ def draw(frame: pd.DataFrame) -> Figure:
     target = frame.target.iloc[0]
     condition.axhline(target, color="black", linewidth=0.8)
     condition.annotate("target", (0, target), xytext=(2, 3), textcoords="offset points")
-    condition.set(xlabel="step", ylabel="worst condition number, held-out images", title="Condition number")
-    coefficient.set(xlabel="step", ylabel="coefficient of the normalizing-flow loss", title="Coefficient")
-    figure.legend(*condition.get_legend_handles_labels(), frameon=False, fontsize=8, loc="outside right upper")
+    condition.set(
+        xlabel="step", ylabel="worst condition number, held-out images", title="Condition number"
+    )
+    coefficient.set(
+        xlabel="step", ylabel="coefficient of the normalizing-flow loss", title="Coefficient"
+    )
+    figure.legend(
+        *condition.get_legend_handles_labels(), frameon=False, fontsize=8, loc="outside right upper"
+    )
     return figure
 
 

@@ -17,11 +17,18 @@ import pandas as pd
 import torch
 from matplotlib.figure import Figure
 
+from benchmarks.common.runner import Row, collect, main
 from benchmarks.exploding_inverses import dequantization
 from benchmarks.exploding_inverses.dequantization import PRICE, Flow
-from benchmarks.exploding_inverses.image_training import Plan, exact_float32, looks_until, train, unfinished, warmed_up
-from benchmarks.runner import Row, collect, main
-from inn_guard.audits.attacks import ProjectedGradient, SpectralAscent
+from benchmarks.exploding_inverses.image_training import (
+    Plan,
+    exact_float32,
+    looks_until,
+    train,
+    unfinished,
+    warmed_up,
+)
+from inn_guard.audits.dequantization_attack import ProjectedGradient, SpectralAscent
 
 FLOW = "affine (0 1)"
 LINES = {
@@ -78,7 +85,8 @@ def look(flow: Flow) -> Row:
     ):
         found = flow.attack(flow.net, strategy)
         centre, worst = (
-            found.per_sample[key].nan_to_num(math.inf, posinf=math.inf) for key in ("centre_error", "error")
+            found.per_sample[key].nan_to_num(math.inf, posinf=math.inf)
+            for key in ("centre_error", "error")
         )
         row |= {
             "centre_error": centre.max().item(),
@@ -131,11 +139,21 @@ def draw(frame: pd.DataFrame) -> Figure:
         blocks = f"{depth} block{'s' * (depth != 1)} per level"
         for column, (line, label) in LINES.items():
             finite = group[column].map(math.isfinite)
-            errors.plot(group["step"][finite], group[column][finite], line, label=f"{blocks}, {label}", **style)
+            errors.plot(
+                group["step"][finite],
+                group[column][finite],
+                line,
+                label=f"{blocks}, {label}",
+                **style,
+            )
             lost = group["step"][~finite]
-            errors.plot(lost, [0.97] * len(lost), "x", transform=errors.get_xaxis_transform(), **style)
+            errors.plot(
+                lost, [0.97] * len(lost), "x", transform=errors.get_xaxis_transform(), **style
+            )
         spectrum.plot(group["step"], group["sigma_max"], "^-", label=f"{blocks}, largest", **style)
-        spectrum.plot(group["step"], group["sigma_min"], "v--", label=f"{blocks}, smallest", **style)
+        spectrum.plot(
+            group["step"], group["sigma_min"], "v--", label=f"{blocks}, smallest", **style
+        )
     errors.set(ylabel="worst round trip, Euclidean", title="x: a reconstruction is not finite")
     spectrum.set(ylabel="singular values at the images")
     for axis in (errors, spectrum):
@@ -143,7 +161,9 @@ def draw(frame: pd.DataFrame) -> Figure:
         axis.grid(visible=True, color="#d9dde3", linewidth=0.6)
     spectrum.legend(frameon=False, fontsize=7, handlelength=4)
     shown = [line for line in errors.get_lines() if not line.get_label().startswith("_")]
-    figure.legend(handles=shown, loc="outside left center", frameon=False, fontsize=7, handlelength=4)
+    figure.legend(
+        handles=shown, loc="outside left center", frameon=False, fontsize=7, handlelength=4
+    )
     return figure
 
 

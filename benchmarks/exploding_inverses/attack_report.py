@@ -20,7 +20,9 @@ def draw(frame: pd.DataFrame) -> Figure:
     curves, before_after = figure.subplots(1, 2)
     points = frame[frame["kind"] == "curve"]
     for (flow, inverse, search), group in points.groupby(["flow", "inverse", "search"], sort=False):
-        finite = group[np.isfinite(group["largest_error"].astype(float)) & (group["largest_error"] > 0)]
+        finite = group[
+            np.isfinite(group["largest_error"].astype(float)) & (group["largest_error"] > 0)
+        ]
         few = inverse != "exact"
         style = {"color": COLOURS[str(flow)], "linestyle": ":" if few else LINES[str(search)]}
         label = f"{flow}, {search}" + (f", {inverse}" if few else "")

@@ -21,9 +21,9 @@ import torch
 from torch import nn
 
 import inn_guard as ig
-from benchmarks.data_digits import digits
+from benchmarks.common.digits import digits
+from benchmarks.common.runner import Row, collect, main
 from benchmarks.exploding_inverses.digits_nets import NETS, Classifier
-from benchmarks.runner import Row, collect, main
 
 SPECTRUM = functools.partial(ig.AUDITS["jacobian_spectrum"], tolerance=0.2, max_steps=10)
 
@@ -68,15 +68,23 @@ def measure(config: Config, case: tuple[str, str]) -> Iterator[Row]:
         loss.backward()
         optimizer.step()
 
-    glance = ig.AuditHook(net.inn, every=1)
+    quick_round_trip = ig.AuditHook(net.inn, every=1)
     spectrum = ig.AuditHook(net.inn, every=1, checks=[SPECTRUM], samples=4)
     times = {
         "step": milliseconds(step, config.repeats),
-        "glance": milliseconds(lambda: glance(x), config.repeats),
+        "glance": milliseconds(lambda: quick_round_trip(x), config.repeats),
         "spectrum": milliseconds(lambda: spectrum(x), max(3, config.repeats // 3)),
     }
-    shares = {f"{key}_percent": 100 * times[key] / times["step"] / config.every for key in ("glance", "spectrum")}
-    yield {"net": name, "size": size, **{f"{key}_ms": value for key, value in times.items()}, **shares}
+    shares = {
+        f"{key}_percent": 100 * times[key] / times["step"] / config.every
+        for key in ("glance", "spectrum")
+    }
+    yield {
+        "net": name,
+        "size": size,
+        **{f"{key}_ms": value for key, value in times.items()},
+        **shares,
+    }
 
 
 def milliseconds(function: Callable[[], object], repeats: int) -> float:
@@ -92,7 +100,11 @@ def milliseconds(function: Callable[[], object], repeats: int) -> float:
 
 def run(config: Config) -> pd.DataFrame:
     """All networks."""
-    return collect(config, {f"{name} {size}": (name, size) for name, size in product(NETS, config.sizes)}, measure)
+    return collect(
+        config,
+        {f"{name} {size}": (name, size) for name, size in product(NETS, config.sizes)},
+        measure,
+    )
 
 
 if __name__ == "__main__":

@@ -28,9 +28,9 @@ from torch import Tensor
 from tqdm import trange
 
 import inn_guard as ig
+from benchmarks.common.runner import Row, collect, main
 from benchmarks.exploding_inverses.plane import round_trip_error, singular_values
 from benchmarks.lipschitz.nets import BOX, checkerboard
-from benchmarks.runner import Row, collect, main
 from inn_guard.layers.chain import Chain
 from inn_guard.layers.scales import squashed_sigmoid
 from inn_guard.models.iresnet import checkerboard_residual_flow
@@ -74,7 +74,14 @@ class Config:
     def smoke(cls) -> Config:
         """Seconds."""
         return cls(
-            blocks=2, residual_blocks=1, hidden=8, steps=2, residual_steps=2, batch_size=16, points=5, seconds=1.0
+            blocks=2,
+            residual_blocks=1,
+            hidden=8,
+            steps=2,
+            residual_steps=2,
+            batch_size=16,
+            points=5,
+            seconds=1.0,
         )
 
     @classmethod
@@ -98,8 +105,12 @@ def build(config: Config, name: str) -> Chain:
     """The net of that name, with the seed's weights."""
     makers: dict[str, Callable[[], Chain]] = {
         AFFINE: functools.partial(checkerboard_net, blocks=config.blocks, hidden=config.hidden),
-        HALF: functools.partial(checkerboard_net, scale=squashed_sigmoid(), blocks=config.blocks, hidden=config.hidden),
-        RESIDUAL: functools.partial(checkerboard_residual_flow, blocks=config.residual_blocks, hidden=config.hidden),
+        HALF: functools.partial(
+            checkerboard_net, scale=squashed_sigmoid(), blocks=config.blocks, hidden=config.hidden
+        ),
+        RESIDUAL: functools.partial(
+            checkerboard_residual_flow, blocks=config.residual_blocks, hidden=config.hidden
+        ),
     }
     with torch.random.fork_rng():
         torch.manual_seed(config.seed)
@@ -111,7 +122,9 @@ def trained(config: Config, name: str) -> Chain:
     net = build(config, name)
     optimizer = torch.optim.Adam(net.parameters(), 1e-3, weight_decay=1e-5)
     generator = torch.Generator().manual_seed(config.seed)
-    for _ in trange(config.residual_steps if name == RESIDUAL else config.steps, desc=name, disable=None):
+    for _ in trange(
+        config.residual_steps if name == RESIDUAL else config.steps, desc=name, disable=None
+    ):
         loss = -net.log_prob(checkerboard(config.batch_size, generator)).mean()
         optimizer.zero_grad()
         loss.backward()
@@ -125,7 +138,7 @@ def measure(config: Config, name: str) -> Iterator[Row]:
     samples = checkerboard(1000, torch.Generator().manual_seed(config.seed + 1))
     for row in looked_at(net, grid(config)).to_dict("records"):
         yield {"net": name, "place": "grid", **row}
-    yield {"net": name, "place": "data", **extremes(looked_at(net, samples))}
+    yield {"net": name, "place": "data", **extreme_singular_values(looked_at(net, samples))}
     for place, sigma_max, sigma_min in bounded(net, samples, config):
         yield {"net": name, "place": place, "sigma_max": sigma_max, "sigma_min": sigma_min}
 
@@ -141,11 +154,16 @@ def looked_at(net: Chain, x: Tensor) -> pd.DataFrame:
     sigma_max, sigma_min = singular_values(net, x)
     with torch.no_grad():
         log_prob = net.log_prob(x)
-    columns = {"x1": x[:, 0], "x2": x[:, 1], "log_prob": log_prob, "error": round_trip_error(net, x)}
+    columns = {
+        "x1": x[:, 0],
+        "x2": x[:, 1],
+        "log_prob": log_prob,
+        "error": round_trip_error(net, x),
+    }
     return pd.DataFrame({**columns, "sigma_max": sigma_max, "sigma_min": sigma_min}).map(float)
 
 
-def extremes(frame: pd.DataFrame) -> Row:
+def extreme_singular_values(frame: pd.DataFrame) -> Row:
     """The mean log-density, and the worst of what else was found."""
     return {
         "log_prob": frame.log_prob.mean(),
@@ -157,7 +175,9 @@ def extremes(frame: pd.DataFrame) -> Row:
 
 def bounded(net: Chain, samples: Tensor, config: Config) -> list[tuple[str, float, float]]:
     """(place, sigma_max, sigma_min) over the box of the data: certified, witnessed (from the data), Table 3."""
-    box = ig.Box(-BOX * torch.ones(2, dtype=torch.float64), BOX * torch.ones(2, dtype=torch.float64))
+    box = ig.Box(
+        -BOX * torch.ones(2, dtype=torch.float64), BOX * torch.ones(2, dtype=torch.float64)
+    )
     bounds = ig.lipschitz_bounds(net, box, data=samples, seconds=config.seconds)
     pairs = {
         "certified": (bounds.forward, bounds.inverse),
@@ -192,7 +212,10 @@ def summary(frame: pd.DataFrame) -> pd.DataFrame:
                 "log p not finite": f"{np.mean(~np.isfinite(outside.log_prob)):.1%}",
                 "condition, data": single["data"].sigma_max / single["data"].sigma_min,
                 **{f"Lip F, {place}": single[place].sigma_max for place in BOUNDS},
-                **{f"Lip F^-1, {place}": np.divide(1.0, single[place].sigma_min) for place in BOUNDS},
+                **{
+                    f"Lip F^-1, {place}": np.divide(1.0, single[place].sigma_min)
+                    for place in BOUNDS
+                },
             }
         )
     return pd.DataFrame(lines)
@@ -217,9 +240,15 @@ def draw(frame: pd.DataFrame) -> Figure:
     for row, (column, (label, norm)) in zip(panels, columns.items(), strict=True):
         for axes, name in zip(row, nets, strict=True):
             own = points[points.net == name].pivot(index="x2", columns="x1", values=column)
-            shown = axes.pcolormesh(own.columns, own.index, np.ma.masked_invalid(own.to_numpy()), norm=norm)
+            shown = axes.pcolormesh(
+                own.columns, own.index, np.ma.masked_invalid(own.to_numpy()), norm=norm
+            )
             axes.set(facecolor="#d55e00", aspect="equal")
-            axes.add_patch(Rectangle((-BOX, -BOX), 2 * BOX, 2 * BOX, fill=False, edgecolor="white", linewidth=0.8))
+            axes.add_patch(
+                Rectangle(
+                    (-BOX, -BOX), 2 * BOX, 2 * BOX, fill=False, edgecolor="white", linewidth=0.8
+                )
+            )
         figure.colorbar(shown, ax=row, label=label)
     for axes, name in zip(panels[0], nets, strict=True):
         axes.set_title(name)

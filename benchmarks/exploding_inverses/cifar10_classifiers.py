@@ -34,6 +34,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
+from benchmarks.common.runner import Row, collect, main
 from benchmarks.exploding_inverses.classifier_report import beside_paper, draw, with_theirs
 from benchmarks.exploding_inverses.image_classifiers import Classifier, Run, term
 from benchmarks.exploding_inverses.image_data import DATA, LabelledImages, shifted
@@ -47,12 +48,11 @@ from benchmarks.exploding_inverses.image_training import (
     unfinished,
 )
 from benchmarks.exploding_inverses.table10 import TABLE_10, conclusions
-from benchmarks.runner import Row, collect, main
 from inn_guard.audits.gradient_angle import gradient_angle
 from inn_guard.audits.jacobian_spectrum import jacobian_spectrum
-from inn_guard.audits.limits import usable_error
 from inn_guard.audits.round_trip import round_trip
-from inn_guard.reversible import memory_saving
+from inn_guard.audits.thresholds import max_usable_error
+from inn_guard.memory_saving import memory_saving
 
 __all__ = ["Config", "Training", "beside_paper", "draw", "run"]
 
@@ -180,11 +180,20 @@ class Training:
     @classmethod
     def of(cls, config: Config, run: Run) -> Training:
         """A fresh net; its ActNorms are set by the first batch of images."""
-        data = DATA[config.data](Path(config.data_root)).first(train=config.train_images, test=config.test_images)
-        net = Classifier(
-            run, data.shape, levels=config.levels, blocks=config.blocks, hidden=config.hidden, seed=config.seed
+        data = DATA[config.data](Path(config.data_root)).first(
+            train=config.train_images, test=config.test_images
         )
-        net = net.to(config.device, memory_format=torch.channels_last if config.channels_last else None)
+        net = Classifier(
+            run,
+            data.shape,
+            levels=config.levels,
+            blocks=config.blocks,
+            hidden=config.hidden,
+            seed=config.seed,
+        )
+        net = net.to(
+            config.device, memory_format=torch.channels_last if config.channels_last else None
+        )
         data = data.to(config.device)
         training = cls(config, run, net, data, data.moments())
         with torch.no_grad():
@@ -195,13 +204,20 @@ class Training:
         """Zero mean and unit variance per channel of the training images."""
         mean, deviation = self.moments
         x = (pixels.float() - mean) / deviation
-        return x.contiguous(memory_format=torch.channels_last) if self.config.channels_last else x.contiguous()
+        return (
+            x.contiguous(memory_format=torch.channels_last)
+            if self.config.channels_last
+            else x.contiguous()
+        )
 
     def inputs(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Augmented images and labels."""
         rows = batch.rows.to(self.data.train.device)
         pixels = shifted(
-            self.data.train[rows], reach=self.config.shift, mirrored=self.config.mirrored, generator=batch.generator
+            self.data.train[rows],
+            reach=self.config.shift,
+            mirrored=self.config.mirrored,
+            generator=batch.generator,
         )
         return self.normalised(pixels), self.data.train_labels[rows]
 
@@ -220,7 +236,9 @@ class Training:
 
     def look(self) -> Row:
         """Everything that is measured on a net."""
-        test = self.normalised(self.data.test[: max(self.config.reconstructed, self.config.spectra)])
+        test = self.normalised(
+            self.data.test[: max(self.config.reconstructed, self.config.spectra)]
+        )
         return {
             "test_accuracy": self.accuracy(),
             **self.reconstruction(test[: self.config.reconstructed]),
@@ -232,7 +250,9 @@ class Training:
     def accuracy(self) -> float:
         """Share of the test images."""
         parts = zip(self.data.test.split(256), self.data.test_labels.split(256), strict=True)
-        correct = sum(int((self.net(self.normalised(x)).argmax(1) == labels).sum()) for x, labels in parts)
+        correct = sum(
+            int((self.net(self.normalised(x)).argmax(1) == labels).sum()) for x, labels in parts
+        )
         return correct / len(self.data.test)
 
     def reconstruction(self, x: Tensor) -> Row:
@@ -244,24 +264,36 @@ class Training:
             "median_reconstruction_error": l2.median().item(),
             "worst_reconstruction_error": l2.max().item(),
             "broken_images": int((~trip.finite).sum()),
-            "invertible": bool((trip.finite & (trip.relative <= usable_error(x.dtype))).all()),
+            "invertible": bool((trip.finite & (trip.relative <= max_usable_error(x.dtype))).all()),
         }
 
     def spectrum(self, x: Tensor) -> Row:
-        """Extremes over the images, and the median image's condition number."""
+        """ExtremeSingularValues over the images, and the median image's condition number."""
         found = jacobian_spectrum(self.net.inn, x, samples=len(x), tolerance=0.02)
-        middle = found.per_sample["condition_number"].median().item() if found.per_sample else math.nan
+        middle = (
+            found.per_sample["condition_number"].median().item() if found.per_sample else math.nan
+        )
         names = ("condition_number", "sigma_min", "sigma_max")
-        return {"median_condition_number": middle, **{name: found.values.get(name, math.nan) for name in names}}
+        return {
+            "median_condition_number": middle,
+            **{name: found.values.get(name, math.nan) for name in names},
+        }
 
     def angles(self) -> Row:
         """Angles between memory-saving and true gradients of the cross entropy over the trunk's parameters."""
         size, rows = self.config.batch_size // 2, []
-        head = copy.deepcopy(self.net.head).train()  # with the statistics of the batch, as in training
+        head = copy.deepcopy(
+            self.net.head
+        ).train()  # with the statistics of the batch, as in training
         for k in range(self.config.angle_batches):
-            x, labels = (part[k * size :][:size] for part in (self.data.train, self.data.train_labels))
+            x, labels = (
+                part[k * size :][:size] for part in (self.data.train, self.data.train_labels)
+            )
             found = gradient_angle(
-                self.net.inn, self.normalised(x), loss=lambda z, y=labels: cross_entropy(head(z), y), batch_size=size
+                self.net.inn,
+                self.normalised(x),
+                loss=lambda z, y=labels: cross_entropy(head(z), y),
+                batch_size=size,
             )
             rows.append(found.values["mean_angle"])
         angles = torch.tensor(rows, dtype=torch.float64)

@@ -42,12 +42,18 @@ def with_theirs(frame: pd.DataFrame) -> pd.DataFrame:
     table["their_test_accuracy"] /= 100
     frame = frame.copy()
     frame[list(THEIRS.values())] = np.nan
-    for index in frame[frame["data"].str.startswith("CIFAR-10")].groupby("case", sort=False).tail(1).index:
+    for index in (
+        frame[frame["data"].str.startswith("CIFAR-10")].groupby("case", sort=False).tail(1).index
+    ):
         same = (table[KEYS] == frame.loc[index, KEYS]).all(axis=1)
         # the additive net with shuffles stands in the table without its coefficients
-        same &= table["coefficient"].isna() | np.isclose(table["coefficient"], frame.loc[index, "coefficient"])
+        same &= table["coefficient"].isna() | np.isclose(
+            table["coefficient"], frame.loc[index, "coefficient"]
+        )
         if same.any():
-            frame.loc[index, list(THEIRS.values())] = table.loc[same, list(THEIRS.values())].iloc[0].astype(float)
+            frame.loc[index, list(THEIRS.values())] = (
+                table.loc[same, list(THEIRS.values())].iloc[0].astype(float)
+            )
     return frame
 
 
@@ -80,14 +86,30 @@ def draw(frame: pd.DataFrame) -> Figure:
     colours = _colours(frame)
     for row, (name, label) in zip(axes, panels.items(), strict=True):
         for axis, (coupling, mixing) in zip(row, nets, strict=True):
-            _curves(axis, frame[(frame["coupling"] == coupling) & (frame["mixing"] == mixing)], name, colours)
+            _curves(
+                axis,
+                frame[(frame["coupling"] == coupling) & (frame["mixing"] == mixing)],
+                name,
+                colours,
+            )
         row[0].set_ylabel(label)
     for axis, (coupling, mixing) in zip(axes[0], nets, strict=True):
         axis.set_title(f"{coupling}, {'1x1 convolutions' if mixing == 'conv' else 'shuffles'}")
     for axis in axes[-1]:
         axis.set_xlabel("training step")
-    handles = {h.get_label(): h for axis in axes[0] for h in axis.get_lines() if not h.get_label().startswith("_")}
-    figure.legend(handles.values(), handles.keys(), loc="outside right upper", frameon=False, title="x: not finite")
+    handles = {
+        h.get_label(): h
+        for axis in axes[0]
+        for h in axis.get_lines()
+        if not h.get_label().startswith("_")
+    }
+    figure.legend(
+        handles.values(),
+        handles.keys(),
+        loc="outside right upper",
+        frameon=False,
+        title="x: not finite",
+    )
     return figure
 
 
@@ -126,7 +148,14 @@ def _curves(axis: Axes, runs: pd.DataFrame, name: str, colours: dict[str, str]) 
     for k, (_, curve) in enumerate(runs.groupby("case", sort=False)):
         label = _label(curve["regularizer"].iloc[0], curve["coefficient"].iloc[0])
         finite = np.isfinite(curve[name])
-        axis.plot(curve["step"], curve[name].where(finite), "o-", markersize=3, color=colours[label], label=label)
+        axis.plot(
+            curve["step"],
+            curve[name].where(finite),
+            "o-",
+            markersize=3,
+            color=colours[label],
+            label=label,
+        )
         lost = curve["step"][~finite]
         heights = [0.96 - 0.05 * k] * len(lost)
         axis.plot(lost, heights, "x", color=colours[label], transform=axis.get_xaxis_transform())

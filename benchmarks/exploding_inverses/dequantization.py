@@ -31,6 +31,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
+from benchmarks.common.runner import Row, collect, main
 from benchmarks.exploding_inverses.attack_report import draw, grid
 from benchmarks.exploding_inverses.image_data import DATA
 from benchmarks.exploding_inverses.image_flows import Augmentation, FlowTraining
@@ -42,14 +43,12 @@ from benchmarks.exploding_inverses.image_training import (
     unfinished,
     warmed_up,
 )
-from benchmarks.runner import Row, collect, main
-from inn_guard.audits.attacks import ProjectedGradient, Quantization, SpectralAscent
-from inn_guard.audits.attacks.search import Strategy
-from inn_guard.audits.base import AuditResult
-from inn_guard.audits.dequantization_attack import dequantization_attack
+from inn_guard.audits.dequantization_attack import ProjectedGradient, Quantization, SpectralAscent
+from inn_guard.audits.dequantization_attack.audit import dequantization_attack
+from inn_guard.audits.dequantization_attack.search import Attack
 from inn_guard.audits.jacobian_spectrum import jacobian_spectrum
 from inn_guard.audits.round_trip import round_trip
-from inn_guard.files import atomic_write
+from inn_guard.execution.files import atomic_write
 from inn_guard.layers.chain import Chain
 from inn_guard.layers.coupling import AffineCoupling
 from inn_guard.layers.fixed_point import FixedPoint
@@ -58,6 +57,7 @@ from inn_guard.layers.residual import Residual
 from inn_guard.layers.scales import squashed_sigmoid
 from inn_guard.models.glow import GlowConfig, glow_classifier
 from inn_guard.models.iresnet import IResNetConfig, iresnet
+from inn_guard.report.result import AuditResult
 
 BITS = 5
 PRICE = 4.5  #: forward passes that a step of the paper's attack costs
@@ -143,9 +143,13 @@ class Config:
         return cls()
 
 
-def affine(shape: tuple[int, int, int], config: Config, coupling: Callable[..., AffineCoupling]) -> Chain:
+def affine(
+    shape: tuple[int, int, int], config: Config, coupling: Callable[..., AffineCoupling]
+) -> Chain:
     """Couplings and reversals, nothing factored out."""
-    glow = GlowConfig(config.levels, config.blocks, config.hidden, coupling=coupling, mixing=Permutation.reverse)
+    glow = GlowConfig(
+        config.levels, config.blocks, config.hidden, coupling=coupling, mixing=Permutation.reverse
+    )
     return glow_classifier(shape, config=glow)
 
 
@@ -181,10 +185,16 @@ class Flow:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.seed)
             net = FLOWS[name](data.shape, config)
-        net = net.to(config.device, memory_format=torch.channels_last if config.channels_last else None)
+        net = net.to(
+            config.device, memory_format=torch.channels_last if config.channels_last else None
+        )
         training = FlowTraining(data.to(config.device), 0.0, Augmentation(), config.channels_last)
         with torch.no_grad():
-            net(training.dequantized(training.data.train[:64], torch.Generator().manual_seed(config.seed)))
+            net(
+                training.dequantized(
+                    training.data.train[:64], torch.Generator().manual_seed(config.seed)
+                )
+            )
         return cls(config, name, net, training)
 
     @property
@@ -200,7 +210,7 @@ class Flow:
             name: found.values.get(name, math.nan) for name in names
         }
 
-    def attack(self, net: Chain, strategy: Strategy) -> AuditResult:
+    def attack(self, net: Chain, strategy: Attack) -> AuditResult:
         """The search for the worst point of every cube."""
         return dequantization_attack(
             net,
@@ -293,11 +303,17 @@ def images(flow: Flow, found: AuditResult) -> Iterator[Row]:
 
 def shown(flow: Flow, title: str, found: AuditResult) -> dict[str, Tensor]:
     """Original, point found, reconstruction, and the converged reconstruction."""
-    names = {"original": "original", "point found": "perturbed within its cube", "reconstruction": "reconstructed"}
+    names = {
+        "original": "original",
+        "point found": "perturbed within its cube",
+        "reconstruction": "reconstructed",
+    }
     groups = {f"{title}: {label}": found.images[name] for name, label in names.items()}
     if "iterations" in title:
         points = found.images["point found"].to(flow.attacked)
-        groups[f"{title}: reconstructed, converged"] = round_trip(flow.net, points, batch_size=64).end.cpu()
+        groups[f"{title}: reconstructed, converged"] = round_trip(
+            flow.net, points, batch_size=64
+        ).end.cpu()
     return groups
 
 

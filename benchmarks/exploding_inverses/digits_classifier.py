@@ -30,14 +30,14 @@ from torch import nn
 from tqdm import tqdm
 
 import inn_guard as ig
-from benchmarks.data_digits import Digits, digits
+from benchmarks.common.digits import Digits, digits
+from benchmarks.common.fit import Batch, FitSettings, fit
+from benchmarks.common.runner import Row, main
 from benchmarks.exploding_inverses.digits_nets import NETS, Classifier
 from benchmarks.exploding_inverses.digits_report import draw, final_table, write_index
-from benchmarks.runner import Row, main
 from inn_guard.audits.jacobian_spectrum import jacobian_spectrum
-from inn_guard.audits.reconstruction import reconstruction
-from inn_guard.regularizers import FiniteDifferences, NormalizingFlowLoss
-from inn_guard.training import Batch, FitSettings, fit
+from inn_guard.audits.reconstruction.audit import reconstruction
+from inn_guard.training.regularizers import FiniteDifferences, NormalizingFlowLoss
 
 __all__ = ["Config", "run"]
 
@@ -67,7 +67,15 @@ class Config:
     @classmethod
     def smoke(cls) -> Config:
         """Seconds: two small nets, one epoch."""
-        return cls(nets=("plain", "nflows"), epochs=1, blocks=2, width=8, checkpoints=1, audited=16, workers=1)
+        return cls(
+            nets=("plain", "nflows"),
+            epochs=1,
+            blocks=2,
+            width=8,
+            checkpoints=1,
+            audited=16,
+            workers=1,
+        )
 
     @classmethod
     def cpu(cls) -> Config:
@@ -96,7 +104,9 @@ def run(config: Config) -> pd.DataFrame:
     return frame
 
 
-def _measured(config: Config, cases: list[tuple[str, str]]) -> Iterator[tuple[tuple[str, str], list[Row]]]:
+def _measured(
+    config: Config, cases: list[tuple[str, str]]
+) -> Iterator[tuple[tuple[str, str], list[Row]]]:
     """Every case with its rows, as they get finished; in this process where one worker is all."""
     if config.workers == 1:
         yield from ((case, measure(config, *case)) for case in cases)
@@ -132,7 +142,14 @@ def measure(config: Config, net: str, regularizer: str) -> list[Row]:
 
     def checkpoint(step: int) -> float:
         page = _page(config, net, regularizer) if step == steps else None
-        rows.append({"net": net, "regularizer": regularizer, "step": step, **audited(model, data, config, page)})
+        rows.append(
+            {
+                "net": net,
+                "regularizer": regularizer,
+                "step": step,
+                **audited(model, data, config, page),
+            }
+        )
         return 1 - rows[-1]["test_accuracy"]
 
     steps = config.epochs * (len(data.train_images) // config.batch_size)
@@ -145,7 +162,13 @@ def measure(config: Config, net: str, regularizer: str) -> list[Row]:
         seed=config.seed,
     )
     try:
-        fit(model, loss, (data.train_images, data.train_labels), settings=settings, validate=checkpoint)
+        fit(
+            model,
+            loss,
+            (data.train_images, data.train_labels),
+            settings=settings,
+            validate=checkpoint,
+        )
     except FloatingPointError:  # a loss of NaN ends the run, and what it left behind is a result
         checkpoint(steps)
     return rows
@@ -172,7 +195,9 @@ def audited(model: Classifier, data: Digits, config: Config, page: Path | None) 
     report = ig.audit(model.inn, x, checks=_checks(config))
     if page is not None:
         page.parent.mkdir(parents=True, exist_ok=True)
-        whole = ig.audit(model.inn, x, checks=["log_det", "layer_blame", "precision", "gradient_angle"])
+        whole = ig.audit(
+            model.inn, x, checks=["log_det", "layer_blame", "precision", "gradient_angle"]
+        )
         results = (*report.results, *whole.results[1:])
         title = page.stem.replace("_", " couplings, regularizer ")
         dataclasses.replace(report, results=results, model=title).to_html(page)
@@ -180,7 +205,11 @@ def audited(model: Classifier, data: Digits, config: Config, page: Path | None) 
     return {
         "test_accuracy": correct.float().mean().item(),
         "worst_error": trip.values["max_error"],
-        "median_error": trip.per_sample["max_error"].double().nan_to_num(math.inf, posinf=math.inf).median().item(),
+        "median_error": trip.per_sample["max_error"]
+        .double()
+        .nan_to_num(math.inf, posinf=math.inf)
+        .median()
+        .item(),
         "condition_number": spectrum.values.get("condition_number", float("nan")),
         "sigma_min": spectrum.values.get("sigma_min", float("nan")),
         "sigma_max": spectrum.values.get("sigma_max", float("nan")),

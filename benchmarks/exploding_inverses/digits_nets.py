@@ -14,7 +14,7 @@ from nflows.transforms import AffineCouplingTransform, CompositeTransform, Rando
 from torch import Tensor, nn
 
 from inn_guard.adapters import wrap
-from inn_guard.invertible import Invertible
+from inn_guard.core.invertible import Invertible
 from inn_guard.layers.actnorm import Diagonal
 from inn_guard.layers.chain import Chain
 from inn_guard.layers.coupling import AffineCoupling
@@ -34,7 +34,11 @@ def plain(blocks: int, width: int) -> Invertible:
     steps: list[Invertible] = []
     for k in range(blocks):
         order = torch.randperm(SIZE, generator=torch.Generator().manual_seed(k))
-        steps += [Permutation(order), AffineCoupling(MLP([SIZE // 2, width, width, SIZE])), Diagonal(SIZE)]
+        steps += [
+            Permutation(order),
+            AffineCoupling(MLP([SIZE // 2, width, width, SIZE])),
+            Diagonal(SIZE),
+        ]
     return Chain(*steps)
 
 
@@ -44,7 +48,9 @@ def freia(blocks: int, width: int) -> Invertible:
     for k in range(blocks // 2):
         net.append(FrEIA.modules.PermuteRandom, seed=k)
         net.append(
-            FrEIA.modules.GLOWCouplingBlock, subnet_constructor=lambda n, m: MLP([n, width, width, m]), clamp=2.0
+            FrEIA.modules.GLOWCouplingBlock,
+            subnet_constructor=lambda n, m: MLP([n, width, width, m]),
+            clamp=2.0,
         )
     return wrap(net)
 
@@ -69,7 +75,11 @@ class _Unconditional(MLP):
         return super().forward(x)
 
 
-NETS: dict[str, Callable[[int, int], Invertible]] = {"plain": plain, "FrEIA": freia, "nflows": nflows}
+NETS: dict[str, Callable[[int, int], Invertible]] = {
+    "plain": plain,
+    "FrEIA": freia,
+    "nflows": nflows,
+}
 
 
 class Classifier(nn.Module):

@@ -11,7 +11,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from inn_guard.files import atomic_write
+from inn_guard.execution.files import atomic_write
 
 __all__ = ["draw", "final_table", "write_index"]
 
@@ -82,13 +82,30 @@ def _curves(axis: Axes, runs: pd.DataFrame, column: str) -> None:
     axis.grid(visible=True, color="#d9dde3", linewidth=0.6)
     for regularizer, curve in runs.groupby("regularizer", sort=False):
         axis.plot(
-            curve["step"], curve[column], "o-", color=COLOURS.get(str(regularizer)), markersize=4, label=regularizer
+            curve["step"],
+            curve[column],
+            "o-",
+            color=COLOURS.get(str(regularizer)),
+            markersize=4,
+            label=regularizer,
         )
         lost = curve["step"][~np.isfinite(curve[column])]
         height = [0.96] * len(lost)
-        axis.plot(lost, height, "x", color=COLOURS.get(str(regularizer)), transform=axis.get_xaxis_transform())
+        axis.plot(
+            lost,
+            height,
+            "x",
+            color=COLOURS.get(str(regularizer)),
+            transform=axis.get_xaxis_transform(),
+        )
         if len(lost):
-            axis.annotate("NaN", (lost.iloc[0], 0.9), xycoords=axis.get_xaxis_transform(), fontsize=8, va="top")
+            axis.annotate(
+                "NaN",
+                (lost.iloc[0], 0.9),
+                xycoords=axis.get_xaxis_transform(),
+                fontsize=8,
+                va="top",
+            )
 
 
 def write_index(frame: pd.DataFrame, folder: Path) -> Path:

@@ -11,7 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from benchmarks.image_grid import image_grid
+from benchmarks.common.image_grid import image_grid
 
 __all__ = ["draw", "grid"]
 
@@ -36,7 +36,11 @@ def draw(frame: pd.DataFrame) -> Figure:
             axis.plot(group["step"], group[name].where(finite), "o-", **style)
             axis.plot(group["step"][~finite], [0.96] * int((~finite).sum()), "x", color=COLOURS[str(coupling)],
                       transform=axis.get_xaxis_transform())  # fmt: skip
-        axis.set(xlabel="training step", ylabel=label, yscale="linear" if name.startswith("bits") else "log")
+        axis.set(
+            xlabel="training step",
+            ylabel=label,
+            yscale="linear" if name.startswith("bits") else "log",
+        )
         axis.grid(visible=True, color="#d9dde3", linewidth=0.6)
     upper.axes[0].legend(frameon=False)
     _families(lower.subplots(), families)
@@ -47,15 +51,26 @@ def _families(axis: Axes, families: pd.DataFrame) -> None:
     """One line per family: the largest error of a round trip, or a cross where one is not finite."""
     names = list(dict.fromkeys(families["family"]))
     height = {name: len(names) - k for k, name in enumerate(names)}
-    for offset, (coupling, group) in zip((0.15, -0.15), families.groupby("coupling", sort=False), strict=False):
+    for offset, (coupling, group) in zip(
+        (0.15, -0.15), families.groupby("coupling", sort=False), strict=False
+    ):
         y = np.array([height[name] + offset for name in group["family"]])
         error = group["max_error"].to_numpy(dtype=float)
         finite = np.isfinite(error)
-        axis.plot(error[finite], y[finite], "o", color=COLOURS[str(coupling)], label=coupling, markersize=4)
+        axis.plot(
+            error[finite],
+            y[finite],
+            "o",
+            color=COLOURS[str(coupling)],
+            label=coupling,
+            markersize=4,
+        )
         axis.plot([0.985] * int((~finite).sum()), y[~finite], "x", color=COLOURS[str(coupling)],
                   transform=axis.get_yaxis_transform())  # fmt: skip
     axis.axvline(1e-2, color="black", linewidth=0.8)
-    axis.annotate("usable", (1e-2, 0.2), xytext=(-3, 0), textcoords="offset points", ha="right", fontsize=8)
+    axis.annotate(
+        "usable", (1e-2, 0.2), xytext=(-3, 0), textcoords="offset points", ha="right", fontsize=8
+    )
     axis.set_yticks(list(height.values()), list(height))
     axis.set(xscale="log", ylim=(0, len(names) + 1), title="Round trips from inputs of every family, after training",
              xlabel="largest error over the scale of the input (x: not finite)")  # fmt: skip
@@ -64,13 +79,17 @@ def _families(axis: Axes, families: pd.DataFrame) -> None:
 
 def grid(groups: Mapping[str, Tensor], *, columns: int) -> Figure:
     """Images in [0, 1], clipped; pixels that are not finite in cyan, as in the paper's table 5."""
-    figure = image_grid({title: _shown(images) for title, images in groups.items()}, columns=columns)
+    figure = image_grid(
+        {title: _shown(images) for title, images in groups.items()}, columns=columns
+    )
     for axis in figure.axes:
         if title := axis.get_title(loc="left"):
             # a title wider than its image must not widen the column; a blank one keeps the row's height
             axis.set_title("", loc="left")
             axis.set_title(" ", fontsize=8)
-            label = axis.annotate(title, (0, 1), (0, 4), "axes fraction", textcoords="offset points", fontsize=8)
+            label = axis.annotate(
+                title, (0, 1), (0, 4), "axes fraction", textcoords="offset points", fontsize=8
+            )
             label.set_in_layout(False)
     return figure
 

@@ -28,17 +28,22 @@ from torch.nn import functional
 from tqdm import trange
 
 import inn_guard as ig
-from benchmarks.experiments import find
+from benchmarks.common.experiments import find
+from benchmarks.common.features import classifier_features
+from benchmarks.common.metrics import (
+    FeatureExtractor,
+    bits_per_dimension,
+    dequantize,
+    frechet_distance,
+)
+from benchmarks.common.quantized_images import QuantizedImages, quantized_images
+from benchmarks.common.runner import RESULTS, Row, collect, main
 from benchmarks.exploding_inverses.flow_report import grid
 from benchmarks.exploding_inverses.gan import discriminator, gradient_penalty
-from benchmarks.features import classifier_features
-from benchmarks.quantized_images import QuantizedImages, quantized_images
-from benchmarks.runner import RESULTS, Row, collect, main
-from inn_guard.files import atomic_write
-from inn_guard.invertible import Invertible
+from inn_guard.core.invertible import Invertible
+from inn_guard.execution.files import atomic_write
 from inn_guard.layers.coupling import AdditiveCoupling, AffineCoupling
 from inn_guard.layers.permutation import Permutation
-from inn_guard.metrics import FeatureExtractor, bits_per_dimension, dequantize, frechet_distance
 from inn_guard.models.glow import GlowConfig, glow_flow
 
 REPOSITORY = RESULTS.parents[1]
@@ -154,7 +159,11 @@ class Players:
         self.config, self.images = config, images
         self.generator = torch.Generator().manual_seed(config.seed)
         sizes = GlowConfig(
-            config.levels, config.blocks, config.hidden, coupling=COUPLINGS[config.coupling], mixing=Permutation.reverse
+            config.levels,
+            config.blocks,
+            config.hidden,
+            coupling=COUPLINGS[config.coupling],
+            mixing=Permutation.reverse,
         )
         with torch.random.fork_rng():
             torch.manual_seed(config.seed)
@@ -170,7 +179,10 @@ class Players:
     def real(self, count: int) -> Tensor:
         """Dequantized training images in [-0.5, 0.5)."""
         rows = torch.randint(len(self.images.train), (count,), generator=self.generator)
-        return dequantize(self.images.train[rows], generator=self.generator, levels=self.images.levels) - 0.5
+        return (
+            dequantize(self.images.train[rows], generator=self.generator, levels=self.images.levels)
+            - 0.5
+        )
 
     def samples(self, count: int, generator: torch.Generator) -> Tensor:
         """F^-1 of the prior."""
@@ -192,7 +204,10 @@ class Players:
     def _critic_step(self, x: Tensor) -> bool:
         with torch.no_grad():
             drawn = self.samples(len(x), self.generator)
-        loss = functional.softplus(-self.critic(x)).mean() + functional.softplus(self.critic(drawn)).mean()
+        loss = (
+            functional.softplus(-self.critic(x)).mean()
+            + functional.softplus(self.critic(drawn)).mean()
+        )
         penalty = gradient_penalty(self.critic, x, drawn, generator=self.generator)
         return _updated(loss + self.config.penalty * penalty, self.critic_optimizer)
 
@@ -232,10 +247,16 @@ def looked_at(players: Players, config: Config) -> Row:
     x = dequantize(images.test, generator=generator, levels=images.levels) - 0.5
     log_prob = torch.cat([players.flow.log_prob(part) for part in x.split(256)])
     drawn = players.samples(min(config.images, len(x)), generator)
-    spectrum = ig.audit(players.flow, x[: config.looked_at], checks=["jacobian_spectrum"])["jacobian_spectrum"]
+    spectrum = ig.audit(players.flow, x[: config.looked_at], checks=["jacobian_spectrum"])[
+        "jacobian_spectrum"
+    ]
     return {
-        "bpd": finite_or_inf(bits_per_dimension(log_prob, dims=images.dims, levels=images.levels).mean()),
-        "distance": frechet_distance(extractor, images.scaled(images.test[: len(drawn)]), pixels(drawn)).value,
+        "bpd": finite_or_inf(
+            bits_per_dimension(log_prob, dims=images.dims, levels=images.levels).mean()
+        ),
+        "distance": frechet_distance(
+            extractor, images.scaled(images.test[: len(drawn)]), pixels(drawn)
+        ).value,
         "lost_samples": int((~drawn.isfinite()).flatten(1).any(1).sum()),
         "error": round_trip(players.flow, x[: config.looked_at]),
         "error_on_samples": round_trip(players.flow, drawn[: config.looked_at]),
@@ -263,7 +284,10 @@ def pixels(x: Tensor) -> Tensor:
 def save_grid(players: Players, path: Path) -> None:
     """Training images and samples as one picture."""
     generator = torch.Generator().manual_seed(0)
-    pictures = {"training images": players.real(20) + 0.5, "samples": players.samples(40, generator) + 0.5}
+    pictures = {
+        "training images": players.real(20) + 0.5,
+        "samples": players.samples(40, generator) + 0.5,
+    }
     with atomic_write(path) as partial:
         grid(pictures, columns=10).savefig(partial, dpi=80, bbox_inches="tight", format="png")
 

@@ -22,6 +22,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from benchmarks.common.image_files import read_mnist
+from benchmarks.common.runner import Row, collect, main
 from benchmarks.exploding_inverses.flow_report import draw, grid
 from benchmarks.exploding_inverses.image_classifiers import COUPLINGS
 from benchmarks.exploding_inverses.image_data import DATA
@@ -34,17 +36,15 @@ from benchmarks.exploding_inverses.image_training import (
     unfinished,
     warmed_up,
 )
-from benchmarks.image_files import read_mnist
-from benchmarks.runner import Row, collect, main
-from inn_guard.audits.base import AuditResult
 from inn_guard.audits.jacobian_spectrum import jacobian_spectrum
-from inn_guard.audits.out_of_distribution import out_of_distribution
+from inn_guard.audits.out_of_distribution.audit import out_of_distribution
 from inn_guard.audits.round_trip import round_trip
-from inn_guard.files import atomic_write
+from inn_guard.execution.files import atomic_write
 from inn_guard.layers.chain import Chain
 from inn_guard.layers.permutation import Permutation
+from inn_guard.memory_saving import memory_saving
 from inn_guard.models.glow import GlowConfig, glow_flow
-from inn_guard.reversible import memory_saving
+from inn_guard.report.result import AuditResult
 
 GRID = 10  #: images in a row
 
@@ -143,7 +143,11 @@ class Measured:
         trip = round_trip(self.net, x, batch_size=64)
         squared = torch.where(trip.finite, trip.l2.square(), torch.full_like(trip.l2, math.inf))
         found = jacobian_spectrum(self.net, x, samples=config.spectra, tolerance=0.02)
-        middle = found.per_sample["condition_number"].nanmedian().item() if found.per_sample else math.nan
+        middle = (
+            found.per_sample["condition_number"].nanmedian().item()
+            if found.per_sample
+            else math.nan
+        )
         names = ("condition_number", "sigma_min", "sigma_max")
         return {
             "bits_per_dimension": self.training.bits(self.net, count=config.evaluated),
@@ -157,7 +161,9 @@ class Measured:
     def outside(self) -> AuditResult:
         """The families of inputs."""
         x = self.tests(self.config.outside)
-        return out_of_distribution(self.net, x, others=self.others(x), samples=len(x), spectrum_samples=0)
+        return out_of_distribution(
+            self.net, x, others=self.others(x), samples=len(x), spectrum_samples=0
+        )
 
     def tests(self, count: int) -> Tensor:
         """The first test images, dequantized."""
@@ -182,9 +188,15 @@ class Measured:
     def pictures(self, found: AuditResult) -> dict[str, Tensor]:
         """Title -> images in [0, 1]: test images, samples, and the worst input of each family as the table has them."""
         x = self.tests(GRID)
-        groups = {"test images": x, "their reconstructions": round_trip(self.net, x, batch_size=64).end}
+        groups = {
+            "test images": x,
+            "their reconstructions": round_trip(self.net, x, batch_size=64).end,
+        }
         groups["samples"] = self.samples(2 * GRID)
-        for key, title in (("input", "the worst of each family"), ("reconstruction", "their reconstructions ")):
+        for key, title in (
+            ("input", "the worst of each family"),
+            ("reconstruction", "their reconstructions "),
+        ):
             if key in found.images:
                 groups[title] = found.images[key][:GRID]
         return {title: images.cpu() + 0.5 for title, images in groups.items()}
@@ -203,7 +215,9 @@ def measure(config: Config, coupling: str) -> Iterator[Row]:
     )
     net, checkpoint = measured.net, unfinished(config, coupling)
     differentiated = memory_saving(net) if config.memory_saving else net
-    optimizer = torch.optim.Adamax(net.parameters(), config.learning_rate, weight_decay=config.weight_decay)
+    optimizer = torch.optim.Adamax(
+        net.parameters(), config.learning_rate, weight_decay=config.weight_decay
+    )
     with exact_float32():
         rows = train(
             net,
@@ -220,15 +234,23 @@ def measure(config: Config, coupling: str) -> Iterator[Row]:
     for family in found.tables.get("families", ()):
         yield {"coupling": coupling, "step": rows[-1]["step"], **family, **source}
     if config.grids:
-        save_grid(Path(config.grids) / f"exploding_inverses_glow_{coupling}.png", measured.pictures(found))
+        save_grid(
+            Path(config.grids) / f"exploding_inverses_glow_{coupling}.png", measured.pictures(found)
+        )
     checkpoint.unlink(missing_ok=True)
 
 
 def fresh(config: Config, coupling: str) -> Measured:
     """A net whose ActNorms are set by the first images."""
-    data = DATA[config.data](Path(config.data_root)).first(train=config.train_images, test=config.evaluated)
+    data = DATA[config.data](Path(config.data_root)).first(
+        train=config.train_images, test=config.evaluated
+    )
     glow = GlowConfig(
-        config.levels, config.blocks, config.hidden, coupling=COUPLINGS[coupling], mixing=Permutation.reverse
+        config.levels,
+        config.blocks,
+        config.hidden,
+        coupling=COUPLINGS[coupling],
+        mixing=Permutation.reverse,
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)

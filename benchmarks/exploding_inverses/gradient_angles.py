@@ -15,10 +15,10 @@ import dataclasses
 import pandas as pd
 from matplotlib.figure import Figure
 
+from benchmarks.common.runner import collect, main
 from benchmarks.exploding_inverses import cifar10_classifiers
 from benchmarks.exploding_inverses.classifier_report import draw_angles
 from benchmarks.exploding_inverses.image_classifiers import Run
-from benchmarks.runner import collect, main
 
 RUNS = ("affine conv none", "affine conv FD 1e-4", "affine conv NF 1e-5")
 
@@ -52,7 +52,9 @@ def _like(config: cifar10_classifiers.Config, **changes: int | bool) -> Config:
 
 def run(config: Config) -> pd.DataFrame:
     """The three trainings."""
-    return collect(config, {text: Run.parse(text) for text in config.runs}, cifar10_classifiers.measure)
+    return collect(
+        config, {text: Run.parse(text) for text in config.runs}, cifar10_classifiers.measure
+    )
 
 
 def draw(frame: pd.DataFrame) -> Figure:

@@ -9,17 +9,26 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.exploding_inverses.image_training import Batch
-from inn_guard.hooks import RegularizerHook
-from inn_guard.invertible import Invertible
+from inn_guard.core.invertible import Invertible
 from inn_guard.layers.coupling import AdditiveCoupling, AffineCoupling
 from inn_guard.layers.linear import InvertibleLinear
 from inn_guard.layers.permutation import Permutation
-from inn_guard.models.glow import CouplingMaker, GlowConfig, MixingMaker, glow_classifier, projection_head
-from inn_guard.regularizers import FiniteDifferences, NormalizingFlowLoss
+from inn_guard.models.glow import (
+    CouplingMaker,
+    GlowConfig,
+    MixingMaker,
+    glow_classifier,
+    projection_head,
+)
+from inn_guard.training.regularizer_hook import RegularizerHook
+from inn_guard.training.regularizers import FiniteDifferences, NormalizingFlowLoss
 
 __all__ = ["COUPLINGS", "MIXINGS", "Classifier", "FiniteDifferencesTerm", "Run", "Term"]
 
-COUPLINGS: dict[str, CouplingMaker] = {"additive": AdditiveCoupling.on_halves, "affine": AffineCoupling.on_halves}
+COUPLINGS: dict[str, CouplingMaker] = {
+    "additive": AdditiveCoupling.on_halves,
+    "affine": AffineCoupling.on_halves,
+}
 
 
 def _shuffles(seed: int) -> MixingMaker:
@@ -27,7 +36,10 @@ def _shuffles(seed: int) -> MixingMaker:
     return lambda channels: Permutation.shuffle(channels, generator=generator)
 
 
-MIXINGS: dict[str, Callable[[int], MixingMaker]] = {"shuffle": _shuffles, "conv": lambda seed: InvertibleLinear}
+MIXINGS: dict[str, Callable[[int], MixingMaker]] = {
+    "shuffle": _shuffles,
+    "conv": lambda seed: InvertibleLinear,
+}
 
 
 @dataclass(frozen=True)
@@ -55,10 +67,18 @@ class Run:
         """
         coupling, mixing, regularizer, *rest = [*text.split(), "", "", ""]
         numbers = [float(part) for part in rest if part]
-        if coupling not in COUPLINGS or mixing not in MIXINGS or regularizer not in ("none", "FD", "NF"):
-            raise ValueError(f"expected a run such as 'affine conv FD 1e-4' or 'additive shuffle none', got {text!r}")
+        if (
+            coupling not in COUPLINGS
+            or mixing not in MIXINGS
+            or regularizer not in ("none", "FD", "NF")
+        ):
+            raise ValueError(
+                f"expected a run such as 'affine conv FD 1e-4' or 'additive shuffle none', got {text!r}"
+            )
         if len(numbers) != (regularizer != "none"):
-            raise ValueError(f"expected one coefficient after FD or NF and none after none, got {text!r}")
+            raise ValueError(
+                f"expected one coefficient after FD or NF and none after none, got {text!r}"
+            )
         return cls(coupling, mixing, regularizer, *numbers)
 
     @property
@@ -80,10 +100,23 @@ class Classifier(nn.Module):
     """
 
     def __init__(
-        self, run: Run, shape: tuple[int, int, int], *, levels: int, blocks: int, hidden: int, seed: int
+        self,
+        run: Run,
+        shape: tuple[int, int, int],
+        *,
+        levels: int,
+        blocks: int,
+        hidden: int,
+        seed: int,
     ) -> None:
         super().__init__()
-        config = GlowConfig(levels, blocks, hidden, coupling=COUPLINGS[run.coupling], mixing=MIXINGS[run.mixing](seed))
+        config = GlowConfig(
+            levels,
+            blocks,
+            hidden,
+            coupling=COUPLINGS[run.coupling],
+            mixing=MIXINGS[run.mixing](seed),
+        )
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             self.inn = glow_classifier(shape, config=config)
@@ -131,7 +164,9 @@ class FiniteDifferencesTerm(Term):
         """z, and the penalty where it is due."""
         self.regularizer.generator.manual_seed(batch.generator.initial_seed())
         z = inn(x)
-        return z, RegularizerHook(inn, [self.regularizer], every=self.every)(x, z=z, step=batch.step)
+        return z, RegularizerHook(inn, [self.regularizer], every=self.every)(
+            x, z=z, step=batch.step
+        )
 
 
 def term(run: Run, *, every: int, fraction: float) -> Term:

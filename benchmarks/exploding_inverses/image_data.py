@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from benchmarks.image_files import read_cifar10
-from benchmarks.quantized_images import quantized_digits
+from benchmarks.common.image_files import read_cifar10
+from benchmarks.common.quantized_images import quantized_digits
 
 __all__ = ["DATA", "LabelledImages", "shifted"]
 
@@ -63,7 +63,10 @@ class LabelledImages:
 
     def moments(self) -> tuple[Tensor, Tensor]:
         """Mean and standard deviation of the training pixels per channel, (1, C, 1, 1) each."""
-        counts = [torch.bincount(channel.flatten(), minlength=self.levels) for channel in self.train.unbind(1)]
+        counts = [
+            torch.bincount(channel.flatten(), minlength=self.levels)
+            for channel in self.train.unbind(1)
+        ]
         weights = torch.stack(counts).double() / counts[0].sum()
         values = torch.arange(self.levels, dtype=torch.float64, device=weights.device)
         mean = weights @ values
@@ -74,14 +77,22 @@ class LabelledImages:
 def digits(_: Path) -> LabelledImages:
     """scikit-learn's digits, 1 x 8 x 8 with 17 grey values: no files needed."""
     images = quantized_digits()
-    return LabelledImages(images.levels, images.train, images.train_labels, images.test, images.test_labels)
+    return LabelledImages(
+        images.levels, images.train, images.train_labels, images.test, images.test_labels
+    )
 
 
 def cifar10(root: Path) -> LabelledImages:
     """CIFAR-10 from its official files below ``root``: 50,000 images to train, 10,000 to test."""
     train, test = read_cifar10(root, train=True), read_cifar10(root, train=False)
-    parts = [torch.as_tensor(array.copy()) for part in (train, test) for array in (part.pixels, part.labels)]
-    together = "".join(f"{name}{value}" for part in (train, test) for name, value in sorted(part.checksums.items()))
+    parts = [
+        torch.as_tensor(array.copy())
+        for part in (train, test)
+        for array in (part.pixels, part.labels)
+    ]
+    together = "".join(
+        f"{name}{value}" for part in (train, test) for name, value in sorted(part.checksums.items())
+    )
     return LabelledImages(256, *parts, checksum=hashlib.sha256(together.encode()).hexdigest())
 
 

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from benchmarks.common.metrics import bits_per_dimension, dequantize
 from benchmarks.exploding_inverses.image_data import LabelledImages, shifted
 from benchmarks.exploding_inverses.image_training import Batch
-from inn_guard.invertible import Invertible
-from inn_guard.metrics import bits_per_dimension, dequantize
+from inn_guard.core.invertible import Invertible
 
 __all__ = ["Augmentation", "FlowTraining"]
 
@@ -42,7 +42,11 @@ class FlowTraining:
     def dequantized(self, pixels: Tensor, generator: torch.Generator) -> Tensor:
         """Pixels (B, C, H, W) uint8 with uniform noise, in [low, low + 1)."""
         x = dequantize(pixels, generator=generator, levels=self.data.levels) + self.low
-        return x.contiguous(memory_format=torch.channels_last) if self.channels_last else x.contiguous()
+        return (
+            x.contiguous(memory_format=torch.channels_last)
+            if self.channels_last
+            else x.contiguous()
+        )
 
     def loss(self, net: Invertible, batch: Batch) -> Tensor:
         """Mean negative log-likelihood of the batch, in nats per value."""
@@ -61,7 +65,10 @@ class FlowTraining:
     def bits(self, net: Invertible, *, count: int) -> float:
         """Bits per dimension of the first ``count`` test images, a bound with one draw of the noise."""
         generator = torch.Generator().manual_seed(0)
-        parts = [net.log_prob(self.dequantized(pixels, generator)) for pixels in self.data.test[:count].split(64)]
+        parts = [
+            net.log_prob(self.dequantized(pixels, generator))
+            for pixels in self.data.test[:count].split(64)
+        ]
         log_prob = torch.cat(parts)
         dims = self.data.train[0].numel()
         return bits_per_dimension(log_prob, dims=dims, levels=self.data.levels).mean().item()

@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from benchmarks.runner import Row
-from inn_guard.checkpoint import load_checkpoint, save_checkpoint
+from benchmarks.common.checkpoint import load_checkpoint, save_checkpoint
+from benchmarks.common.runner import Row
 
 __all__ = ["Batch", "Plan", "exact_float32", "looks_until", "train", "unfinished"]
 
@@ -109,7 +109,9 @@ def train(
             rows.append({"step": step + 1, "loss": value.item(), **spent, **look()})
             model.train()
             taken = step + 1 - skipped - (progress["step"] - progress["skipped"])
-            if not taken or not all(bool(parameter.isfinite().all()) for parameter in model.parameters()):
+            if not taken or not all(
+                bool(parameter.isfinite().all()) for parameter in model.parameters()
+            ):
                 break
             progress = {"step": step + 1, "seconds": seconds, "skipped": skipped, "rows": rows}
             checkpoint.parent.mkdir(parents=True, exist_ok=True)
@@ -149,13 +151,17 @@ def _usable(model: nn.Module, clip: float) -> bool:
 def _rows(plan: Plan, step: int, examples: int) -> Tensor:
     per_epoch = examples // plan.batch_size
     if per_epoch < 1:
-        raise ValueError(f"expected at least {plan.batch_size} training images (the batch size), got {examples}")
+        raise ValueError(
+            f"expected at least {plan.batch_size} training images (the batch size), got {examples}"
+        )
     order = torch.randperm(examples, generator=_generator(plan.seed, 2 * (step // per_epoch)))
     return order[(step % per_epoch) * plan.batch_size :][: plan.batch_size]
 
 
 def _generator(seed: int, stream: int) -> torch.Generator:
-    return torch.Generator().manual_seed((seed * 0x9E3779B97F4A7C15 + stream * 0xBF58476D1CE4E5B9) % 2**63)
+    return torch.Generator().manual_seed(
+        (seed * 0x9E3779B97F4A7C15 + stream * 0xBF58476D1CE4E5B9) % 2**63
+    )
 
 
 def _clock() -> float:

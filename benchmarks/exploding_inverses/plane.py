@@ -7,8 +7,8 @@ import math
 import torch
 from torch import Tensor
 
-from inn_guard.invertible import Invertible
-from inn_guard.linearization import Linearization
+from inn_guard.core.invertible import Invertible
+from inn_guard.jacobian.chain import Linearization
 
 __all__ = ["round_trip_error", "singular_values"]
 

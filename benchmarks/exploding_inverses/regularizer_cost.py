@@ -20,12 +20,17 @@ import torch
 from matplotlib.figure import Figure
 from torch.nn.functional import cross_entropy
 
-from benchmarks.exploding_inverses.image_classifiers import Classifier, FiniteDifferencesTerm, Run, Term
+from benchmarks.common.runner import Row, collect, main
+from benchmarks.exploding_inverses.image_classifiers import (
+    Classifier,
+    FiniteDifferencesTerm,
+    Run,
+    Term,
+)
 from benchmarks.exploding_inverses.image_training import Batch, exact_float32
 from benchmarks.performance.measurement import alternating_seconds
-from benchmarks.runner import Row, collect, main
-from inn_guard.invertible import Invertible
-from inn_guard.reversible import memory_saving
+from inn_guard.core.invertible import Invertible
+from inn_guard.memory_saving import memory_saving
 
 TABLE = Path(__file__).parent.parent / "reference" / "regularizer_cost_table11.csv"
 EPOCH = 50_000
@@ -71,14 +76,22 @@ class Config:
         return cls()
 
 
-MODES: dict[str, Callable[[Invertible], Invertible]] = {"memory-saving": memory_saving, "stored": lambda inn: inn}
+MODES: dict[str, Callable[[Invertible], Invertible]] = {
+    "memory-saving": memory_saving,
+    "stored": lambda inn: inn,
+}
 
 
 def measure(config: Config, mode: str) -> Iterator[Row]:
     """One row per share of the batch and period, and one without."""
     size = config.size
     net = Classifier(
-        Run.parse("additive conv none"), (3, size, size), levels=3, blocks=config.blocks, hidden=config.hidden, seed=0
+        Run.parse("additive conv none"),
+        (3, size, size),
+        levels=3,
+        blocks=config.blocks,
+        hidden=config.hidden,
+        seed=0,
     )
     net = net.to(config.device, memory_format=torch.channels_last)
     step = training_step(config, net, MODES[mode](net.inn))
@@ -92,7 +105,9 @@ def measure(config: Config, mode: str) -> Iterator[Row]:
     yield {"mode": mode, "every": 0, "fraction": 0.0, "step_seconds": without, "epoch_seconds": epoch * without,
            "overhead": 1.0, **theirs(mode, "unregularized")}  # fmt: skip
     for fraction in config.fractions:
-        ratio = statistics.median(a / b for a, b in zip(seconds[f"{fraction:g}"], seconds["without"], strict=True))
+        ratio = statistics.median(
+            a / b for a, b in zip(seconds[f"{fraction:g}"], seconds["without"], strict=True)
+        )
         for k in config.every:
             overhead = (k - 1 + ratio) / k
             printed = theirs(mode, f"fd_every_{k}") if fraction == 1 else {}
@@ -126,7 +141,10 @@ def theirs(mode: str, method: str) -> Row:
     if mode != "memory-saving" or method not in table.index:
         return {}
     row = table.loc[method]
-    return {"their_epoch_seconds": float(row["seconds_per_epoch"]), "their_overhead": float(row["overhead"])}
+    return {
+        "their_epoch_seconds": float(row["seconds_per_epoch"]),
+        "their_overhead": float(row["overhead"]),
+    }
 
 
 def run(config: Config) -> pd.DataFrame:
@@ -144,12 +162,24 @@ def draw(frame: pd.DataFrame) -> Figure:
     """Overhead against K, ours beside the paper's."""
     figure = Figure(figsize=(5.6, 3.6), layout="constrained")
     axis = figure.subplots()
-    for (mode, fraction), group in frame[frame["every"] > 0].groupby(["mode", "fraction"], sort=False):
+    for (mode, fraction), group in frame[frame["every"] > 0].groupby(
+        ["mode", "fraction"], sort=False
+    ):
         share = "whole batch" if fraction == 1 else f"{fraction:g} of the batch"
         axis.plot(group["every"], group["overhead"], "o-", label=f"{mode}, {share}")
     printed = frame[(frame["every"] > 0) & frame["their_overhead"].notna()]
-    axis.plot(printed["every"], printed["their_overhead"], "k*", markersize=9, label="paper, memory-saving")
-    axis.set(xlabel="steps between two penalties, K", ylabel="time of an epoch over one without", ylim=(0.9, None))
+    axis.plot(
+        printed["every"],
+        printed["their_overhead"],
+        "k*",
+        markersize=9,
+        label="paper, memory-saving",
+    )
+    axis.set(
+        xlabel="steps between two penalties, K",
+        ylabel="time of an epoch over one without",
+        ylim=(0.9, None),
+    )
     axis.set_xticks(sorted(set(frame["every"]) - {0}))
     axis.legend(frameon=False, fontsize=8)
     return figure

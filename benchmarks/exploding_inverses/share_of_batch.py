@@ -15,8 +15,8 @@ from dataclasses import dataclass, field
 import pandas as pd
 from matplotlib.figure import Figure
 
+from benchmarks.common.runner import Row, collect, main
 from benchmarks.exploding_inverses import digits_classifier
-from benchmarks.runner import Row, collect, main
 
 __all__ = ["Config", "run"]
 
@@ -52,14 +52,26 @@ def measure(config: Config, case: tuple[float, int]) -> list[Row]:
     share, seed = case
     training = dataclasses.replace(config.training, seed=seed, fd_fraction=share or 1.0)
     row = digits_classifier.measure(training, "plain", "FD" if share else "none")[-1]
-    return [{"share": share, "seed": seed, **{key: row[key] for key in row if key not in ("net", "regularizer")}}]
+    return [
+        {
+            "share": share,
+            "seed": seed,
+            **{key: row[key] for key in row if key not in ("net", "regularizer")},
+        }
+    ]
 
 
 def run(config: Config) -> pd.DataFrame:
     """All trainings."""
-    cases = {f"share {share:g}, seed {seed}": (share, seed) for share in config.shares for seed in config.seeds}
+    cases = {
+        f"share {share:g}, seed {seed}": (share, seed)
+        for share in config.shares
+        for seed in config.seeds
+    }
     frame = collect(config, cases, measure)
-    shown = frame.groupby("share")[["test_accuracy", "worst_error", "condition_number"]].agg(["min", "median", "max"])
+    shown = frame.groupby("share")[["test_accuracy", "worst_error", "condition_number"]].agg(
+        ["min", "median", "max"]
+    )
     print(shown.to_string())
     return frame
 
@@ -69,14 +81,18 @@ def draw(frame: pd.DataFrame) -> Figure:
     figure = Figure(figsize=(8, 3.5), layout="constrained")
     for axes, (column, label) in zip(
         figure.subplots(1, 2),
-        (("condition_number", "worst condition number, held-out digits"), ("test_accuracy", "accuracy")),
+        (
+            ("condition_number", "worst condition number, held-out digits"),
+            ("test_accuracy", "accuracy"),
+        ),
         strict=True,
     ):
         for k, share in enumerate(sorted(frame.share.unique())):
             values = frame[frame.share == share][column]
             axes.plot([k] * len(values), values, "o", alpha=0.7)
         axes.set_xticks(
-            range(frame.share.nunique()), [f"{s:.3g}" if s else "none" for s in sorted(frame.share.unique())]
+            range(frame.share.nunique()),
+            [f"{s:.3g}" if s else "none" for s in sorted(frame.share.unique())],
         )
         axes.set(xlabel="share of the batch that is penalised", ylabel=label)
         if column == "condition_number":

@@ -19,7 +19,9 @@ TABLE_10 = {
 }
 COLUMNS = ("test_accuracy", "reconstruction_error", "condition_number")
 Pair = tuple[str, str]  #: two runs
-BESIDE_PLAIN = tuple((f"{net} {run}", f"{net} none") for net, runs in TABLE_10.items() for run in runs)
+BESIDE_PLAIN = tuple(
+    (f"{net} {run}", f"{net} none") for net, runs in TABLE_10.items() for run in runs
+)
 OF_PLAIN = tuple((f"{net} none", f"{net} none") for net in TABLE_10)
 CONV_AND_SHUFFLE = tuple(
     (f"{coupling} conv {run}", f"{coupling} shuffle {run}")
@@ -66,7 +68,11 @@ CONCLUSIONS = (
         OF_PLAIN,
         lambda a, _: _lost(a) == str(a.name).startswith("affine"),
     ),
-    Conclusion("with FD or NF no image is lost", tuple((a, a) for a, _ in BESIDE_PLAIN), lambda a, _: not _lost(a)),
+    Conclusion(
+        "with FD or NF no image is lost",
+        tuple((a, a) for a, _ in BESIDE_PLAIN),
+        lambda a, _: not _lost(a),
+    ),
     Conclusion("FD lowers the condition number", _beside_plain("FD"), _smaller_condition),
     Conclusion("NF lowers the condition number", _beside_plain("NF"), _smaller_condition),
     Conclusion(
@@ -112,5 +118,8 @@ def conclusions(frame: pd.DataFrame) -> pd.DataFrame:
     last = last[last["their_test_accuracy"].notna()]
     theirs = last[[f"their_{name}" for name in COLUMNS]].set_axis(COLUMNS, axis=1)
     return pd.DataFrame(
-        [{"conclusion": one.text, "paper": one.counted(theirs), "ours": one.counted(last)} for one in CONCLUSIONS]
+        [
+            {"conclusion": one.text, "paper": one.counted(theirs), "ours": one.counted(last)}
+            for one in CONCLUSIONS
+        ]
     )

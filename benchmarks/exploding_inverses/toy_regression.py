@@ -19,9 +19,9 @@ from torch import Tensor
 from tqdm import trange
 
 import inn_guard as ig
+from benchmarks.common.runner import Row, collect, main
 from benchmarks.exploding_inverses.plane import round_trip_error, singular_values
-from benchmarks.runner import Row, collect, main
-from inn_guard.invertible import Invertible
+from inn_guard.core.invertible import Invertible
 from inn_guard.models.toy import regression_net
 
 COLOURS = ("#d55e00", "#009e73", "#0072b2", "#cc79a7")
@@ -94,7 +94,9 @@ def measure(config: Config, coefficient: float) -> Iterator[Row]:
     with torch.random.fork_rng():
         torch.manual_seed(config.seed)
         net = regression_net(blocks=config.blocks, hidden=config.hidden)
-    penalties: list[ig.hooks.Regularizer] = [ig.NormalizingFlowLoss(coefficient)] if coefficient else []
+    penalties: list[ig.hooks.Regularizer] = (
+        [ig.NormalizingFlowLoss(coefficient)] if coefficient else []
+    )
     hook = ig.RegularizerHook(net, penalties, every=1)
     optimizer = torch.optim.Adam(net.parameters(), config.learning_rate)
     shown = steps_to_look_at(config)
@@ -102,7 +104,12 @@ def measure(config: Config, coefficient: float) -> Iterator[Row]:
         z = net(x)
         mse = (z - y).square().sum(dim=1).mean()
         if step in shown or not mse.isfinite():
-            yield {"coefficient": coefficient, "step": step, "mse": mse.item(), **looked_at(net, x[: config.looked_at])}
+            yield {
+                "coefficient": coefficient,
+                "step": step,
+                "mse": mse.item(),
+                **looked_at(net, x[: config.looked_at]),
+            }
         if not mse.isfinite():
             return
         optimizer.zero_grad()
@@ -121,7 +128,10 @@ def looked_at(net: Invertible, x: Tensor) -> Row:
     sigma_max, sigma_min = singular_values(net, x)
     return {
         "error": round_trip_error(net, x).max().item(),
-        "condition_number": (sigma_max / sigma_min).nan_to_num(torch.inf, posinf=torch.inf).max().item(),
+        "condition_number": (sigma_max / sigma_min)
+        .nan_to_num(torch.inf, posinf=torch.inf)
+        .max()
+        .item(),
         "sigma_max": sigma_max.max().item(),
         "sigma_min": sigma_min.min().item(),
     }

@@ -14,8 +14,8 @@ from scipy.stats import spearmanr
 from sklearn.mixture import GaussianMixture
 from torch import Tensor
 
-from benchmarks.runner import Row
-from inn_guard.metrics import FeatureExtractor
+from benchmarks.common.metrics import FeatureExtractor
+from benchmarks.common.runner import Row
 from inn_guard.models.autoencoder import Autoencoder
 
 __all__ = ["Codes", "fitted_mixture", "fitted_normal", "off_the_codes", "shape_of_codes"]
@@ -66,14 +66,20 @@ def shape_of_codes(codes: Codes, mixture: GaussianMixture) -> Row:
     dims = codes.train.shape[1]
     radius = codes.whitened(codes.test).square().sum(1)
     return {
-        "mixture_gain_nats": float(mixture.score(codes.test) - fitted_normal(codes.train).score(codes.test)),
+        "mixture_gain_nats": float(
+            mixture.score(codes.test) - fitted_normal(codes.train).score(codes.test)
+        ),
         "mardia_kurtosis": float(radius.square().mean() / (dims * (dims + 2))),
         "effective_dims": float(codes.spectrum.sum() ** 2 / np.square(codes.spectrum).sum()),
     }
 
 
 def off_the_codes(
-    model: Autoencoder, codes: Codes, drawn: dict[str, Tensor], features: FeatureExtractor, real: Tensor
+    model: Autoencoder,
+    codes: Codes,
+    drawn: dict[str, Tensor],
+    features: FeatureExtractor,
+    real: Tensor,
 ) -> Row:
     """How far from the codes each density draws, and what becomes of that in the images.
 
@@ -91,17 +97,25 @@ def off_the_codes(
     """
     known = features(real)
     at_home = torch.as_tensor(codes.test, dtype=torch.float32)
-    off_codes, off_images = codes.nearest(codes.test).median(), _from_images(model, at_home, features, known).median()
+    off_codes, off_images = (
+        codes.nearest(codes.test).median(),
+        _from_images(model, at_home, features, known).median(),
+    )
     row: Row = {}
     for kind, z in drawn.items():
-        from_codes, from_images = codes.nearest(z.double().numpy()), _from_images(model, z, features, known)
+        from_codes, from_images = (
+            codes.nearest(z.double().numpy()),
+            _from_images(model, z, features, known),
+        )
         row[f"off_codes_{kind}"] = (from_codes.median() / off_codes).item()
         row[f"off_images_{kind}"] = (from_images.median() / off_images).item()
         row[f"off_correlation_{kind}"] = float(spearmanr(from_codes, from_images).statistic)
     return row
 
 
-def _from_images(model: Autoencoder, z: Tensor, features: FeatureExtractor, known: Tensor) -> Tensor:
+def _from_images(
+    model: Autoencoder, z: Tensor, features: FeatureExtractor, known: Tensor
+) -> Tensor:
     """Distance of every decoded z from the nearest of the known features."""
     decoded = torch.cat([model.inverse(part).clamp(0, 1) for part in z.split(512)])
     return torch.cdist(features(decoded), known).amin(1)

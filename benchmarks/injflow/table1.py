@@ -32,17 +32,17 @@ from sklearn.mixture import GaussianMixture
 from torch import Tensor
 
 import inn_guard as ig
-from benchmarks.features import classifier_features
-from benchmarks.image_grid import image_grid
+from benchmarks.common.features import classifier_features
+from benchmarks.common.fit import Batch, FitSettings, fit
+from benchmarks.common.image_grid import image_grid
+from benchmarks.common.metrics import FeatureExtractor, frechet_distance, reconstruction_error
+from benchmarks.common.quantized_images import QuantizedImages, quantized_images
+from benchmarks.common.runner import RESULTS, Row, collect, main
 from benchmarks.injflow.codes import Codes, fitted_mixture, off_the_codes, shape_of_codes
-from benchmarks.quantized_images import QuantizedImages, quantized_images
-from benchmarks.runner import RESULTS, Row, collect, main
-from inn_guard.files import atomic_write
-from inn_guard.metrics import FeatureExtractor, frechet_distance, reconstruction_error
-from inn_guard.models import injflow as terms
+from inn_guard.execution.files import atomic_write
 from inn_guard.models.autoencoder import Autoencoder, decoder_jacobian
-from inn_guard.models.injflow_nets import conv_decoder, conv_encoder
-from inn_guard.training import Batch, FitSettings, fit
+from inn_guard.models.injflow import objectives as terms
+from inn_guard.models.injflow.networks import conv_decoder, conv_encoder
 
 CODES = 128  #: encoded test images at which injectivity is measured
 
@@ -71,7 +71,16 @@ class Config:
     batch_size: int = 128
     samples: int = 300
     seeds: tuple[int, ...] = (0,)
-    models: tuple[str, ...] = ("VAE", "beta-VAE", "AE", "CAE", "AE+L2", "AE+SN", "InjFlow_ln", "InjFlow")
+    models: tuple[str, ...] = (
+        "VAE",
+        "beta-VAE",
+        "AE",
+        "CAE",
+        "AE+L2",
+        "AE+SN",
+        "InjFlow_ln",
+        "InjFlow",
+    )
 
     @classmethod
     def smoke(cls) -> Config:
@@ -99,8 +108,12 @@ class Recipe:
 
 
 RECIPES: dict[str, Recipe] = {
-    "VAE": Recipe(terms.Objective((terms.Reconstruction(), terms.CodeDivergence(2.0))), stochastic=True),
-    "beta-VAE": Recipe(terms.Objective((terms.Reconstruction(), terms.CodeDivergence(0.02))), stochastic=True),
+    "VAE": Recipe(
+        terms.Objective((terms.Reconstruction(), terms.CodeDivergence(2.0))), stochastic=True
+    ),
+    "beta-VAE": Recipe(
+        terms.Objective((terms.Reconstruction(), terms.CodeDivergence(0.02))), stochastic=True
+    ),
     "AE": Recipe(terms.Objective((terms.Reconstruction(),))),
     "CAE": Recipe(terms.Objective((terms.Reconstruction(), terms.EncoderJacobian(0.01)))),
     "AE+L2": Recipe(terms.Objective((terms.Reconstruction(), terms.DecoderWeights(0.001)))),
@@ -187,7 +200,10 @@ def evaluated(config: Config, model: Autoencoder, name: str, seed: int) -> Row:
         "model": name,
         "seed": seed,
         "rec": frechet_distance(extractor, real, rebuilt).value,
-        **{kind: frechet_distance(extractor, real, pictures).value for kind, pictures in drawn.items()},
+        **{
+            kind: frechet_distance(extractor, real, pictures).value
+            for kind, pictures in drawn.items()
+        },
         "mse": reconstruction_error(real, rebuilt).mean().item(),
         **injectivity(model, model(real[:CODES]), seed),
         **shape_of_codes(codes, mixture),
@@ -279,7 +295,11 @@ def draw(frame: pd.DataFrame) -> Figure:
     axes = cloud.subplots()
     for model, rows in frame.groupby("model", sort=False):
         axes.plot(rows["mixture_gain_nats"], rows["normal"], "o", label=model, alpha=0.6)
-    axes.set(xlabel="nats a mixture gains on a Gaussian, held-out codes", ylabel=KINDS["normal"], yscale="log")
+    axes.set(
+        xlabel="nats a mixture gains on a Gaussian, held-out codes",
+        ylabel=KINDS["normal"],
+        yscale="log",
+    )
     axes.legend(fontsize=6)
     axes.grid(alpha=0.3)
     figure.suptitle(f"Frechet distance ({frame.extractor[0]}), lower is better")

@@ -14,19 +14,19 @@ import pandas as pd
 import torch
 from torch import nn
 
+from benchmarks.common.runner import Row, collect, main
 from benchmarks.lipschitz.nets import conv_flow, images, processor_time
-from benchmarks.runner import Row, collect, main
-from inn_guard.invertible import Invertible
+from inn_guard.core.invertible import Invertible
+from inn_guard.execution.deadline import Deadline
 from inn_guard.layers.chain import Chain
 from inn_guard.layers.coupling import Coupling
-from inn_guard.lipschitz.bounded import bounded_map
-from inn_guard.lipschitz.bounding import lipschitz_bounds
-from inn_guard.lipschitz.conditioners import Effort
-from inn_guard.lipschitz.deadline import Deadline
-from inn_guard.lipschitz.intervals import Box
-from inn_guard.lipschitz.networks import Stack, product, stack, whole_forward, whole_inverse
-from inn_guard.lipschitz.spectral import spectral_norm
-from inn_guard.lipschitz.witnesses import search
+from inn_guard.lipschitz.bounds import lipschitz_bounds
+from inn_guard.lipschitz.maps.base import bounded_map
+from inn_guard.lipschitz.networks.conditioner import SearchBudget
+from inn_guard.lipschitz.whole_network import Stack, product, stack, whole_forward, whole_inverse
+from inn_guard.lipschitz.witness import search
+from inn_guard.numerics.intervals import Box
+from inn_guard.numerics.spectral_norm import spectral_norm
 
 SHAPE = (3, 32, 32)
 #: name -> whether the couplings are affine, with scales in (0.5, 1), the radius of the box around an image, and the
@@ -70,7 +70,9 @@ def reshaped_norm(net: nn.Module) -> float:
     total = 1.0
     for module in net.modules():
         if isinstance(module, nn.Conv2d):
-            total *= math.sqrt(math.prod(module.kernel_size)) * spectral_norm(module.weight.flatten(1))
+            total *= math.sqrt(math.prod(module.kernel_size)) * spectral_norm(
+                module.weight.flatten(1)
+            )
     return total
 
 
@@ -78,7 +80,11 @@ def measure(config: Config, kind: str) -> list[Row]:
     """Upper bounds of both directions, from loose to tight, and the witnesses."""
     affine, radius, enough = FLOWS[kind]
     flow = conv_flow(affine=affine, blocks=config.blocks, hidden=config.hidden, steps=config.steps)
-    rows = _everywhere(config, flow) if math.isinf(radius) else _boxed(flow, radius, seconds=min(config.boxed, enough))
+    rows = (
+        _everywhere(config, flow)
+        if math.isinf(radius)
+        else _boxed(flow, radius, seconds=min(config.boxed, enough))
+    )
     return [{"flow": kind, **row} for row in rows]
 
 
@@ -97,11 +103,13 @@ def _everywhere(config: Config, flow: Chain) -> list[Row]:
     def printed() -> tuple[float, float]:
         nonlocal layers
         named = [(layer.name, bounded_map(layer.block, layer)) for layer in flow.layers()]
-        layers = stack(named, box, Effort(steps=0, width=0))
+        layers = stack(named, box, SearchBudget(steps=0, width=0))
         return _product(layers, "printed")
 
     nets = [layer.network for layer in flow.layers() if isinstance(layer, Coupling)]
-    record("Table 3, reshaped norms", lambda: (product([1 + reshaped_norm(net) for net in nets]),) * 2)
+    record(
+        "Table 3, reshaped norms", lambda: (product([1 + reshaped_norm(net) for net in nets]),) * 2
+    )
     record("Table 3, certified torus norms", printed)
     record("closed forms, certified torus norms", lambda: _product(layers, "bounds"))
     record("whole-network recursion", lambda: _whole(layers, config.seconds))
@@ -113,7 +121,9 @@ def _boxed(flow: Chain, radius: float, *, seconds: float) -> list[Row]:
     """What lipschitz_bounds finds on a box."""
     image = images(1, torch.Generator().manual_seed(1)).double()[0] - 0.5
     begun = time.process_time()
-    bounds = lipschitz_bounds(flow, Box(image - radius, image + radius), data=image[None], seconds=seconds)
+    bounds = lipschitz_bounds(
+        flow, Box(image - radius, image + radius), data=image[None], seconds=seconds
+    )
     rows = [
         *_pair("Table 3, certified torus norms", bounds.printed),
         *_pair("closed forms, layer by layer", _product(bounds.per_layer, "bounds")),
@@ -132,14 +142,19 @@ def _pair(name: str, bounds: tuple[float, float], methods: tuple[str, str] = (""
 
 
 def _product(layers: Stack, part: str) -> tuple[float, float]:
-    forward, inverse = (product([getattr(getattr(k, part), side) for k in layers]) for side in ("forward", "inverse"))
+    forward, inverse = (
+        product([getattr(getattr(k, part), side) for k in layers])
+        for side in ("forward", "inverse")
+    )
     return forward, inverse
 
 
 def _whole(layers: Stack, seconds: float) -> tuple[float, float]:
     bounds = []
     for whole in (whole_forward, whole_inverse):
-        factors = whole(layers, Effort(steps=100_000, seconds=math.inf, deadline=Deadline.after(seconds)))
+        factors = whole(
+            layers, SearchBudget(steps=100_000, seconds=math.inf, deadline=Deadline.after(seconds))
+        )
         bounds.append(product([f.bound for f in factors]))
     return bounds[0], bounds[1]
 

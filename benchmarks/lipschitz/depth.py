@@ -9,12 +9,12 @@ import pandas as pd
 import torch
 from matplotlib.figure import Figure
 
+from benchmarks.common.runner import Row, collect, main
 from benchmarks.lipschitz.nets import BOX, Kind, processor_time, toy
-from benchmarks.runner import Row, collect, main
 from inn_guard.layers.chain import Chain
-from inn_guard.lipschitz.bounding import lipschitz_bounds
-from inn_guard.lipschitz.conditioners import Effort
-from inn_guard.lipschitz.intervals import Box
+from inn_guard.lipschitz.bounds import lipschitz_bounds
+from inn_guard.lipschitz.networks.conditioner import SearchBudget
+from inn_guard.numerics.intervals import Box
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,9 @@ def measure(config: Config, kind: Kind) -> list[Row]:
     flow = toy(kind, blocks=max(config.depths), hidden=config.hidden, steps=config.steps)
     for depth in config.depths:
         part = Chain(*flow.steps[: 2 * depth])
-        bounds = lipschitz_bounds(part, box, seconds=config.seconds, effort=Effort(steps=20, seconds=0.2))
+        bounds = lipschitz_bounds(
+            part, box, seconds=config.seconds, effort=SearchBudget(steps=20, seconds=0.2)
+        )
         for k, side in enumerate(("forward", "inverse")):
             closed = sum(math.log10(getattr(layer.bounds, side)) for layer in bounds.per_layer)
             rows.append(
@@ -61,7 +63,9 @@ def measure(config: Config, kind: Kind) -> list[Row]:
 
 def run(config: Config) -> pd.DataFrame:
     with processor_time():
-        return collect(config, {name: Kind[name] for name in config.kinds}, measure).drop(columns="case")
+        return collect(config, {name: Kind[name] for name in config.kinds}, measure).drop(
+            columns="case"
+        )
 
 
 def draw(frame: pd.DataFrame) -> Figure:
@@ -69,12 +73,26 @@ def draw(frame: pd.DataFrame) -> Figure:
     panels = list(frame.groupby(["flow", "direction"], sort=False))
     figure = Figure(figsize=(3.4 * len(panels), 3.4), layout="constrained")
     axes = figure.subplots(1, len(panels), squeeze=False)
-    styles = {"table 3": "k--", "closed forms": "C1-", "whole network": "C2-", "best": "C0o-", "witness": "C3v:"}
-    names = ["Table 3", "tightened, layer by layer", "runs of layers at once", "branch and bound", "witnessed lower"]
+    styles = {
+        "table 3": "k--",
+        "closed forms": "C1-",
+        "whole network": "C2-",
+        "best": "C0o-",
+        "witness": "C3v:",
+    }
+    names = [
+        "Table 3",
+        "tightened, layer by layer",
+        "runs of layers at once",
+        "branch and bound",
+        "witnessed lower",
+    ]
     for axis, ((flow, side), rows) in zip(axes[0], panels, strict=True):
         for (column, style), name in zip(styles.items(), names, strict=True):
             axis.plot(rows["blocks"], rows[column], style, label=name, markersize=4)
-        axis.set(title=f"{flow}, {side}", xlabel="blocks", xscale="log", xticks=rows["blocks"].tolist())
+        axis.set(
+            title=f"{flow}, {side}", xlabel="blocks", xscale="log", xticks=rows["blocks"].tolist()
+        )
         axis.set_xticklabels(rows["blocks"].tolist())
         axis.minorticks_off()
     axes[0, 0].set_ylabel("log10 of the Lipschitz constant")

@@ -13,7 +13,8 @@ from nflows.transforms import PiecewiseRationalQuadraticCouplingTransform
 from torch import Tensor, nn
 
 import inn_guard as ig
-from inn_guard.invertible import Invertible
+from inn_guard.core.invertible import Invertible
+from inn_guard.execution import deadline
 from inn_guard.layers.actnorm import Diagonal
 from inn_guard.layers.chain import Chain
 from inn_guard.layers.coupling import AdditiveCoupling, AffineCoupling
@@ -21,7 +22,6 @@ from inn_guard.layers.networks import MLP, ConvNet
 from inn_guard.layers.permutation import Permutation
 from inn_guard.layers.reshape import Squeeze
 from inn_guard.layers.scales import SigmoidScale, squashed_sigmoid
-from inn_guard.lipschitz import deadline
 
 BOX = 4.0
 
@@ -63,9 +63,14 @@ def block(kind: Kind, hidden: int) -> Invertible:
     if kind is Kind.ADDITIVE:
         return AdditiveCoupling(_quiet(MLP([*sizes, 1], activation=nn.SiLU)))
     if kind is Kind.AFFINE:
-        return AffineCoupling(_quiet(MLP([*sizes, 2], activation=nn.SiLU)), scale=SigmoidScale(lower=1e-3, upper=1.001))
+        return AffineCoupling(
+            _quiet(MLP([*sizes, 2], activation=nn.SiLU)),
+            scale=SigmoidScale(lower=1e-3, upper=1.001),
+        )
     if kind is Kind.AFFINE_HALF:
-        return AffineCoupling(_quiet(MLP([*sizes, 2], activation=nn.SiLU)), scale=squashed_sigmoid())
+        return AffineCoupling(
+            _quiet(MLP([*sizes, 2], activation=nn.SiLU)), scale=squashed_sigmoid()
+        )
     return ig.wrap(
         PiecewiseRationalQuadraticCouplingTransform(
             [0, 1], lambda n, m: _quiet(SplineNet([n, hidden, hidden, m], activation=nn.SiLU)),
@@ -83,15 +88,22 @@ def _quiet(net: MLP) -> MLP:
 
 def checkerboard(count: int, generator: torch.Generator) -> Tensor:
     first = torch.rand(count, generator=generator) * 4 - 2
-    second = torch.rand(count, generator=generator) - torch.randint(0, 2, (count,), generator=generator) * 2.0
+    second = (
+        torch.rand(count, generator=generator)
+        - torch.randint(0, 2, (count,), generator=generator) * 2.0
+    )
     return 2 * torch.stack([first, second + first.floor() % 2], 1)
 
 
-def toy(kind: Kind, *, blocks: int = 16, hidden: int = 128, steps: int = 200, seed: int = 0) -> Chain:
+def toy(
+    kind: Kind, *, blocks: int = 16, hidden: int = 128, steps: int = 200, seed: int = 0
+) -> Chain:
     """Trained by maximum likelihood; the last layer, a diagonal, is dropped afterwards."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        flow = Chain(*(part for _ in range(blocks) for part in (block(kind, hidden), Permutation.reverse(2))))
+        flow = Chain(
+            *(part for _ in range(blocks) for part in (block(kind, hidden), Permutation.reverse(2)))
+        )
     generator = torch.Generator().manual_seed(seed)
     _train(flow, lambda: checkerboard(256, generator), steps)
     return flow.double().eval().requires_grad_(requires_grad=False)
@@ -114,12 +126,15 @@ def images(count: int, generator: torch.Generator) -> Tensor:
     """Smooth synthetic images in [0, 1], (count, 3, 32, 32)."""
     coarse, fine = (torch.randn(count, 3, n, n, generator=generator) for n in (8, 16))
     smooth = sum(
-        w * F.interpolate(t, size=32, mode="bicubic", align_corners=False) for w, t in ((1, coarse), (0.3, fine))
+        w * F.interpolate(t, size=32, mode="bicubic", align_corners=False)
+        for w, t in ((1, coarse), (0.3, fine))
     )
     return torch.sigmoid(smooth).clamp(0, 1)
 
 
-def conv_flow(*, affine: bool = False, blocks: int = 16, hidden: int = 128, steps: int = 40, seed: int = 0) -> Chain:
+def conv_flow(
+    *, affine: bool = False, blocks: int = 16, hidden: int = 128, steps: int = 40, seed: int = 0
+) -> Chain:
     """3 x 32 x 32, squeezed to 12 x 16 x 16; couplings with 3x3 - 1x1 - 3x3 networks of ELU, halves exchanged."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
@@ -128,7 +143,9 @@ def conv_flow(*, affine: bool = False, blocks: int = 16, hidden: int = 128, step
             net = ConvNet(6, hidden, 12 if affine else 6, activation=nn.ELU)
             with torch.no_grad():
                 net[-1].weight.mul_(0.5)
-            coupling = AffineCoupling(net, scale=squashed_sigmoid()) if affine else AdditiveCoupling(net)
+            coupling = (
+                AffineCoupling(net, scale=squashed_sigmoid()) if affine else AdditiveCoupling(net)
+            )
             layers += [coupling, Permutation(torch.cat([torch.arange(6, 12), torch.arange(6)]))]
         flow = Chain(*layers)
     generator = torch.Generator().manual_seed(seed)

@@ -13,16 +13,16 @@ import pandas as pd
 import torch
 from torch import Tensor, nn
 
-from benchmarks.runner import Row, collect, main
+from benchmarks.common.runner import Row, collect, main
 from inn_guard.layers.networks import MLP
-from inn_guard.lipschitz.building import ChainBuilder
-from inn_guard.lipschitz.chains import Chain
-from inn_guard.lipschitz.conditioners import Effort, bound_chain, read
-from inn_guard.lipschitz.convolution import convolution_norm
-from inn_guard.lipschitz.intervals import Box
-from inn_guard.lipschitz.multipliers import fast_multipliers
-from inn_guard.lipschitz.recursion import certify
-from inn_guard.lipschitz.spectral import spectral_norm
+from inn_guard.lipschitz.lipsdp.chain import Chain
+from inn_guard.lipschitz.lipsdp.multipliers import fast_multipliers
+from inn_guard.lipschitz.lipsdp.recursion import certify
+from inn_guard.lipschitz.networks.chain_builder import ChainBuilder
+from inn_guard.lipschitz.networks.conditioner import SearchBudget, bound_chain, read
+from inn_guard.numerics.convolution_norm import convolution_norm
+from inn_guard.numerics.intervals import Box
+from inn_guard.numerics.spectral_norm import spectral_norm
 
 WIDE_KERNELS = ((3, 128, 32, 1), (64, 64, 32, 1), (6, 128, 16, 1), (64, 64, 32, 2))
 WIDE_NETWORKS = (
@@ -99,12 +99,18 @@ def kernels(count: int, seed: int) -> Trials:
     """Random channels, windows, strides, dilations, groups and zero paddings against dense matrices."""
     generator, below, ratios = torch.Generator().manual_seed(seed), 0, []
     for trial in range(count):
-        groups, k, stride = integer(generator, 1, 2), integer(generator, 1, 5), integer(generator, 1, 3)
+        groups, k, stride = (
+            integer(generator, 1, 2),
+            integer(generator, 1, 5),
+            integer(generator, 1, 3),
+        )
         dilation = integer(generator, 1, 2) if stride == 1 else 1
         window, padding = dilation * (k - 1) + 1, integer(generator, 0, k // 2)
         n = integer(generator, max(window, 4), max(window, 9))
         inner, outer = (groups * integer(generator, 1, 3) for _ in range(2))
-        module = nn.Conv2d(inner, outer, k, stride, padding, dilation, groups, bias=False, dtype=torch.float64)
+        module = nn.Conv2d(
+            inner, outer, k, stride, padding, dilation, groups, bias=False, dtype=torch.float64
+        )
         weight = torch.randn(module.weight.shape, generator=generator, dtype=torch.float64)
         module.weight = nn.Parameter(weight.abs() if trial % 3 == 0 else weight)
         basis = torch.eye(inner * n * n, dtype=torch.float64).reshape(-1, inner, n, n)
@@ -137,12 +143,16 @@ def networks(count: int, seed: int) -> Trials:
     for trial in range(count):
         sizes = [integer(generator, 1, 5) for _ in range(integer(generator, 3, 5))]
         net = MLP(sizes, activation=ACTIVATIONS[trial % len(ACTIVATIONS)]).double()
-        box = Box(-torch.ones(sizes[0]), torch.ones(sizes[0])) if trial % 2 else Box.everywhere(sizes[:1])
+        box = (
+            Box(-torch.ones(sizes[0]), torch.ones(sizes[0]))
+            if trial % 2
+            else Box.everywhere(sizes[:1])
+        )
         for parameter in net.parameters():
             nn.init.normal_(parameter, std=1.0, generator=generator)
         builder = ChainBuilder(sizes[0])
         chain = builder.finish(read(net, box).into(builder, builder.start()))
-        bound = bound_chain(chain, Effort(steps=3 * (trial % 4 == 0))).bound
+        bound = bound_chain(chain, SearchBudget(steps=3 * (trial % 4 == 0))).bound
         truth = max(_vertex(chain, generator) for _ in range(8))
         x = torch.rand(4, sizes[0], generator=generator, dtype=torch.float64) * 2 - 1
         J = torch.func.vmap(torch.func.jacrev(net))(x)
@@ -171,7 +181,7 @@ def tightness(sizes: list[int], activation: Callable[[], nn.Module]) -> Row:
     reading = read(net, Box.everywhere(sizes[:1]))
     builder = ChainBuilder(sizes[0])
     chain = builder.finish(reading.into(builder, builder.start()))
-    bound = bound_chain(chain, Effort(steps=100, seconds=60.0)).bound
+    bound = bound_chain(chain, SearchBudget(steps=100, seconds=60.0)).bound
     fast = certify(chain, fast_multipliers(chain))
     return {"bound/norm product": bound / reading.product(), "bound/ECLipsE-Fast": bound / fast}
 
@@ -185,12 +195,18 @@ def cases(config: Config) -> dict[str, Callable[[], Trials | Row]]:
         ("subnetworks against slope vertices", networks, config.networks),
     ):
         for k, start in enumerate(range(0, count, config.chunk)):
-            found[f"{name}:{k}"] = functools.partial(measure, min(config.chunk, count - start), seed=k)
+            found[f"{name}:{k}"] = functools.partial(
+                measure, min(config.chunk, count - start), seed=k
+            )
     for kernel in WIDE_KERNELS[: config.wide]:
-        name = "convolution {}x{}x3x3 on {} pixels, stride {} against 300 power iterations".format(*kernel)
+        name = "convolution {}x{}x3x3 on {} pixels, stride {} against 300 power iterations".format(
+            *kernel
+        )
         found[f"{name}:0"] = functools.partial(wide_kernel, kernel)
     for sizes, activation in WIDE_NETWORKS[: config.wide]:
-        found[f"{'-'.join(map(str, sizes))} {activation.__name__}:0"] = functools.partial(tightness, sizes, activation)
+        found[f"{'-'.join(map(str, sizes))} {activation.__name__}:0"] = functools.partial(
+            tightness, sizes, activation
+        )
     return found
 
 

@@ -9,11 +9,11 @@ from dataclasses import dataclass
 import pandas as pd
 import torch
 
+from benchmarks.common.runner import Row, collect, main
 from benchmarks.lipschitz.nets import BOX, Kind, processor_time, toy
-from benchmarks.runner import Row, collect, main
-from inn_guard.lipschitz.bounding import lipschitz_bounds
-from inn_guard.lipschitz.conditioners import Effort
-from inn_guard.lipschitz.intervals import Box
+from inn_guard.lipschitz.bounds import lipschitz_bounds
+from inn_guard.lipschitz.networks.conditioner import SearchBudget
+from inn_guard.numerics.intervals import Box
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,9 @@ class Config:
     @classmethod
     def paper(cls) -> Config:
         """The depth of the paper's 2-D flows."""
-        return cls(steps=200, kinds=("ADDITIVE", "AFFINE", "AFFINE_HALF"), blocks=100, seconds=120.0)
+        return cls(
+            steps=200, kinds=("ADDITIVE", "AFFINE", "AFFINE_HALF"), blocks=100, seconds=120.0
+        )
 
 
 def measure(config: Config, kind: Kind) -> list[Row]:
@@ -47,7 +49,9 @@ def measure(config: Config, kind: Kind) -> list[Row]:
     flow = toy(kind, blocks=config.blocks, hidden=config.hidden, steps=config.steps)
     box = Box(-BOX * torch.ones(2), BOX * torch.ones(2))
     begun = time.process_time()
-    bounds = lipschitz_bounds(flow, box, seconds=config.seconds, effort=Effort(steps=0, width=0))
+    bounds = lipschitz_bounds(
+        flow, box, seconds=config.seconds, effort=SearchBudget(steps=0, width=0)
+    )
     busy = round(time.process_time() - begun, 1)
     rows: list[Row] = []
     for k, side in enumerate(("forward", "inverse")):
@@ -65,7 +69,9 @@ def measure(config: Config, kind: Kind) -> list[Row]:
 
 def run(config: Config) -> pd.DataFrame:
     with processor_time():
-        return collect(config, {name: Kind[name] for name in config.kinds}, measure).drop(columns="case")
+        return collect(config, {name: Kind[name] for name in config.kinds}, measure).drop(
+            columns="case"
+        )
 
 
 if __name__ == "__main__":

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from benchmarks.runner import Row
-from inn_guard.invertible import Invertible
+from benchmarks.common.runner import Row
+from inn_guard.core.invertible import Invertible
 
 __all__ = ["overflow"]
 
@@ -30,7 +30,12 @@ def overflow(flow: Invertible, latents: Tensor, x: Tensor) -> Row:
     for _, layer in layers:
         x = layer(x)
         on_data.append(x.abs().max().item())
-    row: Row = {"overflow_samples": 0, "overflow_layer": "", "overflow_input": None, "overflow_input_on_data": None}
+    row: Row = {
+        "overflow_samples": 0,
+        "overflow_layer": "",
+        "overflow_input": None,
+        "overflow_input_on_data": None,
+    }
     for k, layer in reversed(layers):
         after = layer.inverse(latents)
         lost = ~after.flatten(1).isfinite().all(1)

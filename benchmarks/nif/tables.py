@@ -28,23 +28,28 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from benchmarks.features import classifier_features
-from benchmarks.image_grid import image_grid
+from benchmarks.common.features import classifier_features
+from benchmarks.common.fit import Batch, FitSettings, fit
+from benchmarks.common.image_grid import image_grid
+from benchmarks.common.metrics import (
+    FeatureExtractor,
+    bits_per_dimension,
+    dequantize,
+    frechet_distance,
+)
+from benchmarks.common.quantized_images import QuantizedImages, quantized_images
+from benchmarks.common.runner import RESULTS, Row, collect, main
 from benchmarks.nif.overflow import overflow
-from benchmarks.quantized_images import QuantizedImages, quantized_images
-from benchmarks.runner import RESULTS, Row, collect, main
-from inn_guard.files import atomic_write
-from inn_guard.invertible import Invertible
+from inn_guard.core.invertible import Invertible
+from inn_guard.execution.files import atomic_write
 from inn_guard.layers.actnorm import Diagonal
 from inn_guard.layers.chain import Chain
 from inn_guard.layers.coupling import AffineCoupling
 from inn_guard.layers.preprocessing import Logit
 from inn_guard.layers.scales import ClampedScale, SigmoidScale
-from inn_guard.metrics import FeatureExtractor, bits_per_dimension, dequantize, frechet_distance
 from inn_guard.models.glow import GlowConfig, glow_flow
-from inn_guard.models.nif import NIF, GaussianNIF
-from inn_guard.models.widening import DenseWidening
-from inn_guard.training import Batch, FitSettings, fit
+from inn_guard.models.nif.model import NIF, GaussianNIF
+from inn_guard.models.nif.widening import DenseWidening
 
 ALPHA = 0.05  #: of the logit
 
@@ -91,7 +96,15 @@ class Config:
     @classmethod
     def smoke(cls) -> Config:
         """Seconds."""
-        return cls(latents=(0, 4), blocks=1, hidden=4, steps=3, noises=(0.0, 1.0), temperatures=(1.0,), seeds=(0,))
+        return cls(
+            latents=(0, 4),
+            blocks=1,
+            hidden=4,
+            steps=3,
+            noises=(0.0, 1.0),
+            temperatures=(1.0,),
+            seeds=(0,),
+        )
 
     @classmethod
     def cpu(cls) -> Config:
@@ -177,11 +190,18 @@ def train(config: Config, case: Case) -> Model:
 
     def loss(batch: Batch) -> Tensor:
         return (
-            -model.log_prob(dequantize(batch.x, generator=batch.generator, levels=images.levels)).mean() / images.dims
+            -model.log_prob(
+                dequantize(batch.x, generator=batch.generator, levels=images.levels)
+            ).mean()
+            / images.dims
         )
 
     settings = FitSettings(
-        config.steps, config.batch_size, learning_rate=config.learning_rate, clip=10.0, seed=case.seed
+        config.steps,
+        config.batch_size,
+        learning_rate=config.learning_rate,
+        clip=10.0,
+        seed=case.seed,
     )
     fit(model, loss, (images.train,), settings=settings)
     return model.eval()
@@ -209,7 +229,9 @@ def measure(config: Config, case: Case) -> Iterator[Row]:
                 "tuned_s": tuned,
                 "bpd": bpd,
                 "distance": frechet_distance(extractor, real, pictures).value,
-                "non_finite_pixels": 0 if bool(pictures.isfinite().all()) else int((~pictures.isfinite()).any(1).sum()),
+                "non_finite_pixels": 0
+                if bool(pictures.isfinite().all())
+                else int((~pictures.isfinite()).any(1).sum()),
                 **overflow(trunk(model), latents, real),
                 "extractor": extractor.name,
             }
@@ -229,7 +251,10 @@ def tuned_noise(config: Config, model: Model, case: Case) -> float:
     images, extractor = loaded(config)
     real = images.scaled(images.validation)
     other = replace(case, seed=case.seed + 1000)
-    distances = [frechet_distance(extractor, real, drawn(config, model, other, noise=s)).value for s in config.noises]
+    distances = [
+        frechet_distance(extractor, real, drawn(config, model, other, noise=s)).value
+        for s in config.noises
+    ]
     return config.noises[int(np.nanargmin(distances))]
 
 
@@ -238,15 +263,25 @@ def trunk(model: Model) -> Invertible:
     return model.flow if isinstance(model, NIF) else model
 
 
-def flow_latents(config: Config, model: Model, case: Case, *, noise: float, temperature: float) -> Tensor:
+def flow_latents(
+    config: Config, model: Model, case: Case, *, noise: float, temperature: float
+) -> Tensor:
     """What the flow's inverse makes images of; the same random numbers for every s and t."""
     images, _ = loaded(config)
     generator = torch.Generator().manual_seed(case.seed)
-    latents = temperature * torch.randn(config.samples, case.latent or images.dims, generator=generator)
-    return model.prior.sample_given(latents, noise=noise, generator=generator) if isinstance(model, NIF) else latents
+    latents = temperature * torch.randn(
+        config.samples, case.latent or images.dims, generator=generator
+    )
+    return (
+        model.prior.sample_given(latents, noise=noise, generator=generator)
+        if isinstance(model, NIF)
+        else latents
+    )
 
 
-def drawn(config: Config, model: Model, case: Case, *, noise: float = 1.0, temperature: float = 1.0) -> Tensor:
+def drawn(
+    config: Config, model: Model, case: Case, *, noise: float = 1.0, temperature: float = 1.0
+) -> Tensor:
     """Samples in [0, 1]."""
     images, _ = loaded(config)
     latents = flow_latents(config, model, case, noise=noise, temperature=temperature)
@@ -289,7 +324,9 @@ def draw(frame: pd.DataFrame) -> Figure:
     for axes in (left, right):
         axes.grid(alpha=0.3)
     left.legend(frameon=False)
-    figure.suptitle(f"Features of the {frame.extractor[0]}; no point where a sample is not finite", fontsize=10)
+    figure.suptitle(
+        f"Features of the {frame.extractor[0]}; no point where a sample is not finite", fontsize=10
+    )
     return figure
 
 

@@ -21,14 +21,14 @@ import pandas as pd
 import torch
 from torch import Tensor, nn
 
+from benchmarks.common.runner import Row, collect, main
 from benchmarks.performance.nets import Sizes
 from benchmarks.performance.peer import processor_seconds, row_seconds, svd_seconds
-from benchmarks.runner import Row, collect, main
-from inn_guard.composed_jacobian import composed_jacobian
-from inn_guard.jacobian import Extremes, extremes
+from inn_guard.jacobian.chain import Linearization
+from inn_guard.jacobian.dense import composed_jacobian
+from inn_guard.jacobian.singular_values import ExtremeSingularValues, extreme_singular_values
 from inn_guard.layers.chain import Chain
 from inn_guard.layers.linear import InvertibleLinear
-from inn_guard.linearization import Linearization
 
 
 @dataclass(frozen=True)
@@ -53,12 +53,14 @@ class Config(Sizes):
         return cls()
 
 
-def ours(net: Chain, x: Tensor, config: Config) -> tuple[float, Extremes]:
+def ours(net: Chain, x: Tensor, config: Config) -> tuple[float, ExtremeSingularValues]:
     """Seconds of processor time per sample, and the values."""
     start = time.process_time()
     with torch.no_grad():
         generator = torch.Generator().manual_seed(config.seed)
-        found = extremes(Linearization(net, x), generator=generator, tolerance=config.tolerance)
+        found = extreme_singular_values(
+            Linearization(net, x), generator=generator, tolerance=config.tolerance
+        )
     return (time.process_time() - start) / len(x), found
 
 
@@ -75,7 +77,9 @@ def measure(config: Config, batch: int) -> list[Row]:
         seconds, found = ours(net, x, config)
         peer.append(rows * x[0].numel() + decomposing)
         own.append(seconds)
-        bare.append(processor_seconds(lambda: [left @ right for left, right in products])[0] / len(x))
+        bare.append(
+            processor_seconds(lambda: [left @ right for left, right in products])[0] / len(x)
+        )
     errors = deviations(net, x, found, config)
     steps = torch.stack([found.forward.steps, found.backward.steps]).double()
     passes = 1 + 2 * steps.sum(0).mean().item()
@@ -86,13 +90,17 @@ def measure(config: Config, batch: int) -> list[Row]:
             "seconds_per_sample": statistics.median(own),
             "peer_seconds_extrapolated": statistics.median(peer),
             "ratio": statistics.median(p / o for p, o in zip(peer, own, strict=True)),
-            "bare_ratio": statistics.median(p / (passes * b) for p, b in zip(peer, bare, strict=True)),
+            "bare_ratio": statistics.median(
+                p / (passes * b) for p, b in zip(peer, bare, strict=True)
+            ),
             "steps_mean": steps.mean().item(),
             "steps_max": steps.max().item(),
             "sigma_max_error": errors[0],
             "sigma_min_error": errors[1],
             "samples_checked": min(config.checked, batch),
-            "error_estimate": max(s.relative_error.max().item() for s in (found.forward, found.backward)),
+            "error_estimate": max(
+                s.relative_error.max().item() for s in (found.forward, found.backward)
+            ),
         }
     ]
 
@@ -106,7 +114,11 @@ def matrix_products(net: Chain, x: Tensor) -> list[tuple[Tensor, Tensor]]:
         right = weight.detach().flatten(1).T.contiguous()
         products.append((output.new_ones(output.numel() // len(weight), len(right)), right))
 
-    hooks = [m.register_forward_hook(note) for m in net.modules() if isinstance(m, nn.Conv2d | InvertibleLinear)]
+    hooks = [
+        m.register_forward_hook(note)
+        for m in net.modules()
+        if isinstance(m, nn.Conv2d | InvertibleLinear)
+    ]
     with torch.no_grad():
         net(x)
     for hook in hooks:
@@ -114,12 +126,16 @@ def matrix_products(net: Chain, x: Tensor) -> list[tuple[Tensor, Tensor]]:
     return products
 
 
-def deviations(net: Chain, x: Tensor, found: Extremes, config: Config) -> tuple[float, float]:
+def deviations(
+    net: Chain, x: Tensor, found: ExtremeSingularValues, config: Config
+) -> tuple[float, float]:
     """Largest relative deviations of sigma_max and of sigma_min from float64 truth."""
     worst = torch.zeros(2, dtype=torch.float64)
     for k in range(min(config.checked, len(x))):
         pair = torch.stack([found.log_max[k].exp(), found.log_min[k].exp()])
-        worst = torch.maximum(worst, (pair / torch.tensor(true_extremes(config, k), dtype=torch.float64) - 1).abs())
+        worst = torch.maximum(
+            worst, (pair / torch.tensor(true_extremes(config, k), dtype=torch.float64) - 1).abs()
+        )
     return worst[0].item(), worst[1].item()
 
 
@@ -132,8 +148,10 @@ def decomposition_seconds(config: Config) -> float:
 @functools.cache
 def true_extremes(config: Config, sample: int) -> tuple[float, float]:
     """sigma_max and sigma_min of one sample's Jacobian, composed and decomposed in float64."""
-    twin = config.net(config.blocks).in_dtype(torch.float64)
-    values = torch.linalg.svdvals(composed_jacobian(twin, config.data()[sample : sample + 1].double())[0])
+    twin = config.net(config.blocks).to_dtype(torch.float64)
+    values = torch.linalg.svdvals(
+        composed_jacobian(twin, config.data()[sample : sample + 1].double())[0]
+    )
     return values[0].item(), values[-1].item()
 
 

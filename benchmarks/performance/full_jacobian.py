@@ -14,11 +14,11 @@ import pandas as pd
 import torch
 from torch import Tensor
 
+from benchmarks.common.runner import Row, collect, main
 from benchmarks.performance.nets import Sizes
 from benchmarks.performance.peer import processor_seconds, row_seconds, svd_seconds
-from benchmarks.runner import Row, collect, main
-from inn_guard.composed_jacobian import composed_jacobian
-from inn_guard.jacobian import spectrum
+from inn_guard.jacobian.dense import composed_jacobian
+from inn_guard.jacobian.singular_values import spectrum
 from inn_guard.layers.chain import Chain
 
 
@@ -45,7 +45,7 @@ class Config(Sizes):
 def measure(config: Config, dtype: torch.dtype) -> list[Row]:
     """One row per claim: J alone, and J with all of its singular values."""
     torch.set_num_threads(1)
-    net, x = config.net(config.blocks).in_dtype(dtype), config.data()[:1].to(dtype)
+    net, x = config.net(config.blocks).to_dtype(dtype), config.data()[:1].to(dtype)
     seconds: dict[str, list[float]] = {name: [] for name in ("peer J", "peer SVD", "J", "values")}
     for _ in range(config.rounds):
         composing, J = processor_seconds(lambda: composed_jacobian(net, x)[0])
@@ -55,7 +55,10 @@ def measure(config: Config, dtype: torch.dtype) -> list[Row]:
         seconds["peer SVD"].append(decomposing)
         own, found = processor_seconds(lambda J=J: spectrum(J[None]).values[0])
         seconds["values"].append(own)
-    both = [[sum(pair) for pair in zip(seconds[a], seconds[b], strict=True)] for a, b in (("J", "values"), _PEER)]
+    both = [
+        [sum(pair) for pair in zip(seconds[a], seconds[b], strict=True)]
+        for a, b in (("J", "values"), _PEER)
+    ]
     claims = {
         "Jacobian": (seconds["J"], seconds["peer J"], row_deviation(net, x, J)),
         "spectrum": (*both, ((found - values.double()).abs() / values.double()).max().item()),

@@ -13,11 +13,11 @@ from dataclasses import dataclass
 import pandas as pd
 import torch
 
+from benchmarks.common.runner import Row, collect, main
 from benchmarks.performance.measurement import Step, alternating_seconds, median_ratio
 from benchmarks.performance.nets import Sizes
-from benchmarks.runner import Row, collect, main
-from inn_guard.jacobian import extremes
-from inn_guard.linearization import Linearization
+from inn_guard.jacobian.chain import Linearization
+from inn_guard.jacobian.singular_values import extreme_singular_values
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,9 @@ class Config(Sizes):
     @classmethod
     def smoke(cls) -> Config:
         """Seconds."""
-        return cls(hidden=8, size=8, batch=4, depths=(3,), sizes=(8, 16), blocks=6, products=1, repeats=1)
+        return cls(
+            hidden=8, size=8, batch=4, depths=(3,), sizes=(8, 16), blocks=6, products=1, repeats=1
+        )
 
     @classmethod
     def cpu(cls) -> Config:
@@ -71,11 +73,15 @@ def measure(config: Config, case: tuple[str, int]) -> list[Row]:
         steps = {"L": passes(config, size), "2L": passes(config, 2 * size)}
         seconds = alternating_seconds(steps, repeats=config.repeats)
         return [{"L": size, "time_ratio": median_ratio(seconds["2L"], seconds["L"])}]
-    sized = dataclasses.replace(config, size=size, levels=(size // config.coarsest).bit_length() - 1)
+    sized = dataclasses.replace(
+        config, size=size, levels=(size // config.coarsest).bit_length() - 1
+    )
     net, x = sized.net(config.blocks), sized.data()
     with torch.no_grad():
         generator = torch.Generator().manual_seed(config.seed)
-        found = extremes(Linearization(net, x), generator=generator, tolerance=config.tolerance)
+        found = extreme_singular_values(
+            Linearization(net, x), generator=generator, tolerance=config.tolerance
+        )
     forward, backward = found.forward.steps.double(), found.backward.steps.double()
     return [
         {

@@ -15,15 +15,15 @@ import pandas as pd
 import torch
 from torch import Tensor
 
+from benchmarks.common.runner import Row, collect, main
 from benchmarks.performance.nets import Sizes
 from benchmarks.performance.peer import svd_seconds
-from benchmarks.runner import Row, collect, main
-from inn_guard.composed_jacobian import composed_jacobian
-from inn_guard.jacobian import Extremes, extremes
+from inn_guard.jacobian.chain import Linearization
+from inn_guard.jacobian.dense import composed_jacobian
+from inn_guard.jacobian.singular_values import ExtremeSingularValues, extreme_singular_values
 from inn_guard.layers.actnorm import ActNorm
 from inn_guard.layers.chain import Chain
 from inn_guard.layers.coupling import AffineCoupling
-from inn_guard.linearization import Linearization
 
 
 @dataclass(frozen=True)
@@ -58,17 +58,19 @@ class Config(Sizes):
         return net.eval()
 
 
-def found(net: Chain, x: Tensor, config: Config, *, tolerance: float) -> Extremes:
+def found(net: Chain, x: Tensor, config: Config, *, tolerance: float) -> ExtremeSingularValues:
     with torch.no_grad():
         generator = torch.Generator().manual_seed(config.seed)
-        return extremes(Linearization(net, x), generator=generator, tolerance=tolerance)
+        return extreme_singular_values(
+            Linearization(net, x), generator=generator, tolerance=tolerance
+        )
 
 
 def measure(config: Config, gain: float) -> list[Row]:
     """One row: logarithms to base 10 of condition and sigma_min, relative errors, steps."""
     torch.set_num_threads(1)
     net, x = config.amplified(gain), config.data()[:1]
-    truth = found(net.in_dtype(torch.float64), x.double(), config, tolerance=config.tolerance / 100)
+    truth = found(net.to_dtype(torch.float64), x.double(), config, tolerance=config.tolerance / 100)
     ours = found(net, x, config, tolerance=config.tolerance)
     values = svd_seconds(composed_jacobian(net, x)[0])[1].double()
     with torch.no_grad():
@@ -80,7 +82,9 @@ def measure(config: Config, gain: float) -> list[Row]:
             "log10_sigma_min": truth.log_min.item() / math.log(10),
             "sigma_max_error": (ours.log_max - truth.log_max).expm1().abs().item(),
             "sigma_min_error": (ours.log_min - truth.log_min).expm1().abs().item(),
-            "error_estimate": max(side.relative_error.item() for side in (ours.forward, ours.backward)),
+            "error_estimate": max(
+                side.relative_error.item() for side in (ours.forward, ours.backward)
+            ),
             "steps": int(ours.forward.steps + ours.backward.steps),
             "peer_sigma_max_error": (values[0].log() - truth.log_max).expm1().abs().item(),
             "peer_sigma_min_factor": (values[-1].log() - truth.log_min).abs().exp().item(),

@@ -74,11 +74,17 @@ def peak_resident(make: Callable[..., Step], *arguments: Any) -> int:
     """
     context = multiprocessing.get_context("spawn")
     receiver, sender = context.Pipe(duplex=False)
-    settings = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536", "MALLOC_TOP_PAD_": "0"}
+    settings = {
+        "MALLOC_MMAP_THRESHOLD_": "65536",
+        "MALLOC_TRIM_THRESHOLD_": "65536",
+        "MALLOC_TOP_PAD_": "0",
+    }
     before = {key: os.environ.get(key) for key in settings}
     os.environ.update(settings)
     try:
-        child = context.Process(target=_resident, args=(sender, torch.get_num_threads(), make, arguments))
+        child = context.Process(
+            target=_resident, args=(sender, torch.get_num_threads(), make, arguments)
+        )
         child.start()
         sender.close()
         peak = receiver.recv()
@@ -89,7 +95,9 @@ def peak_resident(make: Callable[..., Step], *arguments: Any) -> int:
     return peak
 
 
-def _resident(sender: Any, threads: int, make: Callable[..., Step], arguments: tuple[Any, ...]) -> None:
+def _resident(
+    sender: Any, threads: int, make: Callable[..., Step], arguments: tuple[Any, ...]
+) -> None:
     torch.set_num_threads(threads)
     step = make(*arguments)
     step()

@@ -17,12 +17,17 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from benchmarks.performance.measurement import alternating_seconds, median_ratio, peak_allocated, peak_resident
+from benchmarks.common.runner import Row, collect, main
+from benchmarks.performance.measurement import (
+    alternating_seconds,
+    median_ratio,
+    peak_allocated,
+    peak_resident,
+)
 from benchmarks.performance.nets import Sizes
-from benchmarks.runner import Row, collect, main
-from inn_guard.invertible import Invertible
+from inn_guard.core.invertible import Invertible
 from inn_guard.layers.chain import Chain
-from inn_guard.reversible import memory_saving
+from inn_guard.memory_saving import memory_saving
 
 Map = Callable[[Tensor], tuple[Tensor, Tensor | float]]  #: x -> (z, log_det)
 
@@ -106,7 +111,9 @@ def checkpointed_z(net: Chain, config: Config) -> Map:
 
 def memcnn_z(net: Chain, config: Config) -> Map:
     # it cannot take views, which reshaping layers return
-    wrapped = [memcnn.InvertibleModuleWrapper(b) if list(b.parameters()) else b for b in _blocks(net)]
+    wrapped = [
+        memcnn.InvertibleModuleWrapper(b) if list(b.parameters()) else b for b in _blocks(net)
+    ]
 
     def forward(x: Tensor) -> tuple[Tensor, float]:
         x = x.clone()  # it frees the storage of its input: let that be ours, not the caller's
@@ -158,10 +165,14 @@ def measure(config: Config, blocks: int) -> list[Row]:
     for loss, peers in PEERS.items():
         steps = {name: step_of(net, make(net, config), config) for name, make in peers.items()}
         seconds = alternating_seconds(steps, repeats=config.repeats)
-        gradients = {name: torch.cat([g.flatten() for g in step()]).double() for name, step in steps.items()}
+        gradients = {
+            name: torch.cat([g.flatten() for g in step()]).double() for name, step in steps.items()
+        }
         true = gradients["stored"]
         allocated = {name: _peak(net, step) for name, step in steps.items()}
-        resident = {name: peak_resident(training_step, config, blocks, loss, name) for name in steps}
+        resident = {
+            name: peak_resident(training_step, config, blocks, loss, name) for name in steps
+        }
         rows += [
             {
                 "blocks": blocks,

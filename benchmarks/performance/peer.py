@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from inn_guard.invertible import Invertible
+from inn_guard.core.invertible import Invertible
 
 T = TypeVar("T")
 

@@ -13,13 +13,13 @@ from dataclasses import dataclass
 import pandas as pd
 import torch
 
+from benchmarks.common.runner import Row, collect, main
 from benchmarks.performance.measurement import alternating_seconds
 from benchmarks.performance.nets import Sizes
-from benchmarks.runner import Row, collect, main
-from inn_guard.hooks import RegularizerHook
-from inn_guard.invertible import Invertible
-from inn_guard.regularizers import Direction, FiniteDifferences
-from inn_guard.reversible import memory_saving
+from inn_guard.core.invertible import Invertible
+from inn_guard.memory_saving import memory_saving
+from inn_guard.training.regularizer_hook import RegularizerHook
+from inn_guard.training.regularizers import Direction, FiniteDifferences
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,10 @@ class Config(Sizes):
         return cls(batch=128, repeats=20, every=(1, 5, 10))
 
 
-MODES: dict[str, Callable[[Invertible], Invertible]] = {"stored": lambda net: net, "memory_saving": memory_saving}
+MODES: dict[str, Callable[[Invertible], Invertible]] = {
+    "stored": lambda net: net,
+    "memory_saving": memory_saving,
+}
 
 
 @dataclass(frozen=True)
@@ -74,7 +77,9 @@ def cycle(config: Config, model: Invertible, case: Case | None, steps: int) -> C
     chosen = (
         []
         if case is None
-        else [FiniteDifferences(config.coefficient, direction=case.direction, fraction=case.fraction)]
+        else [
+            FiniteDifferences(config.coefficient, direction=case.direction, fraction=case.fraction)
+        ]
     )
     hook = RegularizerHook(model, chosen, every=steps)
 

@@ -21,7 +21,7 @@ import torch
 from matplotlib.figure import Figure
 
 import inn_guard as ig
-from benchmarks.runner import Row, collect, main
+from benchmarks.common.runner import Row, collect, main
 from inn_guard.layers.permutation import Permutation
 from inn_guard.models.glow import GlowConfig, glow_classifier
 
@@ -115,7 +115,9 @@ def _flow(config: Config, size: Size) -> tuple[torch.nn.Module, torch.Tensor]:
     with torch.no_grad():
         net(x)  # in training mode it sets what depends on data
         for parameter in net.parameters():
-            parameter += config.spread * torch.randn_like(parameter) / max(1, parameter[0].numel()) ** 0.5
+            parameter += (
+                config.spread * torch.randn_like(parameter) / max(1, parameter[0].numel()) ** 0.5
+            )
     return net.eval(), x
 
 
@@ -141,16 +143,26 @@ def draw(frame: pd.DataFrame) -> Figure:
     for k, (budget, rows) in enumerate(frame.groupby("budget_mib")):
         label = f"up to {rows['parameters'].max() / 1e6:.3g} million parameters"
         memory.axhline(budget, color=f"C{k}", lw=0.8, label=f"budget, {budget} MiB")
-        memory.loglog(rows["D"], rows["peak_growth_mib"], "o-", color=f"C{k}", label=f"{label}, measured")
-        memory.loglog(rows["D"], rows["estimated_mib"], "s--", color=f"C{k}", label="dry run's estimate")
+        memory.loglog(
+            rows["D"], rows["peak_growth_mib"], "o-", color=f"C{k}", label=f"{label}, measured"
+        )
+        memory.loglog(
+            rows["D"], rows["estimated_mib"], "s--", color=f"C{k}", label="dry run's estimate"
+        )
         seconds.loglog(rows["D"], rows["seconds"], "o-", color=f"C{k}", label=f"{label}, measured")
-        seconds.loglog(rows["D"], rows["estimated_seconds"], "s--", color=f"C{k}", label="dry run's estimate")
+        seconds.loglog(
+            rows["D"], rows["estimated_seconds"], "s--", color=f"C{k}", label="dry run's estimate"
+        )
     for axes, unit in ((memory, "MiB beside model and data"), (seconds, "seconds of one core")):
         axes.set(xlabel="D", ylabel=unit)
-        axes.set_xticks(sorted(frame["D"].unique()), [f"{D:,}" for D in sorted(frame["D"].unique())])
+        axes.set_xticks(
+            sorted(frame["D"].unique()), [f"{D:,}" for D in sorted(frame["D"].unique())]
+        )
         axes.minorticks_off()
         axes.spines[["top", "right"]].set_visible(False)
-    figure.legend(*memory.get_legend_handles_labels(), loc="outside right center", frameon=False, fontsize=8)
+    figure.legend(
+        *memory.get_legend_handles_labels(), loc="outside right center", frameon=False, fontsize=8
+    )
     return figure
 
 

@@ -26,15 +26,15 @@ from nflows.nn.nets import ResidualNet
 from torch import Tensor, nn
 
 import inn_guard as ig
-from benchmarks.runner import Row, collect, main
-from inn_guard.audits.precision import Arithmetic, arithmetics, precision
-from inn_guard.inverse_differences import InverseDifferences
+from benchmarks.common.runner import Row, collect, main
+from inn_guard.audits.precision.audit import NumberFormat, arithmetics, precision
+from inn_guard.jacobian.chain import Linearization
+from inn_guard.jacobian.inverse_differences import InverseDifferences
+from inn_guard.jacobian.rounding_error import RoundingForecast, rounding_forecast, unit_roundoff
 from inn_guard.layers.chain import Chain
 from inn_guard.layers.coupling import AdditiveCoupling, AffineCoupling
 from inn_guard.layers.networks import MLP
 from inn_guard.layers.permutation import Permutation
-from inn_guard.linearization import Linearization
-from inn_guard.rounding_forecast import RoundingForecast, rounding_forecast, unit_roundoff
 
 HIDDEN = 48
 
@@ -97,7 +97,9 @@ def nflows(make: Callable[[int, Tensor], nn.Module]) -> Callable[[int, int], nn.
 
     def build(dim: int, depth: int) -> nn.Module:
         mask = (torch.arange(dim) % 2).int()
-        chain = [t for _ in range(depth) for t in (make(dim, mask), transforms.RandomPermutation(dim))]
+        chain = [
+            t for _ in range(depth) for t in (make(dim, mask), transforms.RandomPermutation(dim))
+        ]
         return transforms.CompositeTransform(chain)
 
     return build
@@ -110,7 +112,9 @@ def residual_net(n: int, m: int) -> nn.Module:
 
 def spline(_: int, mask: Tensor) -> nn.Module:
     """A rational-quadratic spline coupling on [-4, 4]."""
-    return transforms.PiecewiseRationalQuadraticCouplingTransform(mask, residual_net, tails="linear", tail_bound=4.0)
+    return transforms.PiecewiseRationalQuadraticCouplingTransform(
+        mask, residual_net, tails="linear", tail_bound=4.0
+    )
 
 
 def freia(block: str) -> Callable[[int, int], nn.Module]:
@@ -120,7 +124,10 @@ def freia(block: str) -> Callable[[int, int], nn.Module]:
         inn = FrEIA.framework.SequenceINN(dim)
         for k in range(depth):
             inn.append(FrEIA.modules.PermuteRandom, seed=k)
-            inn.append(getattr(FrEIA.modules, block), subnet_constructor=lambda n, m: MLP([n, HIDDEN, HIDDEN, m]))
+            inn.append(
+                getattr(FrEIA.modules, block),
+                subnet_constructor=lambda n, m: MLP([n, HIDDEN, HIDDEN, m]),
+            )
         return inn
 
     return build
@@ -131,7 +138,9 @@ BLOCKS: dict[str, Callable[[int, int], nn.Module]] = {
     "ours affine": ours(AffineCoupling),
     "nflows affine": nflows(lambda _, mask: transforms.AffineCouplingTransform(mask, residual_net)),
     "nflows spline": nflows(spline),
-    "nflows autoregressive": nflows(lambda dim, _: transforms.MaskedAffineAutoregressiveTransform(dim, HIDDEN)),
+    "nflows autoregressive": nflows(
+        lambda dim, _: transforms.MaskedAffineAutoregressiveTransform(dim, HIDDEN)
+    ),
     "nflows LU": nflows(lambda dim, _: transforms.LULinear(dim, identity_init=False)),
     "FrEIA AllInOneBlock": freia("AllInOneBlock"),
     "FrEIA GLOWCouplingBlock": freia("GLOWCouplingBlock"),
@@ -140,8 +149,17 @@ BLOCKS: dict[str, Callable[[int, int], nn.Module]] = {
 
 def cases(config: Config) -> dict[str, Stack]:
     """Every kind of block in every dimension, depth and gain."""
-    stacks = (Stack(b, d, n, g) for b in BLOCKS for d in config.dims for n in config.depths for g in config.gains)
-    return {f"{stack.block} D={stack.dim} n={stack.depth} gain={stack.gain:g}": stack for stack in stacks}
+    stacks = (
+        Stack(b, d, n, g)
+        for b in BLOCKS
+        for d in config.dims
+        for n in config.depths
+        for g in config.gains
+    )
+    return {
+        f"{stack.block} D={stack.dim} n={stack.depth} gain={stack.gain:g}": stack
+        for stack in stacks
+    }
 
 
 def measure(config: Config, stack: Stack) -> Iterator[Row]:
@@ -170,7 +188,10 @@ def measure(config: Config, stack: Stack) -> Iterator[Row]:
 
 def forecast_of(model: ig.Invertible, x: Tensor, config: Config) -> RoundingForecast | None:
     """The forecast as the audit makes it, or None where a layer's inverse raises at its own output."""
-    for way in (lambda: InverseDifferences(model.in_dtype(torch.float64), x.double()), lambda: Linearization(model, x)):
+    for way in (
+        lambda: InverseDifferences(model.to_dtype(torch.float64), x.double()),
+        lambda: Linearization(model, x),
+    ):
         try:
             generator = torch.Generator().manual_seed(config.seed)
             with torch.no_grad():
@@ -180,14 +201,16 @@ def forecast_of(model: ig.Invertible, x: Tensor, config: Config) -> RoundingFore
     return None
 
 
-def ratios(model: ig.Invertible, x: Tensor, arithmetic: Arithmetic, unit: RoundingForecast | None) -> Row:
+def ratios(
+    model: ig.Invertible, x: Tensor, arithmetic: NumberFormat, unit: RoundingForecast | None
+) -> Row:
     """Quantiles of measured / forecast over the samples for which first order can hold: forecast below 0.1 |x|."""
     nothing = {"first_order_samples": 0, "ratio_median": np.nan, "within_factor_3": np.nan}
     if arithmetic.autocast is not None or unit is None:
         return nothing
     forecast = unit.error(unit_roundoff(arithmetic.storage))
     try:
-        twin, cast = model.in_dtype(arithmetic.storage), x.to(arithmetic.storage)
+        twin, cast = model.to_dtype(arithmetic.storage), x.to(arithmetic.storage)
         with torch.no_grad():
             error = (twin.inverse(twin(cast)).double() - cast.double()).norm(dim=1)
     except (RuntimeError, ValueError, NotImplementedError):
@@ -219,16 +242,21 @@ def cost(model: ig.Invertible, x: Tensor, config: Config) -> Row:
     """
     z = model(x).detach()
     generator = torch.Generator().manual_seed(config.seed)
-    twin = model.in_dtype(torch.float64)
+    twin = model.to_dtype(torch.float64)
 
     def forecast() -> None:
-        rounding_forecast(InverseDifferences(twin, x.double()), probes=config.probes, generator=generator)
+        rounding_forecast(
+            InverseDifferences(twin, x.double()), probes=config.probes, generator=generator
+        )
 
-    calls = {"copy": lambda: model.in_dtype(torch.float64), "cost": forecast}
+    calls = {"copy": lambda: model.to_dtype(torch.float64), "cost": forecast}
     try:
         with torch.no_grad():
             inverse = np.median([seconds(lambda: model.inverse(z)) for _ in range(5)])
-            spent = {name: np.median([seconds(call) for _ in range(5)]) / inverse for name, call in calls.items()}
+            spent = {
+                name: np.median([seconds(call) for _ in range(5)]) / inverse
+                for name, call in calls.items()
+            }
     except (ValueError, AssertionError, ig.NotApplicable):
         spent = dict.fromkeys(calls, np.nan)
     return {f"{name}_in_inverse_passes": float(value) for name, value in spent.items()}
@@ -245,7 +273,12 @@ def run(config: Config) -> pd.DataFrame:
     """All stacks in all arithmetics."""
     frame = collect(config, cases(config), measure)
     print(summary(frame).to_string(index=False))
-    print(frame.groupby("case")[["cost_in_inverse_passes", "copy_in_inverse_passes"]].first().describe().to_string())
+    print(
+        frame.groupby("case")[["cost_in_inverse_passes", "copy_in_inverse_passes"]]
+        .first()
+        .describe()
+        .to_string()
+    )
     return frame
 
 
@@ -253,7 +286,9 @@ def summary(frame: pd.DataFrame) -> pd.DataFrame:
     """One line per arithmetic: the figures of the claims."""
     rows = []
     for name, group in frame.groupby("arithmetic", sort=False):
-        decided = group[group.forecast_verdict.isin(["works", "breaks"]) & (group.measured_verdict != "refused")]
+        decided = group[
+            group.forecast_verdict.isin(["works", "breaks"]) & (group.measured_verdict != "refused")
+        ]
         rows.append(
             {
                 "arithmetic": name,
@@ -277,10 +312,19 @@ def draw(frame: pd.DataFrame) -> Figure:
         axes.loglog(group.forecast, group.measured.clip(lower=1e-18), ".", label=name, alpha=0.7)
     ends = np.array([1e-17, 1e3])
     axes.loglog(ends, ends, color="black", linewidth=0.8)
-    axes.fill_between(ends, ends / 3, ends * 3, color="black", alpha=0.07, label="within a factor of 3")
+    axes.fill_between(
+        ends, ends / 3, ends * 3, color="black", alpha=0.07, label="within a factor of 3"
+    )
     axes.axhline(1e-2, color="black", linewidth=0.6, linestyle=":")
-    axes.set(xlabel="forecast error, 95 % of samples [|x|]", ylabel="measured error, 95 % of samples [|x|]")
-    axes.set(xlim=(1e-17, 1e4), ylim=(1e-17, 1e4), title=f"{frame.case.nunique()} stacks of three libraries")
+    axes.set(
+        xlabel="forecast error, 95 % of samples [|x|]",
+        ylabel="measured error, 95 % of samples [|x|]",
+    )
+    axes.set(
+        xlim=(1e-17, 1e4),
+        ylim=(1e-17, 1e4),
+        title=f"{frame.case.nunique()} stacks of three libraries",
+    )
     axes.legend(frameon=False)
     return figure
 

@@ -8,21 +8,21 @@ from typing import Any
 
 from torch import nn
 
-from inn_guard.adapters.functions import Functions
-from inn_guard.invertible import Context, Invertible
+from inn_guard.adapters.callables import Functions
+from inn_guard.core.invertible import Context, Invertible
 from inn_guard.layers.chain import Chain
 
 __all__ = ["ADAPTERS", "wrap"]
 
 #: Module name in which a model's class (or one of its bases) is defined -> adapter; each has adapt(model, context).
 ADAPTERS: dict[str, str] = {
-    "nflows": "inn_guard.adapters.nflows",
-    "FrEIA": "inn_guard.adapters.freia",
-    "normflows": "inn_guard.adapters.normflows",
-    "zuko": "inn_guard.adapters.zuko",
-    "memcnn": "inn_guard.adapters.memcnn",
+    "nflows": "inn_guard.adapters.nflows.adapter",
+    "FrEIA": "inn_guard.adapters.freia.adapter",
+    "normflows": "inn_guard.adapters.normflows.adapter",
+    "zuko": "inn_guard.adapters.zuko.adapter",
+    "memcnn": "inn_guard.adapters.memcnn.adapter",
     "sbi": "inn_guard.adapters.sbi",
-    "torch.distributions.transforms": "inn_guard.adapters.distributions",
+    "torch.distributions.transforms": "inn_guard.adapters.torch_transforms",
 }
 
 
@@ -83,17 +83,23 @@ def wrap(
             "expected either a model or callables, got both; type wrap(model) or wrap(encode=..., decode=...) instead"
         )
     if isinstance(model, Invertible):
-        return model if context is None else model.conditioned(context)
+        return model if context is None else model.with_context(context)
     return importlib.import_module(_adapter_of(model)).adapt(model, context)
 
 
-def _of_callables(encode: Any, decode: Any, layers: Any, log_det: Any, context: Context) -> Invertible:
+def _of_callables(
+    encode: Any, decode: Any, layers: Any, log_det: Any, context: Context
+) -> Invertible:
     chain = None if layers is None else [_layer(layer) for layer in layers]
     if encode is not None and decode is not None:
         return Functions(encode, decode, layers=chain or (), log_det=log_det, context=context)
     if chain and encode is None and decode is None and log_det is None:
-        return Chain(*chain).conditioned(context)
-    given = [name for name, value in (("encode", encode), ("decode", decode), ("layers", layers)) if value is not None]
+        return Chain(*chain).with_context(context)
+    given = [
+        name
+        for name, value in (("encode", encode), ("decode", decode), ("layers", layers))
+        if value is not None
+    ]
     raise TypeError(
         f"expected both directions of a map, got {' and '.join(given) or 'nothing'}; "
         "type wrap(model), wrap(encode=f, decode=g) or wrap(layers=[...]) instead"
@@ -101,7 +107,11 @@ def _of_callables(encode: Any, decode: Any, layers: Any, log_det: Any, context: 
 
 
 def _layer(layer: Any) -> Invertible:
-    if isinstance(layer, tuple) and len(layer) == 2 and all(callable(function) for function in layer):
+    if (
+        isinstance(layer, tuple)
+        and len(layer) == 2
+        and all(callable(function) for function in layer)
+    ):
         return Functions(*layer)
     return wrap(layer)
 
@@ -114,10 +124,12 @@ def _adapter_of(model: Any) -> str:
                 return adapter
     if isinstance(model, nn.Module) and callable(getattr(model, "inverse", None)):
         holds_memcnn = any(type(part).__module__.startswith("memcnn.") for part in model.modules())
-        return ADAPTERS["memcnn"] if holds_memcnn else "inn_guard.adapters.functions"
+        return ADAPTERS["memcnn"] if holds_memcnn else "inn_guard.adapters.callables"
     for wrapper in ("module", "_orig_mod"):  # DataParallel, torch.compile
         if isinstance(getattr(model, wrapper, None), nn.Module):
-            raise TypeError(f"expected the model inside {type(model).__name__}; type wrap(model.{wrapper}) instead")
+            raise TypeError(
+                f"expected the model inside {type(model).__name__}; type wrap(model.{wrapper}) instead"
+            )
     raise TypeError(
         f"expected an Invertible, a model of {', '.join(ADAPTERS)}, or a module with forward and inverse; got "
         f"{type(model).__module__}.{type(model).__qualname__}; type wrap(encode=f, decode=g) with its two directions "

@@ -11,8 +11,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from inn_guard.adapters import wrap
-from inn_guard.adapters.adapted import Adapted
-from inn_guard.invertible import Context, Invertible
+from inn_guard.adapters.base import Adapted
+from inn_guard.core.invertible import Context, Invertible
 
 __all__ = ["SbiEstimator", "adapt"]
 
@@ -81,4 +81,6 @@ class SbiEstimator(Adapted):
             )
         net: Any = self.module.net
         embeds_itself = hasattr(net, "_embedding_net")
-        return wrap(net, context=self.context if embeds_itself else self.module.embedding_net(self.context))  # type: ignore[operator]
+        return wrap(
+            net, context=self.context if embeds_itself else self.module.embedding_net(self.context)
+        )  # type: ignore[operator]

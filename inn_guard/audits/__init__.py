@@ -10,20 +10,20 @@ import enum
 import functools
 from collections.abc import Callable
 
-from inn_guard.audits.base import AuditResult, Verdict
-from inn_guard.audits.dequantization_attack import dequantization_attack
+from inn_guard.audits.audited_model import polite
+from inn_guard.audits.dequantization_attack.audit import dequantization_attack
 from inn_guard.audits.full_spectrum import full_spectrum
 from inn_guard.audits.gradient_angle import gradient_angle
 from inn_guard.audits.jacobian_spectrum import jacobian_spectrum
 from inn_guard.audits.layer_blame import layer_blame
 from inn_guard.audits.lipschitz_bounds import lipschitz_bounds
 from inn_guard.audits.log_det import log_det
-from inn_guard.audits.out_of_distribution import out_of_distribution
-from inn_guard.audits.precision import precision
+from inn_guard.audits.out_of_distribution.audit import out_of_distribution
+from inn_guard.audits.precision.audit import precision
 from inn_guard.audits.preflight import preflight
-from inn_guard.audits.reconstruction import reconstruction
-from inn_guard.audits.report import AuditReport
-from inn_guard.audits.watched import polite
+from inn_guard.audits.reconstruction.audit import reconstruction
+from inn_guard.report.audit_report import AuditReport
+from inn_guard.report.result import AuditResult, Verdict
 
 __all__ = ["AUDITS", "LEVELS", "Audit", "AuditReport", "AuditResult", "Level", "Verdict", "polite"]
 
@@ -62,4 +62,8 @@ class Level(enum.Enum):
     FULL = "full"  #: adds full spectra, certificates and attacks
 
 
-LEVELS: dict[Level, dict[str, Audit]] = {Level.QUICK: QUICK, Level.STANDARD: STANDARD, Level.FULL: FULL}
+LEVELS: dict[Level, dict[str, Audit]] = {
+    Level.QUICK: QUICK,
+    Level.STANDARD: STANDARD,
+    Level.FULL: FULL,
+}

@@ -13,14 +13,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from inn_guard.audits.base import AuditResult, Verdict
+from inn_guard.audits.audited_model import is_shared, polite, shares_of
+from inn_guard.audits.cost_model import COSTS, Cost, Task
 from inn_guard.audits.jacobian_spectrum import usable_rows
-from inn_guard.audits.passes import COSTS, Cost, Task
-from inn_guard.audits.watched import is_shared, polite, shares_of
-from inn_guard.footprint import Footprint, forward_footprint, linearized_footprint
-from inn_guard.invertible import Invertible
-from inn_guard.linearization import Linearization
-from inn_guard.tangent import NotApplicable
+from inn_guard.core.invertible import Invertible
+from inn_guard.core.layer_jacobian import NotApplicable
+from inn_guard.execution.memory import Footprint, forward_footprint, linearized_footprint
+from inn_guard.jacobian.chain import Linearization
+from inn_guard.report.result import AuditResult, Verdict
 
 __all__ = ["dry_run"]
 
@@ -31,7 +31,11 @@ KINDS = ("forward", "inverse", "linearize", "product")
 
 @polite
 def dry_run(
-    model: Invertible, x: Tensor, *, checks: Sequence[Callable[..., AuditResult]], processes: int = 1
+    model: Invertible,
+    x: Tensor,
+    *,
+    checks: Sequence[Callable[..., AuditResult]],
+    processes: int = 1,
 ) -> AuditResult:
     """Estimated time in seconds and memory in bytes of each check, of which none is run.
 
@@ -51,11 +55,16 @@ def dry_run(
     """
     rows = usable_rows(model, x)[:TIMED]
     if not len(rows):
-        return AuditResult("dry_run", Verdict.NON_FINITE, "no sample has a finite latent: nothing could be timed")
+        return AuditResult(
+            "dry_run", Verdict.NON_FINITE, "no sample has a finite latent: nothing could be timed"
+        )
     memory = shares_of(model).memory
     within = math.inf if memory is None else float(memory)
     chosen, start = model.select(rows), x[rows]
-    prints = {measure is linearized_footprint: measure(chosen, start, within=within) for measure in FOOTPRINTS}
+    prints = {
+        measure is linearized_footprint: measure(chosen, start, within=within)
+        for measure in FOOTPRINTS
+    }
     if memory is not None:
         rows = rows[: prints[True].samples_within(memory)]
         chosen, start = model.select(rows), x[rows]
@@ -65,16 +74,25 @@ def dry_run(
     table = tuple(known.row(check) for check in checks)
     total = sum(row["seconds"] for row in table if math.isfinite(row["seconds"]))
     most = max((row["bytes"] for row in table if math.isfinite(row["bytes"])), default=math.nan)
-    each = "; ".join(f"{row['check']} {_time(row['seconds'])}, {_size(row['bytes'])}" for row in table)
+    each = "; ".join(
+        f"{row['check']} {_time(row['seconds'])}, {_size(row['bytes'])}" for row in table
+    )
     unknown = "".join(f"; {kind} could not be timed: {why}" for kind, why in missing.items())
     return AuditResult(
         "dry_run",
         Verdict.NOT_APPLICABLE,
         f"nothing was measured; estimate: {_time(total)} and {_size(most)} beside model and data. {each}{unknown}",
-        values={"seconds": total, "bytes": most} | {f"seconds_per_{kind}": seconds[kind] for kind in KINDS},
-        units={"seconds": "s", "bytes": "bytes"} | {f"seconds_per_{kind}": "s per sample" for kind in KINDS},
+        values={"seconds": total, "bytes": most}
+        | {f"seconds_per_{kind}": seconds[kind] for kind in KINDS},
+        units={"seconds": "s", "bytes": "bytes"}
+        | {f"seconds_per_{kind}": "s per sample" for kind in KINDS},
         tables={"cost": table},
-        settings={"timed_samples": len(rows), "dimension": size[1], "layers": size[2], "processes": processes},
+        settings={
+            "timed_samples": len(rows),
+            "dimension": size[1],
+            "layers": size[2],
+            "processes": processes,
+        },
     )
 
 
@@ -102,9 +120,16 @@ class _Known:
             return {"check": name, "seconds": math.nan, "bytes": math.nan}
         cost = COSTS[name](Task(*self.size, settings))
         counts = asdict(cost.passes)
-        seconds = cost.seconds + sum(counts[kind] * self.seconds[kind] for kind in KINDS if counts[kind])
+        seconds = cost.seconds + sum(
+            counts[kind] * self.seconds[kind] for kind in KINDS if counts[kind]
+        )
         ranks = self.resources.processes if together else 1
-        return {"check": name, "seconds": seconds / ranks, "bytes": self._bytes(cost, ranks), **counts}
+        return {
+            "check": name,
+            "seconds": seconds / ranks,
+            "bytes": self._bytes(cost, ranks),
+            **counts,
+        }
 
     def _bytes(self, cost: Cost, ranks: int) -> float | int:
         width = torch.promote_types(self.dtype, torch.float32).itemsize
@@ -126,10 +151,18 @@ def _timed(model: Invertible, x: Tensor) -> tuple[dict[str, float], dict[str, st
             missing["inverse"] = str(error)
     seconds["linearize"] = _clock(lambda: Linearization(model, x), x)
     linearization = Linearization(model, x)
-    products = (linearization.jvp, linearization.vjp, linearization.inverse_jvp, linearization.inverse_vjp)
+    products = (
+        linearization.jvp,
+        linearization.vjp,
+        linearization.inverse_jvp,
+        linearization.inverse_vjp,
+    )
     vectors = (x, linearization.output, linearization.output, x)
     try:
-        each = [_clock(functools.partial(product, v), x) for product, v in zip(products, vectors, strict=True)]
+        each = [
+            _clock(functools.partial(product, v), x)
+            for product, v in zip(products, vectors, strict=True)
+        ]
         seconds["product"] = sum(each) / len(each)
     except NotApplicable as error:
         missing["product"] = str(error)
@@ -158,7 +191,13 @@ def _asked(check: Callable[..., AuditResult]) -> tuple[str, dict[str, Any], bool
 
 
 def _time(seconds: float | int) -> str:
-    return "no estimate" if math.isnan(seconds) else f"{seconds:.2g} s" if seconds < 100 else f"{seconds / 60:.1f} min"
+    return (
+        "no estimate"
+        if math.isnan(seconds)
+        else f"{seconds:.2g} s"
+        if seconds < 100
+        else f"{seconds / 60:.1f} min"
+    )
 
 
 def _size(count: float | int) -> str:

@@ -8,14 +8,14 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from inn_guard.audits.base import AuditResult, Verdict
+from inn_guard.audits.audited_model import polite, shares_of, shares_samples
 from inn_guard.audits.jacobian_spectrum import usable_rows
-from inn_guard.audits.watched import polite, shares_of, shares_samples
-from inn_guard.composed_jacobian import composed_jacobian, is_composable
-from inn_guard.distributed import Shares
-from inn_guard.invertible import Invertible
-from inn_guard.jacobian import Spectrum, full_jacobian, resolution, spectrum
-from inn_guard.tangent import AutogradTangent, NotApplicable, probes, transposes
+from inn_guard.core.invertible import Invertible
+from inn_guard.core.layer_jacobian import AutogradJacobian, NotApplicable, is_adjoint_pair, probes
+from inn_guard.execution.parallel import WorkSharing
+from inn_guard.jacobian.dense import composed_jacobian, is_composable
+from inn_guard.jacobian.singular_values import Spectrum, full_jacobian, resolution, spectrum
+from inn_guard.report.result import AuditResult, Verdict
 
 __all__ = ["full_spectrum"]
 
@@ -53,9 +53,7 @@ def full_spectrum(model: Invertible, x: Tensor, *, samples: int = 2) -> AuditRes
     unreadable = int((~resolved).sum(1).max())
     reason = f"{values.shape[1] - unreadable} of {values.shape[1]} singular values are resolved"
     if unreadable:
-        reason += (
-            f"; the rest is below {resolution(x.dtype):.0e} of the largest one, rounding noise of a dense Jacobian"
-        )
+        reason += f"; the rest is below {resolution(x.dtype):.0e} of the largest one, rounding noise of a dense Jacobian"
     finite = bool(values.isfinite().all())
     readable = torch.where(resolved, values, torch.full_like(values, math.nan))
     return AuditResult(
@@ -78,7 +76,9 @@ def _spectra(model: Invertible, x: Tensor, rows: Tensor) -> tuple[Tensor, Tensor
     All processes form one sample's Jacobian after the other together; then each decomposes one of them.
     """
     shares, found = shares_of(model), list[Spectrum]()
-    with tqdm(total=len(rows), desc="spectrum", delay=PATIENCE, disable=True if shares.rank else None) as bar:
+    with tqdm(
+        total=len(rows), desc="spectrum", delay=PATIENCE, disable=True if shares.rank else None
+    ) as bar:
         for together in rows.split(shares.size):
             mine = None
             for k, row in enumerate(together.split(1)):
@@ -90,25 +90,29 @@ def _spectra(model: Invertible, x: Tensor, rows: Tensor) -> tuple[Tensor, Tensor
     return torch.cat([one.values for one in found]), torch.cat([one.resolved for one in found])
 
 
-def _jacobian(model: Invertible, x: Tensor, shares: Shares) -> Tensor:
+def _jacobian(model: Invertible, x: Tensor, shares: WorkSharing) -> Tensor:
     """J composed of the layers' own factors if autograd agrees on a random vector, else row by row by autograd.
 
     Its columns, or its rows, are shared over the processes, which go the same way.
     """
     if all(shares.gathered(lambda: is_composable(model, x))):
         columns = torch.arange(x[0].numel(), device=x.device)
-        (found,) = shares.map(columns, lambda part: (composed_jacobian(model, x, columns=_range(part))[0].T,))
+        (found,) = shares.map(
+            columns, lambda part: (composed_jacobian(model, x, columns=_range(part))[0].T,)
+        )
         if all(shares.gathered(lambda: _agrees(model, x, found.T))):
             return found.T[None]
     rows = torch.arange(model(x)[0].numel(), device=x.device)
-    return shares.map(rows, lambda part: (full_jacobian(model.forward, x, rows=_range(part))[0],))[0][None]
+    return shares.map(rows, lambda part: (full_jacobian(model.forward, x, rows=_range(part))[0],))[
+        0
+    ][None]
 
 
 def _agrees(model: Invertible, x: Tensor, J: Tensor) -> bool:
-    whole = AutogradTangent(model.forward, model.inverse, x)
+    whole = AutogradJacobian(model.forward, model.inverse, x)
     v, w = probes(x, whole.output)
     image = torch.einsum("ij,bj->bi", J, v.flatten(1)).reshape(w.shape)
-    return transposes(image, w, v, whole.vjp(w))
+    return is_adjoint_pair(image, w, v, whole.vjp(w))
 
 
 def _range(part: Tensor) -> range:

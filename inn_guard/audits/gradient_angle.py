@@ -4,20 +4,77 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from inn_guard.audits.base import AuditResult, Verdict
-from inn_guard.audits.gradient_comparison import GradientComparison, Pair
-from inn_guard.audits.watched import polite, shares_of, shares_samples
-from inn_guard.footprint import linearized_footprint
-from inn_guard.invertible import Invertible, standard_normal_log_prob
-from inn_guard.reversible import Surroundings, memory_saving
-from inn_guard.tangent import NotApplicable
+from inn_guard.audits.audited_model import polite, shares_of, shares_samples
+from inn_guard.core.invertible import Invertible, standard_normal_log_prob
+from inn_guard.core.layer_jacobian import NotApplicable
+from inn_guard.execution.memory import linearized_footprint
+from inn_guard.memory_saving import RandomAndBufferState, memory_saving
+from inn_guard.report.result import AuditResult, Verdict
+
+__all__ = ["GradientComparison", "Pair"]
+
+Pair = tuple[Tensor, Tensor]  #: one parameter's part of g and of h
+
+
+@dataclass(frozen=True)
+class GradientComparison:
+    """Two gradients g and h of the same parameters, in lengths.
+
+    Attributes:
+        g: |g|.
+        h: |h|.
+        apart: | g/|g| - h/|h| |.
+        together: | g/|g| + h/|h| |.
+        difference: |g - h|.
+    """
+
+    g: float
+    h: float
+    apart: float
+    together: float
+    difference: float
+
+    @classmethod
+    def of(cls, pairs: Sequence[Pair]) -> GradientComparison:
+        """Of gradients given as a pair of tensors per parameter."""
+        a, b = (_norm(pair[k] for pair in pairs) for k in (0, 1))
+        apart = _norm(g.double() / a - h.double() / b for g, h in pairs)
+        together = _norm(g.double() / a + h.double() / b for g, h in pairs)
+        return cls(a, b, apart, together, _norm(g.double() - h.double() for g, h in pairs))
+
+    def row(self) -> dict[str, float]:
+        """Angle in degrees, by the unit vectors' difference and sum, which small angles survive; distance; lengths."""
+        if self.g == 0 or self.h == 0:
+            angle = 0.0 if self.g == self.h else 90.0
+            distance = 0.0 if self.g == self.h else (1.0 if self.h else math.inf)
+        else:
+            angle, distance = (
+                math.degrees(2 * math.atan2(self.apart, self.together)),
+                self.difference / self.h,
+            )
+        return {
+            "angle": angle,
+            "distance": distance,
+            "memory_saving_norm": self.g,
+            "true_norm": self.h,
+        }
+
+
+def _norm(vectors: Iterable[Tensor]) -> float:
+    lengths = [
+        torch.linalg.vector_norm(vector, dtype=torch.float64)
+        for vector in vectors
+        if vector.numel()
+    ]
+    return float(torch.linalg.vector_norm(torch.stack(lengths))) if lengths else 0.0
+
 
 __all__ = ["MAX_ANGLE", "gradient_angle"]
 
@@ -68,13 +125,18 @@ def gradient_angle(
     measure = _default_loss(model, x) if loss is None else _scalar(loss)
     groups = _groups(model, parameters)
     batch_size = int(
-        min(batch_size, shares_of(model).fits(lambda within: linearized_footprint(model, x, within=within)))
+        min(
+            batch_size,
+            shares_of(model).fits(lambda within: linearized_footprint(model, x, within=within)),
+        )
     )
     batches = torch.arange(len(x), device=x.device).split(batch_size)
     saving = memory_saving(model)
 
     def compare(rows: Tensor) -> tuple[GradientComparison, list[GradientComparison]]:
-        pairs = _pairs((saving.select(rows), x[rows]), (model.select(rows), x[rows]), measure, parameters)
+        pairs = _pairs(
+            (saving.select(rows), x[rows]), (model.select(rows), x[rows]), measure, parameters
+        )
         parts = [GradientComparison.of([pairs[k] for k in group.members]) for group in groups]
         return GradientComparison.of(pairs), parts
 
@@ -87,15 +149,26 @@ def gradient_angle(
         verdict,
         reason,
         values={
-            **{f"mean_{name}": _mean([row[name] for row in minibatches]) for name in ("angle", "distance")},
-            **{f"max_{name}": _worst([row[name] for row in minibatches]) for name in ("angle", "distance")},
+            **{
+                f"mean_{name}": _mean([row[name] for row in minibatches])
+                for name in ("angle", "distance")
+            },
+            **{
+                f"max_{name}": _worst([row[name] for row in minibatches])
+                for name in ("angle", "distance")
+            },
             "rounding_distance": rounding,
         },
         units={"mean_angle": "degrees", "max_angle": "degrees", "angle": "degrees"}
-        | dict.fromkeys(("mean_distance", "max_distance", "rounding_distance", "distance"), "of |h|"),
+        | dict.fromkeys(
+            ("mean_distance", "max_distance", "rounding_distance", "distance"), "of |h|"
+        ),
         per_layer=tuple(
             group.row()
-            | {name: _worst([parts[k].row()[name] for _, parts in compared]) for name in ("angle", "distance")}
+            | {
+                name: _worst([parts[k].row()[name] for _, parts in compared])
+                for name in ("angle", "distance")
+            }
             for k, group in enumerate(groups)
         ),
         tables={"minibatch": minibatches},
@@ -131,18 +204,29 @@ class _Group:
         return {"index": self.index, "layer": self.layer, "parameters": self.parameters}
 
 
-def _rounding(model: Invertible, x: Tensor, measure: Measured, parameters: list[Tensor], seed: int) -> float:
+def _rounding(
+    model: Invertible, x: Tensor, measure: Measured, parameters: list[Tensor], seed: int
+) -> float:
     """|h(x') - h(x)| / |h(x)| with every entry of x moved by one rounding unit, up or down."""
-    sign = torch.randint(2, x.shape, generator=torch.Generator().manual_seed(seed), device="cpu").to(x) * 2 - 1
+    sign = (
+        torch.randint(2, x.shape, generator=torch.Generator().manual_seed(seed), device="cpu").to(x)
+        * 2
+        - 1
+    )
     moved = x * (1 + torch.finfo(x.dtype).eps * sign)
-    return GradientComparison.of(_pairs((model, moved), (model, x), measure, parameters)).row()["distance"]
+    return GradientComparison.of(_pairs((model, moved), (model, x), measure, parameters)).row()[
+        "distance"
+    ]
 
 
 def _pairs(
-    first: tuple[Invertible, Tensor], second: tuple[Invertible, Tensor], measure: Measured, parameters: list[Tensor]
+    first: tuple[Invertible, Tensor],
+    second: tuple[Invertible, Tensor],
+    measure: Measured,
+    parameters: list[Tensor],
 ) -> list[Pair]:
     """Gradients at two models and batches, with the same random numbers, parameter by parameter."""
-    surroundings = Surroundings(*first)
+    surroundings = RandomAndBufferState(*first)
     g = _gradients(measure(*first), parameters)
     surroundings.changed()
     with surroundings.restored():
@@ -153,7 +237,9 @@ def _pairs(
 def _gradients(loss: Any, parameters: list[Tensor]) -> list[Tensor]:
     if not isinstance(loss, Tensor) or loss.numel() != 1 or not loss.requires_grad:
         got = f"shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
-        raise ValueError(f"expected loss to return one differentiable number, got {got}: add .mean(), do not detach")
+        raise ValueError(
+            f"expected loss to return one differentiable number, got {got}: add .mean(), do not detach"
+        )
     found = torch.autograd.grad(loss, parameters, allow_unused=True)
     return [torch.zeros_like(p) if g is None else g for p, g in zip(parameters, found, strict=True)]
 
@@ -161,7 +247,11 @@ def _gradients(loss: Any, parameters: list[Tensor]) -> list[Tensor]:
 def _parameters(model: Invertible) -> list[Tensor]:
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     if not trainable:
-        trainable = [parameter.requires_grad_() for parameter in model.parameters() if parameter.is_floating_point()]
+        trainable = [
+            parameter.requires_grad_()
+            for parameter in model.parameters()
+            if parameter.is_floating_point()
+        ]
     if not trainable:
         raise NotApplicable("the model has no parameters, so that training has no gradient")
     return list(trainable)
@@ -200,7 +290,11 @@ def _negative_log_likelihood(z: Tensor, log_det: Tensor) -> Tensor:
 def _scalar(loss: Loss) -> Measured:
     """The loss as a function of model and x, by the number of arguments that it wants."""
     kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
-    wanted = [p for p in inspect.signature(loss).parameters.values() if p.kind in kinds and p.default is p.empty]
+    wanted = [
+        p
+        for p in inspect.signature(loss).parameters.values()
+        if p.kind in kinds and p.default is p.empty
+    ]
     if len(wanted) >= 2:
         return lambda model, x: loss(*model.forward_and_log_det(x))
     return lambda model, x: loss(model(x))
@@ -210,9 +304,13 @@ def _groups(model: Invertible, parameters: list[Tensor]) -> list[_Group]:
     position = {id(parameter): k for k, parameter in enumerate(parameters)}
     groups = []
     for index, layer in enumerate(model.layers()):
-        members = [position[id(parameter)] for parameter in layer.parameters() if id(parameter) in position]
+        members = [
+            position[id(parameter)] for parameter in layer.parameters() if id(parameter) in position
+        ]
         if members:
-            groups.append(_Group(index, layer.name, members, sum(parameters[k].numel() for k in members)))
+            groups.append(
+                _Group(index, layer.name, members, sum(parameters[k].numel() for k in members))
+            )
     return groups
 
 
@@ -222,11 +320,12 @@ def _judged(minibatches: Sequence[Mapping[str, float]], rounding: float) -> tupl
         return Verdict.NON_FINITE, "the true gradient itself is not finite"
     broken = sum(not math.isfinite(row["memory_saving_norm"]) for row in minibatches)
     if broken:
-        return Verdict.NON_FINITE, f"the memory-saving gradient is not finite in {broken} of {count} minibatches"
+        return (
+            Verdict.NON_FINITE,
+            f"the memory-saving gradient is not finite in {broken} of {count} minibatches",
+        )
     angle, distance = (_worst([row[name] for row in minibatches]) for name in ("angle", "distance"))
-    figures = (
-        f"{angle:.3g} degrees and {distance:.2g} of its length off the true one in the worst of {count} minibatches"
-    )
+    figures = f"{angle:.3g} degrees and {distance:.2g} of its length off the true one in the worst of {count} minibatches"
     explained = f"one rounding of x moves the true gradient by {rounding:.2g} of its length"
     if angle > MAX_ANGLE or distance > MAX_DISTANCE:
         return Verdict.UNSTABLE, f"the memory-saving gradient is {figures}; {explained}"

@@ -8,16 +8,21 @@ import math
 import torch
 from torch import Tensor
 
-from inn_guard.audits.base import AuditResult, Verdict, scattered
-from inn_guard.audits.limits import from_log10, usable_error
-from inn_guard.audits.round_trip import finite_rows
-from inn_guard.audits.watched import polite, shares_of, shares_samples
-from inn_guard.distributed import SampleNoise
-from inn_guard.footprint import forward_footprint, linearized_footprint
-from inn_guard.invertible import Invertible
-from inn_guard.jacobian import Extremes, extremes, full_jacobian, spectrum
-from inn_guard.lanczos import LargestSingularValue
-from inn_guard.linearization import Linearization
+from inn_guard.audits.audited_model import polite, shares_of, shares_samples
+from inn_guard.audits.thresholds import format_log10, max_usable_error
+from inn_guard.core.invertible import Invertible
+from inn_guard.core.random import SampleNoise
+from inn_guard.core.tensors import finite_rows
+from inn_guard.execution.memory import forward_footprint, linearized_footprint
+from inn_guard.jacobian.chain import Linearization
+from inn_guard.jacobian.lanczos import LargestSingularValue
+from inn_guard.jacobian.singular_values import (
+    ExtremeSingularValues,
+    extreme_singular_values,
+    full_jacobian,
+    spectrum,
+)
+from inn_guard.report.result import AuditResult, Verdict, to_full_batch
 
 __all__ = ["amplification_verdict", "jacobian_spectrum", "usable_rows"]
 
@@ -28,7 +33,13 @@ _FIELDS = tuple(field.name for field in dataclasses.fields(LargestSingularValue)
 @polite
 @shares_samples
 def jacobian_spectrum(
-    model: Invertible, x: Tensor, *, samples: int = 32, tolerance: float = 1e-2, max_steps: int = 60, seed: int = 0
+    model: Invertible,
+    x: Tensor,
+    *,
+    samples: int = 32,
+    tolerance: float = 1e-2,
+    max_steps: int = 60,
+    seed: int = 0,
 ) -> AuditResult:
     """sigma_max and sigma_min of J = dF/dx and cond = sigma_max / sigma_min, per sample, no unit.
 
@@ -37,7 +48,7 @@ def jacobian_spectrum(
     where the round trip is not finite. A map that is injective only has two rectangular Jacobians, the encoder's
     (d x D) and the decoder's (D x d); both are formed and decomposed densely.
 
-    The verdict is unstable where one rounding, eps cond, exceeds ``usable_error`` in the worst direction.
+    The verdict is unstable where one rounding, eps cond, exceeds ``max_usable_error`` in the worst direction.
 
     Args:
         model: the map.
@@ -70,7 +81,11 @@ def jacobian_spectrum(
     if not model.bijective:
         return _rectangular(chosen, start, settings)
     ends = _shared_extremes(chosen, start, tolerance, max_steps, seed)
-    logs = {"sigma_max": ends.log_max, "sigma_min": ends.log_min, "condition_number": ends.log_condition}
+    logs = {
+        "sigma_max": ends.log_max,
+        "sigma_min": ends.log_min,
+        "condition_number": ends.log_condition,
+    }
     sides = {"sigma_max": ends.forward, "sigma_min": ends.backward}
     verdict, reason, advice = amplification_verdict(ends.log_condition.cpu(), x.dtype)
     return AuditResult(
@@ -79,26 +94,36 @@ def jacobian_spectrum(
         reason,
         values=_values(logs, sides),
         units={name: "log10" for name in _values(logs, sides) if name.startswith("log10")},
-        **scattered(_per_sample(logs, sides), rows, len(x)),
-        settings=settings | {"limit": usable_error(x.dtype), "method": "Lanczos on J and J^-1"},
+        **to_full_batch(_per_sample(logs, sides), rows, len(x)),
+        settings=settings | {"limit": max_usable_error(x.dtype), "method": "Lanczos on J and J^-1"},
         advice=advice,
     )
 
 
-def _shared_extremes(model: Invertible, x: Tensor, tolerance: float, max_steps: int, seed: int) -> Extremes:
-    """`extremes` for all samples, in parts where they are shared out or memory is short."""
+def _shared_extremes(
+    model: Invertible, x: Tensor, tolerance: float, max_steps: int, seed: int
+) -> ExtremeSingularValues:
+    """`extreme_singular_values` for all samples, in parts where they are shared out or memory is short."""
 
     def measure(rows: Tensor) -> tuple[Tensor, ...]:
         noise = SampleNoise(torch.Generator().manual_seed(seed), rows, len(x))
         linearization = Linearization(model.select(rows), x[rows])
-        ends = extremes(linearization, generator=noise, tolerance=tolerance, max_steps=max_steps)
-        return tuple(getattr(side, name) for side in (ends.forward, ends.backward) for name in _FIELDS)
+        ends = extreme_singular_values(
+            linearization, generator=noise, tolerance=tolerance, max_steps=max_steps
+        )
+        return tuple(
+            getattr(side, name) for side in (ends.forward, ends.backward) for name in _FIELDS
+        )
 
     vectors = 2 * min(max_steps, x[0].numel())
-    at_most = shares_of(model).fits(lambda within: linearized_footprint(model, x, within=within, vectors=vectors))
+    at_most = shares_of(model).fits(
+        lambda within: linearized_footprint(model, x, within=within, vectors=vectors)
+    )
     found = shares_of(model).map(torch.arange(len(x), device=x.device), measure, at_most=at_most)
     half = len(_FIELDS)
-    return Extremes(LargestSingularValue(*found[:half]), LargestSingularValue(*found[half:]))
+    return ExtremeSingularValues(
+        LargestSingularValue(*found[:half]), LargestSingularValue(*found[half:])
+    )
 
 
 def usable_rows(model: Invertible, x: Tensor) -> Tensor:
@@ -126,9 +151,9 @@ def amplification_verdict(log_condition: Tensor, dtype: torch.dtype) -> tuple[Ve
         )
     worst = log_condition.max().item() / LN10
     log_error = worst + math.log10(torch.finfo(dtype).eps)
-    reason = f"the condition number reaches {from_log10(worst)}: one rounding in {_short(dtype)} becomes"
-    reason += f" {from_log10(log_error)} of the data in the worst direction"
-    if log_error <= math.log10(usable_error(dtype)):
+    reason = f"the condition number reaches {format_log10(worst)}: one rounding in {_short(dtype)} becomes"
+    reason += f" {format_log10(log_error)} of the data in the worst direction"
+    if log_error <= math.log10(max_usable_error(dtype)):
         return Verdict.STABLE, reason, ""
     advice = "Train with FiniteDifferences or NormalizingFlowLoss, or bound the scales of the worst layers."
     return Verdict.UNSTABLE, reason, advice
@@ -153,7 +178,9 @@ def _values(logs: dict[str, Tensor], sides: dict[str, LargestSingularValue]) -> 
     return values
 
 
-def _per_sample(logs: dict[str, Tensor], sides: dict[str, LargestSingularValue]) -> dict[str, Tensor]:
+def _per_sample(
+    logs: dict[str, Tensor], sides: dict[str, LargestSingularValue]
+) -> dict[str, Tensor]:
     named = {f"log10_{name}": log / LN10 for name, log in logs.items()}
     named |= {name: log.exp() for name, log in logs.items()}
     return named | {f"{name}_error_estimate": side.relative_error for name, side in sides.items()}
@@ -176,6 +203,7 @@ def _rectangular(model: Invertible, x: Tensor, settings: dict[str, object]) -> A
         verdict,
         f"encoder and decoder are rectangular; {reason}",
         values=values,
-        settings=settings | {"limit": usable_error(x.dtype), "method": "dense, float64 decomposition"},
+        settings=settings
+        | {"limit": max_usable_error(x.dtype), "method": "dense, float64 decomposition"},
         advice=advice,
     )

@@ -10,16 +10,16 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from inn_guard.amplification import inverse_gains, layer_extremes
-from inn_guard.audits.base import AuditResult, Verdict
+from inn_guard.audits.audited_model import polite, shares_of, shares_samples
 from inn_guard.audits.jacobian_spectrum import usable_rows
-from inn_guard.audits.limits import data_scale, from_log10, usable_error
-from inn_guard.audits.watched import polite, shares_of, shares_samples
-from inn_guard.distributed import Noise, SampleNoise
-from inn_guard.footprint import linearized_footprint
-from inn_guard.invertible import Invertible
-from inn_guard.linearization import Linearization
-from inn_guard.tangent import NotApplicable
+from inn_guard.audits.thresholds import data_scale, format_log10, max_usable_error
+from inn_guard.core.invertible import Invertible
+from inn_guard.core.layer_jacobian import NotApplicable
+from inn_guard.core.random import Noise, SampleNoise
+from inn_guard.execution.memory import linearized_footprint
+from inn_guard.jacobian.chain import Linearization
+from inn_guard.jacobian.inverse_gains import inverse_gains, layer_extremes
+from inn_guard.report.result import AuditResult, Verdict
 
 __all__ = ["digits_lost", "layer_blame"]
 
@@ -29,7 +29,9 @@ LAYER_STEPS = 20  #: of the iteration for a layer's own condition number
 
 @polite
 @shares_samples
-def layer_blame(model: Invertible, x: Tensor, *, samples: int = 8, probes: int = 8, seed: int = 0) -> AuditResult:
+def layer_blame(
+    model: Invertible, x: Tensor, *, samples: int = 8, probes: int = 8, seed: int = 0
+) -> AuditResult:
     """Decimal digits that the inverse loses in each layer, and what each layer adds to the error of x.
 
     For layer k with input h_k: its condition number; the gain ||J_1^-1 ... J_{k-1}^-1||_F / sqrt(D) with which an
@@ -53,14 +55,18 @@ def layer_blame(model: Invertible, x: Tensor, *, samples: int = 8, probes: int =
         NotApplicable: if the map is injective only or a layer's inverse has no correct derivative.
     """
     if not model.bijective:
-        raise NotApplicable("the map is injective only: errors of its layers cannot be carried through an inverse")
+        raise NotApplicable(
+            "the map is injective only: errors of its layers cannot be carried through an inverse"
+        )
     rows = usable_rows(model, x)[:samples]
     if not len(rows):
-        return AuditResult("layer_blame", Verdict.NON_FINITE, "no sample has a finite latent: nothing to linearise")
+        return AuditResult(
+            "layer_blame", Verdict.NON_FINITE, "no sample has a finite latent: nothing to linearise"
+        )
     measured = _shared(model.select(rows), x[rows], probes, seed)
     sample = int(measured.log_total.nan_to_num(math.inf).argmax())
     table = measured.table([layer.name for layer in model.layers() or (model,)], sample)
-    verdict, reason = _judged(measured, table, usable_error(x.dtype))
+    verdict, reason = _judged(measured, table, max_usable_error(x.dtype))
     worst = _worst(table)
     return AuditResult(
         "layer_blame",
@@ -72,7 +78,11 @@ def layer_blame(model: Invertible, x: Tensor, *, samples: int = 8, probes: int =
             "digits_lost": sum(row["digits_lost"] for row in table),
             "worst_share": worst["share"],
         },
-        units={"expected_error": "of |x|", "log10_expected_error": "of |x|", "contribution": "units of x"},
+        units={
+            "expected_error": "of |x|",
+            "log10_expected_error": "of |x|",
+            "contribution": "units of x",
+        },
         per_layer=table,
         settings={
             "worst_layer": f"{_place(worst)}, {100 * worst['share']:.0f} % of the lost digits",
@@ -80,13 +90,17 @@ def layer_blame(model: Invertible, x: Tensor, *, samples: int = 8, probes: int =
             "worst_sample": int(rows[sample]),
             "probes": "exact" if measured.exact else probes,
             "seed": seed,
-            "limit": usable_error(x.dtype),
+            "limit": max_usable_error(x.dtype),
         },
-        advice=f"Look at {_place(worst)} first: bound its scale, or replace it." if verdict.failed else "",
+        advice=f"Look at {_place(worst)} first: bound its scale, or replace it."
+        if verdict.failed
+        else "",
     )
 
 
-def digits_lost(contribution: Tensor, unavoidable: Tensor, amplification: Tensor, base: Tensor) -> Tensor:
+def digits_lost(
+    contribution: Tensor, unavoidable: Tensor, amplification: Tensor, base: Tensor
+) -> Tensor:
     """Digits lost per layer, (n, B): log10 of the total error over the error that a harmless layer would leave.
 
     The total is sqrt(base^2 + sum_k contribution_k^2). A harmless layer k errs by rounding its input only, and does
@@ -103,7 +117,9 @@ def digits_lost(contribution: Tensor, unavoidable: Tensor, amplification: Tensor
     for k in range(len(contribution)):
         own = torch.minimum(contribution[k], unavoidable[k])
         behind = contribution[k + 1 :] - amplification[k].clamp(min=0)
-        left.append(_log_root_sum_squares(torch.cat([contribution[:k], own[None], behind, base[None]])))
+        left.append(
+            _log_root_sum_squares(torch.cat([contribution[:k], own[None], behind, base[None]]))
+        )
     return (total - torch.stack(left)) / LN10
 
 
@@ -169,15 +185,21 @@ def _shared(model: Invertible, x: Tensor, probes: int, seed: int) -> _Measuremen
 
     def measure(rows: Tensor) -> tuple[Tensor, ...]:
         noise = SampleNoise(torch.Generator().manual_seed(seed), rows, len(x))
-        return _measure(Linearization(model.select(rows), x[rows]), probes, noise, scales[rows]).by_sample()
+        return _measure(
+            Linearization(model.select(rows), x[rows]), probes, noise, scales[rows]
+        ).by_sample()
 
     kept = 2 * LAYER_STEPS + probes * (len(model.layers()) + 1)
-    at_most = shares_of(model).fits(lambda within: linearized_footprint(model, x, within=within, vectors=kept))
+    at_most = shares_of(model).fits(
+        lambda within: linearized_footprint(model, x, within=within, vectors=kept)
+    )
     parts = shares_of(model).map(torch.arange(len(x), device=x.device), measure, at_most=at_most)
     return _Measurement.of_samples(parts, exact=probes >= x[0].numel())
 
 
-def _measure(linearization: Linearization, probes: int, noise: Noise, scales: Tensor) -> _Measurement:
+def _measure(
+    linearization: Linearization, probes: int, noise: Noise, scales: Tensor
+) -> _Measurement:
     gains = inverse_gains(linearization, probes=probes, generator=noise)
     conditions, errors = [], []
     for k, layer in enumerate(linearization.layers):
@@ -193,25 +215,41 @@ def _measure(linearization: Linearization, probes: int, noise: Noise, scales: Te
     base = log_x + eps
     log_gain, log_local = gains.log_rms[:-1], torch.stack(errors)
     amplification = (gains.log_rms + log_states).diff(dim=0).nan_to_num(0.0)
-    digits = digits_lost(log_local + log_gain, log_states[:-1] + eps + log_gain, amplification, base)
+    digits = digits_lost(
+        log_local + log_gain, log_states[:-1] + eps + log_gain, amplification, base
+    )
     log_condition = torch.stack(conditions)
     return _Measurement(
-        log_condition.cpu(), log_gain.cpu(), log_local.cpu(), digits.cpu(), log_x.cpu(), base.cpu(), gains.exact
+        log_condition.cpu(),
+        log_gain.cpu(),
+        log_local.cpu(),
+        digits.cpu(),
+        log_x.cpu(),
+        base.cpu(),
+        gains.exact,
     )
 
 
-def _judged(measured: _Measurement, table: tuple[Mapping[str, Any], ...], limit: float) -> tuple[Verdict, str]:
+def _judged(
+    measured: _Measurement, table: tuple[Mapping[str, Any], ...], limit: float
+) -> tuple[Verdict, str]:
     worst = _worst(table)
     broken = [row for row in table if not math.isfinite(row["local_error"])]
     if broken:
-        return Verdict.NON_FINITE, f"the inverse of {_place(broken[0])} returns NaN or Inf at its own forward output"
+        return (
+            Verdict.NON_FINITE,
+            f"the inverse of {_place(broken[0])} returns NaN or Inf at its own forward output",
+        )
     expected = measured.log_relative.max().item() / LN10
-    reason = f"errors of the layers are expected to move x by {from_log10(expected)} of its length; "
-    reason += (
-        f"{_place(worst)} loses {worst['digits_lost']:.1f} of {sum(row['digits_lost'] for row in table):.1f} digits"
+    reason = (
+        f"errors of the layers are expected to move x by {format_log10(expected)} of its length; "
     )
+    reason += f"{_place(worst)} loses {worst['digits_lost']:.1f} of {sum(row['digits_lost'] for row in table):.1f} digits"
     if not math.isfinite(expected):
-        return Verdict.NON_FINITE, f"the error that reaches x is not finite; {_place(worst)} loses most digits"
+        return (
+            Verdict.NON_FINITE,
+            f"the error that reaches x is not finite; {_place(worst)} loses most digits",
+        )
     return (Verdict.UNSTABLE if expected > math.log10(limit) else Verdict.STABLE), reason
 
 

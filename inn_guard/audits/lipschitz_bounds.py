@@ -9,31 +9,34 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from inn_guard.audits.base import AuditResult, Verdict
-from inn_guard.audits.limits import usable_error
-from inn_guard.audits.round_trip import finite_rows
-from inn_guard.audits.watched import polite
-from inn_guard.invertible import Invertible
-from inn_guard.linearization import Linearization
-from inn_guard.lipschitz import bounding
-from inn_guard.lipschitz.bounding import LipschitzBounds
-from inn_guard.lipschitz.deadline import Deadline
-from inn_guard.lipschitz.intervals import Box
-from inn_guard.lipschitz.networks import LayerBound
+from inn_guard.audits.audited_model import polite
+from inn_guard.audits.thresholds import max_usable_error
+from inn_guard.core.invertible import Invertible
+from inn_guard.core.tensors import finite_rows
+from inn_guard.execution.deadline import Deadline
+from inn_guard.jacobian.chain import Linearization
+from inn_guard.lipschitz import bounds as bounding
+from inn_guard.lipschitz.bounds import LipschitzBounds
+from inn_guard.lipschitz.whole_network import LayerBound
+from inn_guard.numerics.intervals import Box
+from inn_guard.report.result import AuditResult, Verdict
 
 __all__ = ["lipschitz_bounds"]
 
 LOUD = 1.5  #: a layer is named as a cause if its bound is this far above the geometric mean of all, or infinite
 NAMED = 6  #: layers that an advice names
 SAMPLED = 16  #: rows of the data at which layers are measured beside their bounds
-ON_IMAGES = (
-    "On a box, the inverse's bound is that of sup ||J^-1||: Lip(F^-1) on the box's image only where that is convex."
-)
+ON_IMAGES = "On a box, the inverse's bound is that of sup ||J^-1||: Lip(F^-1) on the box's image only where that is convex."
 
 
 @polite
 def lipschitz_bounds(
-    model: Invertible, x: Tensor, *, domain: Box | None = None, margin: float = 0.0, seconds: float = 60.0
+    model: Invertible,
+    x: Tensor,
+    *,
+    domain: Box | None = None,
+    margin: float = 0.0,
+    seconds: float = 60.0,
 ) -> AuditResult:
     """Certified upper and witnessed lower bounds of sup ||J|| and sup ||J^-1||, dimensionless, over a box.
 
@@ -64,7 +67,7 @@ def lipschitz_bounds(
     box = _box(x, margin) if domain is None else domain
     deadline = Deadline.after(seconds)
     bounds = bounding.lipschitz_bounds(model, box, data=x.detach().cpu(), seconds=0.9 * seconds)
-    verdict, reason = _judged(bounds, usable_error(x.dtype) / torch.finfo(x.dtype).eps)
+    verdict, reason = _judged(bounds, max_usable_error(x.dtype) / torch.finfo(x.dtype).eps)
     return AuditResult(
         "lipschitz_bounds",
         verdict,
@@ -101,7 +104,10 @@ def _judged(bounds: LipschitzBounds, usable: float) -> tuple[Verdict, str]:
     if not math.isfinite(upper):
         return Verdict.NOT_APPLICABLE, f"{bracket}: no finite bound is known. {bounds.reason}"
     if upper <= usable:
-        return Verdict.STABLE, f"{bracket}: certified below {usable:.2g}, so rounding stays usable everywhere there."
+        return (
+            Verdict.STABLE,
+            f"{bracket}: certified below {usable:.2g}, so rounding stays usable everywhere there.",
+        )
     return Verdict.STABLE, (
         f"{bracket}: no witness is beyond {usable:.2g} (worst product {lower:.3g}), but the certificate is too "
         "loose to exclude it."
@@ -131,18 +137,24 @@ def _rows(lower: list[tuple[float, float]], bounds: LipschitzBounds) -> list[Map
                 f"upper/lower_{side}": upper / low if low > 0 else math.inf,
             }
         row |= {"table3_forward": layer.printed.forward, "table3_inverse": layer.printed.inverse}
-        row |= {"makes_it_large": k in loud, "method": layer.bounds.method, "reason": layer.bounds.reason}
+        row |= {
+            "makes_it_large": k in loud,
+            "method": layer.bounds.method,
+            "reason": layer.bounds.reason,
+        }
         rows.append(row)
     return rows
 
 
-def _sampled(model: Invertible, x: Tensor, deadline: Deadline, probes: int = 8) -> list[tuple[float, float]]:
+def _sampled(
+    model: Invertible, x: Tensor, deadline: Deadline, probes: int = 8
+) -> list[tuple[float, float]]:
     """Per layer the largest ||J v|| / ||v|| and ||v|| / ||J v|| over the data and over random directions.
 
     One direction where time has run out.
     """
     few = torch.arange(min(len(x), SAMPLED), device=x.device)
-    line = Linearization(model.select(few).in_dtype(torch.float64), x[few].double())
+    line = Linearization(model.select(few).to_dtype(torch.float64), x[few].double())
     generator = torch.Generator().manual_seed(0)
     result = []
     for tangent, state in zip(line.tangents, line.states, strict=False):
@@ -164,7 +176,10 @@ def _loud(layers: tuple[LayerBound, ...]) -> set[int]:
     """Layers whose bound, in one direction, is far above the geometric mean of all layers'."""
     loud = set()
     for side in ("forward", "inverse"):
-        logs = [math.log(getattr(layer.bounds, side)) if getattr(layer.bounds, side) > 0 else 0.0 for layer in layers]
+        logs = [
+            math.log(getattr(layer.bounds, side)) if getattr(layer.bounds, side) > 0 else 0.0
+            for layer in layers
+        ]
         finite = [value for value in logs if math.isfinite(value)]
         mean = sum(finite) / len(finite) if finite else 0.0
         loud |= {k for k, value in enumerate(logs) if value > mean + math.log(LOUD)}
@@ -179,11 +194,23 @@ def _advice(bounds: LipschitzBounds) -> str:
             "affine couplings: a scale in (0.5, 1) bounds the inverse, additive couplings are bounded everywhere"
         )
     if any("not below one" in reason for reason in reasons):
-        advice.append("residual layers: certified spectral normalisation below one makes the inverse exist")
+        advice.append(
+            "residual layers: certified spectral normalisation below one makes the inverse exist"
+        )
     if not advice and max(bounds.forward, bounds.inverse) > 10 * len(bounds.per_layer):
-        loud = [f"{k} ({layer.name})" for k, layer in enumerate(bounds.per_layer) if k in _loud(bounds.per_layer)]
-        named = ", ".join([*loud[:NAMED], f"{len(loud) - NAMED} more"] if len(loud) > NAMED else loud)
-        culprits = f"layers that make the product large: {named}" if loud else "all layers make the product large alike"
+        loud = [
+            f"{k} ({layer.name})"
+            for k, layer in enumerate(bounds.per_layer)
+            if k in _loud(bounds.per_layer)
+        ]
+        named = ", ".join(
+            [*loud[:NAMED], f"{len(loud) - NAMED} more"] if len(loud) > NAMED else loud
+        )
+        culprits = (
+            f"layers that make the product large: {named}"
+            if loud
+            else "all layers make the product large alike"
+        )
         advice.append(
             f"{culprits}; spectral normalisation of the subnetworks lowers both directions, a scale in (0.5, 1) "
             "the inverse of affine couplings, and additive couplings have no scale to bound"

@@ -8,15 +8,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from inn_guard.audits.base import AuditResult, Verdict, scattered
+from inn_guard.audits.audited_model import ModelError, polite, shares_of
 from inn_guard.audits.jacobian_spectrum import usable_rows
-from inn_guard.audits.limits import RESOLUTION
-from inn_guard.audits.watched import ModelRaised, polite, shares_of
-from inn_guard.footprint import linearized_footprint
-from inn_guard.invertible import Invertible
-from inn_guard.linearization import Linearization
-from inn_guard.log_determinant import composed_log_det, stochastic_log_det
-from inn_guard.tangent import NotApplicable
+from inn_guard.audits.thresholds import RESOLUTION
+from inn_guard.core.invertible import Invertible
+from inn_guard.core.layer_jacobian import NotApplicable
+from inn_guard.execution.memory import linearized_footprint
+from inn_guard.jacobian.chain import Linearization
+from inn_guard.jacobian.log_det import composed_log_det, stochastic_log_det
+from inn_guard.report.result import AuditResult, Verdict, to_full_batch
 
 __all__ = ["log_det"]
 
@@ -61,7 +61,9 @@ def log_det(model: Invertible, x: Tensor, *, samples: int = 8, seed: int = 0) ->
     )
     rows = usable_rows(model, x)[: int(min(samples, fits))]
     if not len(rows):
-        return AuditResult("log_det", Verdict.NON_FINITE, "no sample has a finite latent: nothing to compare")
+        return AuditResult(
+            "log_det", Verdict.NON_FINITE, "no sample has a finite latent: nothing to compare"
+        )
     chosen, start = model.select(rows), x[rows]
     with torch.no_grad():
         own = _own(chosen, start)
@@ -74,8 +76,10 @@ def log_det(model: Invertible, x: Tensor, *, samples: int = 8, seed: int = 0) ->
         verdict,
         reason,
         values=compared.values(),
-        units=dict.fromkeys(("max_error", "forward_plus_inverse", "largest_log_det", "allowed"), "nats"),
-        **scattered(compared.per_sample(), rows, len(x)),
+        units=dict.fromkeys(
+            ("max_error", "forward_plus_inverse", "largest_log_det", "allowed"), "nats"
+        ),
+        **to_full_batch(compared.per_sample(), rows, len(x)),
         settings={
             "samples": len(rows),
             "of": len(x),
@@ -125,22 +129,34 @@ class _Compared:
 
     @property
     def statistical(self) -> Tensor:
-        return SIGMAS * (self.own.standard_error.square() + self.reference.standard_error.square()).sqrt()
+        return (
+            SIGMAS
+            * (self.own.standard_error.square() + self.reference.standard_error.square()).sqrt()
+        )
 
     def judged(self) -> tuple[Verdict, str]:
         batch = len(self.reference.value)
         if self.own.shape != (batch,):
-            return Verdict.UNSTABLE, f"the log-determinant has shape {self.own.shape}, expected ({batch},)"
+            return (
+                Verdict.UNSTABLE,
+                f"the log-determinant has shape {self.own.shape}, expected ({batch},)",
+            )
         if not bool(self.own.value.isfinite().all()):
             return (
                 Verdict.NON_FINITE,
                 f"{int((~self.own.value.isfinite()).sum())} of {batch} log-determinants are NaN or Inf",
             )
         if not bool(self.reference.value.isfinite().all()):
-            return Verdict.NON_FINITE, f"the Jacobian ({self.reference.label}) is singular or not finite"
+            return (
+                Verdict.NON_FINITE,
+                f"the Jacobian ({self.reference.label}) is singular or not finite",
+            )
         wrong = self.error > self.allowed + self.statistical
         if bool(wrong.any()):
-            return Verdict.UNSTABLE, f"it differs from the Jacobian's by up to {self.error.max():.1e} nats {self._how}"
+            return (
+                Verdict.UNSTABLE,
+                f"it differs from the Jacobian's by up to {self.error.max():.1e} nats {self._how}",
+            )
         if isinstance(self.cancelled, Tensor):
             if not bool(self.cancelled.isfinite().all()):
                 return Verdict.NON_FINITE, "the log-determinant of the inverse is NaN or Inf"
@@ -148,8 +164,14 @@ class _Compared:
             scatter = SIGMAS * math.sqrt(2 * self.own.draws) * self.own.standard_error
             if bool((self.cancelled.abs() > self.allowed + scatter).any()):
                 worst = self.cancelled.abs().max().item()
-                return Verdict.UNSTABLE, f"forward and inverse log-determinant leave {worst:.1e} nats, not 0"
-        return Verdict.STABLE, f"it agrees with the Jacobian to {self.error.max():.1e} nats {self._how}"
+                return (
+                    Verdict.UNSTABLE,
+                    f"forward and inverse log-determinant leave {worst:.1e} nats, not 0",
+                )
+        return (
+            Verdict.STABLE,
+            f"it agrees with the Jacobian to {self.error.max():.1e} nats {self._how}",
+        )
 
     def advice(self) -> str:
         """What to do if the verdict is a finding."""
@@ -160,7 +182,9 @@ class _Compared:
     @property
     def _how(self) -> str:
         scatter = self.statistical.max().item() / SIGMAS
-        return f"({self.reference.label}" + (f", standard error {scatter:.1e})" if scatter > 0 else ")")
+        return f"({self.reference.label}" + (
+            f", standard error {scatter:.1e})" if scatter > 0 else ")"
+        )
 
     def values(self) -> dict[str, float]:
         values = {"max_error": self.error.max().item()}
@@ -184,17 +208,25 @@ def _own(model: Invertible, x: Tensor) -> _Own:
         return _Own(nothing, nothing, first.dtype, 1, tuple(first.shape))
     scale = first.abs().double() + x[0].numel()
     if bool(((first - again).abs().double() <= 100 * torch.finfo(first.dtype).eps * scale).all()):
-        return _Own(first.double().cpu(), torch.zeros(len(x), dtype=torch.float64), first.dtype, 1, tuple(first.shape))
+        return _Own(
+            first.double().cpu(),
+            torch.zeros(len(x), dtype=torch.float64),
+            first.dtype,
+            1,
+            tuple(first.shape),
+        )
     draws = [first, again] + [model.forward_and_log_det(x)[1] for _ in range(DRAWS - 2)]
     stacked = torch.stack(draws).double().cpu()
-    return _Own(stacked.mean(0), stacked.std(0) / math.sqrt(DRAWS), first.dtype, DRAWS, tuple(first.shape))
+    return _Own(
+        stacked.mean(0), stacked.std(0) / math.sqrt(DRAWS), first.dtype, DRAWS, tuple(first.shape)
+    )
 
 
 def _forward_plus_inverse(model: Invertible, x: Tensor) -> Tensor | str:
     try:
         z, forward = model.forward_and_log_det(x)
         _, inverse = model.inverse_and_log_det(z)
-    except (NotApplicable, ModelRaised) as error:
+    except (NotApplicable, ModelError) as error:
         return str(error)
     if forward.shape != inverse.shape:
         return f"the inverse's log-determinant has shape {tuple(inverse.shape)}"
@@ -204,12 +236,16 @@ def _forward_plus_inverse(model: Invertible, x: Tensor) -> Tensor | str:
 def _reference(model: Invertible, x: Tensor, seed: int) -> _Reference:
     if x[0].numel() > EXACT_UP_TO:
         value, error = stochastic_log_det(
-            Linearization(model, x), steps=QUADRATURE_STEPS, generator=torch.Generator().manual_seed(seed)
+            Linearization(model, x),
+            steps=QUADRATURE_STEPS,
+            generator=torch.Generator().manual_seed(seed),
         )
         return _Reference(value.cpu(), error.cpu(), "stochastic Lanczos quadrature")
     layered = "layer by layer" if model.layers() else "whole"
     try:
-        value, where = composed_log_det(model.in_dtype(torch.float64), x.double()), "float64 copy"
-    except (NotApplicable, ModelRaised):
+        value, where = composed_log_det(model.to_dtype(torch.float64), x.double()), "float64 copy"
+    except (NotApplicable, ModelError):
         value, where = composed_log_det(model, x), str(x.dtype).removeprefix("torch.")
-    return _Reference(value.cpu(), torch.zeros(len(x), dtype=torch.float64), f"exact, {layered}, {where}")
+    return _Reference(
+        value.cpu(), torch.zeros(len(x), dtype=torch.float64), f"exact, {layered}, {where}"
+    )

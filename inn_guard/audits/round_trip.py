@@ -9,17 +9,17 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from inn_guard.audits.limits import data_scale
-from inn_guard.audits.watched import shares_of
-from inn_guard.invertible import Invertible
+from inn_guard.audits.audited_model import shares_of
+from inn_guard.audits.fault_tolerant import Guarded
+from inn_guard.audits.thresholds import data_scale
+from inn_guard.core.invertible import Invertible
+from inn_guard.core.tensors import finite_rows
 
 __all__ = [
     "RoundTrip",
-    "finite_rows",
     "first_non_finite",
     "latent_trip",
     "round_trip",
-    "standard_normal",
     "unconverged",
 ]
 
@@ -69,21 +69,13 @@ def round_trip(model: Invertible, x: Tensor, *, batch_size: int) -> RoundTrip:
     return RoundTrip(x, z, _in_batches(model, z, lambda part, rows: part.inverse(rows), batch_size))
 
 
-def latent_trip(model: Invertible, z: Tensor, *, batch_size: int, x: Tensor | None = None) -> RoundTrip:
+def latent_trip(
+    model: Invertible, z: Tensor, *, batch_size: int, x: Tensor | None = None
+) -> RoundTrip:
     """z -> x -> z, without a graph; ``x`` is F^-1(z) where it is known already."""
     if x is None:
         x = _in_batches(model, z, lambda part, rows: part.inverse(rows), batch_size)
     return RoundTrip(z, x, _in_batches(model, x, lambda part, rows: part(rows), batch_size))
-
-
-def standard_normal(like: Tensor, generator: torch.Generator) -> Tensor:
-    """Latents z ~ N(0, I) of that shape, dtype and device."""
-    return torch.randn(like.shape, generator=generator, device="cpu", dtype=torch.float64).to(like)
-
-
-def finite_rows(t: Tensor) -> Tensor:
-    """Samples without NaN and Inf, (B,) bool."""
-    return t.flatten(1).isfinite().all(1)
 
 
 def first_non_finite(model: Invertible, t: Tensor, *, latent: bool = False) -> str | None:
@@ -133,9 +125,67 @@ def _place(layers: list[tuple[int, Invertible]], k: int) -> str:
     return name if len(layers) == 1 else f"layer {k} ({name})"
 
 
-def _in_batches(model: Invertible, t: Tensor, call: Callable[[Invertible, Tensor], Tensor], batch_size: int) -> Tensor:
+def _in_batches(
+    model: Invertible, t: Tensor, call: Callable[[Invertible, Tensor], Tensor], batch_size: int
+) -> Tensor:
     def measure(rows: Tensor) -> tuple[Tensor]:
         with torch.no_grad():
             return (call(model.select(rows), t[rows]),)
 
-    return shares_of(model).map(torch.arange(len(t), device=t.device), measure, at_most=batch_size)[0]
+    return shares_of(model).map(torch.arange(len(t), device=t.device), measure, at_most=batch_size)[
+        0
+    ]
+
+
+__all__ = ["Trip", "trip_from_data", "trip_from_latents"]
+
+
+@dataclass(frozen=True)
+class Trip:
+    """There and back. All (B,) tensors are float64 on the CPU.
+
+    Attributes:
+        start: where it began.
+        x: the data side; where the trip ended, if it began with data.
+        end: what came back.
+        error: largest entry of end - start over the start's scale; inf where not finite.
+        bits: |log|det J| + log|det J^-1||, which ought to be 0, in bits per dimension; inf where not finite, None
+            where the model has no log-determinants.
+        log_det: the forward log-determinant in nats, None likewise.
+    """
+
+    start: Tensor
+    x: Tensor
+    end: Tensor
+    error: Tensor
+    bits: Tensor | None
+    log_det: Tensor | None
+
+
+def trip_from_data(guarded: Guarded, x: Tensor, *, log_det: bool, bijective: bool = True) -> Trip:
+    """x -> z -> x; for a map that is injective only, z -> x -> z from the latents of x."""
+    z, forward = guarded.forward_and_log_det(x) if log_det else (guarded.forward(x), None)
+    if not bijective:
+        return trip_from_latents(guarded, z, log_det=False)
+    back, backward = guarded.inverse_and_log_det(z) if log_det else (guarded.inverse(z), None)
+    return _trip(x, x, back, forward, backward)
+
+
+def trip_from_latents(guarded: Guarded, z: Tensor, *, log_det: bool) -> Trip:
+    """z -> x -> z."""
+    x, backward = guarded.inverse_and_log_det(z) if log_det else (guarded.inverse(z), None)
+    back, forward = guarded.forward_and_log_det(x) if log_det else (guarded.forward(x), None)
+    return _trip(z, x, back, forward, backward)
+
+
+def _trip(
+    start: Tensor, x: Tensor, end: Tensor, forward: Tensor | None, backward: Tensor | None
+) -> Trip:
+    off = (end.double() - start.double()).flatten(1).abs().amax(1) / data_scale(start)
+    whole = finite_rows(start) & finite_rows(end)
+    error = torch.where(whole, off, torch.full_like(off, math.inf)).cpu()
+    if forward is None or backward is None:
+        return Trip(start, x, end, error, None, None)
+    gap = (forward.double() + backward.double()).abs() / (start[0].numel() * math.log(2))
+    bits = gap.nan_to_num(math.inf, posinf=math.inf).cpu()
+    return Trip(start, x, end, error, bits, forward.double().cpu())

@@ -28,41 +28,53 @@ go to benchmarks/results, of smoke to runs. A run that was killed goes on where 
 
 @reported
 def bench(
-    words: Annotated[list[str] | None, typer.Argument(help="An experiment and its options.", metavar="NAME")] = None,
+    words: Annotated[
+        list[str] | None, typer.Argument(help="An experiment and its options.", metavar="NAME")
+    ] = None,
 ) -> None:
     """Run one experiment of the papers, or list them: smoke in seconds, cpu in minutes, paper on a GPU."""
     name, *options = words or [""]
     with _importable(_place()):
-        experiments = importlib.import_module("benchmarks.experiments")
+        experiments = importlib.import_module("benchmarks.common.experiments")
         if name in ("", "--help", "-h"):
             typer.echo(f"{USAGE}\n{experiments.listing()}")
             return
         script = _script(experiments, name)
-        runner = importlib.import_module("benchmarks.runner")
+        runner = importlib.import_module("benchmarks.common.runner")
         runner.main(script.Config, script.run, getattr(script, "draw", None), argv=options)
 
 
 def _script(experiments: Any, name: str) -> Any:
     if name.startswith("-"):
-        raise WrongUsage(f"expected the name of an experiment before its options, got {name}; type: inn-guard bench")
+        raise WrongUsage(
+            f"expected the name of an experiment before its options, got {name}; type: inn-guard bench"
+        )
     try:
         return experiments.find(name).module
     except LookupError as error:
         raise WrongUsage(str(error)) from error
     except ModuleNotFoundError as error:
-        raise WrongUsage(f'{name} needs {error.name}; type: pip install "inn-guard[all]"') from error
+        raise WrongUsage(
+            f'{name} needs {error.name}; type: pip install "inn-guard[all]"'
+        ) from error
 
 
 def _place() -> Path:
     """The clone that this package runs from, else the one in the current folder."""
     own = Path(inn_guard.__file__).parents[1]
-    places = [place for place in (own, Path.cwd()) if (place / TABLE).is_file() and (place / "inn_guard").is_dir()]
+    places = [
+        place
+        for place in (own, Path.cwd())
+        if (place / TABLE).is_file() and (place / "inn_guard").is_dir()
+    ]
     if not places:
         raise WrongUsage(
             "the experiments are not part of the installed package: clone the repository and type inn-guard bench in it"
         )
     if places[0] != own:
-        note(f"the experiments are those of {places[0]}, inn_guard is the installed {inn_guard.__version__}")
+        note(
+            f"the experiments are those of {places[0]}, inn_guard is the installed {inn_guard.__version__}"
+        )
     return places[0]
 
 

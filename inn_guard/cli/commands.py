@@ -23,9 +23,9 @@ import typer
 from torch import nn
 
 from inn_guard.adapters import wrap
-from inn_guard.auditing import audit as run_audit
 from inn_guard.audits import AUDITS, LEVELS, Audit, AuditReport, Level, Verdict
-from inn_guard.audits.watched import Refused, checked_batch
+from inn_guard.audits.audited_model import InputRejected, checked_batch
+from inn_guard.audits.run import audit as run_audit
 from inn_guard.cli.bench import ANY_OPTION, bench
 from inn_guard.cli.data import load_context, load_data
 from inn_guard.cli.models import load_weights, make_model, own_dtype
@@ -34,7 +34,12 @@ from inn_guard.cli.usage import WrongUsage, note, reported
 
 __all__ = ["app", "main"]
 
-EXIT_CODES = {Verdict.STABLE: 0, Verdict.UNSTABLE: 1, Verdict.NON_FINITE: 1, Verdict.NOT_APPLICABLE: 2}
+EXIT_CODES = {
+    Verdict.STABLE: 0,
+    Verdict.UNSTABLE: 1,
+    Verdict.NON_FINITE: 1,
+    Verdict.NOT_APPLICABLE: 2,
+}
 CRASHED = 3
 
 app = typer.Typer(
@@ -80,7 +85,10 @@ def _print_version(wanted: bool) -> bool:  # noqa: FBT001
 def _root(
     *,
     show_version: Annotated[
-        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
+        bool,
+        typer.Option(
+            "--version", callback=_print_version, is_eager=True, help="Print the version and exit."
+        ),
     ] = False,
 ) -> None:
     pass
@@ -89,20 +97,43 @@ def _root(
 @app.command()
 @reported
 def audit(  # noqa: PLR0913  (one parameter for each option)
-    model: Annotated[str, typer.Option(help="package.module:factory. Imports that module, that is, runs its code.")],
-    data: Annotated[Path, typer.Option(help="A .npy file (samples, ...), or a folder of images of one size.")],
-    weights: Annotated[Path | None, typer.Option(help="A safetensors file, or a torch file of tensors.")] = None,
-    context: Annotated[Path | None, typer.Option(help="A .npy file with a row for each sample.")] = None,
+    model: Annotated[
+        str,
+        typer.Option(help="package.module:factory. Imports that module, that is, runs its code."),
+    ],
+    data: Annotated[
+        Path, typer.Option(help="A .npy file (samples, ...), or a folder of images of one size.")
+    ],
+    weights: Annotated[
+        Path | None, typer.Option(help="A safetensors file, or a torch file of tensors.")
+    ] = None,
+    context: Annotated[
+        Path | None, typer.Option(help="A .npy file with a row for each sample.")
+    ] = None,
     level: Annotated[Level, typer.Option(help="How much is measured.")] = Level.STANDARD,
-    checks: Annotated[str, typer.Option(help="Audits by name, with commas between, in place of --level.")] = "",
+    checks: Annotated[
+        str, typer.Option(help="Audits by name, with commas between, in place of --level.")
+    ] = "",
     html: Annotated[Path | None, typer.Option(help="Write the report as one web page.")] = None,
-    json: Annotated[Path | None, typer.Option(help="Write the report as JSON; 'inn-guard report' reads it.")] = None,
-    dtype: Annotated[Precision | None, typer.Option(help="Audit in this dtype; the model's own if not given.")] = None,
-    samples: Annotated[int, typer.Option(min=1, help="How many samples of the data are used, the first ones.")] = 256,
-    seed: Annotated[int, typer.Option(min=0, help="Of the factory's and of the audits' random numbers.")] = 0,
+    json: Annotated[
+        Path | None, typer.Option(help="Write the report as JSON; 'inn-guard report' reads it.")
+    ] = None,
+    dtype: Annotated[
+        Precision | None, typer.Option(help="Audit in this dtype; the model's own if not given.")
+    ] = None,
+    samples: Annotated[
+        int, typer.Option(min=1, help="How many samples of the data are used, the first ones.")
+    ] = 256,
+    seed: Annotated[
+        int, typer.Option(min=0, help="Of the factory's and of the audits' random numbers.")
+    ] = 0,
     *,
-    memory: Annotated[float | None, typer.Option(help="GiB that a check may hold beside model and data.")] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Estimate time and memory, measure nothing.")] = False,
+    memory: Annotated[
+        float | None, typer.Option(help="GiB that a check may hold beside model and data.")
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Estimate time and memory, measure nothing.")
+    ] = False,
 ) -> None:
     """Measure how stable a model and its inverse are. Exit code: 0 stable, 1 unstable or non_finite, 2 wrong usage.
 
@@ -122,23 +153,35 @@ def audit(  # noqa: PLR0913  (one parameter for each option)
     given = None if context is None else load_context(context, rows=rows, dtype=wanted)
     wrapped = _wrapped(made, rows.tensor, given)
     asked = {"model": model, "weights": weights, "data": data, "context": context, "seed": seed}
-    named = {key: value if isinstance(value, int) else str(value) for key, value in asked.items() if value is not None}
+    named = {
+        key: value if isinstance(value, int) else str(value)
+        for key, value in asked.items()
+        if value is not None
+    }
     how = {"level": level.value} if not checks else {"checks": checks}
     limit = None if memory is None else memory * 2**30
     with processes() as group:
         try:
-            report = run_audit(wrapped, rows.tensor, checks=chosen, memory=limit, dry_run=dry_run, group=group)
-        except Refused as error:
+            report = run_audit(
+                wrapped, rows.tensor, checks=chosen, memory=limit, dry_run=dry_run, group=group
+            )
+        except InputRejected as error:
             raise WrongUsage(str(error)) from error
         if is_first():
-            _finish(dataclasses.replace(report, settings={**report.settings, **how, **named}), html, json)
+            _finish(
+                dataclasses.replace(report, settings={**report.settings, **how, **named}),
+                html,
+                json,
+            )
     raise typer.Exit(0 if dry_run or not is_first() else EXIT_CODES[report.verdict])
 
 
 @app.command()
 @reported
 def report(
-    saved: Annotated[Path, typer.Argument(help="A file that 'inn-guard audit --json' or to_json() wrote.")],
+    saved: Annotated[
+        Path, typer.Argument(help="A file that 'inn-guard audit --json' or to_json() wrote.")
+    ],
     html: Annotated[Path | None, typer.Option(help="Write the report as one web page.")] = None,
 ) -> None:
     """Show a saved report again. Exit code: 0 if it could be read, 2 if not."""

@@ -40,7 +40,9 @@ def load_data(path: Path, *, samples: int, dtype: torch.dtype) -> Rows:
     array, total = _read(path, samples, least_dimensions=2)
     if array.dtype.kind in "iub":
         low, high = array.min(), array.max()
-        note(f"{path.name} holds {array.dtype} from {low} to {high}: converted to {_name(dtype)}, not scaled")
+        note(
+            f"{path.name} holds {array.dtype} from {low} to {high}: converted to {_name(dtype)}, not scaled"
+        )
     return Rows(_converted(array, dtype, path), total)
 
 
@@ -52,7 +54,9 @@ def load_context(path: Path, *, rows: Rows, dtype: torch.dtype) -> Tensor:
     """
     array, total = _read(path, len(rows.tensor), least_dimensions=1)
     if total != rows.total:
-        raise WrongUsage(f"expected --context with {rows.total} rows, as many as --data has; {path} has {total}")
+        raise WrongUsage(
+            f"expected --context with {rows.total} rows, as many as --data has; {path} has {total}"
+        )
     if array.dtype.kind in "iub":
         return torch.from_numpy(array.astype(np.int64))
     return _converted(array, dtype, path)
@@ -68,7 +72,9 @@ def _read(path: Path, count: int, *, least_dimensions: int) -> tuple[np.ndarray,
     part = array[:count]
     if part.size * 8 > _MOST_BYTES:
         size = part.size * 8 / 2**30
-        raise WrongUsage(f"{len(part)} samples of {path} take {size:.0f} GiB; type a smaller --samples")
+        raise WrongUsage(
+            f"{len(part)} samples of {path} take {size:.0f} GiB; type a smaller --samples"
+        )
     return np.array(part), len(array)
 
 
@@ -79,9 +85,13 @@ def _map(path: Path) -> np.ndarray:
     with path.open("rb") as file:
         magic = file.read(6)
     if magic[:2] == b"PK":
-        raise WrongUsage(f"{path} is an archive (.npz), expected one array; type numpy.save(path, array) to make one")
+        raise WrongUsage(
+            f"{path} is an archive (.npz), expected one array; type numpy.save(path, array) to make one"
+        )
     if magic != b"\x93NUMPY":
-        raise WrongUsage(f"expected a .npy file or a folder of images, but {path} does not begin as a .npy file does")
+        raise WrongUsage(
+            f"expected a .npy file or a folder of images, but {path} does not begin as a .npy file does"
+        )
     try:
         return np.load(path, mmap_mode="r", allow_pickle=False)
     except Exception as error:  # a damaged or hostile header may raise anything
@@ -94,7 +104,9 @@ def _converted(array: np.ndarray, dtype: torch.dtype, path: Path) -> Tensor:
     if bad := int((~exact.isfinite()).sum()):
         note(f"{bad} of {exact.numel()} values of {path.name} are NaN or Inf")
     if lost := int((exact.isfinite() & ~tensor.isfinite()).sum()):
-        note(f"{lost} of {exact.numel()} values of {path.name} do not fit {_name(dtype)} and become Inf")
+        note(
+            f"{lost} of {exact.numel()} values of {path.name} do not fit {_name(dtype)} and become Inf"
+        )
     return tensor
 
 
@@ -102,7 +114,9 @@ def _images(folder: Path, samples: int, dtype: torch.dtype) -> Rows:
     entries = sorted(folder.iterdir())
     paths = [path for path in entries if path.suffix.lower() in _SUFFIXES and path.is_file()]
     if not paths:
-        raise WrongUsage(f"expected images ({', '.join(sorted(_SUFFIXES))}) in the folder {folder}, found none")
+        raise WrongUsage(
+            f"expected images ({', '.join(sorted(_SUFFIXES))}) in the folder {folder}, found none"
+        )
     if len(paths) < len(entries):
         note(f"{len(entries) - len(paths)} entries of {folder} are no images and are left out")
     pixels = [_pixels(path) for path in paths[:samples]]
@@ -125,7 +139,9 @@ def _pixels(path: Path) -> np.ndarray:
     try:
         with Image.open(path, formats=_FORMATS) as image:
             if image.width * image.height > _MOST_PIXELS:
-                raise WrongUsage(f"{path} has {image.width} x {image.height} pixels, more than an audit can take")
+                raise WrongUsage(
+                    f"{path} has {image.width} x {image.height} pixels, more than an audit can take"
+                )
             if image.mode.startswith("I;16"):
                 return np.asarray(image, dtype=np.float64)[..., None] / 65535
             if image.mode not in ("1", "L", "RGB"):

@@ -16,7 +16,11 @@ from inn_guard.cli.usage import WrongUsage, note, origin
 
 __all__ = ["load_weights", "make_model", "own_dtype"]
 
-_NESTED = ("state_dict", "model_state_dict", "model")  # where training loops put the weights in a checkpoint
+_NESTED = (
+    "state_dict",
+    "model_state_dict",
+    "model",
+)  # where training loops put the weights in a checkpoint
 _SHOWN = 4
 
 
@@ -37,7 +41,9 @@ def make_model(name: str, *, seed: int) -> Any:
     if isinstance(found, nn.Module):
         return found
     if not callable(found):
-        raise WrongUsage(f"expected {name} to be a function that makes the model, got {type(found).__name__}")
+        raise WrongUsage(
+            f"expected {name} to be a function that makes the model, got {type(found).__name__}"
+        )
     try:
         with torch.random.fork_rng():
             torch.manual_seed(seed)
@@ -81,14 +87,20 @@ def load_weights(model: Any, path: Path) -> None:
         WrongUsage: if the file cannot be read, or does not belong to this model.
     """
     if not isinstance(model, nn.Module):
-        raise WrongUsage(f"--weights needs a torch.nn.Module, but the factory made a {type(model).__name__}")
+        raise WrongUsage(
+            f"--weights needs a torch.nn.Module, but the factory made a {type(model).__name__}"
+        )
     state, own = _read(path), model.state_dict()
     _check_keys(state, own, path)
     dtypes = {
-        str(state[key].dtype) for key in own if isinstance(own[key], Tensor) and state[key].dtype != own[key].dtype
+        str(state[key].dtype)
+        for key in own
+        if isinstance(own[key], Tensor) and state[key].dtype != own[key].dtype
     }
     if dtypes:
-        note(f"{path.name} holds weights of {', '.join(sorted(dtypes))}: converted to those of the model")
+        note(
+            f"{path.name} holds weights of {', '.join(sorted(dtypes))}: converted to those of the model"
+        )
     try:
         model.load_state_dict(state)
     except RuntimeError as error:
@@ -105,20 +117,29 @@ def _read(path: Path) -> Mapping[str, Any]:
     except Exception as error:  # a damaged or hostile file may raise anything
         first = str(error).partition("\n")[0]
         advice = "save model.state_dict() with safetensors.torch.save_file or torch.save"
-        raise WrongUsage(f"{path} cannot be read as weights: {first} ({type(error).__name__}); {advice}") from error
+        raise WrongUsage(
+            f"{path} cannot be read as weights: {first} ({type(error).__name__}); {advice}"
+        ) from error
     return _state(content, path)
 
 
 def _state(content: Any, path: Path) -> Mapping[str, Any]:
     """The weights in a checkpoint: the checkpoint itself, or what lies under one of the usual names."""
     nested = next(
-        (name for name in _NESTED if isinstance(content, Mapping) and isinstance(content.get(name), Mapping)), ""
+        (
+            name
+            for name in _NESTED
+            if isinstance(content, Mapping) and isinstance(content.get(name), Mapping)
+        ),
+        "",
     )
     if nested:
         note(f"using the weights under {nested!r} in {path.name}")
         content = content[nested]
     if not isinstance(content, Mapping) or not all(isinstance(key, str) for key in content):
-        raise WrongUsage(f"expected weights by name in {path}, got {type(content).__name__}; save model.state_dict()")
+        raise WrongUsage(
+            f"expected weights by name in {path}, got {type(content).__name__}; save model.state_dict()"
+        )
     return content
 
 
@@ -129,13 +150,19 @@ def _check_keys(state: Mapping[str, Any], own: Mapping[str, Any], path: Path) ->
     if unexpected := [key for key in state if key not in own]:
         faults.append(f"{len(unexpected)} unexpected ({_some(unexpected)})")
     if faults:
-        raise WrongUsage(f"{path} does not fit the model: of {len(own)} weights {' and '.join(faults)}")
+        raise WrongUsage(
+            f"{path} does not fit the model: of {len(own)} weights {' and '.join(faults)}"
+        )
     for key, value in own.items():
         if isinstance(value, Tensor) and not isinstance(state[key], Tensor):
-            raise WrongUsage(f"{path} does not fit the model: {key} is a {type(state[key]).__name__}, not a tensor")
+            raise WrongUsage(
+                f"{path} does not fit the model: {key} is a {type(state[key]).__name__}, not a tensor"
+            )
         if isinstance(value, Tensor) and state[key].shape != value.shape:
             got, expected = tuple(state[key].shape), tuple(value.shape)
-            raise WrongUsage(f"{path} does not fit the model: {key} has shape {got}, expected {expected}")
+            raise WrongUsage(
+                f"{path} does not fit the model: {key} has shape {got}, expected {expected}"
+            )
 
 
 def _some(names: Iterable[str]) -> str:
@@ -146,4 +173,7 @@ def _some(names: Iterable[str]) -> str:
 def own_dtype(model: Any) -> torch.dtype:
     """The dtype of the model's first floating-point weight; torch's default if it has none."""
     tensors = [*model.parameters(), *model.buffers()] if isinstance(model, nn.Module) else []
-    return next((tensor.dtype for tensor in tensors if tensor.is_floating_point()), torch.get_default_dtype())
+    return next(
+        (tensor.dtype for tensor in tensors if tensor.is_floating_point()),
+        torch.get_default_dtype(),
+    )

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 
 import torch.distributed as dist
 
-from inn_guard.distributed import Group
+from inn_guard.execution.parallel import Group
 
 __all__ = ["is_first", "processes"]
 

@@ -12,12 +12,17 @@ True
 
 from inn_guard.layers.actnorm import ActNorm, Diagonal
 from inn_guard.layers.autoregressive import MADE, MaskedAutoregressive, iaf, maf
-from inn_guard.layers.bounds import scale_bounds
 from inn_guard.layers.chain import Chain
-from inn_guard.layers.contraction import Contraction, LipSwish, contractive, contractive_conv_net, contractive_mlp
+from inn_guard.layers.contraction import (
+    Contraction,
+    LipSwish,
+    contractive,
+    contractive_conv_net,
+    contractive_mlp,
+)
 from inn_guard.layers.coupling import AdditiveCoupling, AffineCoupling, Coupling
 from inn_guard.layers.fixed_point import FixedPoint
-from inn_guard.layers.inverted import Inverted
+from inn_guard.layers.inverted import InverseLayer
 from inn_guard.layers.linear import InvertibleLinear, LULinear
 from inn_guard.layers.multiscale import FactorOut, OnRemaining
 from inn_guard.layers.networks import MLP, Conditional, ConvNet, zero_last
@@ -26,8 +31,20 @@ from inn_guard.layers.permutation import Permutation
 from inn_guard.layers.preprocessing import Logit
 from inn_guard.layers.reshape import Flatten, Squeeze, ZeroPadding
 from inn_guard.layers.residual import Residual
-from inn_guard.layers.residual_log_det import ExactLogDet, PowerSeries, ResidualLogDet, RussianRoulette
-from inn_guard.layers.scales import ClampedScale, ExpScale, ScaleFunction, SigmoidScale, SoftplusScale, squashed_sigmoid
+from inn_guard.layers.residual_log_det import (
+    ExactLogDet,
+    PowerSeries,
+    ResidualLogDet,
+    RussianRoulette,
+)
+from inn_guard.layers.scales import (
+    ClampedScale,
+    ExpScale,
+    ScaleFunction,
+    SigmoidScale,
+    SoftplusScale,
+    squashed_sigmoid,
+)
 
 __all__ = [
     "MADE",
@@ -48,7 +65,7 @@ __all__ = [
     "FixedPoint",
     "Flatten",
     "Halves",
-    "Inverted",
+    "InverseLayer",
     "InvertibleLinear",
     "LULinear",
     "Leading",
@@ -73,7 +90,6 @@ __all__ = [
     "contractive_mlp",
     "iaf",
     "maf",
-    "scale_bounds",
     "squashed_sigmoid",
     "zero_last",
 ]

@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from inn_guard.invertible import Invertible
+from inn_guard.core.invertible import Invertible
+from inn_guard.core.layer_jacobian import LayerJacobian
 from inn_guard.layers.linear_tangent import ElementwiseTangent
-from inn_guard.tangent import Tangent
 
 __all__ = ["ActNorm", "Diagonal"]
 
@@ -45,7 +45,7 @@ class Diagonal(Invertible):
         """x and -positions * sum log_scale."""
         return self.inverse(z), -self._log_det(z)
 
-    def linearize(self, x: Tensor) -> Tangent:
+    def linearize(self, x: Tensor) -> LayerJacobian:
         """Multiplication with the scale."""
         with torch.no_grad():
             return ElementwiseTangent(self.forward(x), self._over(x, self.log_scale.exp()))

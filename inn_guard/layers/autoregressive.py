@@ -6,14 +6,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from inn_guard.invertible import Invertible
+from inn_guard.core.invertible import Invertible
+from inn_guard.core.layer_jacobian import LayerJacobian
+from inn_guard.jacobian.network import NetworkTangent, linearize_network, tangent_of_module
 from inn_guard.layers.actnorm import ActNorm
 from inn_guard.layers.chain import Chain
-from inn_guard.layers.inverted import Inverted
+from inn_guard.layers.inverted import InverseLayer
 from inn_guard.layers.permutation import Permutation
 from inn_guard.layers.scales import ScaleFunction, SoftplusScale
-from inn_guard.network_tangent import NetworkTangent, linearize_network, tangent_of_module
-from inn_guard.tangent import Tangent
 
 __all__ = ["MADE", "MaskedAutoregressive", "iaf", "maf"]
 
@@ -68,7 +68,9 @@ class MADE(nn.Sequential):
 
     def __init__(self, features: int, *, hidden: int, blocks: int = 2, outputs: int = 2) -> None:
         if min(features, hidden, outputs) < 1 or blocks < 0:
-            raise ValueError(f"expected positive sizes, got {features} features, {hidden} hidden, {outputs} outputs")
+            raise ValueError(
+                f"expected positive sizes, got {features} features, {hidden} hidden, {outputs} outputs"
+            )
         inputs = torch.arange(1, features + 1)
         degrees = torch.arange(hidden) % max(1, features - 1) + min(1, features - 1)
         last = _linear(degrees, inputs.repeat(outputs)[:, None] > degrees)
@@ -114,7 +116,7 @@ class MaskedAutoregressive(Invertible):
         x, h = self._solved(z)
         return x, -self.scale.log(h).sum(1)
 
-    def linearize(self, x: Tensor) -> Tangent:
+    def linearize(self, x: Tensor) -> LayerJacobian:
         """The four products: forward from one evaluation of the network, inverse by triangular solves."""
         return AutoregressiveTangent(self, x.detach())
 
@@ -123,8 +125,12 @@ class MaskedAutoregressive(Invertible):
         known = [z[:, :0]]
         h = z
         for i in range(z.shape[1]):
-            shift, h = self.network(torch.cat([*known, torch.zeros_like(z[:, i:])], dim=1)).chunk(2, dim=1)
-            known.append((z[:, i : i + 1] - shift[:, i : i + 1]) / self.scale.value(h[:, i : i + 1]))
+            shift, h = self.network(torch.cat([*known, torch.zeros_like(z[:, i:])], dim=1)).chunk(
+                2, dim=1
+            )
+            known.append(
+                (z[:, i : i + 1] - shift[:, i : i + 1]) / self.scale.value(h[:, i : i + 1])
+            )
         return torch.cat(known, dim=1), h
 
 
@@ -166,7 +172,9 @@ class AutoregressiveTangent:
         if self._jacobian is None:
             size = self.output.shape[1]
             rows = torch.eye(size, dtype=self.output.dtype, device=self.output.device)
-            self._jacobian = self.vjp(rows[:, None].expand(-1, len(self.output), -1)).transpose(0, 1)
+            self._jacobian = self.vjp(rows[:, None].expand(-1, len(self.output), -1)).transpose(
+                0, 1
+            )
         return self._jacobian
 
     @staticmethod
@@ -198,7 +206,7 @@ def maf(features: int, *, layers: int = 4, hidden: int = 256, blocks: int = 2) -
     return Chain(*steps)
 
 
-def iaf(features: int, *, layers: int = 4, hidden: int = 256, blocks: int = 2) -> Inverted:
+def iaf(features: int, *, layers: int = 4, hidden: int = 256, blocks: int = 2) -> InverseLayer:
     """An inverse autoregressive flow, the inverse of ``maf``: latent -> data in one pass, the density in D passes.
 
     Args:
@@ -211,12 +219,14 @@ def iaf(features: int, *, layers: int = 4, hidden: int = 256, blocks: int = 2) -
         Improving Variational Inference with Inverse Autoregressive Flow (Kingma, Salimans, Jozefowicz, Chen,
         Sutskever, Welling, 2016).
     """
-    return Inverted(maf(features, layers=layers, hidden=hidden, blocks=blocks))
+    return InverseLayer(maf(features, layers=layers, hidden=hidden, blocks=blocks))
 
 
 def _linear(inputs: Tensor, mask: Tensor) -> nn.Module:
     """A linear map of ``len(inputs)`` values with ``mask`` (out, in) on its weight."""
-    return parametrize.register_parametrization(nn.Linear(len(inputs), len(mask)), "weight", _Masked(mask))
+    return parametrize.register_parametrization(
+        nn.Linear(len(inputs), len(mask)), "weight", _Masked(mask)
+    )
 
 
 @torch.no_grad()

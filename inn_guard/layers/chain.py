@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from inn_guard.invertible import Invertible
+from inn_guard.core.invertible import Invertible
 
 __all__ = ["Chain"]
 
@@ -64,11 +64,17 @@ class Chain(Invertible):
 
     def layers(self) -> tuple[Invertible, ...]:
         """The steps, with nested chains opened."""
-        return tuple(layer for step in self._conditioned_steps() for layer in step.layers() or _unless_empty(step))
+        return tuple(
+            layer
+            for step in self._conditioned_steps()
+            for layer in step.layers() or _unless_empty(step)
+        )
 
     def _conditioned_steps(self) -> list[Invertible]:
         steps: list[Invertible] = list(self.steps)  # type: ignore[arg-type]
-        return steps if self.context is None else [step.conditioned(self.context) for step in steps]
+        return (
+            steps if self.context is None else [step.with_context(self.context) for step in steps]
+        )
 
 
 def _unless_empty(step: Invertible) -> tuple[Invertible, ...]:

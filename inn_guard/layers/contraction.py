@@ -11,10 +11,10 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.utils import parametrize
 
+from inn_guard.jacobian.network import elementwise_tangent, tangent_of_module
 from inn_guard.layers.networks import Activation
-from inn_guard.lipschitz.convolution import riesz_norm
-from inn_guard.lipschitz.spectral import spectral_norm
-from inn_guard.network_tangent import elementwise_tangent, tangent_of_module
+from inn_guard.numerics.convolution_norm import riesz_norm
+from inn_guard.numerics.spectral_norm import spectral_norm
 
 __all__ = ["Contraction", "LipSwish", "contractive", "contractive_conv_net", "contractive_mlp"]
 
@@ -97,13 +97,17 @@ def contractive(module: nn.Module, *, coefficient: float) -> nn.Module:
         if isinstance(part, nn.Conv2d) and (
             {*part.stride, *part.dilation, part.groups} != {1} or part.padding_mode != "zeros"
         ):
-            raise ValueError(f"expected a zero-padded convolution of stride, dilation and groups 1, got {part}")
+            raise ValueError(
+                f"expected a zero-padded convolution of stride, dilation and groups 1, got {part}"
+            )
         if isinstance(part, (nn.Linear, nn.Conv2d)):
             parametrize.register_parametrization(part, "weight", Contraction(coefficient))
     return module
 
 
-def contractive_mlp(sizes: Sequence[int], *, coefficient: float, activation: Activation = LipSwish) -> nn.Sequential:
+def contractive_mlp(
+    sizes: Sequence[int], *, coefficient: float, activation: Activation = LipSwish
+) -> nn.Sequential:
     """activation - Linear - ... - activation - Linear, of Lipschitz constant at most coefficient ** (len(sizes) - 1).
 
     Args:
@@ -156,7 +160,9 @@ def _norm_at(weight: Tensor, frequency: Tensor) -> Tensor:
         return torch.linalg.matrix_norm(weight, 2)
     rows, columns = (torch.arange(n, device=weight.device) for n in weight.shape[2:])
     angle = (frequency[0] * rows[:, None] + frequency[1] * columns).to(weight)
-    return torch.linalg.matrix_norm((weight * torch.polar(torch.ones_like(angle), -angle)).sum((2, 3)), 2)
+    return torch.linalg.matrix_norm(
+        (weight * torch.polar(torch.ones_like(angle), -angle)).sum((2, 3)), 2
+    )
 
 
 def _equal(a: Tensor, b: Tensor) -> bool:

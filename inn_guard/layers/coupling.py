@@ -11,13 +11,13 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
-from inn_guard.invertible import Invertible
+from inn_guard.core.invertible import Invertible
+from inn_guard.core.layer_jacobian import LayerJacobian
+from inn_guard.jacobian.network import AutogradNetwork, NetworkTangent, linearize_network
 from inn_guard.layers.coupling_tangent import CouplingTangent
 from inn_guard.layers.networks import Conditional
 from inn_guard.layers.partition import Halves, Partition
 from inn_guard.layers.scales import ScaleFunction, SigmoidScale
-from inn_guard.network_tangent import ByAutograd, NetworkTangent, linearize_network
-from inn_guard.tangent import Tangent
 
 __all__ = ["AdditiveCoupling", "AffineCoupling", "Coupling", "Elementwise", "NetworkMaker"]
 
@@ -98,7 +98,7 @@ class Coupling(Invertible):
         """The map of the changed part, by one evaluation of the network at the kept part."""
         return self.elementwise(self.raw(kept)) if self._elementwise is None else self._elementwise
 
-    def primed(self: Self, state: Tensor) -> Self:
+    def with_cached_conditioner(self: Self, state: Tensor) -> Self:
         """The layer with its network evaluated at the kept part of ``state``, an input or an output."""
         twin = copy.copy(self)
         twin._elementwise = self.parameters_of(self.split(state)[0])
@@ -109,7 +109,7 @@ class Coupling(Invertible):
         return None
 
     @torch.no_grad()
-    def linearize(self, x: Tensor) -> Tangent:
+    def linearize(self, x: Tensor) -> LayerJacobian:
         """The four products, from one evaluation of the network, without an autograd graph where it is feed-forward."""
         kept, changed = self.split(x.detach())
         network = self._network_tangent(kept)
@@ -123,7 +123,7 @@ class Coupling(Invertible):
             return linearize_network(self.network, kept)
         if type(self.network) is Conditional:
             return self.network.linearize(kept, self.context)
-        return ByAutograd(self.raw, kept)
+        return AutogradNetwork(self.raw, kept)
 
     def forward(self, x: Tensor) -> Tensor:
         """z: kept part as it is, changed part scaled and shifted."""
@@ -160,7 +160,9 @@ class AdditiveCoupling(Coupling):
     """
 
     @classmethod
-    def on_halves(cls, channels: int, network: NetworkMaker, *, swapped: bool = False) -> AdditiveCoupling:
+    def on_halves(
+        cls, channels: int, network: NetworkMaker, *, swapped: bool = False
+    ) -> AdditiveCoupling:
         """A layer on ``channels`` with the network that ``network(kept, changed)`` makes."""
         partition = Halves(swapped=swapped)
         return cls(network(*partition.sizes(channels)), partition=partition)
@@ -183,14 +185,23 @@ class AffineCoupling(Coupling):
     """
 
     def __init__(
-        self, network: nn.Module, *, partition: Partition | None = None, scale: ScaleFunction | None = None
+        self,
+        network: nn.Module,
+        *,
+        partition: Partition | None = None,
+        scale: ScaleFunction | None = None,
     ) -> None:
         super().__init__(network, partition=partition)
         self.scale: ScaleFunction = SigmoidScale() if scale is None else scale
 
     @classmethod
     def on_halves(
-        cls, channels: int, network: NetworkMaker, *, swapped: bool = False, scale: ScaleFunction | None = None
+        cls,
+        channels: int,
+        network: NetworkMaker,
+        *,
+        swapped: bool = False,
+        scale: ScaleFunction | None = None,
     ) -> AffineCoupling:
         """A layer on ``channels`` with the network that ``network(kept, 2 * changed)`` makes."""
         partition = Halves(swapped=swapped)

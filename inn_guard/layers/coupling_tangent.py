@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from inn_guard.dense_network import add_product_
+from inn_guard.jacobian.network import NetworkTangent, select_rows_of
+from inn_guard.jacobian.network_dense import add_product_
 from inn_guard.layers.partition import Halves, Partition
-from inn_guard.network_tangent import NetworkTangent, select_rows_of
 
 __all__ = ["CouplingTangent"]
 
@@ -58,7 +58,11 @@ class CouplingTangent:
         """J v."""
         kept, changed = self._split(v)
         coupled = self._coupled(kept)
-        moved = changed + coupled if self._scale is None else torch.addcmul(coupled, changed, self._scale)
+        moved = (
+            changed + coupled
+            if self._scale is None
+            else torch.addcmul(coupled, changed, self._scale)
+        )
         return self._join(kept, moved)
 
     def vjp(self, u: Tensor) -> Tensor:
@@ -90,7 +94,13 @@ class CouplingTangent:
         kept, changed = kept.reshape(-1, matrix.shape[1]), changed.reshape(-1, matrix.shape[1])
         if self._scale is not None:
             changed.mul_(self._scale.reshape(-1, 1))
-        add_product_(changed, self._network, kept, shape=self._split(self.output)[0].shape[1:], gain=self._gain)
+        add_product_(
+            changed,
+            self._network,
+            kept,
+            shape=self._split(self.output)[0].shape[1:],
+            gain=self._gain,
+        )
         return matrix
 
     def _coupled(self, kept: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from inn_guard.tangent import NotApplicable
+from inn_guard.core.layer_jacobian import NotApplicable
 
 __all__ = ["Convergence", "FixedPoint", "implicit_gradient"]
 

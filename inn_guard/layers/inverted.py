@@ -1,17 +1,17 @@
-"""Inverted: any bijective map run the other way round."""
+"""InverseLayer: any bijective map run the other way round."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from inn_guard.invertible import Invertible
-from inn_guard.tangent import Tangent
+from inn_guard.core.invertible import Invertible
+from inn_guard.core.layer_jacobian import LayerJacobian
 
-__all__ = ["Inverted", "InvertedTangent"]
+__all__ = ["InverseLayer", "InvertedTangent"]
 
 
-class Inverted(Invertible):
+class InverseLayer(Invertible):
     """The inverse of a map as a map: forward is ``inner.inverse`` and inverse is ``inner.forward``, with its context.
 
     Args:
@@ -21,14 +21,16 @@ class Inverted(Invertible):
         ValueError: if it is injective only.
 
     >>> from inn_guard.layers.permutation import Permutation
-    >>> Inverted(Permutation(torch.tensor([2, 0, 1])))(torch.tensor([[30.0, 10.0, 20.0]])).tolist()
+    >>> InverseLayer(Permutation(torch.tensor([2, 0, 1])))(torch.tensor([[30.0, 10.0, 20.0]])).tolist()
     [[10.0, 20.0, 30.0]]
     """
 
     def __init__(self, inner: Invertible) -> None:
         super().__init__()
         if not inner.bijective:
-            raise ValueError(f"expected a bijective map to invert, got {inner.name}, which is injective only")
+            raise ValueError(
+                f"expected a bijective map to invert, got {inner.name}, which is injective only"
+            )
         self.inner = inner
         self.context = inner.context
         self.training = inner.training
@@ -51,21 +53,21 @@ class Inverted(Invertible):
 
     def layers(self) -> tuple[Invertible, ...]:
         """The inner layers in reverse order, each inverted; () if the inner map is opaque."""
-        return tuple(Inverted(layer) for layer in reversed(self._inner().layers()))
+        return tuple(InverseLayer(layer) for layer in reversed(self._inner().layers()))
 
-    def linearize(self, x: Tensor) -> Tangent:
+    def linearize(self, x: Tensor) -> LayerJacobian:
         """The tangent of the inner map at inner^-1(x), with the directions exchanged."""
         return InvertedTangent(self._inner(), x.detach())
 
-    def primed(self, state: Tensor) -> Inverted:
+    def with_cached_conditioner(self, state: Tensor) -> InverseLayer:
         """The inner map, primed, inverted."""
         inner = self._inner()
-        primed = inner.primed(state)
-        return self if primed is inner else Inverted(primed)
+        with_cached_conditioner = inner.with_cached_conditioner(state)
+        return self if with_cached_conditioner is inner else InverseLayer(with_cached_conditioner)
 
-    def in_dtype(self, dtype: torch.dtype) -> Inverted:
+    def to_dtype(self, dtype: torch.dtype) -> InverseLayer:
         """The inner map's copy in ``dtype``, inverted."""
-        return Inverted(self._inner().in_dtype(dtype))
+        return InverseLayer(self._inner().to_dtype(dtype))
 
     @property
     def name(self) -> str:
@@ -73,7 +75,7 @@ class Inverted(Invertible):
         return f"inverse {self.inner.name}"
 
     def _inner(self) -> Invertible:
-        return self.inner.conditioned(self.context)
+        return self.inner.with_context(self.context)
 
 
 class InvertedTangent:

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from inn_guard.invertible import Invertible
-from inn_guard.layers.linear_tangent import MixingTangent
-from inn_guard.tangent import Tangent
+from inn_guard.core.invertible import Invertible
+from inn_guard.core.layer_jacobian import LayerJacobian
+from inn_guard.layers.linear_tangent import ChannelMixingJacobian
 
 __all__ = ["ChannelMixing", "InvertibleLinear", "LULinear"]
 
@@ -69,11 +69,11 @@ class ChannelMixing(Invertible):
         """x and -positions * log|det W|."""
         return self.inverse(z), -self._log_det(z)
 
-    def linearize(self, x: Tensor) -> Tangent:
+    def linearize(self, x: Tensor) -> LayerJacobian:
         """The four products with W, W^T, W^-1 and W^-T."""
         with torch.no_grad():
             kept, dims = self._kept(), x.dim()
-            return MixingTangent(
+            return ChannelMixingJacobian(
                 output=_mix(x, kept.weight, dims=dims),
                 jvp=lambda v: _mix(v, kept.weight, dims=dims),
                 vjp=lambda u: _mix(u, kept.weight.T, dims=dims),
@@ -89,7 +89,9 @@ class ChannelMixing(Invertible):
         return (log_abs_det * positions).expand(len(x))
 
     def _needs_graph(self) -> bool:
-        return torch.is_grad_enabled() and any(parameter.requires_grad for parameter in self.parameters())
+        return torch.is_grad_enabled() and any(
+            parameter.requires_grad for parameter in self.parameters()
+        )
 
     @torch.no_grad()
     def _kept(self) -> _Inverted:
@@ -112,7 +114,9 @@ class InvertibleLinear(ChannelMixing):
 
     def __init__(self, channels: int, *, generator: torch.Generator | None = None) -> None:
         super().__init__()
-        self.matrix = nn.Parameter(nn.init.orthogonal_(torch.empty(channels, channels), generator=generator))
+        self.matrix = nn.Parameter(
+            nn.init.orthogonal_(torch.empty(channels, channels), generator=generator)
+        )
 
     @property
     def weight(self) -> Tensor:
@@ -165,7 +169,9 @@ class LULinear(ChannelMixing):
     def inverse_weight(self) -> Tensor:
         """W^-1 by two triangular solves in float64, rounded."""
         lower, upper = self._factors()
-        right = torch.linalg.solve_triangular(lower, self.pivots.double().T, upper=False, unitriangular=True)
+        right = torch.linalg.solve_triangular(
+            lower, self.pivots.double().T, upper=False, unitriangular=True
+        )
         return torch.linalg.solve_triangular(upper, right, upper=True).to(self.log_s.dtype)
 
     def log_abs_det(self) -> Tensor:
@@ -173,8 +179,12 @@ class LULinear(ChannelMixing):
         return self.log_s.sum()
 
     def _factors(self) -> tuple[Tensor, Tensor]:
-        lower = self.lower.double().tril(-1) + torch.eye(len(self.log_s), dtype=torch.float64, device=self.log_s.device)
-        return lower, self.upper.double().triu(1) + torch.diag(self.sign.double() * self.log_s.double().exp())
+        lower = self.lower.double().tril(-1) + torch.eye(
+            len(self.log_s), dtype=torch.float64, device=self.log_s.device
+        )
+        return lower, self.upper.double().triu(1) + torch.diag(
+            self.sign.double() * self.log_s.double().exp()
+        )
 
 
 def _mix(x: Tensor, weight: Tensor, *, dims: int) -> Tensor:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-__all__ = ["ElementwiseTangent", "LinearTangent", "MixingTangent", "MovingTangent"]
+__all__ = ["ChannelMixingJacobian", "ElementwiseTangent", "LinearTangent", "PermutationJacobian"]
 
 Product = Callable[[Tensor], Tensor]
 
@@ -37,30 +37,32 @@ class LinearTangent:
 
 
 @dataclass
-class MixingTangent(LinearTangent):
+class ChannelMixingJacobian(LinearTangent):
     """The tangent of a matrix applied to the channels."""
 
     weight: Tensor
 
-    def select(self, rows: Tensor) -> MixingTangent:
+    def select(self, rows: Tensor) -> ChannelMixingJacobian:
         """The same products; the output of these rows."""
         return dataclasses.replace(self, output=self.output[rows])
 
     def multiply(self, matrix: Tensor) -> Tensor:
         """The weight applied to the channels of every column; in place, so that no second large matrix is needed."""
         matrix = matrix.contiguous()
-        for columns in matrix.view(len(self.weight), -1).split(max(1, CHUNK // len(self.weight)), dim=1):
+        for columns in matrix.view(len(self.weight), -1).split(
+            max(1, CHUNK // len(self.weight)), dim=1
+        ):
             columns.copy_(self.weight @ columns)
         return matrix
 
 
 @dataclass
-class MovingTangent(LinearTangent):
+class PermutationJacobian(LinearTangent):
     """The tangent of a map that moves entries only: z_i = x_rows(i), counted through one sample."""
 
     rows: Tensor
 
-    def select(self, rows: Tensor) -> MovingTangent:
+    def select(self, rows: Tensor) -> PermutationJacobian:
         """The same products; the output of these rows."""
         return dataclasses.replace(self, output=self.output[rows])
 
@@ -82,8 +84,12 @@ class ElementwiseTangent:
 
     def select(self, rows: Tensor) -> ElementwiseTangent:
         """The derivative at these rows."""
-        per_sample = self.derivative.dim() == self.output.dim() and len(self.derivative) == len(self.output)
-        return ElementwiseTangent(self.output[rows], self.derivative[rows] if per_sample else self.derivative)
+        per_sample = self.derivative.dim() == self.output.dim() and len(self.derivative) == len(
+            self.output
+        )
+        return ElementwiseTangent(
+            self.output[rows], self.derivative[rows] if per_sample else self.derivative
+        )
 
     def multiply(self, matrix: Tensor) -> Tensor:
         """The rows of a matrix (dim x, K), each with its derivative, at a batch of one; in place."""

@@ -13,11 +13,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from inn_guard.invertible import Invertible
+from inn_guard.core.invertible import Invertible
+from inn_guard.core.layer_jacobian import LayerJacobian
 from inn_guard.layers.linear_tangent import LinearTangent, Product
 from inn_guard.layers.partition import Halves
 from inn_guard.layers.reshape import Rearrangement
-from inn_guard.tangent import Tangent
 
 __all__ = ["FactorOut", "OnRemaining"]
 
@@ -48,7 +48,9 @@ class FactorOut(Rearrangement):
         kept, out = Halves().sizes(self.shape[0])
         rest = self.shape[1:]
         finished, remaining = z.split([out * math.prod(rest), kept * math.prod(rest)], dim=1)
-        return torch.cat([remaining.reshape(-1, kept, *rest), finished.reshape(-1, out, *rest)], dim=1)
+        return torch.cat(
+            [remaining.reshape(-1, kept, *rest), finished.reshape(-1, out, *rest)], dim=1
+        )
 
     def remaining_shape(self) -> tuple[int, ...]:
         """Of one sample's first half."""
@@ -64,7 +66,9 @@ class OnRemaining(Invertible):
         latent_shape: of its output, with as many entries; ``shape`` unless given.
     """
 
-    def __init__(self, layer: Invertible, *, shape: Sequence[int], latent_shape: Sequence[int] | None = None) -> None:
+    def __init__(
+        self, layer: Invertible, *, shape: Sequence[int], latent_shape: Sequence[int] | None = None
+    ) -> None:
         super().__init__()
         self.layer = layer
         self.shape = tuple(shape)
@@ -102,15 +106,19 @@ class OnRemaining(Invertible):
         x, log_det = self._conditioned_layer().inverse_and_log_det(remaining)
         return torch.cat([finished, x.flatten(1)], dim=1), log_det
 
-    def primed(self, state: Tensor) -> OnRemaining:
+    def with_cached_conditioner(self, state: Tensor) -> OnRemaining:
         """The layer within, primed at what remains; itself if that changes its shape."""
         if self.shape != self.latent_shape:
             return self
         layer = self._conditioned_layer()
-        primed = layer.primed(self._opened(state, self.shape)[1])
-        return self if primed is layer else OnRemaining(primed, shape=self.shape)
+        with_cached_conditioner = layer.with_cached_conditioner(self._opened(state, self.shape)[1])
+        return (
+            self
+            if with_cached_conditioner is layer
+            else OnRemaining(with_cached_conditioner, shape=self.shape)
+        )
 
-    def linearize(self, x: Tensor) -> Tangent:
+    def linearize(self, x: Tensor) -> LayerJacobian:
         """The identity on what is finished, the layer's own tangent on what remains."""
         finished, remaining = self._opened(x.detach(), self.shape)
         inner = self._conditioned_layer().linearize(remaining)
@@ -125,7 +133,7 @@ class OnRemaining(Invertible):
         )
 
     def _conditioned_layer(self) -> Invertible:
-        return self.layer if self.context is None else self.layer.conditioned(self.context)
+        return self.layer if self.context is None else self.layer.with_context(self.context)
 
     def _opened(self, x: Tensor, shape: tuple[int, ...]) -> tuple[Tensor, Tensor]:
         finished = x.shape[-1] - self.size

@@ -8,11 +8,13 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
-from inn_guard.network_tangent import NetworkTangent, PartialTangent, linearize_network
+from inn_guard.jacobian.network import InputSliceJacobian, NetworkTangent, linearize_network
 
 __all__ = ["MLP", "Conditional", "ConvNet", "zero_last"]
 
-Activation = Callable[[], nn.Module]  #: a class or function without arguments that makes an activation module
+Activation = Callable[
+    [], nn.Module
+]  #: a class or function without arguments that makes an activation module
 
 
 class MLP(nn.Sequential):
@@ -48,7 +50,9 @@ class ConvNet(nn.Sequential):
         Glow: Generative Flow with Invertible 1x1 Convolutions (Kingma, Dhariwal, 2018), appendix B.
     """
 
-    def __init__(self, channels: int, hidden: int, out: int, *, activation: Activation = nn.ReLU) -> None:
+    def __init__(
+        self, channels: int, hidden: int, out: int, *, activation: Activation = nn.ReLU
+    ) -> None:
         convolutions = [
             nn.Conv2d(channels, hidden, 3, padding=1),
             nn.Conv2d(hidden, hidden, 1),
@@ -76,7 +80,9 @@ class Conditional(nn.Module):
         """The tangent with respect to x, at that context."""
         joined = self.joined(x, context)
         held = joined.shape[1] - x.shape[1]
-        return PartialTangent(linearize_network(self.network, joined), channels=x.shape[1], held=held)
+        return InputSliceJacobian(
+            linearize_network(self.network, joined), channels=x.shape[1], held=held
+        )
 
     @staticmethod
     def joined(x: Tensor, context: Tensor) -> Tensor:

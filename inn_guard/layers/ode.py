@@ -11,11 +11,18 @@ import torch
 from torch import Tensor, nn
 from torchdiffeq import odeint
 
-from inn_guard.invertible import Invertible
-from inn_guard.lipschitz import flows
-from inn_guard.lipschitz.bounded import BoundedMap, bounded_map
+from inn_guard.core.invertible import Invertible
 
-__all__ = ["Adaptive", "ExactTrace", "FixedStep", "HutchinsonTrace", "NeuralODE", "RungeKutta", "Solver", "Trace"]
+__all__ = [
+    "Adaptive",
+    "ExactTrace",
+    "FixedStep",
+    "HutchinsonTrace",
+    "NeuralODE",
+    "RungeKutta",
+    "Solver",
+    "Trace",
+]
 
 Velocity = Callable[[Tensor, Any], Any]
 
@@ -110,7 +117,9 @@ class HutchinsonTrace:
     def prepare(self, x: Tensor) -> Tensor:
         """Random signs, scaled so that their sum is the mean."""
         generator = torch.Generator().manual_seed(self.seed)
-        signs = torch.randint(0, 2, (self.probes, *x.shape), generator=generator, device="cpu") * 2 - 1
+        signs = (
+            torch.randint(0, 2, (self.probes, *x.shape), generator=generator, device="cpu") * 2 - 1
+        )
         return signs.to(x) / self.probes**0.5
 
 
@@ -133,7 +142,12 @@ class NeuralODE(Invertible):
     """
 
     def __init__(
-        self, field: nn.Module, *, duration: float = 1.0, solver: Solver | None = None, trace: Trace | None = None
+        self,
+        field: nn.Module,
+        *,
+        duration: float = 1.0,
+        solver: Solver | None = None,
+        trace: Trace | None = None,
     ) -> None:
         super().__init__()
         if duration <= 0:
@@ -168,20 +182,30 @@ class NeuralODE(Invertible):
             rows = finite.nonzero().squeeze(1)
             solved = self.select(rows)._integrate(x[rows], start=start, end=end)
             return torch.full_like(x, torch.nan).index_copy(0, rows, solved)
-        return self._solve(lambda t, state: (self.velocity(t, state[0]),), (x,), start=start, end=end)[0]
+        return self._solve(
+            lambda t, state: (self.velocity(t, state[0]),), (x,), start=start, end=end
+        )[0]
 
-    def _integrate_with_trace(self, x: Tensor, *, start: float, end: float) -> tuple[Tensor, Tensor]:
+    def _integrate_with_trace(
+        self, x: Tensor, *, start: float, end: float
+    ) -> tuple[Tensor, Tensor]:
         finite = x.flatten(1).isfinite().all(1)
         if not bool(finite.all()):
             rows = finite.nonzero().squeeze(1)
             solved, log_det = self.select(rows)._integrate_with_trace(x[rows], start=start, end=end)
             nan = torch.full_like(x, torch.nan)
-            return nan.index_copy(0, rows, solved), nan.flatten(1)[:, 0].index_copy(0, rows, log_det)
+            return nan.index_copy(0, rows, solved), nan.flatten(1)[:, 0].index_copy(
+                0, rows, log_det
+            )
         vectors, graph = self.trace.prepare(x), torch.is_grad_enabled()
 
         def velocity(t: Tensor, state: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
             with torch.enable_grad():
-                point = state[0] if graph and state[0].requires_grad else state[0].detach().requires_grad_()
+                point = (
+                    state[0]
+                    if graph and state[0].requires_grad
+                    else state[0].detach().requires_grad_()
+                )
                 value = self.velocity(t, point)
                 trace = _trace(value, point, vectors, create_graph=graph)
             return (value, trace) if graph else (value.detach(), trace.detach())
@@ -189,7 +213,9 @@ class NeuralODE(Invertible):
         z, log_det = self._solve(velocity, (x, x.new_zeros(len(x))), start=start, end=end)
         return z, log_det
 
-    def _solve(self, velocity: Velocity, state: tuple[Tensor, ...], *, start: float, end: float) -> tuple[Tensor, ...]:
+    def _solve(
+        self, velocity: Velocity, state: tuple[Tensor, ...], *, start: float, end: float
+    ) -> tuple[Tensor, ...]:
         """The state at ``end``; NaN if the solver gave up because its step vanished."""
         if not len(state[0]):
             return state
@@ -208,8 +234,3 @@ def _trace(value: Tensor, point: Tensor, vectors: Tensor, *, create_graph: bool)
         (row,) = torch.autograd.grad(value, point, v, create_graph=create_graph, retain_graph=True)
         total = total + (row * v).flatten(1).sum(1)
     return total
-
-
-@bounded_map.register
-def _(block: NeuralODE, layer: Any) -> BoundedMap:
-    return flows.Flow(block.field, block.duration)

@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from inn_guard.invertible import Invertible
-from inn_guard.layers.linear_tangent import MovingTangent
-from inn_guard.tangent import Tangent
+from inn_guard.core.invertible import Invertible
+from inn_guard.core.layer_jacobian import LayerJacobian
+from inn_guard.layers.linear_tangent import PermutationJacobian
 
 __all__ = ["Permutation"]
 
@@ -27,7 +27,9 @@ class Permutation(Invertible):
 
     def __init__(self, order: Tensor) -> None:
         super().__init__()
-        if order.dim() != 1 or not torch.equal(order.sort().values, torch.arange(len(order), device=order.device)):
+        if order.dim() != 1 or not torch.equal(
+            order.sort().values, torch.arange(len(order), device=order.device)
+        ):
             raise ValueError(f"expected every index from 0 to n - 1 once, got {order.tolist()}")
         self.register_buffer("order", order)
         self.register_buffer("back", order.argsort())
@@ -58,7 +60,7 @@ class Permutation(Invertible):
         """x and 0."""
         return self.inverse(z), z.new_zeros(len(z))
 
-    def linearize(self, x: Tensor) -> Tangent:
+    def linearize(self, x: Tensor) -> LayerJacobian:
         """The permutation itself: its transpose is its inverse."""
         channels = 1 - x.dim()
 
@@ -70,4 +72,6 @@ class Permutation(Invertible):
 
         rows = ahead(torch.arange(x[0].numel(), device=x.device).reshape(1, *x.shape[1:])).flatten()
         output = self.forward(x.detach())
-        return MovingTangent(output, ahead, back, inverse_jvp=back, inverse_vjp=ahead, shape=x.shape, rows=rows)
+        return PermutationJacobian(
+            output, ahead, back, inverse_jvp=back, inverse_vjp=ahead, shape=x.shape, rows=rows
+        )

@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from inn_guard.invertible import Invertible
+from inn_guard.core.invertible import Invertible
+from inn_guard.core.layer_jacobian import LayerJacobian
 from inn_guard.layers.linear_tangent import ElementwiseTangent
-from inn_guard.tangent import Tangent
 
 __all__ = ["Logit"]
 
@@ -50,7 +50,7 @@ class Logit(Invertible):
         sigmoid = torch.nn.functional.logsigmoid
         return self.inverse(z), (sigmoid(z) + sigmoid(-z) - self._log_width(z)).flatten(1).sum(1)
 
-    def linearize(self, x: Tensor) -> Tangent:
+    def linearize(self, x: Tensor) -> LayerJacobian:
         """Multiplication with dz/dx."""
         return ElementwiseTangent(self.forward(x.detach()), self._slope(x.detach()))
 

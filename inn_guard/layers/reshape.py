@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from inn_guard.invertible import Invertible
-from inn_guard.layers.linear_tangent import MovingTangent, Product
-from inn_guard.tangent import Tangent
+from inn_guard.core.invertible import Invertible
+from inn_guard.core.layer_jacobian import LayerJacobian
+from inn_guard.layers.linear_tangent import PermutationJacobian, Product
 
 __all__ = ["Flatten", "Rearrangement", "Squeeze", "ZeroPadding", "squeezed_shape"]
 
@@ -26,13 +26,17 @@ class Rearrangement(Invertible):
         """x and 0."""
         return self.inverse(z), z.new_zeros(len(z))
 
-    def linearize(self, x: Tensor) -> Tangent:
+    def linearize(self, x: Tensor) -> LayerJacobian:
         """The rearrangement itself."""
         output = self.forward(x.detach())
         ahead = _over_leading(self.forward, dims=x.dim())
         back = _over_leading(self.inverse, dims=output.dim())
-        rows = self.forward(torch.arange(x[0].numel(), device=x.device).reshape(1, *x.shape[1:])).flatten()
-        return MovingTangent(output, ahead, back, inverse_jvp=back, inverse_vjp=ahead, shape=x.shape, rows=rows)
+        rows = self.forward(
+            torch.arange(x[0].numel(), device=x.device).reshape(1, *x.shape[1:])
+        ).flatten()
+        return PermutationJacobian(
+            output, ahead, back, inverse_jvp=back, inverse_vjp=ahead, shape=x.shape, rows=rows
+        )
 
 
 class Squeeze(Rearrangement):
@@ -56,7 +60,9 @@ class Squeeze(Rearrangement):
             ValueError: if height or width is not a multiple of the factor.
         """
         if x.dim() != 4 or x.shape[2] % self.factor or x.shape[3] % self.factor:
-            raise ValueError(f"expected (B, C, H, W), H and W multiples of {self.factor}; got {tuple(x.shape)}")
+            raise ValueError(
+                f"expected (B, C, H, W), H and W multiples of {self.factor}; got {tuple(x.shape)}"
+            )
         batch, channels, height, width = x.shape
         f = self.factor
         if not x.numel():  # pixel_unshuffle leaves the shape of an empty batch as it is
@@ -83,7 +89,9 @@ def squeezed_shape(shape: Sequence[int]) -> tuple[int, int, int]:
     """
     channels, height, width = shape
     if height % 2 or width % 2:
-        raise ValueError(f"expected an even height and width at every level, got {height} x {width}; use fewer levels")
+        raise ValueError(
+            f"expected an even height and width at every level, got {height} x {width}; use fewer levels"
+        )
     return 4 * channels, height // 2, width // 2
 
 
@@ -144,6 +152,10 @@ def _over_leading(function: Product, *, dims: int) -> Product:
 
     def apply(v: Tensor) -> Tensor:
         leading = v.dim() - dims
-        return function(v) if leading == 0 else function(v.flatten(0, leading)).unflatten(0, v.shape[: leading + 1])
+        return (
+            function(v)
+            if leading == 0
+            else function(v.flatten(0, leading)).unflatten(0, v.shape[: leading + 1])
+        )
 
     return apply

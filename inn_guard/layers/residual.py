@@ -5,11 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from inn_guard.invertible import Invertible
+from inn_guard.core.invertible import Invertible
+from inn_guard.core.layer_jacobian import LayerJacobian
+from inn_guard.jacobian.network import AutogradNetwork, NetworkTangent, linearize_network
 from inn_guard.layers.fixed_point import Convergence, FixedPoint, implicit_gradient
 from inn_guard.layers.residual_log_det import ExactLogDet, ResidualLogDet
-from inn_guard.network_tangent import ByAutograd, NetworkTangent, linearize_network
-from inn_guard.tangent import Tangent
 
 __all__ = ["Residual"]
 
@@ -32,7 +32,11 @@ class Residual(Invertible):
     """
 
     def __init__(
-        self, network: nn.Module, *, log_det: ResidualLogDet | None = None, solver: FixedPoint | None = None
+        self,
+        network: nn.Module,
+        *,
+        log_det: ResidualLogDet | None = None,
+        solver: FixedPoint | None = None,
     ) -> None:
         super().__init__()
         self.network = network
@@ -42,7 +46,7 @@ class Residual(Invertible):
 
     @property
     def convergence(self) -> Convergence:
-        """How the last fixed-point iteration of the inverse ended; shared by ``conditioned`` copies."""
+        """How the last fixed-point iteration of the inverse ended; shared by ``with_context`` copies."""
         return self._convergence[0]
 
     def residual(self, x: Tensor) -> Tensor:
@@ -58,7 +62,9 @@ class Residual(Invertible):
         x, self._convergence[0] = self.solver.solve(lambda x: z - self.residual(x), z.detach())
         if not torch.is_grad_enabled():
             return x
-        return implicit_gradient(z - self.residual(x), lambda gradient: self._pull_through(x, gradient))
+        return implicit_gradient(
+            z - self.residual(x), lambda gradient: self._pull_through(x, gradient)
+        )
 
     def forward_and_log_det(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """z and log|det(I + G)|, or its estimate."""
@@ -70,9 +76,13 @@ class Residual(Invertible):
         x = self.inverse(z)
         return x, -self.log_det(self.residual, x)[1]
 
-    def linearize(self, x: Tensor) -> Tangent:
+    def linearize(self, x: Tensor) -> LayerJacobian:
         """I + G and its transpose by products with G; their inverses by iteration."""
-        network = linearize_network(self.network, x) if self.context is None else ByAutograd(self.residual, x)
+        network = (
+            linearize_network(self.network, x)
+            if self.context is None
+            else AutogradNetwork(self.residual, x)
+        )
         return _ResidualTangent(x.detach() + network.output, network, self.solver)
 
     def _pull_through(self, x: Tensor, gradient: Tensor) -> Tensor:

@@ -124,10 +124,14 @@ class RussianRoulette(_Stochastic):
         Residual Flows for Invertible Generative Modeling (Chen, Behrmann, Duvenaud, Jacobsen, 2019), theorem 1.
     """
 
-    def __init__(self, *, exact_terms: int = 8, stop: float = 0.5, probes: int = 1, seed: int = 0) -> None:
+    def __init__(
+        self, *, exact_terms: int = 8, stop: float = 0.5, probes: int = 1, seed: int = 0
+    ) -> None:
         super().__init__(probes=probes, seed=seed)
         if not 0 < stop < 1 or exact_terms < 0:
-            raise ValueError(f"expected 0 < stop < 1 and exact_terms >= 0, got {stop}, {exact_terms}")
+            raise ValueError(
+                f"expected 0 < stop < 1 and exact_terms >= 0, got {stop}, {exact_terms}"
+            )
         self.exact_terms, self.stop = exact_terms, stop
 
     def weights(self, generator: torch.Generator) -> Iterator[float]:

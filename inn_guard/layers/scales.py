@@ -10,7 +10,14 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-__all__ = ["ClampedScale", "ExpScale", "ScaleFunction", "SigmoidScale", "SoftplusScale", "squashed_sigmoid"]
+__all__ = [
+    "ClampedScale",
+    "ExpScale",
+    "ScaleFunction",
+    "SigmoidScale",
+    "SoftplusScale",
+    "squashed_sigmoid",
+]
 
 
 @runtime_checkable
@@ -71,7 +78,9 @@ class SigmoidScale:
 
     def __post_init__(self) -> None:
         if not 0 <= self.lower < self.upper:
-            raise ValueError(f"expected 0 <= lower < upper, got lower = {self.lower}, upper = {self.upper}")
+            raise ValueError(
+                f"expected 0 <= lower < upper, got lower = {self.lower}, upper = {self.upper}"
+            )
 
     @property
     def max_slope(self) -> float:

@@ -1,7 +1,7 @@
 """Certified Lipschitz bounds: never below the truth, in both directions of an invertible network."""
 
-from inn_guard.lipschitz.bounding import LipschitzBounds, lipschitz_bounds
-from inn_guard.lipschitz.certificates import Certificate
-from inn_guard.lipschitz.intervals import Box
+from inn_guard.lipschitz.bounds import LipschitzBounds, lipschitz_bounds
+from inn_guard.lipschitz.certificate import Certificate
+from inn_guard.numerics.intervals import Box
 
 __all__ = ["Box", "Certificate", "LipschitzBounds", "lipschitz_bounds"]

@@ -4,10 +4,23 @@ Glow and invertible residual networks are bijections; InjFlow, noisy injective f
 data of D numbers to latents of fewer, and stand beside the baselines of their papers.
 """
 
-from inn_guard.models.aef import LinearAEF, PartitionAEF, center_core, corner_core, random_core
+from inn_guard.models.aef.flow import AutoencoderConfig, CoreShellFlow
+from inn_guard.models.aef.importance_sampling import (
+    ImportanceEstimate,
+    Proposal,
+    importance_log_prob,
+    tuned_width,
+)
+from inn_guard.models.aef.model import (
+    LinearAEF,
+    PartitionAEF,
+    center_core,
+    corner_core,
+    random_core,
+)
+from inn_guard.models.aef.networks import AutoencoderNets, big_nets, small_nets
+from inn_guard.models.aef.vae import VAE, DenoisingAutoencoder
 from inn_guard.models.autoencoder import Autoencoder, ManifoldDensity, manifold_density
-from inn_guard.models.autoencoder_nets import AutoencoderNets, big_nets, small_nets
-from inn_guard.models.core_shell import AutoencoderConfig, CoreShellFlow
 from inn_guard.models.glow import (
     CIFAR_CLASSIFIER,
     CIFAR_FLOW,
@@ -17,15 +30,23 @@ from inn_guard.models.glow import (
     glow_flow,
     projection_head,
 )
-from inn_guard.models.importance import ImportanceEstimate, Proposal, importance_log_prob, tuned_width
-from inn_guard.models.injective_bounds import EncoderDecoder
-from inn_guard.models.injflow import Objective, injflow_linear, injflow_log, spectrally_normalised
-from inn_guard.models.injflow_nets import conv_decoder, conv_encoder
-from inn_guard.models.iresnet import IResNetConfig, checkerboard_residual_flow, iresnet, power_series, russian_roulette
-from inn_guard.models.nif import NIF, GaussianNIF
+from inn_guard.models.injflow.networks import conv_decoder, conv_encoder
+from inn_guard.models.injflow.objectives import (
+    Objective,
+    injflow_linear,
+    injflow_log,
+    spectrally_normalised,
+)
+from inn_guard.models.iresnet import (
+    IResNetConfig,
+    checkerboard_residual_flow,
+    iresnet,
+    power_series,
+    russian_roulette,
+)
+from inn_guard.models.nif.model import NIF, GaussianNIF
+from inn_guard.models.nif.widening import DenseWidening, NearestUpsampling, Widening
 from inn_guard.models.toy import checkerboard_net, regression_net
-from inn_guard.models.vae import VAE, DenoisingAutoencoder
-from inn_guard.models.widening import DenseWidening, NearestUpsampling, Widening
 
 __all__ = [
     "CIFAR_CLASSIFIER",
@@ -39,7 +60,6 @@ __all__ = [
     "CoreShellFlow",
     "DenoisingAutoencoder",
     "DenseWidening",
-    "EncoderDecoder",
     "GaussianNIF",
     "GlowConfig",
     "IResNetConfig",

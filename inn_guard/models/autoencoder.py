@@ -11,7 +11,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
-from inn_guard.invertible import Invertible, standard_normal_log_prob
+from inn_guard.core.invertible import Invertible, standard_normal_log_prob
 
 __all__ = [
     "Autoencoder",
@@ -66,13 +66,17 @@ def forward_mode(decoder: Callable[[Tensor], Tensor], z: Tensor, v: Tensor, _: T
         return forward_ad.unpack_dual(decoder(forward_ad.make_dual(z, v))).tangent
 
 
-def finite_difference(decoder: Callable[[Tensor], Tensor], z: Tensor, v: Tensor, at_z: Tensor) -> Tensor:
+def finite_difference(
+    decoder: Callable[[Tensor], Tensor], z: Tensor, v: Tensor, at_z: Tensor
+) -> Tensor:
     """(g(z + eps v) - g(z)) / eps with eps = 0.01 (Eq. 8): for nets without a forward-mode derivative."""
     eps = 0.01
     return (decoder(z + eps * v) - at_z) / eps
 
 
-def decoder_jacobian(model: Invertible, z: Float[Tensor, "batch latent"]) -> Float[Tensor, "batch data latent"]:
+def decoder_jacobian(
+    model: Invertible, z: Float[Tensor, "batch latent"]
+) -> Float[Tensor, "batch data latent"]:
     """J_g(z) of every sample, column by column in forward mode: (B, D, d)."""
     columns = []
     for k in range(z.shape[1]):

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from inn_guard.invertible import Invertible
+from inn_guard.core.invertible import Invertible
 from inn_guard.layers.actnorm import ActNorm
 from inn_guard.layers.chain import Chain
 from inn_guard.layers.coupling import AffineCoupling, Coupling, NetworkMaker
@@ -29,7 +29,9 @@ __all__ = [
     "projection_head",
 ]
 
-CouplingMaker = Callable[[int, NetworkMaker], Coupling]  #: (channels, network maker) -> a coupling layer
+CouplingMaker = Callable[
+    [int, NetworkMaker], Coupling
+]  #: (channels, network maker) -> a coupling layer
 MixingMaker = Callable[[int], Invertible]  #: channels -> a permutation or 1x1 convolution
 
 
@@ -55,7 +57,9 @@ class GlowConfig:
 
     def __post_init__(self) -> None:
         if min(self.levels, self.blocks, self.hidden) < 1:
-            raise ValueError(f"expected positive sizes, got {self.levels} x {self.blocks} x {self.hidden}")
+            raise ValueError(
+                f"expected positive sizes, got {self.levels} x {self.blocks} x {self.hidden}"
+            )
 
 
 #: Table 8 of the exploding-inverses paper: INN classifiers on CIFAR-10
@@ -66,7 +70,9 @@ CIFAR_FLOW = GlowConfig(levels=3, blocks=32, hidden=512, mixing=Permutation.reve
 FLOW_GAN = GlowConfig(levels=3, blocks=8, hidden=128, mixing=Permutation.reverse)
 
 
-def glow_classifier(shape: Sequence[int] = (3, 32, 32), *, config: GlowConfig = CIFAR_CLASSIFIER) -> Chain:
+def glow_classifier(
+    shape: Sequence[int] = (3, 32, 32), *, config: GlowConfig = CIFAR_CLASSIFIER
+) -> Chain:
     """The invertible trunk of a classifier: squeeze and blocks per level, nothing factored out, flat features.
 
     Args:
@@ -142,7 +148,9 @@ def _prior(channels: int) -> AffineCoupling:
     return AffineCoupling.on_halves(channels, convolution, scale=ExpScale())
 
 
-def _on_remaining(steps: Sequence[Invertible], shape: Sequence[int], squeezed: Sequence[int]) -> list[Invertible]:
+def _on_remaining(
+    steps: Sequence[Invertible], shape: Sequence[int], squeezed: Sequence[int]
+) -> list[Invertible]:
     """A level behind finished latents: its first step squeezes, its last one flattens, the others keep the shape."""
     flat = [math.prod(squeezed)]
     latent_shapes = [squeezed] * (len(steps) - 1) + [flat]

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from inn_guard.invertible import Invertible
+from inn_guard.core.invertible import Invertible
 from inn_guard.layers.actnorm import ActNorm
 from inn_guard.layers.chain import Chain
 from inn_guard.layers.contraction import contractive_conv_net, contractive_mlp
@@ -15,7 +15,13 @@ from inn_guard.layers.reshape import Flatten, Squeeze, squeezed_shape
 from inn_guard.layers.residual import Residual
 from inn_guard.layers.residual_log_det import PowerSeries, ResidualLogDet, RussianRoulette
 
-__all__ = ["IResNetConfig", "checkerboard_residual_flow", "iresnet", "power_series", "russian_roulette"]
+__all__ = [
+    "IResNetConfig",
+    "checkerboard_residual_flow",
+    "iresnet",
+    "power_series",
+    "russian_roulette",
+]
 
 LogDetMaker = Callable[[int], ResidualLogDet]  #: seed -> how a layer's log-determinant is computed
 
@@ -50,7 +56,9 @@ class IResNetConfig:
 
     def __post_init__(self) -> None:
         if min(self.levels, self.blocks, self.hidden) < 1:
-            raise ValueError(f"expected positive sizes, got {self.levels} x {self.blocks} x {self.hidden}")
+            raise ValueError(
+                f"expected positive sizes, got {self.levels} x {self.blocks} x {self.hidden}"
+            )
         if not 0 < self.coefficient < 1:
             raise ValueError(f"expected a coefficient between 0 and 1, got {self.coefficient}")
 
@@ -75,11 +83,16 @@ def iresnet(shape: Sequence[int], *, config: IResNetConfig) -> Chain:
         layers.append(Squeeze())
         for _ in range(config.blocks):
             network = contractive_conv_net(shape[0], config.hidden, coefficient=config.coefficient)
-            layers += [ActNorm(shape[0]), Residual(network, log_det=config.log_det(len(layers) << 32))]
+            layers += [
+                ActNorm(shape[0]),
+                Residual(network, log_det=config.log_det(len(layers) << 32)),
+            ]
     return Chain(*layers, Flatten(shape))
 
 
-def checkerboard_residual_flow(*, blocks: int = 100, hidden: int = 128, coefficient: float = 0.8) -> Chain:
+def checkerboard_residual_flow(
+    *, blocks: int = 100, hidden: int = 128, coefficient: float = 0.8
+) -> Chain:
     """Residual layers on the plane with branches of four hidden layers and exact log-determinants.
 
     Args:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
-from inn_guard.invertible import Invertible
+from inn_guard.core.invertible import Invertible
 from inn_guard.layers.actnorm import ActNorm
 from inn_guard.layers.chain import Chain
 from inn_guard.layers.coupling import AffineCoupling
@@ -15,7 +15,9 @@ from inn_guard.layers.scales import ScaleFunction
 __all__ = ["checkerboard_net", "regression_net"]
 
 
-def checkerboard_net(*, scale: ScaleFunction | None = None, blocks: int = 100, hidden: int = 128) -> Chain:
+def checkerboard_net(
+    *, scale: ScaleFunction | None = None, blocks: int = 100, hidden: int = 128
+) -> Chain:
     """Affine couplings on the plane, the kept coordinate alternating; networks of four hidden layers with SiLU.
 
     Args:
@@ -34,7 +36,12 @@ def checkerboard_net(*, scale: ScaleFunction | None = None, blocks: int = 100, h
     def network(kept: int, out: int) -> nn.Module:
         return MLP([kept, *[hidden] * 4, out], activation=nn.SiLU)
 
-    return Chain(*(AffineCoupling.on_halves(2, network, swapped=k % 2 == 1, scale=scale) for k in range(blocks)))
+    return Chain(
+        *(
+            AffineCoupling.on_halves(2, network, swapped=k % 2 == 1, scale=scale)
+            for k in range(blocks)
+        )
+    )
 
 
 def regression_net(*, blocks: int = 16, hidden: int = 128, features: int = 2) -> Chain:

@@ -7,16 +7,26 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jinja2
 
-from inn_guard.audits.base import AuditResult, Verdict
-from inn_guard.audits.report import AuditReport
-from inn_guard.files import atomic_write
-from inn_guard.report.numbers import format_number, format_value, heading, is_number, legible, sentence, title
+from inn_guard.execution.files import atomic_write
+from inn_guard.report.formatting import (
+    format_number,
+    format_value,
+    heading,
+    is_number,
+    legible,
+    sentence,
+    title,
+)
 from inn_guard.report.plots import Drawing, numeric_columns
+from inn_guard.report.result import AuditResult, Verdict
 from inn_guard.report.sections import drawings
+
+if TYPE_CHECKING:
+    from inn_guard.report.audit_report import AuditReport
 
 __all__ = ["environment", "render", "write_html"]
 
@@ -26,7 +36,12 @@ _HEADLINES = {
     Verdict.NON_FINITE: "Not finite",
     Verdict.NOT_APPLICABLE: "Not applicable",
 }
-_SIGNS = {Verdict.STABLE: "✓", Verdict.UNSTABLE: "!", Verdict.NON_FINITE: "✕", Verdict.NOT_APPLICABLE: "–"}
+_SIGNS = {
+    Verdict.STABLE: "✓",
+    Verdict.UNSTABLE: "!",
+    Verdict.NON_FINITE: "✕",
+    Verdict.NOT_APPLICABLE: "–",
+}
 
 
 def write_html(report: AuditReport, path: str | os.PathLike[str]) -> None:

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from inn_guard.audits.base import AuditResult
 from inn_guard.report.plots import (
     Drawing,
     attack_curve,
@@ -20,6 +19,7 @@ from inn_guard.report.plots import (
     pictures,
     spectrum_range,
 )
+from inn_guard.report.result import AuditResult
 
 __all__ = ["SPECIAL", "Special", "drawings"]
 
@@ -40,11 +40,20 @@ class Special:
 def drawings(result: AuditResult) -> tuple[Drawing, ...]:
     """Everything there is to see of one result: images first, then special pictures, histograms and layer bars."""
     special = SPECIAL.get(result.name, Special(lambda _: iter(())))
-    return (*_images(result), *special.draw(result), *_histograms(result, special.shown), *_layers(result))
+    return (
+        *_images(result),
+        *special.draw(result),
+        *_histograms(result, special.shown),
+        *_layers(result),
+    )
 
 
 def _images(result: AuditResult) -> Iterator[Drawing]:
-    shown = {name: tensor for name, tensor in result.images.items() if tensor.dim() == 4 and tensor.numel()}
+    shown = {
+        name: tensor
+        for name, tensor in result.images.items()
+        if tensor.dim() == 4 and tensor.numel()
+    }
     if shown:
         yield pictures(shown)
 
@@ -53,9 +62,9 @@ def _histograms(result: AuditResult, shown: frozenset[str]) -> Iterator[Drawing]
     for name, values in result.per_sample.items():
         seen = name in shown or _is_said_by_its_twin(result, name)
         if not seen and values.dim() == 1 and values.numel() and not values.is_complex():
-            few = result.examined.get(name)
+            few = result.measured_mask.get(name)
             mask = few if few is not None and few.shape == values.shape else None
-            yield histogram(name, values, unit=result.units.get(name, ""), examined=mask)
+            yield histogram(name, values, unit=result.units.get(name, ""), measured_mask=mask)
 
 
 def _is_said_by_its_twin(result: AuditResult, name: str) -> bool:
@@ -98,7 +107,7 @@ def _log10(result: AuditResult, name: str) -> Tensor | None:
 
 def _examined(result: AuditResult, name: str) -> Tensor:
     """A per-sample quantity of the samples that it was taken from."""
-    values, mask = result.per_sample[name], result.examined.get(name)
+    values, mask = result.per_sample[name], result.measured_mask.get(name)
     return values if mask is None or mask.shape != values.shape else values[mask]
 
 

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 import inn_guard as ig
-from tests import reference
-from tests.cases_functions import FEATURES, Coupling
+from tests.cases.functions import FEATURES, Coupling
+from tests.oracles import transforms as reference
 
 
 class GlowStyle(nn.Module):
@@ -80,4 +80,7 @@ def test_an_audit_is_a_report(make):
 def test_a_log_determinant_taken_with_the_wrong_sign_is_found():
     net, zero = ResidualFlowStyle(), torch.zeros(1)
     model = ig.wrap(encode=net, decode=net.inverse, log_det=lambda x: net(x, zero)[1])
-    assert ig.audit(model, torch.randn(16, FEATURES), level="quick")["log_det"].verdict is ig.Verdict.UNSTABLE
+    assert (
+        ig.audit(model, torch.randn(16, FEATURES), level="quick")["log_det"].verdict
+        is ig.Verdict.UNSTABLE
+    )

@@ -10,12 +10,11 @@ import pytest
 import torch
 
 from inn_guard.adapters import wrap
-from inn_guard.dense_tangent import DenseTangent
-from inn_guard.linearization import Linearization
-from inn_guard.untouched import untouched
-from tests import cases_freia_nets, reference
-from tests import test_invertible as contract
-from tests.cases_freia import (
+from inn_guard.execution.state import preserve_state
+from inn_guard.jacobian.chain import Linearization
+from inn_guard.jacobian.checks import FromLU
+from tests.cases import freia_nets as cases_freia_nets
+from tests.cases.freia import (
     BATCH,
     CASES,
     CONDITION,
@@ -29,7 +28,9 @@ from tests.cases_freia import (
     mixture,
     subnet,
 )
-from tests.cases_freia_nets import condition_list, sequence
+from tests.cases.freia_nets import condition_list, sequence
+from tests.core import test_invertible as contract
+from tests.oracles import transforms as reference
 
 FAILURES = [
     *((case, test) for case in CASES for test in case.skips),
@@ -38,7 +39,10 @@ FAILURES = [
 
 #: Where the contract is not broken by a number but by a crash: which one.
 CRASHES = {
-    "freia-GaussianMixtureModel": (RuntimeError, "Index put requires the source and destination dtypes match"),
+    "freia-GaussianMixtureModel": (
+        RuntimeError,
+        "Index put requires the source and destination dtypes match",
+    ),
     "freia-HouseholderPerm-fixed": (RuntimeError, "does not require grad"),
     "freia-InvertibleModule": (NotImplementedError, "does not provide forward"),
 }
@@ -67,7 +71,9 @@ def test_every_module_of_the_library_is_a_case_or_a_listed_exception(at_home):
 @pytest.mark.parametrize(("case", "name"), FAILURES, ids=lambda value: getattr(value, "id", value))
 def test_every_listed_exception_really_fails(case, name, at_home):
     test = getattr(contract, name)
-    directions = [["forward"], ["inverse"]] if "direction" in inspect.signature(test).parameters else [[]]
+    directions = (
+        [["forward"], ["inverse"]] if "direction" in inspect.signature(test).parameters else [[]]
+    )
 
     def all_directions() -> None:
         for direction in directions:
@@ -89,7 +95,11 @@ def test_inverse_of_the_inverse_autoencoders_is_the_transpose(name, at_home):
 
 
 def test_inverse_of_the_orthogonal_transform_is_the_scaled_transpose(at_home):
-    (case,) = (exempt.case for exempt in EXCEPTIONS if exempt.case.id == "freia-OrthogonalTransform-trained")
+    (case,) = (
+        exempt.case
+        for exempt in EXCEPTIONS
+        if exempt.case.id == "freia-OrthogonalTransform-trained"
+    )
     model, _ = case.make()
     weights = model.module.weights
     off = (weights @ weights.T - torch.eye(FEATURES)).norm()
@@ -115,13 +125,20 @@ def test_log_det_of_the_sigmoid_of_an_image_sums_over_channels_only():
     assert torch.allclose(wrap(module).forward_and_log_det(x)[1], exact)
 
 
-@pytest.mark.parametrize("container", [lambda c: c, lambda c: [c], lambda c: (c,)], ids=["tensor", "list", "tuple"])
+@pytest.mark.parametrize(
+    "container", [lambda c: c, lambda c: [c], lambda c: (c,)], ids=["tensor", "list", "tuple"]
+)
 def test_one_condition_may_be_a_tensor_or_a_sequence(container):
     graph, condition = built(
-        lambda: (Fm.GLOWCouplingBlock([VECTOR], dims_c=[(CONDITION,)], subnet_constructor=subnet), None)
+        lambda: (
+            Fm.GLOWCouplingBlock([VECTOR], dims_c=[(CONDITION,)], subnet_constructor=subnet),
+            None,
+        )
     )
     condition, x = data(CONDITION), data(FEATURES)
-    assert torch.equal(wrap(graph, context=container(condition))(x), graph([x], c=[condition])[0][0])
+    assert torch.equal(
+        wrap(graph, context=container(condition))(x), graph([x], c=[condition])[0][0]
+    )
 
 
 class Reversed(Fm.InvertibleModule):
@@ -137,7 +154,10 @@ class Reversed(Fm.InvertibleModule):
 
 def test_module_with_its_directions_exchanged():
     net, conditions = built(lambda: (sequence(*VECTOR), condition_list()))
-    straight, exchanged = wrap(net, context=conditions), wrap(Reversed(net, [VECTOR]), context=conditions)
+    straight, exchanged = (
+        wrap(net, context=conditions),
+        wrap(Reversed(net, [VECTOR]), context=conditions),
+    )
     x = data(FEATURES)
     assert torch.equal(exchanged(x), straight.inverse(x))
     assert torch.equal(exchanged.inverse_and_log_det(x)[1], straight.forward_and_log_det(x)[1])
@@ -153,8 +173,10 @@ def test_wrong_derivative_of_the_residual_layers_inverse_is_caught_and_solved():
     linearization = Linearization(model, x)
     J, u = reference.jacobian(model.forward, x), data(FEATURES)
     naive = reference.jacobian(model.inverse, model(x).detach())
-    assert torch.equal(naive, torch.eye(FEATURES).expand_as(naive)), "the library's own derivative is the identity"
-    assert isinstance(linearization.inverse_tangent(0), DenseTangent)
+    assert torch.equal(naive, torch.eye(FEATURES).expand_as(naive)), (
+        "the library's own derivative is the identity"
+    )
+    assert isinstance(linearization.inverse_tangent(0), FromLU)
     exact = torch.linalg.solve(J, u.unsqueeze(2)).squeeze(2)
     assert torch.allclose(linearization.inverse_jvp(u).value(), exact, rtol=1e-10, atol=1e-12)
     assert not torch.allclose(exact, u, rtol=0.1), "an identity would be far off here"
@@ -177,7 +199,9 @@ def test_log_det_of_the_residual_layer_is_an_unbiased_estimate_of_its_series():
 def test_reverse_log_det_of_the_residual_layer_is_taken_at_the_wrong_point():
     with as_users_build():
         module = Fm.IResNetLayer([(1,)], internal_size=1, n_internal_layers=0).double().eval()
-    with torch.no_grad():  # z = x + (exp(x) - 1) / 2 for x < 0; in one dimension Hutchinson's estimate is exact
+    with (
+        torch.no_grad()
+    ):  # z = x + (exp(x) - 1) / 2 for x < 0; in one dimension Hutchinson's estimate is exact
         for parameter, value in zip(module.parameters(), (1.0, 0.0, 0.5, 0.0), strict=True):
             parameter.fill_(value)
     model, x = wrap(module), torch.tensor([[-0.5], [-1.0]])
@@ -204,7 +228,7 @@ def test_log_det_made_of_gradients_is_there_without_autograd_and_asks_nothing_of
 def test_act_norm_comes_back_uninitialised_from_an_untouched_call():
     module = Fm.ActNorm([VECTOR]).double()
     model, x = wrap(module), 3 * data(FEATURES) + 1
-    with untouched(model):
+    with preserve_state(model):
         z = model(x)
         assert not module.init_on_next_batch
     assert z.mean(0).abs().max() < 1e-12
@@ -219,7 +243,7 @@ def test_copies_of_act_norm_keep_whether_it_is_initialised():
     fresh = copy.deepcopy(model)
     z = model(x)
     assert fresh.module.init_on_next_batch is True
-    single = model.in_dtype(torch.float32)
+    single = model.to_dtype(torch.float32)
     assert single.module.init_on_next_batch is False
     shifted = single((x + 5).float())
     assert torch.allclose(shifted.double(), model(x + 5), atol=1e-5)
@@ -230,7 +254,7 @@ def test_projection_of_the_orthogonal_transform_during_backward_passes_is_undone
     module, _ = built(lambda: (Fm.OrthogonalTransform([VECTOR], correction_interval=4), None))
     model, x = wrap(module), data(FEATURES).requires_grad_()
     weights, counter = module.weights.detach().clone(), module.back_counter
-    with untouched(model), warnings.catch_warnings():
+    with preserve_state(model), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         for _ in range(6):
             torch.autograd.grad(model(x).sum(), x)
@@ -244,9 +268,11 @@ def test_learned_permutation_can_be_copied_after_a_call(at_home):
     model = wrap(built(lambda: (Fm.AllInOneBlock([VECTOR], **arguments), None))[0])
     x = data(FEATURES)
     z = model(x)
-    assert not model.module.w_perm.is_leaf, "the library keeps the graph of its last call in an attribute"
+    assert not model.module.w_perm.is_leaf, (
+        "the library keeps the graph of its last call in an attribute"
+    )
     assert torch.equal(copy.deepcopy(model)(x), z)
-    assert torch.allclose(model.in_dtype(torch.float32)(x.float()).double(), z, atol=1e-5)
+    assert torch.allclose(model.to_dtype(torch.float32)(x.float()).double(), z, atol=1e-5)
 
 
 def test_what_the_library_says_is_collected_and_not_shown():
@@ -267,7 +293,9 @@ def test_gaussian_mixture_is_exact_in_the_default_dtype():
     x = data(FEATURES)
     z, log_det = model.forward_and_log_det(x)
     assert torch.allclose(model.inverse(z), x, atol=1e-12)
-    assert torch.allclose(log_det, reference.log_abs_det(reference.jacobian(model.forward, x)), atol=1e-12)
+    assert torch.allclose(
+        log_det, reference.log_abs_det(reference.jacobian(model.forward, x)), atol=1e-12
+    )
 
 
 def test_mixture_of_all_components_at_once_sums_their_log_dets():
@@ -276,5 +304,7 @@ def test_mixture_of_all_components_at_once_sums_their_log_dets():
     x = data(mean.shape[1], FEATURES)
     z, log_det = model.forward_and_log_det(x)
     assert z.shape == x.shape
-    assert torch.allclose(log_det, reference.log_abs_det(reference.jacobian(model.forward, x)), atol=1e-12)
+    assert torch.allclose(
+        log_det, reference.log_abs_det(reference.jacobian(model.forward, x)), atol=1e-12
+    )
     assert torch.allclose(model.inverse(z), x, atol=1e-10)

@@ -9,13 +9,13 @@ from hypothesis import strategies as st
 from torch import nn
 
 from inn_guard.adapters import wrap
-from inn_guard.adapters.freia import FreiaGraph, FreiaSequence, adapt
-from inn_guard.adapters.freia_graph import OnEdges, pack, packed_shape, unpack
-from inn_guard.invertible import standard_normal_log_prob
-from inn_guard.linearization import Linearization
-from tests import reference
-from tests.cases_freia import CONDITION, FEATURES, VECTOR, as_users_build, built, data, subnet
-from tests.cases_freia_nets import branching_graph, condition_list, nested, sequence
+from inn_guard.adapters.freia.adapter import FreiaGraph, FreiaSequence, adapt
+from inn_guard.adapters.freia.graph import OnEdges, pack, packed_shape, unpack
+from inn_guard.core.invertible import standard_normal_log_prob
+from inn_guard.jacobian.chain import Linearization
+from tests.cases.freia import CONDITION, FEATURES, VECTOR, as_users_build, built, data, subnet
+from tests.cases.freia_nets import branching_graph, condition_list, nested, sequence
+from tests.oracles import transforms as reference
 
 
 def test_graph_returns_what_the_library_returns():
@@ -71,31 +71,44 @@ def test_nodes_of_a_graph_are_the_layers_and_nested_nets_are_unfolded():
     model = adapt(*built(branching_graph))
     names = [layer.name for layer in model.layers()]
     inner = ["AllInOneBlock", "PermuteRandom", "NICECouplingBlock"]
-    nodes = ["HaarDownsampling", "Split", "GLOWCouplingBlock", "Flatten", "Concat", "GLOWCouplingBlock", "Split"]
+    nodes = [
+        "HaarDownsampling",
+        "Split",
+        "GLOWCouplingBlock",
+        "Flatten",
+        "Concat",
+        "GLOWCouplingBlock",
+        "Split",
+    ]
     assert sorted(names) == sorted([*nodes, *inner])
     start = names.index("AllInOneBlock")
     assert names[start : start + 3] == inner
     assert any(isinstance(layer, OnEdges) for layer in model.layers())
     model = adapt(*built(nested))
     assert isinstance(model, FreiaSequence)
-    assert [layer.name for layer in model.layers()] == [*inner, "InvAutoAct", *inner, "PermuteRandom"]
+    assert [layer.name for layer in model.layers()] == [
+        *inner,
+        "InvAutoAct",
+        *inner,
+        "PermuteRandom",
+    ]
 
 
 def test_layers_follow_the_context():
     model = adapt(*built(branching_graph))
     other = [condition + 1 for condition in model.context]
     x = data(19)
-    moved = model.conditioned(other)
+    moved = model.with_context(other)
     y = x
     for layer in moved.layers():
         y = layer(y)
     assert torch.equal(y, moved(x))
     assert not torch.allclose(y, model(x))
-    conditioned = [layer for layer in model.layers() if layer.context is not None]
-    assert conditioned
-    for layer in conditioned:
-        twin = layer.conditioned([condition + 1 for condition in layer.context])
-        assert layer.conditioned(layer.context).name == twin.name == layer.name
+    with_context = [layer for layer in model.layers() if layer.context is not None]
+    assert with_context
+    for layer in with_context:
+        twin = layer.with_context([condition + 1 for condition in layer.context])
+        assert layer.with_context(layer.context).name == twin.name == layer.name
 
 
 def test_wrong_conditions_and_inputs_are_named():
@@ -118,7 +131,11 @@ def test_wrong_conditions_and_inputs_are_named():
         adapt(nn.Linear(2, 2))
 
 
-@given(st.lists(st.lists(st.integers(1, 3), min_size=1, max_size=3).map(tuple), min_size=1, max_size=4).map(tuple))
+@given(
+    st.lists(
+        st.lists(st.integers(1, 3), min_size=1, max_size=3).map(tuple), min_size=1, max_size=4
+    ).map(tuple)
+)
 def test_unpack_is_the_inverse_of_pack(shapes):
     tensors = tuple(torch.randn(2, *shape) for shape in shapes)
     packed = pack(tensors)

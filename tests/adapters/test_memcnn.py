@@ -9,11 +9,11 @@ from torch import nn
 
 import inn_guard as ig
 from inn_guard.adapters import wrap
-from inn_guard.adapters.memcnn import bare, switched_gradients
-from inn_guard.invertible import NotApplicable
-from inn_guard.reversible import memory_saving
-from inn_guard.untouched import changed_state
-from tests.cases_memcnn import CASES, FEATURES, HALF, Nested, additive, affine, mlp, wrapped
+from inn_guard.adapters.memcnn.adapter import bare, switched_gradients
+from inn_guard.core.invertible import NotApplicable
+from inn_guard.execution.state import changed_state
+from inn_guard.memory_saving import memory_saving
+from tests.cases.memcnn import CASES, FEATURES, HALF, Nested, additive, affine, mlp, wrapped
 
 
 def chain(depth: int = 3, scale: float = 1.0) -> nn.Sequential:
@@ -29,7 +29,9 @@ def test_every_class_of_the_library_is_a_case():
 
 
 @pytest.mark.parametrize("batch", [1, 4])
-@pytest.mark.parametrize("make", [lambda: wrapped(affine()), lambda: wrapped(wrapped(additive())), Nested])
+@pytest.mark.parametrize(
+    "make", [lambda: wrapped(affine()), lambda: wrapped(wrapped(additive())), Nested]
+)
 def test_no_input_storage_is_freed(make, batch):
     module = make().double()
     x = torch.randn(batch, FEATURES)
@@ -53,7 +55,9 @@ def test_an_audit_leaves_model_and_data_alone():
 
 
 def test_batch_statistics_are_those_of_the_users_module():
-    coupling = memcnn.AdditiveCoupling(nn.Sequential(nn.Linear(HALF, HALF), nn.BatchNorm1d(HALF)), mlp())
+    coupling = memcnn.AdditiveCoupling(
+        nn.Sequential(nn.Linear(HALF, HALF), nn.BatchNorm1d(HALF)), mlp()
+    )
     module = nn.Sequential(wrapped(coupling)).double().train()
     wrap(layers=module).train()(torch.randn(8, FEATURES))
     assert int(coupling.Fm[1].num_batches_tracked) == 1
@@ -84,7 +88,9 @@ def test_the_wrapper_itself_refuses_autograd_grad():
     z = module(torch.randn(4, FEATURES))
     with pytest.raises(RuntimeError, match=r"not compatible with \.grad\(\)"):
         torch.autograd.grad(z.sum(), list(module.parameters()))
-    assert torch.autograd.grad(wrap(module)(torch.randn(4, FEATURES)).sum(), list(module.parameters()))
+    assert torch.autograd.grad(
+        wrap(module)(torch.randn(4, FEATURES)).sum(), list(module.parameters())
+    )
 
 
 def test_there_are_no_log_determinants():
@@ -135,6 +141,9 @@ def test_where_the_inverse_is_bad_its_gradients_and_ours_are_wrong_by_the_same_o
     ours = torch.autograd.grad(loss(memory_saving(wrap(layers=net))(x)), list(net.parameters()))
     size = torch.cat([true.flatten() for _, true in pairs]).norm()
     theirs_off = torch.cat([(saving - true).flatten() for saving, true in pairs]).norm() / size
-    ours_off = torch.cat([(g - true).flatten() for g, (_, true) in zip(ours, pairs, strict=True)]).norm() / size
+    ours_off = (
+        torch.cat([(g - true).flatten() for g, (_, true) in zip(ours, pairs, strict=True)]).norm()
+        / size
+    )
     assert theirs_off > 1e-2
     assert 0.1 < ours_off / theirs_off < 10  # ours holds x itself, so one layer less is rebuilt

@@ -11,13 +11,21 @@ from nflows.nn.nets import ResidualNet
 from torch import nn
 
 from inn_guard.adapters import wrap
-from inn_guard.invertible import NotApplicable
-from inn_guard.layers.inverted import Inverted
-from inn_guard.linearization import Linearization
-from inn_guard.reversible import memory_saving
-from inn_guard.untouched import changed_state
-from tests import reference
-from tests.cases_nflows import CASES, EXCEPTIONS, FEATURES, flow_in_context, multiscale, nested, normal
+from inn_guard.core.invertible import NotApplicable
+from inn_guard.execution.state import changed_state
+from inn_guard.jacobian.chain import Linearization
+from inn_guard.layers.inverted import InverseLayer
+from inn_guard.memory_saving import memory_saving
+from tests.cases.nflows import (
+    CASES,
+    EXCEPTIONS,
+    FEATURES,
+    flow_in_context,
+    multiscale,
+    nested,
+    normal,
+)
+from tests.oracles import transforms as reference
 
 
 def in_float32(make):
@@ -71,8 +79,14 @@ def test_cached_linear_maps_have_no_inverse_in_float64(default_float32):
 
 
 def test_batch_norm_in_training_mode_names_itself_and_the_way_out():
-    model = wrap(transforms.CompositeTransform([transforms.ActNorm(FEATURES), transforms.BatchNorm(FEATURES)]))
-    with pytest.raises(NotApplicable, match=r"CompositeTransform: no inverse of BatchNorm .*eval mode"):
+    model = wrap(
+        transforms.CompositeTransform(
+            [transforms.ActNorm(FEATURES), transforms.BatchNorm(FEATURES)]
+        )
+    )
+    with pytest.raises(
+        NotApplicable, match=r"CompositeTransform: no inverse of BatchNorm .*eval mode"
+    ):
         model.train().inverse(normal(3, FEATURES))
     assert "model.eval()" in EXCEPTIONS["BatchNorm in training mode"]
 
@@ -125,7 +139,9 @@ def test_a_failing_assertion_inside_the_library_is_quoted():
 
 
 def test_other_objects_of_nflows_are_refused():
-    with pytest.raises(TypeError, match=r"expected a Flow or a Transform of nflows, got ResidualNet"):
+    with pytest.raises(
+        TypeError, match=r"expected a Flow or a Transform of nflows, got ResidualNet"
+    ):
         wrap(ResidualNet(2, 2, hidden_features=2))
     with pytest.raises(TypeError, match="got StandardNormal"):
         wrap(distributions.StandardNormal([2]))
@@ -153,9 +169,11 @@ def test_private_transforms_inside_a_transform_are_no_layers():
 
 def test_a_shared_squashing_module_appears_at_both_its_places():
     squash = transforms.Sigmoid()
-    first, _, last = wrap(transforms.CompositeCDFTransform(squash, transforms.PiecewiseLinearCDF([FEATURES]))).layers()
+    first, _, last = wrap(
+        transforms.CompositeCDFTransform(squash, transforms.PiecewiseLinearCDF([FEATURES]))
+    ).layers()
     assert first.block is squash
-    assert isinstance(last, Inverted)
+    assert isinstance(last, InverseLayer)
     assert last.inner.block is squash
 
 
@@ -182,7 +200,12 @@ def test_a_scale_whose_shapes_cannot_be_told_stays_one_layer():
     z = x
     for layer in model.layers():
         z = layer(z)
-    assert [layer.name for layer in model.layers()] == ["ActNorm", "Chunk", "CompositeTransform", "Flatten"]
+    assert [layer.name for layer in model.layers()] == [
+        "ActNorm",
+        "Chunk",
+        "CompositeTransform",
+        "Flatten",
+    ]
     assert torch.equal(z, model(x))
 
 
@@ -195,7 +218,7 @@ def test_log_prob_is_that_of_the_flow_in_its_context():
     assert torch.equal(model.log_prob(x), flow.log_prob(x, context))
     assert torch.equal(model(x), flow.transform_to_noise(x, context))
     other = normal(4, 2)
-    assert torch.equal(model.conditioned(other).log_prob(x), flow.log_prob(x, other))
+    assert torch.equal(model.with_context(other).log_prob(x), flow.log_prob(x, other))
     base = flow._distribution.log_prob(model(x), flow._embedding_net(context))
     torch.testing.assert_close(model.log_prob(x), base + model.forward_and_log_det(x)[1])
 
@@ -213,7 +236,9 @@ def test_layers_of_a_flow_can_be_converted_one_by_one():
     model = wrap(flow_in_context().double(), context=normal(4, 2))
     x = normal(4, FEATURES)
     layer = model.layers()[0]
-    torch.testing.assert_close(layer.in_dtype(torch.float32)(x.float()).double(), layer(x), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(
+        layer.to_dtype(torch.float32)(x.float()).double(), layer(x), rtol=1e-5, atol=1e-5
+    )
 
 
 def test_a_flow_without_context_calls_its_embedding_net_with_none_as_nflows_does():
@@ -230,14 +255,16 @@ def test_a_flow_without_context_calls_its_embedding_net_with_none_as_nflows_does
 # Caches
 
 
-@pytest.mark.parametrize("linear", [transforms.LULinear, transforms.NaiveLinear, transforms.QRLinear])
+@pytest.mark.parametrize(
+    "linear", [transforms.LULinear, transforms.NaiveLinear, transforms.QRLinear]
+)
 def test_filled_caches_do_not_follow_a_copy(linear, default_float32):
     arguments = {"num_householder": 2} if linear is transforms.QRLinear else {}
     module = linear(FEATURES, using_cache=True, **arguments).eval()
     model, x = wrap(transforms.CompositeTransform([module])), torch.randn(3, FEATURES)
     z = model(x)
     assert module.cache.weight is not None
-    double = model.in_dtype(torch.float64)
+    double = model.to_dtype(torch.float64)
     torch.testing.assert_close(double(x.double()), z.double(), rtol=1e-5, atol=1e-5)
     twin = copy.deepcopy(model)
     assert torch.equal(twin(x), z)
@@ -249,7 +276,7 @@ def test_a_copy_in_float64_has_an_inverse_where_the_cached_original_has_none(def
     module = transforms.LULinear(FEATURES, using_cache=True, identity_init=False).eval()
     model, x = wrap(transforms.InverseTransform(module)), torch.randn(3, FEATURES)
     model.inverse(model(x))
-    double = model.in_dtype(torch.float64)
+    double = model.to_dtype(torch.float64)
     back = double.inverse(double(x.double()))
     torch.testing.assert_close(back, x.double(), rtol=1e-12, atol=1e-12)
 
@@ -267,7 +294,9 @@ def test_wrapping_and_calling_change_nothing_in_the_module():
         model = wrap(module)
     assert changed == []
     assert modes == {name: part.training for name, part in module.named_modules()}
-    assert list(module.state_dict()) == [name.removeprefix("module.") for name in model.state_dict()]
+    assert list(module.state_dict()) == [
+        name.removeprefix("module.") for name in model.state_dict()
+    ]
     assert {id(p) for p in model.parameters()} == {id(p) for p in module.parameters()}
     model.eval()(normal(3, FEATURES))
     assert calls == [1]
@@ -296,7 +325,10 @@ def test_the_scale_activation_of_newer_versions_is_used_as_it_is():
             raw, shift = transform_params.chunk(2, 1)
             return raw.exp(), shift
 
-    module = Exponential(torch.tensor([0, 1]), lambda inputs, outputs: ResidualNet(inputs, outputs, hidden_features=4))
+    module = Exponential(
+        torch.tensor([0, 1]),
+        lambda inputs, outputs: ResidualNet(inputs, outputs, hidden_features=4),
+    )
     model, x = wrap(module.eval()), normal(3, 2)
     log_det = model.forward_and_log_det(x)[1]
     torch.testing.assert_close(log_det, reference.log_abs_det(reference.jacobian(model.forward, x)))
@@ -313,7 +345,9 @@ def spline_coupling(kind):
     """A coupling whose network has ``hidden_features``, by which the splines scale its output, in place."""
     torch.manual_seed(0)
     options = {"tails": "linear", "tail_bound": 3.0}
-    coupling = SPLINES[kind](torch.tensor([1, 0, 1, 0]), lambda i, o: ResidualNet(i, o, 16, num_blocks=1), **options)
+    coupling = SPLINES[kind](
+        torch.tensor([1, 0, 1, 0]), lambda i, o: ResidualNet(i, o, 16, num_blocks=1), **options
+    )
     with torch.no_grad():
         for parameter in coupling.transform_net.final_layer.parameters():
             parameter.mul_(4.0)
@@ -324,10 +358,12 @@ def spline_coupling(kind):
 def test_a_primed_coupling_is_the_same_map_however_often_it_is_called(kind):
     layer, x = wrap(spline_coupling(kind)), normal((8, 4))
     z, log_det = layer.forward_and_log_det(x)
-    primed = layer.primed(z.detach())
+    with_cached_conditioner = layer.with_cached_conditioner(z.detach())
     for _ in range(2):
-        torch.testing.assert_close(primed.inverse(z), layer.inverse(z), rtol=0, atol=0)
-        again, log_det_again = primed.forward_and_log_det(x)
+        torch.testing.assert_close(
+            with_cached_conditioner.inverse(z), layer.inverse(z), rtol=0, atol=0
+        )
+        again, log_det_again = with_cached_conditioner.forward_and_log_det(x)
         torch.testing.assert_close(again, z, rtol=0, atol=0)
         torch.testing.assert_close(log_det_again, log_det, rtol=0, atol=0)
 
@@ -335,12 +371,16 @@ def test_a_primed_coupling_is_the_same_map_however_often_it_is_called(kind):
 @pytest.mark.parametrize("kind", SPLINES)
 def test_memory_saving_gradients_of_spline_couplings_are_the_true_ones(kind):
     coupling = spline_coupling(kind)
-    flow = wrap(transforms.CompositeTransform([coupling, transforms.ReversePermutation(4), coupling]))
+    flow = wrap(
+        transforms.CompositeTransform([coupling, transforms.ReversePermutation(4), coupling])
+    )
     x = normal((8, 4))
 
     def gradients(model):
         z, log_det = model.forward_and_log_det(x)
-        return torch.autograd.grad((z.square().sum(1) - log_det).mean(), list(coupling.parameters()))
+        return torch.autograd.grad(
+            (z.square().sum(1) - log_det).mean(), list(coupling.parameters())
+        )
 
     for saved, true in zip(gradients(memory_saving(flow)), gradients(flow), strict=True):
         torch.testing.assert_close(saved, true, rtol=1e-6, atol=1e-8)

@@ -8,11 +8,10 @@ import torch
 from normflows.distributions.base import ConditionalDiagGaussian
 
 from inn_guard.adapters import wrap
-from inn_guard.invertible import NotApplicable
-from inn_guard.reversible import memory_saving
-from inn_guard.untouched import changed_state
-from tests import reference
-from tests.cases_normflows import (
+from inn_guard.core.invertible import NotApplicable
+from inn_guard.execution.state import changed_state
+from inn_guard.memory_saving import memory_saving
+from tests.cases.normflows import (
     CASES,
     CLASSES,
     CONTEXT,
@@ -28,6 +27,7 @@ from tests.cases_normflows import (
     multiscale,
     residual,
 )
+from tests.oracles import transforms as reference
 
 
 def normal(*shape: int) -> torch.Tensor:
@@ -39,10 +39,15 @@ def target() -> torch.nn.Module:
 
 
 def test_every_flow_and_model_of_the_library_is_a_case_or_an_exception():
-    flows = {name for name, value in vars(nf.flows).items() if isinstance(value, type)} | {"Logit", "Shift"}
+    flows = {name for name, value in vars(nf.flows).items() if isinstance(value, type)} | {
+        "Logit",
+        "Shift",
+    }
     models = {name for name, value in vars(nf.core).items() if isinstance(value, type)}
     covered = {case.id.removeprefix("normflows-").split("-")[0] for case in CASES}
-    excepted = {word.strip(",").split("(")[0].split("-")[0] for name in EXCEPTIONS for word in name.split()}
+    excepted = {
+        word.strip(",").split("(")[0].split("-")[0] for name in EXCEPTIONS for word in name.split()
+    }
     assert flows | models <= covered | excepted
 
 
@@ -60,13 +65,17 @@ def test_log_prob_is_that_of_the_model():
     built, x = model().double(), normal(3, FEATURES)
     torch.testing.assert_close(wrap(built).log_prob(x), built.log_prob(x))
     base = built.q0.log_prob(wrap(built)(x))
-    torch.testing.assert_close(wrap(built).log_prob(x), base + wrap(built).forward_and_log_det(x)[1])
+    torch.testing.assert_close(
+        wrap(built).log_prob(x), base + wrap(built).forward_and_log_det(x)[1]
+    )
 
 
 # Every entry of EXCEPTIONS fails for its stated reason.
 
 
-@pytest.mark.parametrize("flow", [nf.flows.Planar((FEATURES,)), nf.flows.Radial((FEATURES,)), nf.flows.BatchNorm()])
+@pytest.mark.parametrize(
+    "flow", [nf.flows.Planar((FEATURES,)), nf.flows.Radial((FEATURES,)), nf.flows.BatchNorm()]
+)
 def test_what_has_no_inverse_says_so_and_still_samples(flow):
     wrapped = wrap(flow.double())
     with pytest.raises(NotApplicable, match="no algebraic inverse"):
@@ -77,9 +86,13 @@ def test_what_has_no_inverse_says_so_and_still_samples(flow):
 def test_batch_norm_leaves_out_the_derivatives_of_its_statistics():
     wrapped, z = wrap(nf.flows.BatchNorm().double().eval()), normal(3, FEATURES)
     alone = z[:1] + 1e-3 * normal(3, FEATURES)
-    assert not torch.allclose(wrapped.inverse(z)[:1], wrapped.inverse(torch.cat([z[:1], alone]))[:1])
+    assert not torch.allclose(
+        wrapped.inverse(z)[:1], wrapped.inverse(torch.cat([z[:1], alone]))[:1]
+    )
     joint = torch.autograd.functional.jacobian(wrapped.inverse, z).reshape(z.numel(), z.numel())
-    assert torch.linalg.svdvals(joint)[-1] < 1e-8  # of all samples together: no map with a finite log-determinant
+    assert (
+        torch.linalg.svdvals(joint)[-1] < 1e-8
+    )  # of all samples together: no map with a finite log-determinant
     assert wrapped.module(z)[1].isfinite().all()
 
 
@@ -117,7 +130,9 @@ def test_markov_chains_are_no_maps():
         assert not torch.allclose(wrapped.inverse(wrapped(x)), x, atol=1e-2)
 
 
-@pytest.mark.parametrize("part", [nf.flows.Split(), nf.flows.Merge(), nf.flows.AffineCoupling(mlp(3, 6))])
+@pytest.mark.parametrize(
+    "part", [nf.flows.Split(), nf.flows.Merge(), nf.flows.AffineCoupling(mlp(3, 6))]
+)
 def test_parts_that_map_lists_are_refused(part):
     with pytest.raises(TypeError, match="which maps lists"):
         wrap(part)
@@ -161,7 +176,12 @@ def test_nesting_is_opened_from_data_to_latent():
     inner = nf.flows.Composite([masked(), nf.flows.AffineConstFlow(FEATURES)])
     flow = nf.flows.Composite([nf.flows.Permute(FEATURES), nf.flows.Reverse(inner), block()])
     names = [layer.name for layer in wrap(flow).layers()]
-    assert names == ["AffineCouplingBlock", "inverse MaskedAffineFlow", "inverse AffineConstFlow", "Permute"]
+    assert names == [
+        "AffineCouplingBlock",
+        "inverse MaskedAffineFlow",
+        "inverse AffineConstFlow",
+        "Permute",
+    ]
 
 
 def test_a_glow_block_is_three_layers():
@@ -192,12 +212,14 @@ def test_labels_reach_the_base_of_a_multiscale_flow():
         base.loc_cc.data.normal_()
     wrapped = wrap(built, context=y)
     torch.testing.assert_close(wrapped.log_prob(x), built.log_prob(x.clone(), y))
-    assert not torch.allclose(wrapped.log_prob(x), wrapped.conditioned(y.roll(1, 0)).log_prob(x))
+    assert not torch.allclose(wrapped.log_prob(x), wrapped.with_context(y.roll(1, 0)).log_prob(x))
     assert torch.equal(wrapped(x), wrap(built)(x))
 
 
 def test_bases_without_a_shape_are_named():
-    built = nf.MultiscaleFlow([nf.distributions.GaussianMixture(2, 4)], [[block()]], [], class_cond=False)
+    built = nf.MultiscaleFlow(
+        [nf.distributions.GaussianMixture(2, 4)], [[block()]], [], class_cond=False
+    )
     with pytest.raises(NotApplicable, match="no attribute shape"):
         wrap(built.double()).inverse(normal(2, 4))
 
@@ -258,12 +280,16 @@ def test_a_primed_coupling_is_the_same_map_and_evaluates_nothing_again(kind):
     layer = wrap(COUPLINGS[kind]().double())
     x = normal(3, 4, 4, 4) if kind == "checkerboard" else normal(3, FEATURES)
     z, log_det = layer.forward_and_log_det(x)
-    primed = layer.primed(z.detach())
-    again, log_det_again = primed.forward_and_log_det(x)
-    torch.testing.assert_close(primed.inverse(z), layer.inverse(z), rtol=0, atol=1e-13)
+    with_cached_conditioner = layer.with_cached_conditioner(z.detach())
+    again, log_det_again = with_cached_conditioner.forward_and_log_det(x)
+    torch.testing.assert_close(
+        with_cached_conditioner.inverse(z), layer.inverse(z), rtol=0, atol=1e-13
+    )
     torch.testing.assert_close(again, z, rtol=0, atol=1e-13)
     torch.testing.assert_close(log_det_again, log_det, rtol=0, atol=1e-13)
-    assert (primed is layer) == (kind == "spline")  # its kept part is transformed too
+    assert (with_cached_conditioner is layer) == (
+        kind == "spline"
+    )  # its kept part is transformed too
 
 
 @pytest.mark.parametrize("kind", COUPLINGS)
@@ -274,7 +300,12 @@ def test_memory_saving_gradients_are_the_true_ones(kind):
         torch.nn.init.normal_(parameter, std=0.3)
     built = wrap(
         nf.NormalizingFlow(
-            target(), [couplings[0], nf.flows.Permute(4 if kind == "checkerboard" else FEATURES), couplings[1]]
+            target(),
+            [
+                couplings[0],
+                nf.flows.Permute(4 if kind == "checkerboard" else FEATURES),
+                couplings[1],
+            ],
         )
     )
     x = normal(3, 4, 4, 4) if kind == "checkerboard" else normal(3, FEATURES)
@@ -282,7 +313,9 @@ def test_memory_saving_gradients_are_the_true_ones(kind):
     def gradients(model):
         z, log_det = model.forward_and_log_det(x)
         return torch.autograd.grad(
-            (z.square().flatten(1).sum(1) - log_det).mean(), list(built.parameters()), allow_unused=True
+            (z.square().flatten(1).sum(1) - log_det).mean(),
+            list(built.parameters()),
+            allow_unused=True,
         )
 
     for saved, true in zip(gradients(memory_saving(built)), gradients(built), strict=True):

@@ -37,18 +37,25 @@ def nflows_estimator() -> StandIn:
     embedding = nn.Linear(X, EMBEDDED)
 
     def subnet(inputs: int, outputs: int) -> nn.Module:
-        return ResidualNet(inputs, outputs, 8, context_features=EMBEDDED, num_blocks=1, activation=torch.tanh)
+        return ResidualNet(
+            inputs, outputs, 8, context_features=EMBEDDED, num_blocks=1, activation=torch.tanh
+        )
 
     mask = torch.arange(THETA) % 2
     chain = transforms.CompositeTransform(
-        [transforms.AffineCouplingTransform(mask, subnet), transforms.AffineCouplingTransform(1 - mask, subnet)]
+        [
+            transforms.AffineCouplingTransform(mask, subnet),
+            transforms.AffineCouplingTransform(1 - mask, subnet),
+        ]
     )
     flow = flows.Flow(chain, distributions.StandardNormal([THETA]), embedding)
     return StandIn(flow, embedding).double()
 
 
 def zuko_estimator() -> StandIn:
-    return StandIn(zuko.flows.NSF(THETA, EMBEDDED, transforms=2, bins=4), nn.Linear(X, EMBEDDED)).double()
+    return StandIn(
+        zuko.flows.NSF(THETA, EMBEDDED, transforms=2, bins=4), nn.Linear(X, EMBEDDED)
+    ).double()
 
 
 def log_prob(estimator: StandIn, theta: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
@@ -73,7 +80,9 @@ def test_the_flow_is_run_in_the_embedded_observation(make):
 
 @pytest.mark.parametrize("make", [nflows_estimator, zuko_estimator])
 def test_an_audit_gives_a_report(make):
-    report = ig.audit(make().eval(), torch.randn(6, THETA), context=torch.randn(6, X), level="quick")
+    report = ig.audit(
+        make().eval(), torch.randn(6, THETA), context=torch.randn(6, X), level="quick"
+    )
     assert report.verdict is ig.Verdict.STABLE
 
 
@@ -110,12 +119,16 @@ def test_estimators_that_sbi_itself_trained(kind):
     try:
         generator = torch.Generator().manual_seed(0)
         theta = 4 * torch.rand(300, THETA, generator=generator) - 2
-        x = torch.cat([theta, theta[:, :2] ** 2], 1) + 0.3 * torch.randn(300, X, generator=generator)
+        x = torch.cat([theta, theta[:, :2] ** 2], 1) + 0.3 * torch.randn(
+            300, X, generator=generator
+        )
         prior = torch.distributions.Independent(
             torch.distributions.Uniform(-2 * torch.ones(THETA), 2 * torch.ones(THETA)), 1
         )
         net = sbi.posterior_nn if hasattr(sbi, "posterior_nn") else _posterior_nn()
-        trainer = sbi.NPE(prior=prior, density_estimator=net(model=kind, hidden_features=16, num_transforms=2))
+        trainer = sbi.NPE(
+            prior=prior, density_estimator=net(model=kind, hidden_features=16, num_transforms=2)
+        )
         estimator = trainer.append_simulations(theta, x).train(max_num_epochs=3)
         posterior = trainer.build_posterior(estimator)
         own = estimator.log_prob(theta[:8].unsqueeze(0), x[:8])[0]
@@ -131,14 +144,29 @@ def test_the_readmes_example_runs():
     sbi = pytest.importorskip("sbi")
     pytest.importorskip("sbi.inference")
     readme = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
-    (block,) = [block for block in re.findall(r"```py\n(.*?)```", readme, flags=re.DOTALL) if "sbi." in block]
+    (block,) = [
+        block
+        for block in re.findall(r"```py\n(.*?)```", readme, flags=re.DOTALL)
+        if "sbi." in block
+    ]
     before = torch.get_default_dtype()
     torch.set_default_dtype(torch.float32)
     try:
         theta = torch.rand(200, THETA)
-        prior = torch.distributions.Independent(torch.distributions.Uniform(torch.zeros(THETA), torch.ones(THETA)), 1)
-        names = {"sbi": sbi, "ig": ig, "prior": prior, "theta": theta, "x": theta + 0.1 * torch.randn(200, THETA)}
-        exec(compile(block.replace(".train()", ".train(max_num_epochs=2)"), "README.md", "exec"), names)
+        prior = torch.distributions.Independent(
+            torch.distributions.Uniform(torch.zeros(THETA), torch.ones(THETA)), 1
+        )
+        names = {
+            "sbi": sbi,
+            "ig": ig,
+            "prior": prior,
+            "theta": theta,
+            "x": theta + 0.1 * torch.randn(200, THETA),
+        }
+        exec(
+            compile(block.replace(".train()", ".train(max_num_epochs=2)"), "README.md", "exec"),
+            names,
+        )
     finally:
         torch.set_default_dtype(before)
 

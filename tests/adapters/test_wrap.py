@@ -11,10 +11,10 @@ import torch
 from torch import nn
 
 from inn_guard.adapters import ADAPTERS, wrap
-from inn_guard.adapters.functions import ForwardAndInverse
-from inn_guard.invertible import Invertible
-from inn_guard.untouched import changed_state
-from tests.cases_functions import Coupling
+from inn_guard.adapters.callables import ForwardAndInverse
+from inn_guard.core.invertible import Invertible
+from inn_guard.execution.state import changed_state
+from tests.cases.functions import Coupling
 
 
 class Double(Invertible):
@@ -40,7 +40,10 @@ def test_every_adapter_exists_and_has_adapt():
 
 def test_importing_wrap_imports_no_foreign_library():
     code = "import sys, inn_guard.adapters; print([m for m in ('nflows', 'FrEIA') if m in sys.modules])"
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "[]"
+    assert (
+        subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip()
+        == "[]"
+    )
 
 
 def test_detection_goes_by_the_modules_of_all_bases():
@@ -64,7 +67,9 @@ def test_a_module_with_forward_and_inverse_is_taken_as_it_is():
 
 @pytest.mark.parametrize("model", [nn.Linear(2, 2), "flow", torch.zeros(2), lambda x: x])
 def test_an_unknown_model_is_refused_with_the_way_out(model):
-    message = rf"expected an Invertible, .*got .*{type(model).__name__}; type wrap\(encode=f, decode=g\)"
+    message = (
+        rf"expected an Invertible, .*got .*{type(model).__name__}; type wrap\(encode=f, decode=g\)"
+    )
     with pytest.raises(TypeError, match=message):
         wrap(model)
 

@@ -11,9 +11,18 @@ from zuko.bayesian import BayesianModel
 from zuko.lazy import UnconditionalTransform
 
 from inn_guard.adapters import wrap
-from inn_guard.reversible import memory_saving
-from tests import reference
-from tests.cases_zuko import CASES, CONTEXT, EXCEPTIONS, FEATURES, SMALL, autoregressive, coupling, flow
+from inn_guard.memory_saving import memory_saving
+from tests.cases.zuko import (
+    CASES,
+    CONTEXT,
+    EXCEPTIONS,
+    FEATURES,
+    SMALL,
+    autoregressive,
+    coupling,
+    flow,
+)
+from tests.oracles import transforms as reference
 
 
 def normal(*shape: int) -> torch.Tensor:
@@ -25,9 +34,18 @@ def cnf(**settings) -> nn.Module:
 
 
 def test_every_class_of_the_library_is_a_case_or_an_exception():
-    public = {name for name, value in vars(zuko.flows).items() if isinstance(value, type)} | set(T.__all__)
-    public -= {"Flow", "LazyDistribution", "LazyTransform", "UnconditionalDistribution"}  # bases; no transformation
-    covered = {case.id.removeprefix("zuko-").split("-")[0] for case in CASES} | {"UnconditionalTransform"}
+    public = {name for name, value in vars(zuko.flows).items() if isinstance(value, type)} | set(
+        T.__all__
+    )
+    public -= {
+        "Flow",
+        "LazyDistribution",
+        "LazyTransform",
+        "UnconditionalDistribution",
+    }  # bases; no transformation
+    covered = {case.id.removeprefix("zuko-").split("-")[0] for case in CASES} | {
+        "UnconditionalTransform"
+    }
     excepted = {word.strip(",").split("(")[0] for name in EXCEPTIONS for word in name.split()}
     assert public <= covered | excepted
 
@@ -39,7 +57,7 @@ def test_direction_and_log_prob_are_those_of_the_flow():
     torch.testing.assert_close(wrapped.inverse(x), built(c).transform.inv(x))
     torch.testing.assert_close(wrapped.log_prob(x), built(c).log_prob(x))
     other = normal(4, CONTEXT)
-    torch.testing.assert_close(wrapped.conditioned(other).log_prob(x), built(other).log_prob(x))
+    torch.testing.assert_close(wrapped.with_context(other).log_prob(x), built(other).log_prob(x))
 
 
 def test_the_lazy_object_is_held_so_that_training_steps_are_seen():
@@ -91,7 +109,9 @@ def test_what_was_built_from_a_lazy_object_is_refused(built):
         wrap(built())
 
 
-@pytest.mark.parametrize("model", [lambda: zuko.mixtures.GMM(2), lambda: BayesianModel(flow("MAF"))])
+@pytest.mark.parametrize(
+    "model", [lambda: zuko.mixtures.GMM(2), lambda: BayesianModel(flow("MAF"))]
+)
 def test_what_transforms_nothing_is_refused(model):
     with pytest.raises(TypeError, match="which transforms nothing"):
         wrap(model())
@@ -115,7 +135,9 @@ def test_a_solver_that_estimates_its_log_det_disagrees_with_itself():
 def test_parameters_behind_a_bisection_get_gradients_in_training_mode_only():
     built = flow("UNAF", signal=4, network={"hidden_features": (8,)}).double()
     wrapped, x = wrap(built), normal(4, FEATURES)
-    integrand = next(parameter for name, parameter in built.named_parameters() if "integrand" in name)
+    integrand = next(
+        parameter for name, parameter in built.named_parameters() if "integrand" in name
+    )
 
     def gradient():
         (g,) = torch.autograd.grad(wrapped(x).sum(), integrand, allow_unused=True)
@@ -128,7 +150,9 @@ def test_parameters_behind_a_bisection_get_gradients_in_training_mode_only():
 
 
 def test_a_bisection_answers_with_its_bound():
-    transform = UnconditionalTransform(T.GaussianizationTransform, normal(FEATURES, 4), normal(FEATURES, 4))
+    transform = UnconditionalTransform(
+        T.GaussianizationTransform, normal(FEATURES, 4), normal(FEATURES, 4)
+    )
     wrapped = wrap(transform.double())
     assert wrapped.inverse(torch.full((2, FEATURES), 1e6)).max() <= 10
 
@@ -150,12 +174,19 @@ def test_a_signed_power_is_flat_or_steep_at_zero():
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])
 @pytest.mark.parametrize("direction", ["forward", "inverse", "forward_and_log_det", "log_prob"])
 def test_samples_that_are_not_finite_come_back_as_nan_and_leave_the_others_alone(bad, direction):
-    wrapped, x = wrap(zuko.flows.CNF(2, CONTEXT, hidden_features=(8,)).double().eval()), normal(4, 2)
-    wrapped = wrapped.conditioned(normal(4, CONTEXT))
+    wrapped, x = (
+        wrap(zuko.flows.CNF(2, CONTEXT, hidden_features=(8,)).double().eval()),
+        normal(4, 2),
+    )
+    wrapped = wrapped.with_context(normal(4, CONTEXT))
     x[1, 0] = bad
     result = getattr(wrapped, direction)(x)
     for part in result if isinstance(result, tuple) else (result,):
-        assert part.flatten(1).isnan().all(1).tolist() == [False, True, False, False] if part.dim() > 1 else True
+        assert (
+            part.flatten(1).isnan().all(1).tolist() == [False, True, False, False]
+            if part.dim() > 1
+            else True
+        )
         assert part.reshape(4, -1).isfinite().all(1).tolist() == [True, False, True, True]
 
 
@@ -171,12 +202,14 @@ def test_a_field_that_is_not_finite_makes_nan_and_no_endless_loop():
 @pytest.mark.parametrize("context", [0, CONTEXT])
 def test_a_primed_coupling_is_the_same_map(context):
     layer, x = wrap(coupling(context).double()), normal(4, FEATURES)
-    layer = layer.conditioned(normal(4, CONTEXT)) if context else layer
+    layer = layer.with_context(normal(4, CONTEXT)) if context else layer
     z, log_det = layer.forward_and_log_det(x)
-    primed = layer.primed(z.detach())
-    assert primed is not layer
-    torch.testing.assert_close(primed.inverse(z), layer.inverse(z), rtol=0, atol=0)
-    torch.testing.assert_close(primed.forward_and_log_det(x)[1], log_det, rtol=0, atol=0)
+    with_cached_conditioner = layer.with_cached_conditioner(z.detach())
+    assert with_cached_conditioner is not layer
+    torch.testing.assert_close(with_cached_conditioner.inverse(z), layer.inverse(z), rtol=0, atol=0)
+    torch.testing.assert_close(
+        with_cached_conditioner.forward_and_log_det(x)[1], log_det, rtol=0, atol=0
+    )
 
 
 @pytest.mark.parametrize("kind", ["NICE", "MAF", "NSF"])

@@ -11,11 +11,11 @@ from torch import Tensor
 
 import inn_guard as ig
 from inn_guard.audits import AUDITS, LEVELS, Level
+from inn_guard.audits.cost_model import COSTS
 from inn_guard.audits.dry_run import dry_run
-from inn_guard.audits.passes import COSTS
-from inn_guard.audits.reconstruction import reconstruction
-from inn_guard.tangent import AutogradTangent
-from tests.toys import Linear
+from inn_guard.audits.reconstruction.audit import reconstruction
+from inn_guard.core.layer_jacobian import AutogradJacobian
+from tests.cases.toys import Linear
 
 DIMENSION = 40
 COUNTS: Counter[str] = Counter()  # not in the model: an audit restores whatever a model counts
@@ -52,7 +52,7 @@ class CountedTangent:
     def __init__(self, model: Counted, x: Tensor) -> None:
         self.model = model
         with self:
-            self.plain = AutogradTangent(model.forward, model.inverse, x)
+            self.plain = AutogradJacobian(model.forward, model.inverse, x)
         self.output = self.plain.output
 
     def __enter__(self):
@@ -86,7 +86,9 @@ def counted() -> Counted:
 
 
 def data(batch: int = 12) -> Tensor:
-    return torch.randn(batch, DIMENSION, generator=torch.Generator().manual_seed(2), dtype=torch.float32)
+    return torch.randn(
+        batch, DIMENSION, generator=torch.Generator().manual_seed(2), dtype=torch.float32
+    )
 
 
 #: the dense references of log_det and full_spectrum differentiate the forward pass itself: their rows cannot be counted
@@ -99,7 +101,15 @@ UNCOUNTED = {
 
 @pytest.mark.parametrize(
     "name",
-    ["preflight", "reconstruction", "log_det", "out_of_distribution", "jacobian_spectrum", "layer_blame", "precision"],
+    [
+        "preflight",
+        "reconstruction",
+        "log_det",
+        "out_of_distribution",
+        "jacobian_spectrum",
+        "layer_blame",
+        "precision",
+    ],
 )
 def test_passes_are_within_a_factor_of_three_of_those_counted(name):
     model, x = counted(), data()
@@ -112,7 +122,9 @@ def test_passes_are_within_a_factor_of_three_of_those_counted(name):
     for kind, count in measured.items():
         if kind in UNCOUNTED.get(name, ()):
             continue
-        assert row[kind] / 3 <= count <= 3 * row[kind], f"{kind}: counted {count}, estimated {row[kind]}"
+        assert row[kind] / 3 <= count <= 3 * row[kind], (
+            f"{kind}: counted {count}, estimated {row[kind]}"
+        )
 
 
 def test_nothing_is_audited_and_every_check_of_a_level_has_an_estimate():
@@ -121,24 +133,35 @@ def test_nothing_is_audited_and_every_check_of_a_level_has_an_estimate():
     result = report["dry_run"]
     assert [row["check"] for row in result.tables["cost"]] == list(LEVELS[Level.FULL])
     assert all(row["seconds"] > 0 and row["bytes"] > 0 for row in result.tables["cost"])
-    assert result.values["seconds"] == pytest.approx(sum(row["seconds"] for row in result.tables["cost"]))
+    assert result.values["seconds"] == pytest.approx(
+        sum(row["seconds"] for row in result.tables["cost"])
+    )
     assert "estimate" in result.reason
     assert "nothing was measured" in result.reason
     assert set(COSTS) == set(AUDITS)
 
 
 def test_more_samples_cost_more_and_a_budget_bounds_the_estimate():
-    few, many = (ig.audit(counted(), data(n), checks=[reconstruction], dry_run=True)["dry_run"] for n in (8, 64))
+    few, many = (
+        ig.audit(counted(), data(n), checks=[reconstruction], dry_run=True)["dry_run"]
+        for n in (8, 64)
+    )
     rows = [result.tables["cost"][1] for result in (few, many)]
     assert 7 <= rows[1]["inverse"] / rows[0]["inverse"] <= 8
-    wide = ig.audit(counted(), data(64), checks=["jacobian_spectrum"], dry_run=True)["dry_run"].values["bytes"]
-    tight = ig.audit(counted(), data(64), checks=["jacobian_spectrum"], dry_run=True, memory=wide / 4)["dry_run"]
+    wide = ig.audit(counted(), data(64), checks=["jacobian_spectrum"], dry_run=True)[
+        "dry_run"
+    ].values["bytes"]
+    tight = ig.audit(
+        counted(), data(64), checks=["jacobian_spectrum"], dry_run=True, memory=wide / 4
+    )["dry_run"]
     assert tight.values["bytes"] <= wide / 4
 
 
 def test_settings_of_a_check_count():
     small = functools.partial(AUDITS["jacobian_spectrum"], samples=2)
-    rows = ig.audit(counted(), data(), checks=[small, "jacobian_spectrum"], dry_run=True)["dry_run"].tables["cost"]
+    rows = ig.audit(counted(), data(), checks=[small, "jacobian_spectrum"], dry_run=True)[
+        "dry_run"
+    ].tables["cost"]
     assert rows[2]["product"] == 6 * rows[1]["product"]
 
 

@@ -6,10 +6,10 @@ import torch
 
 from inn_guard.audits import Verdict
 from inn_guard.audits.full_spectrum import full_spectrum
-from inn_guard.composed_jacobian import is_composable
+from inn_guard.jacobian.dense import is_composable
 from inn_guard.layers import MLP, AffineCoupling, Chain, Diagonal, InvertibleLinear
-from tests import reference
-from tests.toys import Warp
+from tests.cases.toys import Warp
+from tests.oracles import transforms as reference
 
 
 def couplings() -> Chain:
@@ -43,4 +43,6 @@ def test_composed_and_row_by_row_agree_with_the_dense_jacobian():
 def test_a_wrong_factor_is_noticed():
     model, x = Chain(couplings(), Lying(4)), torch.randn(2, 4)
     assert is_composable(model, x[:1])
-    assert torch.allclose(full_spectrum(model, x).per_sample["singular_values"], truth(model, x), rtol=1e-9)
+    assert torch.allclose(
+        full_spectrum(model, x).per_sample["singular_values"], truth(model, x), rtol=1e-9
+    )

@@ -6,12 +6,12 @@ import pytest
 import torch
 from torch import nn
 
-from inn_guard.audits.base import Verdict
 from inn_guard.audits.gradient_angle import MAX_ANGLE, gradient_angle
-from inn_guard.invertible import Invertible
+from inn_guard.core.invertible import Invertible
 from inn_guard.layers.chain import Chain
-from tests import reference_reversible as reference
-from tests.reversible import nets
+from inn_guard.report.result import Verdict
+from tests.memory_saving import nets
+from tests.oracles import memory_saving as reference
 
 
 class Scale(Invertible):
@@ -43,10 +43,14 @@ def test_closed_form():
     found = torch.cat([w * w * total, factor * w * w * total, factor * w * w * total])
     cosine = float(true @ found / (true.norm() * found.norm()))
     assert result.values["max_angle"] == pytest.approx(math.degrees(math.acos(cosine)), rel=1e-9)
-    assert result.values["max_distance"] == pytest.approx(float((true - found).norm() / true.norm()), rel=1e-9)
+    assert result.values["max_distance"] == pytest.approx(
+        float((true - found).norm() / true.norm()), rel=1e-9
+    )
     assert result.verdict is Verdict.UNSTABLE
     assert result.advice
-    assert [row["distance"] for row in result.per_layer] == pytest.approx([0, factor - 1, factor - 1], abs=1e-12)
+    assert [row["distance"] for row in result.per_layer] == pytest.approx(
+        [0, factor - 1, factor - 1], abs=1e-12
+    )
     assert [row["angle"] for row in result.per_layer] == pytest.approx([0, 0, 0], abs=1e-6)
 
 
@@ -79,7 +83,9 @@ def test_against_the_walk_written_out():
         distances.append(float((g - h).norm() / h.norm()))
     assert min(angles) > 0.1
     assert [row["angle"] for row in result.tables["minibatch"]] == pytest.approx(angles, rel=1e-7)
-    assert [row["distance"] for row in result.tables["minibatch"]] == pytest.approx(distances, rel=1e-9)
+    assert [row["distance"] for row in result.tables["minibatch"]] == pytest.approx(
+        distances, rel=1e-9
+    )
     assert result.values["mean_angle"] == pytest.approx(sum(angles) / 2, rel=1e-7)
     assert result.values["max_distance"] == pytest.approx(max(distances), rel=1e-9)
 
@@ -100,11 +106,15 @@ def test_exploding_inverses_are_found_layer_by_layer():
     last, first = result.per_layer[-1], result.per_layer[0]
     assert last["distance"] < 1e-5
     assert not first["distance"] < 0.1
-    assert sum(row["parameters"] for row in result.per_layer) == sum(p.numel() for p in nets.exploding().parameters())
+    assert sum(row["parameters"] for row in result.per_layer) == sum(
+        p.numel() for p in nets.exploding().parameters()
+    )
 
 
 def test_nan_is_a_finding():
-    result = gradient_angle(Chain(Scale(), Scale(), Scale(math.nan)), torch.ones(3, 2), loss=lambda z: z.sum())
+    result = gradient_angle(
+        Chain(Scale(), Scale(), Scale(math.nan)), torch.ones(3, 2), loss=lambda z: z.sum()
+    )
     assert result.verdict is Verdict.NON_FINITE
     assert "memory-saving gradient is not finite in 1 of 1" in result.reason
     assert math.isnan(result.values["max_angle"])
@@ -121,7 +131,9 @@ def test_small_angles_have_digits():
         def inverse(self, z):
             return super().inverse(z) * torch.tensor([1 + error, 1 - error])
 
-    result = gradient_angle(Chain(Scale(), Off()), torch.tensor([[1.0, 9.0]]), loss=lambda z: z.sum())
+    result = gradient_angle(
+        Chain(Scale(), Off()), torch.tensor([[1.0, 9.0]]), loss=lambda z: z.sum()
+    )
     distance, angle = result.values["max_distance"], math.radians(result.values["max_angle"])
     assert 0 < angle <= 1.001 * distance < 2 * error
 
@@ -145,11 +157,15 @@ def test_losses_of_one_and_two_arguments_and_the_default():
     plain = gradient_angle(Chain(Scale(), Scale()), torch.ones(2, 2))
     assert (
         plain.tables
-        == gradient_angle(Chain(Scale(), Scale()), torch.ones(2, 2), loss=lambda z: z.square().mean()).tables
+        == gradient_angle(
+            Chain(Scale(), Scale()), torch.ones(2, 2), loss=lambda z: z.square().mean()
+        ).tables
     )
 
 
-@pytest.mark.parametrize("loss", [lambda z: z, lambda z: z.sum().item(), lambda z: z.detach().sum()])
+@pytest.mark.parametrize(
+    "loss", [lambda z: z, lambda z: z.sum().item(), lambda z: z.detach().sum()]
+)
 def test_a_loss_that_is_no_differentiable_number(loss):
     with pytest.raises(ValueError, match="one differentiable number"):
         gradient_angle(nets.flow(), nets.vectors(), loss=loss)
@@ -157,8 +173,8 @@ def test_a_loss_that_is_no_differentiable_number(loss):
 
 def test_conditions_follow_their_minibatch():
     model, x = nets.conditional_flow(), nets.vectors()
-    conditioned = model.conditioned(torch.randn(nets.BATCH, 2))
-    result = gradient_angle(conditioned, x, batch_size=2)
+    with_context = model.with_context(torch.randn(nets.BATCH, 2))
+    result = gradient_angle(with_context, x, batch_size=2)
     assert result.verdict is Verdict.STABLE
     assert result.values["max_angle"] < 1e-9
 

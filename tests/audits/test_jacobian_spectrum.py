@@ -11,8 +11,8 @@ from inn_guard.audits import Verdict
 from inn_guard.audits.full_spectrum import full_spectrum
 from inn_guard.audits.jacobian_spectrum import jacobian_spectrum
 from inn_guard.layers.chain import Chain
-from tests import reference
-from tests.toys import Embedding, Linear, random_chain
+from tests.cases.toys import Embedding, Linear, random_chain
+from tests.oracles import transforms as reference
 
 
 def diagonal(*values: float) -> Linear:
@@ -34,7 +34,9 @@ def test_per_sample_values_are_those_of_dense_jacobians():
     result = jacobian_spectrum(model, x, tolerance=1e-6)
     torch.testing.assert_close(result.per_sample["sigma_max"], exact[:, 0], rtol=1e-5, atol=0)
     torch.testing.assert_close(result.per_sample["sigma_min"], exact[:, -1], rtol=1e-5, atol=0)
-    torch.testing.assert_close(result.per_sample["condition_number"], exact[:, 0] / exact[:, -1], rtol=1e-5, atol=0)
+    torch.testing.assert_close(
+        result.per_sample["condition_number"], exact[:, 0] / exact[:, -1], rtol=1e-5, atol=0
+    )
 
 
 def test_values_beyond_floats_are_powers_of_ten():
@@ -58,7 +60,7 @@ def test_values_beyond_floats_are_powers_of_ten():
     ],
 )
 def test_the_limit_is_a_condition_number_in_units_of_eps(condition, dtype, verdict):
-    model = diagonal(1.0, 1 / condition).in_dtype(dtype)
+    model = diagonal(1.0, 1 / condition).to_dtype(dtype)
     assert jacobian_spectrum(model, torch.randn(2, 2).to(dtype)).verdict is verdict
 
 
@@ -69,7 +71,10 @@ def test_singular_and_poisoned_are_findings():
     result = jacobian_spectrum(diagonal(1.0, 2.0), x)
     assert result.verdict is Verdict.STABLE
     assert result.per_sample["sigma_max"].isnan().tolist() == [False, False, True, False]
-    assert jacobian_spectrum(diagonal(1.0, 2.0), torch.full((2, 2), torch.inf)).verdict is Verdict.NON_FINITE
+    assert (
+        jacobian_spectrum(diagonal(1.0, 2.0), torch.full((2, 2), torch.inf)).verdict
+        is Verdict.NON_FINITE
+    )
 
 
 def test_rectangular_jacobians_of_an_injective_map():

@@ -12,12 +12,15 @@ from inn_guard.adapters import wrap
 from inn_guard.audits import Verdict
 from inn_guard.audits.layer_blame import digits_lost, layer_blame
 from inn_guard.layers.chain import Chain
-from tests import reference, reference_jacobian
-from tests.toys import Embedding, Linear, Warp, random_chain
+from tests.cases.toys import Embedding, Linear, Warp, random_chain
+from tests.oracles import jacobian as reference_jacobian
+from tests.oracles import transforms as reference
 
 
 def rotation(seed: int, dimension: int = 6) -> Tensor:
-    return torch.linalg.qr(torch.randn(dimension, dimension, generator=torch.Generator().manual_seed(seed))).Q
+    return torch.linalg.qr(
+        torch.randn(dimension, dimension, generator=torch.Generator().manual_seed(seed))
+    ).Q
 
 
 def rotations_with(bad: Linear, place: int, depth: int = 7) -> Chain:
@@ -62,7 +65,10 @@ def test_equal_layers_share_the_blame_equally():
 def test_a_change_of_unit_costs_no_digits():
     x = torch.randn(2, 6)
     # a power of two leaves every rounding as it was
-    plain, result = (layer_blame(Chain(*(Linear(c * rotation(k)) for k in range(5))), x) for c in (1.0, 2.0**-100))
+    plain, result = (
+        layer_blame(Chain(*(Linear(c * rotation(k)) for k in range(5))), x)
+        for c in (1.0, 2.0**-100)
+    )
     assert result.verdict is Verdict.STABLE
     assert result.values["digits_lost"] == pytest.approx(plain.values["digits_lost"], abs=1e-6)
     assert result.per_layer[4]["log10_gain"] == pytest.approx(400 * math.log10(2))
@@ -78,7 +84,7 @@ def test_gains_are_those_of_the_dense_inverses():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("seed", range(4))
 def test_the_expected_error_is_of_the_size_of_the_measured_one(dtype, seed):
-    model = random_chain(depth=5, spread=1.5, seed=seed).in_dtype(dtype)
+    model = random_chain(depth=5, spread=1.5, seed=seed).to_dtype(dtype)
     x = torch.randn(6, 6).to(dtype)
     measured = (reference.round_trip(model, x) / x.double().norm(dim=1)).max().item()
     expected = layer_blame(model, x).values["expected_error"]
@@ -93,7 +99,9 @@ def test_digits_are_logarithms_of_errors_left_out():
     lost = digits_lost(contribution, unavoidable, amplification, torch.tensor([1e-7]).log())
     total = math.hypot(3e-3, 4e-3)
     assert lost[0, 0].item() == pytest.approx(math.log10(total / math.hypot(1e-6, 4e-4)), abs=1e-6)
-    assert lost[1, 0].item() == pytest.approx(0, abs=1e-6), "a layer that errs no more than rounding is not to blame"
+    assert lost[1, 0].item() == pytest.approx(0, abs=1e-6), (
+        "a layer that errs no more than rounding is not to blame"
+    )
 
 
 def test_a_breaking_layer_is_a_finding():
@@ -109,7 +117,11 @@ def test_a_breaking_layer_is_a_finding():
 
 def test_chains_beyond_the_range_of_floats_are_blamed_too():
     def squeezing(k: int) -> Linear:
-        return Linear(rotation(k) @ torch.diag(torch.logspace(0, -13 if k == 13 else -9, 6)) @ rotation(90 + k))
+        return Linear(
+            rotation(k)
+            @ torch.diag(torch.logspace(0, -13 if k == 13 else -9, 6))
+            @ rotation(90 + k)
+        )
 
     model = Chain(*(squeezing(k) for k in range(40)))
     result = layer_blame(model, torch.randn(2, 6))

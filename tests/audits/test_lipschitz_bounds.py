@@ -56,7 +56,7 @@ def test_samples_that_are_not_finite_are_left_out(bad):
 
 def test_a_batch_longer_than_what_is_sampled_keeps_its_conditions():
     rows = SAMPLED + 3
-    model = AffineCoupling(Conditional(MLP([3, 8, 4]))).conditioned(torch.randn(rows, 1))
+    model = AffineCoupling(Conditional(MLP([3, 8, 4]))).with_context(torch.randn(rows, 1))
     result = lipschitz_bounds(model, torch.randn(rows, 4), seconds=2.0)
     (row,) = result.per_layer
     assert 0 < row["lower_forward"] <= row["upper_forward"]

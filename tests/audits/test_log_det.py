@@ -11,17 +11,21 @@ from torch import Tensor
 from inn_guard.audits import Verdict
 from inn_guard.audits.log_det import log_det
 from inn_guard.layers.chain import Chain
-from tests.toys import Linear, Warp
+from tests.cases.toys import Linear, Warp
 
 
 def data(batch: int = 4, dimension: int = 3) -> Tensor:
-    return torch.randn(batch, dimension, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    return torch.randn(
+        batch, dimension, generator=torch.Generator().manual_seed(3), dtype=torch.float64
+    )
 
 
 class Claim(Linear):
     """diag(1, 2, 4, ...), whose claimed log-determinants can be anything."""
 
-    def __init__(self, forward=lambda true, x: true, inverse=lambda true, z: -true, dimension: int = 3) -> None:
+    def __init__(
+        self, forward=lambda true, x: true, inverse=lambda true, z: -true, dimension: int = 3
+    ) -> None:
         super().__init__(torch.diag(2.0 ** torch.arange(dimension)))
         self.claims = forward, inverse
 
@@ -53,7 +57,7 @@ def test_a_right_log_det_is_stable_and_its_value_known():
     ],
 )
 def test_a_wrong_formula_is_found_with_its_error(claim, error, dtype):
-    result = log_det(Claim(claim).in_dtype(dtype), data().to(dtype))
+    result = log_det(Claim(claim).to_dtype(dtype), data().to(dtype))
     assert result.verdict is Verdict.UNSTABLE
     assert result.values["max_error"] == pytest.approx(error, rel=1e-4)
 
@@ -74,7 +78,9 @@ def test_a_wrong_shape_is_found(claim):
 
 def test_nan_is_a_finding():
     assert log_det(Claim(lambda true, x: true * torch.nan), data()).verdict is Verdict.NON_FINITE
-    assert log_det(Claim(inverse=lambda true, z: true / 0 * 0), data()).verdict is Verdict.NON_FINITE
+    assert (
+        log_det(Claim(inverse=lambda true, z: true / 0 * 0), data()).verdict is Verdict.NON_FINITE
+    )
 
 
 def test_no_log_det_is_not_applicable():
@@ -117,7 +123,7 @@ def test_beyond_512_dimensions_the_reference_is_stochastic_and_still_finds_a_wro
 
 def test_ill_conditioned_chains_keep_an_exact_reference():
     scales = torch.tensor([1e-6, 1.0, 1e6])
-    model = Chain(*(Linear(torch.diag(scales.roll(k))) for k in range(6))).in_dtype(torch.float32)
+    model = Chain(*(Linear(torch.diag(scales.roll(k))) for k in range(6))).to_dtype(torch.float32)
     result = log_det(model, data().float())
     assert result.verdict is Verdict.STABLE, result.reason
     assert result.values["max_error"] < 1e-4

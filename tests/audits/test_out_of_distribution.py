@@ -15,18 +15,18 @@ from nflows.transforms import AffineCouplingTransform, CompositeTransform
 from torch import nn
 
 from inn_guard.adapters import wrap
-from inn_guard.audits import probes
-from inn_guard.audits.base import Verdict
-from inn_guard.audits.guarded import Guarded
-from inn_guard.audits.out_of_distribution import out_of_distribution
-from inn_guard.audits.probes import PRIORS, PROBES
-from inn_guard.audits.radius import smallest_failing_radius
-from inn_guard.audits.watchdog import TimedOut, time_limit
-from inn_guard.audits.watched import Watched
-from inn_guard.invertible import Invertible
+from inn_guard.audits.audited_model import AuditedModel
+from inn_guard.audits.fault_tolerant import Guarded
+from inn_guard.audits.out_of_distribution import input_families as probes
+from inn_guard.audits.out_of_distribution.audit import out_of_distribution
+from inn_guard.audits.out_of_distribution.input_families import PRIORS, PROBES
+from inn_guard.audits.out_of_distribution.radius_search import smallest_failing_radius
+from inn_guard.core.invertible import Invertible
+from inn_guard.execution.time_limit import TimedOut, time_limit
 from inn_guard.layers.chain import Chain
 from inn_guard.layers.coupling import AffineCoupling
 from inn_guard.layers.networks import MLP
+from inn_guard.report.result import Verdict
 
 
 class Scale(Invertible):
@@ -130,14 +130,21 @@ def test_families_keep_shape_dtype_and_their_place(name):
 
 def test_what_the_families_are():
     x, generator = torch.randn(4, 2, 8, 8), torch.Generator().manual_seed(0)
-    assert torch.equal(probes.shuffled(x, generator).flatten(1).sort(1).values, x.flatten(1).sort(1).values)
+    assert torch.equal(
+        probes.shuffled(x, generator).flatten(1).sort(1).values, x.flatten(1).sort(1).values
+    )
     assert not torch.equal(probes.shuffled(x, generator), x)
     torch.testing.assert_close(probes.blurred(x * 0 + 0.7, generator), x * 0 + 0.7)
     assert probes.blurred(x, generator).std() < 0.5 * x.std()
     torch.testing.assert_close(probes.inverted(probes.inverted(x, generator), generator), x)
-    assert set(probes.rademacher(x, generator).unique().tolist()) == {x.min().item(), x.max().item()}
+    assert set(probes.rademacher(x, generator).unique().tolist()) == {
+        x.min().item(),
+        x.max().item(),
+    }
     z = torch.zeros(200, 50)
-    assert PRIORS["prior latents, temperature 0.5"].make(z, generator).std().item() == pytest.approx(0.5, rel=0.03)
+    assert PRIORS["prior latents, temperature 0.5"].make(
+        z, generator
+    ).std().item() == pytest.approx(0.5, rel=0.03)
 
 
 def test_what_means_nothing_is_left_out_and_said_so():
@@ -192,7 +199,9 @@ def test_nan_and_exceptions_are_counted_where_they_happen():
     x = data()
     far, farther = 15 + 0 * x[:3], 50 + 0 * x[:3]
     mixed = torch.cat([x[:1], farther[:1], x[:1]])
-    result = out_of_distribution(Brittle(), x, others={"far": far, "farther": farther, "mixed": mixed})
+    result = out_of_distribution(
+        Brittle(), x, others={"far": far, "farther": farther, "mixed": mixed}
+    )
     assert result.verdict is Verdict.NON_FINITE
     table = rows(result)
     assert table["data"]["non_finite"] == 0
@@ -240,7 +249,9 @@ def freia():
 
 def nflows():
     masks = (((torch.arange(6) + k) % 2).int() for k in range(4))
-    return CompositeTransform([AffineCouplingTransform(mask, lambda n, m: ResidualNet(n, m, 16)) for mask in masks])
+    return CompositeTransform(
+        [AffineCouplingTransform(mask, lambda n, m: ResidualNet(n, m, 16)) for mask in masks]
+    )
 
 
 def ours():
@@ -325,7 +336,7 @@ def test_exceptions_of_the_code_itself_pass():
 
 
 def test_a_call_that_hangs_is_given_up_and_the_others_are_not():
-    guarded = Guarded(Watched(Hanging()), data(), seconds=0.2)
+    guarded = Guarded(AuditedModel(Hanging()), data(), seconds=0.2)
     z = torch.ones(3, 5)
     assert torch.equal(guarded.inverse(z), z / 2)
     z[1] = 1e3
@@ -338,7 +349,7 @@ def test_a_call_that_hangs_is_given_up_and_the_others_are_not():
 
 
 def test_an_audit_of_a_map_that_hangs_ends(monkeypatch):
-    monkeypatch.setattr("inn_guard.audits.guarded.LEAST", 0.3)
+    monkeypatch.setattr("inn_guard.audits.fault_tolerant.LEAST", 0.3)
     result = out_of_distribution(Hanging(), data())
     assert rows(result)["scale x 100"]["verdict"] == "not finite"
     assert rows(result)["data"]["verdict"] == "passes"

@@ -8,16 +8,17 @@ import pytest
 import torch
 from torch import nn
 
-from inn_guard.audits import LEVELS, Level, guarded
-from inn_guard.audits.base import Verdict
-from inn_guard.audits.limits import usable_error
-from inn_guard.audits.precision import Arithmetic, arithmetics, precision
-from inn_guard.audits.reconstruction import reconstruction
-from inn_guard.audits.watched import Watched
-from inn_guard.invertible import Invertible, NotApplicable
-from tests.cases import CASES
-from tests.reference_regularizers import Embedding
-from tests.test_rounding_forecast import Diagonal, couplings
+from inn_guard.audits import LEVELS, Level
+from inn_guard.audits import fault_tolerant as guarded
+from inn_guard.audits.audited_model import AuditedModel
+from inn_guard.audits.precision.audit import NumberFormat, arithmetics, precision
+from inn_guard.audits.reconstruction.audit import reconstruction
+from inn_guard.audits.thresholds import max_usable_error
+from inn_guard.core.invertible import Invertible, NotApplicable
+from inn_guard.report.result import Verdict
+from tests.cases.all import CASES
+from tests.jacobian.test_rounding_error import Diagonal, couplings
+from tests.oracles.regularizers import Embedding
 
 
 def rows(result):
@@ -156,7 +157,7 @@ def test_a_sample_of_nearly_zero_is_held_to_the_size_of_its_neighbours():
 def test_what_is_usable_follows_the_dtype():
     """An offset of 5 costs bfloat16 some per cent of x: no more than it holds, so it works."""
     table = rows(precision(Offset(5.0), data(128, 4)))
-    assert table["bfloat16"]["usable"] == usable_error(torch.bfloat16) == 0.0625
+    assert table["bfloat16"]["usable"] == max_usable_error(torch.bfloat16) == 0.0625
     assert table["float32"]["usable"] == table["float16"]["usable"] == 1e-2
     assert 1e-2 < table["bfloat16"]["measured"] < 0.0625
     assert table["bfloat16"]["measured verdict"] == "works"
@@ -173,19 +174,23 @@ def test_reconstruction_and_precision_judge_a_bfloat16_model_alike():
 
 def test_a_forecast_without_a_float64_copy_comes_from_derivatives():
     class Single(Offset):
-        def in_dtype(self, dtype):
+        def to_dtype(self, dtype):
             if dtype == torch.float64:
                 raise NotApplicable("no float64 here")
-            return super().in_dtype(dtype)
+            return super().to_dtype(dtype)
 
     x = data(64, 4)
-    plain, single = (rows(precision(model, x))["float32"] for model in (Offset(100.0), Single(100.0)))
+    plain, single = (
+        rows(precision(model, x))["float32"] for model in (Offset(100.0), Single(100.0))
+    )
     assert single["forecast"] == pytest.approx(plain["forecast"], rel=0.3)
     assert single["remark"] == ""
 
 
 def test_own_candidates():
-    result = precision(Offset(1.0), data(8, 3), candidates=[Arithmetic("bfloat16", torch.bfloat16)])
+    result = precision(
+        Offset(1.0), data(8, 3), candidates=[NumberFormat("bfloat16", torch.bfloat16)]
+    )
     assert list(rows(result)) == ["bfloat16"]
     assert [a.name for a in arithmetics(torch.device("cpu"))][-1] == "autocast bfloat16"
 
@@ -206,7 +211,9 @@ def test_errors_are_relative_at_any_scale(scale):
     x = torch.randn(32, 5) * scale
     row = rows(precision(Times(), x))["float64"]
     assert 0 < row["measured"] < 2e-16
-    assert row["forecast"] == pytest.approx(rows(precision(Times(), x / scale))["float64"]["forecast"], rel=1e-6)
+    assert row["forecast"] == pytest.approx(
+        rows(precision(Times(), x / scale))["float64"]["forecast"], rel=1e-6
+    )
     assert row["forecast verdict"] == "works"
 
 
@@ -217,7 +224,9 @@ def test_data_that_a_dtype_cannot_hold_do_not_work_in_it(scale):
     assert table["float16"]["measured verdict"] == "breaks"
     assert table["float16"]["forecast verdict"] != "works"
     assert "16 samples do not fit the range" in table["float16"]["remark"]
-    assert {table[name]["measured verdict"] for name in ("float64", "float32", "bfloat16")} == {"works"}
+    assert {table[name]["measured verdict"] for name in ("float64", "float32", "bfloat16")} == {
+        "works"
+    }
 
 
 def test_denormal_data_are_not_called_exact():
@@ -256,7 +265,7 @@ def test_a_condition_stays_with_its_sample():
     offsets = torch.tensor([[1.0], [1e7], [1.0], [1e7]], dtype=torch.float32)
     x = data(4, 30)
     x[0, 0] = math.nan
-    error = precision(ByContext().conditioned(offsets), x).per_sample["error"]
+    error = precision(ByContext().with_context(offsets), x).per_sample["error"]
     assert error[2] < 1e-5
     assert error[1] > 0.1
     assert error[3] > 0.1
@@ -300,7 +309,7 @@ class Raises(Times):
 )
 def test_what_a_model_raises_is_told_apart(audit, error, verdict):
     """A check of its own numbers that fails is a broken inverse; an operation that is missing is a refusal."""
-    model = Raises(error) if audit is precision else Watched(Raises(error))
+    model = Raises(error) if audit is precision else AuditedModel(Raises(error))
     result = audit(model, torch.randn(8, 3))
     table = rows(result)
     assert table["float32"]["measured verdict"] == verdict
@@ -311,11 +320,11 @@ def test_what_a_model_raises_is_told_apart(audit, error, verdict):
 
 
 def test_a_model_that_cannot_be_converted_is_refused_in_other_dtypes_only():
-    class Fixed(Times):
-        def in_dtype(self, dtype):
+    class KnownConstants(Times):
+        def to_dtype(self, dtype):
             raise TypeError("cannot be copied")
 
-    result = precision(Fixed(), torch.randn(8, 3))
+    result = precision(KnownConstants(), torch.randn(8, 3))
     assert {row["measured verdict"] for row in result.tables["arithmetic"]} == {"works", "refused"}
     assert result.verdict is Verdict.STABLE
 
@@ -343,7 +352,9 @@ def test_it_is_among_the_standard_checks():
     assert "precision" not in LEVELS[Level.QUICK]
 
 
-@pytest.mark.parametrize("settings", [{"candidates": []}, {"usable": 0.0}, {"usable": math.nan}, {"probes": 0}])
+@pytest.mark.parametrize(
+    "settings", [{"candidates": []}, {"usable": 0.0}, {"usable": math.nan}, {"probes": 0}]
+)
 def test_bad_settings_are_refused(settings):
     with pytest.raises(ValueError, match="expected"):
         precision(Times(), torch.randn(3, 2), **settings)
@@ -352,12 +363,16 @@ def test_bad_settings_are_refused(settings):
 def test_the_reason_names_the_arithmetic_that_was_judged():
     own = precision(Times(), torch.randn(4, 3))
     assert "In float64, the dtype of the data," in own.reason
-    other = precision(Times(), torch.randn(4, 3), candidates=[Arithmetic("bfloat16", torch.bfloat16)])
+    other = precision(
+        Times(), torch.randn(4, 3), candidates=[NumberFormat("bfloat16", torch.bfloat16)]
+    )
     assert other.reason.startswith("In bfloat16, 95 %")
 
 
 @pytest.mark.parametrize(
-    "cases", [CASES[::12], pytest.param(CASES, marks=pytest.mark.slow)], ids=["a twelfth", "every case"]
+    "cases",
+    [CASES[::12], pytest.param(CASES, marks=pytest.mark.slow)],
+    ids=["a twelfth", "every case"],
 )
 def test_the_forecast_is_right_where_it_decides(cases):
     """At least 99 % of the decided pairs of model and arithmetic.
@@ -368,7 +383,9 @@ def test_the_forecast_is_right_where_it_decides(cases):
     for case in cases:
         model, x = case.make()
         for row in precision(model, x).tables.get("arithmetic", ()):
-            answered = row["measured verdict"] != "refused" and "did not return" not in row["remark"]
+            answered = (
+                row["measured verdict"] != "refused" and "did not return" not in row["remark"]
+            )
             if row["forecast verdict"] in ("works", "breaks") and answered:
                 decided += 1
                 if row["forecast verdict"] != row["measured verdict"]:

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from inn_guard.adapters import wrap
 from inn_guard.audits import Verdict
 from inn_guard.audits.preflight import preflight
-from inn_guard.invertible import Invertible
+from inn_guard.core.invertible import Invertible
 from inn_guard.layers.chain import Chain
-from tests.toys import Linear, Warp, random_chain
+from tests.cases.toys import Linear, Warp, random_chain
 
 
 def data(batch: int = 4) -> Tensor:
@@ -92,7 +92,7 @@ class RefusesLarge(Base):
 
 
 @pytest.mark.parametrize(
-    "model", [Base(), Warp(6), random_chain(), Base().in_dtype(torch.float32)], ids=lambda m: m.name
+    "model", [Base(), Warp(6), random_chain(), Base().to_dtype(torch.float32)], ids=lambda m: m.name
 )
 def test_a_model_that_behaves_is_stable(model):
     dtype = next(model.parameters()).dtype
@@ -173,7 +173,7 @@ def test_broken_parameters_are_counted():
 
 
 def test_mixed_parameters_are_remarked():
-    model = Chain(Base(), Base().in_dtype(torch.float32))
+    model = Chain(Base(), Base().to_dtype(torch.float32))
     model.steps[1].forward = lambda x: x * 2
     model.steps[1].inverse = lambda z: z / 2
     result = preflight(model.eval(), data())

@@ -10,25 +10,30 @@ import torch
 from torch import Tensor, nn
 
 from inn_guard.adapters import wrap
-from inn_guard.audits import Verdict, reconstruction_verdict
-from inn_guard.audits.explanation import explain
-from inn_guard.audits.limits import FLOOR, USABLE, data_scale, usable_error
-from inn_guard.audits.reconstruction import reconstruction
+from inn_guard.audits import Verdict
+from inn_guard.audits.reconstruction import verdict as reconstruction_verdict
+from inn_guard.audits.reconstruction.audit import reconstruction
+from inn_guard.audits.reconstruction.rounding import explain
+from inn_guard.audits.thresholds import FLOOR, USABLE, data_scale, max_usable_error
 from inn_guard.layers.chain import Chain
 from inn_guard.layers.fixed_point import FixedPoint
 from inn_guard.layers.residual import Residual
 from inn_guard.layers.residual_log_det import ExactLogDet
-from tests import reference
-from tests.toys import Embedding, Linear, Warp, random_chain
+from tests.cases.toys import Embedding, Linear, Warp, random_chain
+from tests.oracles import transforms as reference
 
 
 def data(batch: int = 6, dimension: int = 6, dtype: torch.dtype = torch.float64) -> Tensor:
-    return torch.randn(batch, dimension, generator=torch.Generator().manual_seed(3), dtype=torch.float64).to(dtype)
+    return torch.randn(
+        batch, dimension, generator=torch.Generator().manual_seed(3), dtype=torch.float64
+    ).to(dtype)
 
 
 def rotated(condition: float, dimension: int = 6) -> Linear:
     generator = torch.Generator().manual_seed(0)
-    left, right = (torch.linalg.qr(torch.randn(dimension, dimension, generator=generator)).Q for _ in range(2))
+    left, right = (
+        torch.linalg.qr(torch.randn(dimension, dimension, generator=generator)).Q for _ in range(2)
+    )
     return Linear(left @ torch.diag(torch.logspace(0, -math.log10(condition), dimension)) @ right)
 
 
@@ -69,20 +74,22 @@ def test_errors_are_those_one_would_type():
     back = model.inverse(model(x)).detach()
     torch.testing.assert_close(result.per_sample["max_error"], (back - x).abs().amax(1))
     assert result.values["max_error"] == result.per_sample["max_error"].max()
-    assert result.values["relative_error"] == pytest.approx(((back - x).abs().amax(1) / data_scale(x)).max().item())
+    assert result.values["relative_error"] == pytest.approx(
+        ((back - x).abs().amax(1) / data_scale(x)).max().item()
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("condition", [1.0, 1e3])
 def test_good_inverses_are_stable(dtype, condition):
-    result = reconstruction(rotated(condition).in_dtype(dtype), data(dtype=dtype))
+    result = reconstruction(rotated(condition).to_dtype(dtype), data(dtype=dtype))
     assert result.verdict is Verdict.STABLE, result.reason
     assert result.values["log10_condition_number"] == pytest.approx(math.log10(condition), abs=0.1)
 
 
 def test_the_same_net_is_unusable_in_float32_and_stable_in_float64():
     model = rotated(1e7)
-    single = reconstruction(model.in_dtype(torch.float32), data(dtype=torch.float32))
+    single = reconstruction(model.to_dtype(torch.float32), data(dtype=torch.float32))
     assert single.verdict is Verdict.UNSTABLE
     assert single.values["relative_error"] > USABLE
     assert "condition number" in single.reason
@@ -94,7 +101,7 @@ def test_the_same_net_is_unusable_in_float32_and_stable_in_float64():
 @pytest.mark.parametrize("spread", [0.0, 1.0, 2.0])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_what_rounding_explains_covers_the_error_and_is_no_blank_cheque(seed, spread, dtype):
-    model = random_chain(depth=4, spread=spread, seed=seed).in_dtype(dtype)
+    model = random_chain(depth=4, spread=spread, seed=seed).to_dtype(dtype)
     x = data(dtype=dtype)
     error = reference.round_trip(model, x)
     explained = explain(model, x, seed=0).error(dtype)
@@ -105,7 +112,7 @@ def test_what_rounding_explains_covers_the_error_and_is_no_blank_cheque(seed, sp
 def test_a_chain_worse_than_its_condition_number_is_explained_by_its_layers():
     # the product is the identity with condition number 1, computed through a condition number of 1e5
     squeeze = rotated(1e5).matrix.detach()
-    model = Chain(Linear(squeeze), Linear(torch.linalg.inv(squeeze))).in_dtype(torch.float32)
+    model = Chain(Linear(squeeze), Linear(torch.linalg.inv(squeeze))).to_dtype(torch.float32)
     result = reconstruction(model, data(dtype=torch.float32))
     assert result.values["log10_condition_number"] == pytest.approx(0, abs=0.3)
     assert result.values["max_error"] > 100 * torch.finfo(torch.float32).eps
@@ -116,7 +123,7 @@ def test_a_chain_worse_than_its_condition_number_is_explained_by_its_layers():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("by", [1e-1, 1e-3])
 def test_a_wrong_inverse_is_called_wrong(dtype, by):
-    result = reconstruction(Offset(by).in_dtype(dtype), data(dtype=dtype))
+    result = reconstruction(Offset(by).to_dtype(dtype), data(dtype=dtype))
     assert result.verdict is Verdict.UNSTABLE
     assert "the inverse is wrong" in result.reason
 
@@ -124,7 +131,7 @@ def test_a_wrong_inverse_is_called_wrong(dtype, by):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_the_floor_of_an_inexact_inverse_is_reported_and_accepted(dtype):
     step = 2e-5
-    result = reconstruction(Grid(step).in_dtype(dtype), data(dtype=dtype))
+    result = reconstruction(Grid(step).to_dtype(dtype), data(dtype=dtype))
     assert result.verdict is Verdict.STABLE, result.reason
     assert step / 10 < result.values["floor"] < step
     assert "float64 too" in result.reason
@@ -145,7 +152,9 @@ def test_nan_is_found_with_its_layer():
 
 
 def test_overflow_in_the_forward_is_found_with_its_layer():
-    model = Chain(Linear(torch.eye(6)), *(Linear(1e30 * torch.eye(6)) for _ in range(2))).in_dtype(torch.float32)
+    model = Chain(Linear(torch.eye(6)), *(Linear(1e30 * torch.eye(6)) for _ in range(2))).to_dtype(
+        torch.float32
+    )
     result = reconstruction(model, data(dtype=torch.float32))
     assert result.verdict is Verdict.NON_FINITE
     assert "the forward of layer 2 (Linear)" in result.reason
@@ -171,7 +180,9 @@ def test_prior_latents_find_what_data_do_not():
     assert "prior latents" in result.reason
     assert reconstruction(OnlyNearData(6), x, prior=None).verdict is Verdict.STABLE
     narrow = reconstruction(
-        OnlyNearData(6), x, prior=lambda z, generator: 0.1 * torch.randn(z.shape, generator=generator)
+        OnlyNearData(6),
+        x,
+        prior=lambda z, generator: 0.1 * torch.randn(z.shape, generator=generator),
     )
     assert narrow.verdict is Verdict.STABLE
 
@@ -197,21 +208,34 @@ def test_an_iteration_that_did_not_arrive_is_said():
     residual = Residual(nn.Tanh(), log_det=ExactLogDet(), solver=FixedPoint(max_iterations=3))
     result = reconstruction(Chain(Linear(torch.eye(3)), residual), torch.randn(5, 3))
     assert result.verdict is Verdict.UNSTABLE
-    assert "the inverse of layer 1 (Residual) did not converge: 5 of 5 samples, residual" in result.reason
+    assert (
+        "the inverse of layer 1 (Residual) did not converge: 5 of 5 samples, residual"
+        in result.reason
+    )
     patient = Residual(nn.Sequential(Linear(0.5 * torch.eye(3)), nn.Tanh()), log_det=ExactLogDet())
     assert "converge" not in reconstruction(Chain(patient), torch.randn(5, 3)).reason
 
 
-@pytest.mark.parametrize(("linear", "called_wrong"), [(math.inf, True), (reconstruction_verdict.LINEAR, False)])
-def test_an_explosion_beyond_first_order_is_not_called_a_wrong_inverse(monkeypatch, linear, called_wrong):
+@pytest.mark.parametrize(
+    ("linear", "called_wrong"), [(math.inf, True), (reconstruction_verdict.LINEAR, False)]
+)
+def test_an_explosion_beyond_first_order_is_not_called_a_wrong_inverse(
+    monkeypatch, linear, called_wrong
+):
     """The inverse is exact on paper; not even float64 can carry its condition number, nor a derivative tell how far."""
-    transforms, nets = pytest.importorskip("nflows.transforms"), pytest.importorskip("nflows.nn.nets")
+    transforms, nets = (
+        pytest.importorskip("nflows.transforms"),
+        pytest.importorskip("nflows.nn.nets"),
+    )
     monkeypatch.setattr(reconstruction_verdict, "LINEAR", linear)
     torch.set_default_dtype(torch.float32)
     steps = []
     for _ in range(16):
         network = functools.partial(nets.ResidualNet, hidden_features=64)
-        steps += [transforms.RandomPermutation(10), transforms.AffineCouplingTransform(torch.arange(10) % 2, network)]
+        steps += [
+            transforms.RandomPermutation(10),
+            transforms.AffineCouplingTransform(torch.arange(10) % 2, network),
+        ]
     flow = transforms.CompositeTransform(steps)
     with torch.no_grad():
         for parameter in flow.parameters():
@@ -227,14 +251,21 @@ def test_poisoned_samples_are_left_out_and_counted():
     result = reconstruction(rotated(10), x)
     assert result.verdict is Verdict.STABLE
     assert "2 samples of x contain NaN or Inf" in result.reason
-    assert result.per_sample["max_error"].isnan().tolist() == [False, True, False, False, True, False]
+    assert result.per_sample["max_error"].isnan().tolist() == [
+        False,
+        True,
+        False,
+        False,
+        True,
+        False,
+    ]
     assert reconstruction(rotated(10), torch.full((2, 6), torch.nan)).verdict is Verdict.NON_FINITE
 
 
 def test_one_huge_sample_is_measured_by_its_own_scale():
     x = data(dtype=torch.float32)
     x[0] *= 1e12
-    assert reconstruction(rotated(2).in_dtype(torch.float32), x).verdict is Verdict.STABLE
+    assert reconstruction(rotated(2).to_dtype(torch.float32), x).verdict is Verdict.STABLE
 
 
 def test_an_injective_map_is_judged_by_its_latents():
@@ -247,8 +278,12 @@ def test_an_injective_map_is_judged_by_its_latents():
 def test_batches_and_samples_agree():
     model, x = random_chain(), data(batch=10)
     whole, parts = (reconstruction(model, x, batch_size=size) for size in (128, 3))
-    torch.testing.assert_close(whole.per_sample["max_error"], parts.per_sample["max_error"], atol=1e-13, rtol=1)
-    assert whole.values["prior_error"] == pytest.approx(parts.values["prior_error"], rel=1, abs=1e-13)
+    torch.testing.assert_close(
+        whole.per_sample["max_error"], parts.per_sample["max_error"], atol=1e-13, rtol=1
+    )
+    assert whole.values["prior_error"] == pytest.approx(
+        parts.values["prior_error"], rel=1, abs=1e-13
+    )
 
 
 def test_images_are_the_worst_samples_beside_their_reconstructions():
@@ -267,9 +302,11 @@ def test_images_are_the_worst_samples_beside_their_reconstructions():
 
 def test_scale_and_usable_levels():
     assert data_scale(torch.zeros(3, 2)).tolist() == [1, 1, 1]
-    assert data_scale(torch.tensor([[1e30, 1e30], [1.0, 1.0], [1.0, 1.0]]).float()).tolist() == pytest.approx(
-        [1e30, 1, 1]
+    assert data_scale(
+        torch.tensor([[1e30, 1e30], [1.0, 1.0], [1.0, 1.0]]).float()
+    ).tolist() == pytest.approx([1e30, 1, 1])
+    assert data_scale(torch.tensor([[1e300, 1e300], [torch.nan, 1.0]])).tolist() == pytest.approx(
+        [1e300, 1]
     )
-    assert data_scale(torch.tensor([[1e300, 1e300], [torch.nan, 1.0]])).tolist() == pytest.approx([1e300, 1])
-    assert usable_error(torch.float64) == USABLE
-    assert usable_error(torch.bfloat16) > USABLE
+    assert max_usable_error(torch.float64) == USABLE
+    assert max_usable_error(torch.bfloat16) > USABLE

@@ -12,12 +12,12 @@ from torch import nn
 from benchmarks.aef import against_vae, denoising
 from benchmarks.aef.drawing import draw
 from benchmarks.aef.laplace import Posterior, laplace_log_prob
-from benchmarks.quantized_images import quantized_digits
+from benchmarks.common.quantized_images import quantized_digits
 from inn_guard.layers.autoregressive import maf
-from inn_guard.models.aef import LinearAEF
-from inn_guard.models.autoencoder_nets import AutoencoderNets, small_nets
-from inn_guard.models.core_shell import AutoencoderConfig, no_flow
-from inn_guard.models.vae import VAE
+from inn_guard.models.aef.flow import AutoencoderConfig, no_flow
+from inn_guard.models.aef.model import LinearAEF
+from inn_guard.models.aef.networks import AutoencoderNets, small_nets
+from inn_guard.models.aef.vae import VAE
 
 
 @pytest.fixture(autouse=True)
@@ -50,7 +50,9 @@ def test_against_vae_measures_every_model_and_draws():
 def linear_nets(shape, latent):
     """An encoder and a decoder without any kink."""
     decoder = nn.Sequential(nn.Linear(latent, math.prod(shape)), nn.Unflatten(1, shape))
-    return AutoencoderNets(nn.Sequential(nn.Flatten(), nn.Linear(math.prod(shape), 2 * latent)), decoder)
+    return AutoencoderNets(
+        nn.Sequential(nn.Flatten(), nn.Linear(math.prod(shape), 2 * latent)), decoder
+    )
 
 
 @pytest.mark.parametrize("make", [VAE, LinearAEF])
@@ -58,11 +60,18 @@ def test_the_proposal_at_the_mode_meets_the_posterior_of_a_linear_decoder(make):
     torch.set_default_dtype(torch.float64)
     torch.manual_seed(0)
     recipe = AutoencoderConfig(
-        (1, 2, 3), 2, nets=linear_nets, core_encoder=no_flow, prior=no_flow, preprocessing=lambda _: []
+        (1, 2, 3),
+        2,
+        nets=linear_nets,
+        core_encoder=no_flow,
+        prior=no_flow,
+        preprocessing=lambda _: [],
     )
     model = make(recipe).eval()
     x, generator = torch.randn(5, 1, 2, 3), torch.Generator().manual_seed(1)
-    estimate = laplace_log_prob(model, x, draws=4096, repetitions=1, generator=generator, widths=(1.0,))
+    estimate = laplace_log_prob(
+        model, x, draws=4096, repetitions=1, generator=generator, widths=(1.0,)
+    )
     bias = model.flow.decode(torch.zeros(1, 2))[0]
     matrix = (model.flow.decode(torch.eye(2)) - bias).mT
     covariance = matrix @ matrix.mT + model.flow.sigma().square().diag()
@@ -75,7 +84,9 @@ def test_the_proposal_at_the_mode_gives_the_integral_over_a_grid():
     torch.manual_seed(0)
     flow = partial(maf, hidden=8, layers=2)
     nets = partial(small_nets, channels=(4, 4))
-    model = LinearAEF(AutoencoderConfig((1, 4, 4), 2, nets=nets, core_encoder=flow, prior=flow)).eval()
+    model = LinearAEF(
+        AutoencoderConfig((1, 4, 4), 2, nets=nets, core_encoder=flow, prior=flow)
+    ).eval()
     x, generator = torch.rand(4, 1, 4, 4), torch.Generator().manual_seed(1)
     estimate = laplace_log_prob(model, x, draws=2048, repetitions=4, generator=generator)
     side = torch.linspace(-12, 12, 301)

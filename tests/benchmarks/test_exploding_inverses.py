@@ -14,7 +14,11 @@ from hypothesis import strategies as st
 from benchmarks.exploding_inverses import cifar10_classifiers, dequantization, regularizer_cost
 from benchmarks.exploding_inverses.classifier_report import beside_paper, with_theirs
 from benchmarks.exploding_inverses.flow_report import grid
-from benchmarks.exploding_inverses.image_classifiers import FiniteDifferencesTerm, NormalizingFlowTerm, Run
+from benchmarks.exploding_inverses.image_classifiers import (
+    FiniteDifferencesTerm,
+    NormalizingFlowTerm,
+    Run,
+)
 from benchmarks.exploding_inverses.image_data import DATA, shifted
 from benchmarks.exploding_inverses.image_training import (
     Batch,
@@ -58,7 +62,12 @@ def test_a_shifted_image_is_a_crop_of_the_padded_one_or_of_its_mirror_image(seed
     for image, found in zip(pixels, moved, strict=True):
         sources = [image, image.flip(2)] if mirrored else [image]
         padded = [torch.nn.functional.pad(source, [reach] * 4) for source in sources]
-        crops = [p[:, i : i + 6, j : j + 7] for p in padded for i in range(2 * reach + 1) for j in range(2 * reach + 1)]
+        crops = [
+            p[:, i : i + 6, j : j + 7]
+            for p in padded
+            for i in range(2 * reach + 1)
+            for j in range(2 * reach + 1)
+        ]
         assert any(torch.equal(found, crop) for crop in crops)
 
 
@@ -78,7 +87,9 @@ def test_normalised_training_images_have_mean_zero_and_variance_one_per_channel(
 
 
 def test_pixels_cut_to_five_bits_keep_their_leading_bits():
-    data = dataclasses.replace(DATA["digits"](None), levels=256, train=torch.arange(256, dtype=torch.uint8))
+    data = dataclasses.replace(
+        DATA["digits"](None), levels=256, train=torch.arange(256, dtype=torch.uint8)
+    )
     cut = data.in_bits(5)
     assert cut.levels == 32
     assert torch.equal(cut.train, torch.arange(32).repeat_interleave(8).to(torch.uint8))
@@ -117,7 +128,13 @@ def test_a_training_that_was_killed_continues_to_the_same_weights_and_rows(tmp_p
         plan = Plan(steps=6, batch_size=16, looks=(2, 4, 6), rate=decayed((1,), 4))
         optimizer = torch.optim.Adam(net.net.parameters(), 1e-2)
         return train(
-            net.net, optimizer, net.loss(), plan=plan, look=look, checkpoint=checkpoint, examples=len(net.data.train)
+            net.net,
+            optimizer,
+            net.loss(),
+            plan=plan,
+            look=look,
+            checkpoint=checkpoint,
+            examples=len(net.data.train),
         )
 
     whole = run(tmp_path / "whole.safetensors")
@@ -161,12 +178,16 @@ def test_steps_whose_gradient_is_not_finite_are_left_out(tmp_path, clip):
     torch.nn.init.ones_(weight.weight)
     plan = Plan(steps=4, batch_size=1, looks=(1, 3, 4), clip=clip)
     optimizer = torch.optim.SGD(weight.parameters(), 0.25)
-    rows = train(weight, optimizer, loss, plan=plan, look=dict, checkpoint=tmp_path / "c", examples=1)
+    rows = train(
+        weight, optimizer, loss, plan=plan, look=dict, checkpoint=tmp_path / "c", examples=1
+    )
     assert seen == [1, 0.75, 0.75, 0.5]
     assert [row["skipped_steps"] for row in rows] == [0, 1, 1]
 
 
-@pytest.mark.parametrize("text", ["affine conv", "affine conv FD", "affine conv none 1e-3", "linear conv none", ""])
+@pytest.mark.parametrize(
+    "text", ["affine conv", "affine conv FD", "affine conv none 1e-3", "linear conv none", ""]
+)
 def test_a_run_that_is_none_is_refused(text):
     with pytest.raises(ValueError, match="expected"):
         Run.parse(text)
@@ -174,18 +195,25 @@ def test_a_run_that_is_none_is_refused(text):
 
 def test_the_unregularized_affine_net_alone_is_trained_with_stored_activations():
     names = cifar10_classifiers.Config.paper().runs
-    assert [name for name in names if not Run.parse(name).reversible] == ["affine shuffle none", "affine conv none"]
+    assert [name for name in names if not Run.parse(name).reversible] == [
+        "affine shuffle none",
+        "affine conv none",
+    ]
     assert len(names) == len(pd.read_csv(cifar10_classifiers.__file__.replace(
         "exploding_inverses/cifar10_classifiers.py", "reference/cifar10_classifiers_table9.csv")))  # fmt: skip
 
 
-@pytest.mark.parametrize("text", ["affine conv FD 1e-2", "additive conv NF 1e-2", "additive shuffle none"])
+@pytest.mark.parametrize(
+    "text", ["affine conv FD 1e-2", "additive conv NF 1e-2", "additive shuffle none"]
+)
 def test_memory_saving_training_has_the_gradients_of_plain_training(text):
     gradients = []
     for saving in (False, True):
         net = training(text, memory_saving=saving)
         net.loss()(batch()).backward()
-        gradients.append(torch.cat([p.grad.flatten() for p in net.net.parameters() if p.grad is not None]))
+        gradients.append(
+            torch.cat([p.grad.flatten() for p in net.net.parameters() if p.grad is not None])
+        )
     assert torch.allclose(*gradients, rtol=1e-3, atol=1e-5)
 
 
@@ -194,7 +222,8 @@ def test_fd_is_due_every_kth_step_with_noise_that_depends_on_the_step_alone():
     x = net.normalised(net.data.train[:8])
     term = FiniteDifferencesTerm(1.0, every=3, fraction=0.5)
     penalties = [
-        float(torch.as_tensor(term.latents(net.net.inn, x, batch(step))[1]).detach()) for step in (0, 1, 2, 3, 0)
+        float(torch.as_tensor(term.latents(net.net.inn, x, batch(step))[1]).detach())
+        for step in (0, 1, 2, 3, 0)
     ]
     assert penalties[0] > 0
     assert penalties[1:3] == [0, 0]
@@ -212,14 +241,29 @@ def test_nf_is_the_negative_log_likelihood_of_the_same_pass():
 
 def last_row(case, data="CIFAR-10 (JPEG copies)"):
     run = Run.parse(case)
-    row = {"case": case, "coupling": run.coupling, "mixing": run.mixing, "regularizer": run.regularizer, "data": data}
-    ours = dict.fromkeys(("test_accuracy", "reconstruction_error", "condition_number", "sigma_min", "sigma_max"), 1.0)
+    row = {
+        "case": case,
+        "coupling": run.coupling,
+        "mixing": run.mixing,
+        "regularizer": run.regularizer,
+        "data": data,
+    }
+    ours = dict.fromkeys(
+        ("test_accuracy", "reconstruction_error", "condition_number", "sigma_min", "sigma_max"), 1.0
+    )
     return row | {"coefficient": run.coefficient, "broken_images": 0, "mean_angle": 0.0} | ours
 
 
 def test_the_papers_figures_stand_beside_their_own_runs():
-    names = ["affine conv none", "affine conv NF 1e-4", "additive shuffle FD 1e-4", "affine conv FD 7e-7"]
-    frame = with_theirs(pd.DataFrame([last_row(name) for name in names] + [last_row(names[0], data="digits")]))
+    names = [
+        "affine conv none",
+        "affine conv NF 1e-4",
+        "additive shuffle FD 1e-4",
+        "affine conv FD 7e-7",
+    ]
+    frame = with_theirs(
+        pd.DataFrame([last_row(name) for name in names] + [last_row(names[0], data="digits")])
+    )
     assert frame["their_condition_number"].tolist()[:3] == [8.6e14, 9.6e3, 7.0e2]
     assert frame["their_test_accuracy"].tolist()[:3] == pytest.approx([0.8907, 0.8864, 0.8849])
     assert frame["their_test_accuracy"].isna().tolist() == [False, False, False, True, True]
@@ -227,9 +271,13 @@ def test_the_papers_figures_stand_beside_their_own_runs():
 
 
 def test_the_papers_conclusions_hold_of_its_own_figures_and_not_of_others():
-    frame = with_theirs(pd.DataFrame([last_row(name) for name in cifar10_classifiers.Config.paper().runs]))
+    frame = with_theirs(
+        pd.DataFrame([last_row(name) for name in cifar10_classifiers.Config.paper().runs])
+    )
     counted = conclusions(frame)
-    assert [text.split(" of ")[0] for text in counted["paper"]] == [text.split(" of ")[1] for text in counted["paper"]]
+    assert [text.split(" of ")[0] for text in counted["paper"]] == [
+        text.split(" of ")[1] for text in counted["paper"]
+    ]
     assert counted.set_index("conclusion").loc["FD lowers the condition number", "ours"] == "0 of 4"
     assert counted["paper"].iloc[1] == "8 of 8"
 

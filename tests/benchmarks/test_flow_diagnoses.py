@@ -62,4 +62,6 @@ def test_the_layer_whose_inverse_overflows_is_named_with_its_inputs_size():
     assert row["overflow_samples"] == 3
     assert row["overflow_input"] == pytest.approx(2e150)
     assert row["overflow_input_on_data"] == pytest.approx(1e-200)
-    assert overflow(Chain(Flatten((4,))), torch.ones(3, 4), torch.ones(5, 4))["overflow_layer"] == ""
+    assert (
+        overflow(Chain(Flatten((4,))), torch.ones(3, 4), torch.ones(5, 4))["overflow_layer"] == ""
+    )

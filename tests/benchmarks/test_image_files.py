@@ -10,7 +10,7 @@ import tarfile
 import numpy as np
 import pytest
 
-from benchmarks.image_files import read_cifar10, read_mnist
+from benchmarks.common.image_files import read_cifar10, read_mnist
 
 
 @pytest.fixture
@@ -21,7 +21,9 @@ def images():
 
 def records(images):
     pixels, labels = images
-    return np.concatenate([labels[:, None].astype(np.uint8), pixels.reshape(7, -1)], axis=1).tobytes()
+    return np.concatenate(
+        [labels[:, None].astype(np.uint8), pixels.reshape(7, -1)], axis=1
+    ).tobytes()
 
 
 def python_batch(images):
@@ -38,7 +40,11 @@ def archive(path, members):
 
 
 def idx(array):
-    return bytes([0, 0, 8, array.ndim]) + b"".join(n.to_bytes(4, "big") for n in array.shape) + array.tobytes()
+    return (
+        bytes([0, 0, 8, array.ndim])
+        + b"".join(n.to_bytes(4, "big") for n in array.shape)
+        + array.tobytes()
+    )
 
 
 @pytest.mark.parametrize("layout", ["bin", "py", "bin archive", "py archive"])
@@ -84,7 +90,13 @@ class Hostile:
 
 @pytest.mark.parametrize(
     "data",
-    [b"", b"garbage", pickle.dumps({}), pickle.dumps(Hostile()), pickle.dumps({b"data": [1], b"labels": [1]})],
+    [
+        b"",
+        b"garbage",
+        pickle.dumps({}),
+        pickle.dumps(Hostile()),
+        pickle.dumps({b"data": [1], b"labels": [1]}),
+    ],
     ids=["empty", "garbage", "no keys", "code", "list"],
 )
 def test_hostile_python_batches_are_refused_and_run_nothing(tmp_path, data, capsys):

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 import pandas as pd
 import pytest
 
-from benchmarks import experiments, runner
-from benchmarks.image_files import file_checksums
+from benchmarks.common import experiments, runner
+from benchmarks.common.image_files import file_checksums
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,16 @@ def test_flags_are_parsed_as_the_fields_they_set_and_results_hold_the_checksums(
     folder.mkdir(parents=True)
     (folder / "t10k-labels-idx1-ubyte.gz").write_bytes(b"labels")
     calls.append("b")  # no kill
-    words = ["--preset", "smoke", "--size", "7", "--rates", "0.1,0.2", "--data-root", str(tmp_path / "files")]
+    words = [
+        "--preset",
+        "smoke",
+        "--size",
+        "7",
+        "--rates",
+        "0.1,0.2",
+        "--data-root",
+        str(tmp_path / "files"),
+    ]
     runner.main(Config, run, argv=[*words, "--out", str(tmp_path)])
     (path,) = tmp_path.glob("*_smoke.json")
     written = json.loads(path.read_text())
@@ -94,7 +103,10 @@ def test_flags_are_parsed_as_the_fields_they_set_and_results_hold_the_checksums(
         (["--fast", "maybe"], r"--fast: expected something like False; got 'maybe'"),
         (["--preset", "huge"], "invalid choice"),
         (["--out", "file"], "--out: expected a folder that can be written to; got file"),
-        (["--out", "file/within"], "--out: expected a folder that can be written to; got file/within"),
+        (
+            ["--out", "file/within"],
+            "--out: expected a folder that can be written to; got file/within",
+        ),
     ],
 )
 def test_wrong_flags_end_before_anything_is_run(flags, said, tmp_path, capsys):
@@ -120,14 +132,18 @@ def test_checksums_are_of_the_data_set_that_is_asked_for(tmp_path):
 def test_experiments_are_found_by_their_names():
     assert experiments.find("exploding_inverses.flowgan") is experiments.find("flowgan")
     assert experiments.find("nif_tables").name == "nif.tables"
-    with pytest.raises(LookupError, match=r"one of .*exploding_inverses\.regularizer_cost, performance\."):
+    with pytest.raises(
+        LookupError, match=r"one of .*exploding_inverses\.regularizer_cost, performance\."
+    ):
         experiments.find("regularizer_cost")
 
 
 def test_the_readme_is_rewritten_around_other_tables(tmp_path, monkeypatch):
     readme = tmp_path / "README.md"
     head = "| experiment | claim | paper |"
-    readme.write_text(f"| other |\n| --- |\n\n{head}\n| --- | --- | --- |\n| `old` | | |\n\n| more |\n")
+    readme.write_text(
+        f"| other |\n| --- |\n\n{head}\n| --- | --- | --- |\n| `old` | | |\n\n| more |\n"
+    )
     monkeypatch.setattr(experiments, "README", readme)
     experiments.write_readme()
     text = readme.read_text()

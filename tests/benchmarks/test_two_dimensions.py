@@ -24,7 +24,9 @@ def test_singular_values_are_those_of_the_dense_jacobian():
     for k in range(5):
         dense = torch.autograd.functional.jacobian(lambda row: net(row[None])[0], x[k])
         expected = torch.linalg.svdvals(dense)
-        torch.testing.assert_close(torch.stack([largest[k], smallest[k]]), expected, rtol=1e-9, atol=0)
+        torch.testing.assert_close(
+            torch.stack([largest[k], smallest[k]]), expected, rtol=1e-9, atol=0
+        )
 
 
 def test_a_flattened_direction_is_a_zero_singular_value_and_an_infinite_error():
@@ -85,7 +87,9 @@ def test_certified_bounds_enclose_the_grid_within_the_box():
 def test_the_gradient_penalty_of_a_linear_critic():
     weight = torch.tensor([3.0, 4.0])
     x = torch.randn(6, 2)
-    found = gradient_penalty(lambda x: x @ weight, x, x + 1, generator=torch.Generator().manual_seed(0))
+    found = gradient_penalty(
+        lambda x: x @ weight, x, x + 1, generator=torch.Generator().manual_seed(0)
+    )
     assert found.item() == pytest.approx(16.0)
 
 
@@ -107,7 +111,9 @@ def test_a_generator_whose_loss_is_not_finite_is_left_as_it_was_and_ends_with_a_
     config = dataclasses.replace(flowgan.Config.smoke(), objectives=("mle",), steps=4, looks=2)
     players = flowgan.Players(config, flowgan.loaded(config)[0])
     before = [parameter.clone() for parameter in players.flow.parameters()]
-    monkeypatch.setattr(type(players.flow), "log_prob", lambda self, x: torch.full((len(x),), math.nan))
+    monkeypatch.setattr(
+        type(players.flow), "log_prob", lambda self, x: torch.full((len(x),), math.nan)
+    )
     assert not players.step(flowgan.objective(config, "mle"))
     assert all(map(torch.equal, before, players.flow.parameters()))
     rows = list(flowgan.measure(config, "mle"))

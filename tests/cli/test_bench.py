@@ -9,7 +9,7 @@ import tarfile
 import pytest
 from typer.testing import CliRunner
 
-from benchmarks.experiments import EXPERIMENTS
+from benchmarks.common.experiments import EXPERIMENTS
 from inn_guard.cli import app
 
 FAST = "attacks.step_cost"
@@ -53,7 +53,10 @@ def test_help_behind_a_name_is_that_of_the_experiment():
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["nonsense"], "expected the name of an experiment, got 'nonsense'; inn-guard bench lists them"),
+        (
+            ["nonsense"],
+            "expected the name of an experiment, got 'nonsense'; inn-guard bench lists them",
+        ),
         (["--preset", "smoke"], "expected the name of an experiment before its options"),
         ([FAST, "--preset", "enormous"], "invalid choice: 'enormous'"),
         ([FAST, "--no-such-flag", "1"], "unrecognized arguments: --no-such-flag"),
@@ -66,14 +69,18 @@ def test_wrong_usage_is_code_two(words, said):
 
 
 def test_missing_data_is_code_two_with_the_command_that_fetches_it(tmp_path):
-    done = run("nif.tables", "--preset", "smoke", "--data", "mnist", "--data-root", tmp_path / "none")
+    done = run(
+        "nif.tables", "--preset", "smoke", "--data", "mnist", "--data-root", tmp_path / "none"
+    )
     assert done.exit_code == 2
     assert f"torchvision.datasets.MNIST('{tmp_path / 'none'}', download=True)" in done.stderr
     assert f"--data-root {tmp_path / 'none'}" in done.stderr
 
 
 def test_an_installed_package_without_the_repository_says_to_clone_it(monkeypatch, tmp_path):
-    monkeypatch.setattr("inn_guard.__file__", str(tmp_path / "site-packages" / "inn_guard" / "__init__.py"))
+    monkeypatch.setattr(
+        "inn_guard.__file__", str(tmp_path / "site-packages" / "inn_guard" / "__init__.py")
+    )
     done = run()
     assert done.exit_code == 2
     assert "clone the repository" in done.stderr
@@ -84,11 +91,18 @@ def test_an_installed_package_finds_the_clone_in_the_current_folder(tmp_path):
     site, clone = tmp_path / "site", tmp_path / "clone"
     for folder in (site, clone / "inn_guard", clone / "benchmarks"):
         folder.mkdir(parents=True)
-    (clone / "benchmarks" / "experiments.py").write_text("def listing():\n    return 'the clone speaks'\n")
+    (clone / "benchmarks" / "experiments.py").write_text(
+        "def listing():\n    return 'the clone speaks'\n"
+    )
     _copy_package(site)
     code = f"import sys; sys.path.insert(0, {str(site)!r}); from inn_guard.cli import main; main()"
     done = subprocess.run(
-        [sys.executable, "-c", code, "bench"], cwd=clone, capture_output=True, text=True, timeout=60, check=False
+        [sys.executable, "-c", code, "bench"],
+        cwd=clone,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
     )
     assert done.returncode == 0, done.stderr
     assert "the clone speaks" in done.stdout

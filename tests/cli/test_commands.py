@@ -31,10 +31,14 @@ def run(*words):
 
 
 def audit(factory, data, *options, checks="reconstruction"):
-    return run("audit", "--model", f"{NETS}:{factory}", "--data", data, "--checks", checks, *options)
+    return run(
+        "audit", "--model", f"{NETS}:{factory}", "--data", data, "--checks", checks, *options
+    )
 
 
-@pytest.mark.parametrize(("factory", "code"), [("stable", 0), ("ready", 0), ("unstable", 1), ("singular", 1)])
+@pytest.mark.parametrize(
+    ("factory", "code"), [("stable", 0), ("ready", 0), ("unstable", 1), ("singular", 1)]
+)
 def test_exit_code_is_the_verdict(factory, code, data):
     done = audit(factory, data, "--dtype", "float32")
     assert done.exit_code == code, done.output
@@ -75,7 +79,15 @@ def test_a_dry_run_estimates_and_measures_nothing(data):
 
 @pytest.mark.parametrize(("factory", "code"), [("stable", 0), ("unstable", 1)])
 def test_torchrun_gives_one_report_and_the_verdict_as_its_exit_code(factory, code, data, tmp_path):
-    words = ["audit", "--model", f"{NETS}:{factory}", "--data", str(data), "--json", str(tmp_path / "two.json")]
+    words = [
+        "audit",
+        "--model",
+        f"{NETS}:{factory}",
+        "--data",
+        str(data),
+        "--json",
+        str(tmp_path / "two.json"),
+    ]
     options = ["--checks", "reconstruction,jacobian_spectrum", "--dtype", "float32"]
     torchrun = [
         sys.executable,
@@ -88,7 +100,9 @@ def test_torchrun_gives_one_report_and_the_verdict_as_its_exit_code(factory, cod
         "inn_guard",
     ]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run([*torchrun, *words, *options], capture_output=True, text=True, env=environment, timeout=300)
+    done = subprocess.run(
+        [*torchrun, *words, *options], capture_output=True, text=True, env=environment, timeout=300
+    )
     assert done.returncode == code, done.stderr
     assert done.stdout.count("reconstruction ") == 1
     assert done.stderr.count("note: importing") == 1
@@ -97,7 +111,10 @@ def test_torchrun_gives_one_report_and_the_verdict_as_its_exit_code(factory, cod
     audit(factory, data, "--json", tmp_path / "one.json", *options[2:], checks=options[1])
     alone = json.loads((tmp_path / "one.json").read_text())
     for two, one in zip(saved["results"], alone["results"], strict=True):
-        assert (two["verdict"], two["values"]) == (one["verdict"], pytest.approx(one["values"], rel=1e-5, nan_ok=True))
+        assert (two["verdict"], two["values"]) == (
+            one["verdict"],
+            pytest.approx(one["values"], rel=1e-5, nan_ok=True),
+        )
 
 
 def test_standard_output_is_the_report_and_remarks_are_apart(data):
@@ -117,7 +134,9 @@ def test_seed_repeats_the_factory_and_leaves_the_global_generator(data, tmp_path
     def numbers(seed):
         audit("random", data, "--seed", seed, "--json", tmp_path / "a.json")
         saved = json.loads((tmp_path / "a.json").read_text())
-        return next(row["per_sample"] for row in saved["results"] if row["name"] == "reconstruction")
+        return next(
+            row["per_sample"] for row in saved["results"] if row["name"] == "reconstruction"
+        )
 
     before = torch.get_rng_state()
     assert numbers(1) == numbers(1)
@@ -129,7 +148,10 @@ def test_seed_repeats_the_factory_and_leaves_the_global_generator(data, tmp_path
     ("options", "words"),
     [
         (["--checks", "reconstruction,nonsense"], "; got nonsense"),
-        (["--html", "/nowhere/at/all/a.html"], "error: expected the path of a file in a folder that exists"),
+        (
+            ["--html", "/nowhere/at/all/a.html"],
+            "error: expected the path of a file in a folder that exists",
+        ),
         (["--json", "/"], "error: expected the path of a file in a folder that exists"),
         (["--data", "missing.npy"], "error: there is no file or folder missing.npy"),
         (["--model", "json"], "error: expected --model package.module:factory, got 'json'"),
@@ -191,7 +213,9 @@ def test_crashes_are_code_three_never_a_verdict(monkeypatch, data, capsys):
         raise ZeroDivisionError("a fault")
 
     monkeypatch.setattr("inn_guard.cli.commands.run_audit", crash)
-    monkeypatch.setattr(sys, "argv", ["inn-guard", "audit", "--model", f"{NETS}:stable", "--data", str(data)])
+    monkeypatch.setattr(
+        sys, "argv", ["inn-guard", "audit", "--model", f"{NETS}:stable", "--data", str(data)]
+    )
     with pytest.raises(SystemExit) as left:
         main()
     assert left.value.code == 3
@@ -199,7 +223,9 @@ def test_crashes_are_code_three_never_a_verdict(monkeypatch, data, capsys):
 
 
 def test_python_m_inn_guard():
-    done = subprocess.run([sys.executable, "-m", "inn_guard", "--version"], capture_output=True, text=True, timeout=60)
+    done = subprocess.run(
+        [sys.executable, "-m", "inn_guard", "--version"], capture_output=True, text=True, timeout=60
+    )
     assert done.returncode == 0
     assert done.stdout.startswith("inn_guard ")
 

@@ -120,13 +120,19 @@ def test_more_than_memory_should_hold_is_refused_before_reading(tmp_path, monkey
 
 def test_context_keeps_labels_and_demands_a_row_for_each_sample(tmp_path):
     rows = Rows(torch.zeros(2, 3), 5)
-    labels = load_context(array(tmp_path, np.arange(5, dtype=np.uint8), "c.npy"), rows=rows, dtype=torch.float32)
+    labels = load_context(
+        array(tmp_path, np.arange(5, dtype=np.uint8), "c.npy"), rows=rows, dtype=torch.float32
+    )
     assert labels.dtype is torch.int64
     assert labels.tolist() == [0, 1]
-    numbers = load_context(array(tmp_path, np.ones((5, 2)), "c.npy"), rows=rows, dtype=torch.float32)
+    numbers = load_context(
+        array(tmp_path, np.ones((5, 2)), "c.npy"), rows=rows, dtype=torch.float32
+    )
     assert numbers.shape == (2, 2)
     assert numbers.dtype is torch.float32
-    with pytest.raises(WrongUsage, match=r"expected --context with 5 rows, as many as --data has; .* has 4"):
+    with pytest.raises(
+        WrongUsage, match=r"expected --context with 5 rows, as many as --data has; .* has 4"
+    ):
         load_context(array(tmp_path, np.ones((4, 2)), "c.npy"), rows=rows, dtype=torch.float32)
 
 

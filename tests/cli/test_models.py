@@ -32,7 +32,10 @@ def test_factories_classes_and_ready_models():
         ("no_such_package_anywhere:f", "there is no module 'no_such_package_anywhere'"),
         (f"{NETS}:nothing", "has no 'nothing'"),
         (f"{NETS}:not_callable", "expected .* to be a function that makes the model, got int"),
-        (f"{NETS}:raises", r"raises\(\) raised ValueError: first line\nsecond line \(nets.py, line \d+\)"),
+        (
+            f"{NETS}:raises",
+            r"raises\(\) raised ValueError: first line\nsecond line \(nets.py, line \d+\)",
+        ),
         (f"{NETS}:leaves", r"leaves\(\) raised SystemExit"),
         (f"{NETS}:needs", "missing 1 required positional argument: 'width'"),
     ],
@@ -45,7 +48,10 @@ def test_what_cannot_be_made_is_said(name, words):
 @pytest.mark.parametrize(
     ("code", "words"),
     [
-        ("import no_such_library", "importing broken_net raised ModuleNotFoundError: .*no_such_library"),
+        (
+            "import no_such_library",
+            "importing broken_net raised ModuleNotFoundError: .*no_such_library",
+        ),
         ("1 +", "importing broken_net raised SyntaxError"),
         ("raise SystemExit(0)", "importing broken_net raised SystemExit"),
     ],
@@ -75,7 +81,10 @@ def test_weights_are_loaded(name, tmp_path):
 
 def test_weights_under_a_usual_name_and_of_another_dtype_are_said(tmp_path, capsys):
     model = Scale()
-    load_weights(model, saved(tmp_path / "w.pt", {"epoch": 3, "state_dict": {"scale": torch.arange(4.0).half()}}))
+    load_weights(
+        model,
+        saved(tmp_path / "w.pt", {"epoch": 3, "state_dict": {"scale": torch.arange(4.0).half()}}),
+    )
     assert model.scale.tolist() == [0, 1, 2, 3]
     told = capsys.readouterr().err
     assert "under 'state_dict'" in told
@@ -87,7 +96,10 @@ def test_weights_under_a_usual_name_and_of_another_dtype_are_said(tmp_path, caps
     [
         ({}, r"of 1 weights 1 missing \(scale\)"),
         ({"scale": torch.ones(4), "a.b": torch.ones(1)}, r"of 1 weights 1 unexpected \(a.b\)"),
-        ({f"k{i}": torch.ones(1) for i in range(9)}, r"1 missing \(scale\) and 9 unexpected \(k0, k1, k2, k3, …\)"),
+        (
+            {f"k{i}": torch.ones(1) for i in range(9)},
+            r"1 missing \(scale\) and 9 unexpected \(k0, k1, k2, k3, …\)",
+        ),
         ({"scale": torch.ones(3)}, r"scale has shape \(3,\), expected \(4,\)"),
     ],
 )
@@ -129,7 +141,13 @@ def test_pickled_code_is_never_run(tmp_path):
 @pytest.mark.parametrize("name", ["w.safetensors", "w.pt"])
 def test_damaged_files(name, tmp_path):
     whole = saved(tmp_path / name, {"scale": torch.ones(4)}).read_bytes()
-    for content in (b"", b"\x00" * 64, whole[: len(whole) // 2], b"\xff" * 9 + whole, b"PK\x03\x04"):
+    for content in (
+        b"",
+        b"\x00" * 64,
+        whole[: len(whole) // 2],
+        b"\xff" * 9 + whole,
+        b"PK\x03\x04",
+    ):
         (tmp_path / name).write_bytes(content)
         with pytest.raises(WrongUsage, match="cannot be read as weights"):
             load_weights(Scale(), tmp_path / name)

@@ -9,18 +9,24 @@ import torch
 from nflows.transforms import MaskedAffineAutoregressiveTransform
 
 import inn_guard as ig
+from inn_guard.core.layer_jacobian import AutogradJacobian
+from inn_guard.jacobian.network import AutogradNetwork, linearize_network
 from inn_guard.layers.actnorm import ActNorm
-from inn_guard.layers.autoregressive import MADE, AutoregressiveTangent, MaskedAutoregressive, iaf, maf
-from inn_guard.layers.inverted import Inverted
+from inn_guard.layers.autoregressive import (
+    MADE,
+    AutoregressiveTangent,
+    MaskedAutoregressive,
+    iaf,
+    maf,
+)
+from inn_guard.layers.inverted import InverseLayer
 from inn_guard.layers.reshape import ZeroPadding
 from inn_guard.layers.scales import ExpScale, SoftplusScale
-from inn_guard.lipschitz.intervals import Box
-from inn_guard.network_tangent import ByAutograd, linearize_network
-from inn_guard.tangent import AutogradTangent
-from tests import reference
-from tests.case import randomize
-from tests.cases_aef import CASES
+from inn_guard.numerics.intervals import Box
+from tests.cases.aef import CASES
+from tests.cases.case import randomize
 from tests.lipschitz.soundness import assert_sound
+from tests.oracles import transforms as reference
 
 LAYERS = [case for case in CASES if "autoregressive" in case.id]
 PRODUCTS = ["jvp", "vjp", "inverse_jvp", "inverse_vjp"]
@@ -64,7 +70,7 @@ def test_a_reversal_between_two_layers_fills_the_jacobian():
 @pytest.mark.parametrize("product", PRODUCTS)
 def test_products_equal_autograd(case, product):
     flow, x = case.make()
-    fast, slow = flow.linearize(x), AutogradTangent(flow.forward, flow.inverse, x)
+    fast, slow = flow.linearize(x), AutogradJacobian(flow.forward, flow.inverse, x)
     assert torch.allclose(fast.output, slow.output, rtol=1e-12, atol=1e-13)
     vector = torch.randn_like(x)
     actual, expected = getattr(fast, product)(vector), getattr(slow, product)(vector)
@@ -75,8 +81,8 @@ def test_products_equal_autograd(case, product):
 
 def test_the_masked_network_is_differentiated_without_a_graph_and_rightly():
     network, x = random_made(6), torch.randn(3, 6)
-    fast, slow = linearize_network(network, x), ByAutograd(network, x)
-    assert not any(isinstance(step, ByAutograd) for step in fast.steps)
+    fast, slow = linearize_network(network, x), AutogradNetwork(network, x)
+    assert not any(isinstance(step, AutogradNetwork) for step in fast.steps)
     v, u = torch.randn(2, 3, 6), torch.randn(2, 3, 12)
     assert torch.allclose(fast.output, slow.output, rtol=1e-13)
     assert torch.allclose(fast.jvp(v), slow.jvp(v), rtol=1e-11, atol=1e-12)
@@ -123,20 +129,34 @@ def test_nflows_with_the_same_weights_is_the_same_map():
     theirs = MaskedAffineAutoregressiveTransform(5, hidden_features=20, num_blocks=2).double()
     ours = MaskedAutoregressive(random_made(5), scale=SoftplusScale(1e-3))
     made = theirs.autoregressive_net
-    plain = [made.initial_layer, *(linear for block in made.blocks for linear in block.linear_layers), made.final_layer]
+    plain = [
+        made.initial_layer,
+        *(linear for block in made.blocks for linear in block.linear_layers),
+        made.final_layer,
+    ]
     masked = [module for module in ours.network.modules() if isinstance(module, torch.nn.Linear)]
     for there, here in zip(plain[:-1], masked[:-1], strict=True):
         assert torch.equal(there.mask.bool(), here.parametrizations.weight[0].mask)
-        there.weight.data, there.bias.data = here.weight.detach().clone(), here.bias.detach().clone()
+        there.weight.data, there.bias.data = (
+            here.weight.detach().clone(),
+            here.bias.detach().clone(),
+        )
     # theirs puts (s, t) of one feature side by side, ours puts t before s
     last = masked[-1]
     order = torch.stack([torch.arange(5) + 5, torch.arange(5)], dim=1).flatten()
-    made.final_layer.weight.data, made.final_layer.bias.data = last.weight[order].detach(), last.bias[order].detach()
+    made.final_layer.weight.data, made.final_layer.bias.data = (
+        last.weight[order].detach(),
+        last.bias[order].detach(),
+    )
     x = torch.randn(7, 5)
     wrapped = ig.wrap(theirs)
-    for mine, other in zip(ours.forward_and_log_det(x), wrapped.forward_and_log_det(x), strict=True):
+    for mine, other in zip(
+        ours.forward_and_log_det(x), wrapped.forward_and_log_det(x), strict=True
+    ):
         assert torch.allclose(mine, other, rtol=1e-12)
-    for mine, other in zip(ours.inverse_and_log_det(x), wrapped.inverse_and_log_det(x), strict=True):
+    for mine, other in zip(
+        ours.inverse_and_log_det(x), wrapped.inverse_and_log_det(x), strict=True
+    ):
         assert torch.allclose(mine, other, rtol=1e-10)
 
 
@@ -177,14 +197,19 @@ def test_iaf_is_the_inverse_of_maf_and_fast_towards_data():
 def test_maf_has_actnorm_between_its_layers_and_starts_near_a_diagonal():
     flow = maf(5, layers=3, hidden=16)
     kinds = [type(step).__name__ for step in flow.steps]
-    assert kinds == ["MaskedAutoregressive", *["ActNorm", "Permutation", "MaskedAutoregressive"] * 2]
+    assert kinds == [
+        "MaskedAutoregressive",
+        *["ActNorm", "Permutation", "MaskedAutoregressive"] * 2,
+    ]
     J = reference.jacobian(flow.eval(), torch.randn(3, 5))
     # two reversals: the diagonal; softplus(0) + 0.001 per layer
     expected = (math.log(2) + 1e-3) ** 3 * torch.eye(5)
     assert torch.allclose(J, expected.expand_as(J), atol=0.01)
 
 
-@pytest.mark.parametrize("name", ["masked autoregressive", "masked autoregressive exp", "inverted linear"])
+@pytest.mark.parametrize(
+    "name", ["masked autoregressive", "masked autoregressive exp", "inverted linear"]
+)
 def test_certified_bounds_hold_over_sampled_jacobians(name):
     (make,) = [case.make for case in CASES if case.id == f"aef/{name}"]
     flow, x = make()
@@ -195,11 +220,11 @@ def test_certified_bounds_hold_over_sampled_jacobians(name):
 
 def test_conditions_reach_the_layer_within():
     inner = ActNorm(3)
-    assert Inverted(inner).conditioned(torch.zeros(2, 1))._inner().context is not None
+    assert InverseLayer(inner).with_context(torch.zeros(2, 1))._inner().context is not None
 
 
 def test_nonsense_is_refused():
     with pytest.raises(ValueError, match="bijective"):
-        Inverted(ZeroPadding(1))
+        InverseLayer(ZeroPadding(1))
     with pytest.raises(ValueError, match="positive sizes"):
         MADE(0, hidden=4)

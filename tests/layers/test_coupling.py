@@ -44,7 +44,9 @@ def test_affine_is_shift_then_scale_by_hand():
 
 
 def test_jacobian_of_the_kept_part_is_the_identity():
-    layer = AffineCoupling.on_halves(6, lambda kept, out: MLP([kept, 8, out]), swapped=True, scale=squashed_sigmoid())
+    layer = AffineCoupling.on_halves(
+        6, lambda kept, out: MLP([kept, 8, out]), swapped=True, scale=squashed_sigmoid()
+    )
     J = torch.autograd.functional.jacobian(lambda x: layer(x[None])[0], torch.randn(6))
     assert torch.equal(J[3:], torch.eye(6)[3:])
     assert bool(((J.diagonal()[:3] > 0.5) & (J.diagonal()[:3] < 1)).all())
@@ -62,14 +64,16 @@ def test_a_mask_of_halves_is_the_halves():
 
     masked = AffineCoupling(Embedded(), partition=Mask(torch.arange(6) < 3))
     x = torch.randn(4, 6)
-    for whole, part in zip(masked.forward_and_log_det(x), halves.forward_and_log_det(x), strict=True):
+    for whole, part in zip(
+        masked.forward_and_log_det(x), halves.forward_and_log_det(x), strict=True
+    ):
         assert torch.allclose(whole, part, atol=1e-14)
 
 
 def test_context_reaches_the_network_and_images_get_it_everywhere():
     layer = AffineCoupling(Conditional(ConvNet(2 + 3, 8, 4)))
     x, one, other = torch.randn(2, 4, 4, 4), torch.randn(2, 3), torch.randn(2, 3)
-    there, elsewhere = layer.conditioned(one), layer.conditioned(other)
+    there, elsewhere = layer.with_context(one), layer.with_context(other)
     assert not torch.allclose(there(x), elsewhere(x))
     assert torch.allclose(there.inverse(there(x)), x, atol=1e-12)
     assert torch.allclose(there.select(torch.tensor([1]))(x[1:]), there(x)[1:], atol=1e-13)

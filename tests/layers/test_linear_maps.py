@@ -7,7 +7,7 @@ import copy
 import pytest
 import torch
 
-from inn_guard.invertible import NotApplicable
+from inn_guard.core.invertible import NotApplicable
 from inn_guard.layers.actnorm import ActNorm
 from inn_guard.layers.chain import Chain
 from inn_guard.layers.linear import InvertibleLinear, LULinear
@@ -58,7 +58,9 @@ def test_one_by_one_convolution_is_the_matrix_at_every_pixel(kind):
     layer, x = kind(4), torch.randn(2, 4, 3, 3)
     W = layer.weight.detach()
     assert torch.allclose(layer(x), torch.einsum("oc,bchw->bohw", W, x), atol=1e-14)
-    assert torch.allclose(layer.forward_and_log_det(x)[1], 9 * torch.linalg.slogdet(W).logabsdet.expand(2), atol=1e-12)
+    assert torch.allclose(
+        layer.forward_and_log_det(x)[1], 9 * torch.linalg.slogdet(W).logabsdet.expand(2), atol=1e-12
+    )
 
 
 @pytest.mark.parametrize("kind", [InvertibleLinear, LULinear])
@@ -81,7 +83,7 @@ def test_the_kept_inverse_follows_every_kind_of_change(kind):
             parameter.grad = torch.randn_like(parameter)
         change()
         assert round_trip(layer, x) < 1e-9
-    assert round_trip(layer.in_dtype(torch.float32), x.float()) < 1e-3
+    assert round_trip(layer.to_dtype(torch.float32), x.float()) < 1e-3
 
 
 def test_the_inverse_is_computed_once_for_one_weight():
@@ -109,11 +111,15 @@ def test_lu_inverse_is_that_of_its_weight():
         layer.upper.add_(torch.randn(6, 6))
         layer.log_s.add_(torch.randn(6))
     assert torch.allclose(layer.inverse_weight() @ layer.weight, torch.eye(6), atol=1e-8)
-    assert torch.allclose(layer.log_abs_det(), torch.linalg.slogdet(layer.weight).logabsdet, atol=1e-10)
+    assert torch.allclose(
+        layer.log_abs_det(), torch.linalg.slogdet(layer.weight).logabsdet, atol=1e-10
+    )
 
 
 def test_permutation_is_drawn_from_the_given_generator():
-    first, again = (Permutation.shuffle(20, generator=torch.Generator().manual_seed(3)) for _ in range(2))
+    first, again = (
+        Permutation.shuffle(20, generator=torch.Generator().manual_seed(3)) for _ in range(2)
+    )
     assert torch.equal(first.order, again.order)
     with pytest.raises(ValueError, match="every index"):
         Permutation(torch.tensor([0, 0, 1]))
@@ -161,7 +167,9 @@ def test_zero_padding_is_injective_only():
 def test_logit_outside_its_domain_is_not_clamped():
     layer = Logit(0.05)
     assert bool(layer(torch.tensor([[2.0]])).isnan().all())
-    assert torch.allclose(layer.inverse(layer(torch.tensor([[0.0, 1.0]]))), torch.tensor([[0.0, 1.0]]))
+    assert torch.allclose(
+        layer.inverse(layer(torch.tensor([[0.0, 1.0]]))), torch.tensor([[0.0, 1.0]])
+    )
 
 
 def test_chain_refuses_what_is_not_invertible_and_is_the_identity_when_empty():

@@ -49,7 +49,9 @@ def test_euler_is_of_first_order_and_runge_kutta_of_fourth(A):
 
 def test_hutchinson_trace_is_exact_for_a_diagonal_field_and_unbiased_otherwise(A):
     x = torch.randn(4, 3)
-    diagonal = NeuralODE(Linear(torch.diag(A.diagonal())), solver=FixedStep(10), trace=HutchinsonTrace())
+    diagonal = NeuralODE(
+        Linear(torch.diag(A.diagonal())), solver=FixedStep(10), trace=HutchinsonTrace()
+    )
     assert torch.allclose(diagonal.forward_and_log_det(x)[1], A.trace().expand(4), atol=1e-12)
     many = NeuralODE(Linear(A), solver=FixedStep(1), trace=HutchinsonTrace(probes=4000))
     spread = (A + A.T).norm() / 4000**0.5

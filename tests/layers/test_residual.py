@@ -9,13 +9,19 @@ import pytest
 import torch
 from torch import nn
 
-from inn_guard.invertible import NotApplicable
-from inn_guard.layers.contraction import Contraction, LipSwish, contractive, contractive_conv_net, contractive_mlp
+from inn_guard.core.invertible import NotApplicable
+from inn_guard.core.layer_jacobian import AutogradJacobian
+from inn_guard.layers.contraction import (
+    Contraction,
+    LipSwish,
+    contractive,
+    contractive_conv_net,
+    contractive_mlp,
+)
 from inn_guard.layers.fixed_point import FixedPoint
 from inn_guard.layers.residual import Residual
 from inn_guard.layers.residual_log_det import ExactLogDet, PowerSeries, RussianRoulette
-from inn_guard.tangent import AutogradTangent
-from tests.case import randomize
+from tests.cases.case import randomize
 
 
 def dense(convolution: nn.Conv2d, size: int) -> torch.Tensor:
@@ -36,7 +42,9 @@ def test_a_contractive_matrix_is_never_above_the_coefficient(dtype):
         contractive(layer, coefficient=0.9)
         norm = torch.linalg.matrix_norm(layer.weight.detach().double(), 2)
         assert norm <= 0.9
-        original = torch.linalg.matrix_norm(layer.parametrizations.weight.original.detach().double(), 2)
+        original = torch.linalg.matrix_norm(
+            layer.parametrizations.weight.original.detach().double(), 2
+        )
         assert norm >= min(original, 0.9 * (1 - 1e-5))
 
 
@@ -52,7 +60,9 @@ def test_a_contractive_convolution_is_never_above_the_coefficient(dtype):
         assert torch.linalg.matrix_norm(dense(layer, 9).detach().double(), 2) > 0.6
 
 
-@pytest.mark.parametrize("weight", [torch.randn(4, 6), torch.randn(3, 4, 3, 3)], ids=["matrix", "kernel"])
+@pytest.mark.parametrize(
+    "weight", [torch.randn(4, 6), torch.randn(3, 4, 3, 3)], ids=["matrix", "kernel"]
+)
 def test_gradient_of_the_scaled_weight(weight):
     contraction = Contraction(0.9)
     weight = weight.double().requires_grad_()
@@ -60,7 +70,10 @@ def test_gradient_of_the_scaled_weight(weight):
     (gradient,) = torch.autograd.grad((contraction(weight) * direction.flip(0)).sum(), weight)
     with torch.no_grad():
         step = 1e-6
-        ahead, behind = contraction(weight + step * direction), contraction(weight - step * direction)
+        ahead, behind = (
+            contraction(weight + step * direction),
+            contraction(weight - step * direction),
+        )
     by_differences = ((ahead - behind) * direction.flip(0)).sum() / (2 * step)
     assert (gradient * direction).sum().item() == pytest.approx(by_differences.item(), rel=1e-6)
 
@@ -133,7 +146,7 @@ def test_one_lost_sample_does_not_stop_the_others():
 
 def test_conditioned_copies_share_the_record():
     layer = residual()
-    layer.conditioned(None).inverse(torch.randn(2, 4))
+    layer.with_context(None).inverse(torch.randn(2, 4))
     assert layer.convergence.iterations > 0
     twin = copy.deepcopy(layer)
     twin.inverse(torch.randn(5, 4))
@@ -145,7 +158,9 @@ def test_gradient_of_the_inverse_is_the_implicit_one_and_once_only():
     x = layer.inverse(z)
     u = torch.randn_like(x)
     (gradient,) = torch.autograd.grad(x, z, u, create_graph=True)
-    J = torch.stack([torch.autograd.functional.jacobian(lambda p: layer(p[None])[0], row) for row in x.detach()])
+    J = torch.stack(
+        [torch.autograd.functional.jacobian(lambda p: layer(p[None])[0], row) for row in x.detach()]
+    )
     expected = torch.linalg.solve(J.mT, u.unsqueeze(2)).squeeze(2)
     assert torch.allclose(gradient, expected, atol=1e-12)
     with pytest.raises(NotApplicable, match="once, not twice"):
@@ -154,17 +169,21 @@ def test_gradient_of_the_inverse_is_the_implicit_one_and_once_only():
 
 def test_linearized_products_equal_autograd():
     layer, x = residual(), torch.randn(3, 4)
-    fast, slow = layer.linearize(x), AutogradTangent(layer.forward, layer.inverse, x)
+    fast, slow = layer.linearize(x), AutogradJacobian(layer.forward, layer.inverse, x)
     v = torch.randn(3, 4)
     for product in ("jvp", "vjp", "inverse_vjp"):
-        assert torch.allclose(getattr(fast, product)(v), getattr(slow, product)(v), rtol=1e-11, atol=1e-12)
+        assert torch.allclose(
+            getattr(fast, product)(v), getattr(slow, product)(v), rtol=1e-11, atol=1e-12
+        )
     assert torch.allclose(fast.inverse_jvp(fast.jvp(v)), v, atol=1e-12)
 
 
 def test_exact_log_det_is_that_of_the_jacobian_and_differentiable():
     layer, x = residual(), torch.randn(3, 4).requires_grad_()
     log_det = layer.forward_and_log_det(x)[1]
-    J = torch.stack([torch.autograd.functional.jacobian(lambda p: layer(p[None])[0], row) for row in x.detach()])
+    J = torch.stack(
+        [torch.autograd.functional.jacobian(lambda p: layer(p[None])[0], row) for row in x.detach()]
+    )
     assert torch.allclose(log_det, torch.linalg.slogdet(J).logabsdet, atol=1e-12)
     (gradient,) = torch.autograd.grad(log_det.sum(), x)
     assert bool((gradient != 0).any())
@@ -188,7 +207,9 @@ def test_russian_roulette_is_unbiased_where_the_truncated_series_is_not():
     x = torch.zeros(400, 3)
 
     def means(estimator, calls):
-        return torch.stack([estimator.train()(lambda x: x @ A.T, x)[1].mean() for _ in range(calls)]).detach()
+        return torch.stack(
+            [estimator.train()(lambda x: x @ A.T, x)[1].mean() for _ in range(calls)]
+        ).detach()
 
     draws = means(RussianRoulette(exact_terms=1, stop=0.3), 400)
     standard_error = draws.std() / math.sqrt(len(draws))

@@ -9,7 +9,13 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from inn_guard.layers.scales import ClampedScale, ExpScale, SigmoidScale, SoftplusScale, squashed_sigmoid
+from inn_guard.layers.scales import (
+    ClampedScale,
+    ExpScale,
+    SigmoidScale,
+    SoftplusScale,
+    squashed_sigmoid,
+)
 
 SCALES = [
     *(SigmoidScale(), SigmoidScale(1e-3, 1.001), squashed_sigmoid()),
@@ -41,7 +47,9 @@ def test_constants_in_closed_form():
     assert squashed_sigmoid().max_log_slope == pytest.approx(3 - 2 * math.sqrt(2), abs=1e-15)
     assert SigmoidScale().max_log_slope == 1
     e = 1e-3
-    assert SigmoidScale(e, 1 + e).max_log_slope == pytest.approx(1 + 2 * e - 2 * math.sqrt(e + e * e), abs=1e-15)
+    assert SigmoidScale(e, 1 + e).max_log_slope == pytest.approx(
+        1 + 2 * e - 2 * math.sqrt(e + e * e), abs=1e-15
+    )
 
 
 @given(st.floats(-700, 700))

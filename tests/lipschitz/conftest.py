@@ -9,4 +9,4 @@ import pytest
 
 @pytest.fixture(autouse=True)
 def _processor_time(monkeypatch):
-    monkeypatch.setattr("inn_guard.lipschitz.deadline.now", time.process_time)
+    monkeypatch.setattr("inn_guard.execution.deadline.now", time.process_time)

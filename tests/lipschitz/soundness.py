@@ -6,16 +6,16 @@ import math
 
 import torch
 
-from inn_guard.dense_tangent import dense_jacobian
-from inn_guard.invertible import Invertible
-from inn_guard.lipschitz.affine_forms import AffineForm
-from inn_guard.lipschitz.bounded import BlockBounds, bounded_map
-from inn_guard.lipschitz.conditioners import Effort
-from inn_guard.lipschitz.interval_steps import State, step_of
-from inn_guard.lipschitz.intervals import Box, Interval
-from inn_guard.lipschitz.subnetworks import Unbounded
+from inn_guard.core.invertible import Invertible
+from inn_guard.jacobian.checks import dense_jacobian
+from inn_guard.lipschitz.branch_and_bound.affine_forms import AffineForm
+from inn_guard.lipschitz.branch_and_bound.propagation import State, step_of
+from inn_guard.lipschitz.maps.base import BlockBounds, bounded_map
+from inn_guard.lipschitz.networks.conditioner import SearchBudget
+from inn_guard.lipschitz.networks.graph import Unbounded
+from inn_guard.numerics.intervals import Box, Interval
 
-EFFORT = Effort(steps=6, seconds=0.5)
+EFFORT = SearchBudget(steps=6, seconds=0.5)
 ROUNDING = 1 + 1e-9  # of the sampled Jacobians themselves
 
 
@@ -31,7 +31,9 @@ def sample(box: Interval, count: int) -> torch.Tensor:
     return torch.cat([points, corners]) if box.bounded else points
 
 
-def assert_sound(layer: Invertible, box: Box, *, count: int = 60, finite: bool = True) -> BlockBounds:
+def assert_sound(
+    layer: Invertible, box: Box, *, count: int = 60, finite: bool = True
+) -> BlockBounds:
     described = bounded_map(layer.block, layer)
     bounds = described.bounds(box, EFFORT)
     if finite:
@@ -48,7 +50,9 @@ def assert_sound(layer: Invertible, box: Box, *, count: int = 60, finite: bool =
     with torch.no_grad():
         z = layer(x)
     image = described.image(box)
-    assert bool(((image.lo <= z + 1e-9 * (1 + z.abs())) & (z - 1e-9 * (1 + z.abs()) <= image.hi)).all())
+    assert bool(
+        ((image.lo <= z + 1e-9 * (1 + z.abs())) & (z - 1e-9 * (1 + z.abs()) <= image.hi)).all()
+    )
     if box.bounded and len(box.shape) == 1 and box.shape[0] <= 8:
         _assert_steps_enclose(described, layer, box, x, J)
     return bounds
@@ -61,11 +65,15 @@ def _assert_comparison_dominates(described, box, bounds, J) -> None:
     except Unbounded:
         return
     K = torch.linalg.inv(J)
-    solved = 1e-12 * torch.linalg.matrix_norm(K).max() ** 2 * torch.linalg.matrix_norm(J).max()  # of inv itself
+    solved = (
+        1e-12 * torch.linalg.matrix_norm(K).max() ** 2 * torch.linalg.matrix_norm(J).max()
+    )  # of inv itself
     for N, M, slack in zip(matrices, (J, K), (1e-12, solved), strict=True):
         if not bool(N.isfinite().all()):
             continue
-        blocks = M.reshape(len(M), len(N), M.shape[1] // len(N), N.shape[1], M.shape[2] // N.shape[1]).transpose(2, 3)
+        blocks = M.reshape(
+            len(M), len(N), M.shape[1] // len(N), N.shape[1], M.shape[2] // N.shape[1]
+        ).transpose(2, 3)
         assert bool((torch.linalg.matrix_norm(blocks, 2) <= N * ROUNDING + slack).all())
 
 
@@ -80,7 +88,9 @@ def _assert_steps_enclose(described, layer, box, x, J) -> None:
     with torch.no_grad():
         z = layer(x)
     K = torch.linalg.inv(J)
-    solved = 1e-12 * torch.linalg.matrix_norm(J).max() * torch.linalg.matrix_norm(K).max() ** 2  # of inv itself
+    solved = (
+        1e-12 * torch.linalg.matrix_norm(J).max() * torch.linalg.matrix_norm(K).max() ** 2
+    )  # of inv itself
     for form, true, slack in ((end.x, z, 1e-9), (end.J, J, 1e-9), (end.K, K, solved)):
         assert_encloses(form, small, x, true, slack * (1 + true.abs()))
     assert float(end.J.spread.max()) < math.inf
@@ -91,6 +101,8 @@ def assert_encloses(
 ) -> None:
     """What is true at points x (B, d) of boxes is off a form's linear part there by no more than its rest."""
     position = ((x - boxes.centre) / boxes.radius).clamp(-1, 1).T
-    linear = form.middle + (form.slopes * position.reshape(*position.shape, *[1] * (true.dim() - 1))).sum(0)
+    linear = form.middle + (
+        form.slopes * position.reshape(*position.shape, *[1] * (true.dim() - 1))
+    ).sum(0)
     assert bool(((true - linear).abs() <= form.rest + margin).all())
     assert bool(((form.range.lo <= true + margin) & (true - margin <= form.range.hi)).all())

@@ -15,17 +15,24 @@ from inn_guard.audits import AUDITS
 from inn_guard.audits.lipschitz_bounds import lipschitz_bounds
 from inn_guard.layers.actnorm import ActNorm, Diagonal
 from inn_guard.layers.chain import Chain
-from inn_guard.lipschitz.bounded import bounded_map
-from inn_guard.lipschitz.conditioners import Effort
-from inn_guard.lipschitz.intervals import Interval
-from inn_guard.models.aef import CoreLast, LinearAEF, PartitionAEF, center_core, corner_core, random_core
-from inn_guard.models.autoencoder_nets import AutoencoderNets, big_nets, small_nets
-from inn_guard.models.core_shell import AutoencoderConfig, ResidualScale, no_flow
-from inn_guard.models.importance import Proposal
-from inn_guard.models.vae import VAE
-from tests import reference
-from tests.case import randomize
-from tests.cases_aef import SMALL
+from inn_guard.lipschitz.maps.base import bounded_map
+from inn_guard.lipschitz.networks.conditioner import SearchBudget
+from inn_guard.models.aef.flow import AutoencoderConfig, ResidualScale, no_flow
+from inn_guard.models.aef.importance_sampling import Proposal
+from inn_guard.models.aef.model import (
+    CoreLast,
+    LinearAEF,
+    PartitionAEF,
+    center_core,
+    corner_core,
+    random_core,
+)
+from inn_guard.models.aef.networks import AutoencoderNets, big_nets, small_nets
+from inn_guard.models.aef.vae import VAE
+from inn_guard.numerics.intervals import Interval
+from tests.cases.aef import SMALL
+from tests.cases.case import randomize
+from tests.oracles import transforms as reference
 
 SHAPE = (1, 2, 3)
 CORES = pytest.mark.parametrize("core", [center_core, corner_core])
@@ -55,7 +62,9 @@ def linear_nets(shape, latent):
 
 def gaussian_config(**settings):
     parts = {"core_encoder": lambda d: Chain(Diagonal(d)), "prior": lambda d: Chain(Diagonal(d))}
-    return AutoencoderConfig(SHAPE, 2, nets=linear_nets, preprocessing=lambda c: [Diagonal(c)], **{**parts, **settings})
+    return AutoencoderConfig(
+        SHAPE, 2, nets=linear_nets, preprocessing=lambda c: [Diagonal(c)], **{**parts, **settings}
+    )
 
 
 def gaussian(make, **settings):
@@ -95,7 +104,9 @@ def test_square_cores_are_the_central_and_the_corner_sub_image(side):
 
 
 def test_random_cores_are_those_of_their_generator():
-    first, again, other = (random_core((1, 9, 9), 20, generator=generator(seed)) for seed in (0, 0, 1))
+    first, again, other = (
+        random_core((1, 9, 9), 20, generator=generator(seed)) for seed in (0, 0, 1)
+    )
     assert torch.equal(first, again)
     assert not torch.equal(first, other)
 
@@ -140,7 +151,10 @@ def test_the_encoder_sees_the_shell_only(core):
     model = PartitionAEF(SMALL, core).eval()
     x, other = torch.rand(2, 3, *SMALL.shape)
     mixed = torch.where(core(SMALL.shape, SMALL.latent), other, x)
-    encodings = [model.flow.encoding(Chain(*model.steps[:-1])(images)[:, : model.flow.shell]) for images in (x, mixed)]
+    encodings = [
+        model.flow.encoding(Chain(*model.steps[:-1])(images)[:, : model.flow.shell])
+        for images in (x, mixed)
+    ]
     assert torch.equal(encodings[0].shift, encodings[1].shift)
     assert torch.equal(encodings[0].scale, encodings[1].scale)
 
@@ -157,7 +171,9 @@ def test_a_linear_partition_model_is_a_gaussian(core):
     draws = model.sample(40_000, noise=1.0, generator=generator()).flatten(1).detach()
     error = 6 * density.covariance_matrix.diagonal().sqrt() / math.sqrt(len(draws))
     assert bool(((draws.mean(0) - mean).abs() < error).all())
-    assert torch.allclose(draws.T.cov(), density.covariance_matrix, atol=0.1 * density.variance.max().item())
+    assert torch.allclose(
+        draws.T.cov(), density.covariance_matrix, atol=0.1 * density.variance.max().item()
+    )
 
 
 @pytest.mark.parametrize("make", [LinearAEF, VAE])
@@ -180,7 +196,9 @@ def test_samples_of_a_linear_model_have_its_moments(make):
     draws = model.sample(40_000, noise=1.0, generator=generator()).flatten(1).detach()
     error = 6 * density.covariance_matrix.diagonal().sqrt() / math.sqrt(len(draws))
     assert bool(((draws.mean(0) - density.mean).abs() < error).all())
-    assert torch.allclose(draws.T.cov(), density.covariance_matrix, atol=0.1 * density.variance.max().item())
+    assert torch.allclose(
+        draws.T.cov(), density.covariance_matrix, atol=0.1 * density.variance.max().item()
+    )
 
 
 def test_the_joint_density_of_many_cores_is_that_of_each():
@@ -218,7 +236,9 @@ def test_the_objective_of_the_paper_grows_without_bound_when_the_features_shrink
         model.flow.steps[0].layer.log_scale.add_(math.log(100))
         model.width.div_(100)
     assert torch.allclose(model.encode(x), code, rtol=1e-10)
-    assert model.loss(x, generator=generator()).item() == pytest.approx(before - 2 * math.log(100), rel=1e-10)
+    assert model.loss(x, generator=generator()).item() == pytest.approx(
+        before - 2 * math.log(100), rel=1e-10
+    )
     marginal_after = model.importance(x, draws=256, generator=generator(1)).log_prob
     assert torch.allclose(marginal_after, marginal_before, rtol=1e-8)
 
@@ -242,7 +262,9 @@ def test_tuning_finds_the_width_of_the_posterior_and_keeps_it():
     bounds = {}
     for width in (chosen / 4, chosen, 4 * chosen):
         model.width.fill_(width)
-        bounds[width] = model.importance(x, repetitions=5, generator=generator(2)).lower_bound.mean().item()
+        bounds[width] = (
+            model.importance(x, repetitions=5, generator=generator(2)).lower_bound.mean().item()
+        )
     assert max(bounds, key=bounds.get) == chosen
 
 
@@ -268,7 +290,9 @@ def test_samples_of_algorithm_2_and_3_lie_on_the_decoder_and_scale_with_the_temp
         assert torch.equal(warm, model.sample(3, temperature=0.85, generator=generator()))
     x, y = (model.sample(3, generator=generator()) for model in (partition, linear))
     assert partition(x)[:, : partition.flow.shell].abs().max() < 1e-9
-    u = linear.flow.draw(3, temperature=1.0, noise=0.0, generator=generator())[:, linear.flow.shell :]
+    u = linear.flow.draw(3, temperature=1.0, noise=0.0, generator=generator())[
+        :, linear.flow.shell :
+    ]
     assert torch.allclose(y, linear.decode(linear.flow.prior_inverse(u)), rtol=1e-12)
 
 
@@ -292,7 +316,14 @@ def test_parameters_are_as_many_as_the_paper_prints():
 def test_flows_can_be_left_out():
     config = AutoencoderConfig((1, 8, 8), 4, core_encoder=no_flow, prior=no_flow)
     kinds = [layer.name for layer in PartitionAEF(config).layers()]
-    assert kinds == ["Logit", "ActNorm", "CoreLast", "AffineCoupling", "AdditiveCoupling", "ResidualScale"]
+    assert kinds == [
+        "Logit",
+        "ActNorm",
+        "CoreLast",
+        "AffineCoupling",
+        "AdditiveCoupling",
+        "ResidualScale",
+    ]
 
 
 def test_nonsense_is_refused():
@@ -332,7 +363,9 @@ def test_every_audit_of_square_maps_applies_and_finds_nothing(kind):
     others = [name for name in AUDITS if name != "lipschitz_bounds"]
     report = ig.audit(model, x, checks=others, loss=lambda z: z.square().sum())
     assert {result.name for result in report.results} >= set(others)
-    assert not lipschitz_bounds(model, x, seconds=2.0).verdict.failed  # padding has no bound rule, which is said
+    assert not lipschitz_bounds(
+        model, x, seconds=2.0
+    ).verdict.failed  # padding has no bound rule, which is said
     for result in report.results:
         if result.name == "out_of_distribution" and kind == "expanded":
             # the joint's data are noise beside pixels: its probes put noise where pixels go, beyond the logit's (0, 1)
@@ -359,12 +392,16 @@ def test_regularizers_are_those_of_the_dense_jacobian(kind):
     model, x = MODELS[kind]()
     J = reference.jacobian(model, x)
     values = [
-        ig.FiniteDifferences(1.0, direction=ig.Direction.FORWARD, eps=1e-4, seed=seed)(model, x).item()
+        ig.FiniteDifferences(1.0, direction=ig.Direction.FORWARD, eps=1e-4, seed=seed)(
+            model, x
+        ).item()
         for seed in range(100)
     ]
     mean, error = torch.tensor(values).mean(), torch.tensor(values).std() / math.sqrt(100)
     assert abs(mean - J.square().sum((1, 2)).mean()) < 5 * error
-    assert ig.NormalizingFlowLoss(1.0)(model, x).item() == pytest.approx(-model.log_prob(x).mean().item(), rel=1e-9)
+    assert ig.NormalizingFlowLoss(1.0)(model, x).item() == pytest.approx(
+        -model.log_prob(x).mean().item(), rel=1e-9
+    )
 
 
 @pytest.mark.parametrize("kind", MODELS)
@@ -372,7 +409,9 @@ def test_memory_saving_backpropagation_gives_the_same_gradients(kind):
     model, x = MODELS[kind]()
     model.zero_grad()
     model(x).square().sum().backward()
-    plain = [parameter.grad.clone() for parameter in model.parameters() if parameter.grad is not None]
+    plain = [
+        parameter.grad.clone() for parameter in model.parameters() if parameter.grad is not None
+    ]
     model.zero_grad()
     ig.memory_saving(model)(x).square().sum().backward()
     saved = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
@@ -383,18 +422,27 @@ def test_memory_saving_backpropagation_gives_the_same_gradients(kind):
 def test_certified_bounds_of_the_residual_scale_and_the_arrangement_are_exact():
     layer = ResidualScale(3)
     randomize(layer, 1.0)
-    bounds = bounded_map(layer, layer).bounds(Interval(-torch.ones(5), torch.ones(5)), Effort(steps=0))
+    bounds = bounded_map(layer, layer).bounds(
+        Interval(-torch.ones(5), torch.ones(5)), SearchBudget(steps=0)
+    )
     scale = torch.cat([1 / layer.sigma().detach(), torch.ones(2)])
     assert bounds.forward == pytest.approx(scale.max().item(), rel=1e-9)
     assert bounds.inverse == pytest.approx(1 / scale.min().item(), rel=1e-9)
     arrangement = CoreLast(center_core((1, 4, 4), 4))
     box = Interval(torch.zeros(1, 4, 4), torch.ones(1, 4, 4))
-    assert bounded_map(arrangement, arrangement).bounds(box, Effort(steps=0)).pair == (1.0, 1.0)
+    assert bounded_map(arrangement, arrangement).bounds(box, SearchBudget(steps=0)).pair == (
+        1.0,
+        1.0,
+    )
 
 
 def test_a_proposal_can_be_given():
     model = gaussian(LinearAEF)
     x = torch.randn(3, *SHAPE)
     own = model.proposal(model.preprocessed(x)[0])
-    same = model.importance(x, proposal=Proposal(own.center, own.width), repetitions=2, generator=generator())
-    assert torch.equal(same.log_prob, model.importance(x, repetitions=2, generator=generator()).log_prob)
+    same = model.importance(
+        x, proposal=Proposal(own.center, own.width), repetitions=2, generator=generator()
+    )
+    assert torch.equal(
+        same.log_prob, model.importance(x, repetitions=2, generator=generator()).log_prob
+    )

@@ -28,13 +28,18 @@ def test_the_papers_sizes():
     affine = glow_classifier()
     additive = glow_classifier(config=GlowConfig(3, 16, 128, AdditiveCoupling.on_halves))
     count = {
-        name: sum(p.numel() for p in net.parameters()) for name, net in [("affine", affine), ("additive", additive)]
+        name: sum(p.numel() for p in net.parameters())
+        for name, net in [("affine", affine), ("additive", additive)]
     }
     assert count == {"affine": 8_407_104, "additive": 6_082_656}
     assert sum(isinstance(layer, AffineCoupling) for layer in affine.layers()) == 48
     assert (CIFAR_FLOW.levels, CIFAR_FLOW.blocks, CIFAR_FLOW.hidden) == (3, 32, 512)
     assert (FLOW_GAN.levels, FLOW_GAN.blocks, FLOW_GAN.hidden) == (3, 8, 128)
-    assert (CIFAR_CLASSIFIER.levels, CIFAR_CLASSIFIER.blocks, CIFAR_CLASSIFIER.hidden) == (3, 16, 128)
+    assert (CIFAR_CLASSIFIER.levels, CIFAR_CLASSIFIER.blocks, CIFAR_CLASSIFIER.hidden) == (
+        3,
+        16,
+        128,
+    )
     assert len(checkerboard_net().layers()) == len(checkerboard_residual_flow().layers()) == 100
 
 
@@ -43,14 +48,25 @@ def test_the_papers_sizes():
     [
         GlowConfig(2, 2, 8),
         GlowConfig(2, 2, 8, AdditiveCoupling.on_halves, LULinear),
-        GlowConfig(1, 2, 8, partial(AffineCoupling.on_halves, scale=squashed_sigmoid()), Permutation.reverse),
-        GlowConfig(2, 1, 8, mixing=partial(Permutation.shuffle, generator=torch.Generator().manual_seed(0))),
+        GlowConfig(
+            1,
+            2,
+            8,
+            partial(AffineCoupling.on_halves, scale=squashed_sigmoid()),
+            Permutation.reverse,
+        ),
+        GlowConfig(
+            2, 1, 8, mixing=partial(Permutation.shuffle, generator=torch.Generator().manual_seed(0))
+        ),
     ],
     ids=["affine", "additive lu", "squashed reverse", "shuffle"],
 )
 @pytest.mark.parametrize("make", [glow_classifier, glow_flow])
 def test_a_training_step_lowers_the_loss_and_keeps_the_inverse(make, config):
-    model, x = make((3, 8, 8), config=config).train(), torch.randn(16, 3, 8, 8) * torch.rand(3, 1, 1)
+    model, x = (
+        make((3, 8, 8), config=config).train(),
+        torch.randn(16, 3, 8, 8) * torch.rand(3, 1, 1),
+    )
     optimizer = torch.optim.Adam(model.parameters(), 1e-2)
     losses = []
     for _ in range(6):

@@ -10,10 +10,7 @@ from torch import nn
 from torch.distributions import MultivariateNormal
 
 import inn_guard as ig
-from inn_guard.audits.base import Verdict
 from inn_guard.lipschitz import lipschitz_bounds
-from inn_guard.lipschitz.intervals import Box
-from inn_guard.models import injflow as terms
 from inn_guard.models.autoencoder import (
     Autoencoder,
     decoder_jacobian,
@@ -21,7 +18,10 @@ from inn_guard.models.autoencoder import (
     forward_mode,
     manifold_density,
 )
-from inn_guard.models.injflow_nets import conv_decoder, conv_encoder
+from inn_guard.models.injflow import objectives as terms
+from inn_guard.models.injflow.networks import conv_decoder, conv_encoder
+from inn_guard.numerics.intervals import Box
+from inn_guard.report.result import Verdict
 
 
 def generator(seed=0):
@@ -30,7 +30,9 @@ def generator(seed=0):
 
 def linear(latent=3, data=6, *, stochastic=False):
     torch.manual_seed(0)
-    return Autoencoder(nn.Linear(data, latent * (1 + stochastic)), nn.Linear(latent, data), stochastic=stochastic)
+    return Autoencoder(
+        nn.Linear(data, latent * (1 + stochastic)), nn.Linear(latent, data), stochastic=stochastic
+    )
 
 
 def curved(latent=2, data=7):
@@ -107,7 +109,8 @@ def test_the_terms_are_the_equation_s_written_out():
         terms.CodeNorm(0.3): 0.3 * z.square().sum(1),
         terms.LogVolume(eta): d / 2 * floored.log(),
         terms.LinearVolume(2.0, eta): floored / 4,
-        terms.Injectivity(terms.growing(1.3), eta): mu * (square.sqrt() / size.sqrt() - eta).clamp(max=0) ** 2,
+        terms.Injectivity(terms.growing(1.3), eta): mu
+        * (square.sqrt() / size.sqrt() - eta).clamp(max=0) ** 2,
     }
     for term, value in expected.items():
         assert torch.allclose(term(s), value), term
@@ -135,7 +138,9 @@ def test_the_contractive_term_s_mean_is_the_encoder_s_squared_norm():
     model = linear()
     s = step(model, torch.randn(100_000, 6))
     value = terms.EncoderJacobian(1.0)(s)
-    assert abs(value.mean() - model.encoder.weight.square().sum()) < 5 * value.std() / math.sqrt(len(value))
+    assert abs(value.mean() - model.encoder.weight.square().sum()) < 5 * value.std() / math.sqrt(
+        len(value)
+    )
     value.mean().backward()
     assert model.encoder.weight.grad is not None
 
@@ -179,7 +184,9 @@ def test_spectral_normalisation_bounds_the_decoder():
 def convolutional():
     torch.manual_seed(2)
     shape = (1, 8, 8)
-    return Autoencoder(conv_encoder(shape, 3, width=4), conv_decoder(shape, 3, width=4)).eval(), torch.rand(5, *shape)
+    return Autoencoder(
+        conv_encoder(shape, 3, width=4), conv_decoder(shape, 3, width=4)
+    ).eval(), torch.rand(5, *shape)
 
 
 @pytest.mark.parametrize(
@@ -204,8 +211,12 @@ def test_bounds_of_encoder_and_decoder_hold_for_thousands_of_sampled_ratios(make
 def test_bounds_of_linear_encoder_and_decoder_are_their_norms():
     model = linear().eval()
     bounds = lipschitz_bounds(model, Box.everywhere((6,)), seconds=5.0)
-    assert bounds.forward == pytest.approx(torch.linalg.matrix_norm(model.encoder.weight, 2).item(), rel=1e-9)
-    assert bounds.inverse == pytest.approx(torch.linalg.matrix_norm(model.decoder.weight, 2).item(), rel=1e-9)
+    assert bounds.forward == pytest.approx(
+        torch.linalg.matrix_norm(model.encoder.weight, 2).item(), rel=1e-9
+    )
+    assert bounds.inverse == pytest.approx(
+        torch.linalg.matrix_norm(model.decoder.weight, 2).item(), rel=1e-9
+    )
     assert bounds.scope == "global"
 
 
@@ -215,12 +226,16 @@ def test_every_audit_answers_or_says_why_not():
     report = ig.audit(model, x, level="full", loss=lambda z: z.square().sum())
     verdicts = {result.name: result for result in report.results}
     absent = {"log_det", "layer_blame", "gradient_angle", "dequantization_attack"}
-    assert {name for name, result in verdicts.items() if result.verdict is Verdict.NOT_APPLICABLE} == absent
+    assert {
+        name for name, result in verdicts.items() if result.verdict is Verdict.NOT_APPLICABLE
+    } == absent
     assert all(verdicts[name].reason for name in absent)
     assert verdicts["reconstruction"].verdict is Verdict.UNSTABLE  # not trained: h does not undo g
     values = verdicts["jacobian_spectrum"].values
     density = manifold_density(model, model(x).detach())
-    assert values["decoder_sigma_min"] == pytest.approx(density.smallest_singular_value.min().item(), rel=1e-6)
+    assert values["decoder_sigma_min"] == pytest.approx(
+        density.smallest_singular_value.min().item(), rel=1e-6
+    )
     assert ig.FiniteDifferences(1e-3)(model, x).item() > 0
     with pytest.raises(ig.NotApplicable, match="log-determinant"):
         ig.NormalizingFlowLoss(1e-3)(model, x)

@@ -9,15 +9,15 @@ import torch
 from torch.distributions import MultivariateNormal
 
 import inn_guard as ig
-from inn_guard.invertible import NotApplicable, standard_normal_log_prob
+from inn_guard.core.invertible import NotApplicable, standard_normal_log_prob
 from inn_guard.layers.actnorm import Diagonal
 from inn_guard.layers.chain import Chain
 from inn_guard.layers.coupling import AffineCoupling
 from inn_guard.layers.networks import MLP
 from inn_guard.layers.permutation import Permutation
-from inn_guard.models.nif import NIF, GaussianNIF
-from inn_guard.models.widening import DenseWidening, NearestUpsampling
-from tests import reference
+from inn_guard.models.nif.model import NIF, GaussianNIF
+from inn_guard.models.nif.widening import DenseWidening, NearestUpsampling
+from tests.oracles import transforms as reference
 
 
 def generator(seed=0):
@@ -36,7 +36,11 @@ def dense():
 
 
 def upsampling():
-    return randomized(GaussianNIF(NearestUpsampling(), (2, 4, 4))), torch.randn(3, 2, 4, 4), (2, 2, 2)
+    return (
+        randomized(GaussianNIF(NearestUpsampling(), (2, 4, 4))),
+        torch.randn(3, 2, 4, 4),
+        (2, 2, 2),
+    )
 
 
 CASES = pytest.mark.parametrize("make", [dense, upsampling])
@@ -68,7 +72,9 @@ def test_the_stochastic_inverse_is_the_normalised_likelihood(make):
     z = torch.randn(len(x), *latent)
     likelihood = MultivariateNormal(layer.inverse(z).flatten(1), sigma).log_prob(x.flatten(1))
     posterior = MultivariateNormal(layer(x).flatten(1), precision_matrix=a.T @ sigma.inverse() @ a)
-    assert torch.allclose(likelihood, posterior.log_prob(z.flatten(1)) + layer.manifold_term(x), rtol=1e-9)
+    assert torch.allclose(
+        likelihood, posterior.log_prob(z.flatten(1)) + layer.manifold_term(x), rtol=1e-9
+    )
 
 
 def test_the_manifold_term_is_the_integral_of_the_likelihood():
@@ -78,7 +84,9 @@ def test_the_manifold_term_is_the_integral_of_the_likelihood():
     means = layer.inverse(grid)
     for row, term in zip(x, layer.manifold_term(x), strict=True):
         density = MultivariateNormal(means, layer.log_variance.exp().diag()).log_prob(row).exp()
-        assert torch.trapezoid(density, grid[:, 0]).log().item() == pytest.approx(term.item(), rel=1e-6)
+        assert torch.trapezoid(density, grid[:, 0]).log().item() == pytest.approx(
+            term.item(), rel=1e-6
+        )
 
 
 @CASES
@@ -100,7 +108,9 @@ def test_the_bound_lies_below_the_closed_form_by_the_divergence(make):
     gram = a.T @ sigma.inverse() @ a
     bound = layer.bound(x, standard_normal_log_prob, generator=generator(), samples=4000)
     mu = layer(x).flatten(1)
-    expected = -0.5 * (mu.square().sum(1) + gram.inverse().trace() + mu.shape[1] * math.log(2 * math.pi))
+    expected = -0.5 * (
+        mu.square().sum(1) + gram.inverse().trace() + mu.shape[1] * math.log(2 * math.pi)
+    )
     assert torch.allclose(bound, expected + layer.manifold_term(x), atol=0.3)
     assert (bound < layer.log_prob(x)).all()
 
@@ -135,12 +145,17 @@ def test_without_noise_samples_lie_on_the_manifold(make):
 def flow(dim, seed):
     torch.manual_seed(seed)
     couplings = [AffineCoupling(MLP([dim - dim // 2, 16, 2 * (dim // 2)])) for _ in range(3)]
-    return Chain(*(layer for c in couplings for layer in (c, Permutation(torch.randperm(dim)))), Diagonal(dim))
+    return Chain(
+        *(layer for c in couplings for layer in (c, Permutation(torch.randperm(dim)))),
+        Diagonal(dim),
+    )
 
 
 def test_a_flow_with_a_nif_prior_integrates_to_one():
     """In one latent and two data dimensions exp(log_prob) over a fine grid sums to 1."""
-    model = NIF(randomized(flow(2, 0), 0.1), randomized(GaussianNIF(DenseWidening(1, 2), (2,)), 0.2))
+    model = NIF(
+        randomized(flow(2, 0), 0.1), randomized(GaussianNIF(DenseWidening(1, 2), (2,)), 0.2)
+    )
     axis = torch.linspace(-25, 25, 1501)
     grid = torch.cartesian_prod(axis, axis)
     with torch.no_grad():
@@ -162,7 +177,9 @@ def test_the_deep_bound_with_the_identity_inside_is_the_plain_bound():
     prior, x = dense()[0], torch.randn(4, 5)
     plain = NIF(flow(5, 0), prior)
     deep = NIF(flow(5, 0), prior, inner=Diagonal(2))
-    assert torch.allclose(plain.bound(x, generator=generator()), deep.bound(x, generator=generator()))
+    assert torch.allclose(
+        plain.bound(x, generator=generator()), deep.bound(x, generator=generator())
+    )
 
 
 def test_training_follows_the_gradient_of_the_closed_form():
@@ -192,19 +209,26 @@ def audited():
 def test_the_audited_spectrum_is_that_of_the_dense_encoder_and_decoder():
     model, x = audited()
     values = ig.audit(model, x, checks=["jacobian_spectrum"])["jacobian_spectrum"].values
-    decoder = torch.func.vmap(torch.func.jacrev(lambda z: model.inverse(z[None])[0]))(model(x).detach())
+    decoder = torch.func.vmap(torch.func.jacrev(lambda z: model.inverse(z[None])[0]))(
+        model(x).detach()
+    )
     for side, J in (("encoder", reference.jacobian(model, x)), ("decoder", decoder)):
         sigma = torch.linalg.svdvals(J)
         assert sigma.shape == (6, 2)
         assert values[f"{side}_sigma_max"] == pytest.approx(sigma.max().item(), rel=1e-9)
         assert values[f"{side}_sigma_min"] == pytest.approx(sigma.min().item(), rel=1e-9)
-        assert values[f"{side}_condition_number"] == pytest.approx((sigma[:, 0] / sigma[:, 1]).max().item(), rel=1e-9)
+        assert values[f"{side}_condition_number"] == pytest.approx(
+            (sigma[:, 0] / sigma[:, 1]).max().item(), rel=1e-9
+        )
 
 
 def test_the_audited_round_trip_is_that_on_the_manifold_and_the_distance_from_it_is_told():
     model, x = audited()
     projected = model.inverse(model(x)).detach()
-    off, on = (ig.audit(model, data, checks=["reconstruction"])["reconstruction"] for data in (x, projected))
+    off, on = (
+        ig.audit(model, data, checks=["reconstruction"])["reconstruction"]
+        for data in (x, projected)
+    )
     assert off.verdict is on.verdict is ig.Verdict.STABLE
     assert off.values["latent_error"] < 1e-12
     assert off.values["l2_error"] == pytest.approx((x - projected).norm(dim=1).max().item())
@@ -214,7 +238,11 @@ def test_the_audited_round_trip_is_that_on_the_manifold_and_the_distance_from_it
 
 def test_audits_of_square_maps_say_why_they_do_not_apply():
     model, x = audited()
-    reasons = {"log_det": "no log-determinant", "layer_blame": "injective only", "dequantization_attack": "projection"}
+    reasons = {
+        "log_det": "no log-determinant",
+        "layer_blame": "injective only",
+        "dequantization_attack": "projection",
+    }
     report = ig.audit(model, x, checks=list(reasons))
     for name, reason in reasons.items():
         assert report[name].verdict is ig.Verdict.NOT_APPLICABLE
@@ -224,10 +252,14 @@ def test_audits_of_square_maps_say_why_they_do_not_apply():
 def test_without_a_rule_for_the_gaussian_layer_bounds_are_infinite_and_witnesses_still_hold():
     model, x = audited()
     x = x[:4]  # as many as are looked at however little time there is
-    bounds = ig.lipschitz_bounds(model, ig.Box(-3 * torch.ones(5), 3 * torch.ones(5)), data=x, seconds=0.1)
+    bounds = ig.lipschitz_bounds(
+        model, ig.Box(-3 * torch.ones(5), 3 * torch.ones(5)), data=x, seconds=0.1
+    )
     assert bounds.forward == bounds.inverse == math.inf
     assert "GaussianNIF" in bounds.reason
-    assert bounds.lower_forward >= torch.linalg.matrix_norm(reference.jacobian(model, x), 2).max().item() * (1 - 1e-8)
+    assert bounds.lower_forward >= torch.linalg.matrix_norm(
+        reference.jacobian(model, x), 2
+    ).max().item() * (1 - 1e-8)
     assert bounds.witnesses[0].replay(model) == pytest.approx(bounds.lower_forward, rel=1e-8)
     assert bounds.lower_inverse == 0
 

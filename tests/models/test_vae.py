@@ -9,13 +9,13 @@ import torch
 from torch import nn
 from torch.distributions import Independent, MultivariateNormal, Normal, kl_divergence
 
-from inn_guard.models.aef import LinearAEF
-from inn_guard.models.core_shell import no_flow
-from inn_guard.models.vae import VAE, DenoisingAutoencoder
-from tests import reference
-from tests.case import randomize
-from tests.cases_aef import SMALL
+from inn_guard.models.aef.flow import no_flow
+from inn_guard.models.aef.model import LinearAEF
+from inn_guard.models.aef.vae import VAE, DenoisingAutoencoder
+from tests.cases.aef import SMALL
+from tests.cases.case import randomize
 from tests.models.test_aef import SHAPE, gaussian, generator, marginal
+from tests.oracles import transforms as reference
 
 
 def test_the_elbo_of_a_linear_model_is_its_closed_form():
@@ -40,7 +40,9 @@ def test_the_elbo_is_below_the_likelihood_and_equal_to_it_at_the_true_posterior(
     model = gaussian(VAE, core_encoder=no_flow, prior=no_flow)
     x = torch.randn(6, *SHAPE)
     exact = marginal(model).log_prob(x.flatten(1))
-    bound = model.elbo(x.repeat(2000, 1, 1, 1), generator=generator()).detach().reshape(2000, 6).mean(0)
+    bound = (
+        model.elbo(x.repeat(2000, 1, 1, 1), generator=generator()).detach().reshape(2000, 6).mean(0)
+    )
     assert bool((bound < exact).all())
     # a decoder that uses one latent per pixel keeps the posterior diagonal, and an encoder can match it
     flow, encoder = model.flow, model.flow.steps[0].network[1]

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from inn_guard.audits.base import AuditResult, Verdict
-from inn_guard.audits.report import AuditReport
+from inn_guard.report.audit_report import AuditReport
+from inn_guard.report.result import AuditResult, Verdict
 
 
 def unstable_report(*, samples: int = 64, layers: int = 16) -> AuditReport:
@@ -47,7 +47,12 @@ def reconstruction(error: torch.Tensor, *, generator: torch.Generator) -> AuditR
         },
         units={"max_error": "data units", "median_error": "data units", "error_l2": "data units"},
         per_sample={"error_l2": error},
-        settings={"dtype": torch.float32, "samples": 64, "threshold": 3.2e-5, "latents": ["encoded", "prior"]},
+        settings={
+            "dtype": torch.float32,
+            "samples": 64,
+            "threshold": 3.2e-5,
+            "latents": ["encoded", "prior"],
+        },
         advice="Bound the scale of the couplings (sigmoid, not exp), or train with NormalizingFlowLoss every 10 steps.",
         images={"original": images, "reconstruction": noisy, "difference": noisy - images},
     )

@@ -10,10 +10,10 @@ from html.parser import HTMLParser
 import pytest
 import torch
 
-from inn_guard.audits.base import AuditResult, Verdict
-from inn_guard.audits.report import AuditReport
-from inn_guard.report import render, write_html
-from inn_guard.report.numbers import sentence
+from inn_guard.report.audit_report import AuditReport
+from inn_guard.report.formatting import sentence
+from inn_guard.report.html import render, write_html
+from inn_guard.report.result import AuditResult, Verdict
 from tests.report.examples import unstable_report
 
 VOID = {"meta", "img", "br", "link", "input", "hr"}
@@ -72,7 +72,17 @@ def test_the_page_fetches_nothing_and_runs_nothing(make):
     page = Page(text)
     assert page.open == []
     names = {tag for tag, _ in page.tags}
-    assert not names & {"script", "link", "iframe", "object", "embed", "base", "form", "video", "audio"}
+    assert not names & {
+        "script",
+        "link",
+        "iframe",
+        "object",
+        "embed",
+        "base",
+        "form",
+        "video",
+        "audio",
+    }
     for _, attributes in page.tags:
         assert not [name for name in attributes if name.startswith("on")]
         for name in ("src", "href", "xlink:href", "srcset", "action", "data"):
@@ -80,7 +90,9 @@ def test_the_page_fetches_nothing_and_runs_nothing(make):
             assert value is None or value.startswith(("#", "data:image/png;base64,"))
     assert all(target.startswith("#") for target in re.findall(r"url\(([^)]*)\)", text))
     assert "@import" not in text
-    policy = next(meta for meta in page.of("meta") if meta.get("http-equiv") == "Content-Security-Policy")
+    policy = next(
+        meta for meta in page.of("meta") if meta.get("http-equiv") == "Content-Security-Policy"
+    )
     assert policy["content"].startswith("default-src 'none'")
 
 
@@ -91,7 +103,9 @@ def test_hostile_names_are_shown_as_text():
 
 
 def test_no_address_is_in_an_ordinary_page():
-    assert not re.search(r"https?:|//[a-z]", re.sub(r"base64,[^\"]*", "", render(unstable_report())))
+    assert not re.search(
+        r"https?:|//[a-z]", re.sub(r"base64,[^\"]*", "", render(unstable_report()))
+    )
 
 
 def test_everything_measured_is_on_the_page():
@@ -147,7 +161,9 @@ def test_unknown_audits_are_shown_in_full():
         assert shown in page.text
 
 
-@pytest.mark.parametrize(("largest", "shown"), [(10.0, "Condition number"), (float("inf"), "Log10 condition number")])
+@pytest.mark.parametrize(
+    ("largest", "shown"), [(10.0, "Condition number"), (float("inf"), "Log10 condition number")]
+)
 def test_of_a_quantity_and_its_logarithm_the_one_that_fits_is_drawn(largest, shown):
     values = torch.tensor([1.0, largest])
     measured = {"condition_number": values, "log10_condition_number": torch.tensor([0.0, 400.0])}
@@ -157,7 +173,9 @@ def test_of_a_quantity_and_its_logarithm_the_one_that_fits_is_drawn(largest, sho
 
 def test_whole_spectra_have_their_plot():
     spectra = {"singular_values": torch.rand(2, 9)}
-    page = render(AuditReport((AuditResult("full_spectrum", Verdict.STABLE, "fine", per_sample=spectra),)))
+    page = render(
+        AuditReport((AuditResult("full_spectrum", Verdict.STABLE, "fine", per_sample=spectra),))
+    )
     assert re.findall(r"<h4>(.*?)</h4>", page) == ["Whole spectrum"]
 
 
@@ -181,7 +199,10 @@ def test_absent_libraries_are_named_with_the_remedy():
         "u.find_spec = lambda n, *a: None if n == 'jinja2' else f(n, *a); import inn_guard.report"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
-    assert done.stderr.splitlines()[-1] == "ImportError: reports need jinja2; type: pip install inn_guard[report]"
+    assert (
+        done.stderr.splitlines()[-1]
+        == "ImportError: reports need jinja2; type: pip install inn_guard[report]"
+    )
 
 
 def test_what_was_not_examined_reads_like_no_finding():
@@ -190,7 +211,7 @@ def test_what_was_not_examined_reads_like_no_finding():
     rows = ({"arithmetic": "float16", "error": None}, {"arithmetic": "float32", "error": 0.5})
     result = AuditResult(
         "a", Verdict.STABLE, "fine", tables={"t": rows},
-        per_sample={"error": torch.tensor([0.1, nan, nan])}, examined={"error": torch.tensor([True, False, False])},
+        per_sample={"error": torch.tensor([0.1, nan, nan])}, measured_mask={"error": torch.tensor([True, False, False])},
     )  # fmt: skip
     page = render(AuditReport((result,)))
     assert 'title="not examined">—</td>' in page

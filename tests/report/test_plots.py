@@ -17,22 +17,30 @@ from hypothesis.extra import numpy as arrays
 from PIL import Image
 
 from inn_guard.report.plots import full_spectrum, histogram, layer_bars, pictures, spectrum_range
-from inn_guard.report.plots.scale import scale_for
+from inn_guard.report.plots.axis_scale import scale_for
 
 NAN, INF = float("nan"), float("inf")
 
 
 def texts(drawing) -> list[str]:
-    return ["".join(element.itertext()).strip() for element in ElementTree.fromstring(drawing.markup).iter("text")]
+    return [
+        "".join(element.itertext()).strip()
+        for element in ElementTree.fromstring(drawing.markup).iter("text")
+    ]
 
 
 def count(drawing, style: str) -> int:
-    return sum(style in element.get("style", "") for element in ElementTree.fromstring(drawing.markup).iter("path"))
+    return sum(
+        style in element.get("style", "")
+        for element in ElementTree.fromstring(drawing.markup).iter("path")
+    )
 
 
 def painted(drawing) -> list[np.ndarray]:
     data = re.findall(r"base64,([^\"]+)", drawing.markup)
-    return [np.asarray(Image.open(io.BytesIO(base64.b64decode(item))).convert("RGB")) for item in data]
+    return [
+        np.asarray(Image.open(io.BytesIO(base64.b64decode(item))).convert("RGB")) for item in data
+    ]
 
 
 @settings(max_examples=settings().max_examples // 3)  # a drawing takes half a second
@@ -58,8 +66,11 @@ def test_every_finite_number_has_a_place_but_zero_and_negatives_on_a_logarithmic
 
 def test_samples_that_were_not_examined_are_no_nan():
     """Of five samples two were examined, and one of these is NaN: one finding, three that nobody looked at."""
-    values, examined = torch.tensor([NAN, 0.5, NAN, NAN, NAN]), torch.tensor([False, True, True, False, False])
-    caption = histogram("error", values, examined=examined).caption
+    values, measured_mask = (
+        torch.tensor([NAN, 0.5, NAN, NAN, NAN]),
+        torch.tensor([False, True, True, False, False]),
+    )
+    caption = histogram("error", values, measured_mask=measured_mask).caption
     assert "1 of 2 is NaN" in caption
     assert "Not examined: 3 of 5 samples" in caption
     assert "Not examined" not in histogram("error", values).caption
@@ -101,7 +112,12 @@ def test_bar_heights_add_up_to_the_samples():
 
 
 def test_bars_mark_the_largest_and_name_what_is_not_finite():
-    rows = [{"layer": "A", "gain": 1.0}, {"layer": "B", "gain": 7.0}, {"layer": "C", "gain": NAN}, {"layer": "D"}]
+    rows = [
+        {"layer": "A", "gain": 1.0},
+        {"layer": "B", "gain": 7.0},
+        {"layer": "C", "gain": NAN},
+        {"layer": "D"},
+    ]
     drawing = layer_bars("gain", rows[:2])
     assert "largest: 7 in 1 B" in drawing.caption.replace("  ", " ")
     assert count(drawing, "fill: var(--high)") == 1
@@ -123,14 +139,17 @@ def test_many_layers_become_a_line():
 
 
 @pytest.mark.parametrize(
-    "name", ["$", r"$\frac{", "<script>alert(1)</script>", 'id="a"', "a\x00b\ud800", "日本 μ", "x\ny"]
+    "name",
+    ["$", r"$\frac{", "<script>alert(1)</script>", 'id="a"', "a\x00b\ud800", "日本 μ", "x\ny"],
 )
 def test_names_are_text_never_mathematics_or_markup(name):
     drawing = layer_bars(name, [{"layer": name, name: 1.0}, {"layer": name, name: 2.0}], unit=name)
     root = ElementTree.fromstring(drawing.markup)
     assert not list(root.iter("script"))
     shown = "".join(texts(drawing))
-    assert name.replace("\x00", "�").replace("\ud800", "�").replace("\n", " ")[:20] in shown.replace("\n", " ")
+    assert name.replace("\x00", "�").replace("\ud800", "�").replace("\n", " ")[
+        :20
+    ] in shown.replace("\n", " ")
 
 
 def test_spectrum_range_says_the_worst_condition_number_also_beyond_floats():
@@ -158,12 +177,17 @@ def test_images_keep_values_and_paint_non_finite_pixels():
 def test_what_is_cut_by_less_than_half_a_grey_level_is_not_called_cut():
     original = torch.tensor([[[[0.0, 1.0]]]])
     assert "cut" not in pictures({"original": original, "reconstruction": original + 1e-6}).caption
-    assert "1 of 2 values cut" in pictures({"original": original, "reconstruction": original + 0.004}).caption
+    assert (
+        "1 of 2 values cut"
+        in pictures({"original": original, "reconstruction": original + 0.004}).caption
+    )
 
 
 def test_difference_has_its_own_symmetric_scale_and_the_rest_that_of_the_first():
     original = torch.rand(2, 3, 4, 4, generator=torch.Generator().manual_seed(0))
-    drawing = pictures({"original": original, "reconstruction": original * 100, "difference": original * 99})
+    drawing = pictures(
+        {"original": original, "reconstruction": original * 100, "difference": original * 99}
+    )
     assert "cut at its ends" in drawing.caption
     assert len(painted(drawing)) == 6
     zero = painted(pictures({"difference": torch.tensor([[[[0.0, 1.0, -1.0]]]])}))[0][0]
@@ -182,7 +206,10 @@ def test_any_number_of_channels_is_shown_and_said(channels):
 
 @pytest.mark.parametrize("value", [NAN, INF, 1e308, -1e308, 5e-324, 0.0])
 def test_images_of_one_extreme_value(value):
-    assert len(painted(pictures({"original": torch.full((1, 1, 2, 2), value, dtype=torch.float64)}))) == 1
+    assert (
+        len(painted(pictures({"original": torch.full((1, 1, 2, 2), value, dtype=torch.float64)})))
+        == 1
+    )
 
 
 def test_matplotlib_is_left_as_it_was_and_drawing_is_repeatable():

@@ -19,10 +19,12 @@ from nflows import flows, transforms
 from nflows.nn.nets import ResidualNet
 from torch import Tensor, nn
 
-from tests.case import seeded
+from tests.cases.case import seeded
 
 D = 4
-Pair = tuple[Tensor, Tensor | None]  #: value and log-determinant (B,), None where the library has none
+Pair = tuple[
+    Tensor, Tensor | None
+]  #: value and log-determinant (B,), None where the library has none
 
 
 class Library(NamedTuple):
@@ -50,7 +52,9 @@ def nflows_chain(layer: Callable[[int], nn.Module]) -> Callable[[], nn.Module]:
 
 
 def nflows_autoregressive(k: int) -> nn.Module:
-    return transforms.MaskedAffineAutoregressiveTransform(D, 12, num_blocks=1, activation=torch.tanh)
+    return transforms.MaskedAffineAutoregressiveTransform(
+        D, 12, num_blocks=1, activation=torch.tanh
+    )
 
 
 def nflows_spline(k: int) -> nn.Module:
@@ -78,12 +82,16 @@ def normalizing_flow(layer: Callable[[], nn.Module]) -> Callable[[], nn.Module]:
 
 
 def zuko_flow(kind: str, **settings) -> Callable[[], nn.Module]:
-    return lambda: getattr(zuko.flows, kind)(D, transforms=3, hidden_features=(16,), activation=nn.Tanh, **settings)
+    return lambda: getattr(zuko.flows, kind)(
+        D, transforms=3, hidden_features=(16,), activation=nn.Tanh, **settings
+    )
 
 
 def memcnn_coupling(kind: str) -> Callable[[], nn.Module]:
     adapter = memcnn.AffineAdapterNaive if kind == "affine" else None
-    return lambda: memcnn.create_coupling(mlp(outputs=2), mlp(outputs=2), coupling=kind, adapter=adapter)
+    return lambda: memcnn.create_coupling(
+        mlp(outputs=2), mlp(outputs=2), coupling=kind, adapter=adapter
+    )
 
 
 class ByHand(nn.Module):
@@ -98,7 +106,10 @@ class ByHand(nn.Module):
         for net in self.nets:
             kept, moved = x.chunk(2, 1)
             log_scale, shift = net(kept).chunk(2, 1)
-            x, total = torch.cat([moved * log_scale.exp() + shift, kept], 1), total + log_scale.sum(1)
+            x, total = (
+                torch.cat([moved * log_scale.exp() + shift, kept], 1),
+                total + log_scale.sum(1),
+            )
         return x, total
 
     def inverse(self, z: Tensor) -> Pair:
@@ -106,7 +117,10 @@ class ByHand(nn.Module):
         for net in reversed(self.nets):
             moved, kept = z.chunk(2, 1)
             log_scale, shift = net(kept).chunk(2, 1)
-            z, total = torch.cat([kept, (moved - shift) * (-log_scale).exp()], 1), total - log_scale.sum(1)
+            z, total = (
+                torch.cat([kept, (moved - shift) * (-log_scale).exp()], 1),
+                total - log_scale.sum(1),
+            )
         return z, total
 
 
@@ -115,7 +129,9 @@ def _of_nflows(build: Callable[[], nn.Module]) -> Library:
 
 
 def _of_freia(build: Callable[[], nn.Module]) -> Library:
-    return Library(build, lambda m, x: _per_sample(*m(x)), lambda m, z: _per_sample(*m(z, rev=True)))
+    return Library(
+        build, lambda m, x: _per_sample(*m(x)), lambda m, z: _per_sample(*m(z, rev=True))
+    )
 
 
 def _per_sample(value: Tensor, log_det: Tensor | float) -> Pair:
@@ -124,11 +140,17 @@ def _per_sample(value: Tensor, log_det: Tensor | float) -> Pair:
 
 
 def _of_normflows(build: Callable[[], nn.Module]) -> Library:
-    return Library(build, lambda m, x: m.inverse_and_log_det(x), lambda m, z: m.forward_and_log_det(z))
+    return Library(
+        build, lambda m, x: m.inverse_and_log_det(x), lambda m, z: m.forward_and_log_det(z)
+    )
 
 
 def _of_zuko(build: Callable[[], nn.Module]) -> Library:
-    return Library(build, lambda m, x: m().transform.call_and_ladj(x), lambda m, z: m().transform.inv.call_and_ladj(z))
+    return Library(
+        build,
+        lambda m, x: m().transform.call_and_ladj(x),
+        lambda m, z: m().transform.inv.call_and_ladj(z),
+    )
 
 
 def _of_memcnn(build: Callable[[], nn.Module]) -> Library:
@@ -137,16 +159,25 @@ def _of_memcnn(build: Callable[[], nn.Module]) -> Library:
 
 def _block(**settings) -> Callable[[], nn.Module]:
     outputs = D if settings.get("scale", True) else D // 2
-    return lambda: nf.flows.AffineCouplingBlock(nf.nets.MLP([D // 2, 16, outputs], leaky=0.1), **settings)
+    return lambda: nf.flows.AffineCouplingBlock(
+        nf.nets.MLP([D // 2, 16, outputs], leaky=0.1), **settings
+    )
 
 
 def _masked() -> nn.Module:
-    return nf.flows.MaskedAffineFlow(mask(0).float(), nf.nets.MLP([D, 16, D]), nf.nets.MLP([D, 16, D]))
+    return nf.flows.MaskedAffineFlow(
+        mask(0).float(), nf.nets.MLP([D, 16, D]), nf.nets.MLP([D, 16, D])
+    )
 
 
 def _nflows_flow() -> nn.Module:
-    layers = [transforms.LULinear(D, identity_init=False), transforms.AffineCouplingTransform(mask(0), residual)]
-    return flows.Flow(transforms.CompositeTransform(layers), nflows.distributions.StandardNormal([D]))
+    layers = [
+        transforms.LULinear(D, identity_init=False),
+        transforms.AffineCouplingTransform(mask(0), residual),
+    ]
+    return flows.Flow(
+        transforms.CompositeTransform(layers), nflows.distributions.StandardNormal([D])
+    )
 
 
 LIBRARIES: dict[str, Library] = {

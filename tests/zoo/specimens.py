@@ -42,7 +42,9 @@ class Specimen:
     def x(self, dtype: torch.dtype) -> Tensor:
         """The batch, drawn in float32."""
         generator = torch.Generator().manual_seed(1)
-        return (self.scale * torch.randn(BATCH, D, generator=generator, dtype=torch.float32)).to(dtype)
+        return (self.scale * torch.randn(BATCH, D, generator=generator, dtype=torch.float32)).to(
+            dtype
+        )
 
 
 class Altered(nn.Module):
@@ -77,7 +79,11 @@ class Altered(nn.Module):
 def plain(name: str, strength: float, dtype: torch.dtype) -> Specimen:
     def make(dtype: torch.dtype) -> tuple[dict[str, Any], Function, Function]:
         module, library = built(name, strength).to(dtype), LIBRARIES[name]
-        return {"model": module}, lambda x: library.encode(module, x), lambda z: library.decode(module, z)
+        return (
+            {"model": module},
+            lambda x: library.encode(module, x),
+            lambda z: library.decode(module, z),
+        )
 
     return Specimen(f"{name} x{strength:g} {short(dtype)}", make, dtype)
 
@@ -93,8 +99,13 @@ def altered(name: str, what: str, **changes: Callable[[Tensor], Tensor]) -> Spec
 def ill_conditioned(name: str, condition: float, dtype: torch.dtype) -> Specimen:
     """A library's net, then Q diag(1 ... 1/condition) P with rotations Q and P, then the net again."""
     generator = torch.Generator().manual_seed(3)
-    Q, P = (torch.linalg.qr(torch.randn(D, D, generator=generator, dtype=torch.float64))[0] for _ in range(2))
-    weight = (Q * torch.logspace(0, -torch.tensor(condition).log10().item(), D, dtype=torch.float64)) @ P
+    Q, P = (
+        torch.linalg.qr(torch.randn(D, D, generator=generator, dtype=torch.float64))[0]
+        for _ in range(2)
+    )
+    weight = (
+        Q * torch.logspace(0, -torch.tensor(condition).log10().item(), D, dtype=torch.float64)
+    ) @ P
 
     def make(dtype: torch.dtype) -> tuple[dict[str, Any], Function, Function]:
         module, library, W = built(name, 0.5).to(dtype), LIBRARIES[name], weight.float().to(dtype)
@@ -103,7 +114,9 @@ def ill_conditioned(name: str, condition: float, dtype: torch.dtype) -> Specimen
             return x @ W.T, torch.linalg.slogdet(W.double())[1].to(dtype).expand(len(x))
 
         def unmixed(z: Tensor) -> Pair:
-            return torch.linalg.solve(W, z.T).T, -torch.linalg.slogdet(W.double())[1].to(dtype).expand(len(z))
+            return torch.linalg.solve(W, z.T).T, -torch.linalg.slogdet(W.double())[1].to(
+                dtype
+            ).expand(len(z))
 
         def net(x: Tensor) -> Pair:
             return library.encode(module, x)
@@ -115,7 +128,9 @@ def ill_conditioned(name: str, condition: float, dtype: torch.dtype) -> Specimen
         return {"layers": layers}, chained([net, mixed, net]), chained([back, unmixed, back])
 
     broken = 1 if condition > 1e6 else None
-    return Specimen(f"{name} around cond {condition:g} {short(dtype)}", make, dtype, broken_layer=broken)
+    return Specimen(
+        f"{name} around cond {condition:g} {short(dtype)}", make, dtype, broken_layer=broken
+    )
 
 
 def chained(functions: list[Function]) -> Function:
@@ -148,7 +163,9 @@ def _specimens() -> Iterator[Specimen]:
     for name in with_log_det()[::3]:
         yield altered(name, "inverse off by 5 %", decoded=lambda value: value * 1.05)
         yield altered(name, "inverse off by 0.1 %", decoded=lambda value: value + 1e-3)
-        yield altered(name, "inverse NaN where large", decoded=lambda value: value / (value.abs() < 1))
+        yield altered(
+            name, "inverse NaN where large", decoded=lambda value: value / (value.abs() < 1)
+        )
     for name in ("nflows affine", "FrEIA GLOW", "normflows exp", "zuko NICE", "by hand"):
         for condition in (1e2, 1e9):
             yield ill_conditioned(name, condition, torch.float32)

@@ -17,7 +17,7 @@ import inn_guard as ig
 from inn_guard.audits.jacobian_spectrum import jacobian_spectrum
 from inn_guard.audits.layer_blame import layer_blame
 from inn_guard.audits.log_det import log_det
-from inn_guard.audits.reconstruction import reconstruction
+from inn_guard.audits.reconstruction.audit import reconstruction
 from tests.zoo import truth
 from tests.zoo.specimens import SPECIMENS, Specimen
 from tests.zoo.truth import Truth
@@ -110,6 +110,9 @@ if __name__ == "__main__":
     print(f"{len(SPECIMENS)} models")
     for check, outcomes in counts.items():
         print(
-            f"{check:18}", ", ".join(f"{outcomes[o]} {o}" for o in ("found", "passed", "miss", "false alarm", "either"))
+            f"{check:18}",
+            ", ".join(
+                f"{outcomes[o]} {o}" for o in ("found", "passed", "miss", "false alarm", "either")
+            ),
         )
     print("\n".join(wrong))

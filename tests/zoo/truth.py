@@ -14,7 +14,7 @@ import math
 import torch
 from torch import Tensor
 
-from tests import reference
+from tests.oracles import transforms as reference
 from tests.zoo.specimens import Specimen
 
 USABLE, WRONG, NATS, MARGIN = 1e-2, 1e-4, 1e-3, 2.0
@@ -77,7 +77,11 @@ def log_det(specimen: Specimen) -> Truth | None:
         back = decode(z)[1]
     if ahead is None or back is None or not bool(rows.any()):
         return None if ahead is None or back is None else Truth.BAD
-    ahead, back, true = ahead.double()[rows], back.double()[rows], reference.log_abs_det(jacobian(specimen)[rows])
+    ahead, back, true = (
+        ahead.double()[rows],
+        back.double()[rows],
+        reference.log_abs_det(jacobian(specimen)[rows]),
+    )
     allowed = NATS * (z.shape[1] + true.abs())
     errors = torch.stack([(ahead - true).abs() / allowed, (ahead + back).abs() / allowed])
     return of(float(errors.nan_to_num(math.inf).max()), 1.0)

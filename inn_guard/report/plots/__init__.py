@@ -1,13 +1,13 @@
 """Plots: arrays of numbers -> a `Drawing` that a page can hold. One file for each kind."""
 
 from inn_guard.report.plots.attack_curve import attack_curve
-from inn_guard.report.plots.bars import layer_bars, numeric_columns
-from inn_guard.report.plots.figure import Drawing
+from inn_guard.report.plots.curve import history
 from inn_guard.report.plots.forecast import forecast_against_measured
 from inn_guard.report.plots.histogram import histogram
-from inn_guard.report.plots.history import history
-from inn_guard.report.plots.pictures import pictures
+from inn_guard.report.plots.images import pictures
+from inn_guard.report.plots.layer_bars import layer_bars, numeric_columns
 from inn_guard.report.plots.spectrum import full_spectrum, spectrum_range
+from inn_guard.report.plots.svg import Drawing
 
 __all__ = [
     "Drawing",

@@ -9,13 +9,15 @@ from typing import Any
 import numpy as np
 from matplotlib.axes import Axes
 
-from inn_guard.report.numbers import format_number, legible
-from inn_guard.report.plots.figure import BAD, HIGH, LOW, MUTED, Drawing, axes, decades, drawing
+from inn_guard.report.formatting import format_number, legible
+from inn_guard.report.plots.svg import BAD, HIGH, LOW, MUTED, Drawing, axes, decades, drawing
 
 __all__ = ["forecast_against_measured"]
 
 
-def forecast_against_measured(rows: Sequence[Mapping[str, Any]], *, usable: float | None = None) -> Drawing:
+def forecast_against_measured(
+    rows: Sequence[Mapping[str, Any]], *, usable: float | None = None
+) -> Drawing:
     """One line per arithmetic: a ring where the forecast lies, a dot where the measurement does, on one error axis.
 
     Args:
@@ -33,7 +35,14 @@ def forecast_against_measured(rows: Sequence[Mapping[str, Any]], *, usable: floa
     for place, ring, dot in zip(at, hollow, solid, strict=True):
         if np.isfinite(ring) and np.isfinite(dot):
             axis.plot([ring, dot], [place, place], color=MUTED, linewidth=0.8)
-    axis.plot(np.where(np.isfinite(hollow), hollow, np.nan), at, "o", color=LOW, markersize=7, fillstyle="none")
+    axis.plot(
+        np.where(np.isfinite(hollow), hollow, np.nan),
+        at,
+        "o",
+        color=LOW,
+        markersize=7,
+        fillstyle="none",
+    )
     axis.plot(np.where(np.isfinite(solid), solid, np.nan), at, "o", color=HIGH, markersize=4)
     if usable is not None:
         axis.axvline(np.log10(usable), color=MUTED, linewidth=0.8, linestyle=(0, (3, 2)))
@@ -45,7 +54,9 @@ def forecast_against_measured(rows: Sequence[Mapping[str, Any]], *, usable: floa
     decades(axis.xaxis)
     axis.text(0.0, 1.02, "○ forecast", color=LOW, size=9, transform=axis.transAxes)
     axis.text(0.24, 1.02, "● measured", color=HIGH, size=9, transform=axis.transAxes)
-    return drawing(figure, _caption(rows, usable), title="Forecast and measurement in each arithmetic")
+    return drawing(
+        figure, _caption(rows, usable), title="Forecast and measurement in each arithmetic"
+    )
 
 
 def _unplaced(axis: Axes, rows: Sequence[tuple[int, Mapping[str, Any]]]) -> None:
@@ -53,7 +64,13 @@ def _unplaced(axis: Axes, rows: Sequence[tuple[int, Mapping[str, Any]]]) -> None
     for place, row in rows:
         exact = row["measured"] == 0
         refused = row.get("measured verdict") == "refused"
-        text = "exact" if exact else "refused" if refused else f"measured {format_number(row['measured'])}"
+        text = (
+            "exact"
+            if exact
+            else "refused"
+            if refused
+            else f"measured {format_number(row['measured'])}"
+        )
         axis.text(
             0.99, place, text, color=MUTED if exact else BAD, ha="right", va="center", size=9,
             transform=axis.get_yaxis_transform(),
@@ -63,5 +80,9 @@ def _unplaced(axis: Axes, rows: Sequence[tuple[int, Mapping[str, Any]]]) -> None
 def _caption(rows: Sequence[Mapping[str, Any]], usable: float | None) -> str:
     decided = [row for row in rows if row.get("forecast verdict") in ("works", "breaks")]
     right = sum(row["forecast verdict"] == row.get("measured verdict") for row in decided)
-    line = f" Dashed: {format_number(usable)} |x|, up to which an inverse is usable." if usable is not None else ""
+    line = (
+        f" Dashed: {format_number(usable)} |x|, up to which an inverse is usable."
+        if usable is not None
+        else ""
+    )
     return f"The forecast decides {len(decided)} of {len(rows)} arithmetics and is right in {right} of them.{line}"

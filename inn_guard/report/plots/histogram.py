@@ -7,14 +7,16 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 
-from inn_guard.report.numbers import format_number, heading, title
-from inn_guard.report.plots.figure import BAD, INK, LOW, MUTED, Drawing, axes, decades, drawing
-from inn_guard.report.plots.scale import Scale, scale_for, to_numpy
+from inn_guard.report.formatting import format_number, heading, title
+from inn_guard.report.plots.axis_scale import Scale, scale_for, to_numpy
+from inn_guard.report.plots.svg import BAD, INK, LOW, MUTED, Drawing, axes, decades, drawing
 
 __all__ = ["histogram"]
 
 
-def histogram(name: str, values: Tensor, *, unit: str = "", examined: Tensor | None = None) -> Drawing:
+def histogram(
+    name: str, values: Tensor, *, unit: str = "", measured_mask: Tensor | None = None
+) -> Drawing:
     """A histogram of one number per sample, logarithmic where the numbers ask for it.
 
     Numbers that have no place on the axis (NaN, Inf, and zeros on a logarithmic one) are counted in the caption.
@@ -23,9 +25,9 @@ def histogram(name: str, values: Tensor, *, unit: str = "", examined: Tensor | N
         name: the quantity, as in `AuditResult.per_sample`.
         values: one number per sample, shape (B,).
         unit: of the numbers.
-        examined: the samples that have a number, (B,) bool; None: all. The others are counted as not examined.
+        measured_mask: the samples that have a number, (B,) bool; None: all. The others are counted as not examined.
     """
-    numbers = to_numpy(values if examined is None else values[examined]).ravel()
+    numbers = to_numpy(values if measured_mask is None else values[measured_mask]).ravel()
     scale = scale_for(numbers)
     places = scale.place(numbers)
     empty = bool(np.isnan(places).all())
@@ -33,13 +35,15 @@ def histogram(name: str, values: Tensor, *, unit: str = "", examined: Tensor | N
     axis.set_xlabel(scale.label(title(name), unit))
     axis.grid(visible=False, axis="x")
     if empty:
-        axis.text(0.5, 0.4, "no finite number to show", color=BAD, ha="center", transform=axis.transAxes)
+        axis.text(
+            0.5, 0.4, "no finite number to show", color=BAD, ha="center", transform=axis.transAxes
+        )
         axis.set(xticks=[], yticks=[])
     else:
         axis.set_ylabel("samples")
         _draw(axis, places[~np.isnan(places)], scale)
         _mark(axis, float(scale.place(np.array(_median(numbers[np.isfinite(numbers)])))))
-    caption = f"{_spread(numbers)} {left_out(numbers, scale)} {_not_examined(examined)}"
+    caption = f"{_spread(numbers)} {left_out(numbers, scale)} {_not_examined(measured_mask)}"
     return drawing(figure, " ".join(caption.split()), title=heading(name))
 
 
@@ -47,7 +51,13 @@ def _draw(axis: Axes, places: np.ndarray, scale: Scale) -> None:
     low, high = places.min(), places.max()
     margin = 0.5 if scale.logarithmic else max(abs(low), 1.0) * 0.05
     bounds = (low, high) if high - low > 1e-9 * max(1.0, abs(low)) else (low - margin, low + margin)
-    axis.hist(places, bins=int(np.clip(np.sqrt(places.size) * 2, 8, 40)), range=bounds, color=LOW, rwidth=0.92)
+    axis.hist(
+        places,
+        bins=int(np.clip(np.sqrt(places.size) * 2, 8, 40)),
+        range=bounds,
+        color=LOW,
+        rwidth=0.92,
+    )
     axis.yaxis.set_major_locator(MaxNLocator(nbins=5, integer=True))
     if scale.logarithmic:
         decades(axis.xaxis)
@@ -57,7 +67,9 @@ def _mark(axis: Axes, median: float) -> None:
     """A line at the median of all finite numbers; none if the median itself has no place on the axis."""
     if not np.isnan(median):
         axis.axvline(median, color=INK, linewidth=1, linestyle=(0, (3, 2)))
-        axis.text(median, 1.02, " median", color=MUTED, size=8.5, transform=axis.get_xaxis_transform())
+        axis.text(
+            median, 1.02, " median", color=MUTED, size=8.5, transform=axis.get_xaxis_transform()
+        )
 
 
 def _median(numbers: np.ndarray) -> float:
@@ -73,11 +85,11 @@ def _spread(numbers: np.ndarray) -> str:
     return f"{numbers.size} samples: median {middle}, largest {largest}."
 
 
-def _not_examined(examined: Tensor | None) -> str:
+def _not_examined(measured_mask: Tensor | None) -> str:
     """A sentence on the samples that have no number; empty if all have."""
-    if examined is None or bool(examined.all()):
+    if measured_mask is None or bool(measured_mask.all()):
         return ""
-    return f"Not examined: {int((~examined).sum())} of {examined.numel()} samples of the batch."
+    return f"Not examined: {int((~measured_mask).sum())} of {measured_mask.numel()} samples of the batch."
 
 
 def left_out(numbers: np.ndarray, scale: Scale) -> str:
@@ -87,6 +99,8 @@ def left_out(numbers: np.ndarray, scale: Scale) -> str:
         counts["exactly zero"] = (numbers == 0).sum()
         counts["negative"] = ((numbers < 0) & np.isfinite(numbers)).sum()
     parts = [
-        f"{count} of {numbers.size} {'is' if count == 1 else 'are'} {what}" for what, count in counts.items() if count
+        f"{count} of {numbers.size} {'is' if count == 1 else 'are'} {what}"
+        for what, count in counts.items()
+        if count
     ]
     return f"Not drawn: {', '.join(parts)}." if parts else ""

@@ -1,0 +1,112 @@
+"""Closure: a callable whose modules can be seen and copied with it."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import inspect
+import types
+from collections.abc import Iterator
+from typing import Any
+
+from torch import nn
+
+__all__ = ["Closure"]
+
+
+class Closure:
+    """A callable together with the modules it uses.
+
+    Seen are: the callable itself, the object of a bound method, the function and arguments of a ``functools.partial``,
+    the attributes of a callable object, and the variables of the enclosing scopes and globals that a function or
+    lambda names; also inside lists, tuples and dicts, and through other functions of the same file. A deep copy is
+    bound to copies of those modules.
+    """
+
+    def __init__(self, function: Any) -> None:
+        if not callable(function):
+            raise TypeError(
+                f"expected a callable, got {type(function).__name__}; type encode=f, decode=g instead"
+            )
+        self.function = function
+
+    def __call__(self, *arguments: Any) -> Any:
+        """What the callable returns."""
+        return self.function(*arguments)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Closure:
+        return Closure(_rebound(self.function, memo))
+
+    def modules(self) -> list[nn.Module]:
+        """The modules found, each once, in the order in which they were found."""
+        found = {id(module): module for module in _modules(self.function, set())}
+        return list(found.values())
+
+
+def _modules(value: Any, seen: set[int]) -> Iterator[nn.Module]:
+    if id(value) in seen:
+        return
+    seen.add(id(value))
+    if isinstance(value, nn.Module):
+        yield value
+        return
+    for part in _parts(value):
+        yield from _modules(part, seen)
+
+
+def _parts(value: Any) -> list[Any]:
+    """What a callable or a container can reach, one step down."""
+    if isinstance(value, types.MethodType):
+        return [value.__self__, value.__func__]
+    if isinstance(value, functools.partial):
+        return [value.func, *value.args, *value.keywords.values()]
+    if isinstance(value, types.FunctionType):
+        return [part for part in _variables(value).values() if _same_file(part, value)]
+    if isinstance(value, dict):
+        return list(value.values())
+    if isinstance(value, (list, tuple)):
+        return list(value)
+    if callable(value) and hasattr(value, "__dict__") and not isinstance(value, type):
+        return list(vars(value).values())
+    return []
+
+
+def _variables(function: types.FunctionType) -> dict[str, Any]:
+    """Variables of the enclosing scopes and globals that the function names, those that exist so far."""
+    closure = inspect.getclosurevars(function)
+    return {**closure.globals, **closure.nonlocals}
+
+
+def _same_file(value: Any, function: types.FunctionType) -> bool:
+    return (
+        not isinstance(value, types.FunctionType)
+        or value.__code__.co_filename == function.__code__.co_filename
+    )
+
+
+def _rebound(value: Any, memo: dict[int, Any]) -> Any:
+    """A deep copy in which functions, too, refer to the copies of their modules."""
+    if not isinstance(value, types.FunctionType):
+        return copy.deepcopy(value, memo)
+    if id(value) in memo:
+        return memo[id(value)]
+    variables = {
+        name: part for name, part in _variables(value).items() if any(_modules(part, set()))
+    }
+    if not variables:
+        return value
+    cells = tuple(types.CellType() for _ in value.__closure__ or ())
+    twin = types.FunctionType(
+        value.__code__, dict(value.__globals__), value.__name__, value.__defaults__, cells
+    )
+    twin.__kwdefaults__ = value.__kwdefaults__
+    memo[id(value)] = twin
+    for name, cell, old in zip(
+        value.__code__.co_freevars, cells, value.__closure__ or (), strict=True
+    ):
+        cell.cell_contents = (
+            _rebound(old.cell_contents, memo) if name in variables else old.cell_contents
+        )
+    for name in variables.keys() & twin.__globals__.keys() - set(value.__code__.co_freevars):
+        twin.__globals__[name] = _rebound(variables[name], memo)
+    return twin

@@ -1,0 +1,64 @@
+"""NumberFormat: one way to run a model, by the dtype it is stored in, autocast and TF32."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from inn_guard.jacobian.rounding_error import unit_roundoff
+
+__all__ = ["NumberFormat", "arithmetics", "autocast", "tf32"]
+
+
+@dataclass(frozen=True)
+class NumberFormat:
+    """One way to run a model: parameters and data in ``storage``, and under autocast to ``autocast`` if given."""
+
+    name: str
+    storage: torch.dtype
+    autocast: torch.dtype | None = None
+    tf32: bool = False
+
+    @property
+    def roundoff(self) -> float:
+        """The coarsest unit roundoff in it; TF32 keeps 10 bits of the fraction of what enters a product."""
+        return 2.0**-11 if self.tf32 else unit_roundoff(self.coarsest)
+
+    @property
+    def coarsest(self) -> torch.dtype:
+        """The coarser of its dtypes."""
+        return self.autocast or self.storage
+
+
+def arithmetics(device: torch.device) -> tuple[NumberFormat, ...]:
+    """What is tried on this device: float64, float32, bfloat16, float16, autocast, and TF32 on a GPU."""
+    plain = tuple(
+        NumberFormat(str(dtype).removeprefix("torch."), dtype)
+        for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+    )
+    autocast = (NumberFormat("autocast bfloat16", torch.float32, autocast=torch.bfloat16),)
+    tf32 = (NumberFormat("tf32", torch.float32, tf32=True),) if device.type == "cuda" else ()
+    return plain + autocast + tf32
+
+
+@contextmanager
+def tf32(arithmetic: NumberFormat) -> Iterator[None]:
+    """TF32 products on CUDA inside the block if the arithmetic wants them, none if not; the old setting afterwards."""
+    before = (torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32)
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = arithmetic.tf32
+    try:
+        yield
+    finally:
+        torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = before
+
+
+def autocast(device: str, arithmetic: NumberFormat) -> Any:
+    """Autocast inside the block if the arithmetic wants it."""
+    # no cache: weights cast without a graph, kept in it, would lose their gradients in a training step around this
+    if arithmetic.autocast is None:
+        return nullcontext()
+    return torch.autocast(device, dtype=arithmetic.autocast, cache_enabled=False)

@@ -1,0 +1,141 @@
+"""The forecast of the round trip's error in every arithmetic, from one float64 copy or one linearisation."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from inn_guard.audits.precision.arithmetic import NumberFormat, autocast
+from inn_guard.audits.thresholds import data_scale
+from inn_guard.core.invertible import Invertible, NotApplicable
+from inn_guard.jacobian.chain import Linearization
+from inn_guard.jacobian.inverse_differences import InverseDifferences
+from inn_guard.jacobian.rounding_error import (
+    LinearizedModel,
+    RoundingForecast,
+    rounding_forecast,
+    unit_roundoff,
+)
+
+__all__ = ["NUMERIC", "DtypeCopies", "RoundingForecaster", "batch_length"]
+
+HALF = (torch.bfloat16, torch.float16)
+
+#: what numbers that left their range make a model raise; anything else is an operation that the dtype does not have
+NUMERIC = (ValueError, AssertionError, ArithmeticError, torch.linalg.LinAlgError)
+
+
+class DtypeCopies:
+    """The model in other dtypes; its float64 copy, which the forecast and the measurement share, is made once."""
+
+    def __init__(self, model: Invertible, dtype: torch.dtype) -> None:
+        self.model, self._dtype = model, dtype
+        self._precise: Invertible | None = None
+
+    def of(self, dtype: torch.dtype) -> Invertible:
+        """The model itself if it is of that dtype, else a copy.
+
+        Raises:
+            NotApplicable, ModelError: if it cannot be copied.
+        """
+        if dtype == self._dtype:
+            return self.model
+        if dtype != torch.float64:
+            return self.model.to_dtype(dtype)
+        if self._precise is None:
+            self._precise = self.model.to_dtype(dtype)
+        return self._precise
+
+
+class RoundingForecaster:
+    """The forecast of each arithmetic, from one forward pass and its differences in float64, or its linearisation."""
+
+    def __init__(self, copies: DtypeCopies, x: Tensor, *, probes: int, seed: int) -> None:
+        self._copies, self._x, self._probes, self._seed = copies, x, probes, seed
+        self._log_scale = batch_length(x).log()
+        self.reason = "" if copies.model.bijective else "no forecast: the map is injective only"
+        self._linearized: LinearizedModel | None = None
+        self._plain: RoundingForecast | None = None
+        if not copies.model.bijective:
+            return
+        for way in (self._by_differences, self._by_derivatives):
+            try:
+                self._linearized = way()
+                self._plain = self._forecast(None)
+                return
+            except (NotApplicable, RuntimeError, *NUMERIC) as error:
+                self.reason = f"no forecast: {error}"
+        self._linearized = None
+
+    def _by_differences(self) -> LinearizedModel:
+        self.reason = ""
+        return InverseDifferences(self._copies.of(torch.float64), self._x.double())
+
+    def _by_derivatives(self) -> LinearizedModel:
+        self.reason = ""
+        dtype = torch.float32 if self._x.dtype in HALF else self._x.dtype
+        return Linearization(self._copies.of(dtype), self._x.to(dtype))
+
+    def relative(self, arithmetic: NumberFormat) -> tuple[Tensor, Tensor] | None:
+        """Forecast error in units of |x|, least and most, (B,) each, inf where a state overflows; None without one.
+
+        Where a state is so small that the dtype resolves it worse than its roundoff says, or the forecast itself is
+        not finite although the states are, anything is possible: 0 and inf.
+        """
+        if self._linearized is None or self._plain is None:
+            return None
+        least = most = self._plain
+        if arithmetic.autocast is not None:
+            try:
+                least = self._forecast(
+                    _layer_roundoff(self._copies, self._linearized.states, arithmetic)
+                )
+            except (NotApplicable, RuntimeError):
+                return None
+        held = torch.finfo(arithmetic.coarsest)
+        overflow = ~(most.largest_state <= held.max)
+        logs = [
+            forecast.log_error + math.log(arithmetic.roundoff) - self._log_scale
+            for forecast in (least, most)
+        ]
+        coarse = most.smallest_scale < held.tiny
+        unknown = logs[0].isnan() | logs[1].isnan()
+        low = torch.where(coarse | unknown, 0.0, logs[0].exp())
+        high = torch.where(coarse | unknown, math.inf, logs[1].exp())
+        return torch.where(overflow, math.inf, low).cpu(), torch.where(
+            overflow, math.inf, high
+        ).cpu()
+
+    def _forecast(self, layer_roundoff: list[float] | None) -> RoundingForecast:
+        if self._linearized is None:
+            raise NotApplicable(self.reason)
+        generator = torch.Generator().manual_seed(self._seed)
+        with torch.no_grad():
+            return rounding_forecast(
+                self._linearized,
+                probes=self._probes,
+                generator=generator,
+                layer_roundoff=layer_roundoff,
+            )
+
+
+def _layer_roundoff(
+    copies: DtypeCopies, states: Sequence[Tensor], arithmetic: NumberFormat
+) -> list[float]:
+    """Unit roundoff of each layer's output under autocast, relative to the autocast dtype's."""
+    relative = []
+    model = copies.of(arithmetic.storage)
+    for layer, state in zip(model.layers() or (model,), states, strict=False):
+        with torch.no_grad(), autocast(state.device.type, arithmetic):
+            output = layer(state.to(arithmetic.storage))
+        relative.append(unit_roundoff(output.dtype) / arithmetic.roundoff)
+    return relative
+
+
+def batch_length(x: Tensor) -> Tensor:
+    """|x| per sample, (B,) float64, at least the median one of the batch: the unit of errors; 1 if all are 0."""
+    dims = x[0].numel()
+    return data_scale(x) * (math.sqrt(dims) if bool(x.any()) else 1.0)

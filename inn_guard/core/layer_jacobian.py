@@ -1,0 +1,212 @@
+"""The four linear maps of one differentiable layer at one batch, by autograd.
+
+Every sample b of a batch x (B, *data) has its own Jacobian J_b. A tangent applies it, its transpose, its inverse and
+its inverse transpose to one vector per sample, without forming a matrix.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+Map = Callable[[Tensor], Tensor]
+
+ROUNDING = 100.0  #: errors of a product allowed, in units of eps
+INEXACT = 1e-3  #: deviation allowed in any case: derivatives of maps that iterate with a loose stopping rule
+
+
+class NotApplicable(NotImplementedError):
+    """A question that a model cannot answer, with the reason. `audit()` turns it into a verdict of that name."""
+
+
+@runtime_checkable
+class LayerJacobian(Protocol):
+    """The linear maps of z = F(x) at a batch x, one vector per sample each.
+
+    Attributes:
+        output: F(x), shape (B, *latent), detached.
+    """
+
+    output: Tensor
+
+    def jvp(self, v: Tensor) -> Tensor:
+        """J v: (B, *data) -> (B, *latent)."""
+        ...
+
+    def vjp(self, u: Tensor) -> Tensor:
+        """J^T u: (B, *latent) -> (B, *data)."""
+        ...
+
+    def inverse_jvp(self, u: Tensor) -> Tensor:
+        """J^-1 u: (B, *latent) -> (B, *data)."""
+        ...
+
+    def inverse_vjp(self, v: Tensor) -> Tensor:
+        """J^-T v: (B, *data) -> (B, *latent)."""
+        ...
+
+
+@runtime_checkable
+class Selectable(Protocol):
+    """A tangent that can be had for some samples of its batch only."""
+
+    def select(self, rows: Tensor) -> Any:
+        """The tangent of these rows (indices or a mask); None where a part of it cannot be taken apart."""
+        ...
+
+
+@runtime_checkable
+class SelfChecking(Protocol):
+    """A tangent that measures by itself whether its products are transposes of each other, when it first uses them."""
+
+    def forward_transposes(self) -> bool:
+        """Whether J v and J^T u, as far as they have been used."""
+        ...
+
+    def inverse_transposes(self) -> bool:
+        """Whether J^-1 u and J^-T v, as far as they have been used."""
+        ...
+
+
+class _Recorded:
+    """A map at one point with its graph kept, so that J^T u and J v cost one backward pass each."""
+
+    def __init__(self, function: Map, point: Tensor) -> None:
+        self.function = function
+        self.leaf = point.detach().clone().requires_grad_()
+        with torch.enable_grad():
+            self.value = function(
+                self.leaf.clone()
+            )  # a map that writes into its input may not write into a leaf
+        self._pushing: Map | None = None
+        self.is_adjoint_pair = False  #: whether J v was measured to be the transpose of J^T u
+
+    def pull(self, u: Tensor) -> Tensor:
+        """J^T u; with one more leading dimension than the value, all of its rows in one batched call."""
+        if not self.value.requires_grad:
+            raise NotApplicable(
+                "the map has no derivative: its output does not depend on its input through autograd"
+            )
+        batched = u.dim() > self.value.dim()
+        (gradient,) = torch.autograd.grad(
+            self.value, self.leaf, u, retain_graph=True, allow_unused=True, is_grads_batched=batched
+        )
+        if gradient is None:
+            raise NotApplicable(
+                "the map has no derivative: autograd found no path from its output to its input"
+            )
+        return gradient
+
+    def push(self, v: Tensor) -> Tensor:
+        """J v: by transposing J^T u, which is linear in u, where that proves right; else by forward mode."""
+        if self._pushing is None:
+            self._pushing = self._transposed() or self._forward_mode
+        return self._pushing(v)
+
+    def _transposed(self) -> Map | None:
+        """v -> J v as the derivative of u -> J^T u; None where some operation has no, or a wrong, second derivative."""
+        u = torch.zeros_like(self.value).requires_grad_()
+        try:
+            with torch.enable_grad():
+                (image,) = torch.autograd.grad(self.value, self.leaf, u, create_graph=True)
+
+            def push(v: Tensor) -> Tensor:
+                return torch.autograd.grad(image, u, v, retain_graph=True)[0]
+
+            v, w = probes(self.leaf, self.value)
+            self.is_adjoint_pair = is_adjoint_pair(push(v), w, v, self.pull(w))
+            return push if self.is_adjoint_pair else None
+        except RuntimeError:  # NotApplicable among them: forward mode then says what is missing
+            return None
+
+    def _forward_mode(self, v: Tensor) -> Tensor:
+        with forward_ad.dual_level(), torch.enable_grad():
+            # both are copies: a map that writes into its input would write into v, too
+            dual = forward_ad.make_dual(self.leaf.detach().clone(), v.detach().clone())
+            tangent = forward_ad.unpack_dual(self.function(dual)).tangent
+        if tangent is None:
+            raise NotApplicable("the map has no forward-mode derivative")
+        return tangent.detach()
+
+
+def probes(*like: Tensor) -> list[Tensor]:
+    """Standard normal vectors of these shapes, dtypes and devices, the same at every call."""
+    generator = torch.Generator().manual_seed(0)
+    return [
+        torch.randn(t.shape, generator=generator, device="cpu", dtype=torch.float64).to(t)
+        for t in like
+    ]
+
+
+def is_adjoint_pair(u: Tensor, w: Tensor, v: Tensor, back: Tensor) -> bool:
+    """Whether u = A v and back = A^T w belong to one A per sample: <u, w> = <v, back>, for standard normal v and w.
+
+    Samples with entries that are not finite are left out. Both sides are sums with random signs, of the size of |u|
+    and not of |u| |w|, which is what rounding and a loosely iterated derivative are measured against.
+    """
+    eps = torch.finfo(u.dtype).eps
+    if _pair(u, w, v, back, eps=eps):
+        return True
+    finite = u.flatten(1).isfinite().all(1) & back.flatten(1).isfinite().all(1)
+    return _pair(*(t[finite].double() for t in (u, w, v, back)), eps=eps)
+
+
+def _pair(u: Tensor, w: Tensor, v: Tensor, back: Tensor, *, eps: float) -> bool:
+    size = max(v[:1].numel(), w[:1].numel())
+    u, w, v, back = (
+        t.flatten(1).to(torch.promote_types(t.dtype, torch.float32)) for t in (u, w, v, back)
+    )
+    gap = ((u * w).sum(1) - (v * back).sum(1)).abs()
+    allowed = max(ROUNDING * eps * math.sqrt(size), INEXACT) * torch.maximum(
+        u.norm(dim=1), back.norm(dim=1)
+    )
+    return bool(((gap <= allowed) & allowed.isfinite()).all())
+
+
+class AutogradJacobian:
+    """The four maps of a layer given as two callables: forward at x, and inverse at the stored output F(x).
+
+    The inverse is evaluated at most once per call, at F(x) of this one layer, never at a state that came out of a
+    numerical inverse further down the chain.
+    """
+
+    def __init__(self, forward: Map, inverse: Map, x: Tensor) -> None:
+        self._forward = _Recorded(forward, x)
+        self._inverse_map = inverse
+        self._inverse: _Recorded | None = None
+        self.output = self._forward.value.detach()
+
+    def forward_transposes(self) -> bool:
+        """Whether J v has been measured to belong to J^T u: <J v, w> = <v, J^T w> on random vectors."""
+        return self._forward.is_adjoint_pair
+
+    def inverse_transposes(self) -> bool:
+        """The same of J^-1 u and J^-T v."""
+        return self._backward.is_adjoint_pair
+
+    @property
+    def _backward(self) -> _Recorded:
+        if self._inverse is None:
+            self._inverse = _Recorded(self._inverse_map, self.output)
+        return self._inverse
+
+    def jvp(self, v: Tensor) -> Tensor:
+        """J v by transposing J^T u, or by forward mode."""
+        return self._forward.push(v)
+
+    def vjp(self, u: Tensor) -> Tensor:
+        """J^T u by reverse mode; u may carry one leading dimension of rows."""
+        return self._forward.pull(u)
+
+    def inverse_jvp(self, u: Tensor) -> Tensor:
+        """J^-1 u through the inverse, by transposing its reverse mode or by forward mode."""
+        return self._backward.push(u)
+
+    def inverse_vjp(self, v: Tensor) -> Tensor:
+        """J^-T v by reverse mode through the inverse."""
+        return self._backward.pull(v)

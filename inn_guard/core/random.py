@@ -1,0 +1,43 @@
+"""Random numbers that belong to samples."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+Noise = Callable[
+    [Sequence[int]], Tensor
+]  #: shape (B, ...) -> standard normal numbers, float64, on the CPU
+
+
+@dataclass(frozen=True)
+class SampleNoise:
+    """Standard normal numbers for some samples of a batch: those that they get when all are measured at once.
+
+    Args:
+        generator: on the CPU; it is moved on by the draws of the whole batch.
+        rows: positions in the batch.
+        count: samples in the batch.
+    """
+
+    generator: torch.Generator
+    rows: Tensor
+    count: int
+
+    def __call__(self, shape: Sequence[int]) -> Tensor:
+        """Numbers of shape (len(rows), ...), float64, on the CPU."""
+        whole = (self.count, *shape[1:])
+        drawn = torch.randn(whole, generator=self.generator, device="cpu", dtype=torch.float64)
+        return drawn[self.rows.cpu()]
+
+
+def as_noise(source: torch.Generator | Noise) -> Noise:
+    """A generator as what draws with it; what draws itself is returned as it is."""
+    if not isinstance(source, torch.Generator):
+        return source
+    return lambda shape: torch.randn(
+        tuple(shape), generator=source, device="cpu", dtype=torch.float64
+    )

@@ -1,1 +1,0 @@
-"""Training frameworks: each file needs its own optional library and is imported by the user who has it."""

@@ -1,0 +1,251 @@
+"""The dense Jacobian of a feed-forward network at one sample, by matrix products instead of one product per column."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from inn_guard.jacobian.network import (
+    Convolution,
+    DiagonalJacobian,
+    IdentityJacobian,
+    LinearJacobian,
+    NetworkTangent,
+    PointwiseConvolution,
+    SequentialJacobian,
+)
+
+__all__ = ["add_product_", "dense_network"]
+
+ENTRIES = 2**21  #: that are multiplied at once: memory of this size is used again when it is freed
+CHUNK = 64  #: columns at once where the products are computed one by one
+
+
+def dense_network(
+    network: NetworkTangent, shape: Sequence[int], *, gain: Tensor | None = None
+) -> Tensor:
+    """J of shape (dim out, dim in), of a network linearised at one sample.
+
+    A chain of dense layers is a product of matrices. A chain of convolutions that keep the image's size is local: the
+    derivative of one output pixel reaches a window of the input only, and those windows are composed, all pixels in
+    one batch of matrix products per layer. Anything else is multiplied with the columns of the identity.
+
+    Args:
+        network: its tangent, at a batch of one.
+        shape: of one input.
+        gain: where the output is [t, s] along its channels, t + gain * s is differentiated in its place, gain fixed.
+    """
+    steps = list(_flat(network))
+    if len(shape) == 3 and _are_local(steps):
+        return _scattered(_windows(steps, shape, gain), shape)
+    if len(shape) == 1 and all(
+        isinstance(step, (LinearJacobian, DiagonalJacobian, IdentityJacobian)) for step in steps
+    ):
+        J = _product(steps, network.output, shape[0])
+    else:
+        J = _by_columns(network, shape)
+    if gain is None:
+        return J
+    shift, h = J.chunk(2)
+    return torch.addcmul(shift, gain.reshape(-1, 1), h)
+
+
+def add_product_(
+    target: Tensor,
+    network: NetworkTangent,
+    matrix: Tensor,
+    *,
+    shape: Sequence[int],
+    gain: Tensor | None = None,
+) -> None:
+    """Add J M to ``target``, (dim out, K), for a matrix M, (dim in, K); J, shape and gain as in `dense_network`.
+
+    Where one row of the output image depends on a few rows of the input image only, J is never formed: each row is
+    multiplied with what it depends on.
+    """
+    steps = list(_flat(network))
+    if len(shape) == 3 and _are_local(steps):
+        T = _windows(steps, shape, gain)
+        if T.shape[3] < shape[1]:
+            _add_rows_(target, T, matrix)
+            return
+        target.addmm_(_scattered(T, shape), matrix)
+        return
+    target.addmm_(dense_network(network, shape, gain=gain), matrix)
+
+
+def _add_rows_(target: Tensor, T: Tensor, matrix: Tensor) -> None:
+    """Image row by image row, and some columns at a time; ``matrix`` is (channels * H * W, K)."""
+    height, width, out, _, _, channels = T.shape
+    blocks = _row_blocks(T)
+    columns = max(1, ENTRIES // len(matrix))
+    for part, sums in zip(matrix.split(columns, dim=1), target.split(columns, dim=1), strict=True):
+        # an image row's channels side by side, so that neighbouring image rows are one block of the matrix
+        rows = part.unflatten(0, (channels, height, width)).transpose(0, 1).contiguous()
+        products = part.new_empty(height, out * width, part.shape[1])
+        for product, (begin, end, block) in zip(products, blocks, strict=True):
+            torch.mm(block, rows[begin:end].view(-1, part.shape[1]), out=product)
+        sums.unflatten(0, (out, height, width)).add_(
+            products.unflatten(1, (out, width)).transpose(0, 1)
+        )
+
+
+def _row_blocks(T: Tensor) -> list[tuple[int, int, Tensor]]:
+    """For every row of the output image the rows of the input image that it depends on, [begin, end), and how."""
+    (height, width, out, window), blocks = T.shape[:4], []
+    for y, band in enumerate(_bands(T)):
+        begin, end = max(0, y - window // 2), min(height, y + window // 2 + 1)
+        first = begin - (y - window // 2)
+        blocks.append(
+            (begin, end, band[:, :, first : first + end - begin].reshape(out * width, -1))
+        )
+    return blocks
+
+
+def _bands(T: Tensor) -> Tensor:
+    """d out[c, y, x] / d in[c', y + i, x'] as (y, c, x, i, c', x'): windows along the width written out."""
+    height, width, out, window, columns, channels = T.shape
+    canvas = T.new_zeros(height, out, width, window, channels, width + columns - 1)
+    s = canvas.stride()
+    diagonal = canvas.as_strided(T.shape, (s[0], s[2] + s[5], s[1], s[3], s[5], s[4]))
+    diagonal.copy_(T)
+    return canvas[..., columns // 2 : columns // 2 + width]
+
+
+def _flat(network: NetworkTangent) -> list[NetworkTangent]:
+    if not isinstance(network, SequentialJacobian):
+        return [network]
+    return [inner for step in network.steps for inner in _flat(step)]
+
+
+def _are_local(steps: Sequence[NetworkTangent]) -> bool:
+    """Whether all are, and one does something."""
+    return all(_is_local(step) for step in steps) and not all(
+        isinstance(step, IdentityJacobian) for step in steps
+    )
+
+
+def _is_local(step: NetworkTangent) -> bool:
+    """Whether it is elementwise, or a convolution that keeps height and width."""
+    if isinstance(step, Convolution):
+        (rows, columns), geometry = step.weight.shape[2:], step.geometry
+        same = tuple(geometry[1]) == (rows // 2, columns // 2) and rows % 2 == columns % 2 == 1
+        return same and {*geometry[0], *geometry[2], geometry[3]} == {1}
+    return isinstance(step, (PointwiseConvolution, DiagonalJacobian, IdentityJacobian))
+
+
+def _product(steps: Sequence[NetworkTangent], like: Tensor, size: int) -> Tensor:
+    J = torch.eye(size, dtype=like.dtype, device=like.device)
+    for step in steps:
+        if isinstance(step, LinearJacobian):
+            J = step.weight @ J
+        elif isinstance(step, DiagonalJacobian):
+            J = J * step.slope.reshape(-1, 1)
+    return J
+
+
+def _windows(steps: Sequence[NetworkTangent], shape: Sequence[int], gain: Tensor | None) -> Tensor:
+    """d out[c, p] / d in[c', p + d] as (H, W, c, window rows, window columns, c').
+
+    Entries of the window that lie outside of the image are not used.
+    """
+    channels, height, width = shape
+    steps = [step for step in steps if not isinstance(step, IdentityJacobian)]
+    eye = torch.eye(channels, dtype=steps[0].output.dtype, device=steps[0].output.device)
+    T = eye.reshape(1, 1, channels, 1, 1, channels).expand(height, width, -1, -1, -1, -1)
+    pending = gain
+    for k, step in enumerate(steps):
+        if isinstance(step, DiagonalJacobian):
+            T = T * step.slope.reshape(-1, height, width).permute(1, 2, 0)[..., None, None, None]
+        elif isinstance(step, PointwiseConvolution):
+            product = torch.bmm(
+                step.weight.expand(height * width, -1, -1),
+                T.reshape(height * width, T.shape[2], -1),
+            )
+            T = product.reshape(height, width, len(step.weight), *T.shape[3:])
+        elif isinstance(step, Convolution) and k == 0:
+            T = step.weight.permute(0, 2, 3, 1).expand(height, width, -1, -1, -1, -1)
+        elif isinstance(step, Convolution):
+            last = k == len(steps) - 1
+            T, pending = (
+                _convolved(step.weight, T, pending if last else None),
+                None if last else pending,
+            )
+    if pending is None:
+        return T
+    shift, h = T.chunk(2, dim=2)
+    return torch.addcmul(
+        shift, pending.reshape(-1, height, width).permute(1, 2, 0)[..., None, None, None], h
+    )
+
+
+def _convolved(weight: Tensor, T: Tensor, gain: Tensor | None) -> Tensor:
+    """A convolution after T: each pixel's contribution to the pixels that read it, shifted and summed."""
+    (rows, columns), (height, width, hidden, *window, channels) = weight.shape[2:], T.shape
+    weights = _at_every_pixel(weight, gain, height, width).unflatten(1, (rows * columns, -1))
+    out, T = weights.shape[2], T.reshape(height * width, hidden, -1)
+    grown = T.new_zeros(height, width, out, window[0] + rows - 1, window[1] + columns - 1, channels)
+    offsets = [(i, j) for i in range(rows) for j in range(columns)]
+    at_once = max(1, ENTRIES // (len(T) * out * T.shape[2]))
+    for begin in range(0, len(offsets), at_once):
+        some = offsets[begin : begin + at_once]
+        parts = torch.bmm(weights[:, begin : begin + at_once].flatten(1, 2), T)
+        parts = parts.reshape(height, width, len(some), out, *window, channels)
+        for k, (i, j) in enumerate(some):
+            (to_y, from_y), (to_x, from_x) = (
+                _shifted(height, i - rows // 2),
+                _shifted(width, j - columns // 2),
+            )
+            target = grown[to_y, to_x, :, i : i + window[0], j : j + window[1]]
+            target += parts[from_y, from_x, k]
+    return grown
+
+
+def _at_every_pixel(weight: Tensor, gain: Tensor | None, height: int, width: int) -> Tensor:
+    """(pixels, window * out, in): what a pixel is multiplied with on its way to each pixel that reads it."""
+    rows, columns = weight.shape[2:]
+    kernel = weight.permute(2, 3, 0, 1)
+    if gain is None:
+        return kernel.reshape(-1, weight.shape[1]).expand(height * width, -1, -1)
+    shift, h = kernel.chunk(2, dim=2)
+    gain = gain.reshape(-1, height, width)
+    # the pixel p reaches p - offset, whose gain counts
+    moved = gain.new_zeros(height, width, rows, columns, len(gain))
+    for i in range(rows):
+        for j in range(columns):
+            (to_y, from_y), (to_x, from_x) = (
+                _shifted(height, rows // 2 - i),
+                _shifted(width, columns // 2 - j),
+            )
+            moved[to_y, to_x, i, j] = gain[:, from_y, from_x].permute(1, 2, 0)
+    return torch.addcmul(shift, moved[..., None], h).reshape(height * width, -1, weight.shape[1])
+
+
+def _shifted(size: int, offset: int) -> tuple[slice, slice]:
+    """The pixels p for which p + offset is in the image, and those p + offset."""
+    begin, end = max(0, -offset), min(size, size - offset)
+    return slice(begin, max(begin, end)), slice(begin + offset, max(begin, end) + offset)
+
+
+def _scattered(T: Tensor, shape: Sequence[int]) -> Tensor:
+    """The windows written into the rows of a dense matrix, (dim out, dim in)."""
+    height, width, out, rows, columns, channels = T.shape
+    tall, wide = height + rows - 1, width + columns - 1
+    canvas = T.new_zeros(out, height, width, channels, tall, wide)
+    s = canvas.stride()
+    diagonal = canvas.as_strided(T.shape, (s[1] + s[4], s[2] + s[5], s[0], s[4], s[5], s[3]))
+    diagonal.copy_(T)
+    inside = canvas[..., rows // 2 : rows // 2 + height, columns // 2 : columns // 2 + width]
+    return inside.reshape(out * height * width, math.prod(shape))
+
+
+def _by_columns(network: NetworkTangent, shape: Sequence[int]) -> Tensor:
+    size = math.prod(shape)
+    eye = torch.eye(size, dtype=network.output.dtype, device=network.output.device)
+    columns = [
+        network.jvp(part.reshape(-1, 1, *shape)).reshape(len(part), -1) for part in eye.split(CHUNK)
+    ]
+    return torch.cat(columns).T

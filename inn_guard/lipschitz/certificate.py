@@ -1,0 +1,270 @@
+"""Certificates: what proves a bound, in a file that needs no optimiser, no model code and no pickle to be checked."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import zipfile
+import zlib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from inn_guard.core.invertible import Invertible
+from inn_guard.execution.files import atomic_write
+from inn_guard.lipschitz.lipsdp.chain import Chain, Layer
+from inn_guard.lipschitz.lipsdp.recursion import certify
+from inn_guard.lipschitz.networks.conditioner import Proof
+from inn_guard.lipschitz.whole_network import Factor, product
+from inn_guard.numerics.rounding import up
+from inn_guard.numerics.spectral_norm import spectral_norm
+
+__all__ = ["Certificate", "weights_hash"]
+
+FORMAT = "inn_guard Lipschitz certificate 2"
+LARGEST = 2**33  #: bytes that a file may unpack to
+WIDEST = 2**15  #: entries of a chain's state, of which the recursion makes square matrices
+#: what reading a damaged or forged file may raise
+DAMAGED = (
+    *(
+        ValueError,
+        KeyError,
+        TypeError,
+        AttributeError,
+        IndexError,
+        OverflowError,
+        RecursionError,
+        MemoryError,
+    ),
+    *(EOFError, OSError, RuntimeError, zipfile.BadZipFile, zlib.error),
+)
+
+
+@dataclass(frozen=True)
+class Certificate:
+    """Factors whose products bound the forward map and the inverse map, chains with the multipliers that prove them.
+
+    Factors without a chain are closed forms of single layers, or leaves of a branch and bound: those are recomputed
+    from the model, not from the file.
+
+    Attributes:
+        forward: factors of the bound of ||J||.
+        inverse: factors of the bound of ||J^-1||.
+        leaves: the least bounds by branch and bound, by direction; empty if there was none.
+        weights: hash of the model's weights.
+    """
+
+    forward: tuple[Factor, ...]
+    inverse: tuple[Factor, ...]
+    leaves: Mapping[str, float] = field(default_factory=dict)
+    weights: str = ""
+
+    @property
+    def bounds(self) -> tuple[float, float]:
+        """What is proved, forward and inverse."""
+        return product([f.bound for f in self.forward]), product([f.bound for f in self.inverse])
+
+    @property
+    def unproved(self) -> tuple[Factor, ...]:
+        """Factors without a chain: the file only claims them."""
+        return tuple(f for f in (*self.forward, *self.inverse) if f.proof is None)
+
+    def check(self, model: Invertible | None = None) -> bool:
+        """Whether every chain's bound follows from its multipliers: the recursion alone, without the optimiser.
+
+        Args:
+            model: that the certificate must belong to: its weights' hash, and its number of layers.
+        """
+        if model is not None:
+            count = len(model.layers() or (model,))
+            if weights_hash(model.state_dict()) != self.weights or self.forward[-1].last != count:
+                return False
+        return all(
+            _proves(f.proof, f.bound) for f in (*self.forward, *self.inverse) if f.proof is not None
+        )
+
+    def save(self, path: str | Path) -> None:
+        """Write the certificate, atomically, as arrays (.npz) with a JSON header."""
+        arrays: dict[str, np.ndarray] = {}
+        header: dict[str, Any] = {
+            "format": FORMAT,
+            "weights": self.weights,
+            "leaves": dict(self.leaves),
+        }
+        for side, factors in (("forward", self.forward), ("inverse", self.inverse)):
+            header[side] = [_describe(f, f"{side}.{k}", arrays) for k, f in enumerate(factors)]
+        arrays["header"] = np.frombuffer(json.dumps(header).encode(), dtype=np.uint8)
+        with atomic_write(path) as partial, open(partial, "wb") as file:
+            np.savez_compressed(file, **arrays)  # type: ignore[arg-type]
+
+    @classmethod
+    def load(cls, path: str | Path) -> Certificate:
+        """Read a certificate; nothing in the file is executed, and what could make a false proof pass is refused.
+
+        Raises:
+            FileNotFoundError: if there is no such file.
+            ValueError: if the file is none, or damaged.
+        """
+        if not Path(path).is_file():
+            raise FileNotFoundError(
+                f"expected a Lipschitz certificate at {path}; there is no such file"
+            )
+        try:
+            return _read(path)
+        except DAMAGED as error:
+            said = f"{type(error).__name__}: {error}"[:300]
+            raise ValueError(
+                f"expected a whole Lipschitz certificate, got {path} ({said})"
+            ) from error
+
+
+def weights_hash(state: Mapping[str, Tensor]) -> str:
+    """SHA-256 over names, shapes, types and bytes of a state dict, in the order of names."""
+    digest = hashlib.sha256()
+    for name in sorted(state):
+        array = state[name].detach().cpu().contiguous()
+        digest.update(f"{name} {tuple(array.shape)} {array.dtype}".encode())
+        digest.update(array.reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _read(path: str | Path) -> Certificate:
+    with zipfile.ZipFile(path) as packed:
+        size = sum(member.file_size for member in packed.infolist())
+    if size > LARGEST:
+        raise ValueError(f"it unpacks to {size} bytes, more than {LARGEST}")
+    with np.load(path, allow_pickle=False) as file:
+        header = json.loads(file["header"].tobytes())
+        if header["format"] != FORMAT or not isinstance(header["weights"], str):
+            raise ValueError(f"expected the format {FORMAT!r}, got {header['format']!r}")
+        if not all(isinstance(bound, float) for bound in header["leaves"].values()):
+            raise ValueError("expected bounds of leaves as numbers")
+        forward, inverse = (
+            tuple(_restored(entry, f"{side}.{k}", file) for k, entry in enumerate(header[side]))
+            for side in ("forward", "inverse")
+        )
+    _check_runs(forward, inverse)
+    return Certificate(forward, inverse, header["leaves"], header["weights"])
+
+
+def _check_runs(forward: tuple[Factor, ...], inverse: tuple[Factor, ...]) -> None:
+    """Factors must lead from the first layer to the last one without a gap, in both directions."""
+    ends = []
+    for factors in (forward, inverse):
+        at = 0
+        for factor in factors:
+            if factor.first != at or not factor.last > at:
+                raise ValueError(
+                    f"expected a factor from layer {at} on, got one from {factor.first} to {factor.last}"
+                )
+            if not factor.bound >= 0:
+                raise ValueError(f"expected a bound of at least 0, got {factor.bound}")
+            at = factor.last
+        ends.append(at)
+    if ends[0] != ends[1] or ends[0] == 0:
+        raise ValueError(
+            f"expected factors over the same layers in both directions, got {ends[0]} and {ends[1]}"
+        )
+
+
+def _check_chain(chain: Chain, multipliers: tuple[Tensor, ...]) -> None:
+    """What the recursion takes for granted: matrices that fit, errors of at least zero, finite slopes, positive D."""
+    width, frequencies = chain.size, chain.frequencies
+    if not all(
+        0 <= error < float("inf")
+        for error in (chain.error, *(layer.error for layer in chain.layers))
+    ):
+        raise ValueError("expected finite errors of at least 0")
+    for layer, D in zip(chain.layers, multipliers, strict=True):
+        _check_matrices((layer.keep, layer.weight), width, frequencies)
+        n = layer.weight.shape[1]
+        for values in (layer.lower, layer.upper, D):
+            if (
+                values.shape != (n,)
+                or values.dtype != torch.float64
+                or not bool(values.isfinite().all())
+            ):
+                raise ValueError(
+                    f"expected {n} finite numbers, got {tuple(values.shape)} of {values.dtype}"
+                )
+        if not bool((D > 0).all() and (layer.lower <= layer.upper).all()):
+            raise ValueError("expected positive multipliers, and slopes from lower to upper")
+        width = layer.keep.shape[1] + n
+    _check_matrices((chain.output,), width, frequencies)
+
+
+def _check_matrices(matrices: tuple[Tensor, ...], width: int, frequencies: int) -> None:
+    for matrix in matrices:
+        fits = (
+            matrix.dim() == 3
+            and matrix.shape[2] == width <= WIDEST
+            and len(matrix) in (1, frequencies)
+        )
+        if (
+            not fits
+            or matrix.dtype not in (torch.float64, torch.complex128)
+            or not bool(matrix.isfinite().all())
+        ):
+            raise ValueError(
+                f"expected finite matrices on {width} entries, got {tuple(matrix.shape)} {matrix.dtype}"
+            )
+
+
+def _proves(proof: Proof, bound: float) -> bool:
+    chain = proof.chain
+    own = (
+        certify(chain, proof.multipliers)
+        if chain.layers
+        else spectral_norm(chain.output, chain.error)
+    )
+    return own <= up(bound * (1 + 1e-12))
+
+
+def _describe(factor: Factor, name: str, arrays: dict[str, np.ndarray]) -> dict[str, Any]:
+    entry: dict[str, Any] = {
+        "layers": [factor.first, factor.last],
+        "bound": factor.bound.hex(),
+        "chain": factor.proof is not None,
+    }
+    if factor.proof is None:
+        return entry
+    chain = factor.proof.chain
+    entry |= {
+        "size": chain.size,
+        "error": chain.error.hex(),
+        "errors": [layer.error.hex() for layer in chain.layers],
+    }
+    arrays[f"{name}.output"] = chain.output.numpy()
+    for k, (layer, D) in enumerate(zip(chain.layers, factor.proof.multipliers, strict=True)):
+        parts = {
+            "keep": layer.keep,
+            "weight": layer.weight,
+            "lower": layer.lower,
+            "upper": layer.upper,
+            "multipliers": D,
+        }
+        arrays |= {f"{name}.{k}.{key}": part.numpy() for key, part in parts.items()}
+    return entry
+
+
+def _restored(entry: Mapping[str, Any], name: str, file: Mapping[str, np.ndarray]) -> Factor:
+    bound, (first, last) = float.fromhex(entry["bound"]), map(int, entry["layers"])
+    if not entry["chain"]:
+        return Factor(first, last, bound)
+    layers, multipliers = [], []
+    for k, error in enumerate(entry["errors"]):
+        keep, weight, lower, upper, D = (
+            torch.from_numpy(file[f"{name}.{k}.{key}"])
+            for key in ("keep", "weight", "lower", "upper", "multipliers")
+        )
+        layers.append(Layer(keep, weight, lower, upper, float.fromhex(error)))
+        multipliers.append(D)
+    output = torch.from_numpy(file[f"{name}.output"])
+    chain = Chain(int(entry["size"]), tuple(layers), output, float.fromhex(entry["error"]))
+    _check_chain(chain, tuple(multipliers))
+    return Factor(first, last, bound, Proof(bound, chain, tuple(multipliers)))

@@ -1,0 +1,153 @@
+"""What a block is, in the terms in which its bounds are known: BoundedMap, and the register of rules."""
+
+from __future__ import annotations
+
+import abc
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from functools import singledispatch
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from inn_guard.lipschitz.maps.closed_forms import Pair
+from inn_guard.lipschitz.maps.preimage import everywhere
+from inn_guard.lipschitz.networks.chain_builder import ChainBuilder, Linear
+from inn_guard.lipschitz.networks.conditioner import Proof, SearchBudget
+from inn_guard.lipschitz.networks.graph import Unbounded
+from inn_guard.numerics.intervals import Box, Interval
+
+__all__ = ["BlockBounds", "BoundedMap", "NoRule", "bounded_map"]
+
+
+@dataclass(frozen=True)
+class BlockBounds:
+    """Certified bounds of one block on one box.
+
+    Attributes:
+        forward: bound of sup ||J||.
+        inverse: bound of sup ||J^-1||, over the same x.
+        is_global: whether they hold on all of R^d.
+        reason: why a bound is infinite; empty where both are finite.
+        method: what gave them.
+        proofs: chains with multipliers that prove norms that went in, by name.
+    """
+
+    forward: float
+    inverse: float
+    is_global: bool = True
+    reason: str = ""
+    method: str = "closed form"
+    proofs: dict[str, Proof] = field(default_factory=dict, compare=False)
+
+    @classmethod
+    def none(cls, reason: str) -> BlockBounds:
+        """No bound, and why."""
+        return cls(math.inf, math.inf, is_global=False, reason=reason, method="none")
+
+    @property
+    def pair(self) -> Pair:
+        """(forward, inverse)."""
+        return Pair(self.forward, self.inverse)
+
+
+class BoundedMap(abc.ABC):
+    """A map about which bounds are known. Boxes have the shape of one sample, without batch.
+
+    How to add one: give ``bounds`` and ``image``; give ``preimage`` so that its inverse has bounds on boxes; give
+    ``trace`` and ``lipsdp_inverse`` where the Jacobian is made of linear maps and slopes, so that whole networks are
+    bounded at once; give ``table3`` where the paper has a formula.
+    """
+
+    @abc.abstractmethod
+    def bounds(self, box: Interval, effort: SearchBudget) -> BlockBounds:
+        """Bounds of J and J^-1 over the box."""
+
+    @abc.abstractmethod
+    def image(self, box: Interval) -> Interval:
+        """A box that holds the image of the box."""
+
+    def preimage(self, box: Interval) -> Interval:
+        """A box that holds every x whose image is in the box: everything, where the map does not know better."""
+        return everywhere(box)
+
+    def table3(self, box: Interval, effort: SearchBudget) -> Pair:
+        """What Table 3 prints for this block, or the certified bounds where it has no row."""
+        return self.bounds(box, replace(effort, steps=0)).pair
+
+    def trace(self, builder: ChainBuilder, x: Linear, box: Interval) -> Linear:
+        """The forward map's Jacobians as layers of a builder.
+
+        Raises:
+            Unbounded: if they are not of that form.
+        """
+        raise Unbounded(f"{type(self).__name__} is not a chain of linear maps and slopes")
+
+    def lipsdp_inverse(self, builder: ChainBuilder, z: Linear, box: Interval) -> Linear:
+        """The inverse Jacobians at the same x as layers of a builder.
+
+        Raises:
+            Unbounded: if they are not of that form.
+        """
+        raise Unbounded(f"{type(self).__name__} is not a chain of linear maps and slopes")
+
+    def differences(
+        self, builder: ChainBuilder, x: Linear, box: Interval, centre: Tensor
+    ) -> Linear:
+        """F(centre + d) - F(centre), d = x, centre + d in the box: slopes of secants lie where the derivatives do.
+
+        Raises:
+            Unbounded: if they are not of that form.
+        """
+        return self.trace(builder, x, box)
+
+    def comparison(self, box: Interval, bounds: BlockBounds) -> tuple[Tensor, Tensor]:
+        """Bounds of the norms of J's blocks from channel to channel, (C', C), and of those of J^-1, (C, C').
+
+        The map's own ``bounds`` on the box, whose proofs may tighten them, are known already.
+
+        Raises:
+            Unbounded: if they are not known.
+        """
+        raise Unbounded(f"{type(self).__name__} has no comparison matrix")
+
+    def networks(self) -> list[torch.nn.Module]:
+        """The conditioners, whose paddings a torus must hold."""
+        return []
+
+
+@singledispatch
+def bounded_map(block: Any, layer: Any) -> BoundedMap:
+    """The bounded map that a block is. ``@bounded_map.register(Class)`` beneath a class makes its rule.
+
+    Args:
+        block: what is looked up by its class: ``layer.block``.
+        layer: the Invertible around it, with the context.
+
+    Returns:
+        The map; an ``NoRule`` with the reason where no rule is registered.
+    """
+    return NoRule(f"no rule is registered for {type(block).__module__}.{type(block).__qualname__}")
+
+
+@dataclass(frozen=True)
+class NoRule(BoundedMap):
+    """A block about which nothing is known; its bounds are infinite.
+
+    Attributes:
+        reason: why.
+        shape_of: from the input shape to the output shape; the same unless given.
+    """
+
+    reason: str
+    shape_of: Callable[[torch.Size], torch.Size] = lambda shape: shape
+
+    def bounds(self, box: Interval, effort: SearchBudget) -> BlockBounds:
+        """Infinite, with the reason."""
+        return BlockBounds.none(self.reason)
+
+    def image(self, box: Interval) -> Interval:
+        """Everything."""
+        return Box.everywhere(self.shape_of(box.shape))

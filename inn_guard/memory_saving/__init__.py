@@ -1,0 +1,6 @@
+"""Memory-saving backpropagation: gradients of a chain of invertible layers without its activations."""
+
+from inn_guard.memory_saving.model import MemorySaving, memory_saving
+from inn_guard.memory_saving.replay import RandomAndBufferState
+
+__all__ = ["MemorySaving", "RandomAndBufferState", "memory_saving"]

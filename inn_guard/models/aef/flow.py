@@ -1,0 +1,292 @@
+"""The autoencoder as a flow: a chain of two couplings between a core and a shell, with flows on either side."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.nn import functional
+
+from inn_guard.core.invertible import Invertible, standard_normal_log_prob
+from inn_guard.core.layer_jacobian import LayerJacobian
+from inn_guard.jacobian.network import NetworkTangent, tangent_of_module
+from inn_guard.layers.actnorm import ActNorm
+from inn_guard.layers.autoregressive import maf
+from inn_guard.layers.chain import Chain
+from inn_guard.layers.coupling import AdditiveCoupling, AffineCoupling, Elementwise
+from inn_guard.layers.linear_tangent import ElementwiseTangent
+from inn_guard.layers.multiscale import OnRemaining
+from inn_guard.layers.partition import Leading
+from inn_guard.layers.preprocessing import Logit
+from inn_guard.layers.scales import SoftplusScale
+from inn_guard.models.aef.networks import AutoencoderNets, small_nets
+
+__all__ = [
+    "AutoencoderConfig",
+    "CoreShellFlow",
+    "Negated",
+    "ResidualScale",
+    "logit_actnorm",
+    "no_flow",
+]
+
+FlowMaker = Callable[[int], Chain]  #: latent dimension -> a flow on vectors of that size
+NetsMaker = Callable[
+    [Sequence[int], int], AutoencoderNets
+]  #: (image shape, latent dimension) -> encoder and decoder
+PreprocessingMaker = Callable[[int], list[Invertible]]  #: channels -> layers on images
+
+
+def no_flow(latent: int) -> Chain:
+    """The identity, in place of a core encoder or a prior flow."""
+    return Chain()
+
+
+def logit_actnorm(channels: int, *, alpha: float = 1e-6) -> list[Invertible]:
+    """logit(alpha + (1 - 2 alpha) x), then ActNorm.
+
+    Args:
+        channels: of the images.
+        alpha: 1e-6 for grey images, 0.05 for colour ones, in the paper.
+    """
+    return [Logit(alpha), ActNorm(channels)]
+
+
+@dataclass(frozen=True)
+class AutoencoderConfig:
+    """What every autoencoder here is built from: models of one config are architecturally identical.
+
+    Attributes:
+        shape: (C, H, W) of one image.
+        latent: d, the dimension of z.
+        nets: makes encoder and decoder.
+        core_encoder: makes n^-1, which maps the core, or the noise of a VAE, before it is scaled and shifted. One pass
+            of a ``maf`` forward is one pass of n^-1, so that n is an inverse autoregressive flow. ``no_flow``: none.
+        prior: makes the flow z -> u with u ~ N(0, I), which is p_0. ``no_flow``: p_0 = N(0, I).
+        preprocessing: makes the layers between images in [0, 1] and the autoencoder; for colour images
+            ``functools.partial(logit_actnorm, alpha=0.05)``.
+    """
+
+    shape: tuple[int, int, int]
+    latent: int
+    nets: NetsMaker = small_nets
+    core_encoder: FlowMaker = maf
+    prior: FlowMaker = maf
+    preprocessing: PreprocessingMaker = logit_actnorm
+
+    def __post_init__(self) -> None:
+        if not 0 < self.latent < self.dims:
+            raise ValueError(
+                f"expected a latent dimension between 0 and {self.dims}, got {self.latent}"
+            )
+
+    @property
+    def dims(self) -> int:
+        """D = C H W."""
+        channels, height, width = self.shape
+        return channels * height * width
+
+    def flow(self, nets: AutoencoderNets, *, shell: int) -> CoreShellFlow:
+        """The flow of [shell, core] with these nets and the config's core encoder and prior."""
+        core_encoder, prior = self.core_encoder(self.latent), self.prior(self.latent)
+        return CoreShellFlow(
+            nets, core_encoder=core_encoder, prior=prior, shell=shell, latent=self.latent
+        )
+
+
+class Negated(nn.Module):
+    """-network: z -> -f(z)."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, z: Tensor) -> Tensor:
+        """-f(z)."""
+        return -self.network(z)
+
+
+class NegatedTangent:
+    """The two products with -J.
+
+    Args:
+        tangent: of the network.
+    """
+
+    def __init__(self, tangent: NetworkTangent) -> None:
+        self._tangent, self.output = tangent, -tangent.output
+
+    def jvp(self, v: Tensor) -> Tensor:
+        """-J v."""
+        return -self._tangent.jvp(v)
+
+    def vjp(self, u: Tensor) -> Tensor:
+        """-J^T u."""
+        return -self._tangent.vjp(u)
+
+
+@tangent_of_module.register
+def _(module: Negated, x: Tensor) -> NetworkTangent:
+    return NegatedTangent(tangent_of_module(module.network, x))
+
+
+class ResidualScale(Invertible):
+    """delta -> delta / sigma for the first entries of a vector, sigma = softplus(free parameters); the rest stays.
+
+    It makes the residual's density r = N(0, diag sigma^2) a standard normal one.
+
+    Args:
+        count: how many entries are residuals.
+    """
+
+    def __init__(self, count: int) -> None:
+        super().__init__()
+        self.raw = nn.Parameter(torch.zeros(count))
+
+    def sigma(self) -> Tensor:
+        """The standard deviations of the residuals, (count,)."""
+        return functional.softplus(self.raw, threshold=40)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[delta / sigma, rest]."""
+        return x / self._divisor(x)
+
+    def inverse(self, z: Tensor) -> Tensor:
+        """[delta, rest]."""
+        return z * self._divisor(z)
+
+    def forward_and_log_det(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """z and -sum log sigma."""
+        return self.forward(x), -self.sigma().log().sum().expand(len(x))
+
+    def inverse_and_log_det(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        """x and sum log sigma."""
+        return self.inverse(z), self.sigma().log().sum().expand(len(z))
+
+    def linearize(self, x: Tensor) -> LayerJacobian:
+        """Division by sigma."""
+        with torch.no_grad():
+            return ElementwiseTangent(self.forward(x), 1 / self._divisor(x))
+
+    def _divisor(self, x: Tensor) -> Tensor:
+        return torch.cat([self.sigma(), x.new_ones(x.shape[1] - len(self.raw))])
+
+
+class CoreShellFlow(Chain):
+    """[shell, core] -> [residual, u], a bijection of R^(S + d), with a standard normal base.
+
+        z = g_m(shell) + g_s(shell) * n^-1(core),   delta = shell - f(z)
+        log p = log p_0(z) + log r(delta) + log|det J_{n^-1}(core)| + sum log g_s(shell)
+
+    An affine coupling, an additive one, and flows of the last d entries before and behind: the residual is
+    delta / sigma, and u the prior flow's latent of z, both N(0, I) under the model.
+
+    Args:
+        nets: encoder, shell (B, S) -> (B, 2 d), and decoder, z (B, d) -> (B, S).
+        core_encoder: n^-1, on (B, d).
+        prior: z -> u, on (B, d).
+        shell: S.
+        latent: d.
+
+    References:
+        Deterministic Training of Generative Autoencoders Using Invertible Layers (Silvestri, Roos, Ambrogioni, 2023),
+        equations 4 to 8 and algorithm 1.
+    """
+
+    def __init__(
+        self, nets: AutoencoderNets, *, core_encoder: Chain, prior: Chain, shell: int, latent: int
+    ) -> None:
+        before, behind = (
+            [OnRemaining(layer, shape=[latent]) for layer in flow.layers()]
+            for flow in (core_encoder, prior)
+        )
+        super().__init__(
+            *before,
+            AffineCoupling(nets.encoder, partition=Leading(shell), scale=SoftplusScale()),
+            AdditiveCoupling(Negated(nets.decoder), partition=Leading(shell, swapped=True)),
+            ResidualScale(shell),
+            *behind,
+        )
+        self.shell, self.latent = shell, latent
+        self._before = len(before)
+
+    def encoding(self, shell: Float[Tensor, "batch shell"]) -> Elementwise:
+        """u -> g_m(shell) + g_s(shell) * u."""
+        coupling = self.steps[self._before]
+        return coupling.parameters_of(shell)  # type: ignore[operator, union-attr, return-value]
+
+    def encode(self, state: Float[Tensor, "batch dims"]) -> Float[Tensor, "batch latent"]:
+        """z of [shell, core]."""
+        for step in self.steps[: self._before + 1]:
+            state = step(state)
+        return state[:, self.shell :]
+
+    def decode(self, z: Float[Tensor, "batch latent"]) -> Float[Tensor, "batch shell"]:
+        """f(z)."""
+        coupling = self.steps[self._before + 1]
+        return coupling.network.network(z)  # type: ignore[union-attr, operator]
+
+    def sigma(self) -> Float[Tensor, "shell"]:
+        """The standard deviations of the shell around f(z)."""
+        return self.steps[self._before + 2].sigma()  # type: ignore[union-attr, operator]
+
+    @property
+    def prior(self) -> Chain:
+        """z -> u, p_0 as a flow on (B, d)."""
+        return Chain(*self.steps[self._before + 3 :])
+
+    def prior_inverse(self, u: Float[Tensor, "batch latent"]) -> Float[Tensor, "batch latent"]:
+        """z ~ p_0 from u ~ N(0, I)."""
+        for step in reversed(self.steps[self._before + 3 :]):
+            u = step.inverse(u)  # type: ignore[operator]
+        return u
+
+    def draw(
+        self, count: int, *, temperature: float, noise: float, generator: torch.Generator
+    ) -> Float[Tensor, "count dims"]:
+        """Latents to sample from: [noise * N(0, I), temperature * N(0, I)]."""
+        like = self.sigma()
+        latents = torch.randn(
+            count, self.shell + self.latent, generator=generator, device="cpu", dtype=like.dtype
+        ).to(like.device)
+        return torch.cat(
+            [noise * latents[:, : self.shell], temperature * latents[:, self.shell :]], dim=1
+        )
+
+    def joint_log_prob(
+        self, shell: Float[Tensor, "batch shell"], cores: Float[Tensor, "batch draws latent"]
+    ) -> Float[Tensor, "batch draws"]:
+        """log p(shell, core) in nats for many cores of each shell, with one evaluation of the encoder."""
+        draws = cores.shape[1]
+        encoding = self.encoding(shell)
+        w, log_det = _through(self.steps[: self._before], cores.flatten(0, 1))
+        scale, shift = (_repeated(part, draws) for part in (encoding.scale, encoding.shift))
+        z = w * scale + shift
+        residual = (_repeated(shell, draws) - self.decode(z)) / self.sigma()
+        u, prior_log_det = _through(self.steps[self._before + 3 :], z)
+        log_det = (
+            log_det
+            + prior_log_det
+            + _repeated(encoding.log_det(), draws)
+            - self.sigma().log().sum()
+        )
+        return (
+            standard_normal_log_prob(residual) + standard_normal_log_prob(u) + log_det
+        ).unflatten(0, (-1, draws))
+
+
+def _through(steps: nn.ModuleList, x: Tensor) -> tuple[Tensor, Tensor]:
+    total = x.new_zeros(len(x))
+    for step in steps:
+        x, log_det = step.forward_and_log_det(x)  # type: ignore[operator]
+        total = total + log_det
+    return x, total
+
+
+def _repeated(x: Tensor | None, times: int) -> Tensor:
+    if x is None:
+        raise TypeError("expected an affine encoding with a scale, got none")
+    return x.repeat_interleave(times, dim=0)

@@ -1,0 +1,260 @@
+"""Autoencoders within flows (AEF): core and shell by a partition of the data, or by expanding it with features."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+
+from inn_guard.layers.chain import Chain
+from inn_guard.layers.reshape import Rearrangement
+from inn_guard.models.aef.expanded import ExpandedAutoencoder
+from inn_guard.models.aef.flow import AutoencoderConfig, CoreShellFlow
+from inn_guard.models.aef.importance_sampling import Proposal, tuned_width
+from inn_guard.models.aef.networks import AutoencoderNets
+
+__all__ = [
+    "CoreLast",
+    "LinearAEF",
+    "PartitionAEF",
+    "center_core",
+    "corner_core",
+    "random_core",
+]
+
+CoreMaker = Callable[
+    [Sequence[int], int], Tensor
+]  #: (image shape, d) -> boolean mask of the d core values
+WIDTHS = tuple(2.0**k for k in range(-10, 4))
+
+
+def center_core(shape: Sequence[int], latent: int) -> Bool[Tensor, "channels height width"]:
+    """The d values nearest to the centre: the central sub-image, where d is one's size.
+
+    >>> center_core((1, 4, 4), 4)[0].int().tolist()
+    [[0, 0, 0, 0], [0, 1, 1, 0], [0, 1, 1, 0], [0, 0, 0, 0]]
+    """
+    rows, columns = (2 * torch.arange(size) - (size - 1) for size in shape[1:])
+    return _nearest(rows.abs()[:, None], columns.abs(), shape, latent)
+
+
+def corner_core(shape: Sequence[int], latent: int) -> Bool[Tensor, "channels height width"]:
+    """The d values nearest to the upper left corner.
+
+    >>> corner_core((1, 3, 3), 4)[0].int().tolist()
+    [[1, 1, 0], [1, 1, 0], [0, 0, 0]]
+    """
+    rows, columns = (torch.arange(size) for size in shape[1:])
+    return _nearest(rows[:, None], columns, shape, latent)
+
+
+def random_core(
+    shape: Sequence[int], latent: int, *, generator: torch.Generator
+) -> Bool[Tensor, "channels height width"]:
+    """d values chosen at random."""
+    mask = torch.zeros(math.prod(shape), dtype=torch.bool)
+    mask[torch.randperm(len(mask), generator=generator)[:latent]] = True
+    return mask.reshape(*shape)
+
+
+def _nearest(rows: Tensor, columns: Tensor, shape: Sequence[int], latent: int) -> Tensor:
+    """The first d values, by the larger of the two distances, then by their sum; all channels of a pixel together."""
+    channels, height, width = shape
+    far = 1 + height + width + int(rows.max()) + int(columns.max())
+    order = (torch.maximum(rows, columns) * far + rows + columns).flatten().argsort(stable=True)
+    mask = torch.zeros(height * width, channels, dtype=torch.bool)
+    chosen = torch.arange(latent)
+    mask[order[chosen // channels], chosen % channels] = True
+    return mask.T.reshape(*shape)
+
+
+class CoreLast(Rearrangement):
+    """(B, C, H, W) -> [shell, core], (B, D): the values of the mask come last; log|det J| = 0.
+
+    Args:
+        core: boolean, (C, H, W).
+    """
+
+    order: Tensor
+    back: Tensor
+
+    def __init__(self, core: Bool[Tensor, "channels height width"]) -> None:
+        super().__init__()
+        order = core.flatten().int().argsort(stable=True)
+        self.shape = tuple(core.shape)
+        self.register_buffer("order", order)
+        self.register_buffer("back", order.argsort())
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[shell, core]."""
+        return x.flatten(1).index_select(1, self.order)
+
+    def inverse(self, z: Tensor) -> Tensor:
+        """The image."""
+        return z.index_select(1, self.back).reshape(-1, *self.shape)
+
+
+class _ShellImages(nn.Module):
+    """A shell (B, S) as images with zeros in place of the core."""
+
+    back: Tensor
+
+    def __init__(self, arrangement: CoreLast, latent: int) -> None:
+        super().__init__()
+        self.latent, self.shape = latent, arrangement.shape
+        self.register_buffer("back", arrangement.back)
+
+    def forward(self, shell: Tensor) -> Tensor:
+        padded = nn.functional.pad(shell, (0, self.latent))
+        return padded.index_select(1, self.back).reshape(-1, *self.shape)
+
+
+class _ShellOf(nn.Module):
+    """The shell (B, S) of images."""
+
+    order: Tensor
+
+    def __init__(self, arrangement: CoreLast, latent: int) -> None:
+        super().__init__()
+        self.register_buffer("order", arrangement.order[: len(arrangement.order) - latent])
+
+    def forward(self, images: Tensor) -> Tensor:
+        return images.flatten(1).index_select(1, self.order)
+
+
+class PartitionAEF(Chain):
+    """An AEF of the image itself: d of its values are the core, the others the shell. A bijection of R^D.
+
+    Args:
+        config: sizes, nets, flows and preprocessing.
+        core: which values are the core: ``center_core``, ``corner_core``, or
+            ``functools.partial(random_core, generator=...)``.
+
+    References:
+        Deterministic Training of Generative Autoencoders Using Invertible Layers (Silvestri, Roos, Ambrogioni, 2023),
+        section 3.1, algorithm 2.
+    """
+
+    def __init__(self, config: AutoencoderConfig, core: CoreMaker = center_core) -> None:
+        arrangement = CoreLast(core(config.shape, config.latent))
+        encoder, decoder = config.nets(config.shape, config.latent)
+        nets = AutoencoderNets(
+            nn.Sequential(_ShellImages(arrangement, config.latent), encoder),
+            nn.Sequential(decoder, _ShellOf(arrangement, config.latent)),
+        )
+        flow = config.flow(nets, shell=config.dims - config.latent)
+        super().__init__(*config.preprocessing(config.shape[0]), arrangement, flow)
+        self.config = config
+
+    @property
+    def flow(self) -> CoreShellFlow:
+        """The autoencoder behind the preprocessing."""
+        return self.steps[-1]  # type: ignore[return-value]
+
+    def loss(self, x: Tensor, *, generator: torch.Generator) -> Tensor:
+        """Mean of -log p(x) in nats, exact; the generator is not used."""
+        return -self.log_prob(x).mean()
+
+    def encode(self, x: Tensor) -> Float[Tensor, "batch latent"]:
+        """z, the latent code before the prior flow."""
+        for step in self.steps[:-1]:
+            x = step(x)
+        return self.flow.encode(x)
+
+    def reconstruct(self, x: Tensor) -> Tensor:
+        """The image that has the same z and no residual; its core is not x's either, since its shell is another."""
+        latents = self(x)
+        return self.inverse(
+            torch.cat(
+                [torch.zeros_like(latents[:, : self.flow.shell]), latents[:, self.flow.shell :]], 1
+            )
+        )
+
+    def sample(
+        self,
+        count: int,
+        *,
+        temperature: float = 1.0,
+        noise: float = 0.0,
+        generator: torch.Generator,
+    ) -> Float[Tensor, "count channels height width"]:
+        """Images x = [n((z - g_m(f(z))) / g_s(f(z))), f(z)], u ~ N(0, temperature^2 I), z = u through the prior.
+
+        Args:
+            count: how many.
+            temperature: 0.85 in the paper's figures; 1 is the trained model.
+            noise: residuals of that many sigma are added to f(z): 0 in the paper, 1 is the trained model.
+            generator: on the CPU.
+        """
+        return self.inverse(
+            self.flow.draw(count, temperature=temperature, noise=noise, generator=generator)
+        )
+
+
+class LinearAEF(ExpandedAutoencoder):
+    """An AEF in the space expanded by linear features of the preprocessed image: w = h(x), z from [x, w].
+
+    Trained on log p(x, h(x)), a density on R^(D + d). That objective alone has no maximum: h / c with c n^-1 is the
+    same autoencoder and gains d log c. ``spread`` > 0 trains on w ~ N(h(x), spread^2 I) instead, equation 15 before its
+    limit, which is bounded.
+
+    Args:
+        config: sizes, nets, flows and preprocessing.
+        spread: standard deviation of w around h(x) in training; 0 in the paper.
+
+    Attributes:
+        width: of the proposal for importance sampling; set it with ``tune``.
+
+    References:
+        Deterministic Training of Generative Autoencoders Using Invertible Layers (Silvestri, Roos, Ambrogioni, 2023),
+        sections 3.2 and 3.3, algorithms 1 and 3.
+    """
+
+    width: Tensor
+
+    def __init__(self, config: AutoencoderConfig, *, spread: float = 0.0) -> None:
+        super().__init__(config)
+        if not 0 <= spread < math.inf:
+            raise ValueError(f"expected a finite spread >= 0, got {spread}")
+        self.features = nn.Linear(config.dims, config.latent)
+        self.spread = spread
+        self.register_buffer("width", torch.tensor(0.1))
+
+    def proposal(self, shell: Float[Tensor, "batch dims"]) -> Proposal:
+        """N(h(x), width^2 I)."""
+        return Proposal(self.features(shell), float(self.width))
+
+    def loss(self, x: Tensor, *, generator: torch.Generator) -> Tensor:
+        """Mean of -log p(x, w) in nats, w = h(x) or around it."""
+        expanded = self.expand(x)
+        if self.spread:
+            noise = torch.randn(
+                len(x), self.config.latent, generator=generator, device="cpu", dtype=x.dtype
+            ).to(x.device)
+            expanded = expanded + self.spread * nn.functional.pad(noise, (0, self.config.dims))
+        return -self.joint.log_prob(expanded).mean()
+
+    def tune(
+        self,
+        validation: Tensor,
+        *,
+        widths: Iterable[float] = WIDTHS,
+        draws: int = 128,
+        generator: torch.Generator,
+    ) -> float:
+        """Set the proposal's width to the one of the largest mean estimate on validation data; returns it."""
+        shell, _ = self.preprocessed(validation)
+
+        def score(width: float) -> Tensor:
+            proposal = replace(self.proposal(shell), width=width)
+            estimate = self.importance(
+                validation, proposal=proposal, draws=draws, repetitions=1, generator=generator
+            )
+            return estimate.lower_bound
+
+        self.width.fill_(tuned_width(score, widths))
+        return float(self.width)

@@ -1,0 +1,86 @@
+"""The encoder and decoder that InjFlow and all its baselines share: five convolutions, five transposed convolutions."""
+
+from __future__ import annotations
+
+from torch import nn
+
+__all__ = ["conv_decoder", "conv_encoder"]
+
+LAYERS = 5
+
+
+def conv_encoder(shape: tuple[int, int, int], latent: int, *, width: int = 64) -> nn.Module:
+    """(B, C, H, W) -> (B, latent): five 3x3 convolutions with batch normalisation and ELU, then a linear layer.
+
+    The image is halved as long as its side is even and above 4; the remaining convolutions keep its size.
+
+    Args:
+        shape: (C, H, W) of one image, square.
+        latent: numbers that come out; twice d for a stochastic encoder.
+        width: channels after the first convolution; they double with every halving.
+
+    References:
+        Regularized Autoencoders via Relaxed Injective Probability Flow (Kumar, Poole, Murphy, 2020), section 4.
+    """
+    strides = _strides(shape)
+    channels = _channels(shape[0], strides, width)
+    layers: list[nn.Module] = []
+    for k, stride in enumerate(strides):
+        layers += [
+            nn.Conv2d(channels[k], channels[k + 1], 3, stride=stride, padding=1),
+            nn.BatchNorm2d(channels[k + 1]),
+            nn.ELU(),
+        ]
+    return nn.Sequential(*layers, nn.Flatten(), nn.Linear(channels[-1] * _side(shape) ** 2, latent))
+
+
+def conv_decoder(shape: tuple[int, int, int], latent: int, *, width: int = 64) -> nn.Module:
+    """(B, latent) -> (B, C, H, W): a linear layer, then five transposed convolutions, the encoder's mirror image.
+
+    Args:
+        shape: (C, H, W) of one image, square.
+        latent: d.
+        width: as the encoder's.
+    """
+    strides = _strides(shape)[::-1]
+    channels = _channels(shape[0], _strides(shape), width)[::-1]
+    side = _side(shape)
+    layers: list[nn.Module] = [
+        nn.Linear(latent, channels[0] * side**2),
+        nn.Unflatten(1, (channels[0], side, side)),
+    ]
+    for k, stride in enumerate(strides):
+        layers += [
+            nn.BatchNorm2d(channels[k]),
+            nn.ELU(),
+            nn.ConvTranspose2d(
+                channels[k], channels[k + 1], 3, stride=stride, padding=1, output_padding=stride - 1
+            ),
+        ]
+    return nn.Sequential(*layers)
+
+
+def _strides(shape: tuple[int, int, int]) -> list[int]:
+    if shape[1] != shape[2]:
+        raise ValueError(f"expected square images (C, H, H), got {shape}")
+    side = shape[1]
+    strides: list[int] = []
+    while side % 2 == 0 and side > 4 and len(strides) < LAYERS:
+        side //= 2
+        strides.append(2)
+    return strides + [1] * (LAYERS - len(strides))
+
+
+def _side(shape: tuple[int, int, int]) -> int:
+    side = shape[1]
+    for stride in _strides(shape):
+        side //= stride
+    return side
+
+
+def _channels(first: int, strides: list[int], width: int) -> list[int]:
+    channels, current = [first], width
+    for k, stride in enumerate(strides):
+        current = current * 2 if stride == 2 and k else current
+        channels.append(current)
+    return channels

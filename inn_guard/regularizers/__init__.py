@@ -1,7 +1,0 @@
-"""Regularizers: Invertible + batch -> one scalar that keeps a map and its inverse well conditioned during training."""
-
-from inn_guard.regularizers.adaptive import AdaptiveCoefficient
-from inn_guard.regularizers.finite_differences import Direction, FiniteDifferences
-from inn_guard.regularizers.normalizing_flow import NormalizingFlowLoss
-
-__all__ = ["AdaptiveCoefficient", "Direction", "FiniteDifferences", "NormalizingFlowLoss"]

@@ -1,0 +1,143 @@
+"""Reports that `AuditReport.to_json` wrote, read back: text of unknown origin, taken as data and checked as such."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from inn_guard.report.audit_report import AuditReport
+from inn_guard.report.result import AuditResult, Verdict
+
+__all__ = ["from_json"]
+
+_NON_FINITE = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
+_VERDICTS = {verdict.label: verdict for verdict in Verdict}
+
+
+def from_json(text: str) -> AuditReport:
+    """The report that `AuditReport.to_json` wrote; NaN and Inf are numbers again. Images are not in such a file.
+
+    Args:
+        text: the JSON.
+
+    Raises:
+        ValueError: if it is not JSON, or not a saved report.
+    """
+    try:
+        content = json.loads(text, parse_constant=_refuse_constant)
+        return _report(content)
+    except json.JSONDecodeError as error:
+        raise ValueError(
+            f"expected a report saved with --json or to_json(), got text that is not JSON: {error}"
+        ) from None
+    except RecursionError:
+        raise ValueError(
+            "expected a report saved with --json or to_json(), got JSON nested too deeply"
+        ) from None
+
+
+def _refuse_constant(name: str) -> float:
+    raise ValueError(
+        f"expected a report saved with --json or to_json(), got the bare word {name}, which is not JSON"
+    )
+
+
+def _report(content: Any) -> AuditReport:
+    saved = _mapping(content, "the file")
+    results = _field(saved, "results", list)
+    return AuditReport(
+        tuple(_result(_mapping(row, "results")) for row in results),
+        _field(saved, "model", str),
+        _settings(_mapping(saved.get("settings", {}), "settings")),
+    )
+
+
+def _result(row: Mapping[str, Any]) -> AuditResult:
+    label = _field(row, "verdict", str)
+    if label not in _VERDICTS:
+        raise ValueError(f"expected a verdict out of {', '.join(_VERDICTS)}; got {label!r}")
+    return AuditResult(
+        _field(row, "name", str),
+        _VERDICTS[label],
+        _field(row, "reason", str),
+        values=_each(row, "values", _number),
+        units=_each(row, "units", str),
+        per_sample=_each(row, "per_sample", _tensor),
+        measured_mask=_each(row, "measured_mask", _mask),
+        per_layer=_rows(row.get("per_layer", [])),
+        tables=_each(row, "tables", _rows),
+        settings=_settings(_mapping(row.get("settings", {}), "settings")),
+        advice=str(row.get("advice", "")),
+    )
+
+
+def _mapping(value: Any, where: str) -> Mapping[str, Any]:
+    if not isinstance(value, dict):
+        raise ValueError(
+            f"expected a saved report; in {where}, got {type(value).__name__} where names and values belong"
+        )
+    return value
+
+
+def _field(row: Mapping[str, Any], name: str, kind: type) -> Any:
+    if not isinstance(row.get(name), kind):
+        raise ValueError(
+            f"expected a saved report with {name!r} as {kind.__name__}, got {row.get(name)!r:.60}"
+        )
+    return row[name]
+
+
+def _each(row: Mapping[str, Any], name: str, read: Callable[[Any], Any]) -> dict[str, Any]:
+    return {key: read(value) for key, value in _mapping(row.get(name, {}), name).items()}
+
+
+def _rows(value: Any) -> tuple[dict[str, Any], ...]:
+    if not isinstance(value, list):
+        raise ValueError(f"expected a saved report with a list of rows, got {value!r:.60}")
+    return tuple(_settings(_mapping(row, "a row of a table")) for row in value)
+
+
+def _settings(values: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: _plain(value) for key, value in values.items()}
+
+
+def _plain(value: Any) -> Any:
+    """A setting or a cell: "nan" and "inf" stand for numbers, lists for tuples."""
+    if isinstance(value, list):
+        return tuple(_plain(item) for item in value)
+    return _NON_FINITE.get(value, value) if isinstance(value, str) else value
+
+
+def _number(value: Any) -> float:
+    number = _NON_FINITE.get(value, value) if isinstance(value, str) else value
+    if isinstance(number, bool) or not isinstance(number, (int, float)):
+        raise ValueError(f"expected a saved report with a number, got {value!r:.60}")
+    try:
+        return float(number)
+    except OverflowError:
+        raise ValueError("expected a saved report with numbers that fit a float64") from None
+
+
+def _mask(value: Any) -> Tensor:
+    if not isinstance(value, list) or not all(isinstance(item, bool) for item in value):
+        raise ValueError(
+            f"expected a saved report with a list of true and false, got {value!r:.60}"
+        )
+    return torch.tensor(value, dtype=torch.bool)
+
+
+def _tensor(value: Any) -> Tensor:
+    """A list of numbers, or of lists of the same length, as a float64 tensor."""
+    try:
+        return torch.tensor(_numbers(value), dtype=torch.float64)
+    except (TypeError, ValueError, OverflowError) as error:
+        raise ValueError(f"expected a saved report with numbers per sample: {error}") from None
+
+
+def _numbers(value: Any) -> Any:
+    return [_numbers(item) for item in value] if isinstance(value, list) else _number(value)

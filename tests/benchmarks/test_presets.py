@@ -1,0 +1,86 @@
+"""Every experiment runs in its smallest size by its command, and the tables of experiments agree."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import json
+import pathlib
+
+import pandas as pd
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from benchmarks.common import experiments
+from benchmarks.common.experiments import EXPERIMENTS
+from inn_guard.cli import app
+
+ROOT = pathlib.Path(__file__).parents[2]
+SCRIPTS = {
+    ".".join(path.relative_to(ROOT / "benchmarks").with_suffix("").parts)
+    for path in (ROOT / "benchmarks").glob("*/*.py")
+    if "def smoke(cls)" in path.read_text(encoding="utf-8")
+}
+
+
+@pytest.fixture(autouse=True)
+def _as_on_the_command_line(monkeypatch, tmp_path):
+    """float32, and unfinished rows in a folder of their own."""
+    torch.set_default_dtype(torch.float32)
+    monkeypatch.chdir(tmp_path)
+
+
+def test_every_script_is_in_the_table_and_the_table_in_the_readme():
+    assert sorted(one.name for one in EXPERIMENTS) == sorted(SCRIPTS)
+    assert len({one.stem for one in EXPERIMENTS}) == len(EXPERIMENTS)
+    assert experiments.readme_table() in (ROOT / "benchmarks" / "README.md").read_text(
+        encoding="utf-8"
+    )
+
+
+@pytest.mark.parametrize(
+    "one", [one for one in EXPERIMENTS if one.reference], ids=lambda one: one.name
+)
+def test_the_papers_numbers_are_there(one):
+    assert len(one.published()) > 1
+
+
+@pytest.mark.parametrize("one", EXPERIMENTS, ids=lambda one: one.name)
+def test_smoke(one, tmp_path):
+    config = one.module.Config.smoke()
+    assert dataclasses.is_dataclass(config)
+    assert type(config).__dataclass_params__.frozen
+    done = CliRunner().invoke(app, ["bench", one.name, "--preset", "smoke", "--out", str(tmp_path)])
+    assert done.exit_code == 0, done.output
+    frame = pd.read_csv(tmp_path / f"{one.stem}_smoke.csv")
+    assert len(frame) > 0
+    assert not frame.columns.duplicated().any()
+    written = json.loads((tmp_path / f"{one.stem}_smoke.json").read_text())
+    assert set(written["config"]) == {field.name for field in dataclasses.fields(config)}
+    assert written["packages"]["torch"].partition("+")[0] == torch.__version__.partition("+")[0]
+    assert (tmp_path / f"{one.stem}_smoke.png").exists() == hasattr(one.module, "draw")
+    assert ("paper's numbers" in done.stdout) == bool(one.reference)
+
+
+def test_the_demo_writes_reports_and_an_index_that_links_them(tmp_path):
+    experiment = importlib.import_module("benchmarks.exploding_inverses.digits_classifier")
+    config = dataclasses.replace(
+        experiment.Config.smoke(),
+        nets=("plain",),
+        regularizers=("none", "FD"),
+        reports=str(tmp_path / "out"),
+    )
+    frame = experiment.run(config)
+    page = (tmp_path / "out" / "index.html").read_text(encoding="utf-8")
+    assert list(frame["regularizer"]) == ["none", "FD"]
+    for name in ("plain_none.html", "plain_FD.html"):
+        assert f'href="{name}"' in page
+        assert "reconstruction" in (tmp_path / "out" / name).read_text(encoding="utf-8")
+
+
+def test_a_run_that_ends_in_nan_is_a_row(monkeypatch):
+    experiment = importlib.import_module("benchmarks.exploding_inverses.digits_classifier")
+    config = dataclasses.replace(experiment.Config.smoke(), learning_rate=1e30)
+    (*_, row) = experiment.measure(config, "plain", "FD")
+    assert row["verdict"] == "non_finite"

@@ -1,0 +1,96 @@
+"""Comparison matrices: never below a sampled ratio, tighter than products where layers repeat, the best cuts found."""
+
+from __future__ import annotations
+
+import itertools
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from inn_guard.execution.deadline import Deadline
+from inn_guard.layers.chain import Chain
+from inn_guard.layers.coupling import AdditiveCoupling
+from inn_guard.layers.networks import MLP
+from inn_guard.lipschitz.bounds import lipschitz_bounds
+from inn_guard.lipschitz.certificate import Certificate
+from inn_guard.lipschitz.networks.conditioner import SearchBudget
+from inn_guard.lipschitz.whole_network import Factor, cheapest, comparison_factors, product
+from inn_guard.numerics.intervals import Box
+from tests.lipschitz.soundness import ROUNDING
+from tests.lipschitz.test_whole_network import dense, loud, ratios
+
+NARROW = SearchBudget(
+    steps=0, width=0
+)  # no recursion: what is left are products and comparison matrices
+
+
+@pytest.mark.parametrize("affine", [False, True])
+@pytest.mark.parametrize("seed", range(2))
+def test_no_sampled_ratio_is_above(affine, seed):
+    torch.manual_seed(seed)
+    model, box = dense(affine), Box(-torch.ones(4), torch.ones(4))
+    bounds = lipschitz_bounds(model, box, seconds=2.0, effort=NARROW)
+    true = ratios(model, box)
+    proved = bounds.certificate.bounds
+    assert true.forward <= proved[0] * ROUNDING
+    assert true.inverse <= proved[1] * ROUNDING
+    assert bounds.certificate.check()
+
+
+def repeated(count: int) -> Chain:
+    """Additive couplings that all keep the same half: their Jacobians add up, while norms multiply."""
+    torch.manual_seed(0)
+    layers = [loud(AdditiveCoupling(MLP([1, 4, 1], activation=nn.Tanh)), 1.0) for _ in range(count)]
+    return Chain(*layers).double()
+
+
+def test_repeated_masks_add_instead_of_multiplying(tmp_path):
+    model = repeated(6)
+    bounds = lipschitz_bounds(model, Box.everywhere((2,)), seconds=1.0, effort=NARROW)
+    for side, method in zip(("forward", "inverse"), bounds.method, strict=True):
+        assert method == "comparison matrices"
+        assert getattr(bounds, side) < 0.5 * product(
+            [getattr(layer.bounds, side) for layer in bounds.per_layer]
+        )
+        assert getattr(bounds, f"lower_{side}") <= getattr(bounds, side)
+    bounds.certificate.save(tmp_path / "bound.npz")
+    loaded = Certificate.load(tmp_path / "bound.npz")
+    assert loaded.check()
+    assert loaded.bounds == bounds.certificate.bounds
+
+
+def test_runs_are_products_of_the_matrices_and_end_where_one_is_unknown():
+    generator = torch.Generator().manual_seed(1)
+    matrices = [torch.rand(3, 3, generator=generator, dtype=torch.float64) for _ in range(5)]
+    factors = comparison_factors([*matrices[:3], None, *matrices[3:]], Deadline())
+    assert {(f.first, f.last) for f in factors} == {(0, 2), (0, 3), (1, 3), (4, 6)}
+    first = next(f for f in factors if (f.first, f.last) == (0, 3))
+    truth = float(torch.linalg.matrix_norm(matrices[2] @ matrices[1] @ matrices[0], 2))
+    assert truth <= first.bound <= truth * (1 + 1e-12)
+
+
+def test_the_cheapest_cuts_are_those_of_trying_all():
+    generator = torch.Generator().manual_seed(2)
+    for _ in range(20):
+        runs = [(i, j) for i, j in itertools.combinations(range(6), 2)]
+        factors = [
+            Factor(i, j, float(torch.rand((), generator=generator) + 0.5) ** (j - i))
+            for i, j in runs
+        ]
+        bound = {(f.first, f.last): f.bound for f in factors}
+        best = math.inf
+        for cuts in itertools.product([False, True], repeat=4):
+            ends = [0, *(k + 1 for k, cut in enumerate(cuts) if cut), 5]
+            best = min(best, math.prod(bound[pair] for pair in itertools.pairwise(ends)))
+        found = cheapest(5, factors)
+        assert math.prod(f.bound for f in found) == pytest.approx(best)
+        assert [f.first for f in found] == [0, *(f.last for f in found[:-1])]
+
+
+def test_infinite_factors_are_still_a_path():
+    found = cheapest(2, [Factor(0, 1, math.inf), Factor(1, 2, 2.0)])
+    assert product([f.bound for f in found]) == math.inf
+    with pytest.raises(ValueError, match="lead from layer 0"):
+        cheapest(2, [Factor(0, 1, 1.0)])

@@ -1,0 +1,59 @@
+"""Slow twins of the Jacobian products: multi-precision chains, and norms of dense products."""
+
+from __future__ import annotations
+
+import mpmath
+import torch
+from torch import Tensor
+
+from inn_guard.core.invertible import Invertible
+from tests.oracles.transforms import jacobian
+
+DIGITS = 400
+
+
+def layer_jacobians(model: Invertible, x: Tensor) -> list[Tensor]:
+    """Every layer's dense Jacobian at its forward state, row by row: a list of (B, D, D)."""
+    found = []
+    for layer in model.layers() or (model,):
+        found.append(jacobian(layer.forward, x))
+        x = layer.forward(x).detach()
+    return found
+
+
+def log_extreme_singular_values(factors: list[Tensor]) -> tuple[list[float], list[float]]:
+    """ln sigma_max and ln sigma_min of the product of float64 factors, multiplied with 400 digits, per sample.
+
+    The smallest one is the reciprocal of the largest one of the inverse, which is multiplied with 400 digits as well.
+    """
+    with mpmath.workdps(DIGITS):
+        tops, bottoms = [], []
+        for b in range(len(factors[0])):
+            product = mpmath.eye(factors[0].shape[1])
+            for factor in factors:
+                product = mpmath.matrix(factor[b].double().tolist()) * product
+            tops.append(float(_log_norm(product)))
+            bottoms.append(-float(_log_norm(product**-1)))
+        return tops, bottoms
+
+
+def _log_norm(matrix: mpmath.matrix) -> mpmath.mpf:
+    """ln of the largest singular value, by power iteration to 12 digits in multi-precision."""
+    gram = matrix.T * matrix
+    # squaring the Gram matrix squares its spectral ratios: forty squarings are 2^40 power steps
+    for _ in range(40):
+        gram = gram / max(abs(entry) for entry in gram)
+        gram = gram * gram
+    vector = gram * mpmath.matrix([1 + mpmath.mpf(k) / 7 for k in range(matrix.cols)])
+    return mpmath.log(mpmath.norm(matrix * vector) / mpmath.norm(vector))
+
+
+def inverse_gains(factors: list[Tensor]) -> tuple[Tensor, Tensor]:
+    """||P_k||_F / sqrt(D) and ||P_k||_2 of P_k = J_1^-1 ... J_k^-1, k = 0 ... n, each (n + 1, B)."""
+    product = torch.eye(factors[0].shape[1], dtype=torch.float64).expand(factors[0].shape)
+    products = [product]
+    for factor in factors:
+        products.append(products[-1] @ torch.linalg.inv(factor.double()))
+    dimension = product.shape[1]
+    rms = [p.flatten(1).norm(dim=1) / dimension**0.5 for p in products]
+    return torch.stack(rms), torch.stack([torch.linalg.matrix_norm(p, 2) for p in products])
