@@ -84,7 +84,7 @@ def _spectra(model: Invertible, x: Tensor, rows: Tensor) -> tuple[Tensor, Tensor
             for k, row in enumerate(together.split(1)):
                 J = _jacobian(model.select(row), x[row], shares)
                 mine = J if k == shares.rank else mine
-            spectra = shares.gathered(lambda mine=mine: None if mine is None else spectrum(mine))  # type: ignore[misc]
+            spectra = shares.all_gather(lambda mine=mine: None if mine is None else spectrum(mine))  # type: ignore[misc]
             found += [one for one in spectra if one is not None]
             bar.update(len(together))
     return torch.cat([one.values for one in found]), torch.cat([one.resolved for one in found])
@@ -95,12 +95,12 @@ def _jacobian(model: Invertible, x: Tensor, shares: WorkSharing) -> Tensor:
 
     Its columns, or its rows, are shared over the processes, which go the same way.
     """
-    if all(shares.gathered(lambda: is_composable(model, x))):
+    if all(shares.all_gather(lambda: is_composable(model, x))):
         columns = torch.arange(x[0].numel(), device=x.device)
         (found,) = shares.map(
             columns, lambda part: (composed_jacobian(model, x, columns=_range(part))[0].T,)
         )
-        if all(shares.gathered(lambda: _agrees(model, x, found.T))):
+        if all(shares.all_gather(lambda: _agrees(model, x, found.T))):
             return found.T[None]
     rows = torch.arange(model(x)[0].numel(), device=x.device)
     return shares.map(rows, lambda part: (full_jacobian(model.forward, x, rows=_range(part))[0],))[

@@ -127,7 +127,7 @@ def gradient_angle(
     batch_size = int(
         min(
             batch_size,
-            shares_of(model).fits(lambda within: linearized_footprint(model, x, within=within)),
+            shares_of(model).max_batch(lambda within: linearized_footprint(model, x, within=within)),
         )
     )
     batches = torch.arange(len(x), device=x.device).split(batch_size)
@@ -140,7 +140,7 @@ def gradient_angle(
         parts = [GradientComparison.of([pairs[k] for k in group.members]) for group in groups]
         return GradientComparison.of(pairs), parts
 
-    compared = shares_of(model).deal(batches, compare)
+    compared = shares_of(model).map_items(batches, compare)
     minibatches = tuple(whole.row() for whole, _ in compared)
     rounding = _rounding(model.select(batches[0]), x[batches[0]], measure, parameters, seed)
     verdict, reason = _judged(minibatches, rounding)

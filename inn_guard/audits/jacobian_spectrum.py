@@ -116,7 +116,7 @@ def _shared_extremes(
         )
 
     vectors = 2 * min(max_steps, x[0].numel())
-    at_most = shares_of(model).fits(
+    at_most = shares_of(model).max_batch(
         lambda within: linearized_footprint(model, x, within=within, vectors=vectors)
     )
     found = shares_of(model).map(torch.arange(len(x), device=x.device), measure, at_most=at_most)
@@ -136,7 +136,7 @@ def usable_rows(model: Invertible, x: Tensor) -> Tensor:
         with torch.no_grad():
             return (finite_rows(model.select(part)(x[part])),)
 
-    at_most = shares_of(model).fits(lambda within: forward_footprint(model, x, within=within))
+    at_most = shares_of(model).max_batch(lambda within: forward_footprint(model, x, within=within))
     return rows[shares_of(model).map(rows, measure, at_most=at_most)[0]]
 
 

@@ -190,7 +190,7 @@ def _shared(model: Invertible, x: Tensor, probes: int, seed: int) -> _Measuremen
         ).by_sample()
 
     kept = 2 * LAYER_STEPS + probes * (len(model.layers()) + 1)
-    at_most = shares_of(model).fits(
+    at_most = shares_of(model).max_batch(
         lambda within: linearized_footprint(model, x, within=within, vectors=kept)
     )
     parts = shares_of(model).map(torch.arange(len(x), device=x.device), measure, at_most=at_most)

@@ -56,7 +56,7 @@ def log_det(model: Invertible, x: Tensor, *, samples: int = 8, seed: int = 0) ->
     Raises:
         NotApplicable: if the model has no log-determinant.
     """
-    fits = shares_of(model).fits(
+    fits = shares_of(model).max_batch(
         lambda within: linearized_footprint(model, x, within=within, vectors=2 * QUADRATURE_STEPS)
     )
     rows = usable_rows(model, x)[: int(min(samples, fits))]

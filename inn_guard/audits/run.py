@@ -91,7 +91,7 @@ def audit(
     with preserve_state(wrapped):
         if running.get("dry_run"):
             results = tuple(
-                shares.deal([chosen], lambda checks: _estimate(wrapped, x, checks, shares))
+                shares.map_items([chosen], lambda checks: _estimate(wrapped, x, checks, shares))
             )
         else:
             results = _run(chosen, wrapped, x, shares)
@@ -111,7 +111,7 @@ def audit(
 def _estimate(
     model: Invertible, x: Tensor, checks: Sequence[Audit], shares: WorkSharing
 ) -> AuditResult:
-    return dry_run(model, x, checks=checks, processes=shares.size, shares=shares.alone)
+    return dry_run(model, x, checks=checks, processes=shares.size, shares=shares.local)
 
 
 def _shares(running: Running) -> WorkSharing:
@@ -143,7 +143,7 @@ def _run(
             # the first one refuses what no check can do anything with
             first, *rest = [k for k, check in enumerate(checks) if not is_shared(check)]
             for apart in ([first], rest):
-                answers = shares.deal(apart, lambda k: one(k, shares.alone))
+                answers = shares.map_items(apart, lambda k: one(k, shares.local))
                 results |= dict(zip(apart, answers, strict=True))
         results |= {k: one(k, shares) for k in range(len(checks)) if k not in results}
     return tuple(results[k] for k in range(len(checks)))

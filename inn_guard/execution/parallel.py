@@ -53,11 +53,11 @@ class WorkSharing:
         return 1 if self.group is None else dist.get_world_size(self.group)
 
     @property
-    def alone(self) -> WorkSharing:
+    def local(self) -> WorkSharing:
         """The same bound of memory in this process only."""
         return WorkSharing(None, self.memory)
 
-    def fits(self, footprint: Callable[[float], Footprint]) -> float | int:
+    def max_batch(self, footprint: Callable[[float], Footprint]) -> float | int:
         """How many samples a measurement of that footprint may take at once: 1 at least, inf without a bound.
 
         All processes agree on it. The footprint is only measured where there is a bound, which it is told.
@@ -65,7 +65,7 @@ class WorkSharing:
         if self.memory is None:
             return math.inf
         memory = float(self.memory)
-        return min(self.gathered(lambda: footprint(memory).samples_within(memory)))
+        return min(self.all_gather(lambda: footprint(memory).samples_within(memory)))
 
     def map(
         self,
@@ -87,18 +87,18 @@ class WorkSharing:
         size = max(1, int(min(math.ceil(len(rows) / self.size), at_most)))
         if size >= len(rows):
             return tuple(measure(rows))
-        parts = self.deal(
+        parts = self.map_items(
             rows.split(size), lambda part: tuple(self._portable(t) for t in measure(part))
         )
         return tuple(torch.cat(field).to(rows.device) for field in zip(*parts, strict=True))
 
-    def deal(self, items: Iterable[Item], measure: Callable[[Item], Answer]) -> list[Answer]:
+    def map_items(self, items: Iterable[Item], measure: Callable[[Item], Answer]) -> list[Answer]:
         """What ``measure`` returns for every item, in their order: process r takes items r, r + size, ..."""
         items = list(items)
-        answers = self.gathered(lambda: [measure(item) for item in items[self.rank :: self.size]])
+        answers = self.all_gather(lambda: [measure(item) for item in items[self.rank :: self.size]])
         return [answers[k % self.size][k // self.size] for k in range(len(items))]
 
-    def gathered(self, call: Callable[[], Answer]) -> list[Answer]:
+    def all_gather(self, call: Callable[[], Answer]) -> list[Answer]:
         """What ``call`` returns in every process, by rank; what it raises in one of them is raised in all."""
         if self.group is None:
             return [call()]
@@ -123,7 +123,7 @@ class WorkSharing:
         if self.group is None:
             return
         for what, tensors in (("data x", [x]), ("model", [*model.parameters(), *model.buffers()])):
-            found = self.gathered(lambda tensors=tensors: [_fingerprint(t) for t in tensors])  # type: ignore[misc]
+            found = self.all_gather(lambda tensors=tensors: [_fingerprint(t) for t in tensors])  # type: ignore[misc]
             if any(other != found[0] for other in found):
                 raise ValueError(
                     f"expected the same {what} in every process of the group, got different ones: seed their making "

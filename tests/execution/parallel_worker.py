@@ -171,12 +171,12 @@ def main(folder: Path, rank: int) -> None:
         "composed": spectrum(couplings(), group),
         "rows": spectrum(model(), group),
         "mapped": shares.map(rows, lambda part: (10.0 * part, part), at_most=1)[0].tolist(),
-        "dealt": shares.deal("abc", lambda letter: f"{letter}{rank}"),
+        "dealt": shares.map_items("abc", lambda letter: f"{letter}{rank}"),
         "other data": message(
             lambda: ig.audit(model(), data(seed=rank), checks=["reconstruction"], group=group)
         ),
-        "raised": message(lambda: shares.gathered(_raises_on_rank_1)),
-        "local": message(lambda: shares.gathered(_raises_what_cannot_be_sent)),
+        "raised": message(lambda: shares.all_gather(_raises_on_rank_1)),
+        "local": message(lambda: shares.all_gather(_raises_what_cannot_be_sent)),
         "ddp": ddp(mine, group),
         "fsdp": fsdp(mine, group),
     }

@@ -163,10 +163,10 @@ def test_alone_is_one_call_without_a_bound():
     WorkSharing().map(torch.arange(5), measure, at_most=2)
     assert calls == [[0, 1, 2, 3, 4], [0, 1], [2, 3], [4]]
     assert (
-        SERIAL.fits(lambda within: pytest.fail("no footprint is measured without a bound"))
+        SERIAL.max_batch(lambda within: pytest.fail("no footprint is measured without a bound"))
         == math.inf
     )
-    assert WorkSharing(memory=100).fits(lambda within: Footprint(fixed=within - 90, each=30)) == 3
+    assert WorkSharing(memory=100).max_batch(lambda within: Footprint(fixed=within - 90, each=30)) == 3
 
 
 def test_noise_belongs_to_samples():

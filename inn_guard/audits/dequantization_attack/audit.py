@@ -77,7 +77,7 @@ def dequantization_attack(
         raise NotApplicable(
             "the map is injective only: x -> z -> x is a projection, whose error says nothing"
         )
-    fits = shares_of(model).fits(
+    fits = shares_of(model).max_batch(
         lambda within: linearized_footprint(model, x, within=within, vectors=8)
     )
     rows = finite_rows(x).nonzero()[:, 0][: int(min(samples, fits))]
@@ -87,7 +87,7 @@ def dequantization_attack(
     assumed = quantization is None
     quantization = Quantization.assumed(start) if quantization is None else quantization
     cubes = quantization.cubes(start)
-    seconds = max(shares_of(model).gathered(lambda: patience(chosen, cubes.centre)))
+    seconds = max(shares_of(model).all_gather(lambda: patience(chosen, cubes.centre)))
     if strategy is None:
         right = differentiable_inverse(chosen, cubes.centre, seconds=seconds, seed=seed)
         strategy = SpectralAscent() if right else GradientFree()

@@ -53,5 +53,5 @@ class Restarts:
             self.strategy.run_attack(again)
             return again.found
 
-        for found in shares_of(search.model).deal(seeds, one):
+        for found in shares_of(search.model).map_items(seeds, one):
             search.take(found)

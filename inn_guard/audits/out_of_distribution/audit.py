@@ -75,12 +75,12 @@ def out_of_distribution(
         Jacobsen, 2021), section 4.1 and appendix D.
     """
     shares = shares_of(model)
-    fits = shares.fits(
+    fits = shares.max_batch(
         lambda within: forward_footprint(model, x, within=within).plus(8 * x[0].numel())
     )
     samples, directions = int(min(samples, fits)), int(min(DIRECTIONS, fits))
     if spectrum_samples:
-        fits = shares.fits(
+        fits = shares.max_batch(
             lambda within: linearized_footprint(model, x, within=within, vectors=2 * SPECTRUM_STEPS)
         )
         spectrum_samples = int(min(spectrum_samples, fits))

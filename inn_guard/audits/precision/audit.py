@@ -138,7 +138,7 @@ def _fitting(model: Invertible, x: Tensor) -> int:
     return int(
         min(
             len(x),
-            shares_of(model).fits(
+            shares_of(model).max_batch(
                 lambda within: forward_footprint(model, x, within=within).plus(states)
             ),
         )

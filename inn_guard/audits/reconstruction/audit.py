@@ -107,7 +107,7 @@ def reconstruction(
 
 def _fitting(model: Invertible, x: Tensor, batch_size: int) -> int:
     """``batch_size``, or what memory allows."""
-    fits = shares_of(model).fits(lambda within: forward_footprint(model, x, within=within))
+    fits = shares_of(model).max_batch(lambda within: forward_footprint(model, x, within=within))
     # the float64 copy takes twice as much
     return max(1, int(min(batch_size, fits if x.dtype == torch.float64 else fits / 2)))
 
@@ -144,7 +144,7 @@ def _explained(model: Invertible, main: RoundTrip, seed: int) -> ExplainedError 
     usable = finite_rows(main.middle).cpu().nonzero()[:, 0]
     rows = usable[main.relative[usable].nan_to_num(math.inf).argsort(descending=True)]
     vectors = 2 * MAX_STEPS + len(model.layers())
-    fits = shares_of(model).fits(
+    fits = shares_of(model).max_batch(
         lambda within: linearized_footprint(model, main.start, within=within, vectors=vectors)
     )
     rows = rows[: int(min(EXPLAINED_SAMPLES, fits))]
