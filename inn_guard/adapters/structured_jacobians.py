@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from inn_guard.core.layer_jacobian import INEXACT, ROUNDING, LayerJacobian, Map, probes
-from inn_guard.jacobian.network import NetworkTangent
+from inn_guard.jacobian.network import NetworkJacobian
 from inn_guard.layers.coupling_tangent import CouplingTangent
 from inn_guard.layers.linear_tangent import ChannelMixingJacobian, PermutationJacobian
 from inn_guard.layers.partition import Partition
@@ -94,7 +94,7 @@ class PermutedOutputs:
         factor: of t.
     """
 
-    def __init__(self, network: NetworkTangent, *, factor: float = 1.0) -> None:
+    def __init__(self, network: NetworkJacobian, *, factor: float = 1.0) -> None:
         self._network, self._factor = network, factor
         self._dim = 1 - network.output.dim()
         self.output = self.jvp_like(network.output)
@@ -122,13 +122,13 @@ class SelectedOutputs:
         order: new channel i is old channel order[i], along dimension 1.
     """
 
-    def __init__(self, network: NetworkTangent, order: Tensor) -> None:
+    def __init__(self, network: NetworkJacobian, order: Tensor) -> None:
         self._network, self._order, self._back = network, order, order.argsort()
         self._dim = 1 - network.output.dim()
         self.output = network.output.index_select(self._dim, order)
 
     @classmethod
-    def deinterleaved(cls, network: NetworkTangent) -> SelectedOutputs:
+    def deinterleaved(cls, network: NetworkJacobian) -> SelectedOutputs:
         """Of [t_1, s_1, t_2, s_2, ...] as [t, s]."""
         channels = torch.arange(network.output.shape[1], device=network.output.device)
         return cls(network, torch.cat([channels[0::2], channels[1::2]]))
@@ -189,7 +189,7 @@ class TangentChain:
 
 
 def coupling_tangent(
-    x: Tensor, network: NetworkTangent, partition: Partition, scale: Map | None
+    x: Tensor, network: NetworkJacobian, partition: Partition, scale: Map | None
 ) -> CouplingTangent:
     """Of z_kept = x_kept, z_changed = x_changed * g(s) + t at x.
 

@@ -203,7 +203,7 @@ def _measure(
     gains = inverse_gains(linearization, probes=probes, generator=noise)
     conditions, errors = [], []
     for k, layer in enumerate(linearization.layers):
-        state, tangent = linearization.states[k], linearization.inverse_tangent(k)
+        state, tangent = linearization.states[k], linearization.inverse_checked(k)
         forward, backward = layer_extremes(tangent, state, generator=noise, max_steps=LAYER_STEPS)
         conditions.append(forward.log_value + backward.log_value)
         with torch.no_grad():

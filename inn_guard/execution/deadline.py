@@ -11,7 +11,7 @@ __all__ = ["Deadline", "now"]
 
 now: Callable[[], float] = time.monotonic  #: seconds; every deadline asks this clock
 SPEED = 4e9  #: floating-point operations a second that a foreseen cost is divided by: one slow core
-TRIFLE = 1e6  #: operations that are not worth saving
+NEGLIGIBLE = 1e6  #: operations that are not worth saving
 
 
 @dataclass(frozen=True)
@@ -39,15 +39,15 @@ class Deadline:
         """Whether nothing more should be begun."""
         return self.left <= 0
 
-    def part(self, share: float) -> Deadline:
+    def fraction(self, share: float) -> Deadline:
         """The moment at which a share of what is left will be gone."""
         left = self.left
         return Deadline(self.end - (1 - share) * max(left, 0.0)) if math.isfinite(left) else self
 
-    def sooner(self, seconds: float) -> Deadline:
+    def at_most(self, seconds: float) -> Deadline:
         """This moment, or so many seconds from now if that is earlier."""
         return Deadline(min(self.end, now() + seconds))
 
-    def affords(self, operations: float) -> bool:
+    def can_afford(self, operations: float) -> bool:
         """Whether so many floating-point operations are foreseen to fit, or are too few to matter."""
-        return operations <= TRIFLE or operations <= SPEED * self.left
+        return operations <= NEGLIGIBLE or operations <= SPEED * self.left

@@ -40,7 +40,7 @@ class LogScaledVector:
     log_scale: Tensor
 
     @classmethod
-    def of(cls, vector: Tensor) -> LogScaledVector:
+    def from_vector(cls, vector: Tensor) -> LogScaledVector:
         """``vector`` (B, *) split into direction and logarithm of its length."""
         return cls(
             vector, torch.zeros(len(vector), dtype=torch.float64, device=vector.device)
@@ -124,7 +124,7 @@ class Linearization:
         Raises:
             NotApplicable: if a layer has no correct forward-mode derivative and is too large to do without.
         """
-        return self._chain(v, [self.forward_tangent(k).jvp for k in range(len(self.tangents))])
+        return self._chain(v, [self.forward_checked(k).jvp for k in range(len(self.tangents))])
 
     def vjp(self, u: Tensor | LogScaledVector) -> LogScaledVector:
         """J^T u for one u (B, *latent) per sample."""
@@ -137,7 +137,7 @@ class Linearization:
             NotApplicable: if a layer's inverse has no correct derivative (measured: J^-1 J v is not v).
         """
         return self._chain(
-            u, [self.inverse_tangent(k).inverse_jvp for k in reversed(range(len(self.tangents)))]
+            u, [self.inverse_checked(k).inverse_jvp for k in reversed(range(len(self.tangents)))]
         )
 
     def inverse_vjp(self, v: Tensor | LogScaledVector) -> LogScaledVector:
@@ -147,32 +147,32 @@ class Linearization:
             NotApplicable: if a layer's inverse has no correct derivative (measured: J^-1 J v is not v).
         """
         return self._chain(
-            v, [self.inverse_tangent(k).inverse_vjp for k in range(len(self.tangents))]
+            v, [self.inverse_checked(k).inverse_vjp for k in range(len(self.tangents))]
         )
 
-    def forward_tangent(self, k: int) -> LayerJacobian:
+    def forward_checked(self, k: int) -> LayerJacobian:
         """Layer k's tangent, its J v having been checked once against its J^T u."""
         if k not in self._forward_checked:
             self.tangents[k] = self._checked(k, check_jvp)
             self._forward_checked.add(k)
         return self.tangents[k]
 
-    def returning_tangent(self, k: int) -> LayerJacobian:
+    def inverse_jvp_checked(self, k: int) -> LayerJacobian:
         """Layer k's tangent, its J^-1 u having been checked once against its J v; its J^-T v is not looked at."""
         if k not in self._returning_checked:
-            self.forward_tangent(k)
+            self.forward_checked(k)
             self.tangents[k] = self._checked(k, check_inverse_jvp)
             self._returning_checked.add(k)
         return self.tangents[k]
 
     def inverse_product(self, k: int) -> Step:
         """u -> J^-1 u of layer k, checked once."""
-        return self.returning_tangent(k).inverse_jvp
+        return self.inverse_jvp_checked(k).inverse_jvp
 
-    def inverse_tangent(self, k: int) -> LayerJacobian:
+    def inverse_checked(self, k: int) -> LayerJacobian:
         """Layer k's tangent, its inverse maps having been checked once against its forward maps."""
         if k not in self._inverse_checked:
-            self.forward_tangent(k)
+            self.forward_checked(k)
             self.tangents[k] = self._checked(k, check_inverse)
             self._inverse_checked.add(k)
             self._returning_checked.add(k)
@@ -215,7 +215,7 @@ class Linearization:
         return rows[torch.linspace(0, len(rows) - 1, FEW, device=rows.device).round().long()]
 
     def _chain(self, v: Tensor | LogScaledVector, steps: Sequence[Step]) -> LogScaledVector:
-        scaled = v if isinstance(v, LogScaledVector) else LogScaledVector.of(v)
+        scaled = v if isinstance(v, LogScaledVector) else LogScaledVector.from_vector(v)
         if not self._leaves_range:
             vector, lengths = scaled.vector, []
             for step in steps:

@@ -54,7 +54,7 @@ def inverse_gains(
     count = min(probes, dimension)
     noise = as_noise(generator)((len(x), dimension, count))
     basis = torch.linalg.qr(noise).Q.to(x).transpose(1, 2).reshape(len(x), count, *x.shape[1:])
-    sweeps = [_sweep(linearization, LogScaledVector.of(basis[:, j])) for j in range(count)]
+    sweeps = [_sweep(linearization, LogScaledVector.from_vector(basis[:, j])) for j in range(count)]
     norms = [_norms([sweep[k] for sweep in sweeps]) for k in range(len(linearization.states))]
     return InverseGains(
         torch.stack([rms for rms, _ in norms]),
@@ -79,14 +79,14 @@ def layer_extremes(
 
 
 def _scaled(product: Callable[[Tensor], Tensor]) -> Callable[[Tensor], LogScaledVector]:
-    return lambda v: LogScaledVector.of(product(v))
+    return lambda v: LogScaledVector.from_vector(product(v))
 
 
 def _sweep(linearization: Linearization, probe: LogScaledVector) -> list[LogScaledVector]:
     """P_k^T w for every k."""
     sweep = [probe]
     for k in range(len(linearization.layers)):
-        pulled = linearization.inverse_tangent(k).inverse_vjp(sweep[-1].vector)
+        pulled = linearization.inverse_checked(k).inverse_vjp(sweep[-1].vector)
         sweep.append(LogScaledVector(pulled, sweep[-1].log_scale).normalized())
     return sweep
 

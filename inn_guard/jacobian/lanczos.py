@@ -98,7 +98,7 @@ def largest_singular_value(
         (Van Dorsselaer, Hochstenbach, Van der Vorst, 2000).
 
     >>> A = torch.diag(torch.tensor([3.0, 2.0, 1.0], dtype=torch.float64))
-    >>> times = lambda v: LogScaledVector.of(v @ A)
+    >>> times = lambda v: LogScaledVector.from_vector(v @ A)
     >>> value = largest_singular_value(times, times, torch.ones(1, 3, dtype=torch.float64))
     >>> round(value.log_value.exp().item(), 9)
     3.0

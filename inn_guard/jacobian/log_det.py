@@ -62,7 +62,7 @@ def stochastic_log_det(
             len(linearization.output), dtype=torch.float64, device=linearization.output.device
         )
         for k in range(len(linearization.layers)):
-            tangent, like = linearization.forward_tangent(k), linearization.states[k]
+            tangent, like = linearization.forward_checked(k), linearization.states[k]
             signs = 2.0 * torch.randint(0, 2, like.shape, generator=generator, device="cpu") - 1.0
             total = total + _quadrature(
                 _scaled(tangent.jvp), _scaled(tangent.vjp), signs.to(like), steps
@@ -90,4 +90,4 @@ def _quadrature(
 
 
 def _scaled(product: Callable[[Tensor], Tensor]) -> Callable[[Tensor], LogScaledVector]:
-    return lambda v: LogScaledVector.of(product(v))
+    return lambda v: LogScaledVector.from_vector(product(v))

@@ -25,14 +25,14 @@ __all__ = [
     "IdentityJacobian",
     "InputSliceJacobian",
     "LinearJacobian",
-    "NetworkTangent",
+    "NetworkJacobian",
     "PointwiseConvolution",
     "SequentialJacobian",
-    "elementwise_tangent",
+    "linearize_elementwise",
     "is_unpatched",
     "linearize_network",
     "select_rows_of",
-    "tangent_of_module",
+    "linearize_module",
 ]
 
 T = TypeVar("T")
@@ -55,7 +55,7 @@ ACTIVATIONS = (
 
 
 @runtime_checkable
-class NetworkTangent(Protocol):
+class NetworkJacobian(Protocol):
     """The two products with the Jacobian J of a network at a batch.
 
     Attributes:
@@ -73,15 +73,15 @@ class NetworkTangent(Protocol):
         ...
 
 
-def linearize_network(network: nn.Module, x: Tensor) -> NetworkTangent:
+def linearize_network(network: nn.Module, x: Tensor) -> NetworkJacobian:
     """The tangent of ``network`` at x, (B, *in)."""
     with torch.no_grad():
-        return tangent_of_module(network, x.detach())
+        return linearize_module(network, x.detach())
 
 
 @functools.singledispatch
-def tangent_of_module(module: nn.Module, x: Tensor) -> NetworkTangent:
-    """The tangent of one module, by its class: a class is taught with ``tangent_of_module.register``."""
+def linearize_module(module: nn.Module, x: Tensor) -> NetworkJacobian:
+    """The tangent of one module, by its class: a class is taught with ``linearize_module.register``."""
     return AutogradNetwork(module, x)
 
 
@@ -115,7 +115,7 @@ class InputSliceJacobian:
         held: how many are held.
     """
 
-    def __init__(self, whole: NetworkTangent, *, channels: int, held: int) -> None:
+    def __init__(self, whole: NetworkJacobian, *, channels: int, held: int) -> None:
         self._whole, self._channels, self._held = whole, channels, held
         self.output = whole.output
         self._dim = 1 - whole.output.dim()
@@ -135,9 +135,9 @@ class SequentialJacobian:
     """The chain of several tangents."""
 
     def __init__(self, modules: nn.Sequential, x: Tensor) -> None:
-        self.steps: list[NetworkTangent] = []
+        self.steps: list[NetworkJacobian] = []
         for module in modules:
-            step = tangent_of_module(module, x)
+            step = linearize_module(module, x)
             x = step.output
             self.steps.append(_hollow(step))
         self.output = x
@@ -289,12 +289,12 @@ class IdentityJacobian:
     vjp = jvp
 
 
-def select_rows_of(tangent: NetworkTangent, rows: Tensor) -> Any:
+def select_rows_of(tangent: NetworkJacobian, rows: Tensor) -> Any:
     """The tangent of these rows of the batch; None where it cannot be taken apart."""
     return tangent.select(rows) if isinstance(tangent, Selectable) else None
 
 
-def _hollow(step: NetworkTangent) -> NetworkTangent:
+def _hollow(step: NetworkJacobian) -> NetworkJacobian:
     """The step with an output of its shape and dtype that holds no memory: only the next step needed the values."""
     return _with_output(step, step.output.new_empty(()).expand(step.output.shape))
 
@@ -319,8 +319,8 @@ def _is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
     return type(module).forward is kind.forward and is_unpatched(module)
 
 
-@tangent_of_module.register
-def _(module: nn.Sequential, x: Tensor) -> NetworkTangent:
+@linearize_module.register
+def _(module: nn.Sequential, x: Tensor) -> NetworkJacobian:
     return (
         SequentialJacobian(module, x)
         if _is_plain(module, nn.Sequential)
@@ -328,13 +328,13 @@ def _(module: nn.Sequential, x: Tensor) -> NetworkTangent:
     )
 
 
-@tangent_of_module.register
-def _(module: nn.Linear, x: Tensor) -> NetworkTangent:
+@linearize_module.register
+def _(module: nn.Linear, x: Tensor) -> NetworkJacobian:
     return LinearJacobian(module, x) if _is_plain(module, nn.Linear) else AutogradNetwork(module, x)
 
 
-@tangent_of_module.register
-def _(module: nn.Conv2d, x: Tensor) -> NetworkTangent:
+@linearize_module.register
+def _(module: nn.Conv2d, x: Tensor) -> NetworkJacobian:
     zero_padded = module.padding_mode == "zeros" and not isinstance(module.padding, str)
     if not zero_padded or x.dim() != 4 or not _is_plain(module, nn.Conv2d):
         return AutogradNetwork(module, x)
@@ -342,25 +342,25 @@ def _(module: nn.Conv2d, x: Tensor) -> NetworkTangent:
     return PointwiseConvolution(module, x) if ones else Convolution(module, x)
 
 
-@tangent_of_module.register
-def _(module: nn.ReLU, x: Tensor) -> NetworkTangent:
+@linearize_module.register
+def _(module: nn.ReLU, x: Tensor) -> NetworkJacobian:
     if not _is_plain(module, nn.ReLU):
         return AutogradNetwork(module, x)
     return DiagonalJacobian(x.relu(), torch.gt(x, 0, out=torch.empty_like(x)))
 
 
-@tangent_of_module.register
-def _(module: nn.Identity, x: Tensor) -> NetworkTangent:
+@linearize_module.register
+def _(module: nn.Identity, x: Tensor) -> NetworkJacobian:
     return IdentityJacobian(x) if _is_plain(module, nn.Identity) else AutogradNetwork(module, x)
 
 
-@tangent_of_module.register
-def _(module: nn.Dropout, x: Tensor) -> NetworkTangent:
+@linearize_module.register
+def _(module: nn.Dropout, x: Tensor) -> NetworkJacobian:
     idle = _is_plain(module, nn.Dropout) and (not module.training or module.p == 0)
     return IdentityJacobian(x) if idle else AutogradNetwork(module, x)
 
 
-def elementwise_tangent(module: nn.Module, x: Tensor) -> NetworkTangent:
+def linearize_elementwise(module: nn.Module, x: Tensor) -> NetworkJacobian:
     """The tangent of an elementwise module, its slope by autograd."""
     leaf = x.detach().clone().requires_grad_()
     with torch.enable_grad():
@@ -371,7 +371,7 @@ def elementwise_tangent(module: nn.Module, x: Tensor) -> NetworkTangent:
 
 
 for _kind in ACTIVATIONS:
-    tangent_of_module.register(_kind, elementwise_tangent)
+    linearize_module.register(_kind, linearize_elementwise)
 
 
 def _merged(v: Tensor) -> tuple[Tensor, list[int]]:

@@ -13,7 +13,7 @@ from inn_guard.jacobian.network import (
     DiagonalJacobian,
     IdentityJacobian,
     LinearJacobian,
-    NetworkTangent,
+    NetworkJacobian,
     PointwiseConvolution,
     SequentialJacobian,
 )
@@ -25,7 +25,7 @@ CHUNK = 64  #: columns at once where the products are computed one by one
 
 
 def dense_network(
-    network: NetworkTangent, shape: Sequence[int], *, gain: Tensor | None = None
+    network: NetworkJacobian, shape: Sequence[int], *, gain: Tensor | None = None
 ) -> Tensor:
     """J of shape (dim out, dim in), of a network linearised at one sample.
 
@@ -55,7 +55,7 @@ def dense_network(
 
 def add_product_(
     target: Tensor,
-    network: NetworkTangent,
+    network: NetworkJacobian,
     matrix: Tensor,
     *,
     shape: Sequence[int],
@@ -115,20 +115,20 @@ def _bands(T: Tensor) -> Tensor:
     return canvas[..., columns // 2 : columns // 2 + width]
 
 
-def _flat(network: NetworkTangent) -> list[NetworkTangent]:
+def _flat(network: NetworkJacobian) -> list[NetworkJacobian]:
     if not isinstance(network, SequentialJacobian):
         return [network]
     return [inner for step in network.steps for inner in _flat(step)]
 
 
-def _are_local(steps: Sequence[NetworkTangent]) -> bool:
+def _are_local(steps: Sequence[NetworkJacobian]) -> bool:
     """Whether all are, and one does something."""
     return all(_is_local(step) for step in steps) and not all(
         isinstance(step, IdentityJacobian) for step in steps
     )
 
 
-def _is_local(step: NetworkTangent) -> bool:
+def _is_local(step: NetworkJacobian) -> bool:
     """Whether it is elementwise, or a convolution that keeps height and width."""
     if isinstance(step, Convolution):
         (rows, columns), geometry = step.weight.shape[2:], step.geometry
@@ -137,7 +137,7 @@ def _is_local(step: NetworkTangent) -> bool:
     return isinstance(step, (PointwiseConvolution, DiagonalJacobian, IdentityJacobian))
 
 
-def _product(steps: Sequence[NetworkTangent], like: Tensor, size: int) -> Tensor:
+def _product(steps: Sequence[NetworkJacobian], like: Tensor, size: int) -> Tensor:
     J = torch.eye(size, dtype=like.dtype, device=like.device)
     for step in steps:
         if isinstance(step, LinearJacobian):
@@ -147,7 +147,7 @@ def _product(steps: Sequence[NetworkTangent], like: Tensor, size: int) -> Tensor
     return J
 
 
-def _windows(steps: Sequence[NetworkTangent], shape: Sequence[int], gain: Tensor | None) -> Tensor:
+def _windows(steps: Sequence[NetworkJacobian], shape: Sequence[int], gain: Tensor | None) -> Tensor:
     """d out[c, p] / d in[c', p + d] as (H, W, c, window rows, window columns, c').
 
     Entries of the window that lie outside of the image are not used.
@@ -242,7 +242,7 @@ def _scattered(T: Tensor, shape: Sequence[int]) -> Tensor:
     return inside.reshape(out * height * width, math.prod(shape))
 
 
-def _by_columns(network: NetworkTangent, shape: Sequence[int]) -> Tensor:
+def _by_columns(network: NetworkJacobian, shape: Sequence[int]) -> Tensor:
     size = math.prod(shape)
     eye = torch.eye(size, dtype=network.output.dtype, device=network.output.device)
     columns = [

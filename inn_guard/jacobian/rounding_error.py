@@ -149,7 +149,7 @@ def _sweep(
     errors = _errors(amplitudes, generator)[::-1]
     total = linearization.carried(errors) if isinstance(linearization, ErrorPropagator) else None
     if total is not None and bool(total.isfinite().all()):
-        return LogScaledVector.of(total)
+        return LogScaledVector.from_vector(total)
     products = [
         linearization.inverse_product(k) for k in reversed(range(len(linearization.layers)))
     ]
@@ -158,13 +158,13 @@ def _sweep(
         error = product(error) + extra
     # nothing is lost to underflow, beside errors of the states' size; what has overflown is not finite at the end
     if bool(error.isfinite().all()):
-        return LogScaledVector.of(error)
+        return LogScaledVector.from_vector(error)
     return _careful_sweep(products, errors)
 
 
 def _careful_sweep(products: Sequence[Product], errors: list[Tensor]) -> LogScaledVector:
     """The same beyond the range of floats."""
-    error = LogScaledVector.of(errors[0])
+    error = LogScaledVector.from_vector(errors[0])
     for product, extra in zip(products, errors[1:], strict=True):
         error = _plus(LogScaledVector(product(error.vector), error.log_scale).normalized(), extra)
     return error

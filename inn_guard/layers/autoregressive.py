@@ -8,7 +8,7 @@ from torch.nn.utils import parametrize
 
 from inn_guard.core.invertible import Invertible
 from inn_guard.core.layer_jacobian import LayerJacobian
-from inn_guard.jacobian.network import NetworkTangent, linearize_network, tangent_of_module
+from inn_guard.jacobian.network import NetworkJacobian, linearize_network, linearize_module
 from inn_guard.layers.actnorm import ActNorm
 from inn_guard.layers.chain import Chain
 from inn_guard.layers.inverted import InverseLayer
@@ -236,7 +236,7 @@ def _start_small(linear: nn.Module) -> None:
 
 
 class _SkipTangent:
-    def __init__(self, branch: NetworkTangent, h: Tensor) -> None:
+    def __init__(self, branch: NetworkJacobian, h: Tensor) -> None:
         self._branch, self.output = branch, h + branch.output
 
     def jvp(self, v: Tensor) -> Tensor:
@@ -246,6 +246,6 @@ class _SkipTangent:
         return u + self._branch.vjp(u)
 
 
-@tangent_of_module.register
-def _(module: _Skip, x: Tensor) -> NetworkTangent:
-    return _SkipTangent(tangent_of_module(module.branch, x), x)
+@linearize_module.register
+def _(module: _Skip, x: Tensor) -> NetworkJacobian:
+    return _SkipTangent(linearize_module(module.branch, x), x)

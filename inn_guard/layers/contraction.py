@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.utils import parametrize
 
-from inn_guard.jacobian.network import elementwise_tangent, tangent_of_module
+from inn_guard.jacobian.network import linearize_elementwise, linearize_module
 from inn_guard.layers.networks import Activation
 from inn_guard.numerics.convolution_norm import riesz_norm
 from inn_guard.numerics.spectral_norm import spectral_norm
@@ -84,7 +84,7 @@ class LipSwish(nn.Module):
         return x * torch.sigmoid(functional.softplus(self.raw) * x) / 1.1
 
 
-tangent_of_module.register(LipSwish, elementwise_tangent)
+linearize_module.register(LipSwish, linearize_elementwise)
 
 
 def contractive(module: nn.Module, *, coefficient: float) -> nn.Module:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from inn_guard.core.invertible import Invertible
 from inn_guard.core.layer_jacobian import LayerJacobian
-from inn_guard.jacobian.network import AutogradNetwork, NetworkTangent, linearize_network
+from inn_guard.jacobian.network import AutogradNetwork, NetworkJacobian, linearize_network
 from inn_guard.layers.coupling_tangent import CouplingTangent
 from inn_guard.layers.networks import Conditional
 from inn_guard.layers.partition import Halves, Partition
@@ -118,7 +118,7 @@ class Coupling(Invertible):
         z = self.join(kept, elementwise.forward(changed))
         return CouplingTangent(z, network, self.partition, scale=elementwise.scale, gain=gain)
 
-    def _network_tangent(self, kept: Tensor) -> NetworkTangent:
+    def _network_tangent(self, kept: Tensor) -> NetworkJacobian:
         if self.context is None:
             return linearize_network(self.network, kept)
         if type(self.network) is Conditional:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from inn_guard.jacobian.network import NetworkTangent, select_rows_of
+from inn_guard.jacobian.network import NetworkJacobian, select_rows_of
 from inn_guard.jacobian.network_dense import add_product_
 from inn_guard.layers.partition import Halves, Partition
 
@@ -35,7 +35,7 @@ class CouplingTangent:
     def __init__(
         self,
         output: Tensor,
-        network: NetworkTangent,
+        network: NetworkJacobian,
         partition: Partition,
         *,
         scale: Tensor | None = None,

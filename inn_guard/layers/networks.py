@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
-from inn_guard.jacobian.network import InputSliceJacobian, NetworkTangent, linearize_network
+from inn_guard.jacobian.network import InputSliceJacobian, NetworkJacobian, linearize_network
 
 __all__ = ["MLP", "Conditional", "ConvNet", "zero_last"]
 
@@ -76,7 +76,7 @@ class Conditional(nn.Module):
         """network([x, c]): c of shape (B, C) is repeated over the positions of an image x."""
         return self.network(self.joined(x, context))
 
-    def linearize(self, x: Tensor, context: Tensor) -> NetworkTangent:
+    def linearize(self, x: Tensor, context: Tensor) -> NetworkJacobian:
         """The tangent with respect to x, at that context."""
         joined = self.joined(x, context)
         held = joined.shape[1] - x.shape[1]

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from inn_guard.core.invertible import Invertible
 from inn_guard.core.layer_jacobian import LayerJacobian
-from inn_guard.jacobian.network import AutogradNetwork, NetworkTangent, linearize_network
+from inn_guard.jacobian.network import AutogradNetwork, NetworkJacobian, linearize_network
 from inn_guard.layers.fixed_point import Convergence, FixedPoint, implicit_gradient
 from inn_guard.layers.residual_log_det import ExactLogDet, ResidualLogDet
 
@@ -98,7 +98,7 @@ class Residual(Invertible):
 
 
 class _ResidualTangent:
-    def __init__(self, output: Tensor, network: NetworkTangent, solver: FixedPoint) -> None:
+    def __init__(self, output: Tensor, network: NetworkJacobian, solver: FixedPoint) -> None:
         self.output = output
         self._network, self._solver = network, solver
 

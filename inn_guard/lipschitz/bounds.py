@@ -134,18 +134,18 @@ def lipschitz_bounds(
     bounds = stack(
         described,
         domain,
-        replace(effort_per_layer, deadline=deadline.part(0.2 if branching else 0.4)),
+        replace(effort_per_layer, deadline=deadline.fraction(0.2 if branching else 0.4)),
     )
     report("whole network", 0.2)
     whole = effort or SearchBudget(steps=400, seconds=(0.05 if branching else 0.3) * seconds)
-    ahead = whole_forward(bounds, replace(whole, deadline=deadline.part(0.1 if branching else 0.4)))
-    back = whole_inverse(bounds, replace(whole, deadline=deadline.part(0.1 if branching else 0.6)))
+    ahead = whole_forward(bounds, replace(whole, deadline=deadline.fraction(0.1 if branching else 0.4)))
+    back = whole_inverse(bounds, replace(whole, deadline=deadline.fraction(0.1 if branching else 0.6)))
     certificate = Certificate(tuple(ahead), tuple(back), weights=weights_hash(model.state_dict()))
     best = Pair(product([f.bound for f in ahead]), product([f.bound for f in back]))
     method = (_method(ahead), _method(back))
     report("witnesses", 0.6)
     found = _Found(exact)
-    found.searched(domain, data, deadline.part(0.2 if branching else 0.8))
+    found.searched(domain, data, deadline.fraction(0.2 if branching else 0.8))
     if branching:
         report("branch and bound", 0.7)
         try:

@@ -92,7 +92,7 @@ def comparison_factors(matrices: Sequence[Tensor | None], deadline: Deadline) ->
             step = matrices[last]
             if total is None or step is None or max(*step.shape, *total.shape) > WIDE:
                 break
-            if not deadline.affords(norm_operations(*step.shape)):
+            if not deadline.can_afford(norm_operations(*step.shape)):
                 return found
             total = (step @ total) * (1 + 2 * gamma(step.shape[1] + 2)) + UNDERFLOW
             bound = spectral_norm(total)
@@ -210,7 +210,7 @@ class _Direction:
 def _factors(layers: Stack, effort: SearchBudget, way: _Direction) -> list[Factor]:
     factors, start = _single(layers, way), 0
     factors += comparison_factors(
-        _matrices(layers, way, effort.deadline), effort.deadline.part(0.1)
+        _matrices(layers, way, effort.deadline), effort.deadline.fraction(0.1)
     )
     while start < len(layers):
         chain, stop = _longest(layers, start, way, effort)

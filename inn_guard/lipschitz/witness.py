@@ -41,7 +41,7 @@ class Witness:
     def replay(self, model: Invertible) -> float:
         """||J(x) v|| / ||v||, computed again in float64."""
         stretched = Linearization(model.to_dtype(torch.float64), self.x[None]).jvp(
-            LogScaledVector.of(self.v[None])
+            LogScaledVector.from_vector(self.v[None])
         )
         return float(stretched.log_norm().exp())
 
@@ -66,7 +66,7 @@ def search(
     deadline, points = deadline or Deadline.after(5.0), _inside(points.double(), box)
     stretch = shrink = None
     left = deadline.left
-    first, last = measure(model, points, deadline.part(0.5))
+    first, last = measure(model, points, deadline.fraction(0.5))
     radius = 0.1 * _extent(points, box)
     while True:
         stretch, shrink = better(stretch, first, largest=True), better(shrink, last, largest=False)
@@ -167,19 +167,19 @@ def _iterated(
     start = torch.randn(
         points.shape, generator=torch.Generator().manual_seed(0), device="cpu", dtype=torch.float64
     )
-    v = w = LogScaledVector.of(start)
+    v = w = LogScaledVector.from_vector(start)
     inverse = True
     for _ in range(POWERS):
         if deadline.passed:
             break
-        v = LogScaledVector.of(
-            line.vjp(LogScaledVector.of(line.jvp(LogScaledVector.of(v.vector)).vector)).vector
+        v = LogScaledVector.from_vector(
+            line.vjp(LogScaledVector.from_vector(line.jvp(LogScaledVector.from_vector(v.vector)).vector)).vector
         )
         if inverse:
             try:
-                w = LogScaledVector.of(
+                w = LogScaledVector.from_vector(
                     line.inverse_jvp(
-                        LogScaledVector.of(line.inverse_vjp(LogScaledVector.of(w.vector)).vector)
+                        LogScaledVector.from_vector(line.inverse_vjp(LogScaledVector.from_vector(w.vector)).vector)
                     ).vector
                 )
             except (NotImplementedError, RuntimeError, ValueError):
@@ -188,7 +188,7 @@ def _iterated(
 
 
 def _pick(line: Linearization, v: LogScaledVector, points: Tensor, **goal: bool) -> Witness | None:
-    ratios = line.jvp(LogScaledVector.of(v.vector)).log_norm().exp()
+    ratios = line.jvp(LogScaledVector.from_vector(v.vector)).log_norm().exp()
     finite = (ratios.isfinite() & (ratios > 0)).nonzero().flatten()
     if not len(finite):
         return None

@@ -56,15 +56,15 @@ def test_parts_of_a_deadline(counted):
     counted(1.0)
     deadline = Deadline.after(11.0)  # at 1: ends at 12
     assert deadline.left == 10.0
-    assert deadline.part(0.5).end == pytest.approx(12 - 0.5 * 9)
-    assert deadline.sooner(2.0).end == 6.0
+    assert deadline.fraction(0.5).end == pytest.approx(12 - 0.5 * 9)
+    assert deadline.at_most(2.0).end == 6.0
     assert Deadline().left == math.inf
-    assert Deadline().part(0.1) == Deadline()
+    assert Deadline().fraction(0.1) == Deadline()
     assert not Deadline().passed
     assert Deadline(0.0).passed
-    assert Deadline().affords(1e300)
-    assert Deadline(0.0).affords(clock.TRIFLE)
-    assert not Deadline(0.0).affords(2 * clock.TRIFLE)
+    assert Deadline().can_afford(1e300)
+    assert Deadline(0.0).can_afford(clock.NEGLIGIBLE)
+    assert not Deadline(0.0).can_afford(2 * clock.NEGLIGIBLE)
 
 
 @pytest.mark.parametrize("seconds", [0.0, 3.0, 20.0])
@@ -97,7 +97,7 @@ def test_data_that_are_no_samples_of_the_box_are_an_error(model, data):
 
 def test_what_cannot_be_afforded_is_replaced_by_cheap_norms(model, monkeypatch):
     monkeypatch.setattr(clock, "SPEED", 1e-3)
-    monkeypatch.setattr(clock, "TRIFLE", 0.0)
+    monkeypatch.setattr(clock, "NEGLIGIBLE", 0.0)
 
     def refuse(*args):
         raise AssertionError("a norm that could not be afforded")

@@ -137,7 +137,7 @@ def test_products_beyond_the_range_of_floats(dtype):
 
 def test_zero_and_non_finite_vectors_stay_what_they_are():
     v = torch.tensor([[0.0, 0.0], [float("nan"), 1.0], [float("inf"), 1.0], [3.0, 4.0]])
-    scaled = LogScaledVector.of(v)
+    scaled = LogScaledVector.from_vector(v)
     assert scaled.log_norm()[0] == -math.inf
     assert scaled.log_norm()[1].isnan()
     assert not scaled.vector[2].isfinite().all()
@@ -154,7 +154,7 @@ def test_scaling_keeps_every_vector(entries, dtype):
     v = v[:, v[0].isfinite()]
     if v.numel() == 0:
         return
-    scaled = LogScaledVector.of(v)
+    scaled = LogScaledVector.from_vector(v)
     peak = v.double().abs().max()
     if peak == 0:
         assert torch.equal(scaled.vector, v)

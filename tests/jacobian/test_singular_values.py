@@ -32,8 +32,8 @@ def largest(A: torch.Tensor, **limits):
     """Of a stack of matrices (B, m, n)."""
     start = torch.randn(len(A), A.shape[2], generator=generator(), dtype=torch.float64).to(A.dtype)
     return largest_singular_value(
-        lambda v: LogScaledVector.of(torch.einsum("bij,bj->bi", A, v)),
-        lambda u: LogScaledVector.of(torch.einsum("bij,bi->bj", A, u)),
+        lambda v: LogScaledVector.from_vector(torch.einsum("bij,bj->bi", A, v)),
+        lambda u: LogScaledVector.from_vector(torch.einsum("bij,bi->bj", A, u)),
         start,
         **limits,
     )

@@ -18,7 +18,7 @@ from inn_guard.adapters.structured_jacobians import (
     moving_tangent,
 )
 from inn_guard.core.layer_jacobian import LayerJacobian
-from inn_guard.jacobian.network import AutogradNetwork, NetworkTangent, linearize_network
+from inn_guard.jacobian.network import AutogradNetwork, NetworkJacobian, linearize_network
 from inn_guard.layers.coupling_tangent import CouplingTangent
 from inn_guard.layers.linear_tangent import ChannelMixingJacobian, ElementwiseTangent
 from inn_guard.layers.partition import Leading
@@ -109,7 +109,7 @@ def _scale_of(module: Any) -> Callable[[Tensor], Tensor]:
     return lambda h: (module.clamp * module.f_clamp(h)).exp()
 
 
-def _network(subnet: nn.Module, kept: Tensor, context: Any) -> NetworkTangent:
+def _network(subnet: nn.Module, kept: Tensor, context: Any) -> NetworkJacobian:
     if context is None or len(context) == 0:
         return linearize_network(subnet, kept)
     return AutogradNetwork(lambda k: _at(subnet, k, context), kept)

@@ -20,9 +20,9 @@ from inn_guard.adapters.structured_jacobians import (
 from inn_guard.core.layer_jacobian import LayerJacobian
 from inn_guard.jacobian.network import (
     AutogradNetwork,
-    NetworkTangent,
+    NetworkJacobian,
     linearize_network,
-    tangent_of_module,
+    linearize_module,
 )
 from inn_guard.layers.linear_tangent import ElementwiseTangent
 from inn_guard.layers.partition import Leading, Mask
@@ -35,13 +35,13 @@ SCALES: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
-@tangent_of_module.register(nets.MLP)
-@tangent_of_module.register(nets.ConvNet2d)
-def _(module: Any, x: Tensor) -> NetworkTangent:
+@linearize_module.register(nets.MLP)
+@linearize_module.register(nets.ConvNet2d)
+def _(module: Any, x: Tensor) -> NetworkJacobian:
     plain = type(module) in (nets.MLP, nets.ConvNet2d) and not (
         module._forward_hooks or module._forward_pre_hooks
     )
-    return tangent_of_module(module.net, x) if plain else AutogradNetwork(module, x)
+    return linearize_module(module.net, x) if plain else AutogradNetwork(module, x)
 
 
 @known_tangent.register

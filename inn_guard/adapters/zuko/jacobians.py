@@ -24,14 +24,14 @@ from inn_guard.jacobian.network import (
     AutogradNetwork,
     InputSliceJacobian,
     LinearJacobian,
-    NetworkTangent,
+    NetworkJacobian,
     linearize_network,
-    tangent_of_module,
+    linearize_module,
 )
 
 
-@tangent_of_module.register
-def _(module: zuko.nn.Linear, x: Tensor) -> NetworkTangent:
+@linearize_module.register
+def _(module: zuko.nn.Linear, x: Tensor) -> NetworkJacobian:
     plain = type(module) is zuko.nn.Linear and not (
         module._forward_hooks or module._forward_pre_hooks
     )
@@ -83,7 +83,7 @@ def _scale_of(module: GeneralCouplingTransform) -> Any:
     return probe if known and affine else None
 
 
-def _network(hyper: Any, kept: Tensor, context: Any) -> NetworkTangent:
+def _network(hyper: Any, kept: Tensor, context: Any) -> NetworkJacobian:
     if context is None:
         return linearize_network(hyper, kept)
     whole = linearize_network(hyper, torch.cat([kept, context], dim=-1))

@@ -130,7 +130,7 @@ def branch_and_bound(
         def measured(points: Tensor, k: int = k) -> float:
             return 0.0 if probe is None else probe(points)[k]
 
-        goal = _Goal(low, tolerance, measured, deadline.part(1 / (2 - k)))
+        goal = _Goal(low, tolerance, measured, deadline.fraction(1 / (2 - k)))
         bound, count = _searched(steps, box, goal, _Side(k == 1))
         found.append(bound)
         boxes.append(float(count))

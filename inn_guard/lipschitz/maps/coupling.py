@@ -165,7 +165,7 @@ class Coupling(BoundedMap):
         except Unbounded as error:
             return BlockBounds.none(str(error))
         scale = Pair(float(d.slope.magnitude.max()), float(d.slope.reciprocal().magnitude.max()))
-        norms = self._norms(d, effort.deadline.part(0.5))
+        norms = self._norms(d, effort.deadline.fraction(0.5))
         proofs = self._proofs(d, effort)
         m = (
             Pair(*(min(norm, proof.bound) for norm, proof in zip(norms, proofs, strict=True)))

@@ -200,7 +200,7 @@ class LinearMap(BoundedMap):
     def bounds(self, box: Interval, effort: SearchBudget) -> BlockBounds:
         """Certified norms of W and W^-1."""
         n = max(self.weight.shape)
-        if not effort.deadline.affords(2 * norm_operations(n, n) + 4.0 * n**3):
+        if not effort.deadline.can_afford(2 * norm_operations(n, n) + 4.0 * n**3):
             return BlockBounds(
                 up(cheap_norm(self.weight) + self.error),
                 math.inf,

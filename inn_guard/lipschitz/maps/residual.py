@@ -233,8 +233,8 @@ class Autoregressive(BoundedMap):
         if order is None:
             return BlockBounds.none("the network's masks are not autoregressive")
         ordered = off[order][:, order]
-        norm = up(float(d.slope.magnitude.max()) + c._norms(d, effort.deadline.part(0.3)).forward)
-        if not effort.deadline.affords(2 * norm_operations(*off.shape)):
+        norm = up(float(d.slope.magnitude.max()) + c._norms(d, effort.deadline.fraction(0.3)).forward)
+        if not effort.deadline.can_afford(2 * norm_operations(*off.shape)):
             return BlockBounds(
                 norm, math.inf, c._holds_everywhere(box), "time ran out for its inverse"
             )

@@ -57,7 +57,7 @@ class SearchBudget:
 
     def within(self, share: float) -> SearchBudget:
         """The same in a share of the time that is left."""
-        return replace(self, deadline=self.deadline.part(share))
+        return replace(self, deadline=self.deadline.fraction(share))
 
 
 @dataclass(frozen=True)
@@ -169,7 +169,7 @@ def bound_chain(chain: Chain, effort: SearchBudget) -> Proof:
         Unbounded: if not even a certificate of the simplest multipliers is foreseen to fit into the time, or into
             floating point.
     """
-    if not effort.deadline.affords(2 * chain.operations):
+    if not effort.deadline.can_afford(2 * chain.operations):
         raise Unbounded("time ran out")
     if not chain.layers:
         return Proof(spectral_norm(chain.output, chain.error), chain, ())
@@ -185,14 +185,14 @@ def searched_multipliers(chain: Chain, effort: SearchBudget, goal: Goal) -> Mult
     Raises:
         Unbounded: if not even the simplest are foreseen to fit into the time, or into floating point.
     """
-    if not effort.deadline.affords(2 * chain.operations):
+    if not effort.deadline.can_afford(2 * chain.operations):
         raise Unbounded("time ran out")
     try:
         if effort.steps:
             return optimise(
                 chain,
                 steps=effort.steps,
-                deadline=effort.deadline.sooner(effort.seconds),
+                deadline=effort.deadline.at_most(effort.seconds),
                 goal=goal,
             )
         return fast_multipliers(chain)
@@ -203,7 +203,7 @@ def searched_multipliers(chain: Chain, effort: SearchBudget, goal: Goal) -> Mult
 def _searched(chain: Chain, effort: SearchBudget) -> Proof:
     if effort.steps:
         multipliers = optimise(
-            chain, steps=effort.steps, deadline=effort.deadline.sooner(effort.seconds)
+            chain, steps=effort.steps, deadline=effort.deadline.at_most(effort.seconds)
         )
         bound = certify(chain, multipliers)
         if math.isfinite(bound):
@@ -236,7 +236,7 @@ def subnetwork_lipschitz(
     """
     network = read(module, box, context)
     effort = effort or SearchBudget()
-    product = network.product(effort.deadline.part(0.5))
+    product = network.product(effort.deadline.fraction(0.5))
     try:
         builder = ChainBuilder(box.shape[0], torus_of([module], tuple(box.shape)))
         chain = builder.finish(network.into(builder, builder.start()))

@@ -123,7 +123,7 @@ class NormProduct:
     def linear(self, x: Constant, weight: Tensor, bias: Tensor | None) -> Constant:
         """||W||."""
         norm = (
-            spectral_norm if self.deadline.affords(norm_operations(*weight.shape)) else cheap_norm
+            spectral_norm if self.deadline.can_afford(norm_operations(*weight.shape)) else cheap_norm
         )
         return Constant(up(x.lipschitz * norm(weight)), (*x.shape[:-1], weight.shape[0]))
 
@@ -133,7 +133,7 @@ class NormProduct:
             apply(module, exact(module.weight), torch.zeros(x.shape, dtype=torch.float64)).shape,
             x.shape[1:],
         )
-        affordable = self.deadline.affords(convolution_operations(module, size))
+        affordable = self.deadline.can_afford(convolution_operations(module, size))
         norm = (convolution_norm if affordable else cheap_convolution_norm)(module, size)
         return Constant(up(x.lipschitz * norm), tuple(shape))
 

@@ -12,7 +12,7 @@ from torch.nn import functional
 
 from inn_guard.core.invertible import Invertible, standard_normal_log_prob
 from inn_guard.core.layer_jacobian import LayerJacobian
-from inn_guard.jacobian.network import NetworkTangent, tangent_of_module
+from inn_guard.jacobian.network import NetworkJacobian, linearize_module
 from inn_guard.layers.actnorm import ActNorm
 from inn_guard.layers.autoregressive import maf
 from inn_guard.layers.chain import Chain
@@ -116,7 +116,7 @@ class NegatedTangent:
         tangent: of the network.
     """
 
-    def __init__(self, tangent: NetworkTangent) -> None:
+    def __init__(self, tangent: NetworkJacobian) -> None:
         self._tangent, self.output = tangent, -tangent.output
 
     def jvp(self, v: Tensor) -> Tensor:
@@ -128,9 +128,9 @@ class NegatedTangent:
         return -self._tangent.vjp(u)
 
 
-@tangent_of_module.register
-def _(module: Negated, x: Tensor) -> NetworkTangent:
-    return NegatedTangent(tangent_of_module(module.network, x))
+@linearize_module.register
+def _(module: Negated, x: Tensor) -> NetworkJacobian:
+    return NegatedTangent(linearize_module(module.network, x))
 
 
 class ResidualScale(Invertible):
