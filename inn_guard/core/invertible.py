@@ -12,7 +12,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from inn_guard.core.layer_jacobian import AutogradJacobian, LayerJacobian, NotApplicable
+from inn_guard.core.layer_jacobian import AutogradJacobian, LayerJacobian
+from inn_guard.core.missing import NotApplicable
 
 __all__ = [
     "Context",

@@ -14,14 +14,13 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from inn_guard.core.missing import NotApplicable
+from inn_guard.core.tensors import finite_rows
+
 Map = Callable[[Tensor], Tensor]
 
 ROUNDING = 100.0  #: errors of a product allowed, in units of eps
 INEXACT = 1e-3  #: deviation allowed in any case: derivatives of maps that iterate with a loose stopping rule
-
-
-class NotApplicable(NotImplementedError):
-    """A question that a model cannot answer, with the reason. `audit()` turns it into a verdict of that name."""
 
 
 @runtime_checkable
@@ -152,7 +151,7 @@ def is_adjoint_pair(u: Tensor, w: Tensor, v: Tensor, back: Tensor) -> bool:
     eps = torch.finfo(u.dtype).eps
     if _pair(u, w, v, back, eps=eps):
         return True
-    finite = u.flatten(1).isfinite().all(1) & back.flatten(1).isfinite().all(1)
+    finite = finite_rows(u) & finite_rows(back)
     return _pair(*(t[finite].double() for t in (u, w, v, back)), eps=eps)
 
 

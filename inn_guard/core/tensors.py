@@ -1,16 +1,123 @@
-"""Small things about batches."""
+"""Small functions of a batch (B, ...): finiteness, norms, broadcasting, random latents."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-
-def standard_normal(like: Tensor, generator: torch.Generator) -> Tensor:
-    """Latents z ~ N(0, I) of that shape, dtype and device."""
-    return torch.randn(like.shape, generator=generator, device="cpu", dtype=torch.float64).to(like)
+__all__ = [
+    "dtype_name",
+    "finite_rows",
+    "log_norm",
+    "nonzero_or_one",
+    "norms",
+    "peak",
+    "per_sample",
+    "standard_normal",
+    "unit_vectors",
+]
 
 
 def finite_rows(t: Tensor) -> Tensor:
-    """Samples without NaN and Inf, (B,) bool."""
+    """Which samples of t (B, ...) have neither NaN nor Inf: (B,) bool.
+
+    >>> finite_rows(torch.tensor([[1.0, 2.0], [1.0, torch.nan]])).tolist()
+    [True, False]
+    """
     return t.flatten(1).isfinite().all(1)
+
+
+def per_sample(values: Tensor, like: Tensor) -> Tensor:
+    """One value per sample, (B,), as (B, 1, ..., 1) on the device of ``like`` (B, ...), so that it broadcasts.
+
+    The dtype stays that of ``values``.
+
+    >>> per_sample(torch.tensor([1.0, 2.0]), torch.zeros(2, 3, 4)).shape
+    torch.Size([2, 1, 1])
+    """
+    return values.to(like.device).reshape(-1, *[1] * (like.dim() - 1))
+
+
+def peak(t: Tensor) -> Tensor:
+    """The largest magnitude in each sample of t (B, ...): (B,) in the dtype of t; NaN where the sample has one.
+
+    >>> peak(torch.tensor([[1.0, -3.0], [0.0, 0.0]])).tolist()
+    [3.0, 0.0]
+    """
+    return t.flatten(1).abs().amax(1)
+
+
+def nonzero_or_one(size: Tensor) -> Tensor:
+    """Sizes as divisors: 1 where a size is zero, infinite or NaN. Shape and dtype stay.
+
+    >>> nonzero_or_one(torch.tensor([2.0, 0.0, torch.inf])).tolist()
+    [2.0, 1.0, 1.0]
+    """
+    return torch.where((size > 0) & size.isfinite(), size, torch.ones_like(size))
+
+
+def norms(t: Tensor) -> Tensor:
+    """Euclidean norm of each sample of t (B, ...): (B,) float64.
+
+    Squares neither overflow nor vanish. NaN where the sample has a NaN, infinite where the norm
+    exceeds the range of float64.
+
+    >>> norms(torch.tensor([[0.0, 4e200], [0.0, 0.0]], dtype=torch.float64)).tolist()
+    [4e+200, 0.0]
+    """
+    unit, scaled = _scaled_norms(t)
+    return unit * scaled
+
+
+def log_norm(t: Tensor) -> Tensor:
+    """Natural logarithm of the Euclidean norm of each sample of t (B, ...): (B,) float64.
+
+    -inf for a sample of zeros, inf for one with an infinite entry, NaN for one with a NaN.
+
+    >>> log_norm(torch.zeros(1, 3)).tolist()
+    [-inf]
+    """
+    unit, scaled = _scaled_norms(t)
+    return unit.log() + scaled.log()
+
+
+def _scaled_norms(t: Tensor) -> tuple[Tensor, Tensor]:
+    """(unit, norm / unit) of each sample, with a power of two for the unit: scaling by it does not round."""
+    flat = t.flatten(1).double()
+    largest = nonzero_or_one(peak(flat))
+    mantissa = torch.frexp(largest).mantissa
+    unit = largest / (2 * mantissa)
+    return unit, (flat / unit.unsqueeze(1)).norm(dim=1)
+
+
+def unit_vectors(t: Tensor) -> Tensor:
+    """Each sample of t (B, ...) divided by its Euclidean norm, in the dtype of t.
+
+    Samples of zeros, and samples whose norm is not finite, stay as they are.
+
+    >>> unit_vectors(torch.tensor([[3.0, 4.0], [0.0, 0.0]])).tolist()
+    [[0.6000000238418579, 0.800000011920929], [0.0, 0.0]]
+    """
+    length = nonzero_or_one(norms(t))
+    return (t.double() / per_sample(length, t)).to(t.dtype)
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """The name of a dtype as reports print it.
+
+    >>> dtype_name(torch.float32)
+    'float32'
+    """
+    return str(dtype).removeprefix("torch.")
+
+
+def standard_normal(like: Tensor, generator: torch.Generator) -> Tensor:
+    """z ~ N(0, I) with the shape, dtype and device of ``like``.
+
+    The numbers are drawn in float64 on the CPU: they do not depend on the dtype or the device.
+
+    Args:
+        like: whose shape, dtype and device are taken.
+        generator: a generator on the CPU.
+    """
+    return torch.randn(like.shape, generator=generator, device="cpu", dtype=torch.float64).to(like)
