@@ -138,8 +138,12 @@ def lipschitz_bounds(
     )
     report("whole network", 0.2)
     whole = effort or SearchBudget(steps=400, seconds=(0.05 if branching else 0.3) * seconds)
-    ahead = whole_forward(bounds, replace(whole, deadline=deadline.fraction(0.1 if branching else 0.4)))
-    back = whole_inverse(bounds, replace(whole, deadline=deadline.fraction(0.1 if branching else 0.6)))
+    ahead = whole_forward(
+        bounds, replace(whole, deadline=deadline.fraction(0.1 if branching else 0.4))
+    )
+    back = whole_inverse(
+        bounds, replace(whole, deadline=deadline.fraction(0.1 if branching else 0.6))
+    )
     certificate = Certificate(tuple(ahead), tuple(back), weights=weights_hash(model.state_dict()))
     best = Pair(product([f.bound for f in ahead]), product([f.bound for f in back]))
     method = (_method(ahead), _method(back))

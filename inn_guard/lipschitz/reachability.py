@@ -137,8 +137,8 @@ class Reach:
             raise Unbounded("too many channels, or time ran out")
         start = self._joined()
         builder = ChainBuilder(start.shape[2], self.torus)
-        x = builder.alone(builder.start().mapped(start))
-        chain = builder.finish(builder.cropped(described.differences(builder, x, box, self.centre)))
+        x = builder.reset_state(builder.start().mapped(start))
+        chain = builder.finish(builder.masked(described.secant_chain(builder, x, box, self.centre)))
         if max((len(layer.lower) for layer in chain.layers), default=0) > effort.width:
             raise Unbounded("too many neurons")
         factor = covering(chain, searched_multipliers(chain, effort, ROWS))

@@ -148,7 +148,9 @@ def stack(layers: Sequence[tuple[str, BoundedMap]], box: Interval, effort: Searc
         own = effort.within(min(1.0, max(SHARE, 2 / (len(layers) - k))))
         moved = _moved(reach, [m for _, m in layers[k:]], box, own.within(0.7))
         bounds = described.bounds(box, own.within(0.7))
-        printed = Pair(math.nan, math.nan) if own.deadline.passed else described.table3(box, own)
+        printed = (
+            Pair(math.nan, math.nan) if own.deadline.passed else described.paper_formula(box, own)
+        )
         result.append(LayerBound(name, described, box, bounds, printed))
         reach = moved or _stretched(reach, result[-1])
         box = described.image(box)
@@ -166,7 +168,7 @@ def _moved(
     try:
         if reach.torus is None or reach.torus.size != shape[1:]:
             reach = replace(
-                reach, torus=torus_of([net for m in following for net in m.networks()], shape)
+                reach, torus=torus_of([net for m in following for net in m.subnetworks()], shape)
             )
         return reach.through(following[0], box, effort)
     except Unbounded:
@@ -185,7 +187,7 @@ def whole_forward(layers: Stack, effort: SearchBudget) -> list[Factor]:
     return _factors(
         layers,
         effort,
-        _Direction("forward", lambda m, *args: m.trace(*args), lambda b: b.forward, 0),
+        _Direction("forward", lambda m, *args: m.lipsdp_jacobian(*args), lambda b: b.forward, 0),
     )
 
 
@@ -229,7 +231,7 @@ def _matrices(layers: Stack, way: _Direction, deadline: Deadline) -> list[Tensor
         try:
             if deadline.passed:
                 raise Unbounded("time ran out")
-            found = layer.map.comparison(layer.box, layer.bounds)[way.compared]
+            found = layer.map.comparison_matrices(layer.box, layer.bounds)[way.compared]
             matrices.append(found if bool(found.isfinite().all()) else None)
         except Unbounded:
             matrices.append(None)
@@ -264,7 +266,7 @@ def _longest(
         if shape[0] > effort.width or effort.deadline.passed:
             return None, start + 1
         builder = ChainBuilder(
-            shape[0], torus_of([net for m in same for net in m.networks()], shape)
+            shape[0], torus_of([net for m in same for net in m.subnetworks()], shape)
         )
     except Unbounded:
         return None, start + 1
@@ -275,7 +277,7 @@ def _longest(
         try:
             if tuple(layer.box.shape[1:]) != shape[1:] or effort.deadline.passed:
                 raise Unbounded("the image size changes, or time ran out")
-            x = builder.alone(way.trace(layer.map, builder, x, layer.box))
+            x = builder.reset_state(way.trace(layer.map, builder, x, layer.box))
         except Unbounded:
             builder.parts = parts
             del builder.layers[count:]

@@ -173,13 +173,17 @@ def _iterated(
         if deadline.passed:
             break
         v = LogScaledVector.from_vector(
-            line.vjp(LogScaledVector.from_vector(line.jvp(LogScaledVector.from_vector(v.vector)).vector)).vector
+            line.vjp(
+                LogScaledVector.from_vector(line.jvp(LogScaledVector.from_vector(v.vector)).vector)
+            ).vector
         )
         if inverse:
             try:
                 w = LogScaledVector.from_vector(
                     line.inverse_jvp(
-                        LogScaledVector.from_vector(line.inverse_vjp(LogScaledVector.from_vector(w.vector)).vector)
+                        LogScaledVector.from_vector(
+                            line.inverse_vjp(LogScaledVector.from_vector(w.vector)).vector
+                        )
                     ).vector
                 )
             except (NotImplementedError, RuntimeError, ValueError):

@@ -45,7 +45,7 @@ def assert_sound(
     assert float(sigma[:, 0].max()) <= bounds.forward * ROUNDING
     assert float((1 / sigma[:, -1]).max()) <= bounds.inverse * ROUNDING
     _assert_comparison_dominates(described, box, bounds, J)
-    printed = described.table3(box, EFFORT)
+    printed = described.paper_formula(box, EFFORT)
     assert bounds.forward <= printed.forward * ROUNDING
     with torch.no_grad():
         z = layer(x)
@@ -61,7 +61,7 @@ def assert_sound(
 def _assert_comparison_dominates(described, box, bounds, J) -> None:
     """Blocks from channel to channel of sampled Jacobians and of their inverses, against the comparison matrices."""
     try:
-        matrices = described.comparison(box, bounds)
+        matrices = described.comparison_matrices(box, bounds)
     except Unbounded:
         return
     K = torch.linalg.inv(J)

@@ -140,7 +140,7 @@ def _(h: Affine, x: AffineForm, theta: Sequence[AffineForm]) -> _Factors:
     t, s = theta[h.order[0]], theta[h.order[1]]
     point, over = Interval.of(s.middle), s.range
     scale, rise = h.scale.value(over), h.scale.slope(over)
-    g_rate = s.weighted(h.scale.bend(over), h.scale.slope(point)).better(rise)
+    g_rate = s.weighted(h.scale.second_derivative(over), h.scale.slope(point)).better(rise)
     g = s.weighted(rise, h.scale.value(point)).better(scale)
     flat = g.reciprocal()
     one = AffineForm(

@@ -58,7 +58,9 @@ class Table:
         value, rate = (Interval.cat(parts) for parts in zip(*map(_thin, found), strict=True))
         self.error = float(torch.maximum(value.radius.max(), rate.radius.max()))
         self.points = self._rows(value.centre, rate.centre)
-        bends = Interval.cat([j.bend[:, 0] for j in found if j.bend is not None])
+        bends = Interval.cat(
+            [j.second_derivative[:, 0] for j in found if j.second_derivative is not None]
+        )
         self.smooth = bends.bounded
         changes = bends if self.smooth else Interval.cat([j.slope[:, 0] for j in found])
         windows, self.lengths = _windows(changes)
@@ -109,7 +111,7 @@ class Table:
 
 
 def _thin(jet: Jet) -> tuple[Interval, Interval]:
-    if jet.bend is None:
+    if jet.second_derivative is None:
         raise ValueError("expected a function of one input")
     return jet.centre, jet.rate[:, 0]
 

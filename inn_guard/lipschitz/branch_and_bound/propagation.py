@@ -118,7 +118,7 @@ def _(described: Elementwise, reach: Interval) -> Step:
         point, box = Interval.of(s.x.middle), s.x.range
         over = described._slope(box)
         x = s.x.weighted(over, described.image(point))
-        bend = described.function.bend(box) * described.scale
+        bend = described.function.second_derivative(box) * described.scale
         slope = s.x.weighted(bend, described._slope(point)).better(over)
         flat = slope.reciprocal()
         J = None if s.J is None else s.J * slope[:, :, None]

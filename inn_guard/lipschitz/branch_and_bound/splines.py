@@ -65,11 +65,11 @@ class KnotJets:
     def jet(self, x: Interval) -> Jet:
         """All knots, (B, 6 bins e): the six of a bin side by side, then bin by bin, then entry by entry."""
         raw = self.direct.jet(x)
-        if raw.bend is None:
+        if raw.second_derivative is None:
             raise ValueError("expected a network of one input")
         zero = Interval.of(torch.zeros_like(raw.centre.lo))
         at = self._knots(raw.centre, raw.rate[:, 0], zero)
-        over = self._knots(raw.value, raw.slope[:, 0], raw.bend[:, 0])
+        over = self._knots(raw.value, raw.slope[:, 0], raw.second_derivative[:, 0])
         rate, slope, bend = (
             part.map(lambda t: t[:, None]) for part in (at.first, over.first, over.second)
         )

@@ -32,7 +32,7 @@ class Jet:
     value: Interval
     rate: Interval
     slope: Interval
-    bend: Interval | None
+    second_derivative: Interval | None
 
 
 class JetReading:
@@ -57,7 +57,7 @@ class JetReading:
         """W x + b."""
         W = exact(weight)
         shift = Interval.of(torch.zeros(()) if bias is None else exact(bias))
-        bend = None if x.bend is None else linear(W, x.bend)
+        bend = None if x.second_derivative is None else linear(W, x.second_derivative)
         return self._tight(
             Jet(
                 linear(W, x.centre) + shift,
@@ -74,9 +74,10 @@ class JetReading:
             function.slope(part).map(lambda t: t[:, None]) for part in (x.centre, x.value)
         )
         bend = None
-        if x.bend is not None:
+        if x.second_derivative is not None:
             bend = (
-                function.bend(x.value).map(lambda t: t[:, None]) * x.slope.square() + over * x.bend
+                function.second_derivative(x.value).map(lambda t: t[:, None]) * x.slope.square()
+                + over * x.second_derivative
             )
         rate, slope = at_centre * x.rate, over * x.slope
         return self._tight(
@@ -86,19 +87,23 @@ class JetReading:
     def rescale(self, x: Jet, scale: Tensor, shift: Tensor) -> Jet:
         """scale * x + shift."""
         a, b = Interval.around(exact(scale)), Interval.around(exact(shift))
-        bend = None if x.bend is None else x.bend * a
+        bend = None if x.second_derivative is None else x.second_derivative * a
         return Jet(x.centre * a + b, x.value * a + b, x.rate * a, x.slope * a, bend)
 
     def add(self, x: Jet, y: Jet) -> Jet:
         """x + y."""
-        bend = None if x.bend is None or y.bend is None else x.bend + y.bend
+        bend = (
+            None
+            if x.second_derivative is None or y.second_derivative is None
+            else x.second_derivative + y.second_derivative
+        )
         return self._tight(
             Jet(x.centre + y.centre, x.value + y.value, x.rate + y.rate, x.slope + y.slope, bend)
         )
 
     def concatenate(self, parts: list[Jet]) -> Jet:
         """Side by side."""
-        bends = [part.bend for part in parts if part.bend is not None]
+        bends = [part.second_derivative for part in parts if part.second_derivative is not None]
         return Jet(
             Interval.cat([part.centre for part in parts], -1), Interval.cat([part.value for part in parts], -1),
             Interval.cat([part.rate for part in parts], -1), Interval.cat([part.slope for part in parts], -1),
@@ -123,14 +128,14 @@ class JetReading:
         count, k = like.rate.shape[:2]
         hull = Interval(value.amin(0), value.amax(0)).map(lambda t: t.expand(count, -1))
         zero = Interval.of(torch.zeros(count, k, value.shape[1], dtype=torch.float64))
-        return Jet(hull, hull, zero, zero, None if like.bend is None else zero)
+        return Jet(hull, hull, zero, zero, None if like.second_derivative is None else zero)
 
     def _tight(self, x: Jet) -> Jet:
         slope = x.slope
-        if x.bend is not None:
-            slope = slope.meet(x.rate + x.bend * self.offset.map(lambda t: t[:, None]))
+        if x.second_derivative is not None:
+            slope = slope.meet(x.rate + x.second_derivative * self.offset.map(lambda t: t[:, None]))
         moved = (slope * self.offset.map(lambda t: t[:, :, None])).sum(1)
-        return Jet(x.centre, x.value.meet(x.centre + moved), x.rate, slope, x.bend)
+        return Jet(x.centre, x.value.meet(x.centre + moved), x.rate, slope, x.second_derivative)
 
 
 @runtime_checkable

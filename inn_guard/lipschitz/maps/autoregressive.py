@@ -56,15 +56,15 @@ class Sequential(BoundedMap):
             return Interval(-everything, everything)
         return z
 
-    def table3(self, box: Interval, effort: SearchBudget) -> Pair:
+    def paper_formula(self, box: Interval, effort: SearchBudget) -> Pair:
         """A's over the image, exchanged."""
-        forward, inverse = self.solved.table3(self.image(box), effort)
+        forward, inverse = self.solved.paper_formula(self.image(box), effort)
         return Pair(inverse, forward)
 
     def lipsdp_inverse(self, builder: ChainBuilder, z: Linear, box: Interval) -> Linear:
         """A's Jacobians over the image."""
-        return self.solved.trace(builder, z, self.image(box))
+        return self.solved.lipsdp_jacobian(builder, z, self.image(box))
 
-    def networks(self) -> list[nn.Module]:
+    def subnetworks(self) -> list[nn.Module]:
         """The masked network."""
-        return self.solved.networks()
+        return self.solved.subnetworks()

@@ -57,8 +57,8 @@ class BoundedMap(abc.ABC):
     """A map about which bounds are known. Boxes have the shape of one sample, without batch.
 
     How to add one: give ``bounds`` and ``image``; give ``preimage`` so that its inverse has bounds on boxes; give
-    ``trace`` and ``lipsdp_inverse`` where the Jacobian is made of linear maps and slopes, so that whole networks are
-    bounded at once; give ``table3`` where the paper has a formula.
+    ``lipsdp_jacobian`` and ``lipsdp_inverse`` where the Jacobian is made of linear maps and slopes, so that whole networks are
+    bounded at once; give ``paper_formula`` where the paper has a formula.
     """
 
     @abc.abstractmethod
@@ -73,11 +73,11 @@ class BoundedMap(abc.ABC):
         """A box that holds every x whose image is in the box: everything, where the map does not know better."""
         return everywhere(box)
 
-    def table3(self, box: Interval, effort: SearchBudget) -> Pair:
+    def paper_formula(self, box: Interval, effort: SearchBudget) -> Pair:
         """What Table 3 prints for this block, or the certified bounds where it has no row."""
         return self.bounds(box, replace(effort, steps=0)).pair
 
-    def trace(self, builder: ChainBuilder, x: Linear, box: Interval) -> Linear:
+    def lipsdp_jacobian(self, builder: ChainBuilder, x: Linear, box: Interval) -> Linear:
         """The forward map's Jacobians as layers of a builder.
 
         Raises:
@@ -93,7 +93,7 @@ class BoundedMap(abc.ABC):
         """
         raise Unbounded(f"{type(self).__name__} is not a chain of linear maps and slopes")
 
-    def differences(
+    def secant_chain(
         self, builder: ChainBuilder, x: Linear, box: Interval, centre: Tensor
     ) -> Linear:
         """F(centre + d) - F(centre), d = x, centre + d in the box: slopes of secants lie where the derivatives do.
@@ -101,9 +101,9 @@ class BoundedMap(abc.ABC):
         Raises:
             Unbounded: if they are not of that form.
         """
-        return self.trace(builder, x, box)
+        return self.lipsdp_jacobian(builder, x, box)
 
-    def comparison(self, box: Interval, bounds: BlockBounds) -> tuple[Tensor, Tensor]:
+    def comparison_matrices(self, box: Interval, bounds: BlockBounds) -> tuple[Tensor, Tensor]:
         """Bounds of the norms of J's blocks from channel to channel, (C', C), and of those of J^-1, (C, C').
 
         The map's own ``bounds`` on the box, whose proofs may tighten them, are known already.
@@ -113,7 +113,7 @@ class BoundedMap(abc.ABC):
         """
         raise Unbounded(f"{type(self).__name__} has no comparison matrix")
 
-    def networks(self) -> list[torch.nn.Module]:
+    def subnetworks(self) -> list[torch.nn.Module]:
         """The conditioners, whose paddings a torus must hold."""
         return []
 

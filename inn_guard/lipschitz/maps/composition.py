@@ -54,18 +54,18 @@ class Composition(BoundedMap):
             box = part.preimage(box)
         return box
 
-    def table3(self, box: Interval, effort: SearchBudget) -> Pair:
+    def paper_formula(self, box: Interval, effort: SearchBudget) -> Pair:
         """The product."""
         forward = inverse = 1.0
         for part, state in zip(self.parts, self._boxes(box), strict=True):
-            own = part.table3(state, effort)
+            own = part.paper_formula(state, effort)
             forward, inverse = up(forward * own.forward), up(inverse * own.inverse)
         return Pair(forward, inverse)
 
-    def trace(self, builder: ChainBuilder, x: Linear, box: Interval) -> Linear:
+    def lipsdp_jacobian(self, builder: ChainBuilder, x: Linear, box: Interval) -> Linear:
         """One after the other."""
         for part, state in zip(self.parts, self._boxes(box), strict=True):
-            x = part.trace(builder, x, state)
+            x = part.lipsdp_jacobian(builder, x, state)
         return x
 
     def lipsdp_inverse(self, builder: ChainBuilder, z: Linear, box: Interval) -> Linear:
@@ -74,7 +74,7 @@ class Composition(BoundedMap):
             z = part.lipsdp_inverse(builder, z, state)
         return z
 
-    def comparison(self, box: Interval, bounds: BlockBounds) -> tuple[Tensor, Tensor]:
+    def comparison_matrices(self, box: Interval, bounds: BlockBounds) -> tuple[Tensor, Tensor]:
         """The products of the parts'."""
         ahead = back = torch.eye(box.shape[0], dtype=torch.float64)
         for k, (part, state) in enumerate(zip(self.parts, self._boxes(box), strict=True)):
@@ -83,14 +83,14 @@ class Composition(BoundedMap):
                 for name, p in bounds.proofs.items()
                 if name.startswith(f"{k}.")
             }
-            first, last = part.comparison(state, replace(bounds, proofs=own))
+            first, last = part.comparison_matrices(state, replace(bounds, proofs=own))
             rounding = 1 + 2 * gamma(len(first) + 2)
             ahead, back = (first @ ahead) * rounding, (back @ last) * rounding
         return ahead, back
 
-    def networks(self) -> list[torch.nn.Module]:
+    def subnetworks(self) -> list[torch.nn.Module]:
         """Of all parts."""
-        return [module for part in self.parts for module in part.networks()]
+        return [module for part in self.parts for module in part.subnetworks()]
 
     def _boxes(self, box: Interval) -> list[Interval]:
         states = [box]
@@ -123,9 +123,9 @@ class OnTail(BoundedMap):
         tail = self.inner.image(self._tail(box)).map(torch.flatten)
         return Interval.cat([self._parted(box)[0], tail])
 
-    def table3(self, box: Interval, effort: SearchBudget) -> Pair:
+    def paper_formula(self, box: Interval, effort: SearchBudget) -> Pair:
         """The larger of one and the inner map's."""
-        own = self.inner.table3(self._tail(box), effort)
+        own = self.inner.paper_formula(self._tail(box), effort)
         return Pair(max(1.0, own.forward), max(1.0, own.inverse))
 
     def _tail(self, box: Interval) -> Interval:
@@ -163,34 +163,34 @@ class InverseLayer(BoundedMap):
         """The other's image."""
         return self.inner.image(box)
 
-    def table3(self, box: Interval, effort: SearchBudget) -> Pair:
+    def paper_formula(self, box: Interval, effort: SearchBudget) -> Pair:
         """SwappedOutputs."""
-        forward, inverse = self.inner.table3(self.image(box), effort)
+        forward, inverse = self.inner.paper_formula(self.image(box), effort)
         return Pair(inverse, forward)
 
-    def trace(self, builder: ChainBuilder, x: Linear, box: Interval) -> Linear:
+    def lipsdp_jacobian(self, builder: ChainBuilder, x: Linear, box: Interval) -> Linear:
         """The other's inverse."""
         return self.inner.lipsdp_inverse(builder, x, self.image(box))
 
     def lipsdp_inverse(self, builder: ChainBuilder, z: Linear, box: Interval) -> Linear:
         """The other's forward map."""
-        return self.inner.trace(builder, z, self.image(box))
+        return self.inner.lipsdp_jacobian(builder, z, self.image(box))
 
-    def comparison(self, box: Interval, bounds: BlockBounds) -> tuple[Tensor, Tensor]:
+    def comparison_matrices(self, box: Interval, bounds: BlockBounds) -> tuple[Tensor, Tensor]:
         """The other's, exchanged."""
         own = replace(bounds, forward=bounds.inverse, inverse=bounds.forward, proofs={})
-        ahead, back = self.inner.comparison(self.image(box), own)
+        ahead, back = self.inner.comparison_matrices(self.image(box), own)
         return back, ahead
 
-    def differences(
+    def secant_chain(
         self, builder: ChainBuilder, x: Linear, box: Interval, centre: Tensor
     ) -> Linear:
         """Not known: derivatives of an inverse that share a slope do not enclose its secants."""
         raise Unbounded("the differences of an inverse are not chains")
 
-    def networks(self) -> list[torch.nn.Module]:
+    def subnetworks(self) -> list[torch.nn.Module]:
         """The other's."""
-        return self.inner.networks()
+        return self.inner.subnetworks()
 
 
 def inverted(described: BoundedMap) -> BoundedMap:

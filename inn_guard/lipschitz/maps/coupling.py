@@ -225,7 +225,7 @@ class Coupling(BoundedMap):
         value = self.transformer.value(x.map(lambda t: t.flatten(0, 1)), repeated)
         return value.map(lambda t: t.unflatten(0, x.shape[:2]))
 
-    def table3(self, box: Interval, effort: SearchBudget) -> Pair:
+    def paper_formula(self, box: Interval, effort: SearchBudget) -> Pair:
         """1 + Lip(t), or max(1, c) + M, with constants over the box and Lipschitz constants by norm products."""
         try:
             d = self._derivatives(box)
@@ -236,7 +236,7 @@ class Coupling(BoundedMap):
         L = d.network.product(effort.deadline)
         return self._printed_affine(self.transformer, d, L)
 
-    def trace(self, builder: ChainBuilder, x: Linear, box: Interval) -> Linear:
+    def lipsdp_jacobian(self, builder: ChainBuilder, x: Linear, box: Interval) -> Linear:
         """x kept + [dh/dx x + sum dh/dtheta theta] in the changed channels."""
         d = self._derivatives(box)
         return self._assembled(builder, x, d, d.slope, d.sensitivities)
@@ -255,7 +255,7 @@ class Coupling(BoundedMap):
             joint=d.sensitivities,
         )
 
-    def differences(
+    def secant_chain(
         self, builder: ChainBuilder, x: Linear, box: Interval, centre: Tensor
     ) -> Linear:
         """As the forward map, with dh/dtheta where the changed entries are the centre's."""
@@ -263,7 +263,7 @@ class Coupling(BoundedMap):
         at_centre = self.transformer.sensitivities(Interval.of(self.split.changed(centre)), d.theta)
         return self._assembled(builder, x, d, d.slope, at_centre)
 
-    def comparison(self, box: Interval, bounds: BlockBounds) -> tuple[Tensor, Tensor]:
+    def comparison_matrices(self, box: Interval, bounds: BlockBounds) -> tuple[Tensor, Tensor]:
         """[[I, 0], [M, D]] and [[I, 0], [-D^-1 M, D^-1]], no block of M above what is proved of all of it."""
         d = self._derivatives(box)
         K, S = self.split.matrices()
@@ -282,7 +282,7 @@ class Coupling(BoundedMap):
             found.append(rest + S.T @ torch.diag(_largest(slope)) @ S + S.T @ M @ K)
         return found[0], found[1]
 
-    def networks(self) -> list[nn.Module]:
+    def subnetworks(self) -> list[nn.Module]:
         """The conditioner."""
         return [self.network]
 
@@ -338,7 +338,7 @@ class Coupling(BoundedMap):
         """sum_k factor_k part_k: parts with factor one are added as they are, the others go through one layer."""
         arithmetic = ChainReading(builder)
         plain = [
-            builder.cropped(part)
+            builder.masked(part)
             for part, factor in zip(parts, factors, strict=True)
             if _is_one(factor)
         ]
@@ -353,7 +353,7 @@ class Coupling(BoundedMap):
                 builder.slopes(part, *per_channel(factor, part.channels)) for part, factor in others
             ]
             lower, upper = (torch.cat(side) for side in zip(*ends, strict=True))
-            active = builder.activated(replace(stacked, clean=True), lower, upper)
+            active = builder.activated(replace(stacked, zero_outside=True), lower, upper)
             plain += [
                 active.rows(index)
                 for index in torch.arange(active.channels).split([p.channels for p, _ in others])

@@ -58,7 +58,7 @@ class Rearrangement(BoundedMap):
         except Unbounded:
             return everywhere(box)
 
-    def trace(self, builder: ChainBuilder, x: Linear, box: Interval) -> Linear:
+    def lipsdp_jacobian(self, builder: ChainBuilder, x: Linear, box: Interval) -> Linear:
         """The channels in another order."""
         return x.rows(self._order(box))
 
@@ -66,7 +66,7 @@ class Rearrangement(BoundedMap):
         """The channels back in order."""
         return z.rows(self._order(box).argsort())
 
-    def comparison(self, box: Interval, bounds: BlockBounds) -> tuple[Tensor, Tensor]:
+    def comparison_matrices(self, box: Interval, bounds: BlockBounds) -> tuple[Tensor, Tensor]:
         """Permutation matrices."""
         matrix = torch.eye(box.shape[0], dtype=torch.float64)[self._order(box)]
         return matrix, matrix.T
@@ -106,29 +106,29 @@ class ShapeDependent(BoundedMap):
         """The map's."""
         return self.make(box).preimage(box)
 
-    def table3(self, box: Interval, effort: SearchBudget) -> Pair:
+    def paper_formula(self, box: Interval, effort: SearchBudget) -> Pair:
         """The map's."""
-        return self.make(box).table3(box, effort)
+        return self.make(box).paper_formula(box, effort)
 
-    def trace(self, builder: ChainBuilder, x: Linear, box: Interval) -> Linear:
+    def lipsdp_jacobian(self, builder: ChainBuilder, x: Linear, box: Interval) -> Linear:
         """The map's."""
-        return self.make(box).trace(builder, x, box)
+        return self.make(box).lipsdp_jacobian(builder, x, box)
 
     def lipsdp_inverse(self, builder: ChainBuilder, z: Linear, box: Interval) -> Linear:
         """The map's."""
         return self.make(box).lipsdp_inverse(builder, z, box)
 
-    def differences(
+    def secant_chain(
         self, builder: ChainBuilder, x: Linear, box: Interval, centre: Tensor
     ) -> Linear:
         """The map's."""
-        return self.make(box).differences(builder, x, box, centre)
+        return self.make(box).secant_chain(builder, x, box, centre)
 
-    def comparison(self, box: Interval, bounds: BlockBounds) -> tuple[Tensor, Tensor]:
+    def comparison_matrices(self, box: Interval, bounds: BlockBounds) -> tuple[Tensor, Tensor]:
         """The map's."""
-        return self.make(box).comparison(box, bounds)
+        return self.make(box).comparison_matrices(box, bounds)
 
-    def networks(self) -> list[torch.nn.Module]:
+    def subnetworks(self) -> list[torch.nn.Module]:
         """The conditioners."""
         return list(self.conditioners)
 
@@ -159,7 +159,7 @@ class Diagonal(BoundedMap):
         scale, shift = (over_channels(exact(t), box.lo) for t in (self.scale, self.shift))
         return (box - Interval.around(shift)) / Interval.around(scale)
 
-    def trace(self, builder: ChainBuilder, x: Linear, box: Interval) -> Linear:
+    def lipsdp_jacobian(self, builder: ChainBuilder, x: Linear, box: Interval) -> Linear:
         """The diagonal."""
         scale = exact(self.scale) * torch.ones(x.channels, dtype=torch.float64)
         return x.mapped(torch.diag(scale)[None])
@@ -169,7 +169,7 @@ class Diagonal(BoundedMap):
         scale = exact(self.scale) * torch.ones(z.channels, dtype=torch.float64)
         return z.mapped(torch.diag(1 / scale)[None])
 
-    def comparison(self, box: Interval, bounds: BlockBounds) -> tuple[Tensor, Tensor]:
+    def comparison_matrices(self, box: Interval, bounds: BlockBounds) -> tuple[Tensor, Tensor]:
         """The diagonal and its inverse."""
         scale = Interval.around(exact(self.scale) * torch.ones(box.shape[0], dtype=torch.float64))
         return torch.diag(scale.magnitude), torch.diag(scale.reciprocal().magnitude)
@@ -241,7 +241,7 @@ class LinearMap(BoundedMap):
         )
         return LinearMap(inverse, error=error).image(z)
 
-    def trace(self, builder: ChainBuilder, x: Linear, box: Interval) -> Linear:
+    def lipsdp_jacobian(self, builder: ChainBuilder, x: Linear, box: Interval) -> Linear:
         """W."""
         return x.mapped(exact(self.weight)[None], self.error)
 
@@ -250,7 +250,7 @@ class LinearMap(BoundedMap):
         inverse, error = self._inverse()
         return z.mapped(inverse[None], error)
 
-    def comparison(self, box: Interval, bounds: BlockBounds) -> tuple[Tensor, Tensor]:
+    def comparison_matrices(self, box: Interval, bounds: BlockBounds) -> tuple[Tensor, Tensor]:
         """|W| and |W^-1|."""
         if self.weight.shape[0] != self.weight.shape[1] or not math.isfinite(bounds.inverse):
             raise Unbounded("the matrix is not invertible")
@@ -304,7 +304,7 @@ class Elementwise(BoundedMap):
         rises = float(self._slope(everywhere(box)).lo.min()) >= 0
         return preimage(self.image, box) if rises else everywhere(box)
 
-    def trace(self, builder: ChainBuilder, x: Linear, box: Interval) -> Linear:
+    def lipsdp_jacobian(self, builder: ChainBuilder, x: Linear, box: Interval) -> Linear:
         """Slopes over the box."""
         return builder.activated(x, *per_channel(self._slope(box), x.channels))
 
@@ -312,7 +312,7 @@ class Elementwise(BoundedMap):
         """One over them."""
         return builder.activated(z, *per_channel(self._slope(box).reciprocal(), z.channels))
 
-    def comparison(self, box: Interval, bounds: BlockBounds) -> tuple[Tensor, Tensor]:
+    def comparison_matrices(self, box: Interval, bounds: BlockBounds) -> tuple[Tensor, Tensor]:
         """Largest slopes, and one over the smallest."""
         slope = self._slope(box)
         ends = (slope.magnitude, slope.reciprocal().magnitude)

@@ -129,7 +129,9 @@ class Residual(BoundedMap):
         pair, proofs = blocks.invertible_residual(L), {}
         try:
             builder = ChainBuilder(box.shape[0], torus_of([self.network], tuple(box.shape)))
-            proof = bound_chain(builder.finish(self.trace(builder, builder.start(), box)), effort)
+            proof = bound_chain(
+                builder.finish(self.lipsdp_jacobian(builder, builder.start(), box)), effort
+            )
             if proof.bound < pair.forward:
                 pair, proofs = Pair(proof.bound, pair.inverse), {"forward": proof}
         except Unbounded:
@@ -150,7 +152,7 @@ class Residual(BoundedMap):
             everything = torch.full_like(box.lo, math.inf)
             return Interval(-everything, everything)
 
-    def table3(self, box: Interval, effort: SearchBudget) -> Pair:
+    def paper_formula(self, box: Interval, effort: SearchBudget) -> Pair:
         """1 + L and 1 / (1 - L) with the norm product."""
         try:
             return blocks.invertible_residual(
@@ -159,12 +161,12 @@ class Residual(BoundedMap):
         except Unbounded:
             return Pair(math.inf, math.inf)
 
-    def trace(self, builder: ChainBuilder, x: Linear, box: Interval) -> Linear:
+    def lipsdp_jacobian(self, builder: ChainBuilder, x: Linear, box: Interval) -> Linear:
         """x + g(x)."""
-        g = builder.cropped(read(self.network, box, self.context).into(builder, x))
+        g = builder.masked(read(self.network, box, self.context).into(builder, x))
         return ChainReading(builder).add(x, g)
 
-    def networks(self) -> list[nn.Module]:
+    def subnetworks(self) -> list[nn.Module]:
         """g."""
         return [self.network]
 
@@ -206,7 +208,7 @@ class Flow(BoundedMap):
         everywhere = torch.full_like(box.lo, math.inf)
         return Interval(-everywhere, everywhere)
 
-    def networks(self) -> list[nn.Module]:
+    def subnetworks(self) -> list[nn.Module]:
         """The field."""
         return [self.field]
 
@@ -233,7 +235,9 @@ class Autoregressive(BoundedMap):
         if order is None:
             return BlockBounds.none("the network's masks are not autoregressive")
         ordered = off[order][:, order]
-        norm = up(float(d.slope.magnitude.max()) + c._norms(d, effort.deadline.fraction(0.3)).forward)
+        norm = up(
+            float(d.slope.magnitude.max()) + c._norms(d, effort.deadline.fraction(0.3)).forward
+        )
         if not effort.deadline.can_afford(2 * norm_operations(*off.shape)):
             return BlockBounds(
                 norm, math.inf, c._holds_everywhere(box), "time ran out for its inverse"
@@ -242,7 +246,9 @@ class Autoregressive(BoundedMap):
         proofs = {}
         try:
             builder = ChainBuilder(box.shape[0])
-            proof = bound_chain(builder.finish(c.trace(builder, builder.start(), box)), effort)
+            proof = bound_chain(
+                builder.finish(c.lipsdp_jacobian(builder, builder.start(), box)), effort
+            )
             if proof.bound < norm:
                 pair, proofs = Pair(proof.bound, pair.inverse), {"forward": proof}
         except Unbounded:
@@ -280,11 +286,11 @@ class Autoregressive(BoundedMap):
             )
         return x
 
-    def trace(self, builder: ChainBuilder, x: Linear, box: Interval) -> Linear:
+    def lipsdp_jacobian(self, builder: ChainBuilder, x: Linear, box: Interval) -> Linear:
         """As of a coupling."""
-        return self.coupling.trace(builder, x, box)
+        return self.coupling.lipsdp_jacobian(builder, x, box)
 
-    def comparison(self, box: Interval, bounds: BlockBounds) -> tuple[Tensor, Tensor]:
+    def comparison_matrices(self, box: Interval, bounds: BlockBounds) -> tuple[Tensor, Tensor]:
         """diag(slopes) + |N|, and the inverse of the M-matrix diag(least slopes) - |N|."""
         d = self.coupling._derivatives(box)
         off, least = self._off_diagonal(d), d.slope.lo
@@ -305,7 +311,7 @@ class Autoregressive(BoundedMap):
             off = off + dependence(factor.magnitude, entries[rows])
         return off
 
-    def networks(self) -> list[nn.Module]:
+    def subnetworks(self) -> list[nn.Module]:
         """The masked network."""
         return [self.coupling.network]
 

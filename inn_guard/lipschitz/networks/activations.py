@@ -17,7 +17,7 @@ from inn_guard.numerics.intervals import Interval
 __all__ = ["FUNCTIONS", "Activation", "activation", "known_activation"]
 
 Function = Callable[[Tensor], Tensor]
-Turns = Mapping[float, tuple[float, float]]
+CriticalPoints = Mapping[float, tuple[float, float]]
 SLACK = 2e-14  #: relative and absolute error allowed to the formulas below in float64
 FAR = 1e150  #: where every slope has reached its limit, and squares have not overflowed
 REACH = 700.0  #: beyond which errors no longer grow with the argument, only with the value
@@ -31,7 +31,7 @@ class Activation:
     Attributes:
         function: f.
         derivative: f', away from kinks.
-        turns: point -> (least, largest) slope there, for every kink and every extremum of f'.
+        critical_points: point -> (least, largest) slope there, for every kink and every extremum of f'.
         limits: f at -infinity and at +infinity.
         curvature: sup |f''|, the Lipschitz constant of f'; infinite where f' jumps.
         minima: point -> value, for every local minimum of f.
@@ -41,7 +41,7 @@ class Activation:
 
     function: Function
     derivative: Function
-    turns: Turns
+    critical_points: CriticalPoints
     limits: tuple[float, float]
     curvature: float = math.inf
     minima: Mapping[float, float] = field(default_factory=dict)
@@ -63,10 +63,10 @@ class Activation:
     def slope(self, x: Interval) -> Interval:
         """An enclosure of f' over x, both one-sided slopes at kinks included."""
         return _enclose(
-            x, [self.derivative(end.clamp(-FAR, FAR)) for end in (x.lo, x.hi)], self.turns
+            x, [self.derivative(end.clamp(-FAR, FAR)) for end in (x.lo, x.hi)], self.critical_points
         )
 
-    def bend(self, x: Interval) -> Interval:
+    def second_derivative(self, x: Interval) -> Interval:
         """An enclosure of f'' over x, from its value in the middle and the bound of f'''."""
         most = torch.full_like(x.lo, self.curvature)
         if self.second is None:
@@ -82,12 +82,12 @@ class Activation:
         return everywhere.inf(), everywhere.sup()
 
 
-def _enclose(x: Interval, ends: list[Tensor], turns: Turns) -> Interval:
+def _enclose(x: Interval, ends: list[Tensor], critical_points: CriticalPoints) -> Interval:
     """The hull of an elementary function's values at the ends and at the turning points inside."""
     size = torch.maximum(ends[0].abs(), ends[1].abs()).nan_to_num(0, 0, 0)
     margin = SLACK * (1 + x.magnitude.clamp_max(REACH) + size)
     lo, hi = torch.minimum(*ends) - margin, torch.maximum(*ends) + margin
-    for point, (least, most) in turns.items():
+    for point, (least, most) in critical_points.items():
         inside = (x.lo <= point + 1e-6) & (x.hi >= point - 1e-6)
         lo = torch.where(inside, lo.clamp_max(least - SLACK * (1 + abs(least))), lo)
         hi = torch.where(inside, hi.clamp_min(most + SLACK * (1 + abs(most))), hi)
@@ -170,14 +170,16 @@ def _(module: nn.SiLU) -> Activation:
     # f'' = 0 at x tanh(x / 2) = 2; f' = 0 at x = -1.2784645
     top = 2.3993572805154094
     most = float(derivative(torch.tensor(top, dtype=torch.float64)))
-    turns = {-top: (1 - most, 1 - most), top: (most, most)}
+    critical_points = {-top: (1 - most, 1 - most), top: (most, most)}
 
     def second(x: Tensor) -> Tensor:
         s = torch.sigmoid(x)
         return s * torch.sigmoid(-x) * (2 + x * (1 - 2 * s))
 
     minima = {-1.2784645427610738: -0.2784645427610738}
-    return Activation(F.silu, derivative, turns, (0.0, math.inf), 0.5, minima, second, 0.309)
+    return Activation(
+        F.silu, derivative, critical_points, (0.0, math.inf), 0.5, minima, second, 0.309
+    )
 
 
 @activation.register
@@ -196,12 +198,17 @@ def _(module: nn.GELU) -> Activation | None:
 
     top = math.sqrt(2)
     most = float(derivative(torch.tensor(top, dtype=torch.float64)))
-    turns = {-top: (1 - most, 1 - most), top: (most, most)}
+    critical_points = {-top: (1 - most, 1 - most), top: (most, most)}
     minimum = -0.7517915246935645
     least = float(minimum * cumulative(torch.tensor(minimum, dtype=torch.float64)))
     curvature = 0.7978845608028655  # f'' = (2 - x^2) density, largest at 0
     return Activation(
-        lambda x: x * cumulative(x), derivative, turns, (0.0, math.inf), curvature, {minimum: least}
+        lambda x: x * cumulative(x),
+        derivative,
+        critical_points,
+        (0.0, math.inf),
+        curvature,
+        {minimum: least},
     )
 
 
@@ -248,12 +255,12 @@ def _(module: nn.Softplus) -> Activation:
     def value(x: Tensor) -> Tensor:
         return F.softplus(x, beta, threshold)
 
-    turns = {threshold / beta: (1 / (1 + jump), 1.0)}
+    critical_points = {threshold / beta: (1 / (1 + jump), 1.0)}
 
     def slope(x: Tensor) -> Tensor:
         return torch.where(beta * x > threshold, 1.0, torch.sigmoid(beta * x))
 
-    return Activation(value, slope, turns, (0.0, math.inf), beta / 4)
+    return Activation(value, slope, critical_points, (0.0, math.inf), beta / 4)
 
 
 @activation.register

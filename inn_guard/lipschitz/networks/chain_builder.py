@@ -48,20 +48,20 @@ class Linear:
         blocks: state part -> matrix (1 or frequencies, channels, size of the part).
         channels: number of rows.
         error: Frobenius norm of what is not known about each frequency's matrix.
-        clean: whether it is zero outside the image; False after a convolution of a zero-padded image.
+        zero_outside: whether it is zero outside the image; False after a convolution of a zero-padded image.
     """
 
     blocks: dict[int, Tensor]
     channels: int
     error: float = 0.0
-    clean: bool = True
+    zero_outside: bool = True
 
     def mapped(self, weight: Tensor, error: float = 0.0) -> Linear:
         """weight @ value, (1 or frequencies, rows, channels), known up to ``error``."""
         size, own = _norm(weight), self.norm()
         blocks = {part: _product(weight, block) for part, block in self.blocks.items()}
         total = up((size + error) * self.error + error * own + DERIVED * size * own, 8)
-        return Linear(blocks, weight.shape[1], total, self.clean)
+        return Linear(blocks, weight.shape[1], total, self.zero_outside)
 
     def rows(self, index: Tensor) -> Linear:
         """Some channels."""
@@ -99,15 +99,15 @@ class ChainBuilder:
         state = sum(size for _, size in self.parts)
         keep = torch.eye(state, dtype=torch.float64)[None]
         self.layers.append(Layer(keep, self._matrix(x), lower, upper, x.error))
-        return replace(self._named(x, self.parts), clean=True)
+        return replace(self._named(x, self.parts), zero_outside=True)
 
     def slopes(self, x: Linear, lower: Tensor, upper: Tensor) -> tuple[Tensor, Tensor]:
         """Slopes with zero among them where x must be set to zero outside the image; what is zero stays so anyhow."""
-        if x.clean or self.torus is None or not self.torus.margin:
+        if x.zero_outside or self.torus is None or not self.torus.margin:
             return lower, upper
         return lower.clamp_max(0), upper.clamp_min(0)
 
-    def alone(self, x: Linear) -> Linear:
+    def reset_state(self, x: Linear) -> Linear:
         """x as the whole state: everything else is forgotten."""
         matrix = self._matrix(x)
         none = torch.zeros(0, dtype=torch.float64)
@@ -118,13 +118,15 @@ class ChainBuilder:
         name = len(self.layers)
         self.parts = [*others, (name, x.channels)]
         return Linear(
-            {name: torch.eye(x.channels, dtype=torch.float64)[None]}, x.channels, clean=x.clean
+            {name: torch.eye(x.channels, dtype=torch.float64)[None]},
+            x.channels,
+            zero_outside=x.zero_outside,
         )
 
-    def cropped(self, x: Linear) -> Linear:
+    def masked(self, x: Linear) -> Linear:
         """x, set to zero outside the image: a layer of slopes 0 or 1 where that is not so already."""
-        if x.clean or self.torus is None or not self.torus.margin:
-            return replace(x, clean=True)
+        if x.zero_outside or self.torus is None or not self.torus.margin:
+            return replace(x, zero_outside=True)
         return self.activated(
             x,
             torch.zeros(x.channels, dtype=torch.float64),
@@ -184,9 +186,9 @@ class ChainReading:
             ]
         matrix, error = weights[0]
         spreads = max(*before, *after) > 0
-        x = self.builder.cropped(x) if spreads else x
+        x = self.builder.masked(x) if spreads else x
         y = x.mapped(matrix, error)
-        return replace(y, clean=False) if spreads and torus.margin else y
+        return replace(y, zero_outside=False) if spreads and torus.margin else y
 
     def activate(self, x: Linear, function: Activation, place: str) -> Linear:
         """A layer with slopes over the box that was seen, or global ones."""
@@ -211,7 +213,12 @@ class ChainReading:
         for part, block in y.blocks.items():
             blocks[part] = blocks[part] + block if part in blocks else block
         rounding = DERIVED * (x.norm() + y.norm())
-        return Linear(blocks, x.channels, up(x.error + y.error + rounding, 2), x.clean and y.clean)
+        return Linear(
+            blocks,
+            x.channels,
+            up(x.error + y.error + rounding, 2),
+            x.zero_outside and y.zero_outside,
+        )
 
     def concatenate(self, parts: list[Linear]) -> Linear:
         """One above the other."""
@@ -225,7 +232,10 @@ class ChainReading:
         }
         error = up(math.sqrt(sum(part.error**2 for part in parts)), 4)
         return Linear(
-            blocks, sum(part.channels for part in parts), error, all(part.clean for part in parts)
+            blocks,
+            sum(part.channels for part in parts),
+            error,
+            all(part.zero_outside for part in parts),
         )
 
     def flatten(self, x: Linear) -> Linear:

@@ -123,7 +123,9 @@ class NormProduct:
     def linear(self, x: Constant, weight: Tensor, bias: Tensor | None) -> Constant:
         """||W||."""
         norm = (
-            spectral_norm if self.deadline.can_afford(norm_operations(*weight.shape)) else cheap_norm
+            spectral_norm
+            if self.deadline.can_afford(norm_operations(*weight.shape))
+            else cheap_norm
         )
         return Constant(up(x.lipschitz * norm(weight)), (*x.shape[:-1], weight.shape[0]))
 

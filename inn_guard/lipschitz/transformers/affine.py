@@ -95,7 +95,7 @@ class ScaleBounds(Protocol):
         """g'/g."""
         ...
 
-    def bend(self, s: Interval) -> Interval:
+    def second_derivative(self, s: Interval) -> Interval:
         """g''."""
         ...
 
@@ -159,7 +159,7 @@ class SigmoidScaleBounds:
         """g'."""
         return self._steepness(s) * self._width()
 
-    def bend(self, s: Interval) -> Interval:
+    def second_derivative(self, s: Interval) -> Interval:
         """g'' = w p (1 - p) (1 - 2 p)."""
         return self.slope(s) * (1.0 - self._p(s) * 2.0)
 
@@ -221,7 +221,7 @@ class SoftplusScaleBounds:
         """The sigmoid."""
         return s.increasing(torch.sigmoid)
 
-    def bend(self, s: Interval) -> Interval:
+    def second_derivative(self, s: Interval) -> Interval:
         """The sigmoid's slope."""
         p = s.increasing(torch.sigmoid)
         return p * (1.0 - p)
@@ -246,9 +246,9 @@ class LogScale:
         """e^f f'."""
         return self.value(s) * self.log.slope(s)
 
-    def bend(self, s: Interval) -> Interval:
+    def second_derivative(self, s: Interval) -> Interval:
         """e^f (f'^2 + f'')."""
-        return self.value(s) * (self.log.slope(s).square() + self.log.bend(s))
+        return self.value(s) * (self.log.slope(s).square() + self.log.second_derivative(s))
 
     def log_slope(self, s: Interval) -> Interval:
         """f'."""
@@ -276,7 +276,7 @@ class ConstantScale:
         """[-max_log_slope, max_log_slope]."""
         return self._all(s, -self.max_log_slope, self.max_log_slope)
 
-    def bend(self, s: Interval) -> Interval:
+    def second_derivative(self, s: Interval) -> Interval:
         """NoRule."""
         return self._all(s, -math.inf, math.inf)
 
@@ -313,7 +313,7 @@ def scaled(
         times(function.derivative),
         {
             point / inner: (outer * inner * low, outer * inner * high)
-            for point, (low, high) in function.turns.items()
+            for point, (low, high) in function.critical_points.items()
         },
         (outer * function.limits[0] + shift, outer * function.limits[1] + shift),
         function.curvature * outer * inner * inner,

@@ -86,7 +86,7 @@ class ExpScale:
         """q or -q."""
         return -self.value(s) if self.falling else self.value(s)
 
-    def bend(self, s: Interval) -> Interval:
+    def second_derivative(self, s: Interval) -> Interval:
         """q."""
         return self.value(s)
 
@@ -110,7 +110,7 @@ class InverseSigmoidScale:
         """-e^-(s + offset)."""
         return -self._falling(s)
 
-    def bend(self, s: Interval) -> Interval:
+    def second_derivative(self, s: Interval) -> Interval:
         """e^-(s + offset)."""
         return self._falling(s)
 
