@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import copy
 import random
-import re
 
 import numpy as np
 import pytest
@@ -16,30 +15,28 @@ from torch import Tensor, nn
 
 from inn_guard.audits import AUDITS, AuditResult, polite
 from inn_guard.core.invertible import Invertible
-from tests.cases.all import CASES, Case
+from tests.cases.all import CASES, REPRESENTATIVE, Case, one_of_each_kind
 from tests.cases.shortened import SHORTENED
 
 ROWS = 2
-#: searches and bounds take longest: of every kind they see one case, the others are left to ``-m slow``
+#: searches and bounds take longest: ``make test`` runs them on one model of every library
 LONG = {"dequantization_attack", "lipschitz_bounds", "out_of_distribution"}
-
-
-def kind(case: Case) -> tuple[str, ...]:
-    """Library and class: freia-AllInOneBlock-householder is a (freia, AllInOneBlock)."""
-    return tuple(re.split("[-/ ]", case.id)[:2])
-
-
-def solves_adaptively(case: Case) -> bool:
-    """Every product with the Jacobian of such a case is one more differential equation: minutes for all audits."""
-    return re.search("FFJ|CNF", case.id) is not None
-
-
-def further_of_a_kind_are_slow():
-    seen = set()
-    for case in CASES:
-        slow = kind(case) in seen or solves_adaptively(case)
-        yield pytest.param(case, id=case.id, marks=[pytest.mark.slow] if slow else [])
-        seen.add(kind(case))
+ONE_OF_EACH_LIBRARY = frozenset(
+    {
+        "aef/random",
+        "freia-GraphINN-branches",
+        "callables-closures-layers",
+        "torch-stack",
+        "ours/glow flow",
+        "ours/injective chain",
+        "memcnn-chain",
+        "nflows-Flow-context",
+        "normflows-GlowBlock",
+        "zuko-NSF-context",
+    }
+)
+#: every product with the Jacobian of such a case is one more differential equation: minutes for all audits
+SOLVED_ADAPTIVELY = {"zuko-CNF-context", "zuko-FFJTransform"}
 
 
 def bits(t: Tensor) -> tuple[object, ...]:
@@ -137,19 +134,12 @@ def assert_no_trace(case: Case, names: set[str]) -> None:
         assert photograph(model, x) == before, name
 
 
-def adaptive_solvers_are_slow():
-    for case in CASES:
-        yield pytest.param(
-            case, id=case.id, marks=[pytest.mark.slow] if solves_adaptively(case) else []
-        )
-
-
-@pytest.mark.parametrize("case", adaptive_solvers_are_slow())
+@pytest.mark.parametrize("case", one_of_each_kind(CASES, REPRESENTATIVE - SOLVED_ADAPTIVELY))
 def test_no_audit_leaves_a_trace(case):
     assert_no_trace(case, AUDITS.keys() - LONG)
 
 
-@pytest.mark.parametrize("case", further_of_a_kind_are_slow())
+@pytest.mark.parametrize("case", one_of_each_kind(CASES, ONE_OF_EACH_LIBRARY))
 def test_no_search_leaves_a_trace(case):
     assert_no_trace(case, LONG)
 

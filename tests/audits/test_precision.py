@@ -371,7 +371,7 @@ def test_the_reason_names_the_arithmetic_that_was_judged():
 
 @pytest.mark.parametrize(
     "cases",
-    [CASES[::12], pytest.param(CASES, marks=pytest.mark.slow)],
+    [CASES[::12], pytest.param(CASES, marks=pytest.mark.thorough)],
     ids=["a twelfth", "every case"],
 )
 def test_the_forecast_is_right_where_it_decides(cases):

@@ -13,6 +13,7 @@ from benchmarks.aef import against_vae, denoising
 from benchmarks.aef.drawing import draw
 from benchmarks.aef.laplace import Posterior, laplace_log_prob
 from benchmarks.common.quantized_images import quantized_digits
+from benchmarks.common.runner import preset
 from inn_guard.layers.autoregressive import maf
 from inn_guard.models.aef.flow import AutoencoderConfig, no_flow
 from inn_guard.models.aef.model import LinearAEF
@@ -35,9 +36,9 @@ def test_digits_are_split_without_overlap_and_keep_their_grey_values():
     assert not torch.equal(data.train, quantized_digits(seed=1).train)
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 def test_against_vae_measures_every_model_and_draws():
-    config = against_vae.Config.smoke()
+    config = preset(against_vae, "smoke")
     frame = against_vae.run(config)
     assert list(frame["model"]) == list(config.models)
     assert frame["bpd"].map(math.isfinite).all()
@@ -97,7 +98,7 @@ def test_the_proposal_at_the_mode_gives_the_integral_over_a_grid():
 
 
 def test_denoising_measures_every_model_and_draws():
-    config = denoising.Config.smoke()
+    config = preset(denoising, "smoke")
     frame = denoising.run(config)
     assert list(frame["model"]) == list(config.models)
     assert frame["pixel_mse_of_noisy"].nunique() == 1

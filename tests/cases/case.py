@@ -1,4 +1,4 @@
-"""Case: one model with data, and what it can do. Files of cases (tests/cases_*.py) import from here."""
+"""Case: one model with data, and what it can do. Files of cases (tests/cases/*.py) import from here."""
 
 from __future__ import annotations
 
@@ -35,8 +35,17 @@ class Case(NamedTuple):
     log_det_floor: float = 0.0
     #: why there is a floor; demanded where one is given
     floor_reason: str = ""
-    #: name of a test of the contract -> why this case cannot pass it
+    #: name of a test of the contract -> why this case cannot pass it, so that it is not collected
     skips: Mapping[str, str] = MappingProxyType({})
+
+    @property
+    def has_parameters(self) -> bool:
+        """Whether there is anything to train: found out by making the model, which takes milliseconds."""
+        return bool(trainable(self.make()[0]))
+
+
+def trainable(module: torch.nn.Module) -> list[torch.nn.Parameter]:
+    return [p for p in module.parameters() if p.requires_grad and p.is_floating_point()]
 
 
 @contextmanager

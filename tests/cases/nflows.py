@@ -353,7 +353,7 @@ CASES = [
 EXCEPTIONS = {
     "NaiveLinear": "its inverse calls torch.solve, which torch no longer has; forward, log-det, J v work",
     "Linear(using_cache=True) in float64": "LU, QR and SVD build the cached inverse from a float32 identity",
-    "BatchNorm in training mode": "the library refuses to invert it: batch statistics; type model.eval()",
+    "BatchNorm in training mode": "the library refuses to invert it: batch statistics; call model.eval()",
     "SqueezeTransform(factor=3)": "its inverse accepts channels that are multiples of 4 only, whatever the factor",
     "GatedLinearUnit with several features": "its log-determinant has one entry per gate, not one per sample",
 }

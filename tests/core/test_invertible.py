@@ -1,4 +1,6 @@
-"""The contract: what every Invertible keeps, over every case of every cases_*.py.
+"""The contract: what every Invertible keeps, over the cases of tests/cases.
+
+A test is collected for the cases that have the abilities it needs and that do not declare that they cannot pass it.
 
 Thresholds: rounding errors grow with the condition number, so every threshold is SLACK * eps(dtype) * condition times
 the size of the quantity, plus the floor that the case documents (iterative inverse, constants kept in float32).
@@ -19,7 +21,8 @@ from torch import Tensor
 from inn_guard.core.invertible import Invertible
 from inn_guard.execution.state import changed_state
 from inn_guard.jacobian.chain import Linearization
-from tests.cases.all import CASES, Case
+from tests.cases.all import CASES, Case, one_of_each_kind
+from tests.cases.case import trainable
 from tests.oracles import transforms as reference
 
 SLACK = 50.0  # rounding errors of a few hundred operations in a row
@@ -76,12 +79,26 @@ def _made(make: Callable[[], tuple[Invertible, Tensor]]) -> Made:
     return Made(model, x, model(x).detach(), J, reference.singular_values(J))
 
 
-@pytest.fixture(params=CASES, ids=lambda case: case.id)
-def case(request) -> Case:
-    case: Case = request.param
-    if request.node.originalname in case.skips:
-        pytest.skip(case.skips[request.node.originalname])
-    return case
+def needs(*abilities: str) -> Callable[[Callable], Callable]:
+    """Run a test of the contract on cases in which all of these fields (or properties) are true."""
+
+    def remember(test: Callable) -> Callable:
+        test.needs = abilities
+        return test
+
+    return remember
+
+
+def pytest_generate_tests(metafunc) -> None:
+    if "case" in metafunc.fixturenames:
+        cases = [case for case in CASES if applies(metafunc.function, case)]
+        metafunc.parametrize("case", one_of_each_kind(cases))
+
+
+def applies(test: Callable, case: Case) -> bool:
+    if test.__name__ in case.skips:
+        return False
+    return all(getattr(case, ability) for ability in getattr(test, "needs", ()))
 
 
 def norms(t: Tensor) -> Tensor:
@@ -104,11 +121,6 @@ def other_latents(case: Case) -> Tensor:
     """Latents that are nobody's encoding: midpoints of two encodings under the same context."""
     model, x, z, *_ = made(case)
     return (z + model(x.roll(1, 0)).detach()) / 2
-
-
-def needs(case: Case, ability: str) -> None:
-    if not getattr(case, ability):
-        pytest.skip(f"the case has no such ability: {ability}")
 
 
 def test_case_is_deterministic_and_leaves_the_global_generator_alone(case):
@@ -134,10 +146,9 @@ def test_inverse_of_forward_is_the_identity(case):
     )
 
 
+@needs("float64_floor")
 def test_the_floor_of_the_inverse_is_a_measured_one(case):
     """A floor is what this very case shows: more than rounding explains, and not far more than is there."""
-    if not case.float64_floor:
-        pytest.skip("the case claims no floor")
     m = made(case)
     z = other_latents(case)
     in_x, in_z = reference.round_trip(m.model, m.x), norms(m.model(m.model.inverse(z).detach()) - z)
@@ -154,9 +165,8 @@ def test_forward_of_inverse_is_the_identity(case):
     assert_within(norms(m.model(x) - z), there.z_error(eps(torch.float64), case.float64_floor))
 
 
+@needs("has_log_det", "bijective")
 def test_log_det_is_that_of_the_autograd_jacobian(case):
-    needs(case, "has_log_det")
-    needs(case, "bijective")
     m = made(case)
     z, log_det = m.model.forward_and_log_det(m.x)
     assert log_det.shape == (len(m.x),)
@@ -167,9 +177,8 @@ def test_log_det_is_that_of_the_autograd_jacobian(case):
     )
 
 
+@needs("has_log_det", "has_inverse_log_det")
 def test_log_dets_of_the_two_directions_cancel(case):
-    needs(case, "has_log_det")
-    needs(case, "has_inverse_log_det")
     m = made(case)
     x, backward = m.model.inverse_and_log_det(m.z)
     assert backward.shape == (len(m.x),)
@@ -180,16 +189,16 @@ def test_log_dets_of_the_two_directions_cancel(case):
     )
 
 
+@needs("has_log_det")
 def test_log_prob_is_one_finite_number_per_sample(case):
-    needs(case, "has_log_det")
     m = made(case)
     log_prob = m.model.log_prob(m.x)
     assert log_prob.shape == (len(m.x),)
     assert bool(log_prob.isfinite().all())
 
 
+@needs("has_layers")
 def test_layers_compose_in_both_directions(case):
-    needs(case, "has_layers")
     m = made(case)
     layers = m.model.layers()
     assert layers
@@ -204,9 +213,8 @@ def test_layers_compose_in_both_directions(case):
     assert_within(norms(z - direct), m.x_error(eps(torch.float64), case.float64_floor))
 
 
+@needs("has_layers", "has_log_det")
 def test_log_dets_of_layers_add_up_in_both_directions(case):
-    needs(case, "has_layers")
-    needs(case, "has_log_det")
     m = made(case)
     tolerance = m.log_det_error(eps(torch.float64), case.log_det_floor)
     x, total = m.x, m.x.new_zeros(len(m.x))
@@ -214,7 +222,8 @@ def test_log_dets_of_layers_add_up_in_both_directions(case):
         x, log_det = layer.forward_and_log_det(x)
         total = total + log_det
     assert_within((total - m.model.forward_and_log_det(m.x)[1]).abs(), tolerance)
-    needs(case, "has_inverse_log_det")
+    if not case.has_inverse_log_det:
+        return
     z, total = m.z, m.x.new_zeros(len(m.x))
     for layer in reversed(m.model.layers()):
         z, log_det = layer.inverse_and_log_det(z)
@@ -256,14 +265,14 @@ def test_in_dtype_converts_a_copy_and_leaves_the_original_alone(case):
     assert not ours & {tensor.data_ptr() for tensor in tensors}
 
 
+@needs("has_parameters")
 @pytest.mark.parametrize("direction", ["forward", "inverse"])
 def test_gradients_reach_the_parameters(case, direction):
     model, x = fresh(case.make)
     point = x if direction == "forward" else made(case).z
     function = getattr(model, direction)
-    parameters = [p for p in model.parameters() if p.requires_grad and p.is_floating_point()]
-    if not parameters:
-        pytest.skip("the case has no parameters")
+    parameters = trainable(model)
+    assert parameters
     generator = torch.Generator().manual_seed(1)
     shifts = [torch.randn(p.shape, generator=generator, dtype=p.dtype) for p in parameters]
     weight = torch.randn(function(point).shape, generator=generator, dtype=torch.float64)
@@ -288,8 +297,8 @@ def test_gradients_reach_the_parameters(case, direction):
     assert_within((torch.as_tensor(by_autograd) - by_differences).abs(), noise * size + floor)
 
 
+@needs("bijective")
 def test_gradients_reach_the_input_of_the_inverse(case):
-    needs(case, "bijective")
     m = made(case)
     J_inverse = reference.jacobian(m.model.inverse, m.z)
     deviation = (
