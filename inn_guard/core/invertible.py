@@ -1,46 +1,50 @@
-"""Invertible: the one protocol that every adapter produces, every layer and model is, and every audit sees."""
+"""Invertible: what adapters produce, what layers and models are, and what audits see."""
 
 from __future__ import annotations
 
 import abc
 import copy
 import math
-from collections.abc import Callable
 from typing import Any, TypeVar
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from inn_guard.core.base import BaseDistribution
+from inn_guard.core.context import Context, cast_context, map_tensors, select_rows
 from inn_guard.core.layer_jacobian import AutogradJacobian, LayerJacobian
 from inn_guard.core.missing import NotApplicable
 
 __all__ = [
     "Context",
+    "DerivedMap",
     "Invertible",
+    "InvertibleWrapper",
     "NotApplicable",
     "as_log_det",
     "map_tensors",
     "standard_normal_log_prob",
 ]
 
-Context = Any  #: a tensor (B, ...) or a (nested) tuple, list or dict of tensors, row-aligned with x, or None
 Self = TypeVar("Self", bound="Invertible")
 
 
 class Invertible(nn.Module, abc.ABC):
-    """A differentiable map with an inverse. forward: data x -> latent z, always; inverse: z -> x.
+    """A differentiable map with an inverse. forward: data x -> latent z; inverse: z -> x.
 
-    x has shape (B, *data), z has shape (B, *latent), one tensor each, batch first; shape, dtype and device are those
-    of the tensors. Several latents are flattened and concatenated. log_det is log|det d forward(x)/dx|, shape (B,),
-    in nats.
+    x has shape (B, *data) and z has shape (B, *latent): one tensor each, batch first. Several
+    latents are flattened and concatenated. log_det is log|det d forward(x)/dx| in nats, shape (B,).
 
-    ``bijective``: inverse(forward(x)) = x and forward(inverse(z)) = z. A map that is injective only (dim z < dim x)
-    sets it to False: then forward(inverse(z)) = z, and inverse(forward(x)) is a projection onto the image.
+    ``bijective``: inverse(forward(x)) = x and forward(inverse(z)) = z. A map that is only injective
+    (dim z < dim x) sets it to False: then forward(inverse(z)) = z, and inverse(forward(x)) is a
+    projection onto the image.
 
-    How to implement one: inherit, write ``forward`` and ``inverse``; where there is a log-determinant, write
-    ``forward_and_log_det`` (and ``inverse_and_log_det``); where it is a chain, return the chain from ``layers``.
-    Anything that cannot be had raises NotApplicable with the reason.
+    How to implement one: inherit and write ``forward`` and ``inverse``. If there is a
+    log-determinant, write ``forward_and_log_det`` and ``inverse_and_log_det``. If the map is a
+    chain, return the chain from ``layers``. If it has a base distribution to sample from, return it
+    from ``base`` and override ``log_prob``. What the map does not have raises NotApplicable with
+    the reason.
     """
 
     bijective: bool = True
@@ -71,7 +75,7 @@ class Invertible(nn.Module, abc.ABC):
         raise NotApplicable(f"the inverse of {self.name} has no log-determinant of its own")
 
     def log_prob(self, x: Tensor) -> Tensor:
-        """log p(x) = log p(z) + log|det dF(x)/dx| in nats, shape (B,); a standard normal base unless overridden.
+        """log p(x) = log p(z) + log|det dF(x)/dx| in nats, (B,). Default: z is standard normal.
 
         Raises:
             NotApplicable: if the map has no log-determinant.
@@ -79,46 +83,52 @@ class Invertible(nn.Module, abc.ABC):
         z, log_det = self.forward_and_log_det(x)
         return standard_normal_log_prob(z) + log_det
 
+    def base(self) -> BaseDistribution | None:
+        """The distribution of z that the library samples from. Default: None, it has none."""
+        return None
+
     def layers(self) -> tuple[Invertible, ...]:
-        """The flat chain of layers whose composition, first one first, is ``forward``; () if the map is opaque."""
+        """The layers whose composition, first layer first, is ``forward``; () if it is opaque."""
         return ()
 
     def linearize(self, x: Tensor) -> LayerJacobian:
-        """The four linear maps of this one layer at x: J v, J^T u, J^-1 v, J^-T u, by autograd unless overridden."""
+        """J v, J^T u, J^-1 v, J^-T v of this one layer at x, as products. Default: by autograd."""
         return AutogradJacobian(self.forward, self.inverse, x)
 
     def with_cached_conditioner(self: Self, state: Tensor) -> Self:
-        """This layer with all that depends only on what it leaves unchanged computed once, at ``state``: x or z alike.
+        """This layer with its conditioner evaluated once, at ``state``, which may be x or z.
 
-        ``with_cached_conditioner(x)`` maps x, and ``with_cached_conditioner(F(x))`` inverts F(x), as the layer itself does, without computing that again;
-        itself unless overridden. Memory-saving backpropagation inverts and differentiates a primed layer with the one
-        evaluation, which must be the layer's only one that draws random numbers or moves running statistics.
+        The conditioner is everything that depends only on what the layer leaves unchanged. The
+        result maps x, and inverts F(x), as the layer itself does, without evaluating the
+        conditioner again. Default: the layer itself. Memory-saving backpropagation inverts and
+        differentiates a layer with this one evaluation, so nothing else in the layer may draw
+        random numbers or update running statistics.
         """
         return self
 
     def with_context(self: Self, context: Context) -> Self:
-        """The same map, sharing every parameter, with ``context`` (row-aligned with x) in place of its own."""
-        twin = copy.copy(self)
-        twin.context = context
-        return twin
+        """The same map and parameters with ``context`` (one row per sample) in place of its own."""
+        clone = copy.copy(self)
+        clone.context = context
+        return clone
 
     def select(self: Self, rows: Tensor) -> Self:
-        """The same map for those rows of the batch only: ``context`` is indexed by ``rows``, nothing else changes."""
-        return self if self.context is None else self.with_context(select_rows(self.context, rows))
+        """The same map for these rows of the batch only: its context is indexed by ``rows``."""
+        if self.context is None:
+            return self
+        return self.with_context(select_rows(self.context, rows))
 
     def to_dtype(self: Self, dtype: torch.dtype) -> Self:
-        """A copy whose parameters, buffers and context are of ``dtype``; the original is not touched."""
-        # without its context: the output of an embedding net is no leaf of the graph and cannot be deep-copied
-        twin = copy.deepcopy(self.with_context(None)).to(dtype)
-        return (
-            twin
-            if self.context is None
-            else twin.with_context(map_tensors(self.context, _caster(dtype)))
-        )
+        """A copy with parameters, buffers and context in ``dtype``; the original is unchanged."""
+        # without its context: the output of an embedding net is no leaf and cannot be deep-copied
+        clone = copy.deepcopy(self.with_context(None)).to(dtype)
+        if self.context is None:
+            return clone
+        return clone.with_context(cast_context(self.context, dtype))
 
     @property
     def block(self) -> nn.Module:
-        """The module that is measured: self, or what an adapter wraps. Bound rules are looked up by its class."""
+        """The module itself, or the one that an adapter wraps. Bound rules go by its class."""
         return self
 
     @property
@@ -127,10 +137,111 @@ class Invertible(nn.Module, abc.ABC):
         return type(self.block).__name__
 
 
-def as_log_det(value: Any, like: Tensor) -> Tensor:
-    """A log-determinant of any shape or type as one number per sample, shape (B,), with the device of ``like``.
+class DerivedMap(Invertible):
+    """A map made from another one, ``inner``: its inverse, or its action on a part of the state.
 
-    A scalar (python, numpy, 0-dim or [1]) holds for every sample; [B] stays; [B, ...] is summed over the rest.
+    Context, precision and name are the inner map's. ``forward``, ``inverse`` and what belongs to
+    them are the subclass's own. A subclass keeps what else it needs in attributes; ``rewrapped``
+    copies those.
+
+    Args:
+        inner: the other map; its parameters are shared.
+    """
+
+    def __init__(self, inner: Invertible) -> None:
+        super().__init__()
+        self.inner = inner
+        self.bijective = inner.bijective
+        self.context = inner.context
+        self.training = inner.training
+
+    def rewrapped(self: Self, inner: Invertible) -> Self:
+        """The same derivation of another inner map; ``self`` if it is the same one."""
+        if inner is self.inner:
+            return self
+        clone = copy.copy(self)
+        # a shallow copy shares the dictionary of submodules with the original
+        vars(clone)["_modules"] = {**self._modules, "inner": inner}
+        clone.bijective = inner.bijective
+        clone.context = inner.context
+        clone.training = inner.training
+        return clone
+
+    def with_context(self: Self, context: Context) -> Self:
+        """The same derivation of the inner map in ``context``."""
+        return self.rewrapped(self.inner.with_context(context))
+
+    def select(self: Self, rows: Tensor) -> Self:
+        """The same derivation of the inner map for these rows of the batch."""
+        return self.rewrapped(self.inner.select(rows))
+
+    def to_dtype(self: Self, dtype: torch.dtype) -> Self:
+        """The same derivation of a copy of the inner map in ``dtype``."""
+        return self.rewrapped(self.inner.to_dtype(dtype))
+
+    @property
+    def name(self) -> str:
+        """The inner map's name."""
+        return self.inner.name
+
+
+class InvertibleWrapper(DerivedMap):
+    """The same map as ``inner``, with something added: override what differs.
+
+    ``layers``, ``block`` and ``base`` are the inner map's, too.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        """F(x) of the inner map."""
+        return self.inner(x)
+
+    def inverse(self, z: Tensor) -> Tensor:
+        """F^-1(z) of the inner map."""
+        return self.inner.inverse(z)
+
+    def forward_and_log_det(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """F(x) and log|det dF(x)/dx|, (B,), of the inner map."""
+        return self.inner.forward_and_log_det(x)
+
+    def inverse_and_log_det(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        """F^-1(z) and log|det dF^-1(z)/dz|, (B,), of the inner map."""
+        return self.inner.inverse_and_log_det(z)
+
+    def log_prob(self, x: Tensor) -> Tensor:
+        """log p(x), (B,), of the inner map."""
+        return self.inner.log_prob(x)
+
+    def base(self) -> BaseDistribution | None:
+        """The base distribution of the inner map."""
+        return self.inner.base()
+
+    def layers(self) -> tuple[Invertible, ...]:
+        """The layers of the inner map."""
+        return self.inner.layers()
+
+    def linearize(self, x: Tensor) -> LayerJacobian:
+        """The four linear maps of the inner map at x."""
+        return self.inner.linearize(x)
+
+    def with_cached_conditioner(self: Self, state: Tensor) -> Self:
+        """The inner map with its conditioner evaluated once, at ``state``."""
+        return self.rewrapped(self.inner.with_cached_conditioner(state))
+
+    @property
+    def block(self) -> nn.Module:
+        """The block of the inner map."""
+        return self.inner.block
+
+
+def as_log_det(value: Any, like: Tensor) -> Tensor:
+    """A log-determinant in a library's format as one number per sample, (B,).
+
+    A scalar (python, numpy, 0-dim or [1]) holds for every sample. Shape [B] stays. Shapes [B, 1,
+    ..., 1] and [B, ...] are summed over all but the batch.
+
+    Args:
+        value: the library's log-determinant.
+        like: a batch of B samples; the result is on its device.
 
     Raises:
         NotApplicable: if ``value`` is None.
@@ -148,9 +259,12 @@ def as_log_det(value: Any, like: Tensor) -> Tensor:
         return value.reshape(1).expand(batch)
     if value.shape[0] != batch:
         raise ValueError(
-            f"expected a log-determinant with {batch} entries, one per sample; got {tuple(value.shape)}"
+            f"expected a log-determinant with {batch} entries, one per sample; "
+            f"got shape {tuple(value.shape)}"
         )
-    return value.flatten(1).sum(1) if value.dim() > 1 else value
+    if value.dim() == 1:
+        return value
+    return value.flatten(1).sum(1)
 
 
 def standard_normal_log_prob(z: Float[Tensor, "batch *latent"]) -> Float[Tensor, "batch"]:
@@ -161,23 +275,3 @@ def standard_normal_log_prob(z: Float[Tensor, "batch *latent"]) -> Float[Tensor,
     """
     flat = z.flatten(1)
     return -0.5 * (flat.square().sum(1) + flat.shape[1] * math.log(2 * math.pi))
-
-
-def select_rows(context: Context, rows: Tensor) -> Context:
-    """``context`` with every tensor in it indexed by ``rows`` along its first dimension."""
-    return map_tensors(context, lambda tensor: tensor[rows.to(tensor.device)])
-
-
-def _caster(dtype: torch.dtype) -> Any:
-    return lambda tensor: tensor.to(dtype) if tensor.is_floating_point() else tensor
-
-
-def map_tensors(context: Context, function: Callable[[Tensor], Any]) -> Context:
-    """``context`` with ``function`` of every tensor in its place."""
-    if isinstance(context, Tensor):
-        return function(context)
-    if isinstance(context, dict):
-        return {key: map_tensors(value, function) for key, value in context.items()}
-    if isinstance(context, (list, tuple)):
-        return type(context)([map_tensors(value, function) for value in context])
-    return context

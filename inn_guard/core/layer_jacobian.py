@@ -1,7 +1,7 @@
 """The four linear maps of one differentiable layer at one batch, by autograd.
 
-Every sample b of a batch x (B, *data) has its own Jacobian J_b. A tangent applies it, its transpose, its inverse and
-its inverse transpose to one vector per sample, without forming a matrix.
+Every sample b of a batch x (B, *data) has its own Jacobian J_b. A tangent applies it, its
+transpose, its inverse and its inverse transpose to one vector per sample, without forming a matrix.
 """
 
 from __future__ import annotations
@@ -145,8 +145,9 @@ def probes(*like: Tensor) -> list[Tensor]:
 def is_adjoint_pair(u: Tensor, w: Tensor, v: Tensor, back: Tensor) -> bool:
     """Whether u = A v and back = A^T w belong to one A per sample: <u, w> = <v, back>, for standard normal v and w.
 
-    Samples with entries that are not finite are left out. Both sides are sums with random signs, of the size of |u|
-    and not of |u| |w|, which is what rounding and a loosely iterated derivative are measured against.
+    Samples with entries that are not finite are left out. Both sides are sums with random signs, of
+    the size of |u| and not of |u| |w|, which is what rounding and a loosely iterated derivative are
+    measured against.
     """
     eps = torch.finfo(u.dtype).eps
     if _pair(u, w, v, back, eps=eps):
@@ -170,8 +171,8 @@ def _pair(u: Tensor, w: Tensor, v: Tensor, back: Tensor, *, eps: float) -> bool:
 class AutogradJacobian:
     """The four maps of a layer given as two callables: forward at x, and inverse at the stored output F(x).
 
-    The inverse is evaluated at most once per call, at F(x) of this one layer, never at a state that came out of a
-    numerical inverse further down the chain.
+    The inverse is evaluated at most once per call, at F(x) of this one layer, never at a state that
+    came out of a numerical inverse further down the chain.
     """
 
     def __init__(self, forward: Map, inverse: Map, x: Tensor) -> None:

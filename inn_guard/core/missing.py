@@ -1,4 +1,4 @@
-"""Two ways to say that there is no value: a result with a reason, and an exception with a reason."""
+"""Two ways to say that there is no value: a result and an exception, each with the reason."""
 
 from __future__ import annotations
 
@@ -22,4 +22,4 @@ class Missing:
 
 
 class NotApplicable(NotImplementedError):
-    """Raised for a question that a model cannot answer, with the reason; `audit()` reports that verdict."""
+    """A model cannot answer a question, for this reason. `audit()` reports the verdict of that name."""

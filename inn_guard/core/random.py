@@ -15,10 +15,10 @@ Noise = Callable[
 
 @dataclass(frozen=True)
 class SampleNoise:
-    """Standard normal numbers for some samples of a batch: those that they get when all are measured at once.
+    """Standard normal numbers for some samples of a batch: the same as in a run over all samples.
 
     Args:
-        generator: on the CPU; it is moved on by the draws of the whole batch.
+        generator: on the CPU; it advances by the draws of the whole batch.
         rows: positions in the batch.
         count: samples in the batch.
     """
@@ -35,7 +35,7 @@ class SampleNoise:
 
 
 def as_noise(source: torch.Generator | Noise) -> Noise:
-    """A generator as what draws with it; what draws itself is returned as it is."""
+    """A generator as a function that draws with it; a function is returned as it is."""
     if not isinstance(source, torch.Generator):
         return source
     return lambda shape: torch.randn(

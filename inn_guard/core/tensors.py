@@ -28,9 +28,9 @@ def finite_rows(t: Tensor) -> Tensor:
 
 
 def per_sample(values: Tensor, like: Tensor) -> Tensor:
-    """One value per sample, (B,), as (B, 1, ..., 1) on the device of ``like`` (B, ...), so that it broadcasts.
+    """One value per sample, (B,), as (B, 1, ..., 1), which broadcasts against ``like`` (B, ...).
 
-    The dtype stays that of ``values``.
+    The result is on the device of ``like`` and in the dtype of ``values``.
 
     >>> per_sample(torch.tensor([1.0, 2.0]), torch.zeros(2, 3, 4)).shape
     torch.Size([2, 1, 1])
@@ -39,7 +39,7 @@ def per_sample(values: Tensor, like: Tensor) -> Tensor:
 
 
 def peak(t: Tensor) -> Tensor:
-    """The largest magnitude in each sample of t (B, ...): (B,) in the dtype of t; NaN where the sample has one.
+    """The largest magnitude in each sample of t (B, ...): (B,) in the dtype of t; NaN stays NaN.
 
     >>> peak(torch.tensor([[1.0, -3.0], [0.0, 0.0]])).tolist()
     [3.0, 0.0]
@@ -82,9 +82,10 @@ def log_norm(t: Tensor) -> Tensor:
 
 
 def _scaled_norms(t: Tensor) -> tuple[Tensor, Tensor]:
-    """(unit, norm / unit) of each sample, with a power of two for the unit: scaling by it does not round."""
+    """(unit, norm / unit) of each sample."""
     flat = t.flatten(1).double()
     largest = nonzero_or_one(peak(flat))
+    # a power of two: scaling by it does not round
     mantissa = torch.frexp(largest).mantissa
     unit = largest / (2 * mantissa)
     return unit, (flat / unit.unsqueeze(1)).norm(dim=1)
