@@ -1,4 +1,4 @@
-"""Time that a computation may take: asked for in loops, and before anything whose cost can be foreseen."""
+"""A deadline for a computation: asked in loops, and before a step whose cost can be estimated."""
 
 from __future__ import annotations
 
@@ -9,45 +9,47 @@ from dataclasses import dataclass
 
 __all__ = ["Deadline", "now"]
 
-now: Callable[[], float] = time.monotonic  #: seconds; every deadline asks this clock
-SPEED = 4e9  #: floating-point operations a second that a foreseen cost is divided by: one slow core
-NEGLIGIBLE = 1e6  #: operations that are not worth saving
+now: Callable[[], float] = time.monotonic  #: seconds; every deadline reads this clock
+SPEED = 4e9  #: assumed floating-point operations per second: one slow core
+NEGLIGIBLE = 1e6  #: operations that every deadline can afford
 
 
 @dataclass(frozen=True)
 class Deadline:
-    """A moment of wall-clock time, unless ``now`` is another. What begins before it should end before it, roughly.
+    """A moment on the clock ``now``. Work that can be interrupted ends at about this moment.
 
     Attributes:
-        end: the moment; infinite for none.
+        end: the moment in seconds; infinite: no deadline.
     """
 
     end: float = math.inf
 
     @classmethod
     def after(cls, seconds: float) -> Deadline:
-        """So many seconds from now."""
+        """The deadline in ``seconds`` from now."""
         return cls(now() + seconds)
 
     @property
     def left(self) -> float:
-        """Seconds until then; negative afterwards."""
+        """Seconds until the deadline; negative afterwards."""
         return self.end - now()
 
     @property
     def passed(self) -> bool:
-        """Whether nothing more should be begun."""
+        """Whether no further step should be started."""
         return self.left <= 0
 
     def fraction(self, share: float) -> Deadline:
-        """The moment at which a share of what is left will be gone."""
+        """The moment at which ``share`` of the remaining time has passed."""
         left = self.left
-        return Deadline(self.end - (1 - share) * max(left, 0.0)) if math.isfinite(left) else self
+        if math.isinf(left):
+            return self
+        return Deadline(self.end - (1 - share) * max(left, 0.0))
 
     def at_most(self, seconds: float) -> Deadline:
-        """This moment, or so many seconds from now if that is earlier."""
+        """The earlier of this deadline and the moment in ``seconds`` from now."""
         return Deadline(min(self.end, now() + seconds))
 
     def can_afford(self, operations: float) -> bool:
-        """Whether so many floating-point operations are foreseen to fit, or are too few to matter."""
+        """Whether this number of floating-point operations is expected to finish in time."""
         return operations <= NEGLIGIBLE or operations <= SPEED * self.left

@@ -1,4 +1,4 @@
-"""Files that are either the old one or the new one, never half of each."""
+"""Writing files so that a crash leaves the old content or the new one, never a part of each."""
 
 from __future__ import annotations
 
@@ -13,19 +13,20 @@ __all__ = ["atomic_write"]
 
 @contextmanager
 def atomic_write(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """A path beside ``path`` to write to; on leaving without an error it replaces ``path``, else it is removed.
+    """A temporary file in the folder of ``path``, which replaces ``path`` when the block succeeds.
 
-    The content is on the disk before the name changes. A link keeps being a link: what it points to is replaced.
-    A device or a pipe (/dev/stdout) cannot be replaced and is written directly.
+    After an error the temporary file is removed and ``path`` is unchanged. The content is flushed
+    to the disk before the file is renamed. Where ``path`` is a symbolic link, the file that it
+    points to is replaced. A device or a pipe (/dev/stdout) is written to directly.
 
     Args:
-        path: where the file shall be; its folder must exist.
+        path: the file to be written; its folder must exist.
 
     Yields:
-        The path to write to, in the same folder and with the same suffix.
+        The path to write to, with the suffix of ``path``.
 
     Raises:
-        FileNotFoundError: if the folder does not exist.
+        FileNotFoundError: if the folder of ``path`` does not exist.
         IsADirectoryError: if ``path`` is a folder.
 
     >>> import tempfile

@@ -1,4 +1,4 @@
-"""How many bytes of tensors a computation holds at once, measured; and how that grows with the number of samples."""
+"""Peak memory of a computation, measured, and how it grows with the number of samples."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ __all__ = ["Footprint", "forward_footprint", "linearized_footprint", "peak_bytes
 
 @dataclass(frozen=True)
 class Footprint:
-    """Bytes held at once as a straight line in the number of samples.
+    """Peak memory as a linear function of the number of samples.
 
     Attributes:
-        fixed: bytes whatever the number of samples.
+        fixed: bytes for any number of samples.
         each: bytes per sample, > 0.
     """
 
@@ -33,67 +33,84 @@ class Footprint:
     each: float | int
 
     def of(self, samples: int) -> float | int:
-        """Bytes for so many samples."""
+        """Bytes for this number of samples."""
         return self.fixed + self.each * samples
 
     def samples_within(self, memory: float | int) -> int:
-        """How many samples fit into so many bytes; 1 where not even one does.
+        """The number of samples that fit into ``memory`` bytes, at least 1.
 
-        >>> Footprint(fixed=10.0, each=3.0).samples_within(20), Footprint(fixed=10.0, each=3.0).samples_within(5)
+        >>> footprint = Footprint(fixed=10.0, each=3.0)
+        >>> footprint.samples_within(20), footprint.samples_within(5)
         (3, 1)
         """
         return max(1, int((memory - self.fixed) // self.each))
 
     def plus(self, each: float | int) -> Footprint:
-        """With so many more bytes for every sample."""
+        """The same with ``each`` more bytes per sample."""
         return Footprint(self.fixed, self.each + each)
 
 
 def forward_footprint(model: Invertible, x: Tensor, *, within: float = math.inf) -> Footprint:
-    """Of one pass forward and back without a graph; measured holding no more bytes than ``within`` if it can be."""
+    """Memory of one forward pass and one inverse pass without a graph.
+
+    Args:
+        model: the map.
+        x: data, (B, *data).
+        within: bytes that the measurement should not exceed.
+    """
 
     def passes(part: Invertible, rows: Tensor) -> None:
         with torch.no_grad():
             part.inverse(part(rows))
 
-    return _line(model, x, passes, within)
+    return _linear_fit(model, x, passes, within)
 
 
 def linearized_footprint(
     model: Invertible, x: Tensor, *, vectors: int = 0, within: float = math.inf
 ) -> Footprint:
-    """Of a linearisation at x with its four products, and so many vectors like x per sample; measured alike."""
+    """Memory of a linearization with its four products.
+
+    Args:
+        model: the map.
+        x: data, (B, *data).
+        vectors: further vectors of the shape of a sample that are held per sample.
+        within: bytes that the measurement should not exceed.
+    """
 
     def passes(part: Invertible, rows: Tensor) -> None:
         linearization = Linearization(part, rows)
         try:
             linearization.vjp(linearization.jvp(rows).vector)
             linearization.inverse_vjp(linearization.inverse_jvp(linearization.output).vector)
-        except NotApplicable:  # what there is counts
+        except NotApplicable:  # the products before the one that is missing have been measured
             return
 
     width = torch.promote_types(x.dtype, torch.float32).itemsize
-    return _line(model, x, passes, within).plus(vectors * x[0].numel() * width)
+    return _linear_fit(model, x, passes, within).plus(vectors * x[0].numel() * width)
 
 
-def _line(
+def _linear_fit(
     model: Invertible, x: Tensor, passes: Callable[[Invertible, Tensor], None], within: float
 ) -> Footprint:
-    """The line through one and two samples; through one and the origin where two may be too many."""
+    """Measure one and two samples; or one only, with no fixed part, where two may need too much."""
 
     def measured(count: int) -> int:
         rows = torch.zeros(count, dtype=torch.long, device=x.device)
         return peak_bytes(lambda: passes(model.select(rows), x[rows]))
 
     one = measured(1)
-    each = max(one if 2 * one > within else measured(2) - one, x[0].numel() * x.element_size())
+    each = one
+    if 2 * one <= within:
+        each = measured(2) - one
+    each = max(each, x[0].numel() * x.element_size())
     return Footprint(max(0, one - each), each)
 
 
 def peak_bytes(call: Callable[[], Any]) -> int:
-    """Largest number of bytes of new tensors that ``call`` held at once, on any device.
+    """The largest number of bytes of new tensors that ``call`` holds at once, on any device.
 
-    What libraries use within one operation of torch does not count.
+    Workspace that an operation of torch allocates and frees internally is not counted.
 
     >>> peak_bytes(lambda: torch.ones(1000, dtype=torch.float32) + 1)
     8000
@@ -105,7 +122,7 @@ def peak_bytes(call: Callable[[], Any]) -> int:
 
 
 class _Meter(TorchDispatchMode):
-    """Counts the storages that operations return while they live."""
+    """Adds up the sizes of the living storages that operations have returned."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -137,4 +154,6 @@ class _Meter(TorchDispatchMode):
 
 
 def _storage(tensor: Tensor) -> Any:
-    return tensor.untyped_storage() if tensor.layout is torch.strided else None
+    if tensor.layout is not torch.strided:
+        return None
+    return tensor.untyped_storage()

@@ -1,12 +1,14 @@
-"""untouched(model): whatever happens inside the block, the model comes out bit for bit as it went in."""
+"""preserve_state(model): the model and the process leave a block bit for bit as they entered it."""
 
 from __future__ import annotations
 
 import collections
 import operator
+import os
 import random
 import threading
 import types
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -14,77 +16,87 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.autograd.grad_mode import _unsafe_preserve_version_counter
 
 __all__ = ["changed_state", "preserve_state"]
 
 Restore = Callable[[], None]
+Found = list[tuple[Any, int]]  #: values still to be looked into, each with its depth
 
 _REGISTRIES = ("_parameters", "_buffers", "_modules")
 _CONTAINERS = (list, dict, set, collections.deque, bytearray)
 _OPAQUE = (type, types.ModuleType, types.FunctionType, types.BuiltinFunctionType, types.MethodType)
 _ATOMS = (type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.device)
-_EXACT_ATOMS = frozenset(
-    _ATOMS
-)  #: most values are of these very types, which is asked faster than isinstance
+# most values are of exactly these types, and a look into a set is faster than isinstance
+_EXACT_ATOMS = frozenset(_ATOMS)
 _EXACT_CONTAINERS = frozenset((*_CONTAINERS, collections.OrderedDict))
-_TURNS = threading.RLock()
+_GENERATORS = (torch.Generator, np.random.Generator, np.random.RandomState, random.Random)
+_ONE_AT_A_TIME = threading.RLock()
 _DEPTH = 3  #: how far plain objects inside plain attributes are followed
-_INTEGER_OF = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+_INTEGER_OF_SIZE = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 @contextmanager
 def preserve_state(model: nn.Module) -> Iterator[None]:
     """Restore, also after an error, everything that a call of ``model`` can change.
 
-    Parameters and buffers (values and identity), ``.grad``, ``requires_grad``, training flags module by module, plain
-    attributes of every module with the containers, tensors, generators and objects in them (flags and caches that
-    libraries keep outside the state_dict, hooks, modules in lists), and the global random number generators of torch
-    (CPU and every initialised CUDA device), numpy and python.
+    Of the model: parameters and buffers (values, identity, version), ``.grad``, ``requires_grad``,
+    the training flag of every module, and the plain attributes of every module: hooks, flags,
+    modules in lists, caches (such as the keys and values of a transformer), generators, and the
+    containers, arrays and objects in them.
 
-    What did not change is not written to: graphs that the caller holds stay valid. Blocks of several threads take
-    turns: modules and the random number generators are theirs in common, and each would restore the other's changes.
+    Of the process: the global random number generators of torch (CPU and every initialised CUDA
+    device), numpy and Python; environment variables; warning filters; the number of threads, the
+    default dtype and device, the grad mode, the determinism and the float32 precision of torch;
+    the error handling of numpy.
+
+    A tensor that did not change is not written to. One that did gets its values and its version
+    back, so that graphs that the caller holds can still be differentiated.
+
+    Not restored: objects nested more than three levels deep in plain attributes, objects with
+    ``__slots__`` or with state in C++, variables of closures and of Python modules, files.
+
+    Blocks of several threads run one at a time: they share the modules and the process, and each
+    would revert the changes of the others.
     """
-    with _TURNS:
-        restorations = [_global_generators(), *_snapshots(model)]
+    with _ONE_AT_A_TIME:
+        restorations = [_global_generators(), *_process_settings(), *_snapshots(model)]
         try:
             yield
         finally:
-            # tensors and objects before the modules that hold them, and these before the random number generators
-            _restored(reversed(restorations))
+            # in reverse: the content of modules, the modules, and last what restoring itself uses
+            _restore_all(reversed(restorations))
 
 
-def _restored(restorations: Iterator[Restore]) -> None:
-    """All of them, also if one raises."""
+@contextmanager
+def changed_state(model: nn.Module) -> Iterator[list[str]]:
+    """The names of the parameters and buffers that the block changes; filled in at its end."""
+    before = {name: tensor.detach().clone() for name, tensor in _named_tensors(model)}
+    changed: list[str] = []
+    yield changed
+    after = dict(_named_tensors(model))
+    for name, old in before.items():
+        if name not in after or not _identical(old, after[name]):
+            changed.append(name)
+    changed += [name for name in after if name not in before]
+
+
+def _restore_all(restorations: Iterator[Restore]) -> None:
     failures = []
     for restore in restorations:
         try:
             restore()
-        except Exception as failure:  # whatever it is, the others come first
+        except Exception as failure:  # the other restorations must still run
             failures.append(failure)
     if failures:
         raise failures[0]
 
 
-@contextmanager
-def changed_state(model: nn.Module) -> Iterator[list[str]]:
-    """Names of the parameters and buffers that differ at the end of the block; the list is filled on leaving it."""
-    before = {name: tensor.detach().clone() for name, tensor in _named_tensors(model)}
-    changed: list[str] = []
-    yield changed
-    after = dict(_named_tensors(model))
-    changed += [
-        name
-        for name, old in before.items()
-        if name not in after or not _identical(old, after[name])
-    ]
-    changed += [name for name in after if name not in before]
-
-
 def _snapshots(model: nn.Module) -> Iterator[Restore]:
-    """One restoration for each thing that is reachable from the model and can change."""
+    """One restoration for each object that is reachable from the model and can change."""
     seen: set[int] = set()
     empty: list[Any] = []  # most containers: every module has a dozen empty registries of hooks
-    stack: list[tuple[Any, int]] = [(model, 0)]
+    stack: Found = [(model, 0)]
     while stack:
         value, depth = stack.pop()
         kind = type(value)
@@ -99,77 +111,78 @@ def _snapshots(model: nn.Module) -> Iterator[Restore]:
         if isinstance(value, _CONTAINERS) and len(value) == 0:
             empty.append(value)
             continue
-        inside, restore = _taken(value, depth)
+        inside, restore = _snapshot(value, depth)
         stack += inside
         if restore is not None:
             yield restore
-    yield lambda: _emptied(empty)
+    yield lambda: _clear(empty)
 
 
-def _emptied(containers: list[Any]) -> None:
+def _clear(containers: list[Any]) -> None:
     for container in containers:
         if len(container):
             container.clear()
 
 
-def _taken(value: Any, depth: int) -> tuple[list[tuple[Any, int]], Restore | None]:
+def _snapshot(value: Any, depth: int) -> tuple[Found, Restore | None]:
     """What lies inside ``value``, and how to restore ``value`` itself."""
     if isinstance(value, Tensor):
         return [], _tensor(value)
     if isinstance(value, nn.Module):
-        parts = [part for key in _REGISTRIES for part in dict(vars(value)[key]).values()]
-        plain = [
-            part
-            for key, part in vars(value).items()
-            if type(part) not in _EXACT_ATOMS and key not in _REGISTRIES
-        ]
-        return [(part, 0) for part in parts] + [(part, 1) for part in plain], _module(value)
+        return _inside_module(value), _module(value)
     if isinstance(value, tuple):
-        return [(part, depth) for part in value], None
+        return [(item, depth) for item in value], None
+    if isinstance(value, bytearray):
+        return [], _container(value)
+    if isinstance(value, dict):
+        return [(item, depth) for item in value.values()], _container(value)
     if isinstance(value, _CONTAINERS):
-        parts = (
-            []
-            if isinstance(value, bytearray)
-            else list(value.values() if isinstance(value, dict) else value)
-        )
-        return [(part, depth) for part in parts], _container(value)
-    if isinstance(
-        value, (torch.Generator, np.random.Generator, np.random.RandomState, random.Random)
-    ):
+        return [(item, depth) for item in value], _container(value)
+    if isinstance(value, _GENERATORS):
         return [], _generator(value)
     if isinstance(value, np.ndarray):
         return [], _array(value)
     if depth < _DEPTH and isinstance(getattr(value, "__dict__", None), dict):
-        return [(part, depth + 1) for part in vars(value).values()], _attributes(vars(value))
+        state = vars(value)
+        return [(item, depth + 1) for item in state.values()], _attributes(state)
     return [], None
+
+
+def _inside_module(module: nn.Module) -> Found:
+    state = vars(module)
+    inside: Found = []
+    for key in _REGISTRIES:
+        # a scripted module has views here, which only dict() can read
+        inside += [(item, 0) for item in dict(state[key]).values()]
+    for key, value in state.items():
+        if type(value) not in _EXACT_ATOMS and key not in _REGISTRIES:
+            inside.append((value, 1))
+    return inside
 
 
 def _module(module: nn.Module) -> Restore:
     state = vars(module)
-    # a scripted module keeps its tensors in C++, behind registries that are views
-    registries = [
-        (state[key], _container(state[key]))
-        for key in _REGISTRIES
-        if isinstance(state.get(key), dict)
-    ]
-    attributes = _attributes(state)
+    refills = [_attributes(state)]
+    for key in _REGISTRIES:
+        # those of a scripted module are views of tensors in C++, which cannot be exchanged
+        if isinstance(state.get(key), dict):
+            refills.append(_container(state[key]))
 
     def restore() -> None:
-        attributes()
-        for _, refill in registries:
+        for refill in refills:
             refill()
 
     return restore
 
 
 def _attributes(state: dict[str, Any]) -> Restore:
-    """Restore which names an object has and what they point to."""
+    """Restore the names of an object's attributes and what they refer to."""
     saved = dict(state)
 
     def restore() -> None:
         if _same_content(state, saved):
             return
-        for name in [name for name in state if name not in saved]:
+        for name in state.keys() - saved.keys():
             del state[name]
         for name, value in saved.items():
             if name not in state or state[name] is not value:
@@ -188,37 +201,40 @@ def _container(container: Any) -> Restore:
             container[:] = content
             return
         container.clear()
-        container.extend(content) if isinstance(container, collections.deque) else container.update(
-            content
-        )
+        if isinstance(container, collections.deque):
+            container.extend(content)
+        else:
+            container.update(content)
 
     return restore
 
 
 def _same_content(now: Any, before: Any) -> bool:
+    """Whether both have the same items in the same order, compared by identity."""
     if len(now) != len(before) or isinstance(now, (set, bytearray)):
         return bool(now == before)
+    if not all(map(operator.is_, now, before)):
+        return False
     if isinstance(now, dict):
-        return all(map(operator.is_, now, before)) and all(
-            map(operator.is_, now.values(), before.values())
-        )
-    return all(map(operator.is_, now, before))
+        return all(map(operator.is_, now.values(), before.values()))
+    return True
 
 
 def _tensor(tensor: Tensor) -> Restore:
-    """Restore one tensor: its memory, its values, its gradient and whether it wants one."""
+    """Restore one tensor: its values, its gradient and whether it requires one."""
     restore_values = _values(tensor)
     if not tensor.is_leaf:
         return restore_values
-    wants_grad, grad = tensor.requires_grad, tensor.grad
-    restore_grad = None if grad is None else _values(grad)
+    requires_grad, grad = tensor.requires_grad, tensor.grad
+    restorations = [restore_values]
+    if grad is not None:
+        restorations.append(_values(grad))
 
     def restore() -> None:
-        restore_values()
-        if tensor.requires_grad != wants_grad:
-            tensor.requires_grad_(wants_grad)
-        if restore_grad is not None:
-            restore_grad()
+        for restoration in restorations:
+            restoration()
+        if tensor.requires_grad != requires_grad:
+            tensor.requires_grad_(requires_grad)
         if tensor.grad is not grad:
             tensor.grad = grad
 
@@ -227,23 +243,38 @@ def _tensor(tensor: Tensor) -> Restore:
 
 def _values(tensor: Tensor) -> Restore:
     memory, value = tensor.data, tensor.detach().clone()
+    restore_version = _version(tensor)
 
     def restore() -> None:
         if not _same_memory(tensor, memory):
             tensor.data = memory
         if not _identical(tensor.detach(), value):
-            with torch.no_grad():
-                tensor.detach().copy_(value)
+            tensor.data.copy_(value)
+        restore_version()
+
+    return restore
+
+
+def _version(tensor: Tensor) -> Restore:
+    """Restore the counter by which autograd notices that a tensor has changed.
+
+    The values come back bit for bit, so a graph that has saved the tensor is right again.
+    """
+    if tensor.is_inference():
+        return lambda: None
+    before, counter = tensor._version, _unsafe_preserve_version_counter(tensor)
+
+    def restore() -> None:
+        if tensor._version != before:
+            counter.__exit__(None, None, None)
 
     return restore
 
 
 def _same_memory(tensor: Tensor, memory: Tensor) -> bool:
-    if (
-        tensor.shape != memory.shape
-        or tensor.dtype != memory.dtype
-        or tensor.layout != memory.layout
-    ):
+    if tensor.shape != memory.shape or tensor.dtype != memory.dtype:
+        return False
+    if tensor.layout != memory.layout:
         return False
     return tensor.layout != torch.strided or tensor.data_ptr() == memory.data_ptr()
 
@@ -259,27 +290,25 @@ def _array(array: np.ndarray) -> Restore:
 
 
 def _generator(generator: Any) -> Restore:
-    if isinstance(generator, torch.Generator):
-        state = generator.get_state()
-        return lambda: _put_back(generator, state)
     if isinstance(generator, np.random.Generator):
         numpy_state = generator.bit_generator.state
         return lambda: setattr(generator.bit_generator, "state", numpy_state)
-    if isinstance(generator, np.random.RandomState):
-        legacy_state = generator.get_state()
-        return lambda: generator.set_state(legacy_state)
-    python_state = generator.getstate()
-    return lambda: generator.setstate(python_state)
+    if isinstance(generator, random.Random):
+        python_state = generator.getstate()
+        return lambda: generator.setstate(python_state)
+    state = generator.get_state()
 
+    def restore() -> None:
+        generator.set_state(state)
 
-def _put_back(generator: torch.Generator, state: Tensor) -> None:
-    generator.set_state(state)
+    return restore
 
 
 def _global_generators() -> Restore:
-    """The global random number generators."""
     cpu, legacy, python = torch.get_rng_state(), np.random.get_state(), random.getstate()
-    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else None
+    cuda = None
+    if torch.cuda.is_initialized():
+        cuda = torch.cuda.get_rng_state_all()
 
     def restore() -> None:
         torch.set_rng_state(cpu)
@@ -287,6 +316,66 @@ def _global_generators() -> Restore:
         random.setstate(python)
         if cuda is not None:
             torch.cuda.set_rng_state_all(cuda)
+
+    return restore
+
+
+def _process_settings() -> list[Restore]:
+    """Restorations of the settings of torch, numpy and Python that are global to the process."""
+    return [
+        _environment(),
+        _warning_filters(),
+        _setting(torch.get_num_threads, torch.set_num_threads),
+        _setting(torch.get_default_dtype, torch.set_default_dtype),
+        _setting(torch.get_default_device, _set_default_device),
+        _setting(torch.is_grad_enabled, torch.set_grad_enabled),
+        _setting(torch.get_deterministic_debug_mode, torch.set_deterministic_debug_mode),
+        _setting(torch.get_float32_matmul_precision, torch.set_float32_matmul_precision),
+        _setting(np.geterr, lambda modes: np.seterr(**modes)),
+    ]
+
+
+def _setting(get: Callable[[], Any], set_: Callable[[Any], Any]) -> Restore:
+    before = get()
+
+    def restore() -> None:
+        if get() != before:
+            set_(before)
+
+    return restore
+
+
+def _set_default_device(device: torch.device) -> None:
+    # None is the CPU without the mode that torch otherwise runs around every operation
+    if device.type == "cpu":
+        torch.set_default_device(None)
+    else:
+        torch.set_default_device(device)
+
+
+def _environment() -> Restore:
+    before = dict(os.environ)
+
+    def restore() -> None:
+        for name in os.environ.keys() - before.keys():
+            del os.environ[name]
+        for name, value in before.items():
+            if os.environ.get(name) != value:
+                os.environ[name] = value
+
+    return restore
+
+
+def _warning_filters() -> Restore:
+    filters, before, show = warnings.filters, list(warnings.filters), warnings.showwarning
+
+    def restore() -> None:
+        warnings.showwarning = show
+        if warnings.filters is filters and list(filters) == before:
+            return
+        warnings.filters = filters  # type: ignore[misc]
+        warnings.resetwarnings()  # tells the warnings that have been shown of the change
+        filters[:] = before  # type: ignore[index]
 
     return restore
 
@@ -310,4 +399,6 @@ def _identical(a: Tensor, b: Tensor) -> bool:
 
 
 def _bits(t: Tensor) -> Tensor:
-    return t.view(_INTEGER_OF[t.element_size()]) if t.is_floating_point() else t
+    if not t.is_floating_point():
+        return t
+    return t.view(_INTEGER_OF_SIZE[t.element_size()])

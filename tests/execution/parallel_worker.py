@@ -1,4 +1,4 @@
-"""What each of two processes does in tests/execution/test_parallel.py; answers go to one JSON file per rank."""
+"""Each of two processes of tests/execution/test_parallel.py; one JSON file of answers per rank."""
 
 from __future__ import annotations
 
@@ -128,7 +128,7 @@ def fsdp(mine: slice, group) -> dict[str, list]:
 
 
 def spectrum(net: Chain, group) -> dict[str, list]:
-    """All singular values of one sample, and how many rows or columns of its Jacobian this process formed."""
+    """All singular values of one sample, and the rows or columns that this process formed."""
     formed = []
 
     def composed(part, x, *, columns):

@@ -1,4 +1,4 @@
-"""The time budget, on clocks that are counted: whatever is asked, nothing goes on for long after it is gone."""
+"""The time budget, on counted clocks: no computation continues for long after its deadline."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def test_parts_of_a_deadline(counted):
 
 @pytest.mark.parametrize("seconds", [0.0, 3.0, 20.0])
 def test_no_method_looks_at_the_clock_long_after_the_deadline(model, counted, seconds):
-    """Every loop asks the clock, so looks are what loops do; a minute is enough for all methods to begin."""
+    """Every loop reads the clock, so readings count iterations; 60 s let all methods begin."""
     watch = counted(0.02)
     bounds = lipschitz_bounds(model, BOX, seconds=seconds)
     late = watch.looks - seconds / watch.tick
@@ -102,8 +102,8 @@ def test_what_cannot_be_afforded_is_replaced_by_cheap_norms(model, monkeypatch):
     def refuse(*args):
         raise AssertionError("a norm that could not be afforded")
 
-    monkeypatch.setattr("inn_guard.lipschitz.whole_network.interpreters.spectral_norm", refuse)
-    monkeypatch.setattr("inn_guard.lipschitz.whole_network.conditioner.certify", refuse)
+    monkeypatch.setattr("inn_guard.lipschitz.networks.interpreters.spectral_norm", refuse)
+    monkeypatch.setattr("inn_guard.lipschitz.networks.conditioner.certify", refuse)
     couplings = [layer for layer in model.layers() if isinstance(layer, AffineCoupling)]
     for coupling in couplings:
         bounds = lipschitz_bounds(coupling, BOX, seconds=0.5)
@@ -120,7 +120,7 @@ def test_without_time_bounds_are_bounds_and_layers_keep_theirs(model, counted):
     assert Pair(bounds.forward, bounds.inverse) >= Pair(
         true.forward / ROUNDING, true.inverse / ROUNDING
     )
-    assert math.isnan(bounds.printed.forward)
+    assert math.isnan(bounds.paper_bound.forward)
     assert all(
         math.isfinite(layer.bounds.forward + layer.bounds.inverse) for layer in bounds.per_layer
     )
@@ -146,7 +146,7 @@ def test_cheap_norms_are_bounds():
 def test_norms_of_two_hundred_features_are_not_begun_in_a_millisecond(counted, monkeypatch):
     counted(1e-6)
     monkeypatch.setattr(
-        "inn_guard.lipschitz.whole_network.interpreters.spectral_norm",
+        "inn_guard.lipschitz.networks.interpreters.spectral_norm",
         lambda A: pytest.fail("begun"),
     )
     layer = AffineCoupling(MLP([100, 80, 200]))

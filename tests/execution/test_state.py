@@ -1,9 +1,11 @@
-"""untouched() and changed_state() against everything a model can do to itself."""
+"""preserve_state() and changed_state() against what a model can do to itself and to the process."""
 
 from __future__ import annotations
 
 import collections
+import os
 import random
+import warnings
 
 import numpy as np
 import pytest
@@ -212,6 +214,119 @@ def test_graphs_of_the_caller_stay_valid():
         model(torch.ones(4, 2))
     loss.backward()
     assert model[0].weight.grad is not None
+
+
+def test_graphs_that_have_saved_a_buffer_survive_a_change_of_it():
+    buffer = torch.ones(3)
+    model = nn.Module()
+    model.register_buffer("scale", buffer)
+    untouched = torch.ones(3)
+    model.register_buffer("untouched", untouched)
+    x = torch.ones(3, requires_grad=True)
+    loss = (x * model.scale).sum() + (x * model.untouched).sum()
+    versions = buffer._version, untouched._version
+    with preserve_state(model):
+        model.scale.mul_(2)
+        model.scale += 1
+        assert buffer._version != versions[0]
+    assert (buffer._version, untouched._version) == versions
+    loss.backward()
+    assert torch.equal(x.grad, torch.full((3,), 2.0))
+
+
+def test_a_tensor_that_is_exchanged_keeps_its_version():
+    model = nn.BatchNorm1d(2)
+    version = model.running_mean._version
+    with preserve_state(model):
+        model.running_mean.data = torch.zeros(2, dtype=torch.float64)
+        model.running_mean.add_(1)
+    assert model.running_mean._version == version
+
+
+class Attention(nn.Module):
+    """Keeps the keys and values of former calls, as transformers do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.cache = Cache()
+        self.cache.layers = [Cache(), Cache()]
+        self.steps = {"keys": [torch.zeros(1)]}
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.cache.layers:
+            layer.value = x if layer.value is None else torch.cat([layer.value, x])
+        self.steps["keys"].append(x)
+        self.steps["keys"][0].add_(1)
+        return x
+
+
+def test_caches_of_keys_and_values_come_back():
+    model = Attention()
+    with preserve_state(model):
+        model(torch.ones(1))
+        model(torch.ones(1))
+    assert [layer.value for layer in model.cache.layers] == [None, None]
+    assert len(model.steps["keys"]) == 1
+    assert model.steps["keys"][0].item() == 0
+
+    with torch.inference_mode():
+        model(torch.ones(1))
+    cached = model.cache.layers[0].value
+    with preserve_state(model), torch.inference_mode():
+        model.cache.layers[0].value.zero_()
+        model(torch.ones(1))
+    assert model.cache.layers[0].value is cached
+    assert cached.tolist() == [1.0]
+
+
+def settings() -> dict[str, object]:
+    """Everything of the process that must come back."""
+    return {
+        "environment": dict(os.environ),
+        "warnings": (id(warnings.filters), list(warnings.filters), warnings.showwarning),
+        "threads": torch.get_num_threads(),
+        "dtype": torch.get_default_dtype(),
+        "device": torch.get_default_device(),
+        "grad": torch.is_grad_enabled(),
+        "deterministic": torch.get_deterministic_debug_mode(),
+        "precision": torch.get_float32_matmul_precision(),
+        "numpy": np.geterr(),
+    }
+
+
+CHANGES = [
+    lambda: os.environ.update(INN_GUARD_TEST="2", PATH=""),
+    lambda: os.environ.pop("PATH"),
+    lambda: warnings.simplefilter("ignore"),
+    lambda: warnings.resetwarnings(),
+    lambda: setattr(warnings, "showwarning", print),
+    lambda: torch.set_num_threads(torch.get_num_threads() + 1),
+    lambda: torch.set_default_dtype(torch.float16),
+    lambda: torch.set_default_device("meta"),
+    lambda: torch.set_grad_enabled(False),
+    lambda: torch.use_deterministic_algorithms(True, warn_only=True),
+    lambda: torch.set_float32_matmul_precision("medium"),
+    lambda: np.seterr(all="raise"),
+]
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_settings_of_the_process_come_back(change):
+    before = settings()
+    with preserve_state(nn.Linear(1, 1)):
+        change()
+        assert settings() != before
+    assert settings() == before
+
+
+def test_warning_filters_work_again():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with preserve_state(nn.Linear(1, 1)):
+            warnings.simplefilter("ignore")
+            warnings.warn("ignored", stacklevel=1)
+        with pytest.raises(UserWarning, match="raised"):
+            warnings.warn("raised", stacklevel=1)
 
 
 def test_sparse_and_meta_tensors_do_no_harm():

@@ -1,4 +1,4 @@
-"""The watchdog ends what hangs, and leaves the interpreter as it was: traced code still runs afterwards."""
+"""time_limit() ends what hangs; afterwards traced code still runs."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ import pytest
 
 from inn_guard.execution.time_limit import TimedOut, time_limit
 
-#: an interruption that is delivered, one that the code swallows, and none; then code under a trace function
+#: an interruption that arrives, one that the code catches, and none; then code under a trace
 AFTERWARDS = """
 import sys, time
-from inn_guard.audits.watchdog import TimedOut, time_limit
+from inn_guard.execution.time_limit import TimedOut, time_limit
 
 def forever():
     while True:
@@ -28,10 +28,10 @@ def swallowing():
         except BaseException:
             pass
 
-for watched in (forever, swallowing, int):
+for call in (forever, swallowing, int):
     try:
         with time_limit(0.05):
-            watched()
+            call()
     except TimedOut:
         pass
     seen = []
@@ -47,7 +47,7 @@ def forever():
         time.sleep(0.001)
 
 
-def test_traced_code_runs_after_a_watch():
+def test_traced_code_runs_after_a_time_limit():
     # in a process of its own: what this guards against is an endless loop of the interpreter
     subprocess.run([sys.executable, "-c", AFTERWARDS], check=True, timeout=120)
 
