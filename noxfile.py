@@ -19,14 +19,14 @@ nox.options.default_venv_backend = "uv|virtualenv"
 @nox.session(python=PYTHONS)
 def newest(session: nox.Session) -> None:
     """What pip finds today."""
-    session.install("-e", ".[all]")
+    session.install("-e", ".[all,dev]")
     _test(session)
 
 
 @nox.session(python=OLDEST_PYTHONS)
 def oldest(session: nox.Session) -> None:
     """The lower bounds of pyproject.toml; what else is installed is as new as they allow."""
-    session.install(*(f"{name}=={version}" for name, version in OLDEST.items()), "-e", ".[all]")
+    session.install(*(f"{name}=={version}" for name, version in OLDEST.items()), "-e", ".[all,dev]")
     _test(session)
 
 

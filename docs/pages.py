@@ -1,53 +1,72 @@
-"""Pages of the site that are made of files that stand elsewhere: the README, the docstrings, the committed figures."""
+"""The site's hook for mkdocs: adds the pages whose text is elsewhere, and turns links into the site's own.
+
+README, CONTRIBUTING and CHANGELOG become pages, the reference is made of docstrings, the figures are those committed
+with the results. Links are written for the repository, so that they also work where it is browsed.
+"""
 
 from __future__ import annotations
 
+import os.path
 import re
-from pathlib import Path
+import sys
+from pathlib import Path, PurePosixPath
 
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
+from mkdocs.structure.pages import Page
 
-ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(Path(__file__).parent))
+import reference
+
+ROOT = Path(__file__).parents[1]
 FIGURES = Path("benchmarks") / "results"
-#: page -> objects whose docstrings it shows
-REFERENCE = {
-    "front": ("inn_guard.auditing.audit", "inn_guard.auditing.Running", "inn_guard.adapters.wrap",
-              "inn_guard.invertible.Invertible"),
-    "audits": tuple(f"inn_guard.audits.{name}.{name}" for name in (
-        "preflight", "reconstruction", "log_det", "out_of_distribution", "jacobian_spectrum", "layer_blame",
-        "precision", "gradient_angle", "full_spectrum", "dequantization_attack", "lipschitz_bounds", "dry_run")),
-    "repairs": ("inn_guard.hooks.RegularizerHook", "inn_guard.regularizers.finite_differences.FiniteDifferences",
-                "inn_guard.regularizers.normalizing_flow.NormalizingFlowLoss",
-                "inn_guard.regularizers.adaptive.AdaptiveCoefficient", "inn_guard.audit_hook.AuditHook",
-                "inn_guard.reversible.memory_saving.memory_saving"),
-    "lipschitz": ("inn_guard.lipschitz.bounding.lipschitz_bounds",),
-    "distributed": ("inn_guard.distributed.WorkSharing", "inn_guard.distributed.register_fsdp_methods",
-                    "inn_guard.footprint.peak_bytes"),
-    "reports": ("inn_guard.audits.report.AuditReport", "inn_guard.audits.base.AuditResult",
-                "inn_guard.audits.base.Verdict"),
-}  # fmt: skip
-TITLES = {
-    "front": "The front door", "audits": "Audits", "repairs": "Regularizers and hooks", "lipschitz": "Lipschitz bounds",
-    "distributed": "Several processes", "reports": "Reports",
-}  # fmt: skip
+#: page of the site -> file of the repository
+MOVED = {
+    "index.md": "README.md",
+    "contributing.md": "CONTRIBUTING.md",
+    "changelog.md": "CHANGELOG.md",
+}
+LINK = re.compile(r"(!?)\[([^\]]*)\]\((?!https?:|#|mailto:)([^)#\s]+)(#[^)]*)?\)")
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
     """Add the pages, and the figures that they show."""
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    pages = {
-        "index.md": _linked(readme),
-        "contributing.md": (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8"),
-        "changelog.md": (ROOT / "CHANGELOG.md").read_text(encoding="utf-8"),
-        "gallery.md": _gallery(),
-    }
-    pages |= {f"reference/{name}.md": _reference(name) for name in REFERENCE}
-    for path, text in pages.items():
-        files.append(File.generated(config, path, content=text))
+    for page, source in MOVED.items():
+        text = (ROOT / source).read_text(encoding="utf-8")
+        files.append(File.generated(config, page, content=text))
+    for page, (title, _) in reference.PAGES.items():
+        names = "\n\n".join(f"::: {name}" for name in reference.documented(page))
+        content = f"# {title}\n\n{names}\n"
+        files.append(File.generated(config, f"reference/{page}.md", content=content))
+    files.append(File.generated(config, "results/gallery.md", content=_gallery()))
     for figure in _figures():
         files.append(File.generated(config, figure.as_posix(), abs_src_path=str(ROOT / figure)))
     return files
+
+
+def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
+    """Turn links to files of the repository into links to pages, or into plain names where there is no page."""
+    here = PurePosixPath(page.file.src_uri)
+    source = PurePosixPath(MOVED.get(str(here), f"docs/{here}"))
+
+    def on_site(link: re.Match[str]) -> str:
+        image, text, target, anchor = link.groups()
+        place = _site_path(os.path.normpath(source.parent / target))
+        if place is None:
+            return text
+        return f"{image}[{text}]({os.path.relpath(place, here.parent)}{anchor or ''})"
+
+    return LINK.sub(on_site, markdown)
+
+
+def _site_path(path: str) -> str | None:
+    """Where a file of the repository is on the site."""
+    for page, source in MOVED.items():
+        if path == source:
+            return page
+    if path.startswith("docs/") and not path.endswith(".py"):
+        return path.removeprefix("docs/")
+    return path if path.endswith(".png") else None
 
 
 def _figures() -> list[Path]:
@@ -55,22 +74,9 @@ def _figures() -> list[Path]:
     return sorted(figure.relative_to(ROOT) for figure in (ROOT / FIGURES).rglob("*.png"))
 
 
-def _linked(text: str) -> str:
-    """The README with links to files of the repository as plain names; figures stay."""
-    return re.sub(r"(?<!!)\[([^\]]+)\]\((?!https?:|#)[^)]+\)", r"\1", text)
-
-
 def _gallery() -> str:
-    entries = [
-        "# Gallery",
-        "",
-        "Figures that the committed experiments drew; `benchmarks/README.md` has their commands.",
-    ]
+    entries = ["# All figures", "", "Every figure that a committed experiment drew."]
     for figure in _figures():
         name = " / ".join(figure.relative_to(FIGURES).with_suffix("").parts).replace("_", " ")
-        entries += ["", f"## {name}", "", f"![{name}]({figure.as_posix()})"]
+        entries += ["", f"## {name}", "", f"![{name}](../../{figure.as_posix()})"]
     return "\n".join(entries)
-
-
-def _reference(name: str) -> str:
-    return "\n\n".join([f"# {TITLES[name]}", *(f"::: {path}" for path in REFERENCE[name])])

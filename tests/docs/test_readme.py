@@ -1,37 +1,124 @@
-"""The README's examples run as they stand, one after the other, and what it points to exists."""
+"""The examples of the README and of docs/ run as they stand, what the pages point to exists, and the README stays short."""
 
 from __future__ import annotations
 
+import importlib
+import importlib.util
 import re
-from pathlib import Path
+import sys
 
 import pytest
 import torch
 
-ROOT = Path(__file__).parents[2]
-README = (ROOT / "README.md").read_text(encoding="utf-8")
+import inn_guard as ig
+from tests.docs.blocks import ROOT, blocks, pages
+
+README = ROOT / "README.md"
+WITH_CODE = [page for page in pages() if blocks(page) and page.name != "CONTRIBUTING.md"]
+by_page = pytest.mark.parametrize(
+    "page", pages(), ids=lambda page: page.relative_to(ROOT).as_posix()
+)
 
 
-def test_the_examples_run(tmp_path, monkeypatch):
-    pytest.importorskip("nflows")
+def script(name: str):
+    """A script of docs/ as a module."""
+    spec = importlib.util.spec_from_file_location(f"docs_{name}", ROOT / "docs" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize("page", WITH_CODE, ids=lambda page: page.relative_to(ROOT).as_posix())
+def test_the_examples_run(page, tmp_path, monkeypatch):
+    """One after the other, as a reader would paste them; those for a library that is not installed are left out."""
     monkeypatch.chdir(tmp_path)
+    before = torch.get_default_dtype()
     torch.set_default_dtype(torch.float32)
-    blocks = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
-    assert len(blocks) >= 2
     names: dict[str, object] = {}
-    for block in blocks:
-        exec(compile(block, "README.md", "exec"), names)
-    assert (tmp_path / "report.html").stat().st_size > 10_000
+    try:
+        for block in blocks(page):
+            if all(importlib.util.find_spec(library) for library in block.needs):
+                padding = "\n" * (block.line - 1)  # so that a traceback names the page's line
+                exec(compile(padding + block.code, str(page), "exec"), names)
+    finally:
+        torch.set_default_dtype(before)
 
 
-def test_links_and_files_exist():
-    targets = re.findall(r"\]\((?!https?:|#)([^)#]+)", README)
-    places = re.findall(r"`((?:inn_guard|benchmarks|tests|notebooks)/[\w/.]+)`", README)
-    missing = [name for name in {*targets, *places} if not _exists(name)]
+@by_page
+def test_links_and_files_exist(page):
+    text = re.sub(r"```.*?```", "", page.read_text(encoding="utf-8"), flags=re.DOTALL)
+    targets = re.findall(r"\]\((?!https?:|#)([^)#\s]+)", text)
+    places = re.findall(r"`((?:inn_guard|benchmarks|tests|notebooks|docs|tools)/[\w/.]+)`", text)
+    missing = [target for target in targets if not (page.parent / target).exists()]
+    missing += [place for place in places if not _exists(place)]
     assert not missing
 
 
-def _exists(name: str) -> bool:
-    """Of a file or folder; a name of capitals (LIB, SCRIPT) stands for any, and notebooks are named without suffix."""
-    placeholder = re.search(r"[A-Z]{3,}", name.removesuffix(".md"))
-    return bool(placeholder) or (ROOT / name).exists() or (ROOT / f"{name}.ipynb").exists()
+@by_page
+def test_dotted_names_exist(page):
+    text = page.read_text(encoding="utf-8")
+    for name in set(re.findall(r"`(inn_guard(?:\.\w+)+)[`(]", text)):
+        assert _resolves(name), name
+    for name in set(re.findall(r"\big\.(\w+(?:\.\w+)*)", text)):
+        assert _resolves(f"inn_guard.{name}"), f"ig.{name}"
+
+
+def test_the_readme_is_one_page():
+    assert README.stat().st_size <= 10_000
+
+
+def test_the_readmes_picture_is_small():
+    assert 0 < (ROOT / "docs" / "images" / "exploding_inverse.png").stat().st_size < 60_000
+
+
+def test_the_page_of_library_failures_is_up_to_date():
+    """If it fails: python docs/libraries.py."""
+    libraries = script("libraries")
+    assert libraries.PAGE.read_text(encoding="utf-8") == libraries.page()
+
+
+def test_every_check_is_described_with_its_question():
+    page = (ROOT / "docs" / "checks.md").read_text(encoding="utf-8")
+    for name, check in ig.AUDITS.items():
+        section = page.partition(f"\n## {name}\n")[2].partition("\n## ")[0]
+        assert section, name
+        assert check.question in section, check.question
+        for use in check.uses:
+            assert f"`{use}`" in section.partition("\n\n")[2], f"{name} decides {use}"
+
+
+def test_the_reference_documents_names_that_exist():
+    sys.modules.pop("reference", None)
+    reference = script("reference")
+    for page, (_, modules) in reference.PAGES.items():
+        if "inn_guard.training.lightning" in modules:
+            continue  # imports lightning
+        documented = reference.documented(page)
+        assert documented
+        for name in documented:
+            assert _resolves(name), name
+    public = {name.rsplit(".", 1)[1] for name in reference.documented("inn_guard")}
+    assert public == set(ig.__all__)
+    assert {name.rsplit(".", 1)[1] for name in reference.checks()} >= set(ig.AUDITS)
+
+
+def _exists(place: str) -> bool:
+    """Of a file or folder; a name in capitals (LIB, SCRIPT) stands for any."""
+    if re.search(r"[A-Z]{3,}", place.removesuffix(".md")):
+        return True
+    return (ROOT / place).exists() or (ROOT / f"{place}.ipynb").exists()
+
+
+def _resolves(name: str) -> bool:
+    """Whether importing and attribute access reach a dotted name, wherever the module in it ends."""
+    parts = name.split(".")
+    for k in range(len(parts), 0, -1):
+        try:
+            found = importlib.import_module(".".join(parts[:k]))
+        except ModuleNotFoundError:
+            continue
+        for part in parts[k:]:
+            found = getattr(found, part, None)
+        if found is not None:
+            return True
+    return False
