@@ -33,7 +33,7 @@ import torch
 from torch import Tensor
 
 import inn_guard as ig
-from benchmarks.aef.drawing import IMAGES, draw, image_file
+from benchmarks.aef.drawing import IMAGES, draw, image_file  # noqa: F401
 from benchmarks.aef.laplace import laplace_log_prob
 from benchmarks.common.features import classifier_features
 from benchmarks.common.fit import Batch, FitSettings, fit
@@ -114,45 +114,22 @@ class Config:
     classifier_steps: int = 400
     audit_samples: int = 4
 
-    @classmethod
-    def smoke(cls) -> Config:
-        """Seconds."""
-        return cls(
-            latents=(2,),
-            seeds=(0,),
-            spreads=(0.1,),
-            steps=4,
-            channels=(4, 4),
-            hidden=8,
-            test_images=8,
-            draws=8,
-            repetitions=2,
-            classifier_steps=4,
-            audit_samples=3,
-        )
 
-    @classmethod
-    def cpu(cls) -> Config:
-        """Minutes on one core."""
-        return cls()
-
-    @classmethod
-    def paper(cls) -> Config:
-        """The setting of Table 1 on MNIST."""
-        return cls(
-            dataset="mnist",
-            train_files=True,
-            models=tuple(MODELS),
-            latents=(2, 4, 8, 16, 32),
-            seeds=(0, 1, 2, 3, 4),
-            spreads=(0.01, 0.03, 0.1, 0.3, 1.0),
-            steps=100_000,
-            channels=(64, 128),
-            hidden=256,
-            test_images=10_000,
-            repetitions=20,
-            classifier_steps=5_000,
-        )
+PRESETS = {
+    "smoke": {
+        "latents": (2,), "seeds": (0,), "spreads": (0.1,), "steps": 4, "channels": (4, 4),
+        "hidden": 8, "test_images": 8, "draws": 8, "repetitions": 2, "classifier_steps": 4,
+        "audit_samples": 3,
+    },
+    "cpu": {},  # minutes on one core
+    # The setting of Table 1 on MNIST
+    "paper": {
+        "dataset": "mnist", "train_files": True, "models": tuple(MODELS),
+        "latents": (2, 4, 8, 16, 32), "seeds": (0, 1, 2, 3, 4),
+        "spreads": (0.01, 0.03, 0.1, 0.3, 1.0), "steps": 100_000, "channels": (64, 128),
+        "hidden": 256, "test_images": 10_000, "repetitions": 20, "classifier_steps": 5_000,
+    },
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -391,4 +368,4 @@ def _keep_images(
 
 
 if __name__ == "__main__":
-    main(Config, run, draw)
+    main(__name__)

@@ -74,15 +74,11 @@ class Config:
     hidden: int = 64
     classifier_steps: int = 400
 
-    @classmethod
-    def smoke(cls) -> Config:
-        """Seconds."""
-        return cls(seeds=(0,), steps=3, channels=(4, 4), hidden=8, classifier_steps=3)
 
-    @classmethod
-    def cpu(cls) -> Config:
-        """Minutes on one core."""
-        return cls()
+PRESETS = {
+    "smoke": {"seeds": (0,), "steps": 3, "channels": (4, 4), "hidden": 8, "classifier_steps": 3},
+    "cpu": {},  # minutes on one core
+}
 
 
 @dataclass(frozen=True)
@@ -198,4 +194,4 @@ def _extractor(config: Config) -> FeatureExtractor:
 
 
 if __name__ == "__main__":
-    main(Config, run, draw)
+    main(__name__)

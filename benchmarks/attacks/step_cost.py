@@ -32,15 +32,11 @@ class Config:
     hidden: int = 128
     repeats: int = 7
 
-    @classmethod
-    def smoke(cls) -> Config:
-        """Seconds."""
-        return cls(blocks=(1,), batches=(2,), hidden=8, repeats=2)
 
-    @classmethod
-    def cpu(cls) -> Config:
-        """Minutes on one core."""
-        return cls()
+PRESETS = {
+    "smoke": {"blocks": (1,), "batches": (2,), "hidden": 8, "repeats": 2},
+    "cpu": {},  # minutes on one core
+}
 
 
 def cases(config: Config) -> dict[str, tuple[int, int]]:
@@ -119,4 +115,4 @@ def run(config: Config) -> pd.DataFrame:
 
 
 if __name__ == "__main__":
-    main(Config, run)
+    main(__name__)

@@ -55,15 +55,11 @@ class Config:
     seeds: int = 1
     data_root: str = "data"
 
-    @classmethod
-    def smoke(cls) -> Config:
-        """Seconds."""
-        return cls(subjects=("digits, ours",), images=2, budget=40, seeds=1)
 
-    @classmethod
-    def cpu(cls) -> Config:
-        """Minutes on one core."""
-        return cls(seeds=2)
+PRESETS = {
+    "smoke": {"subjects": ("digits, ours",), "images": 2, "budget": 40, "seeds": 1},
+    "cpu": {"seeds": 2},  # minutes on one core
+}
 
 
 def strategies(budget: int) -> dict[str, Attack]:
@@ -200,4 +196,4 @@ def draw(frame: pd.DataFrame) -> Figure:
 
 
 if __name__ == "__main__":
-    main(Config, run, draw)
+    main(__name__)

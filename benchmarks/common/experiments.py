@@ -40,8 +40,8 @@ class Experiment:
 
     @property
     def module(self) -> Any:
-        """The script: ``Config``, ``run`` and, where there are, ``draw`` and ``beside_paper``."""
-        return importlib.import_module(f"{__package__}.{self.name}")
+        """The script's module, as described in ``runner.py``."""
+        return importlib.import_module(f"benchmarks.{self.name}")
 
     @property
     def stem(self) -> str:

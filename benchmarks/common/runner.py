@@ -1,15 +1,17 @@
-"""What every experiment shares: presets, rows that survive a kill, and results with all that repeating them takes.
+"""What all experiments share: presets, rows that survive a kill, and results that can be reproduced.
 
 An experiment is a module with
 
-* ``Config``: a frozen dataclass with the class methods ``smoke()`` (seconds), ``cpu()`` (minutes on two cores) and,
-  where it makes sense, ``paper()`` (the paper's setting, for a GPU);
+* ``Config``: a frozen dataclass of everything that can be chosen;
+* ``PRESETS``: preset -> the fields in which it differs from the defaults. ``smoke`` takes seconds,
+  ``cpu`` minutes on two cores; ``paper``, where there is one, is the paper's setting, for a GPU;
 * ``run(config) -> DataFrame``, most simply ``return collect(config, cases(config), measure)``;
 * optionally ``draw(frame) -> Figure``;
-* optionally ``beside_paper(frame) -> DataFrame``: the paper's numbers and ours in one table;
+* optionally ``compare_with_paper(frame) -> DataFrame``: the paper's numbers and ours in one table;
 
-and ends with ``if __name__ == "__main__": main(Config, run, draw)``. Its row in ``experiments.py`` makes it known to
-``inn-guard bench``. Where the configuration has a folder of data, the checksums of its files are part of the results.
+and ends with ``if __name__ == "__main__": main(__name__)``. Its row in ``experiments.py`` makes it
+known to ``inn-guard bench``. The results of a configuration that names a folder of data include the
+checksums of the files.
 """
 
 from __future__ import annotations
@@ -25,6 +27,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pandas as pd
@@ -36,217 +39,240 @@ from benchmarks.common.experiments import EXPERIMENTS
 from benchmarks.common.image_files import MissingData, file_checksums
 from inn_guard.execution.files import atomic_write
 
-__all__ = ["PRESETS", "RESULTS", "Row", "collect", "main", "write_results"]
+__all__ = ["RESULTS", "Row", "collect", "main", "preset", "save_figure", "write_results"]
 
 Row = dict[str, Any]
-RESULTS = Path(__file__).parents[1] / "results"
-UNFINISHED = Path("runs")
-PRESETS = ("smoke", "cpu", "paper")
+BENCHMARKS = Path(__file__).parents[1]
+RESULTS = BENCHMARKS / "results"
+UNFINISHED = Path("runs")  #: of the current folder: finished cases of runs, and smoke results
+DEFAULT_FOLDERS = {"smoke": UNFINISHED}  #: preset -> where its results go, if not to RESULTS
+BOOLEANS = {"1": True, "true": True, "yes": True, "0": False, "false": False, "no": False}
 PACKAGES = ("torch", "numpy", "nflows", "FrEIA", "normflows", "zuko", "memcnn", "scikit-learn")
+
+
+def preset(script: ModuleType, name: str) -> Any:
+    """The ``Config`` of one of a script's presets."""
+    return script.Config(**script.PRESETS[name])
 
 
 def collect(
     config: Any, cases: Mapping[str, Any], measure: Callable[[Any, Any], Iterable[Row]]
 ) -> pd.DataFrame:
-    """Rows of every case, one case after the other; a case that was finished before a kill is not run again.
+    """Rows of every case, one case after the other.
+
+    A finished case is written to a file, so that a run that is started again after a kill skips it.
 
     Args:
-        config: the experiment's frozen dataclass; it names the file of finished cases.
-        cases: key -> case. Keys must tell the cases apart from one run to the next.
+        config: the experiment's frozen dataclass; it determines the name of that file.
+        cases: key -> case. The keys must be the same in every run.
         measure: (config, case) -> its rows.
 
     Returns:
         one line per row, in the order of the cases, with the key in the column ``case``.
     """
-    path = UNFINISHED / f"{_name(config)}-{_digest(config)}.jsonl"
+    name = _stem(type(config).__module__)
+    path = UNFINISHED / f"{name}-{_digest(config)}.jsonl"
     finished = _read_finished(path)
-    with tqdm(cases.items(), desc=_name(config), unit="case", disable=None) as bar:
+    with tqdm(cases.items(), desc=name, unit="case", disable=None) as bar:
         for key, case in bar:
             bar.set_postfix_str(key)
             if key not in finished:
                 finished[key] = [dict(row) for row in measure(config, case)]
-                path.parent.mkdir(parents=True, exist_ok=True)
-                with path.open("a") as file:
-                    # the empty line ends whatever a kill cut short before
-                    file.write(
-                        "\n"
-                        + json.dumps({"case": key, "rows": finished[key]}, default=_plain)
-                        + "\n"
-                    )
-    frame = pd.DataFrame([{"case": key, **row} for key in cases for row in finished[key]])
+                _append_case(path, key, finished[key])
+    rows = []
+    for key in cases:
+        rows += [{"case": key, **row} for row in finished[key]]
     path.unlink(missing_ok=True)
-    return frame
+    return pd.DataFrame(rows)
 
 
 def write_results(name: str, frame: pd.DataFrame, config: Any, *, folder: Path = RESULTS) -> Path:
-    """``name``.csv, and beside it ``name``.json with the configuration, versions and machine that gave it."""
+    """Write ``name``.csv and ``name``.json; the latter has configuration, versions and machine."""
     folder.mkdir(parents=True, exist_ok=True)
     table = folder / f"{name}.csv"
     with atomic_write(table) as partial:
         frame.to_csv(partial, index=False, float_format="%.6g")
+    origin = {
+        "config": dataclasses.asdict(config),
+        "data": data_checksums(config),
+        **environment(),
+    }
     with atomic_write(folder / f"{name}.json") as partial:
-        said = {"config": _fields(config), "data": data_checksums(config), **environment()}
-        partial.write_text(json.dumps(said, indent=1, default=_plain) + "\n")
+        partial.write_text(json.dumps(origin, indent=1, default=_plain) + "\n")
     return table
 
 
+def save_figure(figure: Figure, path: Path, *, dpi: int = 80) -> None:
+    """Write a figure as PNG, cropped to its content; its folder is made where it is missing."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_write(path) as partial:
+        figure.savefig(partial, dpi=dpi, bbox_inches="tight", format="png")
+
+
 def data_checksums(config: Any) -> dict[str, str]:
-    """File name -> sha256 of the official files that a configuration with a folder (and a data set's name) reads."""
+    """File name -> sha256 of the files of the data set that a configuration names."""
     root = getattr(config, "data_root", "") or getattr(config, "root", "")
     name = getattr(config, "data", "") or getattr(config, "dataset", "")
-    return file_checksums(Path(root), name) if root else {}
+    if not root:
+        return {}
+    return file_checksums(Path(root), name)
 
 
 def environment() -> dict[str, Any]:
-    """Versions, processor count and accelerator of this run."""
+    """Versions, number of threads and accelerator of this run."""
     installed = {dist.metadata["Name"]: dist.version for dist in importlib.metadata.distributions()}
+    accelerator = "none"
+    if torch.cuda.is_available():
+        accelerator = torch.cuda.get_device_name()
     return {
         "python": platform.python_version(),
         "packages": {name: installed[name] for name in PACKAGES if name in installed},
         "threads": torch.get_num_threads(),
-        "accelerator": torch.cuda.get_device_name() if torch.cuda.is_available() else "none",
+        "accelerator": accelerator,
     }
 
 
-def main(
-    config_class: Any,
-    run: Callable[[Any], pd.DataFrame],
-    draw: Callable[[pd.DataFrame], Figure] | None = None,
-    argv: list[str] | None = None,
-) -> None:
-    """The command line of one experiment: --preset smoke | cpu | paper, --out FOLDER, and one flag per field.
+def main(script_name: str, argv: list[str] | None = None) -> None:
+    """The command line of one experiment: --preset, --out FOLDER, and one flag per field of Config.
 
-    Ends with exit code 2 and the command that fetches it where a data set is missing.
+    Ends with exit code 2 where a flag is wrong, or where a data set is missing; the message then has
+    the command that fetches it.
+
+    Args:
+        script_name: of the script's imported module.
+        argv: the arguments; default: those of the process.
     """
-    parser = _parser(config_class, sys.modules[run.__module__])
+    script = sys.modules[script_name]
+    parser = _parser(script)
     arguments = vars(parser.parse_args(argv))
-    preset, out = arguments.pop("preset"), arguments.pop("out")
-    config = _configured(parser, getattr(config_class, preset)(), arguments)
-    folder = out or (UNFINISHED if preset == "smoke" else RESULTS)
+    chosen, out = arguments.pop("preset"), arguments.pop("out")
+    config = _configured(parser, preset(script, chosen), arguments)
+    folder = out or DEFAULT_FOLDERS.get(chosen, RESULTS)
     _check_writable(parser, folder)
     try:
-        frame = run(config)
+        frame = script.run(config)
     except MissingData as error:
         parser.exit(2, f"error: {error}\n")
-    name = _name(config) if preset == "cpu" else f"{_name(config)}_{preset}"
+    name = _stem(script_name)
+    if chosen != "cpu":
+        name += f"_{chosen}"
     table = write_results(name, frame, config, folder=folder)
     print(frame.to_string(index=False))
-    print(beside_paper(frame, run))
+    print(paper_comparison(script, frame))
     for file, digest in data_checksums(config).items():
         print(f"data: {file}, sha256 {digest}")
     print(f"written: {table}")
-    if draw is not None:
-        with atomic_write(table.with_suffix(".png")) as partial:
-            draw(frame).savefig(partial, dpi=110, bbox_inches="tight", format="png")
+    if hasattr(script, "draw"):
+        save_figure(script.draw(frame), table.with_suffix(".png"), dpi=110)
         print(f"drawn: {table.with_suffix('.png')}")
 
 
-def beside_paper(frame: pd.DataFrame, run: Callable[[Any], pd.DataFrame]) -> str:
-    """Theirs and ours by the script's own ``beside_paper``, else the paper's table as it is; "" without one."""
-    module = sys.modules[run.__module__]
-    if hasattr(module, "beside_paper"):
-        return f"\nThe paper's numbers and ours:\n{module.beside_paper(frame).to_string(index=False)}\n"
-    known = [one for one in EXPERIMENTS if one.reference and one.stem == _stem(run.__module__)]
-    return "".join(
-        f"\nThe paper's numbers ({one.paper}; reference/{one.reference}):\n{one.published().to_string(index=False)}\n"
-        for one in known
-    )
+def paper_comparison(script: ModuleType, frame: pd.DataFrame) -> str:
+    """The script's ``compare_with_paper``; without one the paper's table; "" without either."""
+    if hasattr(script, "compare_with_paper"):
+        table = script.compare_with_paper(frame)
+        return f"\nThe paper's numbers and ours:\n{table.to_string(index=False)}\n"
+    for one in EXPERIMENTS:
+        if one.reference and one.stem == _stem(script.__name__):
+            title = f"The paper's numbers ({one.paper}; reference/{one.reference})"
+            return f"\n{title}:\n{one.published().to_string(index=False)}\n"
+    return ""
 
 
-def _parser(config_class: Any, module: Any) -> argparse.ArgumentParser:
-    presets = [preset for preset in PRESETS if hasattr(config_class, preset)]
-    first_line = (module.__doc__ or "").strip().splitlines()
+def _parser(script: ModuleType) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        description=" ".join(first_line[:1]), prog=_stem(module.__name__)
+        description=(script.__doc__ or "").strip().partition("\n")[0], prog=_stem(script.__name__)
     )
-    parser.add_argument(
-        "--preset", choices=presets, default="cpu" if "cpu" in presets else presets[-1]
-    )
+    parser.add_argument("--preset", choices=list(script.PRESETS), default="cpu")
     parser.add_argument(
         "--out",
         type=Path,
-        help=f"folder for the CSV, its JSON and the figure; {RESULTS} if not given",
+        help="folder for the CSV, its JSON and the figure; "
+        f"default: {RESULTS}, or {UNFINISHED} for the preset smoke",
     )
-    for field in dataclasses.fields(config_class):
-        parser.add_argument(
-            f"--{field.name.replace('_', '-')}", default=argparse.SUPPRESS, help=f"{field.type}"
-        )
+    for field in dataclasses.fields(script.Config):
+        flag = f"--{field.name.replace('_', '-')}"
+        parser.add_argument(flag, default=argparse.SUPPRESS, help=str(field.type))
     return parser
 
 
-def _configured(parser: argparse.ArgumentParser, preset: Any, flags: Mapping[str, str]) -> Any:
-    """The preset with what was typed in place of its values; ends with exit code 2 where that is none of their type."""
+def _configured(parser: argparse.ArgumentParser, config: Any, flags: Mapping[str, str]) -> Any:
+    """The preset with the values of the flags; exit code 2 if one has the wrong type."""
     values = {}
     for key, text in flags.items():
+        current = getattr(config, key)
         try:
-            values[key] = _parsed(preset, key, text)
+            values[key] = _parsed(current, text)
         except (ValueError, KeyError):
-            flag, like = key.replace("_", "-"), getattr(preset, key)
-            parser.error(f"argument --{flag}: expected something like {like!r}; got {text!r}")
+            flag = key.replace("_", "-")
+            parser.error(f"argument --{flag}: expected something like {current!r}; got {text!r}")
     try:
-        return dataclasses.replace(preset, **values)
+        return dataclasses.replace(config, **values)
     except ValueError as error:
         parser.error(str(error))
 
 
 def _check_writable(parser: argparse.ArgumentParser, folder: Path) -> None:
-    """End with exit code 2 before hours of work, rather than after them, where their results could not be written."""
+    """Exit code 2 before hours of work if their results could not be written."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
             pass
     except OSError as error:
         parser.error(
-            f"argument --out: expected a folder that can be written to; got {folder}: {error.strerror}"
+            "argument --out: expected a folder that can be written to; "
+            f"got {folder}: {error.strerror}"
         )
 
 
-def _name(config: Any) -> str:
-    """The experiment's folder and file, joined: injflow_table1."""
-    return _stem(type(config).__module__)
-
-
 def _stem(module: str) -> str:
-    if module != "__main__":
-        return module.removeprefix(f"{__package__}.").replace(".", "_")
-    return "_".join(
-        Path(sys.argv[0]).resolve().relative_to(Path(__file__).parents[1]).with_suffix("").parts
-    )
+    """The experiment's folder and file, joined: injflow_table1."""
+    if module == "__main__":
+        path = Path(sys.argv[0]).resolve().relative_to(BENCHMARKS)
+        return "_".join(path.with_suffix("").parts)
+    return module.removeprefix("benchmarks.").replace(".", "_")
 
 
 def _digest(config: Any) -> str:
-    return hashlib.sha256(
-        json.dumps(_fields(config), sort_keys=True, default=_plain).encode()
-    ).hexdigest()[:12]
-
-
-def _fields(config: Any) -> dict[str, Any]:
-    return dataclasses.asdict(config)
+    text = json.dumps(dataclasses.asdict(config), sort_keys=True, default=_plain)
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
 def _plain(value: Any) -> Any:
+    """What JSON can hold in place of an enum, a number of numpy or torch, or anything else."""
     if isinstance(value, enum.Enum):
         return value.name
-    return value.item() if hasattr(value, "item") else str(value)
+    if hasattr(value, "item"):
+        return value.item()
+    return str(value)
 
 
-def _parsed(config: Any, key: str, text: str) -> Any:
-    """``text`` as the type of the preset's value: numbers as numbers, tuples comma by comma."""
-    current = getattr(config, key)
+def _parsed(current: Any, text: str) -> Any:
+    """``text`` as the type of the preset's value; a tuple's items are separated by commas."""
+    if current is None:
+        return text
     if isinstance(current, bool):
-        return {"1": True, "true": True, "yes": True, "0": False, "false": False, "no": False}[
-            text.lower()
-        ]
+        return BOOLEANS[text.lower()]
     if isinstance(current, tuple):
-        kind = type(current[0]) if current else str
+        kind = type(next(iter(current), ""))
         return tuple(kind(part) for part in text.split(",") if part)
-    return type(current)(text) if current is not None else text
+    return type(current)(text)
+
+
+def _append_case(path: Path, key: str, rows: list[Row]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    line = json.dumps({"case": key, "rows": rows}, default=_plain)
+    with path.open("a") as file:
+        # the line break before it ends a line that a kill cut short
+        file.write(f"\n{line}\n")
 
 
 def _read_finished(path: Path) -> dict[str, list[Row]]:
-    """Cases that were written whole; a line that a kill cut short, or that is none of ours, is ignored."""
+    """Cases that were written completely; a line that a kill cut short, or of other origin, is ignored."""
     finished: dict[str, list[Row]] = {}
-    for line in path.read_text(errors="replace").splitlines() if path.exists() else []:
+    if not path.exists():
+        return finished
+    for line in path.read_text(errors="replace").splitlines():
         try:
             entry = json.loads(line)
             finished[str(entry["case"])] = [dict(row) for row in entry["rows"]]

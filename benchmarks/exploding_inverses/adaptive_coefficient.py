@@ -64,23 +64,14 @@ class Config:
     samples: int = 16
     seed: int = 0
 
-    @classmethod
-    def smoke(cls) -> Config:
-        """Seconds."""
-        return cls(
-            fixed=(1e-3,),
-            starts=(1e-2,),
-            blocks=2,
-            width=16,
-            steps=20,
-            steer_every=10,
-            show_every=10,
-        )
 
-    @classmethod
-    def cpu(cls) -> Config:
-        """Minutes on one core."""
-        return cls()
+PRESETS = {
+    "smoke": {
+        "fixed": (1e-3,), "starts": (1e-2,), "blocks": 2, "width": 16, "steps": 20,
+        "steer_every": 10, "show_every": 10,
+    },
+    "cpu": {},  # minutes on one core
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -223,4 +214,4 @@ def draw(frame: pd.DataFrame) -> Figure:
 
 
 if __name__ == "__main__":
-    main(Config, run, draw)
+    main(__name__)

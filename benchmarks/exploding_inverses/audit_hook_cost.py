@@ -42,15 +42,11 @@ class Config:
     repeats: int = 15
     every: int = 100
 
-    @classmethod
-    def smoke(cls) -> Config:
-        """Seconds."""
-        return cls(sizes=("2x16",), repeats=3)
 
-    @classmethod
-    def cpu(cls) -> Config:
-        """Less than a minute."""
-        return cls()
+PRESETS = {
+    "smoke": {"sizes": ("2x16",), "repeats": 3},
+    "cpu": {},  # less than a minute
+}
 
 
 def measure(config: Config, case: tuple[str, str]) -> Iterator[Row]:
@@ -108,4 +104,4 @@ def run(config: Config) -> pd.DataFrame:
 
 
 if __name__ == "__main__":
-    main(Config, run)
+    main(__name__)

@@ -25,7 +25,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -35,7 +35,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from benchmarks.common.runner import Row, collect, main
-from benchmarks.exploding_inverses.classifier_report import beside_paper, draw, with_theirs
+from benchmarks.exploding_inverses.classifier_report import compare_with_paper, draw, with_theirs
 from benchmarks.exploding_inverses.image_classifiers import Classifier, Run, term
 from benchmarks.exploding_inverses.image_data import DATA, LabelledImages, shifted
 from benchmarks.exploding_inverses.image_training import (
@@ -54,16 +54,24 @@ from inn_guard.audits.round_trip import round_trip
 from inn_guard.audits.thresholds import max_usable_error
 from inn_guard.memory_saving import memory_saving
 
-__all__ = ["Config", "Training", "beside_paper", "draw", "run"]
+__all__ = ["Config", "Training", "compare_with_paper", "draw", "run"]
 
 ARCHITECTURES = ("additive shuffle", "additive conv", "affine shuffle", "affine conv")
-COEFFICIENTS = ("FD 1e-3", "NF 1e-3", "NF 1e-4")  #: beside those of table 10, of the last net
 TABLE_9 = {
     "additive conv": ("FD 1e-3", "FD 1e-4", "FD 5e-5", "NF 1e-3", "NF 1e-4", "NF 1e-5"),
     "additive shuffle": ("FD 5e-5", "NF 1e-5"),
     "affine shuffle": ("FD 1e-3", "FD 1e-4", "FD 5e-5", "NF 1e-3", "NF 1e-4", "NF 1e-5"),
     "affine conv": ("FD 1e-3", "FD 1e-4", "NF 1e-3", "NF 1e-4", "NF 1e-5"),
 }
+MORE_RUNS = ("affine conv FD 1e-3", "affine conv NF 1e-3", "affine conv NF 1e-4")
+
+
+def all_runs(table: Mapping[str, Iterable[str]]) -> tuple[str, ...]:
+    """The runs of a table, net by net, each after its unregularized one."""
+    return tuple(f"{net} {run}" for net in ARCHITECTURES for run in ("none", *table[net]))
+
+
+TABLE_10_RUNS = all_runs(TABLE_10)
 
 
 @dataclass(frozen=True)
@@ -99,7 +107,7 @@ class Config:
         seed: of weights, batches and noise.
     """
 
-    runs: tuple[str, ...] = tuple(f"{a} {r}" for a in ARCHITECTURES for r in ("none", *TABLE_9[a]))
+    runs: tuple[str, ...] = all_runs(TABLE_9)
     data: str = "cifar10"
     data_root: str = "data"
     data_name: str = "CIFAR-10"
@@ -126,37 +134,29 @@ class Config:
     channels_last: bool = True
     seed: int = 0
 
-    @classmethod
-    def smoke(cls) -> Config:
-        """Seconds, on scikit-learn's digits."""
-        return cls(
-            runs=("affine conv none", "affine shuffle FD 1e-4", "additive conv NF 1e-5"),
-            data="digits", data_name="digits", train_images=64, test_images=32, levels=2, blocks=1, hidden=4, epochs=2,
-            batch_size=32, decay_epochs=(1,), shift=1, mirrored=False, fd_every=2, looks=2, reconstructed=16,
-            spectra=2, angle_batches=1, device="cpu",
-        )  # fmt: skip
 
-    @classmethod
-    def cpu(cls) -> Config:
-        """A quarter of an hour of one core: table 10 and three more coefficients of table 9.
-
-        Fewer images and epochs, smaller net and batch, Adam 1e-3, clipped gradients. Between two penalties the weights
-        move as far in one step of that rate as in ten of the paper's, hence K = 1, on an eighth of the batch.
-        """
-        return cls(
-            runs=(
-                *(f"{a} {r}" for a in ARCHITECTURES for r in ("none", *TABLE_10[a])),
-                *(f"{ARCHITECTURES[-1]} {r}" for r in COEFFICIENTS),
-            ),
-            data_name="CIFAR-10 (JPEG copies)", train_images=5000, test_images=2000, blocks=4, hidden=32,
-            epochs=4, batch_size=64, learning_rate=1e-3, decay_epochs=(), clip=10.0, fd_every=1, fd_fraction=0.125,
-            memory_saving=False, looks=5, reconstructed=500, spectra=8, angle_batches=2, device="cpu",
-        )  # fmt: skip
-
-    @classmethod
-    def paper(cls) -> Config:
-        """Tables 8 and 9, for a GPU."""
-        return cls()
+PRESETS = {
+    # Seconds, on scikit-learn's digits
+    "smoke": {
+        "runs": ("affine conv none", "affine shuffle FD 1e-4", "additive conv NF 1e-5"),
+        "data": "digits", "data_name": "digits", "train_images": 64, "test_images": 32, "levels": 2,
+        "blocks": 1, "hidden": 4, "epochs": 2, "batch_size": 32, "decay_epochs": (1,), "shift": 1,
+        "mirrored": False, "fd_every": 2, "looks": 2, "reconstructed": 16, "spectra": 2,
+        "angle_batches": 1, "device": "cpu",
+    },
+    # A quarter of an hour of one core: table 10 and three more coefficients of table 9.
+    # Fewer images and epochs, smaller net and batch, Adam 1e-3, clipped gradients. Between two penalties the weights
+    # move as far in one step of that rate as in ten of the paper's, hence K = 1, on an eighth of the batch.
+    "cpu": {
+        "runs": (*TABLE_10_RUNS, *MORE_RUNS),
+        "data_name": "CIFAR-10 (JPEG copies)", "train_images": 5000, "test_images": 2000,
+        "blocks": 4, "hidden": 32, "epochs": 4, "batch_size": 64, "learning_rate": 1e-3,
+        "decay_epochs": (), "clip": 10.0, "fd_every": 1, "fd_fraction": 0.125,
+        "memory_saving": False, "looks": 5, "reconstructed": 500, "spectra": 8, "angle_batches": 2,
+        "device": "cpu",
+    },
+    "paper": {},  # Tables 8 and 9, for a GPU
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -341,4 +341,4 @@ def run(config: Config) -> pd.DataFrame:
 
 
 if __name__ == "__main__":
-    main(Config, run, draw)
+    main(__name__)

@@ -9,7 +9,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-__all__ = ["beside_paper", "draw", "draw_angles", "with_theirs"]
+__all__ = ["compare_with_paper", "draw", "draw_angles", "with_theirs"]
 
 TABLE = Path(__file__).parent.parent / "reference" / "cifar10_classifiers_table9.csv"
 KEYS = ["coupling", "mixing", "regularizer"]
@@ -57,7 +57,7 @@ def with_theirs(frame: pd.DataFrame) -> pd.DataFrame:
     return frame
 
 
-def beside_paper(frame: pd.DataFrame) -> pd.DataFrame:
+def compare_with_paper(frame: pd.DataFrame) -> pd.DataFrame:
     """The last look of every run, ours / the paper's."""
     rows = []
     for case, group in frame.groupby("case", sort=False):

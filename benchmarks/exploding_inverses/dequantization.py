@@ -119,28 +119,24 @@ class Config:
     grids: str = "benchmarks/results"
     seed: int = 0
 
-    @classmethod
-    def smoke(cls) -> Config:
-        """Seconds, on scikit-learn's digits."""
-        return cls(
-            flows=("affine (0 1)", "residual"), data="digits", data_name="digits", train_images=64, levels=1, blocks=1,
-            residual_blocks=1, hidden=4, coefficient=0.7, steps=3, residual_steps=2, batch_size=16, warmup=2, images=2,
-            attack_steps=3, device="cpu", grids="",
-        )  # fmt: skip
 
-    @classmethod
-    def cpu(cls) -> Config:
-        """A minute or two of one core: tiny nets, hardly trained, at a higher rate, and three images."""
-        return cls(
-            data_name="CIFAR-10 (JPEG copies)", train_images=10_000, levels=2, blocks=6, residual_blocks=1, hidden=16,
-            coefficient=0.9, steps=150, residual_steps=20, batch_size=32, learning_rate=5e-3, warmup=15, clip=50.0,
-            images=3, attack_steps=80, device="cpu",
-        )  # fmt: skip
-
-    @classmethod
-    def paper(cls) -> Config:
-        """Table 7, 100 epochs, for a GPU."""
-        return cls()
+PRESETS = {
+    # Seconds, on scikit-learn's digits
+    "smoke": {
+        "flows": ("affine (0 1)", "residual"), "data": "digits", "data_name": "digits",
+        "train_images": 64, "levels": 1, "blocks": 1, "residual_blocks": 1, "hidden": 4,
+        "coefficient": 0.7, "steps": 3, "residual_steps": 2, "batch_size": 16, "warmup": 2,
+        "images": 2, "attack_steps": 3, "device": "cpu", "grids": "",
+    },
+    # A minute or two of one core: tiny nets, hardly trained, at a higher rate, and three images
+    "cpu": {
+        "data_name": "CIFAR-10 (JPEG copies)", "train_images": 10_000, "levels": 2, "blocks": 6,
+        "residual_blocks": 1, "hidden": 16, "coefficient": 0.9, "steps": 150, "residual_steps": 20,
+        "batch_size": 32, "learning_rate": 5e-3, "warmup": 15, "clip": 50.0, "images": 3,
+        "attack_steps": 80, "device": "cpu",
+    },
+    "paper": {},  # Table 7, 100 epochs, for a GPU
+}  # fmt: skip
 
 
 def affine(
@@ -331,4 +327,4 @@ def run(config: Config) -> pd.DataFrame:
 
 
 if __name__ == "__main__":
-    main(Config, run, draw)
+    main(__name__)

@@ -64,23 +64,15 @@ class Config:
     workers: int = 2  # processes, of one thread each
     reports: str = ""  # folder for one HTML page per run and an index; "" writes none
 
-    @classmethod
-    def smoke(cls) -> Config:
-        """Seconds: two small nets, one epoch."""
-        return cls(
-            nets=("plain", "nflows"),
-            epochs=1,
-            blocks=2,
-            width=8,
-            checkpoints=1,
-            audited=16,
-            workers=1,
-        )
 
-    @classmethod
-    def cpu(cls) -> Config:
-        """Four minutes on two cores."""
-        return cls()
+PRESETS = {
+    # Seconds: two small nets, one epoch
+    "smoke": {
+        "nets": ("plain", "nflows"), "epochs": 1, "blocks": 2, "width": 8, "checkpoints": 1,
+        "audited": 16, "workers": 1,
+    },
+    "cpu": {},  # four minutes on two cores
+}  # fmt: skip
 
 
 def run(config: Config) -> pd.DataFrame:
@@ -229,4 +221,4 @@ def _checks(config: Config) -> list[str | ig.audits.Audit]:
 
 
 if __name__ == "__main__":
-    main(Config, run, draw)
+    main(__name__)

@@ -144,7 +144,7 @@ class NormalizingFlowTerm(Term):
     def latents(self, inn: Invertible, x: Tensor, batch: Batch) -> tuple[Tensor, Tensor | float]:
         """z, and the normalizing-flow loss of the same pass."""
         z, log_det = inn.forward_and_log_det(x)
-        return z, NormalizingFlowLoss(self.coefficient).of(z, log_det)
+        return z, NormalizingFlowLoss(self.coefficient).from_forward(z, log_det)
 
 
 @dataclass(frozen=True)

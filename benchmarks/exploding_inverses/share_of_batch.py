@@ -35,16 +35,15 @@ class Config:
     seeds: tuple[int, ...] = (1, 2, 3)
     training: digits_classifier.Config = field(default=digits_classifier.Config(checkpoints=1))
 
-    @classmethod
-    def smoke(cls) -> Config:
-        """Seconds."""
-        small = dataclasses.replace(digits_classifier.Config.smoke(), blocks=2)
-        return cls(shares=(1 / 8, 1.0), seeds=(1,), training=small)
 
-    @classmethod
-    def cpu(cls) -> Config:
-        """Minutes on one core."""
-        return cls()
+PRESETS = {
+    "smoke": {
+        "shares": (1 / 8, 1.0),
+        "seeds": (1,),
+        "training": digits_classifier.Config(**digits_classifier.PRESETS["smoke"]),
+    },
+    "cpu": {},  # six minutes of one idle core
+}
 
 
 def measure(config: Config, case: tuple[float, int]) -> list[Row]:
@@ -101,4 +100,4 @@ def draw(frame: pd.DataFrame) -> Figure:
 
 
 if __name__ == "__main__":
-    main(Config, run, draw)
+    main(__name__)

@@ -82,20 +82,16 @@ class Config:
         "InjFlow",
     )
 
-    @classmethod
-    def smoke(cls) -> Config:
-        """Seconds."""
-        return cls(width=4, steps=3, seeds=(0,))
 
-    @classmethod
-    def cpu(cls) -> Config:
-        """Minutes on two cores."""
-        return cls()
-
-    @classmethod
-    def paper(cls) -> Config:
-        """The paper's MNIST setting."""
-        return cls(data="mnist", latent=32, width=64, steps=100_000, samples=10_000, seeds=(0,))
+PRESETS = {
+    "smoke": {"width": 4, "steps": 3, "seeds": (0,)},
+    "cpu": {},  # minutes on two cores
+    # The paper's MNIST setting
+    "paper": {
+        "data": "mnist", "latent": 32, "width": 64, "steps": 100_000, "samples": 10_000,
+        "seeds": (0,),
+    },
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -307,4 +303,4 @@ def draw(frame: pd.DataFrame) -> Figure:
 
 
 if __name__ == "__main__":
-    main(Config, run, draw)
+    main(__name__)

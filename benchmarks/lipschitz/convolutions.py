@@ -23,7 +23,13 @@ from inn_guard.layers.coupling import Coupling
 from inn_guard.lipschitz.bounds import lipschitz_bounds
 from inn_guard.lipschitz.maps.base import bounded_map
 from inn_guard.lipschitz.networks.conditioner import SearchBudget
-from inn_guard.lipschitz.whole_network import Stack, product, stack, whole_forward, whole_inverse
+from inn_guard.lipschitz.whole_network import (
+    Stack,
+    product,
+    stack,
+    forward_factors,
+    inverse_factors,
+)
 from inn_guard.lipschitz.witness import search
 from inn_guard.numerics.intervals import Box
 from inn_guard.numerics.spectral_norm import spectral_norm
@@ -54,15 +60,11 @@ class Config:
     boxed: float = 420.0
     searching: float = 30.0
 
-    @classmethod
-    def smoke(cls) -> Config:
-        """Seconds."""
-        return cls(blocks=2, hidden=8, steps=1, seconds=1.0, boxed=3.0, searching=0.1)
 
-    @classmethod
-    def cpu(cls) -> Config:
-        """What the committed table holds: half an hour of one core."""
-        return cls()
+PRESETS = {
+    "smoke": {"blocks": 2, "hidden": 8, "steps": 1, "seconds": 1.0, "boxed": 3.0, "searching": 0.1},
+    "cpu": {},  # what the committed table holds: half an hour of one core
+}
 
 
 def reshaped_norm(net: nn.Module) -> float:
@@ -104,7 +106,7 @@ def _everywhere(config: Config, flow: Chain) -> list[Row]:
         nonlocal layers
         named = [(layer.name, bounded_map(layer.block, layer)) for layer in flow.layers()]
         layers = stack(named, box, SearchBudget(steps=0, width=0))
-        return _product(layers, "printed")
+        return _product(layers, "paper_bound")
 
     nets = [layer.network for layer in flow.layers() if isinstance(layer, Coupling)]
     record(
@@ -125,7 +127,7 @@ def _boxed(flow: Chain, radius: float, *, seconds: float) -> list[Row]:
         flow, Box(image - radius, image + radius), data=image[None], seconds=seconds
     )
     rows = [
-        *_pair("Table 3, certified torus norms", bounds.printed),
+        *_pair("Table 3, certified torus norms", bounds.paper_bound),
         *_pair("closed forms, layer by layer", _product(bounds.per_layer, "bounds")),
         *_pair("lipschitz_bounds", (bounds.forward, bounds.inverse), bounds.method),
         *_pair("witness", (bounds.lower_forward, bounds.lower_inverse)),
@@ -151,7 +153,7 @@ def _product(layers: Stack, part: str) -> tuple[float, float]:
 
 def _whole(layers: Stack, seconds: float) -> tuple[float, float]:
     bounds = []
-    for whole in (whole_forward, whole_inverse):
+    for whole in (forward_factors, inverse_factors):
         factors = whole(
             layers, SearchBudget(steps=100_000, seconds=math.inf, deadline=Deadline.after(seconds))
         )
@@ -174,4 +176,4 @@ def run(config: Config) -> pd.DataFrame:
 
 
 if __name__ == "__main__":
-    main(Config, run)
+    main(__name__)

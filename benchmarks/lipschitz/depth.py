@@ -27,15 +27,11 @@ class Config:
     steps: int = 300
     seconds: float = 25.0
 
-    @classmethod
-    def smoke(cls) -> Config:
-        """Seconds."""
-        return cls(kinds=("ADDITIVE",), depths=(1, 2), hidden=8, steps=2, seconds=1.0)
 
-    @classmethod
-    def cpu(cls) -> Config:
-        """What the committed table holds: five minutes of one core."""
-        return cls()
+PRESETS = {
+    "smoke": {"kinds": ("ADDITIVE",), "depths": (1, 2), "hidden": 8, "steps": 2, "seconds": 1.0},
+    "cpu": {},  # what the committed table holds: five minutes of one core
+}
 
 
 def measure(config: Config, kind: Kind) -> list[Row]:
@@ -52,7 +48,7 @@ def measure(config: Config, kind: Kind) -> list[Row]:
             closed = sum(math.log10(getattr(layer.bounds, side)) for layer in bounds.per_layer)
             rows.append(
                 {
-                    "flow": kind.value, "direction": side, "blocks": depth, "table 3": math.log10(bounds.printed[k]),
+                    "flow": kind.value, "direction": side, "blocks": depth, "table 3": math.log10(bounds.paper_bound[k]),
                     "closed forms": closed, "whole network": math.log10(bounds.certificate.bounds[k]),
                     "best": math.log10(getattr(bounds, side)),
                     "witness": math.log10(getattr(bounds, f"lower_{side}")),
@@ -101,4 +97,4 @@ def draw(frame: pd.DataFrame) -> Figure:
 
 
 if __name__ == "__main__":
-    main(Config, run, draw)
+    main(__name__)

@@ -19,7 +19,7 @@ from inn_guard.lipschitz.lipsdp.chain import Chain
 from inn_guard.lipschitz.lipsdp.multipliers import fast_multipliers
 from inn_guard.lipschitz.lipsdp.recursion import certify
 from inn_guard.lipschitz.networks.chain_builder import ChainBuilder
-from inn_guard.lipschitz.networks.conditioner import SearchBudget, bound_chain, read
+from inn_guard.lipschitz.networks.conditioner import SearchBudget, analyse, bound_chain
 from inn_guard.numerics.convolution_norm import convolution_norm
 from inn_guard.numerics.intervals import Box
 from inn_guard.numerics.spectral_norm import spectral_norm
@@ -51,15 +51,11 @@ class Config:
     wide: int = 4
     chunk: int = 500
 
-    @classmethod
-    def smoke(cls) -> Config:
-        """Seconds."""
-        return cls(matrices=20, kernels=10, networks=20, wide=0, chunk=10)
 
-    @classmethod
-    def cpu(cls) -> Config:
-        """What the committed table holds: three minutes of one core."""
-        return cls()
+PRESETS = {
+    "smoke": {"matrices": 20, "kernels": 10, "networks": 20, "wide": 0, "chunk": 10},
+    "cpu": {},  # what the committed table holds: three minutes of one core
+}
 
 
 @dataclass(frozen=True)
@@ -151,7 +147,7 @@ def networks(count: int, seed: int) -> Trials:
         for parameter in net.parameters():
             nn.init.normal_(parameter, std=1.0, generator=generator)
         builder = ChainBuilder(sizes[0])
-        chain = builder.finish(read(net, box).into(builder, builder.start()))
+        chain = builder.finish(analyse(net, box).append_to(builder, builder.start()))
         bound = bound_chain(chain, SearchBudget(steps=3 * (trial % 4 == 0))).bound
         truth = max(_vertex(chain, generator) for _ in range(8))
         x = torch.rand(4, sizes[0], generator=generator, dtype=torch.float64) * 2 - 1
@@ -178,9 +174,9 @@ def tightness(sizes: list[int], activation: Callable[[], nn.Module]) -> Row:
         for module in net:
             if isinstance(module, nn.Linear):
                 nn.init.normal_(module.weight, std=1 / math.sqrt(module.in_features))
-    reading = read(net, Box.everywhere(sizes[:1]))
+    reading = analyse(net, Box.everywhere(sizes[:1]))
     builder = ChainBuilder(sizes[0])
-    chain = builder.finish(reading.into(builder, builder.start()))
+    chain = builder.finish(reading.append_to(builder, builder.start()))
     bound = bound_chain(chain, SearchBudget(steps=100, seconds=60.0)).bound
     fast = certify(chain, fast_multipliers(chain))
     return {"bound/norm product": bound / reading.product(), "bound/ECLipsE-Fast": bound / fast}
@@ -236,4 +232,4 @@ def run(config: Config) -> pd.DataFrame:
 
 
 if __name__ == "__main__":
-    main(Config, run)
+    main(__name__)

@@ -93,37 +93,19 @@ class Config:
     samples: int = 300
     seeds: tuple[int, ...] = (0, 1)
 
-    @classmethod
-    def smoke(cls) -> Config:
-        """Seconds."""
-        return cls(
-            latents=(0, 4),
-            blocks=1,
-            hidden=4,
-            steps=3,
-            noises=(0.0, 1.0),
-            temperatures=(1.0,),
-            seeds=(0,),
-        )
 
-    @classmethod
-    def cpu(cls) -> Config:
-        """Minutes on two cores."""
-        return cls()
-
-    @classmethod
-    def paper(cls) -> Config:
-        """The paper's CIFAR-10 setting."""
-        return cls(
-            data="cifar10",
-            latents=(0, 64, 128, 256, 512),
-            levels=5,
-            blocks=16,
-            hidden=256,
-            steps=200_000,
-            samples=10_000,
-            seeds=(0,),
-        )
+PRESETS = {
+    "smoke": {
+        "latents": (0, 4), "blocks": 1, "hidden": 4, "steps": 3, "noises": (0.0, 1.0),
+        "temperatures": (1.0,), "seeds": (0,),
+    },
+    "cpu": {},  # minutes on two cores
+    # The paper's CIFAR-10 setting
+    "paper": {
+        "data": "cifar10", "latents": (0, 64, 128, 256, 512), "levels": 5, "blocks": 16,
+        "hidden": 256, "steps": 200_000, "samples": 10_000, "seeds": (0,),
+    },
+}  # fmt: skip
 
 
 Model = NIF | Chain  #: a flow with a noisy injective prior, or one with N(0, I)
@@ -336,4 +318,4 @@ def _means(rows: pd.DataFrame, key: str) -> pd.Series:
 
 
 if __name__ == "__main__":
-    main(Config, run, draw)
+    main(__name__)

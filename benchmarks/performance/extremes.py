@@ -42,15 +42,13 @@ class Config(Sizes):
     checked: int = 1
     tolerance: float = 1e-2
 
-    @classmethod
-    def smoke(cls) -> Config:
-        """Seconds."""
-        return cls(blocks=3, hidden=8, size=8, batch=4, batches=(1, 4), rounds=1, rows=2)
 
-    @classmethod
-    def cpu(cls) -> Config:
-        """The claim's sizes."""
-        return cls()
+PRESETS = {
+    "smoke": {
+        "blocks": 3, "hidden": 8, "size": 8, "batch": 4, "batches": (1, 4), "rounds": 1, "rows": 2,
+    },
+    "cpu": {},  # the claim's sizes
+}  # fmt: skip
 
 
 def ours(net: Chain, x: Tensor, config: Config) -> tuple[float, ExtremeSingularValues]:
@@ -160,4 +158,4 @@ def run(config: Config) -> pd.DataFrame:
 
 
 if __name__ == "__main__":
-    main(Config, run)
+    main(__name__)

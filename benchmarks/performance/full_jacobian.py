@@ -31,15 +31,11 @@ class Config(Sizes):
     rows: int = 12
     dtypes: tuple[str, ...] = ("float32", "float64")
 
-    @classmethod
-    def smoke(cls) -> Config:
-        """Seconds."""
-        return cls(blocks=3, hidden=8, size=8, batch=4, rounds=1, rows=2)
 
-    @classmethod
-    def cpu(cls) -> Config:
-        """The claim's sizes."""
-        return cls()
+PRESETS = {
+    "smoke": {"blocks": 3, "hidden": 8, "size": 8, "batch": 4, "rounds": 1, "rows": 2},
+    "cpu": {},  # the claim's sizes
+}
 
 
 def measure(config: Config, dtype: torch.dtype) -> list[Row]:
@@ -94,4 +90,4 @@ def run(config: Config) -> pd.DataFrame:
 
 
 if __name__ == "__main__":
-    main(Config, run)
+    main(__name__)

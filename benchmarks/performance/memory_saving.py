@@ -40,20 +40,12 @@ class Config(Sizes):
     repeats: int = 7
     guard: float = 1e-3
 
-    @classmethod
-    def smoke(cls) -> Config:
-        """Seconds."""
-        return cls(blocks=(3,), hidden=8, size=8, batch=4, repeats=1)
 
-    @classmethod
-    def cpu(cls) -> Config:
-        """Two depths, the claim's sizes."""
-        return cls()
-
-    @classmethod
-    def paper(cls) -> Config:
-        """The paper's batch, for a GPU."""
-        return cls(batch=128, repeats=20)
+PRESETS = {
+    "smoke": {"blocks": (3,), "hidden": 8, "size": 8, "batch": 4, "repeats": 1},
+    "cpu": {},  # two depths, the claim's sizes
+    "paper": {"batch": 128, "repeats": 20},  # the paper's batch, for a GPU
+}
 
 
 class Block(nn.Module):
@@ -214,4 +206,4 @@ def _blocks(net: Chain) -> list[Block]:
 
 
 if __name__ == "__main__":
-    main(Config, run)
+    main(__name__)

@@ -38,15 +38,11 @@ class Config:
     spread: float = 0.05
     seed: int = 0
 
-    @classmethod
-    def smoke(cls) -> Config:
-        """Seconds."""
-        return cls(sides=(8, 16), hidden=(4,), budgets=(1,))
 
-    @classmethod
-    def cpu(cls) -> Config:
-        """Minutes of one core."""
-        return cls()
+PRESETS = {
+    "smoke": {"sides": (8, 16), "hidden": (4,), "budgets": (1,)},
+    "cpu": {},  # minutes of one core
+}
 
 
 class Size(NamedTuple):
@@ -167,4 +163,4 @@ def draw(frame: pd.DataFrame) -> Figure:
 
 
 if __name__ == "__main__":
-    main(Config, run, draw)
+    main(__name__)

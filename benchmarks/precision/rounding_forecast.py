@@ -59,15 +59,11 @@ class Config:
     probes: int = 1
     seed: int = 0
 
-    @classmethod
-    def smoke(cls) -> Config:
-        """Seconds."""
-        return cls(dims=(4,), depths=(8,), gains=(1.0, 4.0), samples=32)
 
-    @classmethod
-    def cpu(cls) -> Config:
-        """Minutes on one core."""
-        return cls()
+PRESETS = {
+    "smoke": {"dims": (4,), "depths": (8,), "gains": (1.0, 4.0), "samples": 32},
+    "cpu": {},  # minutes on one core
+}
 
 
 @dataclass(frozen=True)
@@ -330,4 +326,4 @@ def draw(frame: pd.DataFrame) -> Figure:
 
 
 if __name__ == "__main__":
-    main(Config, run, draw)
+    main(__name__)

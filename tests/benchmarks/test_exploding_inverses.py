@@ -11,8 +11,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from benchmarks.common.runner import preset
 from benchmarks.exploding_inverses import cifar10_classifiers, dequantization, regularizer_cost
-from benchmarks.exploding_inverses.classifier_report import beside_paper, with_theirs
+from benchmarks.exploding_inverses.classifier_report import compare_with_paper, with_theirs
 from benchmarks.exploding_inverses.flow_report import grid
 from benchmarks.exploding_inverses.image_classifiers import (
     FiniteDifferencesTerm,
@@ -45,7 +46,7 @@ def generator(seed=0):
 
 def training(text="affine conv none", **changes):
     return cifar10_classifiers.Training.of(
-        dataclasses.replace(cifar10_classifiers.Config.smoke(), **changes), Run.parse(text)
+        dataclasses.replace(preset(cifar10_classifiers, "smoke"), **changes), Run.parse(text)
     )
 
 
@@ -194,7 +195,7 @@ def test_a_run_that_is_none_is_refused(text):
 
 
 def test_the_unregularized_affine_net_alone_is_trained_with_stored_activations():
-    names = cifar10_classifiers.Config.paper().runs
+    names = preset(cifar10_classifiers, "paper").runs
     assert [name for name in names if not Run.parse(name).reversible] == [
         "affine shuffle none",
         "affine conv none",
@@ -267,12 +268,14 @@ def test_the_papers_figures_stand_beside_their_own_runs():
     assert frame["their_condition_number"].tolist()[:3] == [8.6e14, 9.6e3, 7.0e2]
     assert frame["their_test_accuracy"].tolist()[:3] == pytest.approx([0.8907, 0.8864, 0.8849])
     assert frame["their_test_accuracy"].isna().tolist() == [False, False, False, True, True]
-    assert "/ -" in beside_paper(frame).set_index("run").loc["affine conv FD 7e-7", "accuracy"]
+    assert (
+        "/ -" in compare_with_paper(frame).set_index("run").loc["affine conv FD 7e-7", "accuracy"]
+    )
 
 
 def test_the_papers_conclusions_hold_of_its_own_figures_and_not_of_others():
     frame = with_theirs(
-        pd.DataFrame([last_row(name) for name in cifar10_classifiers.Config.paper().runs])
+        pd.DataFrame([last_row(name) for name in preset(cifar10_classifiers, "paper").runs])
     )
     counted = conclusions(frame)
     assert [text.split(" of ")[0] for text in counted["paper"]] == [
@@ -283,7 +286,9 @@ def test_the_papers_conclusions_hold_of_its_own_figures_and_not_of_others():
 
 
 def test_a_residual_inverse_of_few_iterations_is_off_and_the_converged_one_is_not():
-    config = dataclasses.replace(dequantization.Config.smoke(), coefficient=0.97, few_iterations=2)
+    config = dataclasses.replace(
+        preset(dequantization, "smoke"), coefficient=0.97, few_iterations=2
+    )
     flow = dequantization.Flow.fresh(config, "residual")
     with torch.no_grad():
         for parameter in flow.net.parameters():
@@ -295,12 +300,12 @@ def test_a_residual_inverse_of_few_iterations_is_off_and_the_converged_one_is_no
 
 
 def test_what_is_attacked_lies_in_the_middle_of_its_cubes():
-    flow = dequantization.Flow.fresh(dequantization.Config.smoke(), "affine (0 1)")
+    flow = dequantization.Flow.fresh(preset(dequantization, "smoke"), "affine (0 1)")
     assert torch.equal((flow.attacked * 32).floor().to(torch.uint8), flow.training.data.train[:2])
 
 
 def test_the_cost_of_k_steps_is_that_of_one_penalty():
-    config = dataclasses.replace(regularizer_cost.Config.smoke(), every=(1, 4))
+    config = dataclasses.replace(preset(regularizer_cost, "smoke"), every=(1, 4))
     rows = [row for row in regularizer_cost.measure(config, "stored") if row["fraction"] == 1]
     once, every_fourth = (row["overhead"] for row in rows)
     assert every_fourth == pytest.approx((3 + once) / 4)

@@ -14,13 +14,14 @@ from typer.testing import CliRunner
 
 from benchmarks.common import experiments
 from benchmarks.common.experiments import EXPERIMENTS
+from benchmarks.common.runner import preset
 from inn_guard.cli import app
 
 ROOT = pathlib.Path(__file__).parents[2]
 SCRIPTS = {
     ".".join(path.relative_to(ROOT / "benchmarks").with_suffix("").parts)
     for path in (ROOT / "benchmarks").glob("*/*.py")
-    if "def smoke(cls)" in path.read_text(encoding="utf-8")
+    if "\nPRESETS = " in path.read_text(encoding="utf-8")
 }
 
 
@@ -48,7 +49,7 @@ def test_the_papers_numbers_are_there(one):
 
 @pytest.mark.parametrize("one", EXPERIMENTS, ids=lambda one: one.name)
 def test_smoke(one, tmp_path):
-    config = one.module.Config.smoke()
+    config = preset(one.module, "smoke")
     assert dataclasses.is_dataclass(config)
     assert type(config).__dataclass_params__.frozen
     done = CliRunner().invoke(app, ["bench", one.name, "--preset", "smoke", "--out", str(tmp_path)])
@@ -66,7 +67,7 @@ def test_smoke(one, tmp_path):
 def test_the_demo_writes_reports_and_an_index_that_links_them(tmp_path):
     experiment = importlib.import_module("benchmarks.exploding_inverses.digits_classifier")
     config = dataclasses.replace(
-        experiment.Config.smoke(),
+        preset(experiment, "smoke"),
         nets=("plain",),
         regularizers=("none", "FD"),
         reports=str(tmp_path / "out"),
@@ -81,6 +82,6 @@ def test_the_demo_writes_reports_and_an_index_that_links_them(tmp_path):
 
 def test_a_run_that_ends_in_nan_is_a_row(monkeypatch):
     experiment = importlib.import_module("benchmarks.exploding_inverses.digits_classifier")
-    config = dataclasses.replace(experiment.Config.smoke(), learning_rate=1e30)
+    config = dataclasses.replace(preset(experiment, "smoke"), learning_rate=1e30)
     (*_, row) = experiment.measure(config, "plain", "FD")
     assert row["verdict"] == "non_finite"

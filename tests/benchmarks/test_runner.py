@@ -22,14 +22,8 @@ class Config:
     data_root: str = ""
     fast: bool = False
 
-    @classmethod
-    def smoke(cls):
-        return cls()
 
-    @classmethod
-    def cpu(cls):
-        return cls(size=3)
-
+PRESETS = {"smoke": {}, "cpu": {"size": 3}}
 
 calls: list[str] = []
 
@@ -84,7 +78,7 @@ def test_flags_are_parsed_as_the_fields_they_set_and_results_hold_the_checksums(
         "--data-root",
         str(tmp_path / "files"),
     ]
-    runner.main(Config, run, argv=[*words, "--out", str(tmp_path)])
+    runner.main(__name__, argv=[*words, "--out", str(tmp_path)])
     (path,) = tmp_path.glob("*_smoke.json")
     written = json.loads(path.read_text())
     digest = hashlib.sha256(b"labels").hexdigest()
@@ -112,7 +106,7 @@ def test_flags_are_parsed_as_the_fields_they_set_and_results_hold_the_checksums(
 def test_wrong_flags_end_before_anything_is_run(flags, said, tmp_path, capsys):
     (tmp_path / "file").touch()
     with pytest.raises(SystemExit) as end:
-        runner.main(Config, run, argv=["--preset", "smoke", *flags])
+        runner.main(__name__, argv=["--preset", "smoke", *flags])
     assert end.value.code == 2
     assert re.search(said, capsys.readouterr().err)
     assert not calls

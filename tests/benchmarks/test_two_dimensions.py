@@ -8,6 +8,7 @@ import math
 import pytest
 import torch
 
+from benchmarks.common.runner import preset
 from benchmarks.exploding_inverses import checkerboard, flowgan, toy_regression
 from benchmarks.exploding_inverses.gan import discriminator, gradient_penalty
 from benchmarks.exploding_inverses.plane import round_trip_error, singular_values
@@ -51,7 +52,7 @@ def test_what_is_lost_is_infinite_and_not_the_largest_number(lost):
 
 
 def test_the_regression_is_onto_a_line():
-    config = dataclasses.replace(toy_regression.Config.smoke(), samples=4000)
+    config = dataclasses.replace(preset(toy_regression, "smoke"), samples=4000)
     x, y = toy_regression.data(config)
     assert x.T.cov().allclose(torch.eye(2), atol=0.1)
     assert y[:, 0].abs().max() < 1e-11
@@ -65,14 +66,14 @@ def test_looks_begin_at_the_first_and_end_at_the_last_step():
 
 
 def test_a_loss_that_is_not_finite_ends_a_regression_with_a_row():
-    config = dataclasses.replace(toy_regression.Config.smoke(), learning_rate=1e30, steps=50)
+    config = dataclasses.replace(preset(toy_regression, "smoke"), learning_rate=1e30, steps=50)
     rows = list(toy_regression.measure(config, 0.0))
     assert not math.isfinite(rows[-1]["mse"])
     assert rows[-1]["step"] < 50
 
 
 def test_certified_bounds_enclose_the_grid_within_the_box():
-    config = dataclasses.replace(checkerboard.Config.smoke(), extent=4.0, points=9)
+    config = dataclasses.replace(preset(checkerboard, "smoke"), extent=4.0, points=9)
     frame = checkerboard.run(config)
     for _, group in frame.groupby("net"):
         grid, certified = group[group.place == "grid"], group[group.place == "certified"].iloc[0]
@@ -108,7 +109,7 @@ def test_the_discriminator_has_spectral_norm_one_in_every_layer(shape):
 
 def test_a_generator_whose_loss_is_not_finite_is_left_as_it_was_and_ends_with_a_row(monkeypatch):
     torch.set_default_dtype(torch.float32)
-    config = dataclasses.replace(flowgan.Config.smoke(), objectives=("mle",), steps=4, looks=2)
+    config = dataclasses.replace(preset(flowgan, "smoke"), objectives=("mle",), steps=4, looks=2)
     players = flowgan.Players(config, flowgan.loaded(config)[0])
     before = [parameter.clone() for parameter in players.flow.parameters()]
     monkeypatch.setattr(
