@@ -1,4 +1,4 @@
-"""Draws docs/images/exploding_inverse.png, the README's picture, from the committed results of the digits classifier.
+"""Draws the README's picture from the committed results of the digits classifier.
 
 python docs/figure.py
 """

@@ -2,8 +2,8 @@
 
     python docs/libraries.py
 
-``tests/cases/LIB.py`` holds a table EXCEPTIONS, what -> why, and ``tests/adapters/test_LIB.py`` shows each failure.
-The tables are parsed, not imported, so that the page can be built where no library is installed.
+``tests/cases/LIB.py`` holds a table EXCEPTIONS, what -> why, and ``tests/adapters/test_LIB.py``
+shows each failure. The tables are parsed, not imported, so that no library has to be installed.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ LIBRARIES = {
     "memcnn": "memcnn",
     "torch": "functions",
 }
-#: what the contract runs over, and the file that shows the failures if it is not named after the library
+#: what the contract runs over
 TESTED = {
     "nflows": "every transform",
     "FrEIA": "every module",
@@ -33,15 +33,16 @@ TESTED = {
     "memcnn": "the couplings",
     "torch": "the transforms in torch.distributions",
 }
+#: the test file that shows the failures, where it is not named after the cases
 SHOWN_IN = {"torch": "callables"}
 
 HEAD = """# What the libraries cannot do
 
 <!-- written by docs/libraries.py from tests/cases/; edit the tables there -->
 
-`tests/core/test_invertible.py` holds every layer of every library to one contract: the inverse inverts, log-determinants
-are those of the Jacobian, derivatives are right, a call changes nothing. The entries below cannot keep it. Each is itself a
-test that shows the failure.
+`tests/core/test_invertible.py` holds every layer of every library to one contract: the inverse
+inverts, log-determinants are those of the Jacobian, derivatives are right, a call changes nothing.
+The entries below cannot keep it. Each is itself a test that shows the failure.
 """
 
 
@@ -83,8 +84,8 @@ def page() -> str:
         shown = SHOWN_IN.get(library, stem)
         parts.append(f"\n## {library} {version}\n")
         parts.append(
-            f"The contract runs over {TESTED[library]} "
-            f"([cases](../tests/cases/{stem}.py), [failures shown](../tests/adapters/test_{shown}.py)).\n"
+            f"The contract runs over {TESTED[library]} ([cases](../tests/cases/{stem}.py), "
+            f"[failures shown](../tests/adapters/test_{shown}.py)).\n"
         )
         parts.append("| what | why not |\n|---|---|")
         for what, why in failures(ROOT / "tests" / "cases" / f"{stem}.py").items():

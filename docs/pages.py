@@ -1,7 +1,8 @@
-"""The site's hook for mkdocs: adds the pages whose text is elsewhere, and turns links into the site's own.
+"""The site's hook for mkdocs: adds pages whose text is elsewhere, and makes links the site's own.
 
-README, CONTRIBUTING and CHANGELOG become pages, the reference is made of docstrings, the figures are those committed
-with the results. Links are written for the repository, so that they also work where it is browsed.
+README, CONTRIBUTING and CHANGELOG become pages, the reference is made of docstrings, the figures are
+those committed with the results. Pages link to files of the repository, so that they can be browsed
+there, too.
 """
 
 from __future__ import annotations
@@ -45,7 +46,7 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 
 
 def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
-    """Turn links to files of the repository into links to pages, or into plain names where there is no page."""
+    """Turn links to files of the repository into links to pages, or plain names if there is none."""
     here = PurePosixPath(page.file.src_uri)
     source = PurePosixPath(MOVED.get(str(here), f"docs/{here}"))
 

@@ -1,4 +1,4 @@
-"""Which names the reference documents: read from the sources, so that nothing has to be installed or imported."""
+"""Which names the reference documents, read from the sources: nothing has to be installed."""
 
 from __future__ import annotations
 

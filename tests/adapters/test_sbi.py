@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import re
-from pathlib import Path
-
 import pytest
 import torch
 import zuko
@@ -136,37 +133,6 @@ def test_estimators_that_sbi_itself_trained(kind):
             torch.testing.assert_close(wrap(model, context=x[:8]).log_prob(theta[:8]), own)
         report = ig.audit(posterior, theta[:32], context=x[:32], level="quick")
         assert report["reconstruction"].values["max_error"] < 1e-2
-    finally:
-        torch.set_default_dtype(before)
-
-
-def test_the_readmes_example_runs():
-    sbi = pytest.importorskip("sbi")
-    pytest.importorskip("sbi.inference")
-    readme = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
-    (block,) = [
-        block
-        for block in re.findall(r"```py\n(.*?)```", readme, flags=re.DOTALL)
-        if "sbi." in block
-    ]
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(torch.float32)
-    try:
-        theta = torch.rand(200, THETA)
-        prior = torch.distributions.Independent(
-            torch.distributions.Uniform(torch.zeros(THETA), torch.ones(THETA)), 1
-        )
-        names = {
-            "sbi": sbi,
-            "ig": ig,
-            "prior": prior,
-            "theta": theta,
-            "x": theta + 0.1 * torch.randn(200, THETA),
-        }
-        exec(
-            compile(block.replace(".train()", ".train(max_num_epochs=2)"), "README.md", "exec"),
-            names,
-        )
     finally:
         torch.set_default_dtype(before)
 

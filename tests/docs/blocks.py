@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 ROOT = Path(__file__).parents[2]
-#: an optional comment that names a library, then a block that is meant to run; ```py marks one that is not
+#: an optional comment that names libraries, then a block that runs; ```py marks one that does not
 BLOCK = re.compile(r"(?:<!-- needs: ([\w, ]+) -->\n)?```python\n(.*?)```", flags=re.DOTALL)
 
 

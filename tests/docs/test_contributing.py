@@ -1,4 +1,4 @@
-"""The instructions of CONTRIBUTING.md work: its files are written next to the package, its other blocks run after them."""
+"""The instructions of CONTRIBUTING.md work: its files are written, then its other blocks run."""
 
 from __future__ import annotations
 

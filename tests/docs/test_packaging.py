@@ -1,4 +1,4 @@
-"""What is shipped: a wheel and an sdist that hold the package; the wheel works with no optional library at all."""
+"""What is shipped: a wheel and an sdist that hold the package; the wheel needs no optional library."""
 
 from __future__ import annotations
 
@@ -61,8 +61,8 @@ print("works")
 """
 #: not jinja2 and mpmath, which torch itself imports
 OPTIONAL = (
-    "nflows,FrEIA,normflows,zuko,memcnn,sbi,lightning,pandas,matplotlib,typer,torchdiffeq,sklearn,scipy,safetensors,"
-    "PIL,beartype,hypothesis,pytest"
+    "nflows,FrEIA,normflows,zuko,memcnn,sbi,lightning,pandas,matplotlib,typer,torchdiffeq,sklearn,"
+    "safetensors,PIL,beartype,hypothesis,pytest"
 )
 
 

@@ -1,4 +1,4 @@
-"""The examples of the README and of docs/ run as they stand, what the pages point to exists, and the README stays short."""
+"""The README and docs/: examples run as they stand, what they point to exists, one page is short."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def script(name: str):
 
 @pytest.mark.parametrize("page", WITH_CODE, ids=lambda page: page.relative_to(ROOT).as_posix())
 def test_the_examples_run(page, tmp_path, monkeypatch):
-    """One after the other, as a reader would paste them; those for a library that is not installed are left out."""
+    """One after the other, as a reader would paste them, without those of absent libraries."""
     monkeypatch.chdir(tmp_path)
     before = torch.get_default_dtype()
     torch.set_default_dtype(torch.float32)
@@ -110,7 +110,7 @@ def _exists(place: str) -> bool:
 
 
 def _resolves(name: str) -> bool:
-    """Whether importing and attribute access reach a dotted name, wherever the module in it ends."""
+    """Whether imports and attributes reach a dotted name, wherever the module in it ends."""
     parts = name.split(".")
     for k in range(len(parts), 0, -1):
         try:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import logging
-import re
 import warnings
 from pathlib import Path
 
@@ -14,6 +13,7 @@ import torch
 from torch.utils.data import DataLoader, TensorDataset
 
 import inn_guard as ig
+from tests.docs.blocks import blocks
 
 
 def _import_lightning():
@@ -179,14 +179,10 @@ def test_a_checkpoint_resumes_the_schedule(tmp_path):
     assert resumed.state_dict()["step"] == 6
 
 
-def test_the_readmes_example_is_such_a_module():
-    readme = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
-    (block,) = [
-        block
-        for block in re.findall(r"```py\n(.*?)```", readme, flags=re.DOTALL)
-        if "LightningModule" in block
-    ]
-    names = {"pl": pl, "ig": ig, "StabilityCallback": StabilityCallback}
-    exec(compile(block, "README.md", "exec"), names)
+def test_the_guides_example_is_such_a_module():
+    page = Path(__file__).parents[2] / "docs" / "guides" / "training.md"
+    (code,) = [block.code for block in blocks(page) if "LightningModule" in block.code]
+    names = {"ig": ig, "torch": torch}
+    exec(compile(code, str(page), "exec"), names)
     density = names["Density"](flow())
     assert density.training_step((data()[:8],), 0).requires_grad
