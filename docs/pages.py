@@ -1,6 +1,6 @@
 """The site's hook for mkdocs: adds pages whose text is elsewhere, and makes links the site's own.
 
-README, CONTRIBUTING and CHANGELOG become pages, the reference is made of docstrings, the figures are
+README, CONTRIBUTING and CHANGELOG become pages, the reference is made of docstrings, figures are
 those committed with the results. Pages link to files of the repository, so that they can be browsed
 there, too.
 """
@@ -46,7 +46,7 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 
 
 def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
-    """Turn links to files of the repository into links to pages, or plain names if there is none."""
+    """Turn links to files of the repository into links to pages, or plain names without one."""
     here = PurePosixPath(page.file.src_uri)
     source = PurePosixPath(MOVED.get(str(here), f"docs/{here}"))
 

@@ -1,7 +1,8 @@
-"""The README and docs/: examples run as they stand, what they point to exists, one page is short."""
+"""The README and docs: examples run as they stand, what they point to exists, one page is short."""
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import importlib.util
 import re
@@ -61,6 +62,19 @@ def test_dotted_names_exist(page):
         assert _resolves(name), name
     for name in set(re.findall(r"\big\.(\w+(?:\.\w+)*)", text)):
         assert _resolves(f"inn_guard.{name}"), f"ig.{name}"
+
+
+@pytest.mark.parametrize(
+    "page", sorted((ROOT / "docs" / "results").glob("*.md")), ids=lambda page: page.stem
+)
+def test_the_commands_of_results_name_scripts_and_their_flags(page):
+    text = page.read_text(encoding="utf-8").replace("\\\n", " ")
+    commands = re.findall(r"(?:python -m benchmarks\.|inn-guard bench )([a-z]\w*\.\w+)(.*)", text)
+    for name, arguments in commands:
+        config = importlib.import_module(f"benchmarks.{name}").Config
+        known = {"preset", "out"} | {field.name for field in dataclasses.fields(config)}
+        flags = {flag.replace("-", "_") for flag in re.findall(r"--([a-z][a-z-]*)", arguments)}
+        assert flags <= known, name
 
 
 def test_the_readme_is_one_page():
