@@ -1,1 +1,1 @@
-"""Training."""
+"""Inside a training loop: regularizers, audits on a schedule, and actions on their findings."""

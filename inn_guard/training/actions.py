@@ -1,4 +1,4 @@
-"""What may be done about an audit inside a training run: warn, stop, store activations, steer, or go back."""
+"""Actions on an audit during training: warn, stop, store activations, adapt, or roll back."""
 
 from __future__ import annotations
 
@@ -34,18 +34,18 @@ Condition = Callable[[Record], bool]
 
 
 class StabilityWarning(UserWarning):
-    """An audit inside a training run has found something."""
+    """An audit during training found the model unstable or not finite."""
 
 
 class StabilityError(RuntimeError):
-    """An audit inside a training run has found something that ends it.
+    """An audit during training found a reason to stop.
 
     Attributes:
-        report: what was found.
+        report: the report of that audit.
     """
 
     def __init__(self, message: str, report: AuditReport) -> None:
-        super().__init__(message, report)
+        super().__init__(message, report)  # both, so that the error can be pickled
         self.report = report
 
     def __str__(self) -> str:
@@ -53,7 +53,7 @@ class StabilityError(RuntimeError):
 
 
 def failed(record: Record) -> bool:
-    """Whether any check of the audit found the model unstable or not finite."""
+    """Whether the audit's verdict is unstable or non_finite."""
     return record.report.verdict.failed
 
 
@@ -62,13 +62,13 @@ class EmitWarning:
     """Issues a StabilityWarning with the findings of an audit.
 
     Args:
-        when: which audits; those with findings unless given.
+        when: which audits. Default: those whose verdict is unstable or non_finite.
     """
 
     when: Condition = failed
 
     def __call__(self, record: Record) -> None:
-        """Warn, if it is time."""
+        """Warn if ``when`` says so."""
         if self.when(record):
             warnings.warn(_findings(record), StabilityWarning, stacklevel=3)
 
@@ -78,13 +78,13 @@ class RaiseError:
     """Raises a StabilityError that carries the report of an audit.
 
     Args:
-        when: which audits; those with findings unless given.
+        when: which audits. Default: those whose verdict is unstable or non_finite.
     """
 
     when: Condition = failed
 
     def __call__(self, record: Record) -> None:
-        """Raise, if it is time.
+        """Raise if ``when`` says so.
 
         Raises:
             StabilityError: with the report.
@@ -95,48 +95,52 @@ class RaiseError:
 
 @dataclass(frozen=True)
 class DisableMemorySaving:
-    """Switches memory saving off: from then on gradients come from stored activations, right whatever the inverse does.
+    """Switches memory saving off: gradients then come from stored activations.
 
-    It stays off; set ``saving.enabled = True`` to switch it on again.
+    These are right whatever the inverse does. Memory saving stays off until you set
+    ``saving.enabled = True``.
 
     Args:
         saving: what ``memory_saving(model)`` returned.
-        when: at which audits; those with findings unless given.
+        when: which audits. Default: those whose verdict is unstable or non_finite.
     """
 
     saving: MemorySaving
     when: Condition = failed
 
     def __call__(self, record: Record) -> None:
-        """Switch off, if it is time, and warn that memory will be needed."""
+        """Switch off if ``when`` says so, and warn that more memory is needed."""
         if self.saving.enabled and self.when(record):
             self.saving.enabled = False
-            message = f"{_findings(record)}; memory saving is switched off: activations are stored from now on"
+            message = (
+                f"{_findings(record)}; memory saving is off: activations are stored from now on"
+            )
             warnings.warn(message, StabilityWarning, stacklevel=3)
 
     @property
     def values(self) -> dict[str, float]:
-        """Whether memory is saved: 1 or 0."""
+        """Whether memory saving is on: 1 or 0."""
         return {"memory_saving": float(self.saving.enabled)}
 
     def state_dict(self) -> dict[str, Any]:
-        """Whether memory is saved."""
+        """Whether memory saving is on."""
         return {"enabled": self.saving.enabled}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continue where ``state`` was taken."""
+        """Continue from ``state``."""
         self.saving.enabled = bool(state["enabled"])
 
 
 def log10_condition_number(report: AuditReport) -> float:
-    """log10 of the worst condition number that the check ``jacobian_spectrum`` measured; inf where it is not finite.
+    """log10 of the worst condition number in the check ``jacobian_spectrum``; inf if not finite.
 
     Raises:
-        ValueError: if the report has no such check, or the model has no such number.
+        ValueError: if the report lacks this check, or the check has no condition number.
     """
     if "jacobian_spectrum" not in report:
+        names = ", ".join(report.names) or "none"
         raise ValueError(
-            f"expected the check jacobian_spectrum in the report; it has {', '.join(report.names) or 'none'}: type "
+            f"expected the check jacobian_spectrum in the report; it has {names}: pass "
             'AuditHook(..., checks=["jacobian_spectrum"])'
         )
     result = report["jacobian_spectrum"]
@@ -147,28 +151,36 @@ def log10_condition_number(report: AuditReport) -> float:
     plain = [value for name, value in result.values.items() if name.endswith("condition_number")]
     if not plain:
         raise ValueError(f"the condition number cannot be measured: {result.reason}")
-    return max(math.log10(value) if value > 0 else math.inf for value in plain)
+    return max(map(_log10, plain))
+
+
+def _log10(value: float) -> float:
+    """log10, with inf for what is no condition number (0, negative or NaN)."""
+    if value > 0:
+        return math.log10(value)
+    return math.inf
 
 
 @dataclass(frozen=True)
 class AdaptCoefficient:
-    """Hands the condition number that was measured to an AdaptiveCoefficient.
+    """Updates an AdaptiveCoefficient with the measured condition number.
 
     Args:
-        coefficient: what is steered.
-        measured: report -> log10 of the condition number; the worst of ``jacobian_spectrum`` unless given.
+        coefficient: the coefficient to update.
+        measured: report -> log10 of the condition number. Default: the worst one in the check
+            ``jacobian_spectrum``.
     """
 
     coefficient: AdaptiveCoefficient
     measured: Callable[[AuditReport], float] = log10_condition_number
 
     def __call__(self, record: Record) -> None:
-        """Steer."""
+        """Update the coefficient with the audit's condition number."""
         self.coefficient.update(self.measured(record.report))
 
     @property
     def values(self) -> dict[str, float]:
-        """The coefficient in force."""
+        """The current coefficient."""
         return {"coefficient": self.coefficient.value}
 
     def state_dict(self) -> dict[str, Any]:
@@ -176,7 +188,7 @@ class AdaptCoefficient:
         return self.coefficient.state_dict()
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue where ``state`` was taken."""
+        """Continue from ``state``."""
         self.coefficient.load_state_dict(state)
 
 
@@ -185,56 +197,60 @@ class Restorable(Protocol):
     """An optimizer, a learning rate schedule, a gradient scaler: anything with a state."""
 
     def state_dict(self) -> dict[str, Any]:
-        """Its state."""
+        """The state, in the form that ``load_state_dict`` takes."""
         ...
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> Any:
-        """Put a state back."""
+        """Continue from a state that ``state_dict`` returned."""
         ...
 
 
 class RollBack:
-    """Keeps the last stable weights on the CPU and puts them back, bit for bit, when an audit has findings.
+    """Keeps the last good weights on the CPU and restores them bit for bit when an audit fails.
 
-    Gradients of the lost weights are dropped. Call the hook after ``optimizer.step()``: a graph that was recorded
-    before its weights went back cannot be differentiated any more.
+    Gradients of the discarded weights are dropped. Call the hook after ``optimizer.step()``: a
+    graph recorded before a rollback cannot be differentiated afterwards.
 
     Args:
-        model: whose parameters and buffers are kept; the whole module that is trained, not only its invertible part.
-        others: the optimizer, and whatever else must go back with the weights.
-        limit: so many rollbacks in a row, without a stable audit between them, end the run.
+        model: the module whose parameters and buffers are kept: all that is trained, not only its
+            invertible part.
+        others: the optimizer, and whatever else must be restored with the weights.
+        limit: how many rollbacks in a row, without a passed audit in between, end the run.
 
     Attributes:
         count: rollbacks so far.
-        step: the training step whose weights are kept; None before the first stable audit.
+        step: the training step whose weights are kept; None before the first passed audit.
+
+    Raises:
+        ValueError: if ``limit`` is below 1.
     """
 
     def __init__(self, model: nn.Module, *others: Restorable, limit: int = 5) -> None:
         if limit < 1:
             raise ValueError(f"expected a limit of at least 1 rollback in a row; got {limit}")
-        self.model, self.others, self.limit = model, others, limit
+        self.model = model
+        self.others = others
+        self.limit = limit
         self.count = 0
         self.step: int | None = None
         self._in_a_row = 0
         self._kept: dict[str, Any] = {}
 
     def __call__(self, record: Record) -> None:
-        """Keep the weights after a stable audit, put them back after one with findings.
+        """Keep the weights after a passed audit, restore them after a failed one.
 
         Raises:
-            StabilityError: if there are none to put back, or the limit is reached.
+            StabilityError: if there are no weights to restore, or the limit is reached.
         """
         if not failed(record):
             self._keep(record.step)
             return
-        if self.step is None or self._in_a_row >= self.limit:
-            why = (
-                "no stable weights are known"
-                if self.step is None
-                else f"{self.limit} rollbacks in a row did not help"
-            )
-            raise StabilityError(f"{_findings(record)}; {why}", record.report)
-        self._put_back()
+        if self.step is None:
+            raise StabilityError(f"{_findings(record)}; no audit has passed before", record.report)
+        if self._in_a_row >= self.limit:
+            message = f"{_findings(record)}; {self.limit} rollbacks in a row did not help"
+            raise StabilityError(message, record.report)
+        self._restore()
         message = f"{_findings(record)}; rolled back to the weights of step {self.step}"
         warnings.warn(message, StabilityWarning, stacklevel=3)
 
@@ -253,18 +269,18 @@ class RollBack:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continue where ``state`` was taken."""
+        """Continue from ``state``."""
         self._kept, self.step = _on_cpu(state["kept"]), state["step"]
         self.count, self._in_a_row = int(state["count"]), int(state["in_a_row"])
 
     def _keep(self, step: int) -> None:
         self.step, self._in_a_row = step, 0
         self._kept = {
-            "tensors": {name: _on_cpu(tensor) for name, tensor in _tensors(self.model)},
+            "tensors": _on_cpu(dict(_tensors(self.model))),
             "others": [_on_cpu(other.state_dict()) for other in self.others],
         }
 
-    def _put_back(self) -> None:
+    def _restore(self) -> None:
         tensors = self._kept["tensors"]
         with torch.no_grad():
             for name, tensor in _tensors(self.model):
@@ -272,7 +288,7 @@ class RollBack:
         for parameter in self.model.parameters():
             parameter.grad = None
         for other, state in zip(self.others, self._kept["others"], strict=True):
-            # a copy: an optimizer goes on with the very tensors it is given
+            # a copy, because an optimizer continues with the very tensors that it is given
             other.load_state_dict(_on_cpu(state))
         self.count += 1
         self._in_a_row += 1
@@ -295,9 +311,8 @@ def _on_cpu(value: Any) -> Any:
 
 
 def _findings(record: Record) -> str:
-    found = [
-        f"{result.name}: {result.reason}"
-        for result in record.report.results
-        if result.verdict.failed
-    ]
+    found = []
+    for result in record.report.results:
+        if result.verdict.failed:
+            found.append(f"{result.name}: {result.reason}")
     return f"step {record.step}: {'; '.join(found) or record.report.verdict.label}"

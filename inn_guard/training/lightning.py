@@ -1,7 +1,8 @@
 """StabilityCallback: audits on a schedule inside a Lightning run, logged like any other metric.
 
-Where importing lightning itself stops at "operator torchvision::nms does not exist", a torchvision is installed that
-was compiled for another torch (MemCNN asks for one and needs none): pip uninstall torchvision.
+If ``import lightning`` fails with "operator torchvision::nms does not exist", the installed
+torchvision was built for another torch. MemCNN requires it without needing it:
+pip uninstall torchvision.
 """
 
 from __future__ import annotations
@@ -9,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import lightning.pytorch as pl
 from torch import Tensor, nn
 
 from inn_guard.audits import Audit
@@ -17,33 +17,46 @@ from inn_guard.audits.quick_check import quick_round_trip
 from inn_guard.core.invertible import Context
 from inn_guard.training.actions import Action
 from inn_guard.training.audit_hook import AuditHook
-from inn_guard.training.records import Record
+from inn_guard.training.records import Record, scalars
 from inn_guard.training.schedule import Schedule
+
+try:
+    import lightning.pytorch as pl
+except ModuleNotFoundError as error:
+    if error.name != "lightning":
+        raise
+    raise ModuleNotFoundError(
+        "StabilityCallback needs lightning: pip install lightning", name="lightning"
+    ) from error
 
 __all__ = ["StabilityCallback", "first_entry"]
 
 
 def first_entry(batch: Any) -> tuple[Tensor, Context]:
     """(x, None) of a batch that is x, or a tuple or list that begins with x."""
-    return (batch[0] if isinstance(batch, (tuple, list)) else batch), None
+    if isinstance(batch, (tuple, list)):
+        return batch[0], None
+    return batch, None
 
 
 class StabilityCallback(pl.Callback):
-    """An ``AuditHook`` called after every optimizer step of a Lightning run; its numbers go to the module's logger.
+    """An ``AuditHook`` that is called after every optimizer step of a Lightning run.
 
         trainer = pl.Trainer(callbacks=[StabilityCallback(lambda module: module.flow, every=100)])
 
-    The numbers are those of a plain loop that calls the hook after ``optimizer.step()``: training does not notice it.
-    Logged are ``inn_guard/failed`` (0 or 1) and ``inn_guard/audit/quantity`` for each number of each audit. A penalty
-    cannot be added to the loss from a callback: call a ``RegularizerHook`` in ``training_step``.
+    The numbers are those of a plain loop that calls the hook after ``optimizer.step()``; training
+    is not affected. Logged with the module's logger are ``inn_guard/failed`` (0 or 1) and
+    ``inn_guard/check/quantity`` for each number of each check. A callback cannot add a penalty to
+    the loss: call a ``RegularizerHook`` in ``training_step``.
 
     Args:
-        model: from the LightningModule to the model that is audited: an Invertible, or one that ``wrap`` knows.
+        model: from the LightningModule to the model that is audited, an Invertible or one that
+            ``wrap`` accepts.
         batch: from a training batch to (x, context).
         checks: names in AUDITS, or audits themselves.
         every: period in optimizer steps, or any function step -> bool.
-        samples: the first so many of the batch are audited; None: all of it.
-        actions: called with every ``Record``; see ``inn_guard.actions``.
+        samples: how many samples of the batch are audited, the first ones; None: all.
+        actions: called with every ``Record``; see ``inn_guard.training.actions``.
 
     Attributes:
         records: every audit of the run so far.
@@ -73,7 +86,7 @@ class StabilityCallback(pl.Callback):
         self.records: list[Record] = []
 
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
-        """Find the model, and continue where a checkpoint left off."""
+        """Find the model, and continue from a loaded checkpoint."""
         self._hook = AuditHook(self._model(pl_module), record=self.records.append, **self._settings)
         self._steps = int(trainer.global_step)
         if self._saved is not None:
@@ -88,23 +101,15 @@ class StabilityCallback(pl.Callback):
         self._steps = int(trainer.global_step)
         x, context = self._batch(batch)
         if self._hook(x, context, step=self._steps - 1) is not None:
-            pl_module.log_dict(
-                self._named(self.records[-1]), on_step=True, on_epoch=False, batch_size=len(x)
-            )
+            numbers = scalars(self.records[-1], "inn_guard")
+            pl_module.log_dict(numbers, on_step=True, on_epoch=False, batch_size=len(x))
 
     def state_dict(self) -> dict[str, Any]:
-        """The hook's: step counter and actions."""
-        return {} if self._hook is None else self._hook.state_dict()
+        """The hook's state: step counter and actions."""
+        if self._hook is None:
+            return {}
+        return self._hook.state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Keep the state until the run starts and the model is known."""
         self._saved = state_dict or None
-
-    def _named(self, record: Record) -> dict[str, float]:
-        numbers = {
-            name: value for name, value in record.row().items() if name not in ("step", "verdict")
-        }
-        logged = {
-            f"inn_guard/{name.replace('.', '/')}": float(value) for name, value in numbers.items()
-        }
-        return {"inn_guard/failed": float(record.report.verdict.failed), **logged}

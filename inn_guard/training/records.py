@@ -1,4 +1,4 @@
-"""Records of a training run's audits, and where they go: a CSV file, TensorBoard, or any function."""
+"""Records of the audits in a training run, written to a CSV file or TensorBoard."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ from typing import Protocol, runtime_checkable
 from inn_guard.audits import AuditReport
 from inn_guard.execution.files import atomic_write
 
-__all__ = ["CsvRecorder", "Record", "ScalarWriter", "TensorBoardRecorder", "read_csv"]
+__all__ = ["CsvRecorder", "Record", "ScalarWriter", "TensorBoardRecorder", "read_csv", "scalars"]
 
 Row = dict[str, float | int | str]
 
 
 @dataclass(frozen=True)
 class Record:
-    """One audit inside a training run.
+    """One audit in a training run.
 
     Attributes:
         step: number of the training step.
-        report: what the audit found.
-        extra: further numbers of that moment: a coefficient in force, the number of rollbacks so far.
+        report: the report of the audit.
+        extra: further numbers at that step: the current coefficient, the number of rollbacks.
     """
 
     step: int
@@ -33,27 +33,30 @@ class Record:
     extra: Mapping[str, float] = field(default_factory=dict)
 
     def row(self) -> Row:
-        """Step, verdict, and every number by its name, "audit.quantity" for those of the audits; NaN and Inf stay."""
-        measured = {
-            f"{r.name}.{name}": float(value)
-            for r in self.report.results
-            for name, value in r.values.items()
-        }
-        return {"step": self.step, "verdict": self.report.verdict.label, **measured, **self.extra}
+        """Step, verdict and every number by name; those of checks as "check.quantity".
+
+        NaN and Inf stay as they are.
+        """
+        row: Row = {"step": self.step, "verdict": self.report.verdict.label}
+        for result in self.report.results:
+            for name, value in result.values.items():
+                row[f"{result.name}.{name}"] = float(value)
+        row.update(self.extra)
+        return row
 
 
 class CsvRecorder:
-    """Appends one line per audit to a CSV file, and completes lines that a kill cut short.
+    """Appends one line per audit to a CSV file; a line that a kill cut short is dropped.
 
-    A run that resumes from an older checkpoint meets the same steps again: lines at or after the step that comes first
+    A run that resumes from an older checkpoint repeats steps: lines at or after the repeated step
     are replaced, so that the file is that of an uninterrupted run.
 
     Args:
-        path: the file; continued if it is there. Its folder must exist.
+        path: the file; it is continued if it exists. Its folder must exist.
 
     Raises:
         FileNotFoundError: if the folder does not exist.
-        ValueError: if the file is there and is no such table.
+        ValueError: if the file exists and is not such a table.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
@@ -62,40 +65,43 @@ class CsvRecorder:
             raise FileNotFoundError(
                 f"the folder {self.path.absolute().parent} does not exist; create it first"
             )
-        self._rows: list[Row] = list(read_csv(self.path)) if self.path.exists() else []
+        self._rows: list[Row] = []
+        if self.path.exists():
+            self._rows = read_csv(self.path)
         self._columns: list[str] = []
 
     def __call__(self, record: Record) -> None:
         """Write one record."""
         row = record.row()
         kept = [old for old in self._rows if int(old["step"]) < record.step]
-        # the file as it was found is written anew at the first record: its last line may be half a one
-        whole = (
-            bool(self._columns) and len(kept) == len(self._rows) and set(row) <= set(self._columns)
-        )
+        # The first record rewrites the file that was found, because its last line may be cut short.
+        can_append = bool(self._columns) and len(kept) == len(self._rows)
+        can_append = can_append and set(row) <= set(self._columns)
         self._rows = [*kept, row]
-        if whole:
+        if can_append:
             with self.path.open("a", encoding="utf-8", newline="") as file:
-                file.write(_text([self._cells(row)]))
+                file.write(_as_csv([self._cells(row)]))
             return
-        self._columns = list(dict.fromkeys(name for old in self._rows for name in old))
+        columns: dict[str, None] = {}
+        for old in self._rows:
+            columns.update(dict.fromkeys(old))
+        self._columns = list(columns)
         with atomic_write(self.path) as partial:
-            partial.write_text(
-                _text([self._columns, *map(self._cells, self._rows)]), encoding="utf-8"
-            )
+            lines = [self._columns, *map(self._cells, self._rows)]
+            partial.write_text(_as_csv(lines), encoding="utf-8")
 
     def _cells(self, row: Row) -> list[object]:
         return [row.get(name, "") for name in self._columns]
 
 
 def read_csv(path: str | os.PathLike[str]) -> list[Row]:
-    """The rows that a ``CsvRecorder`` wrote: numbers as numbers, cells that were not measured left out.
+    """The rows that a ``CsvRecorder`` wrote, with numbers as floats and without empty cells.
 
     A last line that a kill cut short is ignored.
 
     Raises:
         FileNotFoundError: if there is no such file.
-        ValueError: if it is no such table.
+        ValueError: if it is not such a table.
     """
     text = Path(path).read_text(encoding="utf-8")
     lines = list(csv.reader(io.StringIO(text[: text.rfind("\n") + 1])))
@@ -104,14 +110,17 @@ def read_csv(path: str | os.PathLike[str]) -> list[Row]:
             f"expected {path} to begin with the columns step,verdict, as CsvRecorder writes them"
         )
     columns, *rows = lines
-    if any(len(row) != len(columns) for row in rows):
-        raise ValueError(f"expected {len(columns)} cells in every line of {path}, one per column")
-    return [_parsed(dict(zip(columns, row, strict=True))) for row in rows]
+    parsed = []
+    for row in rows:
+        if len(row) != len(columns):
+            raise ValueError(f"expected {len(columns)} cells in every line of {path}, one a column")
+        parsed.append(_parsed(dict(zip(columns, row, strict=True))))
+    return parsed
 
 
 @runtime_checkable
 class ScalarWriter(Protocol):
-    """What TensorBoard's SummaryWriter can do, as far as it is needed."""
+    """The part of TensorBoard's SummaryWriter that a TensorBoardRecorder needs."""
 
     def add_scalar(self, tag: str, scalar_value: float, global_step: int) -> object:
         """Log one number."""
@@ -119,36 +128,51 @@ class ScalarWriter(Protocol):
 
 
 class TensorBoardRecorder:
-    """Logs every number of every audit as the scalar ``prefix/audit/quantity``, and whether the verdict is a finding.
+    """Logs every number of every audit as the scalar ``prefix/check/quantity``.
+
+    ``prefix/failed`` is 1 if the verdict is unstable or non_finite, else 0.
 
     Args:
         writer: a ``torch.utils.tensorboard.SummaryWriter``, or anything with its ``add_scalar``.
         prefix: first part of every tag.
+
+    Raises:
+        TypeError: if the writer has no ``add_scalar``.
     """
 
     def __init__(self, writer: ScalarWriter, *, prefix: str = "audit") -> None:
-        self.writer, self.prefix = writer, prefix
+        if not isinstance(writer, ScalarWriter):
+            raise TypeError(
+                f"expected a SummaryWriter, got {writer!r}: pass "
+                "torch.utils.tensorboard.SummaryWriter(folder)"
+            )
+        self.writer = writer
+        self.prefix = prefix
 
     def __call__(self, record: Record) -> None:
         """Log one record."""
-        self.writer.add_scalar(
-            f"{self.prefix}/failed", float(record.report.verdict.failed), record.step
-        )
-        for name, value in record.row().items():
-            if not isinstance(value, str) and name != "step":
-                self.writer.add_scalar(
-                    f"{self.prefix}/{name.replace('.', '/')}", float(value), record.step
-                )
+        for tag, value in scalars(record, self.prefix).items():
+            self.writer.add_scalar(tag, value, record.step)
 
 
-def _text(rows: Sequence[Sequence[object]]) -> str:
+def scalars(record: Record, prefix: str) -> dict[str, float]:
+    """The numbers of a record by tag: ``prefix/failed`` and ``prefix/check/quantity``."""
+    tagged = {f"{prefix}/failed": float(record.report.verdict.failed)}
+    for name, value in record.row().items():
+        if not isinstance(value, str) and name != "step":
+            tagged[f"{prefix}/{name.replace('.', '/')}"] = float(value)
+    return tagged
+
+
+def _as_csv(rows: Sequence[Sequence[object]]) -> str:
     buffer = io.StringIO()
     csv.writer(buffer, lineterminator="\n").writerows(rows)
     return buffer.getvalue()
 
 
 def _parsed(row: dict[str, str]) -> Row:
-    numbers = {
-        name: float(cell) for name, cell in row.items() if cell and name not in ("step", "verdict")
-    }
-    return {"step": int(row["step"]), "verdict": row["verdict"], **numbers}
+    parsed: Row = {"step": int(row["step"]), "verdict": row["verdict"]}
+    for name, cell in row.items():
+        if cell and name not in parsed:
+            parsed[name] = float(cell)
+    return parsed

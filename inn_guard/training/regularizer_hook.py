@@ -1,7 +1,8 @@
-"""Hooks for a training loop: when a regularizer is due, and what it adds to the loss."""
+"""RegularizerHook: what regularizers add to the loss of a training loop, and when."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any, Protocol, runtime_checkable
 
@@ -15,10 +16,12 @@ from inn_guard.training.schedule import Schedule, schedule
 
 __all__ = ["Regularizer", "RegularizerHook"]
 
+STATE_KEYS = {"step", "skipped_steps", "generators", "regularizers"}
+
 
 @runtime_checkable
 class Regularizer(Protocol):
-    """Anything that turns a map and a batch into a scalar. One that draws noise keeps it in ``generator``."""
+    """Anything that turns a map and a batch into a scalar. Its noise comes from ``generator``."""
 
     def __call__(self, model: Invertible, x: Tensor, z: Tensor | None = None) -> Tensor:
         """The penalty, already multiplied by its coefficient."""
@@ -26,37 +29,60 @@ class Regularizer(Protocol):
 
 
 class RegularizerHook:
-    """What the regularizers due at this step add to the loss; an exact 0 without graph or cost on the steps between.
+    """What the regularizers that are due add to the loss; exactly 0 on the steps in between.
 
         loss = task_loss + hook(x, z=z)
+        hook.step(loss, optimizer, clip=10.0)
 
-    The hook counts its own calls. With gradient accumulation, where one optimizer step takes several calls, hand it
-    the number of the optimizer step instead: ``hook(x, z=z, step=step)``; then every part of a due step is penalised.
-    NaN and Inf in a penalty are passed on, not hidden.
+    On a step that is not due the 0 has no graph and costs nothing. NaN and Inf in a penalty are
+    passed on, not hidden: ``step`` leaves such steps out.
+
+    The hook counts its own calls. With gradient accumulation, where one optimizer step takes
+    several calls, pass the number of the optimizer step: ``hook(x, z=z, step=step)``. Then every
+    part of a due step is penalised.
 
     Args:
-        model: an Invertible, or a model that ``wrap`` knows.
-        regularizers: added up, in this order.
+        model: an Invertible, or a model that ``wrap`` accepts.
+        regularizers: one regularizer or a list, added up in this order.
         every: period in steps (due at 0, k, 2k, ...), or any function step -> bool.
 
     Attributes:
-        step: number of the next step.
+        next_step: number of the next call's step.
+        skipped_steps: how many optimizer steps ``step`` has left out.
+
+    Raises:
+        TypeError: if ``regularizers`` is neither a regularizer nor a list of them.
     """
 
     def __init__(
-        self, model: nn.Module, regularizers: Sequence[Regularizer], *, every: int | Schedule = 10
+        self,
+        model: nn.Module,
+        regularizers: Regularizer | Sequence[Regularizer],
+        *,
+        every: int | Schedule = 10,
     ) -> None:
         self.model: Invertible = wrap(model)
-        if callable(regularizers) or not all(
-            callable(one) and not isinstance(one, type) for one in regularizers
-        ):
-            raise TypeError(
-                f"expected a list of regularizers, such as [FiniteDifferences(1e-4)]; got {regularizers!r}"
-            )
+        if callable(regularizers):
+            regularizers = [regularizers]
+        for regularizer in regularizers:
+            if not callable(regularizer) or isinstance(regularizer, type):
+                raise TypeError(
+                    "expected a regularizer or a list of regularizers, such as "
+                    f"FiniteDifferences(1e-4); got {regularizer!r}"
+                )
         self.regularizers = tuple(regularizers)
         self.due: Schedule = schedule(every)
-        self.step = 0
+        self.next_step = 0
+        self.skipped_steps = 0
+        self._every = every
         self._last: dict[str, Tensor] = {}
+
+    def __repr__(self) -> str:
+        regularizers = ", ".join(repr(regularizer) for regularizer in self.regularizers)
+        return (
+            f"RegularizerHook({self.model.name}, [{regularizers}], every={self._every}, "
+            f"next_step={self.next_step}, skipped_steps={self.skipped_steps})"
+        )
 
     def __call__(
         self,
@@ -72,52 +98,93 @@ class RegularizerHook:
             x: data, (B, *data).
             z: F(x) with its graph, if it has been computed already.
             context: condition for this batch, in place of the model's own.
-            step: the optimizer's step; None: the hook's own count of calls.
+            step: the optimizer's step. Default: the hook's own count of calls.
 
         Returns:
             A scalar to be added to the loss.
         """
-        step = self.step if step is None else step
-        self.step = step + 1
-        if not self.due(step):
+        if step is None:
+            step = self.next_step
+        self.next_step = step + 1
+        if not self.due(step) or not self.regularizers:
             return x.new_zeros(())
-        model = self.model if context is None else self.model.with_context(context)
+        model = self.model
+        if context is not None:
+            model = model.with_context(context)
         penalties = [_penalty(regularizer, model, x, z) for regularizer in self.regularizers]
-        self._last = {
-            name: penalty.detach() for name, penalty in zip(self._names(), penalties, strict=True)
-        }
-        return torch.stack(penalties).sum() if penalties else x.new_zeros(())
+        self._last = dict(zip(self._names(), (p.detach() for p in penalties), strict=True))
+        return torch.stack(penalties).sum()
+
+    def step(
+        self, loss: Tensor, optimizer: torch.optim.Optimizer, *, clip: float | None = None
+    ) -> bool:
+        """Differentiate the loss, clip, and step, unless the loss or its gradient is not finite.
+
+        One sample at which the inverse overflows can make a penalty NaN, and a single NaN gradient
+        permanently corrupts Adam's state. Such a step is left out and counted in
+        ``skipped_steps``. The gradients are cleared in both cases. Gradients of earlier
+        ``backward`` calls (gradient accumulation) are part of the step.
+
+        Args:
+            loss: a scalar with a graph.
+            optimizer: its parameters get the gradients.
+            clip: largest Euclidean norm of the gradient of all parameters; a longer one is scaled
+                to it. Default: no clipping.
+
+        Returns:
+            Whether the step was made.
+
+        Raises:
+            ValueError: if ``clip`` is not positive.
+        """
+        if clip is not None and not clip > 0:
+            raise ValueError(f"expected a largest gradient norm clip > 0; got {clip}")
+        loss.backward()
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        if clip is None:
+            clip = math.inf
+        norm = nn.utils.clip_grad_norm_(parameters, clip)
+        usable = bool(norm.isfinite() & loss.detach().isfinite())
+        if usable:
+            optimizer.step()
+        else:
+            self.skipped_steps += 1
+        optimizer.zero_grad()
+        return usable
 
     @property
     def last(self) -> dict[str, float]:
-        """Each regularizer's penalty at the last due step, coefficient included, for the log; {} before the first."""
+        """Each regularizer's penalty at the last due step, for the log; {} before the first one."""
         return {name: penalty.item() for name, penalty in self._last.items()}
 
     def state_dict(self) -> dict[str, Any]:
-        """The step counter, the noise generators' states and the regularizers' own: all that resuming a run takes."""
+        """The counters, the noise generators' states and the regularizers' own, to resume a run."""
         return {
-            "step": self.step,
+            "step": self.next_step,
+            "skipped_steps": self.skipped_steps,
             "generators": [_generator_state(regularizer) for regularizer in self.regularizers],
             "regularizers": [_own_state(regularizer) for regularizer in self.regularizers],
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue where ``state`` was taken.
+        """Continue from ``state``.
 
         Raises:
-            ValueError: if ``state`` belongs to a hook with other regularizers, or to something else.
+            ValueError: if ``state`` is not that of a hook with the same regularizers.
         """
-        if missing := {"step", "generators", "regularizers"} - set(state):
+        if missing := STATE_KEYS - set(state):
             raise ValueError(
-                f"expected what a RegularizerHook's state_dict() returned; it lacks {sorted(missing)}"
+                "expected what a RegularizerHook's state_dict() returned; "
+                f"it lacks {sorted(missing)}"
             )
         mine, theirs = _kinds(self.state_dict()), _kinds(state)
         if mine != theirs:
             raise ValueError(
-                f"expected the state of {len(mine)} regularizers; got {len(theirs)}, or others in noise and state: "
-                "build the hook with the same regularizers"
+                f"expected the state of {len(mine)} regularizers; got that of {len(theirs)}, or of "
+                "others: build the hook with the same regularizers"
             )
-        self.step = int(state["step"])
+        self.next_step = int(state["step"])
+        self.skipped_steps = int(state["skipped_steps"])
         states = zip(self.regularizers, state["generators"], state["regularizers"], strict=True)
         for regularizer, generator, own in states:
             if generator is not None:
@@ -126,11 +193,14 @@ class RegularizerHook:
                 regularizer.load_state_dict(own)  # type: ignore[attr-defined]
 
     def _names(self) -> list[str]:
-        names = [
-            getattr(regularizer, "__name__", type(regularizer).__name__)
-            for regularizer in self.regularizers
-        ]
-        return [name if names.count(name) == 1 else f"{name}[{k}]" for k, name in enumerate(names)]
+        """Class or function names, numbered where several regularizers share one."""
+        plain = [getattr(r, "__name__", type(r).__name__) for r in self.regularizers]
+        names = []
+        for k, name in enumerate(plain):
+            if plain.count(name) > 1:
+                name = f"{name}[{k}]"
+            names.append(name)
+        return names
 
 
 def _penalty(regularizer: Regularizer, model: Invertible, x: Tensor, z: Tensor | None) -> Tensor:
@@ -144,11 +214,15 @@ def _penalty(regularizer: Regularizer, model: Invertible, x: Tensor, z: Tensor |
 
 def _generator_state(regularizer: Regularizer) -> Tensor | None:
     generator = getattr(regularizer, "generator", None)
-    return None if generator is None else generator.get_state()
+    if generator is None:
+        return None
+    return generator.get_state()
 
 
 def _own_state(regularizer: Regularizer) -> dict[str, Any] | None:
-    return regularizer.state_dict() if hasattr(regularizer, "state_dict") else None
+    if not hasattr(regularizer, "state_dict"):
+        return None
+    return regularizer.state_dict()
 
 
 def _kinds(state: dict[str, Any]) -> list[tuple[bool, bool]]:

@@ -27,13 +27,15 @@ def _is_multiple(k: int, step: int) -> bool:
 
 
 def schedule(period: int | Schedule) -> Schedule:
-    """A period in steps as the schedule that it means; a schedule is returned as it is.
+    """The schedule of a period in steps; a schedule is returned as it is.
 
     Raises:
         TypeError: if it is neither.
     """
-    if isinstance(period, bool) or not (isinstance(period, int) or callable(period)):
-        raise TypeError(
-            f"expected every as a number of steps or a function step -> bool; got {period!r}"
-        )
-    return every(period) if isinstance(period, int) else period
+    if isinstance(period, int) and not isinstance(period, bool):
+        return every(period)
+    if callable(period):
+        return period
+    raise TypeError(
+        f"expected every as a number of steps or a function step -> bool; got {period!r}"
+    )

@@ -1,4 +1,4 @@
-"""Slow twins of the regularizers, sample by sample and literally as the paper writes them; and small maps to try."""
+"""Slow copies of the regularizers, sample by sample as the papers write them; and small maps."""
 
 from __future__ import annotations
 
@@ -20,8 +20,39 @@ def literal_finite_differences(model, x, v, v_star, eps=0.1):
     return sum(forward) / len(x), sum(inverse) / len(x)
 
 
+def literal_published_finite_differences(model, x, v, v_star, eps=0.1):
+    """(R_fwd, R_inv) as the published code has them: sums over the batch, divided by eps.
+
+    Its directions are normalised coordinate by coordinate over the batch.
+    """
+    d, d_star = v / v.norm(dim=0), v_star / v_star.norm(dim=0)
+    z = model(x)
+    forward = ((model(x + eps * d) - z) ** 2).sum() / eps
+    inverse = ((model.inverse(z + eps * d_star) - model.inverse(z)) ** 2).sum() / eps
+    return forward, inverse
+
+
+def literal_finite_differences_at_prior(model, z, v, deviation, *, form, eps=0.1):
+    """R of F^-1 at latents z with steps eps * deviation * v, one draw at a time.
+
+    The log form is D times the mean of log(1 + |.|^2 / (eps^2 D)) over the finite draws.
+    """
+    terms = []
+    for k in range(len(z)):
+        row = torch.tensor([k])
+        one = model.select(row)
+        moved = one.inverse(z[row] + eps * deviation * v[row])
+        square = (moved - one.inverse(z[row])).pow(2).sum() / eps**2
+        size = z[row].numel()
+        if form == "square":
+            terms.append(square)
+        elif square.isfinite():
+            terms.append(size * torch.log(1 + square / size))
+    return sum(terms) / len(terms)
+
+
 def literal_normalizing_flow_loss(model, x):
-    """mean( -log N(z; 0, I) - log|det J| ) from torch's own normal and a dense autograd Jacobian of each sample."""
+    """mean( -log N(z; 0, I) - log|det J| ) with a dense autograd Jacobian of each sample."""
     total = 0.0
     for k in range(len(x)):
         row = torch.tensor([k])
@@ -64,7 +95,7 @@ class Scaling(Invertible):
 
 
 class Embedding(Invertible):
-    """z = A x with a wide A: injective in the other direction only, F^-1(F(x)) is a projection of x."""
+    """z = A x with a wide A: F^-1(F(x)) is a projection of x."""
 
     bijective = False
 
@@ -80,7 +111,7 @@ class Embedding(Invertible):
 
 
 class TwoCouplings(Invertible):
-    """Two affine couplings over 6 features, curved, with an optional context (B, 2) beside the passive half."""
+    """Two curved affine couplings over 6 features, with an optional context (B, 2)."""
 
     def __init__(self, seed: int = 0, context_size: int = 0) -> None:
         super().__init__()
@@ -92,8 +123,9 @@ class TwoCouplings(Invertible):
             )
 
     def _scale_and_shift(self, k: int, passive: Tensor) -> tuple[Tensor, Tensor]:
-        given = passive if self.context is None else torch.cat([passive, self.context], 1)
-        log_scale, shift = self.networks[k](given).chunk(2, 1)
+        if self.context is not None:
+            passive = torch.cat([passive, self.context], 1)
+        log_scale, shift = self.networks[k](passive).chunk(2, 1)
         return log_scale, shift
 
     def forward(self, x: Tensor) -> Tensor:

@@ -36,7 +36,7 @@ def chain():
 
 
 class Noisy(TwoCouplings):
-    """With everything that a careless audit would disturb: dropout, running statistics, a counter."""
+    """With all that a careless audit would disturb: dropout, running statistics, a counter."""
 
     def __init__(self):
         super().__init__()
@@ -49,7 +49,7 @@ class Noisy(TwoCouplings):
 
 
 def train(model, hook, steps=range(8), autocast=False):
-    """Returns losses and final random state; the hook is called in the middle of a step, with a graph alive."""
+    """Losses and final random state; the hook is called within a step, with a graph alive."""
     torch.manual_seed(3)
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
     losses = []
@@ -113,7 +113,7 @@ def test_a_function_of_the_step_is_a_schedule_and_accumulation_audits_a_step_onc
     hook = AuditHook(TwoCouplings().double(), every=lambda step: step in (1, 2))
     found = [[hook(part, step=step) is not None for part in data().split(4)] for step in range(4)]
     assert found == [[False] * 3, [True, False, False], [True, False, False], [False] * 3]
-    assert hook.step == 4
+    assert hook.next_step == 4
 
 
 def spectrum(model):
@@ -173,7 +173,7 @@ def test_autocast_does_not_round_what_is_measured():
 
 
 def test_an_audit_under_autocast_leaves_no_cast_weights_behind():
-    """A weight cast without a graph, kept in autocast's cache, would lose its gradient in the step around it."""
+    """A weight cast without a graph in autocast's cache would lose its gradient in this step."""
     model = chain().float()
     x = data().float()
     hook = AuditHook(model, every=1, checks=["precision"])
@@ -317,3 +317,11 @@ def test_a_model_that_raises_is_a_finding_not_an_end_of_training():
     report = AuditHook(Failing().double())(data())
     assert report.verdict is Verdict.UNSTABLE
     assert "discriminant" in report.results[0].reason
+
+
+def test_repr_is_one_line_with_the_settings():
+    hook = AuditHook(TwoCouplings(), every=5, samples=4)
+    text = repr(hook)
+    assert "\n" not in text
+    assert text.startswith("AuditHook(TwoCouplings, checks=[")
+    assert text.endswith("every=5, samples=4, actions=[], next_step=0)")

@@ -1,4 +1,4 @@
-"""Checkpoints and unfinished results of hostile origin: read whole, or refused with nothing changed."""
+"""Hostile checkpoints and unfinished results: read whole, or refused with nothing changed."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The Lightning callback: the numbers of a plain loop, on schedule, logged, and a run that does not notice."""
+"""The Lightning callback: the numbers of a plain loop, on schedule, logged."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from tests.docs.blocks import blocks
 
 
 def _import_lightning():
-    """Lightning, also beside a torchvision (which MemCNN asks for) that was compiled for another torch.
+    """Lightning, also with a torchvision (MemCNN requires one) that was built for another torch.
 
-    Lightning's metrics import torchvision, and that one stops at operators that its own library would have defined.
+    Lightning's metrics import torchvision, which fails at operators that its own library defines.
     """
     try:
         import torchvision  # noqa: F401
@@ -83,8 +83,10 @@ class Module(pl.LightningModule):
 
 def fit(module: Module, *callbacks, **settings) -> pl.Trainer:
     trainer = pl.Trainer(
-        accelerator="cpu", devices=1, max_epochs=1, precision="64-true", logger=False, enable_checkpointing=False,
-        enable_progress_bar=False, enable_model_summary=False, callbacks=list(callbacks), **settings,
+        accelerator="cpu", devices=1, max_epochs=1, precision="64-true", logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False, enable_model_summary=False, callbacks=list(callbacks),
+        **settings,
     )  # fmt: skip
     trainer.fit(module)
     return trainer

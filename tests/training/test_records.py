@@ -1,4 +1,4 @@
-"""Recorders: every number arrives as it was, also after a kill, a resume and a change of columns."""
+"""Recorders: every number arrives unchanged, also after a kill, a resume and new columns."""
 
 from __future__ import annotations
 

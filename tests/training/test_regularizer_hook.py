@@ -143,7 +143,7 @@ def test_a_state_of_other_regularizers_is_refused():
 
 
 def test_gradient_accumulation_counts_optimizer_steps_when_told():
-    """Four parts a step, every second step: all parts of a due step, and their mean is the whole batch's penalty."""
+    """All parts of a due step are penalised, and their mean is the whole batch's penalty."""
     model, x = TwoCouplings().double(), data(rows=8)
     hook = RegularizerHook(model, [NormalizingFlowLoss(1.0)], every=2)
     parts = [[hook(part, step=step).item() for part in x.split(2)] for step in range(4)]
@@ -190,7 +190,7 @@ def test_bad_input_is_refused():
         hook(torch.zeros(3, 6, dtype=torch.int64))
     with pytest.raises(TypeError, match="number of steps"):
         RegularizerHook(TwoCouplings(), both(), every=True)
-    with pytest.raises(TypeError, match="list of regularizers"):
+    with pytest.raises(TypeError, match="a regularizer or a list"):
         RegularizerHook(TwoCouplings(), [FiniteDifferences])
     for penalty in (3.0, torch.ones(2), None):
         with pytest.raises(TypeError, match="scalar tensor"):
@@ -202,10 +202,10 @@ def test_bad_input_is_refused():
 def test_a_hook_can_be_sent_to_another_process():
     hook, x = RegularizerHook(TwoCouplings().double(), both(), every=3), data()
     hook(x)
-    twin = pickle.loads(pickle.dumps(hook))
-    assert [twin.due(step) for step in range(4)] == [True, False, False, True]
-    assert twin.step == 1
-    assert torch.equal(twin(x, step=3), hook(x, step=3))
+    sent = pickle.loads(pickle.dumps(hook))
+    assert [sent.due(step) for step in range(4)] == [True, False, False, True]
+    assert sent.next_step == 1
+    assert torch.equal(sent(x, step=3), hook(x, step=3))
 
 
 @pytest.mark.parametrize("autocast", [False, True])
@@ -217,3 +217,69 @@ def test_training_under_autocast_gets_gradients(autocast):
         loss = z.float().square().mean() + hook(x, z=z)
     loss.backward()
     assert all(parameter.grad.isfinite().all() for parameter in model.parameters())
+
+
+def test_one_regularizer_needs_no_list():
+    model, x = TwoCouplings().double(), data()
+    alone = RegularizerHook(model, FiniteDifferences(1e-2), every=1)
+    listed = RegularizerHook(model, [FiniteDifferences(1e-2)], every=1)
+    assert torch.equal(alone(x), listed(x))
+
+
+def test_repr_is_one_line_with_the_settings():
+    hook = RegularizerHook(TwoCouplings().double(), FiniteDifferences(1e-2), every=3)
+    hook(data())
+    text = repr(hook)
+    assert "\n" not in text
+    assert text.startswith("RegularizerHook(TwoCouplings, [FiniteDifferences(coefficient=0.01, ")
+    assert text.endswith("every=3, next_step=1, skipped_steps=0)")
+
+
+def linear_problem():
+    """A weight w with the loss c w: the gradient is c."""
+    weight = torch.nn.Parameter(torch.ones(2, dtype=torch.float64))
+    optimizer = torch.optim.Adam([weight], lr=0.1)
+    return weight, optimizer, RegularizerHook(TwoCouplings(), FiniteDifferences(1.0))
+
+
+def test_steps_with_a_gradient_that_is_not_finite_are_left_out():
+    weight, optimizer, hook = linear_problem()
+    made = []
+    for factor in (1.0, math.nan, math.inf, 2.0):
+        made.append(hook.step((factor * weight).sum(), optimizer))
+    assert made == [True, False, False, True]
+    assert hook.skipped_steps == 2
+    assert weight.grad is None
+    other, plain, _ = linear_problem()
+    for factor in (1.0, 2.0):
+        plain.zero_grad()
+        (factor * other).sum().backward()
+        plain.step()
+    assert torch.equal(weight, other)
+
+
+def test_a_loss_that_is_not_finite_is_left_out_though_its_gradient_is_finite():
+    weight, optimizer, hook = linear_problem()
+    assert not hook.step(weight.sum() + math.nan, optimizer)
+    assert weight.tolist() == [1, 1]
+
+
+def test_gradients_are_clipped_to_the_norm_and_accumulated():
+    weight = torch.nn.Parameter(torch.zeros(2, dtype=torch.float64))
+    optimizer = torch.optim.SGD([weight], lr=1.0)
+    hook = RegularizerHook(TwoCouplings(), [])
+    (3 * weight[0]).backward()
+    hook.step(4 * weight[1], optimizer, clip=1.0)
+    torch.testing.assert_close(weight.detach(), -torch.tensor([0.6, 0.8], dtype=torch.float64))
+    hook.step(0.1 * weight[0], optimizer, clip=1.0)
+    assert weight[0].item() == pytest.approx(-0.7, rel=1e-6)
+    with pytest.raises(ValueError, match="clip > 0"):
+        hook.step(weight.sum(), optimizer, clip=0.0)
+
+
+def test_skipped_steps_are_part_of_the_state():
+    weight, optimizer, hook = linear_problem()
+    hook.step(math.nan * weight.sum(), optimizer)
+    resumed = RegularizerHook(TwoCouplings(), FiniteDifferences(1.0))
+    resumed.load_state_dict(hook.state_dict())
+    assert resumed.skipped_steps == 1

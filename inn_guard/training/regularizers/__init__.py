@@ -1,4 +1,4 @@
-"""Regularizers: Invertible + batch -> one scalar that keeps a map and its inverse well conditioned during training."""
+"""Regularizers: map + batch -> a scalar that keeps a map and its inverse well conditioned."""
 
 from inn_guard.training.regularizers.adaptive import AdaptiveCoefficient
 from inn_guard.training.regularizers.finite_differences import Direction, FiniteDifferences

@@ -1,4 +1,4 @@
-"""A regularizer whose coefficient is steered, so that a measured condition number keeps to its target."""
+"""A regularizer whose coefficient adapts, so that a measured condition number stays at a target."""
 
 from __future__ import annotations
 
@@ -18,19 +18,20 @@ __all__ = ["AdaptiveCoefficient"]
 
 @dataclass(eq=False)
 class AdaptiveCoefficient:
-    """value * regularizer, the value raised while a condition number is above its target and lowered while below.
+    """value * regularizer; the value rises while a condition number is above its target.
 
-    With e = log10(condition number) - log10(target), in decades, each measurement moves the value by
+    With e = log10(condition number) - log10(target), in decades, each measurement changes it by
 
-        log10 value  +=  clip( gain e + damping (e - e_before), -rate, rate )        unless |e| <= tolerance
+        log10 value  +=  clip( gain e + damping (e - e_before), -rate, rate )
 
-    and holds it within its bounds. The first term alone never rests, because a network answers a coefficient only after
-    many steps; the second one holds it back while the condition number is on its way already. A condition number that
-    is not finite raises the value by the full rate.
+    within its bounds, and not at all if |e| <= tolerance. A network responds to a coefficient only
+    after many steps, so the first term alone keeps oscillating; the second one damps it. A
+    condition number that is not finite raises the value by the full rate.
 
         coefficient = AdaptiveCoefficient(NormalizingFlowLoss(1.0), target=1e3)
-        penalty = RegularizerHook(model, [coefficient], every=10)
-        watch = AuditHook(model, checks=[...], every=50, actions=[Adapt(coefficient)])
+        penalty = RegularizerHook(model, coefficient, every=10)
+        adapt = AdaptCoefficient(coefficient)
+        watch = AuditHook(model, checks=["jacobian_spectrum"], every=50, actions=[adapt])
 
     Args:
         regularizer: what is multiplied; give it the coefficient 1.
@@ -38,12 +39,12 @@ class AdaptiveCoefficient:
         initial: the value before the first measurement.
         bounds: smallest and largest value.
         gain: decades of the value per decade of error and measurement.
-        damping: decades of the value per decade by which the error has grown since the last measurement.
+        damping: decades of the value per decade of growth of the error since the last measurement.
         rate: largest change of the value at one measurement, in decades.
         tolerance: errors up to this size change nothing, in decades.
 
     Attributes:
-        value: the coefficient in force.
+        value: the current coefficient.
 
     Raises:
         ValueError: if a setting is out of its range.
@@ -65,16 +66,16 @@ class AdaptiveCoefficient:
         low, high = self.bounds
         if not 1 < self.target < math.inf:
             raise ValueError(
-                f"expected a target condition number > 1, the least there is; got {self.target}"
+                f"expected a target condition number > 1, the least possible; got {self.target}"
             )
         if not 0 < low <= self.initial <= high < math.inf:
             raise ValueError(
-                f"expected 0 < lower bound <= initial <= upper bound; got {self.initial} in {self.bounds}"
+                "expected 0 < lower bound <= initial <= upper bound; "
+                f"got {self.initial} in {self.bounds}"
             )
         finite = max(self.gain, self.damping, self.rate, self.tolerance) < math.inf
-        if not (
-            finite and self.gain > 0 and self.damping >= 0 and self.rate > 0 and self.tolerance >= 0
-        ):
+        positive = self.gain > 0 and self.rate > 0
+        if not (finite and positive and self.damping >= 0 and self.tolerance >= 0):
             raise ValueError(
                 "expected finite gain > 0, damping >= 0, rate > 0 and tolerance >= 0; "
                 f"got {self.gain}, {self.damping}, {self.rate}, {self.tolerance}"
@@ -84,14 +85,15 @@ class AdaptiveCoefficient:
     def __call__(
         self, model: Invertible, x: Shaped[Tensor, "batch *data"], z: Tensor | None = None
     ) -> Float[Tensor, ""]:
-        """The regularizer's penalty at a batch, times the value in force."""
+        """The regularizer's penalty at a batch, times the current value."""
         return self.value * self.regularizer(model, x, z)
 
     def update(self, log10_condition: float) -> float:
-        """Take one measurement into account.
+        """Adapt the value to one measurement.
 
         Args:
-            log10_condition: decimal logarithm of the condition number; NaN and inf mean that there is none.
+            log10_condition: decimal logarithm of the condition number; NaN or inf if it is not
+                finite.
 
         Returns:
             the new value.
@@ -102,7 +104,9 @@ class AdaptiveCoefficient:
         elif abs(error) <= self.tolerance:
             change = 0.0
         else:
-            growth = 0.0 if math.isnan(self._error) else error - self._error
+            growth = error - self._error
+            if math.isnan(growth):  # the first measurement, or the last one was not finite
+                growth = 0.0
             change = min(max(self.gain * error + self.damping * growth, -self.rate), self.rate)
         self._error = error
         low, high = self.bounds
@@ -115,9 +119,9 @@ class AdaptiveCoefficient:
         return getattr(self.regularizer, "generator", None)
 
     def state_dict(self) -> dict[str, Any]:
-        """The value in force and the last error: what resuming a run takes."""
+        """The current value and the last error, to resume a run."""
         return {"value": self.value, "error": self._error}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue where ``state`` was taken."""
+        """Continue from ``state``."""
         self.value, self._error = float(state["value"]), float(state["error"])

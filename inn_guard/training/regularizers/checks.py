@@ -1,4 +1,4 @@
-"""Checks of what a regularizer is built with."""
+"""Checks of a regularizer's settings."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ __all__ = ["check_coefficient", "is_number"]
 
 
 def is_number(value: object) -> bool:
-    """Whether ``value`` is a real number, and not a text or a truth value."""
+    """Whether ``value`` is a real number; strings and booleans are not."""
     return isinstance(value, numbers.Real) and not isinstance(value, bool)
 
 
 def check_coefficient(value: object) -> None:
-    """Refuse what cannot weigh a penalty.
+    """Refuse a coefficient that cannot weigh a penalty.
 
     Raises:
-        ValueError: unless it is a finite number >= 0.
+        ValueError: if it is not a finite number >= 0.
     """
     try:
         fits = is_number(value) and 0 <= float(value) < math.inf  # type: ignore[arg-type]

@@ -1,4 +1,4 @@
-"""AdaptiveCoefficient: its arithmetic, and that it holds a model that answers late to its target."""
+"""AdaptiveCoefficient: its arithmetic, and that it holds a slowly responding model."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def test_no_measurement_leads_out_of_the_bounds_or_beyond_the_rate(measurements)
 
 
 def settled(adaptive, plant, rounds=150):
-    """log10 of the condition number over a run in which it answers each change of the coefficient late."""
+    """log10 of the condition number over a run that responds late to the coefficient."""
     log_condition, history = 0.0, []
     for _ in range(rounds):
         log_condition += 0.15 * (plant(math.log10(adaptive.value)) - log_condition)
@@ -85,7 +85,7 @@ def settled(adaptive, plant, rounds=150):
 @pytest.mark.parametrize("initial", [1e-8, 1e-4, 1e-1])
 @pytest.mark.parametrize("slope", [0.3, 0.7, 1.0])
 def test_it_settles_at_the_target_from_any_start(initial, slope):
-    """A plant whose condition number falls by ``slope`` decades per decade of the coefficient, with a lag."""
+    """A condition number that falls by ``slope`` decades per decade of value, with a lag."""
     history = settled(coefficient(initial=initial), lambda c: 3.0 - slope * (c + 5.0))
     assert max(abs(value - 2.0) for value in history[-50:]) < 0.1
     assert max(history) < max(2.0, 3.0 - slope * (math.log10(initial) + 5.0)) + 0.3

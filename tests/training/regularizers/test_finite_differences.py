@@ -9,6 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from inn_guard.core.base import BaseDistribution
 from inn_guard.training.regularizers import Direction, FiniteDifferences
 from tests.oracles.regularizers import (
     Embedding,
@@ -16,6 +17,8 @@ from tests.oracles.regularizers import (
     Scaling,
     TwoCouplings,
     literal_finite_differences,
+    literal_finite_differences_at_prior,
+    literal_published_finite_differences,
 )
 
 EACH = [Direction.FORWARD, Direction.INVERSE]
@@ -33,7 +36,7 @@ def matrix(seed=0, size=5):
 
 
 def z_score_on_linear_map(weight, direction, samples, **settings):
-    """Deviation of the mean over ``samples`` directions from |W|_F^2 (or |W^-1|_F^2) in its standard deviations.
+    """Deviation of the mean over ``samples`` directions from |W|_F^2, or |W^-1|_F^2, in sigma.
 
     |W v|^2 has mean tr(W^T W) and variance 2 tr((W^T W)^2) for v ~ N(0, I).
     """
@@ -95,7 +98,7 @@ def test_directions_add_up():
 
 @pytest.mark.parametrize("given_z", [False, True])
 @pytest.mark.parametrize("context_size", [0, 2])
-def test_value_and_gradients_equal_the_literal_twin(given_z, context_size):
+def test_value_and_gradients_equal_the_literal_copy(given_z, context_size):
     x, v, v_star, context = noise(3, (7, 6), (7, 6), (7, 6), (7, 2))
     model = TwoCouplings(context_size=context_size).double()
     model = model.with_context(context) if context_size else model
@@ -113,7 +116,7 @@ def test_value_and_gradients_equal_the_literal_twin(given_z, context_size):
 
 
 def test_gradients_of_the_literal_inverse_term_are_not_those_at_a_constant_z():
-    """z moves with the parameters: leaving that out (a detached z) is another gradient, so the twin can tell."""
+    """z moves with the parameters: a detached z gives another gradient, so the copy can tell."""
     model, (x, v) = TwoCouplings().double(), noise(3, (7, 6), (7, 6))
     attached = FiniteDifferences(1.0, direction=Direction.INVERSE)(model, x)
     z = model(x).detach()
@@ -215,7 +218,7 @@ def test_autocast_does_not_reach_the_differences(x_dtype, given_z):
 
 
 def test_bfloat16_differences_would_lose_their_digits():
-    """Why the passes leave autocast: per-sample errors of several percent, where float32 has 1e-5."""
+    """Why autocast is off: per-sample errors of several percent, where float32 has 1e-5."""
     model, (x, v) = TwoCouplings().float(), noise(1, (64, 6), (64, 6), dtype=torch.float32)
 
     def squares(model, x, v):
@@ -280,11 +283,9 @@ class Noisy(TwoCouplings):
         return super().inverse(z - self.noise_like(z))
 
     def noise_like(self, x):
-        return (
-            self.strength * torch.randn(x.shape, dtype=x.dtype)
-            if self.training
-            else torch.zeros_like(x)
-        )
+        if not self.training:
+            return torch.zeros_like(x)
+        return self.strength * torch.randn(x.shape, dtype=x.dtype)
 
 
 @pytest.mark.parametrize("direction", list(Direction), ids=lambda direction: direction.name)
@@ -292,10 +293,11 @@ def test_a_map_that_changes_from_pass_to_pass_is_refused(direction):
     x, regularizer = noise(1, (4, 6))[0], FiniteDifferences(1.0, direction=direction)
     model = Noisy(0.1).double().train()
     for z in (None, model(x)):
-        with pytest.raises(ValueError, match=r"type model\.eval\(\) before"):
+        with pytest.raises(ValueError, match=r"Call model\.eval\(\) before"):
             regularizer(model, x, z)
-    twin, plain = (FiniteDifferences(1.0, direction=direction, seed=5) for _ in range(2))
-    assert torch.equal(twin(model.eval(), x), plain(copy.deepcopy(model).eval(), x))
+    one = FiniteDifferences(1.0, direction=direction, seed=5)
+    other = FiniteDifferences(1.0, direction=direction, seed=5)
+    assert torch.equal(one(model.eval(), x), other(copy.deepcopy(model).eval(), x))
 
 
 def test_random_numbers_that_leave_the_map_alone_are_no_matter():
@@ -318,6 +320,14 @@ def test_random_numbers_that_leave_the_map_alone_are_no_matter():
         {"eps": math.inf},
         {"fraction": 0.0},
         {"fraction": 1.5},
+        {"direction": "sideways"},
+        {"direction": Direction(0)},
+        {"at": "nowhere"},
+        {"form": "cube"},
+        {"at": "prior"},
+        {"at": "prior", "direction": "both"},
+        {"convention": "published", "form": "log"},
+        {"convention": "published", "at": "prior", "direction": "inverse"},
     ],
 )
 def test_bad_settings_are_refused(settings):
@@ -329,10 +339,175 @@ def test_copies_continue_on_their_own():
     model, x = TwoCouplings().double(), noise(1, (4, 6))[0]
     regularizer = FiniteDifferences(1.0)
     regularizer(model, x)
-    for twin in (copy.deepcopy(regularizer), pickle.loads(pickle.dumps(regularizer))):
-        assert twin == regularizer
+    for copied in (copy.deepcopy(regularizer), pickle.loads(pickle.dumps(regularizer))):
+        assert copied == regularizer
         state = regularizer.generator.get_state()
-        twin_value = twin(model, x)
+        value = copied(model, x)
         assert torch.equal(regularizer.generator.get_state(), state)
-        assert torch.equal(regularizer(model, x), twin_value)
+        assert torch.equal(regularizer(model, x), value)
         regularizer.generator.set_state(state)
+
+
+def test_directions_may_be_names():
+    for name in ("forward", "inverse", "both"):
+        assert FiniteDifferences(1.0, direction=name).direction is Direction[name.upper()]
+        assert FiniteDifferences(1.0, direction=name) == FiniteDifferences(
+            1.0, direction=Direction[name.upper()]
+        )
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 5e-6), (torch.float64, 1e-12)])
+@pytest.mark.parametrize("gain", [1.0, 3.0])
+def test_the_published_convention_is_that_of_the_published_code(dtype, tolerance, gain):
+    """Value and gradient, where the map is curved enough for the step to matter."""
+    model, (x,) = TwoCouplings().to(dtype), noise(3, (8, 6), dtype=dtype)
+    with torch.no_grad():
+        for network in model.networks:
+            network[-1].weight.mul_(gain)
+    v, v_star = noise(11, (8, 6), (8, 6), dtype=dtype)
+    ours = FiniteDifferences.published(0.7, seed=11)(model, x)
+    theirs = 0.7 * sum(literal_published_finite_differences(model, x, v, v_star))
+    assert abs(ours / theirs - 1) < tolerance
+    found, expected = flat_gradient(ours, model), flat_gradient(theirs, model)
+    assert (found - expected).norm() < tolerance * expected.norm()
+    nominal = 0.7 * 0.1 * sum(literal_finite_differences(model, x, v, v_star))
+    other = flat_gradient(nominal, model)
+    assert (other - expected).norm() > 100 * tolerance * expected.norm()
+
+
+def test_the_published_step_is_shorter_by_the_root_of_the_batch_size():
+    """With noise of unit root mean square per coordinate the two conventions agree exactly."""
+    model, (x, v) = TwoCouplings().double(), noise(0, (9, 6), (9, 6))
+    regularizer = FiniteDifferences.published(2.0, direction="forward")
+    (drawn,) = noise(0, (9, 6))
+    v = drawn / drawn.norm(dim=0) * math.sqrt(9)
+    eps = 0.1 / math.sqrt(9)
+    expected = 2.0 * 0.1 * literal_finite_differences(model, x, v, v, eps=eps)[0]
+    torch.testing.assert_close(regularizer(model, x), expected)
+
+
+def flat_gradient(value, model):
+    gradients = torch.autograd.grad(value, list(model.parameters()), retain_graph=True)
+    return torch.cat([gradient.flatten() for gradient in gradients])
+
+
+class WithBase(LinearMap):
+    """A linear map whose library samples z ~ N(0, diag(deviation)^2)."""
+
+    def __init__(self, weight, deviation):
+        super().__init__(weight)
+        self.deviation = deviation
+
+    def base(self):
+        def sample(n, context):
+            return self.deviation * torch.randn(n, len(self.deviation), dtype=torch.float64)
+
+        return BaseDistribution(sample, self.weight, exact_deviation=self.deviation)
+
+
+def test_at_the_prior_of_a_linear_map_the_expectation_is_that_of_the_scaled_inverse():
+    """E |W^-1 S v|^2 = |W^-1 S|_F^2 with S = diag(deviation)."""
+    weight = matrix() + 2 * torch.eye(5, dtype=torch.float64)
+    deviation = torch.tensor([0.5, 1.0, 2.0, 3.0, 0.1], dtype=torch.float64)
+    jacobian = torch.linalg.inv(weight) * deviation
+    gram = jacobian.T @ jacobian
+    samples = 50_000
+    regularizer = FiniteDifferences(1.0, direction="inverse", at="prior")
+    found = regularizer(WithBase(weight, deviation), torch.zeros(samples, 5, dtype=torch.float64))
+    spread = math.sqrt(2 * gram.square().sum().item() / samples)
+    assert abs(found.item() - jacobian.square().sum().item()) < 4 * spread
+
+
+@pytest.mark.parametrize("gain", [0.1, 1.0, 30.0])
+def test_the_log_form_of_a_scaling_is_a_gaussian_integral(gain):
+    """D = 1, F^-1(z) = gain z: E log(1 + gain^2 v^2) over v ~ N(0, 1)."""
+    grid = torch.linspace(-10, 10, 200_001, dtype=torch.float64)
+    density = (-(grid**2) / 2).exp() / math.sqrt(2 * math.pi)
+    values = (1 + gain**2 * grid**2).log()
+    mean = torch.trapezoid(values * density, grid)
+    variance = torch.trapezoid((values - mean) ** 2 * density, grid)
+    samples = 40_000
+    model = LinearMap(torch.tensor([[1 / gain]], dtype=torch.float64))
+    regularizer = FiniteDifferences(3.0, direction="inverse", at="prior", form="log")
+    found = regularizer(model, torch.zeros(samples, 1, dtype=torch.float64)) / 3.0
+    assert abs(found - mean) < 4 * (variance / samples).sqrt()
+
+
+@pytest.mark.parametrize("form", ["square", "log"])
+@pytest.mark.parametrize("context_size", [0, 2])
+def test_at_the_prior_value_and_gradients_equal_the_literal_copy(form, context_size):
+    x, context = noise(3, (7, 6), (7, 2))
+    model = TwoCouplings(context_size=context_size).double()
+    if context_size:
+        model = model.with_context(context)
+    z, v = noise(11, (7, 6), (7, 6))
+    ours = FiniteDifferences(0.7, direction="inverse", at="prior", form=form, seed=11)(model, x)
+    theirs = 0.7 * literal_finite_differences_at_prior(model, z, v, 1.0, form=form)
+    torch.testing.assert_close(ours, theirs)
+    torch.testing.assert_close(flat_gradient(ours, model), flat_gradient(theirs, model))
+
+
+def test_draws_come_from_the_models_own_base():
+    deviation = torch.tensor([0.5, 2.0, 3.0, 1.0, 0.1], dtype=torch.float64)
+    model, seen = WithBase(matrix(), deviation), []
+
+    class Watching(WithBase):
+        def inverse(self, z):
+            seen.append(z)
+            return super().inverse(z)
+
+    model = Watching(matrix(), deviation)
+    regularizer = FiniteDifferences(1.0, direction="inverse", at="prior", form="log")
+    before = torch.get_rng_state()
+    regularizer(model, torch.zeros(4000, 5, dtype=torch.float64))
+    assert torch.equal(torch.get_rng_state(), before)
+    start, moved = seen
+    torch.testing.assert_close(start.std(0), deviation, rtol=0.1, atol=0)
+    torch.testing.assert_close((moved - start).std(0), 0.1 * deviation, rtol=0.1, atol=0)
+    seen.clear()
+    regularizer(model, torch.zeros(4000, 5, dtype=torch.float64))
+    assert not torch.equal(seen[0], start)
+
+
+class Overflowing(LinearMap):
+    """Its inverse is infinite for latents whose first entry is above 1."""
+
+    def inverse(self, z):
+        blown = (z[:, :1] > 1).to(z) * 1e308 * 10
+        return super().inverse(z) * (1 + blown)
+
+
+def test_lost_draws_are_left_out_of_the_log_form_and_of_its_gradient():
+    model, x = Overflowing(matrix()), torch.zeros(50, 5, dtype=torch.float64)
+    z, v = noise(0, (50, 5), (50, 5))
+    lost = ((z[:, 0] > 1) | (z[:, 0] + 0.1 * v[:, 0] > 1)).sum()
+    assert 0 < lost < 50
+    regularizer = FiniteDifferences(1.0, direction="inverse", at="prior", form="log")
+    ours = regularizer(model, x)
+    theirs = literal_finite_differences_at_prior(model, z, v, 1.0, form="log")
+    torch.testing.assert_close(ours, theirs)
+    assert flat_gradient(ours, model).isfinite().all()
+    square = FiniteDifferences(1.0, direction="inverse", at="prior")
+    assert not square(model, x).isfinite()
+
+
+def test_a_batch_of_lost_draws_gives_zero():
+    model, x = Overflowing(matrix()), torch.zeros(1, 5, dtype=torch.float64)
+    regularizer = FiniteDifferences(1.0, direction="inverse", at="prior", form="log")
+    values = [regularizer(model, x).item() for _ in range(20)]
+    assert 0.0 in values
+
+
+def test_the_log_form_at_the_data():
+    model, (x,) = TwoCouplings().double(), noise(5, (4, 6))
+    v, v_star = noise(0, (4, 6), (4, 6))
+    z = model(x)
+    forward = ((model(x + 0.1 * v) - z) / 0.1).square().sum(1)
+    inverse = ((model.inverse(z + 0.1 * v_star) - x) / 0.1).square().sum(1)
+    expected = 6 * ((1 + forward / 6).log().mean() + (1 + inverse / 6).log().mean())
+    torch.testing.assert_close(FiniteDifferences(1.0, form="log")(model, x), expected)
+
+
+def test_published_takes_no_group():
+    with pytest.raises(ValueError, match="no group"):
+        FiniteDifferences(1.0, convention="published", group=object())

@@ -1,4 +1,4 @@
-"""The regularizers on nets of nflows and FrEIA, unconditional and conditional, against the literal twin."""
+"""The regularizers on nets of nflows and FrEIA, with and without context, against slow copies."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def draws(seed, *shapes):
 
 
 @pytest.mark.parametrize("context_size", [0, CONTEXT])
-def test_hook_equals_the_literal_twins(net, context_size):
+def test_hook_equals_the_literal_copies(net, context_size):
     foreign = randomized(net, context_size)
     x, context = draws(1, (ROWS, SIZE), (ROWS, CONTEXT))
     context = context if context_size else None

@@ -30,7 +30,7 @@ def test_linear_map_against_the_multivariate_normal():
 
 
 @pytest.mark.parametrize("context_size", [0, 2])
-def test_value_and_gradients_equal_the_literal_twin(context_size):
+def test_value_and_gradients_equal_the_literal_copy(context_size):
     x = data(5, 6).requires_grad_()
     model = TwoCouplings(context_size=context_size).double()
     model = model.with_context(data(5, 2)) if context_size else model
