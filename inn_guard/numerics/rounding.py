@@ -28,6 +28,7 @@ __all__ = [
 
 UNIT = 2.0**-53  #: unit roundoff of float64
 TINY = 1e-300  #: more than underflow loses in a sum of products; keeps divisors off zero
+SMALL_NORM = 2.0**-400  #: below it squares of entries may underflow
 CANDIDATES = 8  #: matrices of a batch whose eigenvalues are computed outright
 
 
@@ -130,7 +131,10 @@ class Upper(float):
 
 def _refuse_upper(other: Any) -> None:
     if isinstance(other, Upper):
-        raise TypeError("expected a number or a lower bound on the right of - and /, got an Upper")
+        raise TypeError(
+            "expected a lower bound on the right of - and /, got an upper bound; "
+            "convert it with float() where a result without a guarantee is enough"
+        )
 
 
 def _next_above(x: float) -> Upper:
@@ -191,9 +195,14 @@ def frobenius_norm(matrices: Tensor) -> Upper:
     if matrices.numel() == 0:
         return Upper(0.0)
     # a complex number has two squares to add, and its squared modulus three roundings
-    rows, columns = matrices.shape[-2:]
+    operations = 4 * matrices.shape[-2] * matrices.shape[-1] + 4
     largest = float(torch.linalg.matrix_norm(matrices).max())
-    return Upper.computed(largest, 4 * rows * columns + 4)
+    if largest >= SMALL_NORM:
+        return Upper.computed(largest, operations)
+    scale = power_of_two(matrices)
+    return (
+        Upper.computed(float(torch.linalg.matrix_norm(matrices / scale).max()), operations) * scale
+    )
 
 
 def largest_eigenvalue(matrices: Tensor) -> Upper:

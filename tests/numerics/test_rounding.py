@@ -131,3 +131,9 @@ def test_frobenius_norms_are_never_below_40_digits(dtype):
             truth = mpmath.sqrt(max(squares))
             assert truth <= bound <= truth * (1 + mpmath.mpf(10) ** -12)
     assert frobenius_norm(torch.zeros(2, 0, 3)) == 0
+
+
+@pytest.mark.parametrize("scale", [1e-300, 1e-170, 1e150])
+def test_frobenius_norms_of_any_scale(scale):
+    A = scale * torch.tensor([[3.0, 4.0]], dtype=torch.float64)
+    assert 5 * scale <= frobenius_norm(A) <= 5 * scale * (1 + 1e-12)

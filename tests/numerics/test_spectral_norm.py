@@ -8,8 +8,8 @@ import mpmath
 import pytest
 import torch
 
-from inn_guard.numerics.rounding import gamma, largest_eigenvalue, up
-from inn_guard.numerics.spectral_norm import inverse_norm, logarithmic_norm, spectral_norm
+from inn_guard.numerics.rounding import gamma, largest_eigenvalue
+from inn_guard.numerics.spectral_norm import inverse_norm, spectral_norm
 
 mpmath.mp.dps = 40
 
@@ -70,18 +70,6 @@ def test_inverse_norm_is_never_below_40_digits():
         assert truth <= inverse_norm(W) <= truth * (1 + mpmath.mpf(10) ** -5)
 
 
-def test_logarithmic_norm_is_never_below_40_digits():
-    generator = torch.Generator().manual_seed(4)
-    for shift in (-5.0, 0.0, 5.0):
-        for _ in range(40):
-            A = torch.randn(4, 4, generator=generator, dtype=torch.float64) + shift * torch.eye(
-                4, dtype=torch.float64
-            )
-            M = mpmath.matrix(A.tolist())
-            truth = max(mpmath.eigsy((M + M.T) / 2, eigvals_only=True))
-            assert truth <= logarithmic_norm(A) <= truth + 1e-12
-
-
 @pytest.mark.parametrize("scale", [1e-300, 1e-160, 1.0, 1e160, 1e300])
 def test_scales_do_not_overflow(scale):
     A = scale * torch.tensor([[3.0, 0.0], [4.0, 0.0]], dtype=torch.float64)
@@ -106,7 +94,8 @@ def test_half_precisions_are_taken_as_exact():
 
 def test_batch_takes_the_largest():
     A = torch.randn(40, 5, 5, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
-    assert spectral_norm(A) == pytest.approx(max(spectral_norm(matrix) for matrix in A), rel=1e-13)
+    largest = max(float(spectral_norm(matrix)) for matrix in A)
+    assert spectral_norm(A) == pytest.approx(largest, rel=1e-13)
 
 
 def test_largest_eigenvalue_of_an_indefinite_matrix():
@@ -114,8 +103,7 @@ def test_largest_eigenvalue_of_an_indefinite_matrix():
     assert -2.0 <= largest_eigenvalue(H) < -2.0 + 1e-13
 
 
-def test_gamma_and_up():
+def test_gamma():
     assert gamma(1) >= 2.0**-53
-    assert up(0.0) > 0
     with pytest.raises(ValueError, match="fewer"):
         gamma(2**53)
