@@ -1,8 +1,9 @@
 """Certified spectral norms of convolutions of any padding, stride, dilation and grouping.
 
-A zero-padded convolution on n pixels is a crop of a circular convolution on a torus of at least n + padding pixels,
-applied to a zero-extended image. Crop and extension have norm one, and the circular convolution is block-diagonal in
-the Fourier basis. Hence ||A|| <= max over the N^d grid frequencies w of sigma_max(K^(w)), for every such torus.
+A zero-padded convolution on n pixels is a crop of a circular convolution on a torus of at least n +
+padding pixels, applied to a zero-extended image. Crop and extension have norm one, and the circular
+convolution is block-diagonal in the Fourier basis. Hence ||A|| <= max over the N^d grid frequencies
+w of sigma_max(K^(w)), for every such torus.
 """
 
 from __future__ import annotations
@@ -44,8 +45,10 @@ def convolution_norm(module: Any, size: Sizes | None = None) -> Upper:
     """A certified upper bound of the spectral norm of a convolution's linear map.
 
     Args:
-        module: nn.Conv1d/2d/3d or nn.ConvTranspose1d/2d/3d, with its effective ``weight`` (weight norm included).
-        size: spatial size of its input; None bounds the norm for every size, with zero padding only.
+        module: nn.Conv1d/2d/3d or nn.ConvTranspose1d/2d/3d, with its effective ``weight`` (weight
+            norm included).
+        size: spatial size of its input; None bounds the norm for every size, with zero padding
+            only.
 
     Returns:
         ||A||_2, or a little more; inf if the size is None and the padding is not zeros.
@@ -127,7 +130,8 @@ def torus_norm(
         kernel: K, (out, in, *window), dilation already written out as zeros.
         size: input size n per dimension.
         padding: zeros (before, after) per dimension.
-        stride: per dimension; a stride s is a space-to-depth map (norm 1) and a convolution of stride 1.
+        stride: per dimension; a stride s is a space-to-depth map (norm 1) and a convolution of
+            stride 1.
 
     Returns:
         max over the grid of sigma_max(K^(w)), rounded up.
@@ -148,10 +152,11 @@ def torus_norm(
 
 
 def riesz_norm(kernel: Float[Tensor, "out in *window"], stride: Sizes) -> Upper:
-    """A certified bound for every image size: grid maximum over the product of cos(pi (k - 1) / 2N).
+    """A certified bound for every image size: grid maximum / product of cos(pi (k - 1) / 2N).
 
-    At the maximiser w* the function Re(e^{i phi} u* K^(w) v) is of exponential type (k-1)/2 and largest at w*, so it is
-    at least its maximum times cos((k-1) t / 2) at distance t <= pi/N, one dimension after the other.
+    At the maximiser w* the function Re(e^{i phi} u* K^(w) v) is of exponential type (k-1)/2 and
+    largest at w*, so it is at least its maximum times cos((k-1) t / 2) at distance t <= pi/N, one
+    dimension after the other.
 
     Args:
         kernel: K, (out, in, *window), dilation already written out as zeros.
@@ -182,7 +187,7 @@ def riesz_norm(kernel: Float[Tensor, "out in *window"], stride: Sizes) -> Upper:
 def symbol(
     kernel: Float[Tensor, "out in *window"], grid: Sizes, origin: Sizes | None = None
 ) -> tuple[Tensor, Upper]:
-    """K^(w) = sum_d K[d] e^{-i w (d - p)} at the grid frequencies, and a bound of its rounding error.
+    """K^(w) = sum_d K[d] e^{-i w (d - p)} at the grid frequencies, and its rounding error.
 
     Args:
         kernel: K, (out, in, *window).
@@ -190,8 +195,9 @@ def symbol(
         origin: offset p of the output pixel in the window, the padding before; default: zero.
 
     Returns:
-        The symbol, (frequencies, out, in) complex128 (float64 if the window is one pixel), one of each conjugate pair
-        of frequencies, and a bound of the Frobenius norm of the error of each frequency's matrix.
+        The symbol, (frequencies, out, in) complex128 (float64 if the window is one pixel), one of
+        each conjugate pair of frequencies, and a bound of the Frobenius norm of the error of each
+        frequency's matrix.
     """
     K = exact(kernel).flatten(2)
     if K.shape[2] == 1:
@@ -200,7 +206,7 @@ def symbol(
 
 
 def apply(module: Any, weight: Tensor, x: Tensor) -> Tensor:
-    """The convolution of ``module`` without bias and with another weight, on one sample x (C, *size)."""
+    """``module`` with another weight and without bias, applied to one sample x (C, *size)."""
     if not is_transposed(module):
         return module._conv_forward(x[None], weight, None)[0]
     functions = {3: F.conv_transpose1d, 4: F.conv_transpose2d, 5: F.conv_transpose3d}
@@ -218,7 +224,7 @@ def apply(module: Any, weight: Tensor, x: Tensor) -> Tensor:
 
 
 def polyphase(kernel: Tensor, stride: Sizes) -> Tensor:
-    """The kernel, on the space-to-depth image, of the stride-one convolution equal to a strided one."""
+    """The kernel of the stride-one convolution on the space-to-depth image."""
     out, inner, *window = kernel.shape
     counts, split = [], []
     margins: list[int] = []  # F.pad counts from the last dimension
@@ -249,13 +255,14 @@ def _transform(K: Tensor, waves: Tensor) -> Tensor:
 
 def _symbol_error(K: Tensor, dimensions: int) -> Upper:
     """Frobenius norm of the rounding error of one frequency's matrix."""
-    # angles are multiples of 2 pi / N within 16 u; sines, cosines and their products within 8 u each
+    # angles are multiples of 2 pi / N within 16 u; sines, cosines and their products within 8 u
+    # each
     relative = gamma(8 * (K.shape[2] + 2)) + 32 * dimensions * UNIT
     return frobenius_norm(enlarged(K.abs().sum(2), K.shape[2])) * relative
 
 
 def _waves(window: Sizes, grid: Sizes, origin: Sizes | None = None) -> Tensor:
-    """e^{-i w (d - p)} for the grid frequencies w and the window's offsets d; half of w: K is real."""
+    """e^{-i w (d - p)} for half of the grid frequencies w (K is real) and the window's offsets d."""
     ranges = [range(n) for n in grid[:-1]]
     frequencies = torch.tensor(list(itertools.product(*ranges, range(grid[-1] // 2 + 1))))
     starts = origin or (0,) * len(grid)
@@ -312,7 +319,7 @@ def paddings(module: Any) -> tuple[tuple[int, ...], tuple[int, ...]]:
 
 
 def _adjoint_size(module: Any, size: Sizes, padding: tuple[Sizes, Sizes]) -> list[int]:
-    """Output size of a transposed convolution: the input size of the convolution whose adjoint it is."""
+    """Output size of a transposed convolution, the input size of its adjoint."""
     result = []
     for axis, n in enumerate(size):
         window = (module.kernel_size[axis] - 1) * module.dilation[axis] + 1

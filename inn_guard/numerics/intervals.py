@@ -1,4 +1,4 @@
-"""Intervals of float64 tensors whose ends are rounded outwards after every operation, and boxes of data.
+"""Intervals of float64 tensors, rounded outwards after every operation, and boxes of data.
 
 Elementary functions of torch are taken to be accurate to eight units in the last place.
 """
@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from inn_guard.numerics.rounding import UNIT, gamma
+from inn_guard.numerics.rounding import UNIT, enlarged, gamma
 from inn_guard.numerics.spectral_norm import exact
 
 __all__ = ["Box", "Interval", "down", "linear", "up_tensor"]
@@ -35,7 +35,7 @@ def down(x: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Interval:
-    """All tensors between ``lo`` and ``hi``, entry by entry; operations enclose every possible result.
+    """All tensors between ``lo`` and ``hi``; operations enclose every possible result.
 
     >>> third = Interval.of(1.0) / 3.0
     >>> float(third.lo) < 1 / 3 < float(third.hi)
@@ -50,29 +50,32 @@ class Interval:
         """The interval of one number or tensor; NaN becomes everything."""
         if isinstance(x, Interval):
             return x
-        point = exact(x if isinstance(x, Tensor) else torch.tensor(x, dtype=torch.float64))
-        return Interval(
-            point.nan_to_num(-math.inf, math.inf, -math.inf),
-            point.nan_to_num(math.inf, math.inf, -math.inf),
-        )
-
-    @classmethod
-    def around(cls, x: Tensor) -> Interval:
-        """A computed tensor with what 64 roundings may have lost of it; NaN and infinite entries become everything."""
+        if not isinstance(x, Tensor):
+            x = torch.tensor(x, dtype=torch.float64)
         point = exact(x)
-        slack = 64 * UNIT * point.abs()
-        lo, hi = down(point - slack), up_tensor(point + slack)
-        return cls(
+        return Interval.unless_nan(point, point)
+
+    @staticmethod
+    def unless_nan(lo: Tensor, hi: Tensor) -> Interval:
+        """The interval of two ends; NaN becomes unbounded."""
+        return Interval(
             lo.nan_to_num(-math.inf, math.inf, -math.inf),
             hi.nan_to_num(math.inf, math.inf, -math.inf),
         )
 
     @classmethod
+    def around(cls, x: Tensor) -> Interval:
+        """A tensor that was computed with at most 64 roundings per entry; NaN becomes unbounded."""
+        point = exact(x)
+        slack = 64 * UNIT * point.abs()
+        return cls.unless_nan(down(point - slack), up_tensor(point + slack))
+
+    @classmethod
     def cat(cls, parts: Sequence[Interval], dim: int = 0) -> Interval:
-        """The parts side by side."""
-        return Interval(
-            torch.cat([part.lo for part in parts], dim), torch.cat([part.hi for part in parts], dim)
-        )
+        """The parts, concatenated along a dimension."""
+        lo = torch.cat([part.lo for part in parts], dim)
+        hi = torch.cat([part.hi for part in parts], dim)
+        return Interval(lo, hi)
 
     def map(self, function: Callable[[Tensor], Tensor]) -> Interval:
         """A map that moves entries (index, reshape, permute, expand) applied to both ends."""
@@ -83,7 +86,7 @@ class Interval:
 
     @property
     def shape(self) -> torch.Size:
-        """Of the tensors."""
+        """The shape of both ends."""
         return self.lo.shape
 
     @property
@@ -99,9 +102,13 @@ class Interval:
     @property
     def mignitude(self) -> Tensor:
         """Smallest absolute value, entry by entry."""
-        return torch.where(
-            (self.lo <= 0) & (self.hi >= 0), 0.0, torch.minimum(self.lo.abs(), self.hi.abs())
-        )
+        smallest = torch.minimum(self.lo.abs(), self.hi.abs())
+        return torch.where(self.holds_zero, 0.0, smallest)
+
+    @property
+    def holds_zero(self) -> Tensor:
+        """Whether zero is inside, entry by entry."""
+        return (self.lo <= 0) & (self.hi >= 0)
 
     @property
     def centre(self) -> Tensor:
@@ -116,18 +123,22 @@ class Interval:
 
     def sup(self) -> float:
         """The largest number in the interval, over all entries."""
-        return float(self.hi.max()) if self.hi.numel() else -math.inf
+        if not self.hi.numel():
+            return -math.inf
+        return float(self.hi.max())
 
     def inf(self) -> float:
         """The smallest number in the interval, over all entries."""
-        return float(self.lo.min()) if self.lo.numel() else math.inf
+        if not self.lo.numel():
+            return math.inf
+        return float(self.lo.min())
 
     def hull(self, other: Interval) -> Interval:
         """The smallest interval that holds both."""
         return Interval(torch.minimum(self.lo, other.lo), torch.maximum(self.hi, other.hi))
 
     def meet(self, other: Interval) -> Interval:
-        """What both hold; both are known to hold the true value."""
+        """The intersection of two enclosures of the same value."""
         return Interval(torch.maximum(self.lo, other.lo), torch.minimum(self.hi, other.hi))
 
     def __neg__(self) -> Interval:
@@ -145,7 +156,8 @@ class Interval:
         products = [self.lo * other.lo, self.lo * other.hi, self.hi * other.lo, self.hi * other.hi]
         lo, hi = _extremes(products)
         if bool(lo.isnan().any()):
-            # zero times infinity is zero: infinite ends stand for numbers without bound, not for infinity
+            # zero times infinity is zero: infinite ends stand for numbers without bound, not for
+            # infinity
             lo, hi = _extremes([torch.where(p.isnan(), 0.0, p) for p in products])
         return _outward(lo, hi)
 
@@ -163,7 +175,7 @@ class Interval:
 
     def reciprocal(self) -> Interval:
         """1 / x; everything where x may be zero."""
-        crosses = (self.lo <= 0) & (self.hi >= 0)
+        crosses = self.holds_zero
         low, high = 1 / self.hi, 1 / self.lo
         return _outward(torch.where(crosses, -math.inf, low), torch.where(crosses, math.inf, high))
 
@@ -174,12 +186,11 @@ class Interval:
 
     def sqrt(self) -> Interval:
         """The root of what is not negative."""
-        return Interval(
-            down(self.lo.clamp_min(0).sqrt()).clamp_min(0), up_tensor(self.hi.clamp_min(0).sqrt())
-        )
+        low, high = self.lo.clamp_min(0).sqrt(), self.hi.clamp_min(0).sqrt()
+        return Interval(down(low).clamp_min(0), up_tensor(high))
 
     def abs(self) -> Interval:
-        """|x|."""
+        """|x|, entry by entry."""
         return Interval(self.mignitude, self.magnitude)
 
     def maximum(self, other: Interval | Number) -> Interval:
@@ -193,7 +204,7 @@ class Interval:
         return Interval(torch.minimum(self.lo, other.lo), torch.minimum(self.hi, other.hi))
 
     def exp(self) -> Interval:
-        """e^x."""
+        """e^x, never below zero."""
         raised = self.increasing(torch.exp)
         return Interval(raised.lo.clamp_min(0), raised.hi)
 
@@ -205,19 +216,18 @@ class Interval:
         """An increasing elementary function of torch."""
         low, high = function(self.lo), function(self.hi)
         lo, hi = low - ELEMENTARY * low.abs(), high + ELEMENTARY * high.abs()
-        return _outward(
-            lo.nan_to_num(-math.inf, math.inf, -math.inf),
-            hi.nan_to_num(math.inf, math.inf, -math.inf),
-        )
+        known = Interval.unless_nan(lo, hi)
+        return _outward(known.lo, known.hi)
 
     def sum(self, dim: int = -1) -> Interval:
         """The sum along a dimension."""
-        slack = gamma(self.shape[dim] + 1) * self.magnitude.sum(dim) * (1 + 1e-9)
+        terms = self.shape[dim]
+        slack = gamma(terms + 1) * enlarged(self.magnitude.sum(dim), terms + 1)
         return _outward(self.lo.sum(dim) - slack, self.hi.sum(dim) + slack)
 
 
 class Box(Interval):
-    """The data on which a bound holds: all x with lo <= x <= hi, of the shape of one sample (no batch).
+    """All x with lo <= x <= hi, of the shape of one sample (no batch): where a bound holds.
 
     Args:
         lo: lower corner; a tensor of the shape of one sample.
@@ -247,12 +257,18 @@ class Box(Interval):
 
     @classmethod
     def around(cls, x: Tensor) -> Box:
-        """The smallest box that holds every sample of a batch x (B, *shape)."""
+        """The smallest box that holds every sample of a batch x (B, *shape).
+
+        Raises:
+            ValueError: if there is no sample, or an entry is NaN.
+        """
+        if x.dim() == 0 or len(x) == 0:
+            raise ValueError(f"expected a batch (B >= 1, *shape), got shape {tuple(x.shape)}")
         return cls(x.amin(0), x.amax(0))
 
 
 def linear(weight: Tensor, x: Interval) -> Interval:
-    """W x for x (..., n) and W (m, n), both exact: centre and radius, with the rounding of both products.
+    """W x for x (..., n) and an exact W (m, n), by centre and radius.
 
     Infinite or unknown entries make everything unknown that depends on them.
     """
@@ -260,27 +276,24 @@ def linear(weight: Tensor, x: Interval) -> Interval:
         return _unbounded_linear(weight, x)
     size = weight.abs()
     centre, radius = x.centre @ weight.mT, x.radius @ size.mT
-    slack = gamma(weight.shape[-1] + 4) * 2 * (x.magnitude @ size.mT + radius) * (1 + 1e-9)
+    operations = weight.shape[-1] + 4
+    slack = 2 * gamma(operations) * enlarged(x.magnitude @ size.mT + radius, operations)
     return _outward(centre - radius - slack, centre + radius + slack)
 
 
 def _unbounded_linear(weight: Tensor, x: Interval) -> Interval:
     unknown = ~(torch.isfinite(x.lo) & torch.isfinite(x.hi))
-    known = linear(
-        weight.nan_to_num(0, 0, 0),
-        Interval(x.lo.masked_fill(unknown, 0), x.hi.masked_fill(unknown, 0)),
-    )
-    touched = (unknown.double() @ (weight != 0).double().mT > 0) | ~weight.isfinite().all(-1)
-    return Interval(
-        known.lo.masked_fill(touched, -math.inf), known.hi.masked_fill(touched, math.inf)
-    )
+    known = linear(weight.nan_to_num(0, 0, 0), x.map(lambda end: end.masked_fill(unknown, 0)))
+    depends = unknown.double() @ (weight != 0).double().mT > 0
+    touched = depends | ~weight.isfinite().all(-1)
+    lo = known.lo.masked_fill(touched, -math.inf)
+    hi = known.hi.masked_fill(touched, math.inf)
+    return Interval(lo, hi)
 
 
 def _extremes(candidates: list[Tensor]) -> tuple[Tensor, Tensor]:
-    a, b, c, d = candidates
-    return torch.minimum(torch.minimum(a, b), torch.minimum(c, d)), torch.maximum(
-        torch.maximum(a, b), torch.maximum(c, d)
-    )
+    stacked = torch.stack(torch.broadcast_tensors(*candidates))
+    return stacked.amin(0), stacked.amax(0)
 
 
 def _outward(lo: Tensor, hi: Tensor) -> Interval:

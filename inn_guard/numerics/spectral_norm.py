@@ -84,7 +84,7 @@ def cheap_norm(matrix: Num[Tensor, "m n"]) -> Upper:
 
 
 def inverse_norm(matrix: Num[Tensor, "m n"]) -> Upper:
-    """A certified upper bound of ||W^-1||_2 from an approximate inverse X: ||X|| / (1 - ||I - X W||).
+    """A certified upper bound of ||W^-1||_2: ||X|| / (1 - ||I - X W||), X an approximate inverse.
 
     Args:
         matrix: W, square, entries taken as exact.
