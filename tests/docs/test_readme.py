@@ -101,6 +101,12 @@ def test_every_check_is_described_with_its_question():
             assert f"`{use}`" in section.partition("\n\n")[2], f"{name} decides {use}"
 
 
+def test_the_readme_names_every_check_with_its_level():
+    rows = re.findall(r"^\| `(\w+)` \|.*\| (\w+) \|$", README.read_text(encoding="utf-8"), re.M)
+    levels = {name: level for name, level in rows if level in ("quick", "standard", "full")}
+    assert levels == {name: str(check.level) for name, check in ig.AUDITS.items()}
+
+
 def test_the_reference_documents_names_that_exist():
     sys.modules.pop("reference", None)
     reference = script("reference")
