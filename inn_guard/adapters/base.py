@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from inn_guard.adapters.structured_jacobians import agrees, known_tangent
+from inn_guard.adapters.structured_jacobians import agrees, known_jacobian
 from inn_guard.core.invertible import Context, Invertible, NotApplicable, as_log_det
 from inn_guard.core.layer_jacobian import LayerJacobian
 
@@ -65,7 +65,7 @@ class Adapted(Invertible):
     def linearize(self, x: Tensor) -> LayerJacobian:
         """The four products: by the known structure where that proves to be the derivative, else by autograd."""
         with torch.no_grad():
-            fast = known_tangent(self.module, x.detach(), self.context)
+            fast = known_jacobian(self.module, x.detach(), self.context)
         proved = fast is not None and agrees(fast, self.forward, x)
         return fast if fast is not None and proved else super().linearize(x)
 

@@ -1,4 +1,4 @@
-"""KnownOutput: a network that has been evaluated already, in a coupling that is inverted and differentiated at once."""
+"""CachedNetwork: a network that has been evaluated already, in a coupling that is inverted and differentiated at once."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ from typing import Any
 
 from torch import Tensor, nn
 
-__all__ = ["KnownOutput"]
+__all__ = ["CachedNetwork"]
 
 
-class KnownOutput(nn.Module):
+class CachedNetwork(nn.Module):
     """A network whose output is known already; all its other attributes are the network's own.
 
     Args:

@@ -13,8 +13,8 @@ from torch.nn import functional
 
 from inn_guard.core.layer_jacobian import INEXACT, ROUNDING, LayerJacobian, Map, probes
 from inn_guard.jacobian.network import NetworkJacobian
-from inn_guard.layers.coupling_tangent import CouplingTangent
-from inn_guard.layers.linear_tangent import ChannelMixingJacobian, PermutationJacobian
+from inn_guard.layers.coupling import CouplingJacobian
+from inn_guard.layers.linear import ChannelMixingJacobian, PermutationJacobian
 from inn_guard.layers.partition import Partition
 
 __all__ = [
@@ -22,17 +22,17 @@ __all__ = [
     "PermutedOutputs",
     "SelectedOutputs",
     "SwappedOutputs",
-    "TangentChain",
+    "ChainJacobian",
     "agrees",
-    "coupling_tangent",
-    "known_tangent",
-    "mixing_tangent",
-    "moving_tangent",
+    "coupling_jacobian",
+    "known_jacobian",
+    "channel_mixing_jacobian",
+    "permutation_jacobian",
 ]
 
 
 @singledispatch
-def known_tangent(module: nn.Module, x: Tensor, context: Any) -> LayerJacobian | None:
+def known_jacobian(module: nn.Module, x: Tensor, context: Any) -> LayerJacobian | None:
     """The tangent at x of a foreign module by its class; None where its structure is not known."""
     return None
 
@@ -156,7 +156,7 @@ class SwappedOutputs:
         self.inverse_jvp, self.inverse_vjp = tangent.jvp, tangent.vjp
 
 
-class TangentChain:
+class ChainJacobian:
     """Several tangents, one after the other, first one first."""
 
     def __init__(self, tangents: Sequence[LayerJacobian]) -> None:
@@ -188,9 +188,9 @@ class TangentChain:
         return v
 
 
-def coupling_tangent(
+def coupling_jacobian(
     x: Tensor, network: NetworkJacobian, partition: Partition, scale: Map | None
-) -> CouplingTangent:
+) -> CouplingJacobian:
     """Of z_kept = x_kept, z_changed = x_changed * g(s) + t at x.
 
     Args:
@@ -201,7 +201,7 @@ def coupling_tangent(
     """
     kept, changed = partition.split(x, dims=x.dim())
     if scale is None:
-        return CouplingTangent(
+        return CouplingJacobian(
             partition.join(kept, changed + network.output, dims=x.dim()), network, partition
         )
     shift, h = network.output.chunk(2, dim=1)
@@ -211,10 +211,10 @@ def coupling_tangent(
     (slope,) = torch.autograd.grad(value, leaf, torch.ones_like(value))
     value = value.detach()
     z = partition.join(kept, changed * value + shift, dims=x.dim())
-    return CouplingTangent(z, network, partition, scale=value, gain=changed * slope)
+    return CouplingJacobian(z, network, partition, scale=value, gain=changed * slope)
 
 
-def moving_tangent(
+def permutation_jacobian(
     x: Tensor, ahead: Callable[[Tensor], Tensor], back: Callable[[Tensor], Tensor]
 ) -> PermutationJacobian:
     """Of a map that moves entries only, at x; both directions take leading dimensions."""
@@ -224,7 +224,7 @@ def moving_tangent(
     )
 
 
-def mixing_tangent(x: Tensor, weight: Tensor, shift: Tensor | None = None) -> ChannelMixingJacobian:
+def channel_mixing_jacobian(x: Tensor, weight: Tensor, shift: Tensor | None = None) -> ChannelMixingJacobian:
     """Of z = W x + b over the channels, at every pixel, at x; all products take leading dimensions."""
     dims = x.dim()
 

@@ -25,15 +25,17 @@ Sampler = Callable[[int, Context], Tensor]  #: (n, context of n rows or None) ->
 class BaseDistribution:
     """The distribution of z whose image under ``inverse`` is the model's distribution of x.
 
-    Attributes: sampler: draws n latents with torch's global generator, at temperature 1; its second
-        argument
-            is a context of n rows, or None.
+    Attributes:
+        sampler: draws n latents with torch's global generator, at temperature 1. Its second
+            argument is a context of n rows, or None.
         like: a tensor with the dtype and device of the model; its values are not used.
         context: the model's own context, (B, ...) or None.
         exact_deviation: standard deviation of each entry, (*latent); None where it is not known.
         declared: whether the library's object has a base distribution; False where the latents are
             standard normal by assumption only.
         description: what a report calls it.
+        log_density: z (B, *latent) -> log p(z) in nats, (B,), differentiable, in the model's own
+            context; None where the library does not offer it.
     """
 
     sampler: Sampler
@@ -42,6 +44,7 @@ class BaseDistribution:
     exact_deviation: Tensor | None = None
     declared: bool = True
     description: str = "base distribution"
+    log_density: Callable[[Tensor], Tensor] | None = None
 
     def draw(self, n: int, seed: int, *, context: Context = None) -> Tensor:
         """Latents z, (n, *latent), in the dtype and on the device of the model, without a graph.
@@ -72,6 +75,16 @@ class BaseDistribution:
             reason = str(error) or "the library does not implement it"
             raise NotApplicable(f"no samples of the {self.description}: {reason}") from error
         return latents.detach().to(self.like)
+
+    def log_prob(self, z: Tensor) -> Tensor:
+        """log p(z) in nats, (B,), in the model's own context.
+
+        Raises:
+            NotApplicable: if the library does not offer the density.
+        """
+        if self.log_density is None:
+            raise NotApplicable(f"the {self.description} has no density that can be evaluated")
+        return self.log_density(z)
 
     def repeated_context(self, n: int) -> Context:
         """The model's own context with n rows: row i is its row i mod B; None if there is none."""

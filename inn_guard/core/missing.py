@@ -22,4 +22,4 @@ class Missing:
 
 
 class NotApplicable(NotImplementedError):
-    """A model cannot answer a question, for this reason. `audit()` reports the verdict of that name."""
+    """A model cannot answer a question, for this reason. `audit()` reports it as a verdict."""

@@ -1,7 +1,8 @@
-"""The bricks of invertible networks, each an `Invertible` with its own tangents and certified bounds.
+"""The layers of invertible networks, each an `Invertible` with closed-form Jacobian products.
 
-A coupling layer says what it keeps (a partition), how it scales (a scale function) and by which network. The neural
-ODE needs torchdiffeq and is imported from its own file, ``inn_guard.layers.ode``.
+A coupling layer says what it keeps (a partition), how it scales (a scale function) and by which
+network. The neural ODE needs torchdiffeq and is imported from its own file,
+``inn_guard.layers.ode``.
 
 >>> import torch
 >>> layer = AffineCoupling.on_halves(4, lambda kept, out: MLP([kept, 16, out]))

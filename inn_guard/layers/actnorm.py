@@ -1,4 +1,4 @@
-"""Learned diagonal maps of channels: Diagonal, and ActNorm, which initialises itself from data."""
+"""Learned diagonal maps of channels: Diagonal, and ActNorm, whose first batch initialises it."""
 
 from __future__ import annotations
 
@@ -7,15 +7,15 @@ from torch import Tensor, nn
 
 from inn_guard.core.invertible import Invertible
 from inn_guard.core.layer_jacobian import LayerJacobian
-from inn_guard.layers.linear_tangent import ElementwiseTangent
+from inn_guard.layers.linear import ElementwiseJacobian
 
 __all__ = ["ActNorm", "Diagonal"]
 
 
 class Diagonal(Invertible):
-    """z_c = exp(log_scale_c) x_c + shift_c for every channel c; log|det J| = positions * sum_c log_scale_c.
+    """z_c = exp(log_scale_c) x_c + shift_c for every channel c.
 
-    Starts as the identity.
+    log|det J| = positions * sum_c log_scale_c. Starts as the identity.
 
     Args:
         channels: size of dimension 1.
@@ -48,10 +48,10 @@ class Diagonal(Invertible):
     def linearize(self, x: Tensor) -> LayerJacobian:
         """Multiplication with the scale."""
         with torch.no_grad():
-            return ElementwiseTangent(self.forward(x), self._over(x, self.log_scale.exp()))
+            return ElementwiseJacobian(self.forward(x), self._over(x, self.log_scale.exp()))
 
     def _log_det(self, x: Tensor) -> Tensor:
-        positions = x[0, 0].numel() if len(x) else 1
+        positions = x.shape[2:].numel()
         return (self.log_scale.sum() * positions).expand(len(x))
 
     @staticmethod
@@ -62,17 +62,19 @@ class Diagonal(Invertible):
 
 
 class ActNorm(Diagonal):
-    """A Diagonal whose first training batch sets it so that every channel comes out with mean 0 and variance 1.
+    """A Diagonal whose first training batch gives each output channel mean 0 and variance 1.
 
-    That happens once, in training mode, in a forward pass over at least two values a channel, all of them finite; in
-    evaluation mode, and in the inverse, an ActNorm without data is the identity. Whether it has happened is a buffer.
+    That happens once, in training mode, in a forward pass over at least two values per channel, all
+    of them finite. Until then an ActNorm is the identity, also in evaluation mode and in the
+    inverse. The buffer ``initialized`` tells whether it has happened.
 
     Args:
         channels: size of dimension 1.
         eps: added to the standard deviation.
 
     References:
-        Glow: Generative Flow with Invertible 1x1 Convolutions (Kingma, Dhariwal, 2018), section 3.1.
+        Glow: Generative Flow with Invertible 1x1 Convolutions (Kingma, Dhariwal, 2018),
+        section 3.1.
     """
 
     initialized: Tensor
@@ -83,7 +85,7 @@ class ActNorm(Diagonal):
         self.register_buffer("initialized", torch.zeros((), dtype=torch.bool))
 
     def forward(self, x: Tensor) -> Tensor:
-        """z = scale * x + shift; sets scale and shift first where that is due."""
+        """z = scale * x + shift; the first training batch sets scale and shift."""
         if self.training and not self.initialized:
             self._initialize(x.detach())
         return super().forward(x)

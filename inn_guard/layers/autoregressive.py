@@ -8,7 +8,7 @@ from torch.nn.utils import parametrize
 
 from inn_guard.core.invertible import Invertible
 from inn_guard.core.layer_jacobian import LayerJacobian
-from inn_guard.jacobian.network import NetworkJacobian, linearize_network, linearize_module
+from inn_guard.jacobian.network import NetworkJacobian, linearize_module, linearize_network
 from inn_guard.layers.actnorm import ActNorm
 from inn_guard.layers.chain import Chain
 from inn_guard.layers.inverted import InverseLayer
@@ -39,7 +39,7 @@ class _Skip(nn.Module):
 
     def __init__(self, degrees: Tensor) -> None:
         super().__init__()
-        first, second = (_linear(degrees, degrees[:, None] >= degrees) for _ in range(2))
+        first, second = (_masked_linear(degrees, degrees[:, None] >= degrees) for _ in range(2))
         _start_small(second)
         self.branch = nn.Sequential(nn.ReLU(), first, nn.ReLU(), second)
 
@@ -48,10 +48,13 @@ class _Skip(nn.Module):
 
 
 class MADE(nn.Sequential):
-    """A network x (B, D) -> (B, outputs * D) whose values number i, D + i, 2 D + i ... depend on x_1 ... x_{i-1} only.
+    """A network (B, D) -> (B, outputs * D) whose values obey an order of the features.
 
-    A masked linear map, pre-activated residual blocks of two masked linear maps with ReLU, a masked linear map.
-    Hidden unit j has degree 1 + j mod (D - 1), and weights go from lower or equal degrees to higher ones.
+    Values i, D + i, 2 D + i, ... of the output depend on x_1 ... x_{i-1} only.
+
+    A masked linear map, pre-activated residual blocks of two masked linear maps with ReLU, a masked
+    linear map. Hidden unit j has degree 1 + j mod (D - 1), and weights go from lower or equal
+    degrees to higher ones.
 
     Args:
         features: D.
@@ -60,7 +63,8 @@ class MADE(nn.Sequential):
         outputs: values per feature.
 
     References:
-        MADE: Masked Autoencoder for Distribution Estimation (Germain, Gregor, Murray, Larochelle, 2015).
+        MADE: Masked Autoencoder for Distribution Estimation (Germain, Gregor, Murray,
+        Larochelle, 2015).
 
     >>> MADE(3, hidden=8)(torch.zeros(5, 3)).shape
     torch.Size([5, 6])
@@ -69,24 +73,27 @@ class MADE(nn.Sequential):
     def __init__(self, features: int, *, hidden: int, blocks: int = 2, outputs: int = 2) -> None:
         if min(features, hidden, outputs) < 1 or blocks < 0:
             raise ValueError(
-                f"expected positive sizes, got {features} features, {hidden} hidden, {outputs} outputs"
+                "expected positive sizes, "
+                f"got {features} features, {hidden} hidden, {outputs} outputs"
             )
         inputs = torch.arange(1, features + 1)
         degrees = torch.arange(hidden) % max(1, features - 1) + min(1, features - 1)
-        last = _linear(degrees, inputs.repeat(outputs)[:, None] > degrees)
+        last = _masked_linear(degrees, inputs.repeat(outputs)[:, None] > degrees)
         _start_small(last)
         skips = [_Skip(degrees) for _ in range(blocks)]
-        super().__init__(_linear(inputs, degrees[:, None] >= inputs), *skips, last)
+        super().__init__(_masked_linear(inputs, degrees[:, None] >= inputs), *skips, last)
 
 
 class MaskedAutoregressive(Invertible):
     """z_i = x_i * g(s_i(x_1 ... x_{i-1})) + t_i(x_1 ... x_{i-1}); log|det J| = sum_i log g(s_i).
 
-    J is lower triangular. Forward is one pass of the network; the inverse finds one entry after the other, in D passes.
+    J is lower triangular. Forward is one pass of the network; the inverse finds one entry after the
+    other, in D passes.
 
     Args:
-        network: a MADE or another network (B, D) -> (B, 2 D), first t, then s, with that dependence.
-        scale: g; 0.001 + softplus(s) unless given.
+        network: a MADE or another network (B, D) -> (B, 2 D), first t, then s, with that
+            dependence.
+        scale: g. Default: 0.001 + softplus(s).
 
     References:
         Masked Autoregressive Flow for Density Estimation (Papamakarios, Pavlakou, Murray, 2017).
@@ -109,44 +116,44 @@ class MaskedAutoregressive(Invertible):
 
     def inverse(self, z: Tensor) -> Tensor:
         """x, entry by entry: x_i = (z_i - t_i) / g(s_i)."""
-        return self._solved(z)[0]
+        return self._solve(z)[0]
 
     def inverse_and_log_det(self, z: Tensor) -> tuple[Tensor, Tensor]:
         """x and -sum log g(s)."""
-        x, h = self._solved(z)
+        x, h = self._solve(z)
         return x, -self.scale.log(h).sum(1)
 
     def linearize(self, x: Tensor) -> LayerJacobian:
-        """The four products: forward from one evaluation of the network, inverse by triangular solves."""
-        return AutoregressiveTangent(self, x.detach())
+        """The four products from one evaluation of the network; J^-1 by triangular solves."""
+        return AutoregressiveJacobian(self, x.detach())
 
-    def _solved(self, z: Tensor) -> tuple[Tensor, Tensor]:
-        """(x, s): after pass i the first i entries of x are right, after the last pass but one all of s is."""
+    def _solve(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        """x and s, entry by entry."""
         known = [z[:, :0]]
         h = z
         for i in range(z.shape[1]):
-            shift, h = self.network(torch.cat([*known, torch.zeros_like(z[:, i:])], dim=1)).chunk(
-                2, dim=1
-            )
-            known.append(
-                (z[:, i : i + 1] - shift[:, i : i + 1]) / self.scale.value(h[:, i : i + 1])
-            )
+            # the network sees the entries found so far; entry i of its output depends on no others
+            unknown = torch.zeros_like(z[:, i:])
+            shift, h = self.network(torch.cat([*known, unknown], dim=1)).chunk(2, dim=1)
+            entry = slice(i, i + 1)
+            known.append((z[:, entry] - shift[:, entry]) / self.scale.value(h[:, entry]))
         return torch.cat(known, dim=1), h
 
 
-class AutoregressiveTangent:
-    """J = diag(g) + diag(x g') ds/dx + dt/dx, lower triangular; its inverse by forward and back substitution.
+class AutoregressiveJacobian:
+    """J = diag(g) + diag(x g') ds/dx + dt/dx, lower triangular; J^-1 by substitution.
 
     Args:
         layer: the layer.
-        x: where, (B, D).
+        x: the point, (B, D).
     """
 
     def __init__(self, layer: MaskedAutoregressive, x: Tensor) -> None:
         with torch.no_grad():
             self._network = linearize_network(layer.network, x)
             shift, h = self._network.output.chunk(2, dim=1)
-            self._scale, self._gain = layer.scale.value(h), x * layer.scale.slope(h)
+            self._scale = layer.scale.value(h)
+            self._gain = x * layer.scale.slope(h)
             self.output = x * self._scale + shift
         self._jacobian: Tensor | None = None
 
@@ -161,68 +168,72 @@ class AutoregressiveTangent:
 
     def inverse_jvp(self, u: Tensor) -> Tensor:
         """J^-1 u."""
-        return self._substituted(self._dense(), u, upper=False)
+        return self._solve_triangle(self._dense(), u, upper=False)
 
     def inverse_vjp(self, v: Tensor) -> Tensor:
         """J^-T v."""
-        return self._substituted(self._dense().mT, v, upper=True)
+        return self._solve_triangle(self._dense().mT, v, upper=True)
 
     def _dense(self) -> Tensor:
         """(B, D, D): row i is J^T e_i."""
         if self._jacobian is None:
             size = self.output.shape[1]
-            rows = torch.eye(size, dtype=self.output.dtype, device=self.output.device)
-            self._jacobian = self.vjp(rows[:, None].expand(-1, len(self.output), -1)).transpose(
-                0, 1
-            )
+            identity = torch.eye(size, dtype=self.output.dtype, device=self.output.device)
+            rows = self.vjp(identity[:, None].expand(-1, len(self.output), -1))
+            self._jacobian = rows.transpose(0, 1)
         return self._jacobian
 
     @staticmethod
-    def _substituted(triangle: Tensor, right: Tensor, *, upper: bool) -> Tensor:
+    def _solve_triangle(triangle: Tensor, right: Tensor, *, upper: bool) -> Tensor:
         return torch.linalg.solve_triangular(triangle, right.unsqueeze(-1), upper=upper).squeeze(-1)
 
 
 def maf(features: int, *, layers: int = 4, hidden: int = 256, blocks: int = 2) -> Chain:
-    """A masked autoregressive flow (B, D) -> (B, D): data -> latent in one pass a layer, the inverse in D passes.
+    """A masked autoregressive flow (B, D) -> (B, D).
 
-    Between two layers there are an ActNorm and a reversal of the order, without which all layers together would
-    still be triangular.
+    Data -> latent takes one pass of each layer, the inverse D passes.
+
+    Between two layers there are an ActNorm and a reversal of the order, without which all layers
+    together would still be triangular.
 
     Args:
         features: D.
-        layers: MADE layers; 4 in autoencoders within flows.
-        hidden: width of their hidden layers; 256 there.
-        blocks: residual blocks of each; 2 there.
+        layers: number of MADE layers; the defaults are those of autoencoders within flows.
+        hidden: width of their hidden layers.
+        blocks: residual blocks of each layer.
 
     References:
         Masked Autoregressive Flow for Density Estimation (Papamakarios, Pavlakou, Murray, 2017).
-        Deterministic Training of Generative Autoencoders Using Invertible Layers (Silvestri, Roos, Ambrogioni, 2023),
-        appendix D.2.
+        Deterministic Training of Generative Autoencoders Using Invertible Layers (Silvestri, Roos,
+        Ambrogioni, 2023), appendix D.2.
     """
     steps: list[Invertible] = []
     for k in range(layers):
-        steps += [ActNorm(features), Permutation.reverse(features)] if k else []
+        if k > 0:
+            steps += [ActNorm(features), Permutation.reverse(features)]
         steps.append(MaskedAutoregressive(MADE(features, hidden=hidden, blocks=blocks)))
     return Chain(*steps)
 
 
 def iaf(features: int, *, layers: int = 4, hidden: int = 256, blocks: int = 2) -> InverseLayer:
-    """An inverse autoregressive flow, the inverse of ``maf``: latent -> data in one pass, the density in D passes.
+    """An inverse autoregressive flow (B, D) -> (B, D): the inverse of ``maf``.
+
+    Latent -> data takes one pass of each layer, the density D passes.
 
     Args:
         features: D.
-        layers: MADE layers.
+        layers: number of MADE layers.
         hidden: width of their hidden layers.
         blocks: residual blocks of each.
 
     References:
-        Improving Variational Inference with Inverse Autoregressive Flow (Kingma, Salimans, Jozefowicz, Chen,
-        Sutskever, Welling, 2016).
+        Improving Variational Inference with Inverse Autoregressive Flow (Kingma, Salimans,
+        Jozefowicz, Chen, Sutskever, Welling, 2016).
     """
     return InverseLayer(maf(features, layers=layers, hidden=hidden, blocks=blocks))
 
 
-def _linear(inputs: Tensor, mask: Tensor) -> nn.Module:
+def _masked_linear(inputs: Tensor, mask: Tensor) -> nn.Module:
     """A linear map of ``len(inputs)`` values with ``mask`` (out, in) on its weight."""
     return parametrize.register_parametrization(
         nn.Linear(len(inputs), len(mask)), "weight", _Masked(mask)
@@ -235,7 +246,7 @@ def _start_small(linear: nn.Module) -> None:
         parameter.uniform_(-1e-3, 1e-3)
 
 
-class _SkipTangent:
+class _SkipJacobian:
     def __init__(self, branch: NetworkJacobian, h: Tensor) -> None:
         self._branch, self.output = branch, h + branch.output
 
@@ -247,5 +258,5 @@ class _SkipTangent:
 
 
 @linearize_module.register
-def _(module: _Skip, x: Tensor) -> NetworkJacobian:
-    return _SkipTangent(linearize_module(module.branch, x), x)
+def linearize_skip(module: _Skip, x: Tensor) -> NetworkJacobian:
+    return _SkipJacobian(linearize_module(module.branch, x), x)

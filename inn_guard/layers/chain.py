@@ -12,15 +12,19 @@ __all__ = ["Chain"]
 class Chain(Invertible):
     """z = F_n(...F_1(x)); log|det J| = sum_i log|det J_i|, every J_i at the input of its own layer.
 
-    ``layers()`` is flat: chains inside the chain are opened. A chain with a context hands it to every step; one
-    without leaves each step its own.
+    ``layers()`` is flat: chains inside the chain are opened. A chain with a context passes it to
+    every step; without one, each step keeps its own.
 
     Args:
-        steps: the layers, the first one applied first; none gives the identity.
+        steps: the layers in the order in which they are applied; none gives the identity.
+
+    Raises:
+        TypeError: if a step is not an Invertible.
 
     >>> import torch
     >>> from inn_guard.layers.permutation import Permutation
-    >>> Chain(Permutation.reverse(3), Permutation.reverse(3))(torch.tensor([[1.0, 2.0, 3.0]])).tolist()
+    >>> twice = Chain(Permutation.reverse(3), Permutation.reverse(3))
+    >>> twice(torch.tensor([[1.0, 2.0, 3.0]])).tolist()
     [[1.0, 2.0, 3.0]]
     """
 
@@ -29,7 +33,8 @@ class Chain(Invertible):
         for step in steps:
             if not isinstance(step, Invertible):
                 raise TypeError(
-                    f"expected Invertible steps, got {type(step).__name__}; wrap it with inn_guard.wrap(...)"
+                    f"expected Invertible steps, got {type(step).__name__}; "
+                    "pass it through inn_guard.wrap(...) first"
                 )
         self.steps = nn.ModuleList(steps)
         self.bijective = all(step.bijective for step in steps)
@@ -64,18 +69,20 @@ class Chain(Invertible):
 
     def layers(self) -> tuple[Invertible, ...]:
         """The steps, with nested chains opened."""
-        return tuple(
-            layer
-            for step in self._conditioned_steps()
-            for layer in step.layers() or _unless_empty(step)
-        )
+        flat: list[Invertible] = []
+        for step in self._conditioned_steps():
+            flat += step.layers() or _own_layer(step)
+        return tuple(flat)
 
     def _conditioned_steps(self) -> list[Invertible]:
         steps: list[Invertible] = list(self.steps)  # type: ignore[arg-type]
-        return (
-            steps if self.context is None else [step.with_context(self.context) for step in steps]
-        )
+        if self.context is None:
+            return steps
+        return [step.with_context(self.context) for step in steps]
 
 
-def _unless_empty(step: Invertible) -> tuple[Invertible, ...]:
-    return () if isinstance(step, Chain) else (step,)
+def _own_layer(step: Invertible) -> tuple[Invertible, ...]:
+    """A step that is one opaque layer is its own list; an empty chain has no layer."""
+    if isinstance(step, Chain):
+        return ()
+    return (step,)

@@ -22,16 +22,21 @@ GRID = 32  #: frequencies per dimension at which the norm of a convolution is di
 
 
 class Contraction(nn.Module):
-    """Parametrization of a weight: W -> W min(1, coefficient / bound(W)), bound(W) never below the true norm.
+    """Parametrization of a weight: W -> W min(1, coefficient / bound(W)).
 
-    For a matrix the bound is a certified spectral norm; for a kernel it is a certified bound of the norm of the zero-
-    padded convolution on images of every size. No power iteration: those are lower estimates. The bound is computed
-    again only when W has changed. The gradient is that of coefficient / norm(W), norm being what the bound bounds.
+    bound(W) is never below the true norm. For a matrix the bound is a certified spectral norm; for
+    a kernel it is a certified bound of the norm of the zero- padded convolution on images of every
+    size. No power iteration: those are lower estimates. The bound is computed again only when W has
+    changed. The gradient is that of coefficient / norm(W), norm being what the bound bounds.
 
-    This costs an eigenvalue problem of the smaller side of W per update, for a convolution one per frequency.
+    This costs an eigenvalue problem of the smaller side of W per update, for a convolution one per
+    frequency.
 
     Args:
-        coefficient: what the norm of the result stays below.
+        coefficient: upper bound of the norm of the result.
+
+    Raises:
+        ValueError: if the coefficient is not positive.
     """
 
     def __init__(self, coefficient: float) -> None:
@@ -46,9 +51,10 @@ class Contraction(nn.Module):
         bound, frequency = self._bound(weight)
         # entries of the product are rounded: each by eps, together by sqrt(rank) eps of the norm
         rounding = (2 + math.sqrt(min(weight.flatten(1).shape))) * torch.finfo(weight.dtype).eps
-        factor = self.coefficient * (1 - rounding) / bound if bound > 0 else math.inf
-        if factor >= 1:
+        allowed = self.coefficient * (1 - rounding)
+        if not bound > allowed:
             return weight
+        factor = allowed / bound
         if not (torch.is_grad_enabled() and weight.requires_grad):
             return weight * factor
         norm = _norm_at(weight, frequency)
@@ -59,7 +65,7 @@ class Contraction(nn.Module):
         return weight
 
     def _bound(self, weight: Tensor) -> tuple[float, Tensor]:
-        """The certified bound, and the frequency (of a matrix: none) at which the norm is largest."""
+        """The certified bound, and the frequency at which a kernel's norm is largest."""
         weight = weight.detach()
         if self._known is None or not _equal(self._known[0], weight):
             kernel = weight.double().cpu()
@@ -69,10 +75,11 @@ class Contraction(nn.Module):
 
 
 class LipSwish(nn.Module):
-    """x sigmoid(b x) / 1.1 with b = softplus(raw): at most of slope 1 (0.99985) whatever b.
+    """x sigmoid(b x) / 1.1 with b = softplus(raw); its slope is at most 0.99985 for every b.
 
     References:
-        Residual Flows for Invertible Generative Modeling (Chen, Behrmann, Duvenaud, Jacobsen, 2019), section 3.3.
+        Residual Flows for Invertible Generative Modeling (Chen, Behrmann, Duvenaud,
+        Jacobsen, 2019), section 3.3.
     """
 
     def __init__(self) -> None:
@@ -91,12 +98,11 @@ def contractive(module: nn.Module, *, coefficient: float) -> nn.Module:
     """``module`` with every linear map and convolution in it held below ``coefficient``.
 
     Raises:
-        ValueError: for a convolution that is not of stride and dilation 1, ungrouped and zero-padded.
+        ValueError: for a convolution that is not of stride and dilation 1, ungrouped and
+            zero-padded.
     """
     for part in list(module.modules()):
-        if isinstance(part, nn.Conv2d) and (
-            {*part.stride, *part.dilation, part.groups} != {1} or part.padding_mode != "zeros"
-        ):
+        if isinstance(part, nn.Conv2d) and not _has_certified_norm(part):
             raise ValueError(
                 f"expected a zero-padded convolution of stride, dilation and groups 1, got {part}"
             )
@@ -105,14 +111,22 @@ def contractive(module: nn.Module, *, coefficient: float) -> nn.Module:
     return module
 
 
+def _has_certified_norm(convolution: nn.Conv2d) -> bool:
+    steps = {*convolution.stride, *convolution.dilation, convolution.groups}
+    return steps == {1} and convolution.padding_mode == "zeros"
+
+
 def contractive_mlp(
     sizes: Sequence[int], *, coefficient: float, activation: Activation = LipSwish
 ) -> nn.Sequential:
-    """activation - Linear - ... - activation - Linear, of Lipschitz constant at most coefficient ** (len(sizes) - 1).
+    """activation - Linear - ... - activation - Linear with a certified Lipschitz constant.
+
+    The constant is at most coefficient ** (len(sizes) - 1).
 
     Args:
-        sizes: widths from input to output; the first and last are equal for an invertible residual layer.
-        coefficient: of every linear map, below 1.
+        sizes: widths from input to output; the first and the last must be equal for an invertible
+            residual layer.
+        coefficient: upper bound of the norm of every linear map, below 1.
         activation: makes a module of Lipschitz constant at most 1.
     """
     modules: list[nn.Module] = []
@@ -124,11 +138,13 @@ def contractive_mlp(
 def contractive_conv_net(
     channels: int, hidden: int, *, coefficient: float, activation: Activation = LipSwish
 ) -> nn.Sequential:
-    """Three times activation - convolution (3x3, 1x1, 3x3), of Lipschitz constant at most coefficient ** 3.
+    """Three times activation - convolution (3x3, 1x1, 3x3) with a certified Lipschitz constant.
+
+    The constant is at most coefficient ** 3.
 
     Args:
-        channels: in and out.
-        hidden: between.
+        channels: channels in and out.
+        hidden: channels in between.
         coefficient: of every convolution, below 1.
         activation: makes a module of Lipschitz constant at most 1.
     """
@@ -144,25 +160,26 @@ def contractive_conv_net(
 
 
 def _worst_frequency(kernel: Tensor) -> Tensor:
-    """The grid frequency (2 pi i / GRID per dimension) at which the symbol of a kernel has its largest norm."""
+    """The grid frequency, (2,), at which the symbol of a kernel has its largest norm."""
     if kernel.dim() == 2:
         return kernel.new_empty(0)
     symbol = torch.fft.rfft2(kernel, s=(GRID, GRID)).permute(2, 3, 0, 1)
-    gram = symbol @ symbol.mH if symbol.shape[2] <= symbol.shape[3] else symbol.mH @ symbol
+    if symbol.shape[2] > symbol.shape[3]:
+        symbol = symbol.mH
+    gram = symbol @ symbol.mH
     worst = int(torch.linalg.eigvalsh(gram)[..., -1].argmax())
-    row, column = divmod(worst, symbol.shape[1])
+    row, column = divmod(worst, gram.shape[1])
     return torch.tensor([row, column], dtype=kernel.dtype) * (2 * math.pi / GRID)
 
 
 def _norm_at(weight: Tensor, frequency: Tensor) -> Tensor:
-    """The norm of a matrix, or of a kernel's symbol sum_d K[d] exp(-i w.d) at the frequency w; differentiable."""
+    """The norm of a matrix, or of the symbol sum_d K[d] exp(-i w.d) of a kernel at frequency w."""
     if weight.dim() == 2:
         return torch.linalg.matrix_norm(weight, 2)
     rows, columns = (torch.arange(n, device=weight.device) for n in weight.shape[2:])
     angle = (frequency[0] * rows[:, None] + frequency[1] * columns).to(weight)
-    return torch.linalg.matrix_norm(
-        (weight * torch.polar(torch.ones_like(angle), -angle)).sum((2, 3)), 2
-    )
+    symbol = (weight * torch.polar(torch.ones_like(angle), -angle)).sum((2, 3))
+    return torch.linalg.matrix_norm(symbol, 2)
 
 
 def _equal(a: Tensor, b: Tensor) -> bool:

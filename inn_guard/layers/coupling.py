@@ -13,24 +13,36 @@ from torch import Tensor, nn
 
 from inn_guard.core.invertible import Invertible
 from inn_guard.core.layer_jacobian import LayerJacobian
-from inn_guard.jacobian.network import AutogradNetwork, NetworkJacobian, linearize_network
-from inn_guard.layers.coupling_tangent import CouplingTangent
+from inn_guard.jacobian.network import (
+    AutogradNetwork,
+    NetworkJacobian,
+    linearize_network,
+    select_rows_of,
+)
+from inn_guard.jacobian.network_dense import add_product_
 from inn_guard.layers.networks import Conditional
 from inn_guard.layers.partition import Halves, Partition
 from inn_guard.layers.scales import ScaleFunction, SigmoidScale
 
-__all__ = ["AdditiveCoupling", "AffineCoupling", "Coupling", "Elementwise", "NetworkMaker"]
+__all__ = [
+    "AdditiveCoupling",
+    "AffineCoupling",
+    "Coupling",
+    "CouplingJacobian",
+    "NetworkMaker",
+    "ScaleAndShift",
+]
 
 Self = TypeVar("Self", bound="Coupling")
 NetworkMaker = Callable[[int, int], nn.Module]  #: (channels in, channels out) -> a network
 
 
 @dataclass(frozen=True)
-class Elementwise:
-    """The map that a coupling layer applies to its changed part: changed -> changed * scale + shift.
+class ScaleAndShift:
+    """The map that a coupling layer applies to its transformed part: t -> t * scale + shift.
 
     Attributes:
-        shift: of the shape of the changed part.
+        shift: of the shape of the transformed part.
         scale: of the same shape, or None where it is one.
         log_scale: its logarithm, or None where that is zero.
     """
@@ -39,13 +51,17 @@ class Elementwise:
     scale: Tensor | None = None
     log_scale: Tensor | None = None
 
-    def forward(self, changed: Tensor) -> Tensor:
-        """changed * scale + shift."""
-        return changed + self.shift if self.scale is None else changed * self.scale + self.shift
+    def forward(self, transformed: Tensor) -> Tensor:
+        """Transformed * scale + shift."""
+        if self.scale is None:
+            return transformed + self.shift
+        return transformed * self.scale + self.shift
 
-    def inverse(self, changed: Tensor) -> Tensor:
-        """(changed - shift) / scale."""
-        return changed - self.shift if self.scale is None else (changed - self.shift) / self.scale
+    def inverse(self, transformed: Tensor) -> Tensor:
+        """(transformed - shift) / scale."""
+        if self.scale is None:
+            return transformed - self.shift
+        return (transformed - self.shift) / self.scale
 
     def log_det(self) -> Tensor:
         """The sum of the logarithms of the scale, (B,)."""
@@ -55,23 +71,24 @@ class Elementwise:
 
 
 class Coupling(Invertible):
-    """z_kept = x_kept, z_changed = x_changed * scale + shift, with scale and shift a function of x_kept alone.
+    """z1 = x1, z2 = x2 * scale + shift; scale and shift depend on the identity part x1 only.
 
-    One evaluation of the network at the kept part, which is the same before and after the layer, serves the forward
-    pass, the inverse and their gradients:
+    The identity part is the same before and after the layer. So one evaluation of the network at it
+    serves the forward pass, the inverse and their gradients::
 
-        kept, changed = layer.split(z)
-        elementwise = layer.parameters_of(kept)
-        x = layer.join(kept, elementwise.inverse(changed))
+        identity, transformed = layer.split(z)
+        elementwise = layer.parameters_of(identity)
+        x = layer.join(identity, elementwise.inverse(transformed))
 
-    A layer with a context calls ``network(x_kept, context)``, one without ``network(x_kept)``.
+    A layer with a context calls ``network(x1, context)``, one without ``network(x1)``.
 
     Args:
-        network: from the kept part to the raw parameters.
-        partition: which part is kept; the first half of the channels unless given.
+        network: from the identity part to the raw parameters.
+        partition: which part is the identity part. Default: the first half of the channels.
     """
 
-    _elementwise: Elementwise | None = None  #: of a primed layer
+    #: set where the network has been evaluated already
+    _cached: ScaleAndShift | None = None
 
     def __init__(self, network: nn.Module, *, partition: Partition | None = None) -> None:
         super().__init__()
@@ -79,81 +96,86 @@ class Coupling(Invertible):
         self.partition: Partition = Halves() if partition is None else partition
 
     def split(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """(kept, changed) of an input x or an output z."""
+        """(identity part, transformed part) of an input x or an output z."""
         return self.partition.split(x, dims=x.dim())
 
-    def join(self, kept: Tensor, changed: Tensor) -> Tensor:
+    def join(self, identity: Tensor, transformed: Tensor) -> Tensor:
         """The inverse of ``split``."""
-        return self.partition.join(kept, changed, dims=kept.dim())
+        return self.partition.join(identity, transformed, dims=identity.dim())
 
-    def raw(self, kept: Tensor) -> Tensor:
-        """The network's output at the kept part, and at the context if there is one."""
-        return self.network(kept) if self.context is None else self.network(kept, self.context)
+    def raw(self, identity: Tensor) -> Tensor:
+        """The network's output at the identity part, and at the context if there is one."""
+        if self.context is None:
+            return self.network(identity)
+        return self.network(identity, self.context)
 
     @abc.abstractmethod
-    def elementwise(self, raw: Tensor) -> Elementwise:
-        """What the network's output does to the changed part."""
+    def elementwise(self, raw: Tensor) -> ScaleAndShift:
+        """What the network's output does to the transformed part."""
 
-    def parameters_of(self, kept: Tensor) -> Elementwise:
-        """The map of the changed part, by one evaluation of the network at the kept part."""
-        return self.elementwise(self.raw(kept)) if self._elementwise is None else self._elementwise
+    def parameters_of(self, identity: Tensor) -> ScaleAndShift:
+        """The map of the transformed part, from one evaluation of the network."""
+        if self._cached is not None:
+            return self._cached
+        return self.elementwise(self.raw(identity))
 
     def with_cached_conditioner(self: Self, state: Tensor) -> Self:
-        """The layer with its network evaluated at the kept part of ``state``, an input or an output."""
-        twin = copy.copy(self)
-        twin._elementwise = self.parameters_of(self.split(state)[0])
-        return twin
+        """The layer with its network evaluated once, at the identity part of ``state``."""
+        clone = copy.copy(self)
+        identity, _ = self.split(state)
+        clone._cached = self.parameters_of(identity)
+        return clone
 
-    def gain(self, raw: Tensor, changed: Tensor) -> Tensor | None:
-        """The derivative of the output's changed part with respect to s; None where there is no s."""
+    def gain(self, raw: Tensor, transformed: Tensor) -> Tensor | None:
+        """The derivative of z2 with respect to s, elementwise. Default: None, there is no s."""
         return None
 
     @torch.no_grad()
     def linearize(self, x: Tensor) -> LayerJacobian:
-        """The four products, from one evaluation of the network, without an autograd graph where it is feed-forward."""
-        kept, changed = self.split(x.detach())
-        network = self._network_tangent(kept)
+        """The four products from one evaluation of the network; no graph if it is feed-forward."""
+        identity, transformed = self.split(x.detach())
+        network = self._network_jacobian(identity)
         elementwise = self.elementwise(network.output)
-        gain = self.gain(network.output, changed)
-        z = self.join(kept, elementwise.forward(changed))
-        return CouplingTangent(z, network, self.partition, scale=elementwise.scale, gain=gain)
+        gain = self.gain(network.output, transformed)
+        z = self.join(identity, elementwise.forward(transformed))
+        return CouplingJacobian(z, network, self.partition, scale=elementwise.scale, gain=gain)
 
-    def _network_tangent(self, kept: Tensor) -> NetworkJacobian:
+    def _network_jacobian(self, identity: Tensor) -> NetworkJacobian:
         if self.context is None:
-            return linearize_network(self.network, kept)
+            return linearize_network(self.network, identity)
         if type(self.network) is Conditional:
-            return self.network.linearize(kept, self.context)
-        return AutogradNetwork(self.raw, kept)
+            return self.network.linearize(identity, self.context)
+        return AutogradNetwork(self.raw, identity)
 
     def forward(self, x: Tensor) -> Tensor:
-        """z: kept part as it is, changed part scaled and shifted."""
-        kept, changed = self.split(x)
-        return self.join(kept, self.parameters_of(kept).forward(changed))
+        """z: the transformed part scaled and shifted."""
+        identity, transformed = self.split(x)
+        return self.join(identity, self.parameters_of(identity).forward(transformed))
 
     def inverse(self, z: Tensor) -> Tensor:
-        """x: kept part as it is, shift subtracted from the changed part and divided by the scale."""
-        kept, changed = self.split(z)
-        return self.join(kept, self.parameters_of(kept).inverse(changed))
+        """x: the shift subtracted from the transformed part, which is then divided by the scale."""
+        identity, transformed = self.split(z)
+        return self.join(identity, self.parameters_of(identity).inverse(transformed))
 
     def forward_and_log_det(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """z and sum log scale."""
-        kept, changed = self.split(x)
-        elementwise = self.parameters_of(kept)
-        return self.join(kept, elementwise.forward(changed)), elementwise.log_det()
+        identity, transformed = self.split(x)
+        elementwise = self.parameters_of(identity)
+        return self.join(identity, elementwise.forward(transformed)), elementwise.log_det()
 
     def inverse_and_log_det(self, z: Tensor) -> tuple[Tensor, Tensor]:
         """x and -sum log scale."""
-        kept, changed = self.split(z)
-        elementwise = self.parameters_of(kept)
-        return self.join(kept, elementwise.inverse(changed)), -elementwise.log_det()
+        identity, transformed = self.split(z)
+        elementwise = self.parameters_of(identity)
+        return self.join(identity, elementwise.inverse(transformed)), -elementwise.log_det()
 
 
 class AdditiveCoupling(Coupling):
-    """z_kept = x_kept, z_changed = x_changed + t(x_kept); log|det J| = 0.
+    """z1 = x1, z2 = x2 + t(x1); log|det J| = 0.
 
     Args:
-        network: t, from the kept part to the shape of the changed part.
-        partition: which part is kept; the first half of the channels unless given.
+        network: t, from the identity part to the shape of the transformed part.
+        partition: which part is the identity part. Default: the first half of the channels.
 
     References:
         NICE: Non-linear Independent Components Estimation (Dinh, Krueger, Bengio, 2014).
@@ -163,22 +185,23 @@ class AdditiveCoupling(Coupling):
     def on_halves(
         cls, channels: int, network: NetworkMaker, *, swapped: bool = False
     ) -> AdditiveCoupling:
-        """A layer on ``channels`` with the network that ``network(kept, changed)`` makes."""
+        """A layer on these channels with the network ``network(identity, transformed)``."""
         partition = Halves(swapped=swapped)
         return cls(network(*partition.sizes(channels)), partition=partition)
 
-    def elementwise(self, raw: Tensor) -> Elementwise:
-        """changed + t."""
-        return Elementwise(self.partition.restrict(raw, neutral=0.0))
+    def elementwise(self, raw: Tensor) -> ScaleAndShift:
+        """x2 + t."""
+        return ScaleAndShift(self.partition.restrict(raw, neutral=0.0))
 
 
 class AffineCoupling(Coupling):
-    """z_kept = x_kept, z_changed = x_changed * g(s(x_kept)) + t(x_kept); log|det J| = sum log g(s(x_kept)).
+    """z1 = x1, z2 = x2 * g(s(x1)) + t(x1); log|det J| = sum log g(s(x1)).
 
     Args:
-        network: from the kept part to twice the channels of the changed part: first t, then s.
-        partition: which part is kept; the first half of the channels unless given.
-        scale: g; Glow's sigmoid(s + 2) unless given.
+        network: from the identity part to twice the channels of the transformed part: first t, then
+            s.
+        partition: which part is the identity part. Default: the first half of the channels.
+        scale: g. Default: Glow's sigmoid(s + 2).
 
     References:
         Density estimation using Real NVP (Dinh, Sohl-Dickstein, Bengio, 2017).
@@ -203,23 +226,23 @@ class AffineCoupling(Coupling):
         swapped: bool = False,
         scale: ScaleFunction | None = None,
     ) -> AffineCoupling:
-        """A layer on ``channels`` with the network that ``network(kept, 2 * changed)`` makes."""
+        """A layer on these channels with the network ``network(identity, 2 * transformed)``."""
         partition = Halves(swapped=swapped)
-        kept, changed = partition.sizes(channels)
-        return cls(network(kept, 2 * changed), partition=partition, scale=scale)
+        identity, transformed = partition.sizes(channels)
+        return cls(network(identity, 2 * transformed), partition=partition, scale=scale)
 
-    def elementwise(self, raw: Tensor) -> Elementwise:
-        """changed * g(s) + t."""
+    def elementwise(self, raw: Tensor) -> ScaleAndShift:
+        """x2 * g(s) + t."""
         shift, h = self.halves(raw)
-        return Elementwise(
+        return ScaleAndShift(
             shift=self.partition.restrict(shift, neutral=0.0),
             scale=self.partition.restrict(self.scale.value(h), neutral=1.0),
             log_scale=self.partition.restrict(self.scale.log(h), neutral=0.0),
         )
 
-    def gain(self, raw: Tensor, changed: Tensor) -> Tensor:
-        """changed * g'(s)."""
-        return changed * self.scale.slope(self.halves(raw)[1])
+    def gain(self, raw: Tensor, transformed: Tensor) -> Tensor:
+        """x2 * g'(s)."""
+        return transformed * self.scale.slope(self.halves(raw)[1])
 
     @staticmethod
     def halves(raw: Tensor) -> tuple[Tensor, Tensor]:
@@ -230,7 +253,127 @@ class AffineCoupling(Coupling):
         """
         if raw.shape[1] % 2:
             raise ValueError(
-                f"expected a network with twice the changed channels, [t, s], as output; got {raw.shape[1]}"
+                "expected a network whose output is [t, s], twice the transformed channels; "
+                f"got {raw.shape[1]} channels"
             )
         shift, h = raw.chunk(2, dim=1)
         return shift, h
+
+
+class CouplingJacobian:
+    """The four products of a coupling layer at one point, by the blocks of the Jacobian.
+
+    With the identity part x1 and the transformed part x2 of x, and z2 = x2 * g(s(x1)) + t(x1):
+
+        J v     = [v1, g v2 + A v1]                 A = dt/dx1 + x2 g'(s) ds/dx1
+        J^T u   = [u1 + A^T u2, g u2]
+        J^-1 u  = [u1, (u2 - A u1) / g]
+        J^-T v  = [v1 - A^T (v2 / g), v2 / g]
+
+    A v1 and A^T u2 cost one product with the network's Jacobian each. Vectors may carry leading
+    dimensions.
+
+    Args:
+        output: z.
+        network: the Jacobian of [t, s], or of t alone, at x1.
+        partition: splits x and z.
+        scale: g(s(x1)); None where it is one.
+        gain: x2 g'(s(x1)); None where there is no s.
+    """
+
+    def __init__(
+        self,
+        output: Tensor,
+        network: NetworkJacobian,
+        partition: Partition,
+        *,
+        scale: Tensor | None = None,
+        gain: Tensor | None = None,
+    ) -> None:
+        self.output = output
+        self._network, self._partition = network, partition
+        self._scale, self._gain = scale, gain
+        self._dims = output.dim()
+
+    def select(self, rows: Tensor) -> CouplingJacobian | None:
+        """The Jacobian of these rows; None if the network's cannot be restricted to them."""
+        network = select_rows_of(self._network, rows)
+        if network is None:
+            return None
+        scale = _indexed(self._scale, rows)
+        gain = _indexed(self._gain, rows)
+        return CouplingJacobian(self.output[rows], network, self._partition, scale=scale, gain=gain)
+
+    def jvp(self, v: Tensor) -> Tensor:
+        """J v."""
+        identity, transformed = self._split(v)
+        coupled = self._coupled(identity)
+        if self._scale is None:
+            return self._join(identity, transformed + coupled)
+        return self._join(identity, torch.addcmul(coupled, transformed, self._scale))
+
+    def vjp(self, u: Tensor) -> Tensor:
+        """J^T u."""
+        identity, transformed = self._split(u)
+        identity = identity + self._coupled_transpose(transformed)
+        if self._scale is not None:
+            transformed = transformed * self._scale
+        return self._join(identity, transformed)
+
+    def inverse_jvp(self, u: Tensor) -> Tensor:
+        """J^-1 u."""
+        identity, transformed = self._split(u)
+        transformed = transformed - self._coupled(identity)
+        if self._scale is not None:
+            transformed = transformed / self._scale
+        return self._join(identity, transformed)
+
+    def inverse_vjp(self, v: Tensor) -> Tensor:
+        """J^-T v."""
+        identity, transformed = self._split(v)
+        if self._scale is not None:
+            transformed = transformed / self._scale
+        return self._join(identity - self._coupled_transpose(transformed), transformed)
+
+    def multiply(self, matrix: Tensor) -> Tensor:
+        """J M for a matrix M (dim x, K), at a batch of one; in place."""
+        if not isinstance(self._partition, Halves):
+            columns = self.jvp(matrix.T.reshape(-1, *self.output.shape))
+            return columns.reshape(len(columns), -1).T.contiguous()
+        matrix = matrix.contiguous()
+        width = matrix.shape[1]
+        by_channel = matrix.view(1, self.output.shape[1], -1)
+        identity, transformed = self._partition.split(by_channel, dims=3)
+        identity, transformed = identity.reshape(-1, width), transformed.reshape(-1, width)
+        if self._scale is not None:
+            transformed.mul_(self._scale.reshape(-1, 1))
+        shape = self._split(self.output)[0].shape[1:]
+        add_product_(transformed, self._network, identity, shape=shape, gain=self._gain)
+        return matrix
+
+    def _coupled(self, identity: Tensor) -> Tensor:
+        """A v1."""
+        raw = self._network.jvp(identity)
+        if self._gain is not None:
+            shift, h = raw.chunk(2, dim=1 - self._dims)
+            raw = torch.addcmul(shift, self._gain, h)
+        return self._partition.restrict(raw, neutral=0.0)
+
+    def _coupled_transpose(self, transformed: Tensor) -> Tensor:
+        """A^T u2."""
+        raw = self._partition.restrict(transformed, neutral=0.0)
+        if self._gain is not None:
+            raw = torch.cat([raw, self._gain * raw], dim=1 - self._dims)
+        return self._network.vjp(raw)
+
+    def _split(self, v: Tensor) -> tuple[Tensor, Tensor]:
+        return self._partition.split(v, dims=self._dims)
+
+    def _join(self, identity: Tensor, transformed: Tensor) -> Tensor:
+        return self._partition.join(identity, transformed, dims=self._dims)
+
+
+def _indexed(tensor: Tensor | None, rows: Tensor) -> Tensor | None:
+    if tensor is None:
+        return None
+    return tensor[rows]

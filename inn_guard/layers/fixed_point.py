@@ -1,4 +1,4 @@
-"""Fixed points of contractions, with a record of whether the iteration arrived."""
+"""Fixed points of contractions, with a record of whether the iteration converged."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from inn_guard.core.layer_jacobian import NotApplicable
+from inn_guard.core.missing import NotApplicable
 
 __all__ = ["Convergence", "FixedPoint", "implicit_gradient"]
 
@@ -21,8 +21,9 @@ class Convergence:
     """How the last iteration ended.
 
     Attributes:
-        iterations: evaluations of the map.
-        residual: |T(x) - x| of each sample at the last evaluation, relative to the larger of |x| and |start|, (B,).
+        iterations: number of evaluations of the map.
+        residual: |T(x) - x| of each sample at the last evaluation, relative to the larger of |x|
+            and |start|, (B,).
         converged: whether it is below the tolerance, (B,); empty if there was no iteration yet.
     """
 
@@ -37,7 +38,8 @@ class FixedPoint:
 
     Args:
         tolerance: in units of the dtype's rounding error eps.
-        max_iterations: the iteration ends there in any case, and the record says that it has not converged.
+        max_iterations: the iteration ends there at the latest; the record then says that it has not
+            converged.
     """
 
     tolerance: float = 16.0
@@ -47,15 +49,18 @@ class FixedPoint:
     def solve(self, function: Map, start: Tensor) -> tuple[Tensor, Convergence]:
         """The fixed point next to ``start`` (B, *), and how the iteration ended.
 
-        A sample that is no longer finite is given up: it counts as not converged.
+        A sample that is no longer finite counts as not converged and does not keep the iteration
+        going.
         """
-        x, threshold = start, self.tolerance * torch.finfo(start.dtype).eps
+        x = start
+        threshold = self.tolerance * torch.finfo(start.dtype).eps
         least = _norms(start).clamp(min=torch.finfo(start.dtype).tiny)
         record = Convergence()
         for iteration in range(1, self.max_iterations + 1):
-            following = function(x)
-            residual = _norms(following - x) / torch.maximum(_norms(following), least)
-            x, record = following, Convergence(iteration, residual, residual <= threshold)
+            image = function(x)
+            residual = _norms(image - x) / torch.maximum(_norms(image), least)
+            record = Convergence(iteration, residual, residual <= threshold)
+            x = image
             if bool((record.converged | ~residual.isfinite()).all()):
                 break
         return x, record
@@ -66,11 +71,11 @@ def _norms(x: Tensor) -> Tensor:
 
 
 def implicit_gradient(x: Tensor, pull_through: Map) -> Tensor:
-    """x itself; a gradient that reaches it is replaced by ``pull_through(gradient)`` on its way on.
+    """x itself; in the backward pass its gradient is replaced by ``pull_through(gradient)``.
 
-    With x = z - g(x*) attached to z and to the parameters of g, and x* detached, ``pull_through`` must apply
-    (I + G)^-T, G = dg/dx: that is the gradient of the solution of x + g(x) = z by the implicit function theorem.
-    It can be differentiated once; a second time raises an error.
+    With x = z - g(x*) attached to z and to the parameters of g, and x* detached, ``pull_through``
+    must apply (I + G)^-T, G = dg/dx: that is the gradient of the solution of x + g(x) = z by the
+    implicit function theorem. It can be differentiated once; a second time raises an error.
     """
     return _ImplicitGradient.apply(x, pull_through)
 
@@ -86,7 +91,7 @@ class _ImplicitGradient(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
         with torch.no_grad():
             solved = ctx.pull_through(gradient)
-        # the solution depends on x and on the gradient; without this node that would be forgotten in silence
+        # the solution depends on x and on the gradient: a second derivative must raise
         return _Undifferentiable.apply(solved, *ctx.saved_tensors, gradient), None
 
 
@@ -98,6 +103,6 @@ class _Undifferentiable(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *_: Tensor) -> None:
         raise NotApplicable(
-            "the inverse of an invertible residual layer can be differentiated once, not twice; differentiate its "
-            "forward map instead"
+            "the inverse of an invertible residual layer can be differentiated once, not twice; "
+            "differentiate its forward map instead"
         )

@@ -1,18 +1,18 @@
-"""InverseLayer: any bijective map run the other way round."""
+"""InverseLayer: any bijective map in the other direction."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from inn_guard.core.invertible import Invertible
+from inn_guard.core.invertible import DerivedMap, Invertible
 from inn_guard.core.layer_jacobian import LayerJacobian
 
-__all__ = ["InverseLayer", "InvertedTangent"]
+__all__ = ["InverseJacobian", "InverseLayer"]
 
 
-class InverseLayer(Invertible):
-    """The inverse of a map as a map: forward is ``inner.inverse`` and inverse is ``inner.forward``, with its context.
+class InverseLayer(DerivedMap):
+    """The inverse of a map as a map: forward is ``inner.inverse`` and inverse is ``inner.forward``.
 
     Args:
         inner: a bijective map.
@@ -21,74 +21,68 @@ class InverseLayer(Invertible):
         ValueError: if it is injective only.
 
     >>> from inn_guard.layers.permutation import Permutation
-    >>> InverseLayer(Permutation(torch.tensor([2, 0, 1])))(torch.tensor([[30.0, 10.0, 20.0]])).tolist()
+    >>> layer = InverseLayer(Permutation(torch.tensor([2, 0, 1])))
+    >>> layer(torch.tensor([[30.0, 10.0, 20.0]])).tolist()
     [[10.0, 20.0, 30.0]]
     """
 
     def __init__(self, inner: Invertible) -> None:
-        super().__init__()
+        super().__init__(inner)
         if not inner.bijective:
             raise ValueError(
                 f"expected a bijective map to invert, got {inner.name}, which is injective only"
             )
-        self.inner = inner
-        self.context = inner.context
-        self.training = inner.training
 
     def forward(self, x: Tensor) -> Tensor:
         """z = inner^-1(x)."""
-        return self._inner().inverse(x)
+        return self.inner.inverse(x)
 
     def inverse(self, z: Tensor) -> Tensor:
         """x = inner(z)."""
-        return self._inner()(z)
+        return self.inner(z)
 
     def forward_and_log_det(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """inner^-1(x) and its own log-determinant, (B,)."""
-        return self._inner().inverse_and_log_det(x)
+        return self.inner.inverse_and_log_det(x)
 
     def inverse_and_log_det(self, z: Tensor) -> tuple[Tensor, Tensor]:
         """inner(z) and its log-determinant, (B,)."""
-        return self._inner().forward_and_log_det(z)
+        return self.inner.forward_and_log_det(z)
 
     def layers(self) -> tuple[Invertible, ...]:
         """The inner layers in reverse order, each inverted; () if the inner map is opaque."""
-        return tuple(InverseLayer(layer) for layer in reversed(self._inner().layers()))
+        return tuple(InverseLayer(layer) for layer in reversed(self.inner.layers()))
 
     def linearize(self, x: Tensor) -> LayerJacobian:
-        """The tangent of the inner map at inner^-1(x), with the directions exchanged."""
-        return InvertedTangent(self._inner(), x.detach())
+        """The Jacobian of the inner map at inner^-1(x), with the directions exchanged."""
+        return InverseJacobian.at(self.inner, x.detach())
 
     def with_cached_conditioner(self, state: Tensor) -> InverseLayer:
-        """The inner map, primed, inverted."""
-        inner = self._inner()
-        with_cached_conditioner = inner.with_cached_conditioner(state)
-        return self if with_cached_conditioner is inner else InverseLayer(with_cached_conditioner)
-
-    def to_dtype(self, dtype: torch.dtype) -> InverseLayer:
-        """The inner map's copy in ``dtype``, inverted."""
-        return InverseLayer(self._inner().to_dtype(dtype))
+        """The inverse of the inner map with its conditioner evaluated once."""
+        return self.rewrapped(self.inner.with_cached_conditioner(state))
 
     @property
     def name(self) -> str:
-        """Inverse of the inner map's name."""
+        """``inverse`` and the inner map's name."""
         return f"inverse {self.inner.name}"
 
-    def _inner(self) -> Invertible:
-        return self.inner.with_context(self.context)
 
-
-class InvertedTangent:
-    """The tangent of a map with forward and inverse products exchanged.
+class InverseJacobian:
+    """The Jacobian of the inverse of a map, from the Jacobian of the map at x.
 
     Args:
-        inner: the map.
-        z: a value of it, (B, *latent).
+        jacobian: of x -> z, at x.
+        x: the value of the inverse map at z.
     """
 
-    def __init__(self, inner: Invertible, z: Tensor) -> None:
+    def __init__(self, jacobian: LayerJacobian, x: Tensor) -> None:
+        self.output = x
+        self.jvp, self.vjp = jacobian.inverse_jvp, jacobian.inverse_vjp
+        self.inverse_jvp, self.inverse_vjp = jacobian.jvp, jacobian.vjp
+
+    @classmethod
+    def at(cls, inner: Invertible, z: Tensor) -> InverseJacobian:
+        """The Jacobian of ``inner.inverse`` at z."""
         with torch.no_grad():
-            self.output = inner.inverse(z)
-        tangent = inner.linearize(self.output)
-        self.jvp, self.vjp = tangent.inverse_jvp, tangent.inverse_vjp
-        self.inverse_jvp, self.inverse_vjp = tangent.jvp, tangent.vjp
+            x = inner.inverse(z)
+        return cls(inner.linearize(x), x)

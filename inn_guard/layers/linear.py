@@ -1,8 +1,10 @@
-"""Invertible linear maps of the channels: dense layers on vectors, 1x1 convolutions on images."""
+"""Invertible linear maps of the channels, and the Jacobians of linear and of elementwise maps."""
 
 from __future__ import annotations
 
 import abc
+import dataclasses
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -11,21 +13,30 @@ from torch.nn import functional
 
 from inn_guard.core.invertible import Invertible
 from inn_guard.core.layer_jacobian import LayerJacobian
-from inn_guard.layers.linear_tangent import ChannelMixingJacobian
 
-__all__ = ["ChannelMixing", "InvertibleLinear", "LULinear"]
+__all__ = [
+    "ChannelMixing",
+    "ChannelMixingJacobian",
+    "ElementwiseJacobian",
+    "InvertibleLinear",
+    "LULinear",
+    "LinearMapJacobian",
+    "PermutationJacobian",
+    "Product",
+    "mix_channels",
+]
 
 
 @dataclass(frozen=True)
-class _Inverted:
-    """What was computed for one weight."""
+class _ComputedInverse:
+    """Inverse and log-determinant of one weight."""
 
     weight: Tensor
     inverse: Tensor
     log_abs_det: Tensor
 
     def belongs_to(self, weight: Tensor) -> bool:
-        """By its entries: a version counter does not see what is written through ``.data``."""
+        # by its entries: a version counter does not see what is written through ``.data``
         same_kind = weight.dtype == self.weight.dtype and weight.device == self.weight.device
         return same_kind and torch.equal(weight, self.weight)
 
@@ -33,11 +44,11 @@ class _Inverted:
 class ChannelMixing(Invertible):
     """z = W x along dimension 1 at every position; log|det J| = positions * log|det W|.
 
-    On vectors (B, C) this is a dense linear layer, on images (B, C, H, W) a 1x1 convolution. W^-1 and log|det W| are
-    computed in float64 and kept as long as W stays the same.
+    On vectors (B, C) this is a dense linear layer, on images (B, C, H, W) a 1x1 convolution. W^-1
+    and log|det W| are computed in float64 and kept as long as W stays the same.
     """
 
-    _inverted: _Inverted | None = None
+    _inverse: _ComputedInverse | None = None
 
     @property
     @abc.abstractmethod
@@ -54,12 +65,13 @@ class ChannelMixing(Invertible):
 
     def forward(self, x: Tensor) -> Tensor:
         """z = W x."""
-        return _mix(x, self.weight, dims=x.dim())
+        return mix_channels(x, self.weight, dims=x.dim())
 
     def inverse(self, z: Tensor) -> Tensor:
         """x = W^-1 z."""
-        inverse = self.inverse_weight() if self._needs_graph() else self._kept().inverse
-        return _mix(z, inverse, dims=z.dim())
+        if self._needs_graph():
+            return mix_channels(z, self.inverse_weight(), dims=z.dim())
+        return mix_channels(z, self._computed().inverse, dims=z.dim())
 
     def forward_and_log_det(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """z and positions * log|det W|."""
@@ -72,33 +84,27 @@ class ChannelMixing(Invertible):
     def linearize(self, x: Tensor) -> LayerJacobian:
         """The four products with W, W^T, W^-1 and W^-T."""
         with torch.no_grad():
-            kept, dims = self._kept(), x.dim()
-            return ChannelMixingJacobian(
-                output=_mix(x, kept.weight, dims=dims),
-                jvp=lambda v: _mix(v, kept.weight, dims=dims),
-                vjp=lambda u: _mix(u, kept.weight.T, dims=dims),
-                inverse_jvp=lambda u: _mix(u, kept.inverse, dims=dims),
-                inverse_vjp=lambda v: _mix(v, kept.inverse.T, dims=dims),
-                shape=x.shape,
-                weight=kept.weight,
-            )
+            computed = self._computed()
+            return ChannelMixingJacobian.of_weight(x, computed.weight, inverse=computed.inverse)
 
     def _log_det(self, x: Tensor) -> Tensor:
-        positions = x[0, 0].numel() if len(x) else 1
-        log_abs_det = self.log_abs_det() if self._needs_graph() else self._kept().log_abs_det
-        return (log_abs_det * positions).expand(len(x))
+        positions = x.shape[2:].numel()
+        if self._needs_graph():
+            return (self.log_abs_det() * positions).expand(len(x))
+        return (self._computed().log_abs_det * positions).expand(len(x))
 
     def _needs_graph(self) -> bool:
-        return torch.is_grad_enabled() and any(
-            parameter.requires_grad for parameter in self.parameters()
-        )
+        trained = any(parameter.requires_grad for parameter in self.parameters())
+        return torch.is_grad_enabled() and trained
 
     @torch.no_grad()
-    def _kept(self) -> _Inverted:
+    def _computed(self) -> _ComputedInverse:
         weight = self.weight
-        if self._inverted is None or not self._inverted.belongs_to(weight):
-            self._inverted = _Inverted(weight.clone(), self.inverse_weight(), self.log_abs_det())
-        return self._inverted
+        if self._inverse is None or not self._inverse.belongs_to(weight):
+            self._inverse = _ComputedInverse(
+                weight.clone(), self.inverse_weight(), self.log_abs_det()
+            )
+        return self._inverse
 
 
 class InvertibleLinear(ChannelMixing):
@@ -106,10 +112,11 @@ class InvertibleLinear(ChannelMixing):
 
     Args:
         channels: size of dimension 1.
-        generator: draws the rotation; the global generator unless given, as for all weights.
+        generator: draws the rotation. Default: the global generator, as for all weights.
 
     References:
-        Glow: Generative Flow with Invertible 1x1 Convolutions (Kingma, Dhariwal, 2018), section 3.2.
+        Glow: Generative Flow with Invertible 1x1 Convolutions (Kingma, Dhariwal, 2018),
+        section 3.2.
     """
 
     def __init__(self, channels: int, *, generator: torch.Generator | None = None) -> None:
@@ -134,16 +141,18 @@ class InvertibleLinear(ChannelMixing):
 
 
 class LULinear(ChannelMixing):
-    """z = P L (U + diag(s)) x: L unit lower, U strictly upper triangular, s = sign * exp(log_s), P and sign fixed.
+    """z = P L (U + diag(s)) x, L unit lower and U strictly upper triangular, s = sign * exp(log_s).
 
-    log|det W| = sum log_s, without a factorisation. W starts as a random rotation.
+    P and sign are fixed. log|det W| = sum log_s needs no factorisation. W starts as a random
+    rotation.
 
     Args:
         channels: size of dimension 1.
-        generator: draws the rotation; the global generator unless given, as for all weights.
+        generator: draws the rotation. Default: the global generator, as for all weights.
 
     References:
-        Glow: Generative Flow with Invertible 1x1 Convolutions (Kingma, Dhariwal, 2018), equation 10.
+        Glow: Generative Flow with Invertible 1x1 Convolutions (Kingma, Dhariwal, 2018),
+        equation 10.
     """
 
     pivots: Tensor
@@ -179,16 +188,169 @@ class LULinear(ChannelMixing):
         return self.log_s.sum()
 
     def _factors(self) -> tuple[Tensor, Tensor]:
-        lower = self.lower.double().tril(-1) + torch.eye(
-            len(self.log_s), dtype=torch.float64, device=self.log_s.device
-        )
-        return lower, self.upper.double().triu(1) + torch.diag(
-            self.sign.double() * self.log_s.double().exp()
-        )
+        identity = torch.eye(len(self.log_s), dtype=torch.float64, device=self.log_s.device)
+        diagonal = self.sign.double() * self.log_s.double().exp()
+        lower = self.lower.double().tril(-1) + identity
+        upper = self.upper.double().triu(1) + torch.diag(diagonal)
+        return lower, upper
 
 
-def _mix(x: Tensor, weight: Tensor, *, dims: int) -> Tensor:
-    """W x along dimension 1 of the last ``dims``."""
+def mix_channels(x: Tensor, weight: Tensor, *, dims: int) -> Tensor:
+    """W x along the channels: dimension 1 of the last ``dims`` dimensions of x.
+
+    Raises:
+        ValueError: if W has another number of rows than x has channels.
+    """
     if x.shape[1 - dims] != len(weight):
         raise ValueError(f"expected {len(weight)} channels, got {tuple(x.shape)}")
     return functional.linear(x.movedim(1 - dims, -1), weight).movedim(-1, 1 - dims)
+
+
+Product = Callable[[Tensor], Tensor]
+
+#: entries that are multiplied at once, so that they stay in a cache
+CHUNK = 2**18
+
+
+@dataclass
+class LinearMapJacobian:
+    """The Jacobian of z = A x + b: the four products with A, the same at every x.
+
+    Vectors may carry leading dimensions more than x.
+    """
+
+    output: Tensor
+    jvp: Product
+    vjp: Product
+    inverse_jvp: Product
+    inverse_vjp: Product
+    shape: torch.Size  #: of x, (B, *data)
+
+    def multiply(self, matrix: Tensor) -> Tensor:
+        """A M for a matrix M (dim x, K), at a batch of one."""
+        columns = self.jvp(matrix.T.reshape(-1, *self.shape))
+        return columns.reshape(len(columns), -1).T.contiguous()
+
+
+@dataclass
+class ChannelMixingJacobian(LinearMapJacobian):
+    """The Jacobian of a matrix that is applied to the channels."""
+
+    weight: Tensor
+
+    @classmethod
+    def of_weight(
+        cls, x: Tensor, weight: Tensor, *, inverse: Tensor, shift: Tensor | None = None
+    ) -> ChannelMixingJacobian:
+        """The Jacobian at x of z = W x + b over the channels, at every position.
+
+        Args:
+            x: (B, C, *positions).
+            weight: W, (C, C).
+            inverse: W^-1.
+            shift: b, (C,). Default: none.
+        """
+        dims = x.dim()
+        output = mix_channels(x, weight, dims=dims)
+        if shift is not None:
+            output = output + shift.reshape(-1, *[1] * (dims - 2))
+        return cls(
+            output=output,
+            jvp=lambda v: mix_channels(v, weight, dims=dims),
+            vjp=lambda u: mix_channels(u, weight.T, dims=dims),
+            inverse_jvp=lambda u: mix_channels(u, inverse, dims=dims),
+            inverse_vjp=lambda v: mix_channels(v, inverse.T, dims=dims),
+            shape=x.shape,
+            weight=weight,
+        )
+
+    def select(self, rows: Tensor) -> ChannelMixingJacobian:
+        """The same products; the output of these rows."""
+        return dataclasses.replace(self, output=self.output[rows])
+
+    def multiply(self, matrix: Tensor) -> Tensor:
+        """The weight applied to the channels of every column of M (dim x, K); in place."""
+        matrix = matrix.contiguous()
+        channels = len(self.weight)
+        width = max(1, CHUNK // channels)
+        # in place and in blocks: a second matrix of this size may not fit into memory
+        for columns in matrix.view(channels, -1).split(width, dim=1):
+            columns.copy_(self.weight @ columns)
+        return matrix
+
+
+@dataclass
+class PermutationJacobian(LinearMapJacobian):
+    """The Jacobian of a map that only moves entries: z_i = x_rows(i), within one flat sample."""
+
+    rows: Tensor
+
+    @classmethod
+    def of_moves(
+        cls, x: Tensor, forward: Product, inverse: Product, *, output: Tensor | None = None
+    ) -> PermutationJacobian:
+        """The Jacobian at x of a map that only moves entries.
+
+        Args:
+            x: (B, *data).
+            forward: moves the entries of vectors with any leading dimensions.
+            inverse: moves them back.
+            output: F(x). Default: ``forward(x)``.
+        """
+        numbered = torch.arange(x[0].numel(), device=x.device).reshape(1, *x.shape[1:])
+        return cls(
+            forward(x) if output is None else output,
+            jvp=forward,
+            vjp=inverse,
+            inverse_jvp=inverse,
+            inverse_vjp=forward,
+            shape=x.shape,
+            rows=forward(numbered).flatten(),
+        )
+
+    def select(self, rows: Tensor) -> PermutationJacobian:
+        """The same products; the output of these rows."""
+        return dataclasses.replace(self, output=self.output[rows])
+
+    def multiply(self, matrix: Tensor) -> Tensor:
+        """The rows of M (dim x, K) in their new order."""
+        return matrix.index_select(0, self.rows)
+
+
+class ElementwiseJacobian:
+    """The Jacobian of an elementwise map: multiplication by its derivative, or division by it.
+
+    Args:
+        output: F(x).
+        derivative: F'(x), of a shape that broadcasts to that of x.
+    """
+
+    def __init__(self, output: Tensor, derivative: Tensor) -> None:
+        self.output, self.derivative = output.detach(), derivative.detach()
+
+    def select(self, rows: Tensor) -> ElementwiseJacobian:
+        """The Jacobian of these rows."""
+        same_dims = self.derivative.dim() == self.output.dim()
+        if same_dims and len(self.derivative) == len(self.output):
+            return ElementwiseJacobian(self.output[rows], self.derivative[rows])
+        return ElementwiseJacobian(self.output[rows], self.derivative)
+
+    def multiply(self, matrix: Tensor) -> Tensor:
+        """The rows of M (dim x, K) times the derivative, at a batch of one; in place."""
+        return matrix.mul_(self.derivative.expand_as(self.output).reshape(-1, 1))
+
+    def jvp(self, v: Tensor) -> Tensor:
+        """F' v."""
+        return v * self.derivative
+
+    def vjp(self, u: Tensor) -> Tensor:
+        """F' u."""
+        return u * self.derivative
+
+    def inverse_jvp(self, u: Tensor) -> Tensor:
+        """u / F'."""
+        return u / self.derivative
+
+    def inverse_vjp(self, v: Tensor) -> Tensor:
+        """v / F'."""
+        return v / self.derivative

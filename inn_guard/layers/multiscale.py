@@ -1,8 +1,9 @@
-"""Multiscale architectures in one tensor: finished latents in front, what is still worked on behind.
+"""Multiscale architectures in one tensor: finished latents first, the remaining state last.
 
-After the first split the state of the chain is a flat vector [finished..., remaining]. Every later layer is an
-``OnRemaining``: it acts on the tail of that vector and leaves the rest. So the chain stays flat, one tensor in and one
-out, and the result is the concatenation of all scales' latents, in the order in which they were finished.
+After the first split the state of the chain is a flat vector [finished..., remaining]. Every later
+layer is an ``OnRemaining``: it acts on the tail of that vector and leaves the rest. So the chain
+stays flat, and its result is the concatenation of all scales' latents in the order in which they
+were finished.
 """
 
 from __future__ import annotations
@@ -13,9 +14,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from inn_guard.core.invertible import Invertible
+from inn_guard.core.invertible import DerivedMap, Invertible
 from inn_guard.core.layer_jacobian import LayerJacobian
-from inn_guard.layers.linear_tangent import LinearTangent, Product
+from inn_guard.layers.linear import LinearMapJacobian, Product
 from inn_guard.layers.partition import Halves
 from inn_guard.layers.reshape import Rearrangement
 
@@ -53,77 +54,70 @@ class FactorOut(Rearrangement):
         )
 
     def remaining_shape(self) -> tuple[int, ...]:
-        """Of one sample's first half."""
+        """Shape of the first half of one sample's channels."""
         return (Halves().sizes(self.shape[0])[0], *self.shape[1:])
 
 
-class OnRemaining(Invertible):
-    """A layer that acts on the last entries of a flat vector x (B, D) and leaves the first ones as they are.
+class OnRemaining(DerivedMap):
+    """A layer that acts on the last entries of a flat vector x (B, D) and leaves the first ones.
 
     Args:
-        layer: maps (B, *shape) to (B, *latent_shape).
-        shape: how the last entries are laid out for it.
-        latent_shape: of its output, with as many entries; ``shape`` unless given.
+        inner: the layer, which maps (B, *shape) to (B, *latent_shape).
+        shape: of the last entries as the layer takes them.
+        latent_shape: of its output, with as many entries. Default: ``shape``.
+
+    Raises:
+        ValueError: if the layer is not bijective or the shapes have different numbers of entries.
     """
 
     def __init__(
-        self, layer: Invertible, *, shape: Sequence[int], latent_shape: Sequence[int] | None = None
+        self, inner: Invertible, *, shape: Sequence[int], latent_shape: Sequence[int] | None = None
     ) -> None:
-        super().__init__()
-        self.layer = layer
+        super().__init__(inner)
         self.shape = tuple(shape)
         self.latent_shape = self.shape if latent_shape is None else tuple(latent_shape)
-        if not layer.bijective or math.prod(self.shape) != math.prod(self.latent_shape):
-            raise ValueError(
-                f"expected a bijective layer of as many outputs as inputs: {self.shape}, {self.latent_shape}"
-            )
         self.size = math.prod(self.shape)
-
-    @property
-    def name(self) -> str:
-        """The name of the layer within."""
-        return self.layer.name
+        if not inner.bijective or self.size != math.prod(self.latent_shape):
+            raise ValueError(
+                "expected a bijective layer with as many outputs as inputs; "
+                f"got {inner.name} with shapes {self.shape} and {self.latent_shape}"
+            )
 
     def forward(self, x: Tensor) -> Tensor:
         """[finished, F(remaining)]."""
-        finished, remaining = self._opened(x, self.shape)
-        return torch.cat([finished, self._conditioned_layer()(remaining).flatten(1)], dim=1)
+        finished, remaining = self._split(x, self.shape)
+        return torch.cat([finished, self.inner(remaining).flatten(1)], dim=1)
 
     def inverse(self, z: Tensor) -> Tensor:
         """[finished, F^-1(remaining)]."""
-        finished, remaining = self._opened(z, self.latent_shape)
-        return torch.cat([finished, self._conditioned_layer().inverse(remaining).flatten(1)], dim=1)
+        finished, remaining = self._split(z, self.latent_shape)
+        return torch.cat([finished, self.inner.inverse(remaining).flatten(1)], dim=1)
 
     def forward_and_log_det(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """z and the log-determinant of the layer within."""
-        finished, remaining = self._opened(x, self.shape)
-        z, log_det = self._conditioned_layer().forward_and_log_det(remaining)
+        """z and the log-determinant of the inner layer."""
+        finished, remaining = self._split(x, self.shape)
+        z, log_det = self.inner.forward_and_log_det(remaining)
         return torch.cat([finished, z.flatten(1)], dim=1), log_det
 
     def inverse_and_log_det(self, z: Tensor) -> tuple[Tensor, Tensor]:
-        """x and the inverse's log-determinant of the layer within."""
-        finished, remaining = self._opened(z, self.latent_shape)
-        x, log_det = self._conditioned_layer().inverse_and_log_det(remaining)
+        """x and the log-determinant of the inner layer's inverse."""
+        finished, remaining = self._split(z, self.latent_shape)
+        x, log_det = self.inner.inverse_and_log_det(remaining)
         return torch.cat([finished, x.flatten(1)], dim=1), log_det
 
     def with_cached_conditioner(self, state: Tensor) -> OnRemaining:
-        """The layer within, primed at what remains; itself if that changes its shape."""
+        """The inner layer's conditioner evaluated at what remains; itself if the shape changes."""
         if self.shape != self.latent_shape:
             return self
-        layer = self._conditioned_layer()
-        with_cached_conditioner = layer.with_cached_conditioner(self._opened(state, self.shape)[1])
-        return (
-            self
-            if with_cached_conditioner is layer
-            else OnRemaining(with_cached_conditioner, shape=self.shape)
-        )
+        _, remaining = self._split(state, self.shape)
+        return self.rewrapped(self.inner.with_cached_conditioner(remaining))
 
     def linearize(self, x: Tensor) -> LayerJacobian:
-        """The identity on what is finished, the layer's own tangent on what remains."""
-        finished, remaining = self._opened(x.detach(), self.shape)
-        inner = self._conditioned_layer().linearize(remaining)
+        """The identity on what is finished, the inner layer's Jacobian on what remains."""
+        finished, remaining = self._split(x.detach(), self.shape)
+        inner = self.inner.linearize(remaining)
         data, latent = self.shape, self.latent_shape
-        return LinearTangent(
+        return LinearMapJacobian(
             output=torch.cat([finished, inner.output.flatten(1)], dim=1),
             jvp=self._on_tail(inner.jvp, data),
             vjp=self._on_tail(inner.vjp, latent),
@@ -132,19 +126,16 @@ class OnRemaining(Invertible):
             shape=x.shape,
         )
 
-    def _conditioned_layer(self) -> Invertible:
-        return self.layer if self.context is None else self.layer.with_context(self.context)
-
-    def _opened(self, x: Tensor, shape: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+    def _split(self, x: Tensor, shape: tuple[int, ...]) -> tuple[Tensor, Tensor]:
         finished = x.shape[-1] - self.size
         if finished < 0:
-            raise ValueError(f"expected at least {self.size} entries a sample, got {x.shape[-1]}")
+            raise ValueError(f"expected at least {self.size} entries per sample, got {x.shape[-1]}")
         head, tail = x.split([finished, self.size], dim=-1)
         return head, tail.unflatten(-1, shape)
 
     def _on_tail(self, product: Product, shape: tuple[int, ...]) -> Product:
         def apply(v: Tensor) -> Tensor:
-            head, tail = self._opened(v, shape)
+            head, tail = self._split(v, shape)
             return torch.cat([head, product(tail).flatten(v.dim() - 1)], dim=-1)
 
         return apply

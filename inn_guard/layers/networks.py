@@ -12,9 +12,8 @@ from inn_guard.jacobian.network import InputSliceJacobian, NetworkJacobian, line
 
 __all__ = ["MLP", "Conditional", "ConvNet", "zero_last"]
 
-Activation = Callable[
-    [], nn.Module
-]  #: a class or function without arguments that makes an activation module
+#: a class or function without arguments that makes an activation module
+Activation = Callable[[], nn.Module]
 
 
 class MLP(nn.Sequential):
@@ -36,9 +35,9 @@ class MLP(nn.Sequential):
 
 
 class ConvNet(nn.Sequential):
-    """3x3 - activation - 1x1 - activation - 3x3 convolutions, zero-padded: (B, channels, H, W) -> (B, out, H, W).
+    """Zero-padded convolutions 3x3 - activation - 1x1 - activation - 3x3.
 
-    The conditioner of Glow's coupling layers.
+    (B, channels, H, W) -> (B, out, H, W). The conditioner of Glow's coupling layers.
 
     Args:
         channels: channels in.
@@ -62,7 +61,7 @@ class ConvNet(nn.Sequential):
 
 
 class Conditional(nn.Module):
-    """A network that sees a context beside its input: f(x, c) = network([x, c]), joined along dimension 1.
+    """A network with a context: f(x, c) = network([x, c]), joined along dimension 1.
 
     Args:
         network: takes the joined channels.
@@ -77,7 +76,7 @@ class Conditional(nn.Module):
         return self.network(self.joined(x, context))
 
     def linearize(self, x: Tensor, context: Tensor) -> NetworkJacobian:
-        """The tangent with respect to x, at that context."""
+        """The Jacobian with respect to x at this context."""
         joined = self.joined(x, context)
         held = joined.shape[1] - x.shape[1]
         return InputSliceJacobian(
@@ -92,7 +91,7 @@ class Conditional(nn.Module):
 
 
 def zero_last(network: nn.Module) -> nn.Module:
-    """``network`` with the last of its linear or convolutional modules set to zero: it starts as the zero function.
+    """``network`` with its last linear or convolutional module set to zero: the zero function.
 
     Raises:
         ValueError: if it has no such module.

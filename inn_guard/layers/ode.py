@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torchdiffeq import odeint
 
 from inn_guard.core.invertible import Invertible
+from inn_guard.core.tensors import finite_rows
 
 __all__ = [
     "Adaptive",
@@ -48,7 +49,8 @@ class Solver(Protocol):
 class Adaptive:
     """Dormand-Prince of order 5, the step chosen by the error estimate.
 
-    The forward and the backward integration choose different steps, so the inverse is one up to the tolerance only.
+    The forward and the backward integration choose different steps, so the inverse is one up to the
+    tolerance only.
     """
 
     rtol: float = 1e-7
@@ -61,9 +63,10 @@ class Adaptive:
 
 @dataclass(frozen=True)
 class FixedStep:
-    """So many equal steps of an explicit method.
+    """A fixed number of equal steps of an explicit method.
 
-    A step backward is not the exact inverse of a step forward: the inverse is one up to the discretisation error.
+    A step backward is not the exact inverse of a step forward: the inverse is one up to the
+    discretisation error.
     """
 
     steps: int
@@ -83,7 +86,7 @@ class Trace(Protocol):
     """How tr(df/dx) is computed."""
 
     def prepare(self, x: Tensor) -> Tensor:
-        """What is held fixed during one integration: (K, B, *data), vectors to be pulled back."""
+        """The vectors v_k, (K, B, *data), of sum_k v_k^T J v_k during one integration."""
         ...
 
 
@@ -107,8 +110,8 @@ class HutchinsonTrace:
         seed: of their generator.
 
     References:
-        FFJORD: Free-form Continuous Dynamics for Scalable Reversible Generative Models (Grathwohl, Chen, Bettencourt,
-        Sutskever, Duvenaud, 2019).
+        FFJORD: Free-form Continuous Dynamics for Scalable Reversible Generative Models
+        (Grathwohl, Chen, Bettencourt, Sutskever, Duvenaud, 2019).
     """
 
     probes: int = 1
@@ -126,16 +129,16 @@ class HutchinsonTrace:
 class NeuralODE(Invertible):
     """z = x(T) of dx/dt = f(t, x), x(0) = x; log|det J| = integral of tr(df/dx) from 0 to T.
 
-    The inverse integrates from T to 0. A sample that is not finite comes out as NaN and is kept from the solver, which
-    would not return; a batch on which the solver's step vanishes comes out as NaN altogether. Gradients flow through
-    the solver's operations. A layer with a context calls
+    The inverse integrates from T to 0. A sample that is not finite comes out as NaN and is kept
+    from the solver, which would not return; a batch on which the solver's step vanishes comes out
+    as NaN altogether. Gradients flow through the solver's operations. A layer with a context calls
     ``field(t, x, context)``.
 
     Args:
         field: f, from a scalar tensor t and x (B, *data) to dx/dt of the shape of x.
         duration: T.
-        solver: ``Adaptive()`` unless given.
-        trace: ``ExactTrace()`` unless given.
+        solver: of the equation. Default: ``Adaptive()``.
+        trace: how the trace is computed. Default: ``ExactTrace()``.
 
     References:
         Neural Ordinary Differential Equations (Chen, Rubanova, Bettencourt, Duvenaud, 2018).
@@ -158,7 +161,9 @@ class NeuralODE(Invertible):
 
     def velocity(self, t: Tensor, x: Tensor) -> Tensor:
         """f(t, x)."""
-        return self.field(t, x) if self.context is None else self.field(t, x, self.context)
+        if self.context is None:
+            return self.field(t, x)
+        return self.field(t, x, self.context)
 
     def forward(self, x: Tensor) -> Tensor:
         """x(T)."""
@@ -177,38 +182,40 @@ class NeuralODE(Invertible):
         return self._integrate_with_trace(z, start=self.duration, end=0.0)
 
     def _integrate(self, x: Tensor, *, start: float, end: float) -> Tensor:
-        finite = x.flatten(1).isfinite().all(1)
+        finite = finite_rows(x)
         if not bool(finite.all()):
             rows = finite.nonzero().squeeze(1)
             solved = self.select(rows)._integrate(x[rows], start=start, end=end)
             return torch.full_like(x, torch.nan).index_copy(0, rows, solved)
-        return self._solve(
-            lambda t, state: (self.velocity(t, state[0]),), (x,), start=start, end=end
-        )[0]
+
+        def velocity(t: Tensor, state: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+            return (self.velocity(t, state[0]),)
+
+        return self._solve(velocity, (x,), start=start, end=end)[0]
 
     def _integrate_with_trace(
         self, x: Tensor, *, start: float, end: float
     ) -> tuple[Tensor, Tensor]:
-        finite = x.flatten(1).isfinite().all(1)
+        finite = finite_rows(x)
         if not bool(finite.all()):
             rows = finite.nonzero().squeeze(1)
             solved, log_det = self.select(rows)._integrate_with_trace(x[rows], start=start, end=end)
             nan = torch.full_like(x, torch.nan)
-            return nan.index_copy(0, rows, solved), nan.flatten(1)[:, 0].index_copy(
-                0, rows, log_det
-            )
-        vectors, graph = self.trace.prepare(x), torch.is_grad_enabled()
+            no_log_det = nan.flatten(1)[:, 0]
+            return nan.index_copy(0, rows, solved), no_log_det.index_copy(0, rows, log_det)
+        vectors = self.trace.prepare(x)
+        graph = torch.is_grad_enabled()
 
         def velocity(t: Tensor, state: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
             with torch.enable_grad():
-                point = (
-                    state[0]
-                    if graph and state[0].requires_grad
-                    else state[0].detach().requires_grad_()
-                )
+                point = state[0]
+                if not (graph and point.requires_grad):
+                    point = point.detach().requires_grad_()
                 value = self.velocity(t, point)
                 trace = _trace(value, point, vectors, create_graph=graph)
-            return (value, trace) if graph else (value.detach(), trace.detach())
+            if graph:
+                return value, trace
+            return value.detach(), trace.detach()
 
         z, log_det = self._solve(velocity, (x, x.new_zeros(len(x))), start=start, end=end)
         return z, log_det

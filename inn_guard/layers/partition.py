@@ -1,7 +1,8 @@
-"""Which half of its input a coupling layer keeps, and which it changes."""
+"""Which part of its input a coupling layer leaves as it is, and which part it transforms."""
 
 from __future__ import annotations
 
+import abc
 from typing import Protocol, runtime_checkable
 
 import torch
@@ -12,96 +13,123 @@ __all__ = ["Halves", "Leading", "Mask", "Partition"]
 
 @runtime_checkable
 class Partition(Protocol):
-    """Splits x (B, C, ...) into a kept and a changed part and joins them again.
+    """Splits x (B, C, ...) into an identity part and a transformed part, and joins them again.
 
     Every tensor may carry more leading dimensions than the (B, C, ...) that ``dims`` counts.
     """
 
     def split(self, x: Tensor, *, dims: int) -> tuple[Tensor, Tensor]:
-        """(kept, changed) of x, the last ``dims`` dimensions of which are (B, C, ...)."""
+        """(identity part, transformed part) of x; its last ``dims`` dimensions are (B, C, ...)."""
         ...
 
-    def join(self, kept: Tensor, changed: Tensor, *, dims: int) -> Tensor:
-        """The x that splits into ``kept`` and ``changed``."""
+    def join(self, identity: Tensor, transformed: Tensor, *, dims: int) -> Tensor:
+        """The x that splits into ``identity`` and ``transformed``."""
         ...
 
     def restrict(self, parameter: Tensor, *, neutral: float) -> Tensor:
-        """A parameter of the changed part, with ``neutral`` wherever nothing is changed."""
+        """A parameter of the transformed part, with ``neutral`` where nothing is transformed."""
         ...
 
 
-class Halves(nn.Module):
-    """The first half of the channels (features) is kept, the second changed; of an odd number the first has one more.
+class _TwoBlocks(nn.Module, abc.ABC):
+    """Two consecutive blocks of channels, one of which is the identity part.
 
     Args:
-        swapped: keep the second half and change the first.
+        swapped: transform the first block instead of the second.
+    """
 
-    >>> kept, changed = Halves().split(torch.arange(3.0)[None], dims=2)
-    >>> kept.tolist(), changed.tolist()
+    def __init__(self, *, swapped: bool) -> None:
+        super().__init__()
+        self.swapped = swapped
+
+    @abc.abstractmethod
+    def first_size(self, channels: int) -> int:
+        """Number of channels of the first block."""
+
+    def split(self, x: Tensor, *, dims: int) -> tuple[Tensor, Tensor]:
+        """(identity part, transformed part)."""
+        dim = 1 - dims
+        channels = x.shape[dim]
+        size = self.first_size(channels)
+        # ``split`` takes four times as long as ``narrow``, which deep nets notice
+        first, second = x.narrow(dim, 0, size), x.narrow(dim, size, channels - size)
+        if self.swapped:
+            return second, first
+        return first, second
+
+    def join(self, identity: Tensor, transformed: Tensor, *, dims: int) -> Tensor:
+        """Both blocks along the channels."""
+        if self.swapped:
+            return torch.cat([transformed, identity], dim=1 - dims)
+        return torch.cat([identity, transformed], dim=1 - dims)
+
+    def restrict(self, parameter: Tensor, *, neutral: float) -> Tensor:
+        """The parameter itself: it has entries for the transformed part only."""
+        return parameter
+
+
+class Halves(_TwoBlocks):
+    """The first half of the channels (features) is the identity part, the second is transformed.
+
+    Of an odd number of channels the first half has one more.
+
+    Args:
+        swapped: transform the first half instead.
+
+    >>> identity, transformed = Halves().split(torch.arange(3.0)[None], dims=2)
+    >>> identity.tolist(), transformed.tolist()
     ([[0.0, 1.0]], [[2.0]])
     """
 
     def __init__(self, *, swapped: bool = False) -> None:
-        super().__init__()
-        self.swapped = swapped
+        super().__init__(swapped=swapped)
 
-    def split(self, x: Tensor, *, dims: int) -> tuple[Tensor, Tensor]:
-        """(kept, changed)."""
-        first, second = _cut(x, (x.shape[1 - dims] + 1) // 2, dim=1 - dims)
-        return (second, first) if self.swapped else (first, second)
-
-    def join(self, kept: Tensor, changed: Tensor, *, dims: int) -> Tensor:
-        """The two halves along dimension 1."""
-        return torch.cat([changed, kept] if self.swapped else [kept, changed], dim=1 - dims)
-
-    def restrict(self, parameter: Tensor, *, neutral: float) -> Tensor:
-        """The parameter itself: it has entries for changed ones only."""
-        return parameter
+    def first_size(self, channels: int) -> int:
+        """Half of the channels, rounded up."""
+        return (channels + 1) // 2
 
     def sizes(self, channels: int) -> tuple[int, int]:
-        """How many of ``channels`` are kept and how many changed: the network's input and output."""
-        first, second = (channels + 1) // 2, channels // 2
-        return (second, first) if self.swapped else (first, second)
+        """Channels of the identity and of the transformed part: the network's input and output."""
+        first = self.first_size(channels)
+        if self.swapped:
+            return channels - first, first
+        return first, channels - first
 
 
-class Leading(nn.Module):
-    """The first ``count`` channels (features) are kept, the others changed.
+class Leading(_TwoBlocks):
+    """The first ``count`` channels (features) are the identity part, the others are transformed.
 
     Args:
-        count: how many come first.
-        swapped: change the first ones and keep the others.
+        count: channels of the first block.
+        swapped: transform the first block instead.
 
-    >>> kept, changed = Leading(1).split(torch.arange(3.0)[None], dims=2)
-    >>> kept.tolist(), changed.tolist()
+    >>> identity, transformed = Leading(1).split(torch.arange(3.0)[None], dims=2)
+    >>> identity.tolist(), transformed.tolist()
     ([[0.0]], [[1.0, 2.0]])
     """
 
     def __init__(self, count: int, *, swapped: bool = False) -> None:
-        super().__init__()
-        self.count, self.swapped = count, swapped
+        super().__init__(swapped=swapped)
+        self.count = count
 
-    def split(self, x: Tensor, *, dims: int) -> tuple[Tensor, Tensor]:
-        """(kept, changed)."""
-        first, second = _cut(x, self.count, dim=1 - dims)
-        return (second, first) if self.swapped else (first, second)
-
-    def join(self, kept: Tensor, changed: Tensor, *, dims: int) -> Tensor:
-        """The two parts along dimension 1."""
-        return torch.cat([changed, kept] if self.swapped else [kept, changed], dim=1 - dims)
-
-    def restrict(self, parameter: Tensor, *, neutral: float) -> Tensor:
-        """The parameter itself: it has entries for changed ones only."""
-        return parameter
+    def first_size(self, channels: int) -> int:
+        """``count``."""
+        return self.count
 
 
 class Mask(nn.Module):
-    """Entries where ``mask`` is true are kept, the others changed; both parts have the whole shape, zero elsewhere.
+    """Entries where ``mask`` is true are the identity part, the others are transformed.
+
+    Both parts have the shape of x, with zeros in the other part's place.
 
     Args:
         mask: boolean, of the shape of one sample or broadcasting to it.
 
-    >>> kept, changed = Mask(torch.tensor([True, False])).split(torch.ones(1, 2), dims=2)
-    >>> kept.tolist(), changed.tolist()
+    Raises:
+        TypeError: if the mask is not boolean.
+
+    >>> identity, transformed = Mask(torch.tensor([True, False])).split(torch.ones(1, 2), dims=2)
+    >>> identity.tolist(), transformed.tolist()
     ([[1.0, 0.0]], [[0.0, 1.0]])
     """
 
@@ -110,22 +138,17 @@ class Mask(nn.Module):
     def __init__(self, mask: Tensor) -> None:
         super().__init__()
         if mask.dtype != torch.bool:
-            raise TypeError(f"expected a boolean mask, got {mask.dtype}; use mask.bool()")
+            raise TypeError(f"expected a boolean mask, got {mask.dtype}; pass mask.bool() instead")
         self.register_buffer("mask", mask)
 
     def split(self, x: Tensor, *, dims: int) -> tuple[Tensor, Tensor]:
-        """(x where kept, x where changed)."""
+        """(x in the identity part, x in the transformed part), zero elsewhere."""
         return torch.where(self.mask, x, 0), torch.where(self.mask, 0, x)
 
-    def join(self, kept: Tensor, changed: Tensor, *, dims: int) -> Tensor:
-        """Kept entries from the one, changed entries from the other."""
-        return torch.where(self.mask, kept, changed)
+    def join(self, identity: Tensor, transformed: Tensor, *, dims: int) -> Tensor:
+        """The entries of each part from its own tensor."""
+        return torch.where(self.mask, identity, transformed)
 
     def restrict(self, parameter: Tensor, *, neutral: float) -> Tensor:
-        """The parameter where x is changed, ``neutral`` elsewhere."""
+        """The parameter in the transformed part, ``neutral`` elsewhere."""
         return torch.where(self.mask, neutral, parameter)
-
-
-def _cut(x: Tensor, count: int, *, dim: int) -> tuple[Tensor, Tensor]:
-    """The first ``count`` channels and the others: ``split`` takes four times as long, which deep nets notice."""
-    return x.narrow(dim, 0, count), x.narrow(dim, count, x.shape[dim] - count)

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from inn_guard.core.invertible import Invertible
 from inn_guard.core.layer_jacobian import LayerJacobian
-from inn_guard.layers.linear_tangent import PermutationJacobian
+from inn_guard.layers.linear import PermutationJacobian
 
 __all__ = ["Permutation"]
 
@@ -27,9 +27,8 @@ class Permutation(Invertible):
 
     def __init__(self, order: Tensor) -> None:
         super().__init__()
-        if order.dim() != 1 or not torch.equal(
-            order.sort().values, torch.arange(len(order), device=order.device)
-        ):
+        every_index = torch.arange(order.numel(), device=order.device)
+        if order.dim() != 1 or not torch.equal(order.sort().values, every_index):
             raise ValueError(f"expected every index from 0 to n - 1 once, got {order.tolist()}")
         self.register_buffer("order", order)
         self.register_buffer("back", order.argsort())
@@ -64,14 +63,10 @@ class Permutation(Invertible):
         """The permutation itself: its transpose is its inverse."""
         channels = 1 - x.dim()
 
-        def ahead(v: Tensor) -> Tensor:
+        def forward(v: Tensor) -> Tensor:
             return v.index_select(channels, self.order)
 
-        def back(u: Tensor) -> Tensor:
+        def inverse(u: Tensor) -> Tensor:
             return u.index_select(channels, self.back)
 
-        rows = ahead(torch.arange(x[0].numel(), device=x.device).reshape(1, *x.shape[1:])).flatten()
-        output = self.forward(x.detach())
-        return PermutationJacobian(
-            output, ahead, back, inverse_jvp=back, inverse_vjp=ahead, shape=x.shape, rows=rows
-        )
+        return PermutationJacobian.of_moves(x.detach(), forward, inverse)

@@ -7,15 +7,16 @@ from torch import Tensor
 
 from inn_guard.core.invertible import Invertible
 from inn_guard.core.layer_jacobian import LayerJacobian
-from inn_guard.layers.linear_tangent import ElementwiseTangent
+from inn_guard.layers.linear import ElementwiseJacobian
 
 __all__ = ["Logit"]
 
 
 class Logit(Invertible):
-    """z = logit(p), p = alpha + (1 - 2 alpha) x; log|det J| = sum log(1 - 2 alpha) - log p - log(1 - p).
+    """z = logit(p) with p = alpha + (1 - 2 alpha) x.
 
-    Data outside [0, 1] may give values that are not finite; they are not clamped.
+    log|det J| = sum log(1 - 2 alpha) - log p - log(1 - p). Data outside [0, 1] may give values that
+    are not finite; they are not clamped.
 
     Args:
         alpha: keeps p away from 0 and 1.
@@ -52,7 +53,7 @@ class Logit(Invertible):
 
     def linearize(self, x: Tensor) -> LayerJacobian:
         """Multiplication with dz/dx."""
-        return ElementwiseTangent(self.forward(x.detach()), self._slope(x.detach()))
+        return ElementwiseJacobian(self.forward(x.detach()), self._slope(x.detach()))
 
     def _inside(self, x: Tensor) -> Tensor:
         return self.alpha + (1 - 2 * self.alpha) * x

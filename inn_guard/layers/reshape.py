@@ -1,4 +1,4 @@
-"""Maps that move entries: squeeze, flatten, and zero padding, which is injective only."""
+"""Maps that only move entries: squeeze and flatten; and zero padding, which is injective only."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch.nn import functional
 
 from inn_guard.core.invertible import Invertible
 from inn_guard.core.layer_jacobian import LayerJacobian
-from inn_guard.layers.linear_tangent import PermutationJacobian, Product
+from inn_guard.layers.linear import PermutationJacobian, Product
 
 __all__ = ["Flatten", "Rearrangement", "Squeeze", "ZeroPadding", "squeezed_shape"]
 
@@ -29,18 +29,15 @@ class Rearrangement(Invertible):
     def linearize(self, x: Tensor) -> LayerJacobian:
         """The rearrangement itself."""
         output = self.forward(x.detach())
-        ahead = _over_leading(self.forward, dims=x.dim())
-        back = _over_leading(self.inverse, dims=output.dim())
-        rows = self.forward(
-            torch.arange(x[0].numel(), device=x.device).reshape(1, *x.shape[1:])
-        ).flatten()
-        return PermutationJacobian(
-            output, ahead, back, inverse_jvp=back, inverse_vjp=ahead, shape=x.shape, rows=rows
-        )
+        forward = _over_leading(self.forward, dims=x.dim())
+        inverse = _over_leading(self.inverse, dims=output.dim())
+        return PermutationJacobian.of_moves(x.detach(), forward, inverse, output=output)
 
 
 class Squeeze(Rearrangement):
-    """Every block of factor x factor pixels becomes channels: (B, C, H, W) -> (B, C f^2, H/f, W/f); log|det J| = 0.
+    """(B, C, H, W) -> (B, C f^2, H/f, W/f): every block of f x f pixels becomes channels.
+
+    log|det J| = 0.
 
     Args:
         factor: f.
@@ -61,11 +58,13 @@ class Squeeze(Rearrangement):
         """
         if x.dim() != 4 or x.shape[2] % self.factor or x.shape[3] % self.factor:
             raise ValueError(
-                f"expected (B, C, H, W), H and W multiples of {self.factor}; got {tuple(x.shape)}"
+                f"expected (B, C, H, W) with H and W multiples of {self.factor}, "
+                f"got {tuple(x.shape)}"
             )
         batch, channels, height, width = x.shape
         f = self.factor
-        if not x.numel():  # pixel_unshuffle leaves the shape of an empty batch as it is
+        if not x.numel():
+            # pixel_unshuffle leaves the shape of an empty batch as it is
             return x.reshape(batch, channels * f**2, height // f, width // f)
         return functional.pixel_unshuffle(x, f)
 
@@ -90,7 +89,8 @@ def squeezed_shape(shape: Sequence[int]) -> tuple[int, int, int]:
     channels, height, width = shape
     if height % 2 or width % 2:
         raise ValueError(
-            f"expected an even height and width at every level, got {height} x {width}; use fewer levels"
+            f"expected an even height and width at every level, got {height} x {width}; "
+            "use fewer levels"
         )
     return 4 * channels, height // 2, width // 2
 
@@ -116,13 +116,13 @@ class Flatten(Rearrangement):
 
 
 class ZeroPadding(Invertible):
-    """Injective: the inverse (latent to data) appends channels of zeros, the forward map drops the last channels.
+    """The inverse (latent to data) appends channels of zeros; the forward map drops them.
 
-    forward(inverse(z)) = z, and inverse(forward(x)) is the projection of x onto the subspace where those channels are
-    zero: a decoder whose images fill a linear subspace only.
+    Injective only: forward(inverse(z)) = z, and inverse(forward(x)) is the projection of x onto the
+    subspace where those channels are zero.
 
     Args:
-        channels: how many are appended in dimension 1.
+        channels: number of channels that are appended in dimension 1.
 
     >>> ZeroPadding(1).inverse(torch.tensor([[1.0, 2.0]])).tolist()
     [[1.0, 2.0, 0.0]]
@@ -143,7 +143,7 @@ class ZeroPadding(Invertible):
         return x[:, : x.shape[1] - self.channels]
 
     def inverse(self, z: Tensor) -> Tensor:
-        """z with channels of zeros after its own."""
+        """z followed by channels of zeros."""
         return torch.cat([z, z.new_zeros(len(z), self.channels, *z.shape[2:])], dim=1)
 
 
@@ -152,10 +152,8 @@ def _over_leading(function: Product, *, dims: int) -> Product:
 
     def apply(v: Tensor) -> Tensor:
         leading = v.dim() - dims
-        return (
-            function(v)
-            if leading == 0
-            else function(v.flatten(0, leading)).unflatten(0, v.shape[: leading + 1])
-        )
+        if leading == 0:
+            return function(v)
+        return function(v.flatten(0, leading)).unflatten(0, v.shape[: leading + 1])
 
     return apply

@@ -17,14 +17,15 @@ __all__ = ["Residual"]
 class Residual(Invertible):
     """z = x + g(x) with Lip(g) < 1; the inverse is the fixed point of x = z - g(x).
 
-    How the last inverse ended stands in ``convergence``: iterations, residual and whether each sample converged. The
-    gradient of the inverse is exact, by the implicit function theorem: (I + G)^-T applied to the incoming gradient,
-    solved by the same iteration. A layer with a context calls ``network(x, context)``.
+    ``convergence`` tells how the last inverse ended: iterations, residual, and which samples
+    converged. The gradient of the inverse is exact by the implicit function theorem: (I + G)^-T
+    applied to the incoming gradient, solved by the same iteration. A layer with a context calls
+    ``network(x, context)``.
 
     Args:
-        network: g, from (B, *data) to the same shape; ``contractive_mlp`` and ``contractive_conv_net`` make ones whose
-            Lipschitz constant is certified.
-        log_det: how log|det(I + G)| is computed; exactly unless given.
+        network: g, from (B, *data) to the same shape. ``contractive_mlp`` and
+            ``contractive_conv_net`` make networks whose Lipschitz constant is certified.
+        log_det: how log|det(I + G)| is computed. Default: exactly.
         solver: of the fixed point.
 
     References:
@@ -42,23 +43,26 @@ class Residual(Invertible):
         self.network = network
         self.log_det: ResidualLogDet = ExactLogDet() if log_det is None else log_det
         self.solver = FixedPoint() if solver is None else solver
+        # in a list, so that copies made by ``with_context`` share it
         self._convergence = [Convergence()]
 
     @property
     def convergence(self) -> Convergence:
-        """How the last fixed-point iteration of the inverse ended; shared by ``with_context`` copies."""
+        """How the last iteration of the inverse ended; shared by ``with_context`` copies."""
         return self._convergence[0]
 
     def residual(self, x: Tensor) -> Tensor:
         """g(x)."""
-        return self.network(x) if self.context is None else self.network(x, self.context)
+        if self.context is None:
+            return self.network(x)
+        return self.network(x, self.context)
 
     def forward(self, x: Tensor) -> Tensor:
         """z = x + g(x)."""
         return x + self.residual(x)
 
     def inverse(self, z: Tensor) -> Tensor:
-        """The x with x + g(x) = z, as far as the iteration came: see ``convergence``."""
+        """The x with x + g(x) = z; ``convergence`` tells whether the tolerance was reached."""
         x, self._convergence[0] = self.solver.solve(lambda x: z - self.residual(x), z.detach())
         if not torch.is_grad_enabled():
             return x
@@ -78,12 +82,11 @@ class Residual(Invertible):
 
     def linearize(self, x: Tensor) -> LayerJacobian:
         """I + G and its transpose by products with G; their inverses by iteration."""
-        network = (
-            linearize_network(self.network, x)
-            if self.context is None
-            else AutogradNetwork(self.residual, x)
-        )
-        return _ResidualTangent(x.detach() + network.output, network, self.solver)
+        if self.context is None:
+            network = linearize_network(self.network, x)
+        else:
+            network = AutogradNetwork(self.residual, x)
+        return _ResidualJacobian(x.detach() + network.output, network, self.solver)
 
     def _pull_through(self, x: Tensor, gradient: Tensor) -> Tensor:
         """(I + G)^-T gradient at x."""
@@ -97,7 +100,7 @@ class Residual(Invertible):
         return self.solver.solve(step, gradient)[0]
 
 
-class _ResidualTangent:
+class _ResidualJacobian:
     def __init__(self, output: Tensor, network: NetworkJacobian, solver: FixedPoint) -> None:
         self.output = output
         self._network, self._solver = network, solver

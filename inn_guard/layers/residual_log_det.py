@@ -1,4 +1,4 @@
-"""log|det(I + G)| of an invertible residual layer: exact, by a truncated power series, and unbiased.
+"""log|det(I + G)| of a residual layer: exact, by a truncated power series, and unbiased.
 
 With G = dg/dx of norm below 1, log|det(I + G)| = tr log(I + G) = sum_k (-1)^(k+1) tr(G^k) / k, and
 tr(G^k) = E[v^T G^k v] for v ~ N(0, I): one vector-Jacobian product per term.
@@ -19,13 +19,15 @@ Map = Callable[[Tensor], Tensor]
 
 
 class ResidualLogDet(nn.Module, abc.ABC):
-    """A way to compute log|det(I + G)|, differentiable with respect to x and to the parameters of g."""
+    """A way to compute log|det(I + G)|, differentiable in x and in the parameters of g."""
 
     def forward(self, g: Map, x: Tensor) -> tuple[Tensor, Tensor]:
         """g(x), and log|det(I + G)| at x in nats, (B,)."""
         graph = torch.is_grad_enabled()
         with torch.enable_grad():
-            point = x if graph and x.requires_grad else x.detach().requires_grad_()
+            point = x
+            if not (graph and x.requires_grad):
+                point = x.detach().requires_grad_()
             value = g(point)
 
             def pull(u: Tensor) -> Tensor:
@@ -33,7 +35,9 @@ class ResidualLogDet(nn.Module, abc.ABC):
                 return row
 
             log_det = self.of_products(pull, point)
-        return (value, log_det) if graph else (value.detach(), log_det.detach())
+        if graph:
+            return value, log_det
+        return value.detach(), log_det.detach()
 
     @abc.abstractmethod
     def of_products(self, pull: Map, x: Tensor) -> Tensor:
@@ -52,7 +56,7 @@ class ExactLogDet(ResidualLogDet):
 
 
 class _Stochastic(ResidualLogDet):
-    """Draws from its own generator: anew at every call in training mode, the same in evaluation mode.
+    """An estimate by its own generator: new draws at every call in training mode, else the same.
 
     Args:
         probes: random vectors per sample.
@@ -85,11 +89,13 @@ class _Stochastic(ResidualLogDet):
 
     @abc.abstractmethod
     def weights(self, generator: torch.Generator) -> Iterator[float]:
-        """The weight of each term of the series, as many as are computed."""
+        """The weight of each term of the series that is computed."""
 
 
 class PowerSeries(_Stochastic):
-    """Hutchinson's estimate of the first terms of the series; biased by at most D c^(n+1) / ((n+1)(1-c)), c = Lip(g).
+    """Hutchinson's estimate of the first n terms of the series.
+
+    Its bias is at most D c^(n+1) / ((n+1)(1-c)), c = Lip(g).
 
     Args:
         terms: n.
@@ -97,7 +103,8 @@ class PowerSeries(_Stochastic):
         seed: of the generator.
 
     References:
-        Invertible Residual Networks (Behrmann, Grathwohl, Chen, Duvenaud, Jacobsen, 2019), algorithm 2.
+        Invertible Residual Networks (Behrmann, Grathwohl, Chen, Duvenaud, Jacobsen, 2019),
+        algorithm 2.
     """
 
     def __init__(self, *, terms: int = 10, probes: int = 1, seed: int = 0) -> None:
@@ -115,13 +122,14 @@ class RussianRoulette(_Stochastic):
     """Unbiased: a random number of terms, each divided by the probability of being reached.
 
     Args:
-        exact_terms: always computed.
+        exact_terms: number of terms that are always computed.
         stop: probability of stopping after each further term.
         probes: random vectors per sample.
         seed: of the generator.
 
     References:
-        Residual Flows for Invertible Generative Modeling (Chen, Behrmann, Duvenaud, Jacobsen, 2019), theorem 1.
+        Residual Flows for Invertible Generative Modeling (Chen, Behrmann, Duvenaud,
+        Jacobsen, 2019), theorem 1.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""Scale functions g of affine couplings: elementwise, positive, with the constants that bound their layers."""
+"""Scale functions g of affine couplings: elementwise and positive, with bounds of g and g'."""
 
 from __future__ import annotations
 
@@ -61,7 +61,8 @@ class ScaleFunction(Protocol):
 class SigmoidScale:
     """g(h) = lower + (upper - lower) sigmoid(h + offset), in (lower, upper).
 
-    With a = lower / (upper - lower), sup g'/g = 1 + 2a - 2 sqrt(a^2 + a): 1 for lower = 0, 3 - 2 sqrt 2 for (0.5, 1).
+    With a = lower / (upper - lower), sup g'/g = 1 + 2a - 2 sqrt(a^2 + a): 1 for lower = 0, 3 - 2
+    sqrt 2 for (0.5, 1).
 
     Args:
         lower: infimum; 0 gives Glow's sigmoid(h + 2), whose inverse 1/g is unbounded.
@@ -115,8 +116,8 @@ def squashed_sigmoid() -> SigmoidScale:
     """0.5 + 0.5 sigmoid(h + 2), in (0.5, 1): the stable scale of the exploding-inverses paper.
 
     References:
-        Understanding and Mitigating Exploding Inverses in Invertible Neural Networks (Behrmann, Vicol, Wang, Grosse,
-        Jacobsen, 2021), appendix C.
+        Understanding and Mitigating Exploding Inverses in Invertible Neural Networks
+        (Behrmann, Vicol, Wang, Grosse, Jacobsen, 2021), appendix C.
     """
     return SigmoidScale(lower=0.5)
 
@@ -153,8 +154,8 @@ class ClampedScale:
         clamp: bound of |log g|.
 
     References:
-        Guided Image Generation with Conditional Invertible Neural Networks (Ardizzone, Lüth, Kruse, Rother, Köthe,
-        2019), where the factor 2/pi is rounded to 0.636.
+        Guided Image Generation with Conditional Invertible Neural Networks (Ardizzone,
+        Lüth, Kruse, Rother, Köthe, 2019), where the factor 2/pi is rounded to 0.636.
     """
 
     clamp: float = 2.0

@@ -14,7 +14,7 @@ from inn_guard.jacobian.network import AutogradNetwork, linearize_network
 from inn_guard.layers.actnorm import ActNorm
 from inn_guard.layers.autoregressive import (
     MADE,
-    AutoregressiveTangent,
+    AutoregressiveJacobian,
     MaskedAutoregressive,
     iaf,
     maf,
@@ -89,15 +89,15 @@ def test_the_masked_network_is_differentiated_without_a_graph_and_rightly():
     assert torch.allclose(fast.vjp(u), slow.vjp(u), rtol=1e-11, atol=1e-12)
 
 
-def test_tangents_take_a_leading_dimension():
+def test_jacobians_take_a_leading_dimension():
     flow, x = layer(), torch.randn(4, 5)
-    tangent = flow.linearize(x)
-    assert isinstance(tangent, AutoregressiveTangent)
+    jacobian = flow.linearize(x)
+    assert isinstance(jacobian, AutoregressiveJacobian)
     many = torch.randn(3, 4, 5)
     for product in PRODUCTS:
-        together = getattr(tangent, product)(many)
+        together = getattr(jacobian, product)(many)
         for row, vector in zip(together, many, strict=True):
-            assert torch.allclose(row, getattr(tangent, product)(vector), rtol=1e-11)
+            assert torch.allclose(row, getattr(jacobian, product)(vector), rtol=1e-11)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
@@ -218,9 +218,9 @@ def test_certified_bounds_hold_over_sampled_jacobians(name):
     assert bounds.inverse < 1000
 
 
-def test_conditions_reach_the_layer_within():
+def test_contexts_reach_the_inner_layer():
     inner = ActNorm(3)
-    assert InverseLayer(inner).with_context(torch.zeros(2, 1))._inner().context is not None
+    assert InverseLayer(inner).with_context(torch.zeros(2, 1)).inner.context is not None
 
 
 def test_nonsense_is_refused():

@@ -88,7 +88,7 @@ def test_zero_last_starts_affine_couplings_as_a_constant_scale():
 
 
 def test_bad_input_is_named():
-    with pytest.raises(ValueError, match="twice the changed channels"):
+    with pytest.raises(ValueError, match="twice the transformed channels"):
         AffineCoupling(MLP([2, 4, 3]))(torch.randn(1, 4))
     with pytest.raises(TypeError, match="boolean mask"):
         Mask(torch.tensor([0.0, 1.0]))
@@ -98,8 +98,8 @@ def test_bad_input_is_named():
 
 def test_uneven_halves():
     x = torch.arange(5.0)[None]
-    kept, changed = Halves().split(x, dims=2)
-    assert (kept.shape[1], changed.shape[1]) == Halves().sizes(5) == (3, 2)
+    identity, transformed = Halves().split(x, dims=2)
+    assert (identity.shape[1], transformed.shape[1]) == Halves().sizes(5) == (3, 2)
     swapped = Halves(swapped=True)
     assert torch.equal(swapped.join(*swapped.split(x, dims=2), dims=2), x)
     assert swapped.sizes(5) == (2, 3)

@@ -7,8 +7,8 @@ import torch
 
 from inn_guard.core.invertible import Invertible
 from inn_guard.core.layer_jacobian import AutogradJacobian
-from inn_guard.layers.coupling_tangent import CouplingTangent
-from inn_guard.layers.linear_tangent import ElementwiseTangent, LinearTangent
+from inn_guard.layers.coupling import CouplingJacobian
+from inn_guard.layers.linear import ElementwiseJacobian, LinearMapJacobian
 from tests.cases.layers import CASES
 
 OWN = [
@@ -21,7 +21,7 @@ OWN = [
 PRODUCTS = ["jvp", "vjp", "inverse_jvp", "inverse_vjp"]
 
 
-def test_the_layers_with_a_tangent_of_their_own_are_here():
+def test_the_layers_with_a_jacobian_of_their_own_are_here():
     assert len(OWN) >= 18
 
 
@@ -40,22 +40,22 @@ def test_products_equal_autograd_to_1e_12(case, product):
 @pytest.mark.parametrize("case", OWN, ids=lambda case: case.id)
 def test_a_leading_dimension_is_that_many_products(case):
     layer, x = case.make()
-    tangent = layer.linearize(x)
+    jacobian = layer.linearize(x)
     for product in PRODUCTS:
-        like = x if product in ("jvp", "inverse_vjp") else tangent.output
+        like = x if product in ("jvp", "inverse_vjp") else jacobian.output
         many = torch.randn(3, *like.shape)
-        together = getattr(tangent, product)(many)
+        together = getattr(jacobian, product)(many)
         for row, vector in zip(together, many, strict=True):
-            assert torch.allclose(row, getattr(tangent, product)(vector), rtol=1e-12, atol=1e-13)
+            assert torch.allclose(row, getattr(jacobian, product)(vector), rtol=1e-12, atol=1e-13)
 
 
 @pytest.mark.parametrize("case", OWN, ids=lambda case: case.id)
 def test_no_graph_is_kept(case):
     layer, x = case.make()
-    tangent = layer.linearize(x.requires_grad_())
-    assert isinstance(tangent, (CouplingTangent, LinearTangent, ElementwiseTangent))
-    assert not tangent.output.requires_grad
-    assert not tangent.jvp(torch.randn_like(x)).requires_grad
+    jacobian = layer.linearize(x.requires_grad_())
+    assert isinstance(jacobian, (CouplingJacobian, LinearMapJacobian, ElementwiseJacobian))
+    assert not jacobian.output.requires_grad
+    assert not jacobian.jvp(torch.randn_like(x)).requires_grad
 
 
 def test_condition_beyond_float32_is_kept_by_the_inverse_product():

@@ -1,4 +1,4 @@
-"""Autoencoders within flows: the equations, linear models in closed form, and every audit on them."""
+"""Autoencoders within flows: equations, linear models in closed form, and every audit."""
 
 from __future__ import annotations
 
@@ -131,7 +131,7 @@ def test_the_equations_of_the_partition(core):
     x_core, shell = y[:, mask], y[:, ~mask]
     hidden = torch.where(mask, 0, y)
     flow, nets = model.flow, model.flow.steps
-    before = Chain(*(step.layer for step in nets[: flow._before]))
+    before = Chain(*(step.inner for step in nets[: flow._before]))
     encoder, decoder = nets[flow._before].network[1], nets[flow._before + 1].network.network[0]
     g_m, raw = encoder(hidden).chunk(2, dim=1)
     g_s = nn.functional.softplus(raw)
@@ -139,7 +139,7 @@ def test_the_equations_of_the_partition(core):
     z = g_m + g_s * inverse_n
     delta = shell - decoder(z)[:, ~mask]
     sigma = nn.functional.softplus(nets[flow._before + 2].raw)
-    prior = Chain(*(step.layer for step in nets[flow._before + 3 :])).log_prob(z)
+    prior = Chain(*(step.inner for step in nets[flow._before + 3 :])).log_prob(z)
     r = torch.distributions.Normal(0, sigma).log_prob(delta).sum(1)
     expected = prior + r + inner + g_s.log().sum(1) + log_det
     assert torch.allclose(model.log_prob(x), expected, rtol=1e-11)
@@ -225,7 +225,7 @@ def test_the_loss_of_the_linear_expansion_is_algorithm_1():
 
 
 def test_the_objective_of_the_paper_grows_without_bound_when_the_features_shrink():
-    """h / c with c n^-1 is the same autoencoder, with d log c more of joint likelihood; a spread takes that away."""
+    """h / c with c n^-1 is the same autoencoder and gains d log c; not so with a spread."""
     model = gaussian(LinearAEF)
     x = torch.randn(5, *SHAPE)
     before, code = model.loss(x, generator=generator()).item(), model.encode(x)
@@ -233,7 +233,7 @@ def test_the_objective_of_the_paper_grows_without_bound_when_the_features_shrink
     with torch.no_grad():
         model.features.weight.div_(100)
         model.features.bias.div_(100)
-        model.flow.steps[0].layer.log_scale.add_(math.log(100))
+        model.flow.steps[0].inner.log_scale.add_(math.log(100))
         model.width.div_(100)
     assert torch.allclose(model.encode(x), code, rtol=1e-10)
     assert model.loss(x, generator=generator()).item() == pytest.approx(
@@ -368,7 +368,7 @@ def test_every_audit_of_square_maps_applies_and_finds_nothing(kind):
     ).verdict.failed  # padding has no bound rule, which is said
     for result in report.results:
         if result.name == "out_of_distribution" and kind == "expanded":
-            # the joint's data are noise beside pixels: its probes put noise where pixels go, beyond the logit's (0, 1)
+            # the joint's data are noise and pixels: its probes leave the (0, 1) of the logit
             assert result.verdict is ig.Verdict.NON_FINITE
             assert "the data pass" in result.reason
         else:
@@ -377,7 +377,7 @@ def test_every_audit_of_square_maps_applies_and_finds_nothing(kind):
 
 @pytest.mark.parametrize("kind", MODELS)
 def test_audits_find_an_encoder_whose_scale_has_collapsed(kind):
-    """g_s = softplus(-60): the core is invisible in float32, sigma_min of the map is about 1e-26."""
+    """g_s = softplus(-60): the core is lost in float32, sigma_min of the map is about 1e-26."""
     model, x = MODELS[kind]()
     flow = model.steps[-1]
     with torch.no_grad():

@@ -12,40 +12,40 @@ from torch.nn import functional
 
 from inn_guard.adapters.structured_jacobians import (
     PermutedOutputs,
-    TangentChain,
-    coupling_tangent,
-    known_tangent,
-    moving_tangent,
+    ChainJacobian,
+    coupling_jacobian,
+    known_jacobian,
+    permutation_jacobian,
 )
 from inn_guard.core.layer_jacobian import LayerJacobian
 from inn_guard.jacobian.network import AutogradNetwork, NetworkJacobian, linearize_network
-from inn_guard.layers.coupling_tangent import CouplingTangent
-from inn_guard.layers.linear_tangent import ChannelMixingJacobian, ElementwiseTangent
+from inn_guard.layers.coupling import CouplingJacobian
+from inn_guard.layers.linear import ChannelMixingJacobian, ElementwiseJacobian
 from inn_guard.layers.partition import Leading
 
 
-@known_tangent.register
+@known_jacobian.register
 def _(module: modules.PermuteRandom, x: Tensor, context: Any) -> LayerJacobian | None:
     order, back, dims = module.perm, module.perm_inv, x.dim()
-    return moving_tangent(
+    return permutation_jacobian(
         x,
         lambda v: v.index_select(v.dim() + 1 - dims, order),
         lambda v: v.index_select(v.dim() + 1 - dims, back),
     )
 
 
-@known_tangent.register
+@known_jacobian.register
 def _(module: modules.AllInOneBlock, x: Tensor, context: Any) -> LayerJacobian | None:
     if module.GIN or module.reverse_pre_permute or module.householder or x.dim() not in (2, 4):
         return None
     partition = Leading(module.splits[0])
     kept = x[:, : module.splits[0]]
     network = PermutedOutputs(_network(module.subnet, kept, context), factor=0.1)
-    coupling = coupling_tangent(
+    coupling = coupling_jacobian(
         x, network, partition, lambda h: (module.clamp * (0.1 * h).tanh()).exp()
     )
     scale = module.global_scale_activation(module.global_scale).detach()
-    scaled = ElementwiseTangent(coupling.output * scale + module.global_offset.detach(), scale)
+    scaled = ElementwiseJacobian(coupling.output * scale + module.global_offset.detach(), scale)
     W = module.w_perm.detach().flatten(1)
     inverse = torch.linalg.inv(W)
     mixed = ChannelMixingJacobian(
@@ -57,28 +57,28 @@ def _(module: modules.AllInOneBlock, x: Tensor, context: Any) -> LayerJacobian |
         shape=x.shape,
         weight=W,
     )
-    return TangentChain([coupling, scaled, mixed])
+    return ChainJacobian([coupling, scaled, mixed])
 
 
-@known_tangent.register
+@known_jacobian.register
 def _(module: modules.GLOWCouplingBlock, x: Tensor, context: Any) -> LayerJacobian | None:
-    def affine(x: Tensor, kept: Tensor, subnet: nn.Module, *, swapped: bool) -> CouplingTangent:
+    def affine(x: Tensor, kept: Tensor, subnet: nn.Module, *, swapped: bool) -> CouplingJacobian:
         network = PermutedOutputs(_network(subnet, kept, context))
-        return coupling_tangent(
+        return coupling_jacobian(
             x, network, Leading(module.split_len1, swapped=swapped), _scale_of(module)
         )
 
     return _two_sided(x, module.split_len1, affine, (module.subnet2, module.subnet1))
 
 
-@known_tangent.register
+@known_jacobian.register
 def _(module: modules.RNVPCouplingBlock, x: Tensor, context: Any) -> LayerJacobian | None:
-    def affine(x: Tensor, kept: Tensor, subnets: Any, *, swapped: bool) -> CouplingTangent:
+    def affine(x: Tensor, kept: Tensor, subnets: Any, *, swapped: bool) -> CouplingJacobian:
         shift, h = subnets
         network = AutogradNetwork(
             lambda k: torch.cat([_at(shift, k, context), _at(h, k, context)], 1), kept
         )
-        return coupling_tangent(
+        return coupling_jacobian(
             x, network, Leading(module.split_len1, swapped=swapped), _scale_of(module)
         )
 
@@ -86,21 +86,21 @@ def _(module: modules.RNVPCouplingBlock, x: Tensor, context: Any) -> LayerJacobi
     return _two_sided(x, module.split_len1, affine, pairs)
 
 
-@known_tangent.register
+@known_jacobian.register
 def _(module: modules.NICECouplingBlock, x: Tensor, context: Any) -> LayerJacobian | None:
-    def additive(x: Tensor, kept: Tensor, subnet: nn.Module, *, swapped: bool) -> CouplingTangent:
+    def additive(x: Tensor, kept: Tensor, subnet: nn.Module, *, swapped: bool) -> CouplingJacobian:
         partition = Leading(module.split_len1, swapped=swapped)
-        return coupling_tangent(x, _network(subnet, kept, context), partition, None)
+        return coupling_jacobian(x, _network(subnet, kept, context), partition, None)
 
     return _two_sided(x, module.split_len1, additive, (module.F, module.G))
 
 
 def _two_sided(
-    x: Tensor, count: int, half: Callable[..., CouplingTangent], subnets: tuple[Any, Any]
-) -> TangentChain:
+    x: Tensor, count: int, half: Callable[..., CouplingJacobian], subnets: tuple[Any, Any]
+) -> ChainJacobian:
     """The first ``count`` channels are changed given the others, then the others given these."""
     first = half(x, x[:, count:], subnets[0], swapped=True)
-    return TangentChain(
+    return ChainJacobian(
         [first, half(first.output, first.output[:, :count], subnets[1], swapped=False)]
     )
 

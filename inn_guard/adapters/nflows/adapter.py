@@ -23,7 +23,7 @@ from nflows.transforms.coupling import CouplingTransform
 from torch import Tensor, nn
 
 from inn_guard.adapters.base import Adapted
-from inn_guard.adapters.cached_network import KnownOutput
+from inn_guard.adapters.cached_network import CachedNetwork
 from inn_guard.adapters.nflows import jacobians as tangents_nflows  # noqa: F401 - register bound rules and tangents
 from inn_guard.core.invertible import Context, Invertible, NotApplicable
 from inn_guard.layers.inverted import InverseLayer
@@ -80,7 +80,7 @@ class NflowsTransform(Adapted):
         twin = copy.copy(coupling)
         vars(twin)["_modules"] = {
             **coupling._modules,
-            "transform_net": KnownOutput(coupling.transform_net, parameters),
+            "transform_net": CachedNetwork(coupling.transform_net, parameters),
         }
         return NflowsTransform(twin, self.context)
 

@@ -12,26 +12,26 @@ from torch.nn import functional
 
 from inn_guard.adapters.structured_jacobians import (
     Features,
-    coupling_tangent,
-    known_tangent,
-    moving_tangent,
+    coupling_jacobian,
+    known_jacobian,
+    permutation_jacobian,
 )
 from inn_guard.core.layer_jacobian import LayerJacobian
 from inn_guard.jacobian.network import AutogradNetwork
-from inn_guard.layers.linear_tangent import ChannelMixingJacobian
+from inn_guard.layers.linear import ChannelMixingJacobian
 
 
-@known_tangent.register
+@known_jacobian.register
 def _(module: permutations.Permutation, x: Tensor, context: Any) -> LayerJacobian | None:
     dim, order, back = module._dim - x.dim(), module._permutation, module._inverse_permutation
-    return moving_tangent(
+    return permutation_jacobian(
         x,
         lambda v: v.index_select(v.dim() + dim, order),
         lambda v: v.index_select(v.dim() + dim, back),
     )
 
 
-@known_tangent.register
+@known_jacobian.register
 def _(module: linear.Linear, x: Tensor, context: Any) -> LayerJacobian | None:
     if x.dim() != 2:
         return None
@@ -50,7 +50,7 @@ def _(module: linear.Linear, x: Tensor, context: Any) -> LayerJacobian | None:
     )
 
 
-@known_tangent.register
+@known_jacobian.register
 def _(module: AffineCouplingTransform, x: Tensor, context: Any) -> LayerJacobian | None:
     if module.unconditional_transform is not None:
         return None
@@ -58,9 +58,9 @@ def _(module: AffineCouplingTransform, x: Tensor, context: Any) -> LayerJacobian
     kept, _changed = partition.split(x, dims=x.dim())
     network = AutogradNetwork(lambda features: module.transform_net(features, context), kept)
     if isinstance(module, AdditiveCouplingTransform):
-        return coupling_tangent(x, network, partition, None)
+        return coupling_jacobian(x, network, partition, None)
 
     def scale(h: Tensor) -> Tensor:
         return module._scale_and_shift(torch.cat([torch.zeros_like(h), h], dim=1))[0]
 
-    return coupling_tangent(x, network, partition, scale)
+    return coupling_jacobian(x, network, partition, scale)

@@ -84,8 +84,15 @@ class NormflowsModel(Adapted):
                 raise ValueError(
                     "expected the class labels of x: type wrap(model, context=y) instead"
                 )
-            return self.module.log_prob(x.clone(), self.context)
-        return self.module.log_prob(x.clone(), *self._condition())  # type: ignore[operator]
+        # not the library's log_prob: MemorySaving puts its own forward_and_log_det in place
+        z, log_det = self.forward_and_log_det(x)
+        return self._base_log_prob(z) + log_det
+
+    def _base_log_prob(self, z: Tensor) -> Tensor:
+        condition = self._condition()
+        if isinstance(self.module, ClassCondFlow):
+            condition = (self.context,)
+        return self.module.q0.log_prob(z, *condition)  # type: ignore[operator, union-attr]
 
     def layers(self) -> tuple[Invertible, ...]:
         """The flows, flat, from data to latent, in this model's context."""

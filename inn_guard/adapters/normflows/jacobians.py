@@ -12,10 +12,10 @@ from torch import Tensor
 from inn_guard.adapters.structured_jacobians import (
     SelectedOutputs,
     SwappedOutputs,
-    coupling_tangent,
-    known_tangent,
-    mixing_tangent,
-    moving_tangent,
+    coupling_jacobian,
+    known_jacobian,
+    channel_mixing_jacobian,
+    permutation_jacobian,
 )
 from inn_guard.core.layer_jacobian import LayerJacobian
 from inn_guard.jacobian.network import (
@@ -24,7 +24,7 @@ from inn_guard.jacobian.network import (
     linearize_network,
     linearize_module,
 )
-from inn_guard.layers.linear_tangent import ElementwiseTangent
+from inn_guard.layers.linear import ElementwiseJacobian
 from inn_guard.layers.partition import Leading, Mask
 
 #: the factor by which the library's forward (latent -> data) multiplies, of the network's raw output
@@ -44,7 +44,7 @@ def _(module: Any, x: Tensor) -> NetworkJacobian:
     return linearize_module(module.net, x) if plain else AutogradNetwork(module, x)
 
 
-@known_tangent.register
+@known_jacobian.register
 def _(module: flows.AffineCouplingBlock, x: Tensor, context: Any) -> LayerJacobian | None:
     split, coupling, _ = module.flows
     if split.mode not in ("channel", "channel_inv") or coupling.scale_map not in SCALES:
@@ -53,14 +53,14 @@ def _(module: flows.AffineCouplingBlock, x: Tensor, context: Any) -> LayerJacobi
     z = module.inverse(x)[0]
     network = linearize_network(coupling.param_map, partition.split(z, dims=z.dim())[0])
     if not coupling.scale:
-        return SwappedOutputs(coupling_tangent(z, network, partition, None), z)
+        return SwappedOutputs(coupling_jacobian(z, network, partition, None), z)
     scale = SCALES[coupling.scale_map]  # type: ignore[index]
     return SwappedOutputs(
-        coupling_tangent(z, SelectedOutputs.deinterleaved(network), partition, scale), z
+        coupling_jacobian(z, SelectedOutputs.deinterleaved(network), partition, scale), z
     )
 
 
-@known_tangent.register
+@known_jacobian.register
 def _(module: flows.MaskedAffineFlow, x: Tensor, context: Any) -> LayerJacobian | None:
     mask = module.b[0] > 0
     if not torch.equal(mask.to(module.b), module.b[0]):
@@ -69,17 +69,17 @@ def _(module: flows.MaskedAffineFlow, x: Tensor, context: Any) -> LayerJacobian 
     network = AutogradNetwork(
         lambda kept: torch.cat([module.t(kept), module.s(kept)], 1), torch.where(mask, z, 0)
     )
-    return SwappedOutputs(coupling_tangent(z, network, Mask(mask), torch.exp), z)
+    return SwappedOutputs(coupling_jacobian(z, network, Mask(mask), torch.exp), z)
 
 
-@known_tangent.register
+@known_jacobian.register
 def _(module: flows.AffineConstFlow, x: Tensor, context: Any) -> LayerJacobian | None:
     if not bool(getattr(module, "data_dep_init_done", True)):
         return None
-    return ElementwiseTangent(module.inverse(x)[0], (-module.s).exp())
+    return ElementwiseJacobian(module.inverse(x)[0], (-module.s).exp())
 
 
-@known_tangent.register
+@known_jacobian.register
 def _(module: flows.Permute, x: Tensor, context: Any) -> LayerJacobian | None:
     channels = torch.arange(module.num_channels, device=x.device)
     order = (
@@ -88,26 +88,26 @@ def _(module: flows.Permute, x: Tensor, context: Any) -> LayerJacobian | None:
         else channels.roll(-((module.num_channels + 1) // 2))
     )
     back, dims = order.argsort(), x.dim()
-    return moving_tangent(
+    return permutation_jacobian(
         x,
         lambda v: v.index_select(v.dim() + 1 - dims, order),
         lambda v: v.index_select(v.dim() + 1 - dims, back),
     )
 
 
-@known_tangent.register
+@known_jacobian.register
 def _(module: flows.InvertibleAffine, x: Tensor, context: Any) -> LayerJacobian | None:
-    return mixing_tangent(x, weight_of(module).T)
+    return channel_mixing_jacobian(x, weight_of(module).T)
 
 
-@known_tangent.register
+@known_jacobian.register
 def _(module: flows.Invertible1x1Conv, x: Tensor, context: Any) -> LayerJacobian | None:
-    return mixing_tangent(x, weight_of(module))
+    return channel_mixing_jacobian(x, weight_of(module))
 
 
-@known_tangent.register
+@known_jacobian.register
 def _(module: flows.LULinearPermute, x: Tensor, context: Any) -> LayerJacobian | None:
-    return mixing_tangent(x, permuted_weight(module), module.linear.bias.detach())
+    return channel_mixing_jacobian(x, permuted_weight(module), module.linear.bias.detach())
 
 
 def weight_of(module: Any) -> Tensor:

@@ -12,7 +12,7 @@ from normflows.flows import AffineCouplingBlock, Composite, GlowBlock, MaskedAff
 from torch import Tensor, nn
 
 from inn_guard.adapters.base import Adapted
-from inn_guard.adapters.cached_network import KnownOutput
+from inn_guard.adapters.cached_network import CachedNetwork
 from inn_guard.adapters.normflows import jacobians as tangents_normflows  # noqa: F401 - register bound rules and tangents
 from inn_guard.core.invertible import Invertible, NotApplicable
 from inn_guard.layers.inverted import InverseLayer
@@ -83,7 +83,7 @@ def _evaluated(flow: Any, names: tuple[str, ...], kept: Tensor) -> Any:
     """The flow with the networks of these names evaluated at the kept part."""
     networks = {name: flow._modules[name] for name in names if name in flow._modules}
     return _with_modules(
-        flow, **{name: KnownOutput(network, network(kept)) for name, network in networks.items()}
+        flow, **{name: CachedNetwork(network, network(kept)) for name, network in networks.items()}
     )
 
 

@@ -51,7 +51,20 @@ class NormflowsMultiscale(Adapted):
 
     def log_prob(self, x: Tensor) -> Tensor:
         """log p(x) in nats, (B,), by the model's own base distributions, in the classes that are its context."""
-        return self.module.log_prob(x.clone(), self.context)
+        if any(getattr(base, "shape", None) is None for base in self.module.q0):
+            # the latents in z cannot be told apart
+            return self.module.log_prob(x.clone(), self.context)
+        z, log_det = self.forward_and_log_det(x)
+        return self._base_log_prob(z) + log_det
+
+    def _base_log_prob(self, z: Tensor) -> Tensor:
+        classes: tuple[Any, ...] = ()
+        if self.module.class_cond:
+            classes = (self.context,)
+        total = z.new_zeros(len(z))
+        for base, latent in zip(self.module.q0, self.unpack(z), strict=True):
+            total = total + base.log_prob(latent, *classes)  # type: ignore[operator]
+        return total
 
     def layers(self) -> tuple[Invertible, ...]:
         """The flows of every level, from the second on acting on the remaining part; () if a merge is unknown."""

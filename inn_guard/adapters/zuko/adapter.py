@@ -20,7 +20,8 @@ from zuko.transforms import ComposedTransform
 
 from inn_guard.adapters import torch_transforms as distributions
 from inn_guard.adapters.base import Adapted
-from inn_guard.adapters.cached_network import KnownOutput
+from inn_guard.adapters.cached_network import CachedNetwork
+from inn_guard.adapters.zuko import jacobians  # noqa: F401 - registers them
 from inn_guard.core.invertible import Context, Invertible, map_tensors
 from inn_guard.layers.chain import Chain
 from inn_guard.layers.inverted import InverseLayer
@@ -83,7 +84,7 @@ class ZukoTransform(Adapted):
         kept = state[..., coupling.mask]
         joined = kept if self.context is None else torch.cat([kept, self.context], dim=-1)
         twin = copy.copy(coupling)
-        known = KnownOutput(coupling.hyper, coupling.hyper(joined))
+        known = CachedNetwork(coupling.hyper, coupling.hyper(joined))
         vars(twin)["_modules"] = {**coupling._modules, "hyper": known}
         return ZukoTransform(twin, self.context)
 

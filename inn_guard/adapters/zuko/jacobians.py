@@ -14,10 +14,10 @@ from zuko.lazy import UnconditionalTransform
 from inn_guard.adapters.structured_jacobians import (
     Features,
     SelectedOutputs,
-    coupling_tangent,
-    known_tangent,
-    mixing_tangent,
-    moving_tangent,
+    coupling_jacobian,
+    known_jacobian,
+    channel_mixing_jacobian,
+    permutation_jacobian,
 )
 from inn_guard.core.layer_jacobian import LayerJacobian
 from inn_guard.jacobian.network import (
@@ -42,7 +42,7 @@ def _(module: zuko.nn.Linear, x: Tensor) -> NetworkJacobian:
     )  # type: ignore[arg-type]
 
 
-@known_tangent.register
+@known_jacobian.register
 def _(module: GeneralCouplingTransform, x: Tensor, context: Any) -> LayerJacobian | None:
     scale = _scale_of(module)
     partition = Features(module.mask.nonzero().squeeze(-1), (~module.mask).nonzero().squeeze(-1))
@@ -51,26 +51,26 @@ def _(module: GeneralCouplingTransform, x: Tensor, context: Any) -> LayerJacobia
         return None
     network = _network(module.hyper, kept, context)
     if isinstance(scale, transforms.AdditiveTransform):
-        return coupling_tangent(x, network, partition, None)
+        return coupling_jacobian(x, network, partition, None)
 
     def g(h: Tensor) -> Tensor:
         return module.univariate(torch.zeros_like(h), h).scale  # type: ignore[attr-defined]
 
-    return coupling_tangent(x, SelectedOutputs.deinterleaved(network), partition, g)
+    return coupling_jacobian(x, SelectedOutputs.deinterleaved(network), partition, g)
 
 
-@known_tangent.register
+@known_jacobian.register
 def _(module: UnconditionalTransform, x: Tensor, context: Any) -> LayerJacobian | None:
     transform = module(context)
     if x.dim() != 2:
         return None
     if isinstance(transform, transforms.PermutationTransform):
         order, back = transform.order, transform.order.argsort()
-        return moving_tangent(x, lambda v: v[..., order], lambda v: v[..., back])
+        return permutation_jacobian(x, lambda v: v[..., order], lambda v: v[..., back])
     if isinstance(transform, transforms.RotationTransform):
-        return mixing_tangent(x, transform.R.detach())
+        return channel_mixing_jacobian(x, transform.R.detach())
     if isinstance(transform, transforms.LULinearTransform):
-        return mixing_tangent(x, (transform.L @ transform.U).detach())
+        return channel_mixing_jacobian(x, (transform.L @ transform.U).detach())
     return None
 
 

@@ -1,4 +1,4 @@
-"""The autoencoder as a flow: a chain of two couplings between a core and a shell, with flows on either side."""
+"""The autoencoder as a flow: two couplings between a core and a shell, between two flows."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from inn_guard.jacobian.network import NetworkJacobian, linearize_module
 from inn_guard.layers.actnorm import ActNorm
 from inn_guard.layers.autoregressive import maf
 from inn_guard.layers.chain import Chain
-from inn_guard.layers.coupling import AdditiveCoupling, AffineCoupling, Elementwise
-from inn_guard.layers.linear_tangent import ElementwiseTangent
+from inn_guard.layers.coupling import AdditiveCoupling, AffineCoupling, ScaleAndShift
+from inn_guard.layers.linear import ElementwiseJacobian
 from inn_guard.layers.multiscale import OnRemaining
 from inn_guard.layers.partition import Leading
 from inn_guard.layers.preprocessing import Logit
@@ -33,10 +33,10 @@ __all__ = [
     "no_flow",
 ]
 
-FlowMaker = Callable[[int], Chain]  #: latent dimension -> a flow on vectors of that size
-NetsMaker = Callable[
-    [Sequence[int], int], AutoencoderNets
-]  #: (image shape, latent dimension) -> encoder and decoder
+#: latent dimension -> a flow on vectors of that size
+FlowMaker = Callable[[int], Chain]
+#: (image shape, latent dimension) -> encoder and decoder
+NetsMaker = Callable[[Sequence[int], int], AutoencoderNets]
 PreprocessingMaker = Callable[[int], list[Invertible]]  #: channels -> layers on images
 
 
@@ -57,17 +57,18 @@ def logit_actnorm(channels: int, *, alpha: float = 1e-6) -> list[Invertible]:
 
 @dataclass(frozen=True)
 class AutoencoderConfig:
-    """What every autoencoder here is built from: models of one config are architecturally identical.
+    """What an autoencoder is built from; models of one config have the same architecture.
 
     Attributes:
         shape: (C, H, W) of one image.
         latent: d, the dimension of z.
         nets: makes encoder and decoder.
-        core_encoder: makes n^-1, which maps the core, or the noise of a VAE, before it is scaled and shifted. One pass
-            of a ``maf`` forward is one pass of n^-1, so that n is an inverse autoregressive flow. ``no_flow``: none.
+        core_encoder: makes n^-1, which maps the core, or the noise of a VAE, before it is scaled
+            and shifted. One pass of a ``maf`` forward is one pass of n^-1, so that n is an inverse
+            autoregressive flow. ``no_flow``: none.
         prior: makes the flow z -> u with u ~ N(0, I), which is p_0. ``no_flow``: p_0 = N(0, I).
-        preprocessing: makes the layers between images in [0, 1] and the autoencoder; for colour images
-            ``functools.partial(logit_actnorm, alpha=0.05)``.
+        preprocessing: makes the layers between images in [0, 1] and the autoencoder; for colour
+            images ``functools.partial(logit_actnorm, alpha=0.05)``.
     """
 
     shape: tuple[int, int, int]
@@ -105,38 +106,38 @@ class Negated(nn.Module):
         self.network = network
 
     def forward(self, z: Tensor) -> Tensor:
-        """-f(z)."""
+        """The network's output with the other sign, -f(z)."""
         return -self.network(z)
 
 
-class NegatedTangent:
+class NegatedJacobian:
     """The two products with -J.
 
     Args:
-        tangent: of the network.
+        jacobian: of the network.
     """
 
-    def __init__(self, tangent: NetworkJacobian) -> None:
-        self._tangent, self.output = tangent, -tangent.output
+    def __init__(self, jacobian: NetworkJacobian) -> None:
+        self._jacobian, self.output = jacobian, -jacobian.output
 
     def jvp(self, v: Tensor) -> Tensor:
-        """-J v."""
-        return -self._tangent.jvp(v)
+        """The product -J v."""
+        return -self._jacobian.jvp(v)
 
     def vjp(self, u: Tensor) -> Tensor:
-        """-J^T u."""
-        return -self._tangent.vjp(u)
+        """The product -J^T u."""
+        return -self._jacobian.vjp(u)
 
 
 @linearize_module.register
-def _(module: Negated, x: Tensor) -> NetworkJacobian:
-    return NegatedTangent(linearize_module(module.network, x))
+def linearize_negated(module: Negated, x: Tensor) -> NetworkJacobian:
+    return NegatedJacobian(linearize_module(module.network, x))
 
 
 class ResidualScale(Invertible):
-    """delta -> delta / sigma for the first entries of a vector, sigma = softplus(free parameters); the rest stays.
+    """delta -> delta / sigma for the first entries of a vector, with sigma = softplus(raw).
 
-    It makes the residual's density r = N(0, diag sigma^2) a standard normal one.
+    The other entries stay. A residual with the density N(0, diag sigma^2) becomes standard normal.
 
     Args:
         count: how many entries are residuals.
@@ -151,25 +152,25 @@ class ResidualScale(Invertible):
         return functional.softplus(self.raw, threshold=40)
 
     def forward(self, x: Tensor) -> Tensor:
-        """[delta / sigma, rest]."""
+        """The vector [delta / sigma, rest]."""
         return x / self._divisor(x)
 
     def inverse(self, z: Tensor) -> Tensor:
-        """[delta, rest]."""
+        """The vector [delta, rest]."""
         return z * self._divisor(z)
 
     def forward_and_log_det(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """z and -sum log sigma."""
+        """z, and the log-determinant -sum log sigma."""
         return self.forward(x), -self.sigma().log().sum().expand(len(x))
 
     def inverse_and_log_det(self, z: Tensor) -> tuple[Tensor, Tensor]:
-        """x and sum log sigma."""
+        """x, and the log-determinant sum log sigma."""
         return self.inverse(z), self.sigma().log().sum().expand(len(z))
 
     def linearize(self, x: Tensor) -> LayerJacobian:
-        """Division by sigma."""
+        """The diagonal Jacobian of the division by sigma."""
         with torch.no_grad():
-            return ElementwiseTangent(self.forward(x), 1 / self._divisor(x))
+            return ElementwiseJacobian(self.forward(x), 1 / self._divisor(x))
 
     def _divisor(self, x: Tensor) -> Tensor:
         return torch.cat([self.sigma(), x.new_ones(x.shape[1] - len(self.raw))])
@@ -181,7 +182,7 @@ class CoreShellFlow(Chain):
         z = g_m(shell) + g_s(shell) * n^-1(core),   delta = shell - f(z)
         log p = log p_0(z) + log r(delta) + log|det J_{n^-1}(core)| + sum log g_s(shell)
 
-    An affine coupling, an additive one, and flows of the last d entries before and behind: the residual is
+    An affine coupling and an additive one, between flows of the last d entries: the residual is
     delta / sigma, and u the prior flow's latent of z, both N(0, I) under the model.
 
     Args:
@@ -192,40 +193,38 @@ class CoreShellFlow(Chain):
         latent: d.
 
     References:
-        Deterministic Training of Generative Autoencoders Using Invertible Layers (Silvestri, Roos, Ambrogioni, 2023),
-        equations 4 to 8 and algorithm 1.
+        Deterministic Training of Generative Autoencoders Using Invertible Layers (Silvestri, Roos,
+        Ambrogioni, 2023), equations 4 to 8 and algorithm 1.
     """
 
     def __init__(
         self, nets: AutoencoderNets, *, core_encoder: Chain, prior: Chain, shell: int, latent: int
     ) -> None:
-        before, behind = (
-            [OnRemaining(layer, shape=[latent]) for layer in flow.layers()]
-            for flow in (core_encoder, prior)
-        )
+        before = [OnRemaining(layer, shape=[latent]) for layer in core_encoder.layers()]
+        after = [OnRemaining(layer, shape=[latent]) for layer in prior.layers()]
         super().__init__(
             *before,
             AffineCoupling(nets.encoder, partition=Leading(shell), scale=SoftplusScale()),
             AdditiveCoupling(Negated(nets.decoder), partition=Leading(shell, swapped=True)),
             ResidualScale(shell),
-            *behind,
+            *after,
         )
         self.shell, self.latent = shell, latent
         self._before = len(before)
 
-    def encoding(self, shell: Float[Tensor, "batch shell"]) -> Elementwise:
+    def encoding(self, shell: Float[Tensor, "batch shell"]) -> ScaleAndShift:
         """u -> g_m(shell) + g_s(shell) * u."""
         coupling = self.steps[self._before]
         return coupling.parameters_of(shell)  # type: ignore[operator, union-attr, return-value]
 
     def encode(self, state: Float[Tensor, "batch dims"]) -> Float[Tensor, "batch latent"]:
-        """z of [shell, core]."""
+        """The code z of [shell, core]."""
         for step in self.steps[: self._before + 1]:
             state = step(state)
         return state[:, self.shell :]
 
     def decode(self, z: Float[Tensor, "batch latent"]) -> Float[Tensor, "batch shell"]:
-        """f(z)."""
+        """The decoder f(z), (B, S)."""
         coupling = self.steps[self._before + 1]
         return coupling.network.network(z)  # type: ignore[union-attr, operator]
 
@@ -247,35 +246,28 @@ class CoreShellFlow(Chain):
     def draw(
         self, count: int, *, temperature: float, noise: float, generator: torch.Generator
     ) -> Float[Tensor, "count dims"]:
-        """Latents to sample from: [noise * N(0, I), temperature * N(0, I)]."""
+        """Latents to decode: [noise * N(0, I), temperature * N(0, I)]."""
         like = self.sigma()
         latents = torch.randn(
             count, self.shell + self.latent, generator=generator, device="cpu", dtype=like.dtype
         ).to(like.device)
-        return torch.cat(
-            [noise * latents[:, : self.shell], temperature * latents[:, self.shell :]], dim=1
-        )
+        residual, u = latents.split([self.shell, self.latent], dim=1)
+        return torch.cat([noise * residual, temperature * u], dim=1)
 
     def joint_log_prob(
         self, shell: Float[Tensor, "batch shell"], cores: Float[Tensor, "batch draws latent"]
     ) -> Float[Tensor, "batch draws"]:
-        """log p(shell, core) in nats for many cores of each shell, with one evaluation of the encoder."""
+        """log p(shell, core) in nats for many cores of each shell, with one encoder pass."""
         draws = cores.shape[1]
         encoding = self.encoding(shell)
         w, log_det = _through(self.steps[: self._before], cores.flatten(0, 1))
-        scale, shift = (_repeated(part, draws) for part in (encoding.scale, encoding.shift))
-        z = w * scale + shift
+        z = w * _repeated(encoding.scale, draws) + _repeated(encoding.shift, draws)
         residual = (_repeated(shell, draws) - self.decode(z)) / self.sigma()
         u, prior_log_det = _through(self.steps[self._before + 3 :], z)
-        log_det = (
-            log_det
-            + prior_log_det
-            + _repeated(encoding.log_det(), draws)
-            - self.sigma().log().sum()
-        )
-        return (
-            standard_normal_log_prob(residual) + standard_normal_log_prob(u) + log_det
-        ).unflatten(0, (-1, draws))
+        coupling_log_det = _repeated(encoding.log_det(), draws)
+        log_det = log_det + prior_log_det + coupling_log_det - self.sigma().log().sum()
+        log_p = standard_normal_log_prob(residual) + standard_normal_log_prob(u) + log_det
+        return log_p.unflatten(0, (-1, draws))
 
 
 def _through(steps: nn.ModuleList, x: Tensor) -> tuple[Tensor, Tensor]:
