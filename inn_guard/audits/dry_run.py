@@ -3,85 +3,73 @@
 from __future__ import annotations
 
 import functools
-import inspect
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from inn_guard.audits.audited_model import is_shared, polite, shares_of
-from inn_guard.audits.cost_model import COSTS, Cost, Task
-from inn_guard.audits.jacobian_spectrum import usable_rows
+from inn_guard.audits.context import AuditContext
+from inn_guard.audits.cost_model import Cost, Task
+from inn_guard.audits.spec import AuditSpec
 from inn_guard.core.invertible import Invertible
-from inn_guard.core.layer_jacobian import NotApplicable
+from inn_guard.core.missing import NotApplicable
 from inn_guard.execution.memory import Footprint, forward_footprint, linearized_footprint
 from inn_guard.jacobian.chain import Linearization
-from inn_guard.report.result import AuditResult, Verdict
+from inn_guard.report.result import AuditResult
+from inn_guard.report.verdict import Verdict
 
 __all__ = ["dry_run"]
 
 TIMED = 8  #: samples in one timed pass
-FOOTPRINTS: tuple[Callable[..., Footprint], ...] = (forward_footprint, linearized_footprint)
 KINDS = ("forward", "inverse", "linearize", "product")
 
 
-@polite
 def dry_run(
-    model: Invertible,
-    x: Tensor,
-    *,
-    checks: Sequence[Callable[..., AuditResult]],
-    processes: int = 1,
+    context: AuditContext, *, checks: Sequence[AuditSpec], processes: int = 1
 ) -> AuditResult:
     """Estimated time in seconds and memory in bytes of each check, of which none is run.
 
-    One forward, one inverse, one linearisation and its products are timed on a few samples, their memory is metered
-    on one and two. Time is the number of passes that a check is known to need (`passes`), times the time of a pass per
-    sample: an estimate, too high where large batches run faster, and blind to what iterations depend on. Where the
-    memory is bounded, or processes share the work, that is reckoned with.
+    One forward, one inverse, one linearization and its products are timed on a few samples, their memory is metered
+    on one and two. Time is the number of passes that a check declares, times the time of a pass per sample: an
+    estimate, too high where large batches run faster, and blind to what iterations depend on. Where the memory is
+    bounded, or processes share the work, that is taken into account.
 
     Args:
-        model: the map.
-        x: data, (B, *data).
-        checks: audits, with their settings.
+        context: model and data.
+        checks: with their settings.
         processes: that would share the samples.
 
     Returns:
         seconds and bytes of all, a row per check in the table ``cost``.
     """
-    rows = usable_rows(model, x)[:TIMED]
+    rows = context.usable_rows()[:TIMED]
     if not len(rows):
-        return AuditResult(
-            "dry_run", Verdict.NON_FINITE, "no sample has a finite latent: nothing could be timed"
-        )
-    memory = shares_of(model).memory
+        reason = "no sample has a finite latent: nothing could be timed"
+        return AuditResult("dry_run", Verdict.NON_FINITE, reason)
+    memory = context.parallel.memory
     within = math.inf if memory is None else float(memory)
-    chosen, start = model.select(rows), x[rows]
+    model, x = context.at(rows)
     prints = {
-        measure is linearized_footprint: measure(chosen, start, within=within)
-        for measure in FOOTPRINTS
+        False: forward_footprint(model, x, within=within),
+        True: linearized_footprint(model, x, within=within),
     }
     if memory is not None:
         rows = rows[: prints[True].samples_within(memory)]
-        chosen, start = model.select(rows), x[rows]
-    seconds, missing = _timed(chosen, start)
-    size = (len(x), x[0].numel(), len(model.layers()) or 1)
-    known = _Known(size, x.dtype, seconds, prints, Resources(processes, memory))
-    table = tuple(known.row(check) for check in checks)
+        model, x = context.at(rows)
+    seconds, missing = _timed(model, x)
+    estimate = _Estimate(context, seconds, prints, processes)
+    table = tuple(estimate.row(check) for check in checks)
     total = sum(row["seconds"] for row in table if math.isfinite(row["seconds"]))
     most = max((row["bytes"] for row in table if math.isfinite(row["bytes"])), default=math.nan)
-    each = "; ".join(
-        f"{row['check']} {_time(row['seconds'])}, {_size(row['bytes'])}" for row in table
-    )
-    unknown = "".join(f"; {kind} could not be timed: {why}" for kind, why in missing.items())
     return AuditResult(
         "dry_run",
         Verdict.NOT_APPLICABLE,
-        f"nothing was measured; estimate: {_time(total)} and {_size(most)} beside model and data. {each}{unknown}",
+        _reason(table, total, most, missing),
+        headline=("seconds", "bytes"),
         values={"seconds": total, "bytes": most}
         | {f"seconds_per_{kind}": seconds[kind] for kind in KINDS},
         units={"seconds": "s", "bytes": "bytes"}
@@ -89,54 +77,65 @@ def dry_run(
         tables={"cost": table},
         settings={
             "timed_samples": len(rows),
-            "dimension": size[1],
-            "layers": size[2],
+            "dimension": x[0].numel(),
+            "layers": estimate.layers,
             "processes": processes,
         },
     )
 
 
-class Resources(NamedTuple):
-    """How many processes share the work, and the bytes that each may hold."""
-
-    processes: int
-    memory: float | int | None
+def _reason(
+    table: Sequence[Mapping[str, Any]], total: float, most: float, missing: Mapping[str, str]
+) -> str:
+    parts = [
+        f"nothing was measured; estimate: {_time(total)} and {_size(most)} on top of model and data"
+    ]
+    parts += [f"{row['check']} {_time(row['seconds'])}, {_size(row['bytes'])}" for row in table]
+    unknown = [row["check"] for row in table if math.isnan(row["seconds"])]
+    if unknown:
+        parts.append(f"not in the total, since they declare no cost: {', '.join(unknown)}")
+    parts += [f"{kind} could not be timed: {why}" for kind, why in missing.items()]
+    return "; ".join(parts)
 
 
 @dataclass(frozen=True)
-class _Known:
-    """All that an estimate is made from."""
+class _Estimate:
+    """What the estimates are made from: the audit, seconds per pass of one sample, footprints of a pass."""
 
-    size: tuple[int, int, int]  #: samples, entries of a sample, layers
-    dtype: torch.dtype
-    seconds: Mapping[str, float]  #: per pass of one sample
-    prints: Mapping[bool, Footprint]  #: of a forward pass, and linearised
-    resources: Resources
+    context: AuditContext
+    seconds: Mapping[str, float]
+    prints: Mapping[bool, Footprint]  #: of a forward pass, and linearized
+    processes: int
 
-    def row(self, check: Callable[..., AuditResult]) -> dict[str, Any]:
+    @property
+    def layers(self) -> int:
+        return len(self.context.model.layers()) or 1
+
+    def row(self, check: AuditSpec) -> dict[str, Any]:
         """The estimate for one check."""
-        name, settings, together = _asked(check)
-        if name not in COSTS:
-            return {"check": name, "seconds": math.nan, "bytes": math.nan}
-        cost = COSTS[name](Task(*self.size, settings))
+        if check.cost is None:
+            return {"check": check.name, "seconds": math.nan, "bytes": math.nan}
+        x = self.context.x
+        settings = check.all_settings()
+        task = Task(len(x), x[0].numel(), self.layers, settings, self.context.level)
+        cost = check.cost(task)
         counts = asdict(cost.passes)
-        seconds = cost.seconds + sum(
-            counts[kind] * self.seconds[kind] for kind in KINDS if counts[kind]
-        )
-        ranks = self.resources.processes if together else 1
-        return {
-            "check": name,
-            "seconds": seconds / ranks,
-            "bytes": self._bytes(cost, ranks),
-            **counts,
-        }
+        seconds = cost.seconds
+        for kind in KINDS:
+            if counts[kind]:
+                seconds += counts[kind] * self.seconds[kind]
+        ranks = self.processes if check.is_shared else 1
+        size = self._bytes(cost, ranks)
+        return {"check": check.name, "seconds": seconds / ranks, "bytes": size, **counts}
 
     def _bytes(self, cost: Cost, ranks: int) -> float | int:
-        width = torch.promote_types(self.dtype, torch.float32).itemsize
-        held = self.prints[cost.linearized].plus(cost.vectors * self.size[1] * width)
+        x, memory = self.context.x, self.context.parallel.memory
+        width = torch.promote_types(x.dtype, torch.float32).itemsize
+        held = self.prints[cost.linearized].plus(cost.vectors * x[0].numel() * width)
         samples = math.ceil(cost.at_once / ranks)
-        memory = self.resources.memory
-        return held.of(samples if memory is None else min(samples, held.samples_within(memory)))
+        if memory is not None:
+            samples = min(samples, held.samples_within(memory))
+        return held.of(samples)
 
 
 def _timed(model: Invertible, x: Tensor) -> tuple[dict[str, float], dict[str, str]]:
@@ -181,23 +180,10 @@ def _clock(call: Callable[[], Any], x: Tensor) -> float:
     return (time.perf_counter() - start) / len(x)
 
 
-def _asked(check: Callable[..., AuditResult]) -> tuple[str, dict[str, Any], bool]:
-    """An audit's name, its settings with their defaults, and whether all processes run it together."""
-    function: Any = check.func if isinstance(check, functools.partial) else check
-    given = check.keywords if isinstance(check, functools.partial) else {}
-    parameters = inspect.signature(function).parameters.values()
-    defaults = {one.name: one.default for one in parameters if one.default is not one.empty}
-    return function.__name__, defaults | given, is_shared(check)
-
-
 def _time(seconds: float | int) -> str:
-    return (
-        "no estimate"
-        if math.isnan(seconds)
-        else f"{seconds:.2g} s"
-        if seconds < 100
-        else f"{seconds / 60:.1f} min"
-    )
+    if math.isnan(seconds):
+        return "no estimate"
+    return f"{seconds:.2g} s" if seconds < 100 else f"{seconds / 60:.1f} min"
 
 
 def _size(count: float | int) -> str:

@@ -13,14 +13,15 @@ from torch import Tensor
 
 from inn_guard.audits.audited_model import ModelError
 from inn_guard.core.invertible import Invertible
+from inn_guard.core.missing import NotApplicable
 from inn_guard.core.tensors import finite_rows
 from inn_guard.execution.time_limit import TimedOut, time_limit
 
-__all__ = ["Guarded", "Outcome", "patience"]
+__all__ = ["Failures", "Guarded", "patience"]
 
 LEAST = 10.0  #: seconds that any call may take
-FIRST = 300.0  #: ... and the very first one, when nothing is known yet
-FACTOR = 50.0  #: ... and so many times the time of a call that is known to be good
+FIRST = 300.0  #: the limit of the very first call, when nothing is known yet
+FACTOR = 50.0  #: a call may take this many times as long as one that is known to be good
 
 
 def patience(model: Invertible, x: Tensor) -> float:
@@ -32,19 +33,19 @@ def patience(model: Invertible, x: Tensor) -> float:
             rows = finite_rows(z).nonzero()[:, 0]
             if len(rows):
                 model.select(rows).inverse(z[rows])
-    except (ModelError, TimedOut):
+    except (ModelError, NotApplicable, TimedOut):
         return LEAST
     return max(LEAST, FACTOR * (time.perf_counter() - start))
 
 
-class Outcome:
-    """Why samples were given up: reason -> number of samples."""
+class Failures:
+    """Why samples have no number: reason -> how many of them."""
 
     def __init__(self) -> None:
-        self.reasons: Counter[str] = Counter()
+        self.counts: Counter[str] = Counter()
 
     def __str__(self) -> str:
-        return "; ".join(f"{count} x {reason}" for reason, count in self.reasons.items())
+        return "; ".join(f"{count} x {reason}" for reason, count in self.counts.items())
 
 
 class Guarded:
@@ -52,41 +53,47 @@ class Guarded:
 
     Only finite samples are handed to the model: some loop forever on NaN, others raise for the whole batch. Where a
     batch raises, it is halved until the samples that raise are alone; where a call takes longer than ``seconds``, its
-    samples are given up together. What a sample did not return is NaN.
+    samples fail together. What a sample did not return is NaN.
 
     Args:
-        model: the map, watched.
+        model: the map, as `AuditedModel`.
         x: data on which the model is known to run; gives the shapes.
         seconds: limit of one call.
+
+    Attributes:
+        latent_shape: of z, per sample.
+        failures: why samples have no number; shared by what `select` returns.
 
     Raises:
         ModelError: if the forward of x itself raises or does not return.
     """
 
     def __init__(self, model: Invertible, x: Tensor, *, seconds: float | int) -> None:
-        self.model, self.seconds, self.outcome = model, seconds, Outcome()
+        self.model = model
+        self.seconds = seconds
+        self.failures = Failures()
         self._data_shape = x.shape[1:]
         try:
             with torch.no_grad(), time_limit(seconds):
-                self._latent_shape = model(x).shape[1:]
+                self.latent_shape = model(x).shape[1:]
         except TimedOut as hang:
             raise ModelError(f"the model's forward does not return: {hang}") from None
 
     def select(self, rows: Tensor) -> Guarded:
-        """The same for some rows of the batch; the outcome is shared."""
-        twin = copy.copy(self)
-        twin.model = self.model.select(rows)
-        return twin
+        """The same for some rows of the batch."""
+        clone = copy.copy(self)
+        clone.model = self.model.select(rows)
+        return clone
 
-    def afresh(self) -> Guarded:
-        """The same with nothing given up yet."""
-        twin = copy.copy(self)
-        twin.outcome = Outcome()
-        return twin
+    def fresh_copy(self) -> Guarded:
+        """The same without failures so far."""
+        clone = copy.copy(self)
+        clone.failures = Failures()
+        return clone
 
     def forward(self, x: Tensor) -> Tensor:
         """F(x), (B, *latent); NaN for samples that failed."""
-        return self._run(self.model, x, self._latent_shape, lambda part, t: part(t))
+        return self._run(self.model, x, self.latent_shape, lambda part, t: part(t))
 
     def inverse(self, z: Tensor) -> Tensor:
         """F^-1(z), (B, *data); NaN for samples that failed."""
@@ -94,7 +101,7 @@ class Guarded:
 
     def forward_and_log_det(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """F(x) and log|det J|, (B,), in one call; NaN for samples that failed."""
-        return self._both(x, self._latent_shape, lambda part, t: part.forward_and_log_det(t))
+        return self._both(x, self.latent_shape, lambda part, t: part.forward_and_log_det(t))
 
     def inverse_and_log_det(self, z: Tensor) -> tuple[Tensor, Tensor]:
         """F^-1(z) and log|det J^-1|, (B,), in one call; NaN for samples that failed."""
@@ -106,16 +113,11 @@ class Guarded:
         shape: torch.Size,
         call: Callable[[Invertible, Tensor], tuple[Tensor, Tensor]],
     ) -> tuple[Tensor, Tensor]:
-        def side_by_side(part: Invertible, rows: Tensor) -> Tensor:
-            value, log_det = call(part, rows)
+        def joined(part: Invertible, rows: Tensor) -> Tensor:
+            value, log_det = call(part, rows.to(t))
             return torch.cat([value.flatten(1).double(), log_det.reshape(-1, 1).double()], dim=1)
 
-        out = self._run(
-            self.model,
-            t.double(),
-            torch.Size([shape.numel() + 1]),
-            lambda p, r: side_by_side(p, r.to(t)),
-        )
+        out = self._run(self.model, t.double(), torch.Size([shape.numel() + 1]), joined)
         return out[:, :-1].to(t.dtype).reshape(len(t), *shape), out[:, -1]
 
     def _run(
@@ -134,10 +136,10 @@ class Guarded:
             with torch.no_grad(), time_limit(self.seconds):
                 out[rows] = call(part, t[rows]).to(out.dtype)
         except TimedOut as hang:
-            self.outcome.reasons[str(hang)] += len(rows)
+            self.failures.counts[str(hang)] += len(rows)
         except ModelError as error:
             if len(rows) == 1:
-                self.outcome.reasons[str(error)] += 1
+                self.failures.counts[str(error)] += 1
                 return out
             for half in rows.tensor_split(2):
                 out[half] = self._run(model.select(half), t[half], shape, call)

@@ -11,14 +11,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from inn_guard.audits.audited_model import polite, shares_of, shares_samples
+from inn_guard.audits.context import AuditContext
+from inn_guard.audits.cost_model import Cost, Passes, Task
+from inn_guard.audits.level import Level
+from inn_guard.audits.spec import audit_check
 from inn_guard.core.invertible import Invertible, standard_normal_log_prob
 from inn_guard.core.layer_jacobian import NotApplicable
-from inn_guard.execution.memory import linearized_footprint
 from inn_guard.memory_saving import RandomAndBufferState, memory_saving
-from inn_guard.report.result import AuditResult, Verdict
+from inn_guard.report.limits import Limits
+from inn_guard.report.result import AuditResult
+from inn_guard.report.uses import Finding
+from inn_guard.report.verdict import Verdict
 
-__all__ = ["GradientComparison", "Pair"]
+__all__ = ["GradientComparison", "gradient_angle"]
 
 Pair = tuple[Tensor, Tensor]  #: one parameter's part of g and of h
 
@@ -51,17 +56,20 @@ class GradientComparison:
 
     def row(self) -> dict[str, float]:
         """Angle in degrees, by the unit vectors' difference and sum, which small angles survive; distance; lengths."""
-        if self.g == 0 or self.h == 0:
-            angle = 0.0 if self.g == self.h else 90.0
-            distance = 0.0 if self.g == self.h else (1.0 if self.h else math.inf)
+        if self.g == self.h == 0:
+            angle, distance, length = 0.0, 0.0, 0.0
+        elif self.h == 0:
+            angle, distance, length = 90.0, math.inf, math.inf
+        elif self.g == 0:
+            angle, distance, length = 90.0, 1.0, 1.0
         else:
-            angle, distance = (
-                math.degrees(2 * math.atan2(self.apart, self.together)),
-                self.difference / self.h,
-            )
+            angle = math.degrees(2 * math.atan2(self.apart, self.together))
+            distance = self.difference / self.h
+            length = abs(self.g - self.h) / self.h
         return {
             "angle": angle,
             "distance": distance,
+            "length_error": length,
             "memory_saving_norm": self.g,
             "true_norm": self.h,
         }
@@ -76,112 +84,132 @@ def _norm(vectors: Iterable[Tensor]) -> float:
     return float(torch.linalg.vector_norm(torch.stack(lengths))) if lengths else 0.0
 
 
-__all__ = ["MAX_ANGLE", "gradient_angle"]
-
-#: Degrees at which one per cent of a small step's descent is lost, cos(8.1) = 0.99: minibatch noise costs far more.
-MAX_ANGLE = math.degrees(math.acos(0.99))
-
-#: |g - h| / |h| of a gradient that is as far off along its own direction.
-MAX_DISTANCE = math.sin(math.radians(MAX_ANGLE))
-
 Loss = Callable[..., Tensor]
 Measured = Callable[[Invertible, Tensor], Tensor]
 
 
-@polite
-@shares_samples
-def gradient_angle(
-    model: Invertible, x: Tensor, *, loss: Loss | None = None, batch_size: int = 64, seed: int = 0
-) -> AuditResult:
+def _cost(task: Task) -> Cost:
+    batch = min(task.samples, int(task.settings["batch_size"]))
+    one = Passes(linearize=1, product=2)
+    both = one * 2 + Passes(forward=1, inverse=1)
+    return Cost(both * task.samples + one * (2 * batch), batch, linearized=True)
+
+
+@audit_check(
+    question="Is the memory-saving gradient the true one?",
+    uses=("gradients",),
+    level=Level.QUICK,
+    cost=_cost,
+    shares_samples=True,
+)
+def gradient_angle(context: AuditContext, *, batch_size: int = 64) -> AuditResult:
     """Angle in degrees between the memory-saving gradient g and the true gradient h, over all parameters.
 
-        angle = arccos( <g, h> / (|g| |h|) ),    distance = |g - h| / |h|
+        angle = arccos( <g, h> / (|g| |h|) ),    length = | |g| - |h| | / |h|
 
     g is what ``memory_saving(model)`` computes from z, h plain backpropagation; both at the same minibatches, with the
-    same randomness. A step along -g decreases the loss by cos(angle) of what a step of that length along -h would:
-    above MAX_ANGLE, or at a distance above its sine, training goes another way. What rounding alone explains is
-    measured beside it: how far h itself moves when every entry of x moves by one rounding unit.
+    same randomness. The loss is ``context.loss``, which takes (z) or (z, log_det) and returns one number; by default
+    the negative log-likelihood under a standard normal, or the mean square of z where there is no log-determinant.
+    Angles come from the difference of the unit vectors, which small angles survive.
+
+    The verdict holds the worst minibatch against ``limits.gradient_angle`` and ``limits.gradient_length``. Where
+    rounding x moves the true gradient by as much as the two gradients differ, the true gradient is not determined at
+    this precision, and the verdict is undecided.
 
     Args:
-        model: a chain of layers with parameters; those that require grad count, or all if none does.
-        x: data, (B, *data), cut into minibatches.
-        loss: (z) -> scalar or (z, log_det) -> scalar; unless given, the negative log-likelihood under a standard
-            normal, or the mean square of z where there is no log-determinant.
+        context: a chain of layers with parameters, and data; the parameters that require grad count, or all if none
+            does.
         batch_size: samples per gradient.
-        seed: of the rounding of x.
 
     Returns:
-        mean and largest angle and distance, a row per minibatch, a row per layer with parameters.
+        mean and largest angle, length and distance |g - h| / |h|, a row per minibatch, a row per layer with parameters.
 
     Raises:
         NotApplicable: if the model has no layers() or no parameters.
-        ValueError: if ``loss`` returns anything but one differentiable number.
+        ValueError: if the loss returns anything but one differentiable number.
 
     References:
         Understanding and Mitigating Exploding Inverses in Invertible Neural Networks (Behrmann, Vicol, Wang, Grosse,
         Jacobsen, 2021), section 4 and figure 18.
     """
+    model, x, loss = context.model, context.x, context.loss
     parameters = _parameters(model)
     measure = _default_loss(model, x) if loss is None else _scalar(loss)
     groups = _groups(model, parameters)
-    batch_size = int(
-        min(
-            batch_size,
-            shares_of(model).max_batch(lambda within: linearized_footprint(model, x, within=within)),
-        )
-    )
-    batches = torch.arange(len(x), device=x.device).split(batch_size)
+    at_once = int(min(batch_size, context.max_linearized(0)))
+    batches = torch.arange(len(x), device=x.device).split(at_once)
     saving = memory_saving(model)
 
     def compare(rows: Tensor) -> tuple[GradientComparison, list[GradientComparison]]:
-        pairs = _pairs(
-            (saving.select(rows), x[rows]), (model.select(rows), x[rows]), measure, parameters
-        )
+        rebuilt, stored = (saving.select(rows), x[rows]), (model.select(rows), x[rows])
+        pairs = _pairs(rebuilt, stored, measure, parameters)
         parts = [GradientComparison.of([pairs[k] for k in group.members]) for group in groups]
         return GradientComparison.of(pairs), parts
 
-    compared = shares_of(model).map_items(batches, compare)
+    compared = context.parallel.map_items(batches, compare)
     minibatches = tuple(whole.row() for whole, _ in compared)
-    rounding = _rounding(model.select(batches[0]), x[batches[0]], measure, parameters, seed)
-    verdict, reason = _judged(minibatches, rounding)
+    rounding = _rounding(model.select(batches[0]), x[batches[0]], measure, parameters, context.seed)
+    finding = _finding(minibatches, rounding, context.limits, len(x))
     return AuditResult(
         "gradient_angle",
-        verdict,
-        reason,
-        values={
-            **{
-                f"mean_{name}": _mean([row[name] for row in minibatches])
-                for name in ("angle", "distance")
-            },
-            **{
-                f"max_{name}": _worst([row[name] for row in minibatches])
-                for name in ("angle", "distance")
-            },
-            "rounding_distance": rounding,
+        finding.verdict,
+        finding.reason,
+        uses={"gradients": finding},
+        headline=("max_angle", "max_length_error"),
+        values=_values(minibatches, rounding),
+        units={
+            "mean_angle": "degrees",
+            "max_angle": "degrees",
+            "angle": "degrees",
+            **dict.fromkeys(_OF_LENGTH, "of |h|"),
         },
-        units={"mean_angle": "degrees", "max_angle": "degrees", "angle": "degrees"}
-        | dict.fromkeys(
-            ("mean_distance", "max_distance", "rounding_distance", "distance"), "of |h|"
-        ),
-        per_layer=tuple(
-            group.row()
-            | {
-                name: _worst([parts[k].row()[name] for _, parts in compared])
-                for name in ("angle", "distance")
-            }
-            for k, group in enumerate(groups)
-        ),
+        per_layer=_layer_rows(groups, [parts for _, parts in compared]),
         tables={"minibatch": minibatches},
         settings={
             "loss": "default" if loss is None else getattr(loss, "__name__", type(loss).__name__),
-            "batch_size": batch_size,
+            "batch_size": at_once,
             "minibatches": len(batches),
-            "max_angle_limit": MAX_ANGLE,
-            "max_distance_limit": MAX_DISTANCE,
-            "seed": seed,
+            "angle_limit": context.limits.gradient_angle,
+            "length_limit": context.limits.gradient_length,
+            "seed": context.seed,
         },
-        advice=_ADVICE if verdict.failed else "",
+        advice=_ADVICE if finding.verdict.failed else "",
     )
+
+
+_OF_LENGTH = (
+    "mean_distance",
+    "max_distance",
+    "max_length_error",
+    "rounding_distance",
+    "distance",
+    "length_error",
+)
+
+
+def _values(minibatches: Sequence[Mapping[str, float]], rounding: float) -> dict[str, float]:
+    columns = {name: [row[name] for row in minibatches] for name in minibatches[0]}
+    return {
+        "mean_angle": _mean(columns["angle"]),
+        "max_angle": _worst(columns["angle"]),
+        "mean_distance": _mean(columns["distance"]),
+        "max_distance": _worst(columns["distance"]),
+        "max_length_error": _worst(columns["length_error"]),
+        "rounding_distance": rounding,
+    }
+
+
+def _layer_rows(
+    groups: Sequence[_Group], compared: Sequence[list[GradientComparison]]
+) -> tuple[Mapping[str, Any], ...]:
+    """One row for each layer with parameters: the worst of all minibatches."""
+    rows = []
+    for k, group in enumerate(groups):
+        parts = [minibatch[k].row() for minibatch in compared]
+        angle = _worst([part["angle"] for part in parts])
+        distance = _worst([part["distance"] for part in parts])
+        rows.append({**group.row(), "angle": angle, "distance": distance})
+    return tuple(rows)
 
 
 _ADVICE = (
@@ -195,13 +223,13 @@ class _Group:
     """The parameters of one layer, by their numbers."""
 
     index: int
-    layer: str
+    name: str
     members: list[int]
     parameters: int
 
     def row(self) -> dict[str, Any]:
         """Which layer this is, and how many parameters it has."""
-        return {"index": self.index, "layer": self.layer, "parameters": self.parameters}
+        return {"index": self.index, "name": self.name, "parameters": self.parameters}
 
 
 def _rounding(
@@ -314,22 +342,37 @@ def _groups(model: Invertible, parameters: list[Tensor]) -> list[_Group]:
     return groups
 
 
-def _judged(minibatches: Sequence[Mapping[str, float]], rounding: float) -> tuple[Verdict, str]:
+def _finding(
+    minibatches: Sequence[Mapping[str, float]], rounding: float, limits: Limits, samples: int
+) -> Finding:
     count = len(minibatches)
-    if not all(math.isfinite(row["true_norm"]) for row in minibatches):
-        return Verdict.NON_FINITE, "the true gradient itself is not finite"
+    angle = _worst([row["angle"] for row in minibatches])
+    length = _worst([row["length_error"] for row in minibatches])
+    distance = _worst([row["distance"] for row in minibatches])
+    unit = "degrees"
     broken = sum(not math.isfinite(row["memory_saving_norm"]) for row in minibatches)
-    if broken:
-        return (
-            Verdict.NON_FINITE,
-            f"the memory-saving gradient is not finite in {broken} of {count} minibatches",
+    if not all(math.isfinite(row["true_norm"]) for row in minibatches):
+        reason = "the true gradient itself is not finite"
+        verdict, angle = Verdict.NON_FINITE, math.inf
+    elif broken:
+        reason = f"the memory-saving gradient is not finite in {broken} of {count} minibatches"
+        verdict, angle = Verdict.NON_FINITE, math.inf
+    else:
+        by_angle = limits.verdict(angle, limits.gradient_angle)
+        verdict = Verdict.worst([by_angle, limits.verdict(length, limits.gradient_length)])
+        reason = (
+            f"memory-saving gradient off by {angle:.1e} degrees (limit {limits.gradient_angle:g}), "
+            f"its length by {length:.1e} (limit {limits.gradient_length:g})"
         )
-    angle, distance = (_worst([row[name] for row in minibatches]) for name in ("angle", "distance"))
-    figures = f"{angle:.3g} degrees and {distance:.2g} of its length off the true one in the worst of {count} minibatches"
-    explained = f"one rounding of x moves the true gradient by {rounding:.2g} of its length"
-    if angle > MAX_ANGLE or distance > MAX_DISTANCE:
-        return Verdict.UNSTABLE, f"the memory-saving gradient is {figures}; {explained}"
-    return Verdict.STABLE, f"the memory-saving gradient is {figures}; {explained}"
+        if count > 1:
+            reason += f", in the worst of {count} minibatches"
+        if verdict.failed and rounding >= distance:
+            verdict = Verdict.UNDECIDED
+            reason += (
+                f"; rounding x moves the true gradient by {rounding:.1e} of its length, so that it "
+                "is not determined at this precision"
+            )
+    return Finding(verdict, angle, limits.gradient_angle, unit, reason, samples, samples)
 
 
 def _mean(values: list[float]) -> float:

@@ -8,12 +8,13 @@ import math
 import torch
 from torch import Tensor
 
-from inn_guard.audits.audited_model import polite, shares_of, shares_samples
-from inn_guard.audits.thresholds import format_log10, max_usable_error
-from inn_guard.core.invertible import Invertible
+from inn_guard.audits.context import AuditContext
+from inn_guard.audits.cost_model import Cost, Passes, Task
+from inn_guard.audits.level import Level
+from inn_guard.audits.spec import audit_check
+from inn_guard.audits.thresholds import format_log10
 from inn_guard.core.random import SampleNoise
-from inn_guard.core.tensors import finite_rows
-from inn_guard.execution.memory import forward_footprint, linearized_footprint
+from inn_guard.core.tensors import dtype_name
 from inn_guard.jacobian.chain import Linearization
 from inn_guard.jacobian.lanczos import LargestSingularValue
 from inn_guard.jacobian.singular_values import (
@@ -22,24 +23,30 @@ from inn_guard.jacobian.singular_values import (
     full_jacobian,
     spectrum,
 )
-from inn_guard.report.result import AuditResult, Verdict, to_full_batch
+from inn_guard.report.result import AuditResult, to_full_batch
+from inn_guard.report.verdict import Verdict
 
-__all__ = ["amplification_verdict", "jacobian_spectrum", "usable_rows"]
+__all__ = ["jacobian_spectrum"]
 
 LN10 = math.log(10)
 _FIELDS = tuple(field.name for field in dataclasses.fields(LargestSingularValue))
 
 
-@polite
-@shares_samples
+def _cost(task: Task) -> Cost:
+    allowed = int(task.settings["max_steps"])
+    extremes = Passes(linearize=1, product=4 * task.steps(allowed))
+    passes = Passes(forward=1) * task.samples + extremes * task.chosen
+    return Cost(passes, task.chosen, linearized=True, vectors=2 * min(task.dimension, allowed))
+
+
+@audit_check(
+    question="How far can a rounding error grow, forwards and backwards?",
+    level=Level.STANDARD,
+    cost=_cost,
+    shares_samples=True,
+)
 def jacobian_spectrum(
-    model: Invertible,
-    x: Tensor,
-    *,
-    samples: int = 32,
-    tolerance: float = 1e-2,
-    max_steps: int = 60,
-    seed: int = 0,
+    context: AuditContext, *, samples: int = 32, tolerance: float = 1e-2, max_steps: int = 60
 ) -> AuditResult:
     """sigma_max and sigma_min of J = dF/dx and cond = sigma_max / sigma_min, per sample, no unit.
 
@@ -48,15 +55,14 @@ def jacobian_spectrum(
     where the round trip is not finite. A map that is injective only has two rectangular Jacobians, the encoder's
     (d x D) and the decoder's (D x d); both are formed and decomposed densely.
 
-    The verdict is unstable where one rounding, eps cond, exceeds ``max_usable_error`` in the worst direction.
+    The verdict is unstable where one rounding, eps cond, exceeds ``limits.reconstruction`` in the worst direction. It
+    explains; no use depends on it.
 
     Args:
-        model: the map.
-        x: data, (B, *data).
-        samples: the first so many samples that stay finite are measured.
+        context: model and data.
+        samples: how many of the samples with finite latents are measured, the first ones.
         tolerance: relative error of sigma to reach.
         max_steps: bound of the steps of the iteration.
-        seed: of the random start vectors.
 
     Returns:
         the values as powers of ten (log10_...), which fit where the numbers do not; per sample sigma_max, sigma_min
@@ -66,101 +72,88 @@ def jacobian_spectrum(
         Understanding and Mitigating Exploding Inverses in Invertible Neural Networks (Behrmann, Vicol, Wang, Grosse,
         Jacobsen, 2021), section 4. This differs from the paper in: no Jacobian is formed.
     """
-    rows = usable_rows(model, x)[:samples]
+    x = context.x
+    rows = context.usable_rows()[:samples]
     if not len(rows):
         reason = "no sample has a finite latent: there is no Jacobian to measure"
         return AuditResult("jacobian_spectrum", Verdict.NON_FINITE, reason)
-    chosen, start = model.select(rows), x[rows]
     settings: dict[str, object] = {
         "samples": len(rows),
         "of": len(x),
         "tolerance": tolerance,
-        "seed": seed,
+        "seed": context.seed,
         "max_steps": max_steps,
+        "limit": context.limits.round_trip(x.dtype),
     }
-    if not model.bijective:
-        return _rectangular(chosen, start, settings)
-    ends = _shared_extremes(chosen, start, tolerance, max_steps, seed)
+    if not context.model.bijective:
+        return _rectangular(context, rows, settings)
+    ends = _extremes(context, rows, tolerance, max_steps)
     logs = {
         "sigma_max": ends.log_max,
         "sigma_min": ends.log_min,
         "condition_number": ends.log_condition,
     }
     sides = {"sigma_max": ends.forward, "sigma_min": ends.backward}
-    verdict, reason, advice = amplification_verdict(ends.log_condition.cpu(), x.dtype)
+    verdict, reason, advice = _judged(context, ends.log_condition.cpu())
     return AuditResult(
         "jacobian_spectrum",
         verdict,
         reason,
+        headline=("condition_number", "sigma_max", "sigma_min"),
         values=_values(logs, sides),
         units={name: "log10" for name in _values(logs, sides) if name.startswith("log10")},
         **to_full_batch(_per_sample(logs, sides), rows, len(x)),
-        settings=settings | {"limit": max_usable_error(x.dtype), "method": "Lanczos on J and J^-1"},
+        settings=settings | {"method": "Lanczos on J and J^-1"},
         advice=advice,
     )
 
 
-def _shared_extremes(
-    model: Invertible, x: Tensor, tolerance: float, max_steps: int, seed: int
+def _extremes(
+    context: AuditContext, rows: Tensor, tolerance: float, max_steps: int
 ) -> ExtremeSingularValues:
-    """`extreme_singular_values` for all samples, in parts where they are shared out or memory is short."""
+    """Extreme singular values at these rows, in parts where they are shared out or memory is short."""
+    alone = context.parallel.size == 1 and context.parallel.memory is None
 
-    def measure(rows: Tensor) -> tuple[Tensor, ...]:
-        noise = SampleNoise(torch.Generator().manual_seed(seed), rows, len(x))
-        linearization = Linearization(model.select(rows), x[rows])
+    def measure(part: Tensor) -> tuple[Tensor, ...]:
+        noise = SampleNoise(context.generator(), part, len(rows))
+        if alone:
+            linearization = context.linearization(rows)
+        else:
+            linearization = Linearization(*context.at(rows[part]))
         ends = extreme_singular_values(
             linearization, generator=noise, tolerance=tolerance, max_steps=max_steps
         )
-        return tuple(
-            getattr(side, name) for side in (ends.forward, ends.backward) for name in _FIELDS
-        )
+        sides = (ends.forward, ends.backward)
+        return tuple(getattr(side, name) for side in sides for name in _FIELDS)
 
-    vectors = 2 * min(max_steps, x[0].numel())
-    at_most = shares_of(model).max_batch(
-        lambda within: linearized_footprint(model, x, within=within, vectors=vectors)
-    )
-    found = shares_of(model).map(torch.arange(len(x), device=x.device), measure, at_most=at_most)
+    at_most = context.max_linearized(2 * min(max_steps, context.x[0].numel()))
+    positions = torch.arange(len(rows), device=rows.device)
+    found = context.parallel.map(positions, measure, at_most=at_most)
     half = len(_FIELDS)
     return ExtremeSingularValues(
         LargestSingularValue(*found[:half]), LargestSingularValue(*found[half:])
     )
 
 
-def usable_rows(model: Invertible, x: Tensor) -> Tensor:
-    """Indices of the samples that are finite and have finite latents."""
-    rows = finite_rows(x).nonzero()[:, 0]
-    if not len(rows):
-        return rows
-
-    def measure(part: Tensor) -> tuple[Tensor]:
-        with torch.no_grad():
-            return (finite_rows(model.select(part)(x[part])),)
-
-    at_most = shares_of(model).max_batch(lambda within: forward_footprint(model, x, within=within))
-    return rows[shares_of(model).map(rows, measure, at_most=at_most)[0]]
-
-
-def amplification_verdict(log_condition: Tensor, dtype: torch.dtype) -> tuple[Verdict, str, str]:
+def _judged(context: AuditContext, log_condition: Tensor) -> tuple[Verdict, str, str]:
     """Verdict, reason and advice for condition numbers (natural logarithms): is eps times cond still usable."""
+    count, of = len(log_condition), len(context.x)
     if not bool(log_condition.isfinite().all()):
         lost = int((~log_condition.isfinite()).sum())
-        return (
-            Verdict.NON_FINITE,
-            f"the Jacobian of {lost} of {len(log_condition)} samples is singular or not finite",
-            "",
-        )
+        reason = f"the Jacobian of {lost} of {count} samples is singular or not finite"
+        return Verdict.NON_FINITE, reason, ""
+    dtype = context.x.dtype
     worst = log_condition.max().item() / LN10
     log_error = worst + math.log10(torch.finfo(dtype).eps)
-    reason = f"the condition number reaches {format_log10(worst)}: one rounding in {_short(dtype)} becomes"
-    reason += f" {format_log10(log_error)} of the data in the worst direction"
-    if log_error <= math.log10(max_usable_error(dtype)):
+    seen = f"in {count} samples" if count == of else f"in {count} of {of} samples"
+    reason = (
+        f"the largest condition number {seen} is {format_log10(worst)}: a rounding error in "
+        f"{dtype_name(dtype)} can grow to {format_log10(log_error)} relative to x"
+    )
+    if log_error <= math.log10(context.limits.round_trip(dtype)):
         return Verdict.STABLE, reason, ""
     advice = "Train with FiniteDifferences or NormalizingFlowLoss, or bound the scales of the worst layers."
     return Verdict.UNSTABLE, reason, advice
-
-
-def _short(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
 
 
 def _values(logs: dict[str, Tensor], sides: dict[str, LargestSingularValue]) -> dict[str, float]:
@@ -186,7 +179,9 @@ def _per_sample(
     return named | {f"{name}_error_estimate": side.relative_error for name, side in sides.items()}
 
 
-def _rectangular(model: Invertible, x: Tensor, settings: dict[str, object]) -> AuditResult:
+def _rectangular(context: AuditContext, rows: Tensor, settings: dict[str, object]) -> AuditResult:
+    """Encoder and decoder of a map that is injective only, each with a Jacobian of its own."""
+    model, x = context.at(rows)
     with torch.no_grad():
         z = model(x)
     values: dict[str, float] = {}
@@ -194,16 +189,17 @@ def _rectangular(model: Invertible, x: Tensor, settings: dict[str, object]) -> A
     for name, function, point in (("encoder", model.forward, x), ("decoder", model.inverse, z)):
         found = spectrum(full_jacobian(function, point))
         top, bottom = found.values[:, 0], found.values[:, -1]
-        values |= {f"{name}_sigma_max": top.max().item(), f"{name}_sigma_min": bottom.min().item()}
+        values[f"{name}_sigma_max"] = top.max().item()
+        values[f"{name}_sigma_min"] = bottom.min().item()
         values[f"{name}_condition_number"] = (top / bottom).max().item()
         worst = torch.maximum(worst, (top / bottom).max().log())
-    verdict, reason, advice = amplification_verdict(worst.reshape(1), x.dtype)
+    verdict, reason, advice = _judged(context, worst.reshape(1).expand(len(rows)))
     return AuditResult(
         "jacobian_spectrum",
         verdict,
         f"encoder and decoder are rectangular; {reason}",
+        headline=("encoder_condition_number", "decoder_condition_number"),
         values=values,
-        settings=settings
-        | {"limit": max_usable_error(x.dtype), "method": "dense, float64 decomposition"},
+        settings=settings | {"method": "dense, float64 decomposition"},
         advice=advice,
     )

@@ -10,16 +10,18 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from inn_guard.audits.audited_model import polite, shares_of, shares_samples
-from inn_guard.audits.jacobian_spectrum import usable_rows
-from inn_guard.audits.thresholds import data_scale, format_log10, max_usable_error
-from inn_guard.core.invertible import Invertible
+from inn_guard.audits.context import AuditContext
+from inn_guard.audits.cost_model import Cost, Passes, Task
+from inn_guard.audits.level import Level
+from inn_guard.audits.spec import audit_check
+from inn_guard.audits.thresholds import data_scale, format_log10
 from inn_guard.core.layer_jacobian import NotApplicable
 from inn_guard.core.random import Noise, SampleNoise
-from inn_guard.execution.memory import linearized_footprint
+from inn_guard.core.tensors import log_norm
 from inn_guard.jacobian.chain import Linearization
 from inn_guard.jacobian.inverse_gains import inverse_gains, layer_extremes
-from inn_guard.report.result import AuditResult, Verdict
+from inn_guard.report.result import AuditResult
+from inn_guard.report.verdict import Verdict
 
 __all__ = ["digits_lost", "layer_blame"]
 
@@ -27,11 +29,21 @@ LN10 = math.log(10)
 LAYER_STEPS = 20  #: of the iteration for a layer's own condition number
 
 
-@polite
-@shares_samples
-def layer_blame(
-    model: Invertible, x: Tensor, *, samples: int = 8, probes: int = 8, seed: int = 0
-) -> AuditResult:
+def _cost(task: Task) -> Cost:
+    sweeps = Passes(product=min(task.dimension, int(task.settings["probes"])))
+    extremes = Passes(linearize=1, product=4 * task.steps(LAYER_STEPS))
+    each = sweeps + extremes + Passes(inverse=1)
+    passes = Passes(forward=1) * task.samples + each * task.chosen
+    return Cost(passes, task.chosen, linearized=True, vectors=2 * LAYER_STEPS + task.layers)
+
+
+@audit_check(
+    question="Which layer costs the inverse most digits?",
+    level=Level.STANDARD,
+    cost=_cost,
+    shares_samples=True,
+)
+def layer_blame(context: AuditContext, *, samples: int = 32, probes: int = 8) -> AuditResult:
     """Decimal digits that the inverse loses in each layer, and what each layer adds to the error of x.
 
     For layer k with input h_k: its condition number; the gain ||J_1^-1 ... J_{k-1}^-1||_F / sqrt(D) with which an
@@ -42,11 +54,10 @@ def layer_blame(
     sample, or of its batch's median sample where that is larger (``data_scale``).
 
     Args:
-        model: a bijective map.
-        x: data, (B, *data).
-        samples: the first so many samples that stay finite are measured; the worst one's layers are reported.
+        context: a bijective model, and data.
+        samples: how many of the samples with finite latents are measured, the first ones; the worst one's layers are
+            reported.
         probes: sweeps that estimate the gains; exact if there are as many as dimensions.
-        seed: of the probes.
 
     Returns:
         one row per layer; the worst layer by name.
@@ -54,24 +65,27 @@ def layer_blame(
     Raises:
         NotApplicable: if the map is injective only or a layer's inverse has no correct derivative.
     """
-    if not model.bijective:
+    if not context.model.bijective:
         raise NotApplicable(
             "the map is injective only: errors of its layers cannot be carried through an inverse"
         )
-    rows = usable_rows(model, x)[:samples]
+    rows = context.usable_rows()[:samples]
     if not len(rows):
         return AuditResult(
             "layer_blame", Verdict.NON_FINITE, "no sample has a finite latent: nothing to linearise"
         )
-    measured = _shared(model.select(rows), x[rows], probes, seed)
+    measured = _measured(context, rows, probes)
     sample = int(measured.log_total.nan_to_num(math.inf).argmax())
-    table = measured.table([layer.name for layer in model.layers() or (model,)], sample)
-    verdict, reason = _judged(measured, table, max_usable_error(x.dtype))
+    layers = context.model.layers() or (context.model,)
+    limit = context.limits.round_trip(context.x.dtype)
+    table = measured.table([layer.name for layer in layers], sample)
+    verdict, reason = _judged(measured, table, limit)
     worst = _worst(table)
     return AuditResult(
         "layer_blame",
         verdict,
         reason,
+        headline=("expected_error", "digits_lost"),
         values={
             "expected_error": measured.log_relative[sample].exp().item(),
             "log10_expected_error": measured.log_relative[sample].item() / LN10,
@@ -85,12 +99,14 @@ def layer_blame(
         },
         per_layer=table,
         settings={
-            "worst_layer": f"{_place(worst)}, {100 * worst['share']:.0f} % of the lost digits",
+            "worst_layer": f"{_place(worst)}: {100 * worst['share']:.0f} % of "
+            f"{sum(row['digits_lost'] for row in table):.1f} digits lost",
             "samples": len(rows),
+            "of": len(context.x),
             "worst_sample": int(rows[sample]),
             "probes": "exact" if measured.exact else probes,
-            "seed": seed,
-            "limit": max_usable_error(x.dtype),
+            "seed": context.seed,
+            "limit": limit,
         },
         advice=f"Look at {_place(worst)} first: bound its scale, or replace it."
         if verdict.failed
@@ -167,7 +183,7 @@ class _Measurement:
         return tuple(
             {
                 "index": k,
-                "layer": name,
+                "name": name,
                 "log10_condition_number": self.log_condition[k, sample].item() / LN10,
                 "log10_gain": self.log_gain[k, sample].item() / LN10,
                 "local_error": self.log_local[k, sample].exp().item(),
@@ -179,22 +195,24 @@ class _Measurement:
         )
 
 
-def _shared(model: Invertible, x: Tensor, probes: int, seed: int) -> _Measurement:
-    """`_measure` for all samples, in parts where they are shared out or memory is short."""
-    scales = data_scale(x)
+def _measured(context: AuditContext, rows: Tensor, probes: int) -> _Measurement:
+    """`_measure` for these rows, in parts where they are shared out or memory is short."""
+    scales = data_scale(context.x[rows])
+    alone = context.parallel.size == 1 and context.parallel.memory is None
 
-    def measure(rows: Tensor) -> tuple[Tensor, ...]:
-        noise = SampleNoise(torch.Generator().manual_seed(seed), rows, len(x))
-        return _measure(
-            Linearization(model.select(rows), x[rows]), probes, noise, scales[rows]
-        ).by_sample()
+    def measure(part: Tensor) -> tuple[Tensor, ...]:
+        noise = SampleNoise(context.generator(), part, len(rows))
+        if alone:
+            linearization = context.linearization(rows)
+        else:
+            linearization = Linearization(*context.at(rows[part]))
+        return _measure(linearization, probes, noise, scales[part]).by_sample()
 
-    kept = 2 * LAYER_STEPS + probes * (len(model.layers()) + 1)
-    at_most = shares_of(model).max_batch(
-        lambda within: linearized_footprint(model, x, within=within, vectors=kept)
-    )
-    parts = shares_of(model).map(torch.arange(len(x), device=x.device), measure, at_most=at_most)
-    return _Measurement.of_samples(parts, exact=probes >= x[0].numel())
+    layers = len(context.model.layers())
+    at_most = context.max_linearized(2 * LAYER_STEPS + probes * (layers + 1))
+    positions = torch.arange(len(rows), device=rows.device)
+    parts = context.parallel.map(positions, measure, at_most=at_most)
+    return _Measurement.of_samples(parts, exact=probes >= context.x[0].numel())
 
 
 def _measure(
@@ -207,9 +225,9 @@ def _measure(
         forward, backward = layer_extremes(tangent, state, generator=noise, max_steps=LAYER_STEPS)
         conditions.append(forward.log_value + backward.log_value)
         with torch.no_grad():
-            errors.append(_log_norm(layer.inverse(tangent.output).double() - state.double()))
+            errors.append(log_norm(layer.inverse(tangent.output).double() - state.double()))
     eps = math.log(torch.finfo(linearization.output.dtype).eps)
-    log_states = torch.stack([_log_norm(state.double()) for state in linearization.states])
+    log_states = torch.stack([log_norm(state.double()) for state in linearization.states])
     # a sample of zeros, or nearly, is held to the size of its neighbours
     log_x = (scales * math.sqrt(linearization.states[0][0].numel())).log()
     base = log_x + eps
@@ -259,12 +277,4 @@ def _worst(table: tuple[Mapping[str, Any], ...]) -> Mapping[str, Any]:
 
 
 def _place(row: Mapping[str, Any]) -> str:
-    return f"layer {row['index']} ({row['layer']})"
-
-
-def _log_norm(error: Tensor) -> Tensor:
-    """ln |error| per sample, (B,)."""
-    flat = error.flatten(1)
-    peak = flat.abs().amax(1)
-    unit = torch.where((peak > 0) & peak.isfinite(), peak, torch.ones_like(peak))
-    return unit.log() + (flat / unit.unsqueeze(1)).norm(dim=1).log()
+    return f"layer {row['index']} ({row['name']})"

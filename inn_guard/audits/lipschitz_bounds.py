@@ -4,22 +4,25 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from inn_guard.audits.audited_model import polite
-from inn_guard.audits.thresholds import max_usable_error
+from inn_guard.audits.context import AuditContext
+from inn_guard.audits.cost_model import Cost, Passes, Task
+from inn_guard.audits.level import Level
+from inn_guard.audits.spec import audit_check
 from inn_guard.core.invertible import Invertible
-from inn_guard.core.tensors import finite_rows
 from inn_guard.execution.deadline import Deadline
 from inn_guard.jacobian.chain import Linearization
-from inn_guard.lipschitz import bounds as bounding
-from inn_guard.lipschitz.bounds import LipschitzBounds
-from inn_guard.lipschitz.whole_network import LayerBound
 from inn_guard.numerics.intervals import Box
-from inn_guard.report.result import AuditResult, Verdict
+from inn_guard.report.result import AuditResult
+from inn_guard.report.verdict import Verdict
+
+if TYPE_CHECKING:
+    from inn_guard.lipschitz.bounds import LipschitzBounds
+    from inn_guard.lipschitz.whole_network import LayerBound
 
 __all__ = ["lipschitz_bounds"]
 
@@ -29,10 +32,17 @@ SAMPLED = 16  #: rows of the data at which layers are measured beside their boun
 ON_IMAGES = "On a box, the inverse's bound is that of sup ||J^-1||: Lip(F^-1) on the box's image only where that is convex."
 
 
-@polite
+def _cost(task: Task) -> Cost:
+    return Cost(Passes(), 1, seconds=float(task.settings["seconds"]))
+
+
+@audit_check(
+    question="How much can the map and its inverse stretch at most, certified?",
+    level=Level.FULL,
+    cost=_cost,
+)
 def lipschitz_bounds(
-    model: Invertible,
-    x: Tensor,
+    context: AuditContext,
     *,
     domain: Box | None = None,
     margin: float = 0.0,
@@ -41,13 +51,13 @@ def lipschitz_bounds(
     """Certified upper and witnessed lower bounds of sup ||J|| and sup ||J^-1||, dimensionless, over a box.
 
     Stable: the product of both upper bounds, which bounds the condition number at every point of the box, times the
-    rounding unit of x's dtype stays below a usable relative error. Not applicable: no finite bound is known, which
-    proves nothing about the model. Unstable: the witnessed lower bounds alone exceed what is usable.
+    rounding unit of x's dtype stays below ``limits.reconstruction``. Unstable: a witnessed lower bound alone exceeds
+    that. Undecided: neither is proved, because the certificate is too loose, or no finite bound is known. It explains;
+    no use depends on it.
 
     Args:
-        model: the map.
-        x: data, (B, *data); the witnesses' search begins there.
-        domain: the box; unless given, the smallest one that holds the finite samples of x.
+        context: model and data; the witnesses' search begins at x.
+        domain: the box. Default: the smallest one that holds the finite samples of x.
         margin: widens that box on every side, in units of its largest width.
         seconds: by the clock on the wall, roughly: a time budget. Bounds are as tight as it allows on this machine.
 
@@ -58,20 +68,24 @@ def lipschitz_bounds(
         Understanding and Mitigating Exploding Inverses in Invertible Neural Networks (Behrmann, Vicol, Wang, Grosse,
         Jacobsen, 2021), Table 3.
     """
-    rows = finite_rows(x)
-    if not bool(rows.any()):
-        reason = "No sample is finite: there is no point to search from and no box around the data."
+    # certified bounds are a large part of the package: they are loaded where they are asked for
+    from inn_guard.lipschitz.bounds import lipschitz_bounds as certify
+
+    rows = context.finite_rows()
+    if not len(rows):
+        reason = "no sample is finite: there is no point to search from and no box around the data"
         return AuditResult("lipschitz_bounds", Verdict.NOT_APPLICABLE, reason)
-    if not bool(rows.all()):
-        model, x = model.select(rows.nonzero().flatten()), x[rows]
+    model, x = context.at(rows)
     box = _box(x, margin) if domain is None else domain
     deadline = Deadline.after(seconds)
-    bounds = bounding.lipschitz_bounds(model, box, data=x.detach().cpu(), seconds=0.9 * seconds)
-    verdict, reason = _judged(bounds, max_usable_error(x.dtype) / torch.finfo(x.dtype).eps)
+    bounds = certify(model, box, data=x.detach().cpu(), seconds=0.9 * seconds)
+    usable = context.limits.round_trip(x.dtype) / torch.finfo(x.dtype).eps
+    verdict, reason = _judged(bounds, usable)
     return AuditResult(
         "lipschitz_bounds",
         verdict,
         reason,
+        headline=("upper_forward", "upper_inverse"),
         values=_values(bounds),
         units={name: "log10" for name in _values(bounds) if name.startswith("log10")},
         per_layer=tuple(_rows(_sampled(model, x, deadline), bounds)),
@@ -102,13 +116,13 @@ def _judged(bounds: LipschitzBounds, usable: float) -> tuple[Verdict, str]:
             f"{bracket}: a witness alone is beyond {usable:.2g}, where rounding is no longer usable.",
         )
     if not math.isfinite(upper):
-        return Verdict.NOT_APPLICABLE, f"{bracket}: no finite bound is known. {bounds.reason}"
+        return Verdict.UNDECIDED, f"{bracket}: no finite bound is known. {bounds.reason}"
     if upper <= usable:
         return (
             Verdict.STABLE,
             f"{bracket}: certified below {usable:.2g}, so rounding stays usable everywhere there.",
         )
-    return Verdict.STABLE, (
+    return Verdict.UNDECIDED, (
         f"{bracket}: no witness is beyond {usable:.2g} (worst product {lower:.3g}), but the certificate is too "
         "loose to exclude it."
     )
@@ -120,7 +134,7 @@ def _values(bounds: LipschitzBounds) -> dict[str, float]:
         upper, lower = getattr(bounds, side), getattr(bounds, f"lower_{side}")
         values |= {f"upper_{side}": upper, f"lower_{side}": lower}
         values[f"upper/lower_{side}"] = upper / lower if lower > 0 else math.inf
-        values[f"log10_table3_{side}"] = math.log10(bounds.printed[k])
+        values[f"log10_table3_{side}"] = math.log10(bounds.paper_bound[k])
     return values
 
 
@@ -128,7 +142,7 @@ def _rows(lower: list[tuple[float, float]], bounds: LipschitzBounds) -> list[Map
     loud = _loud(bounds.per_layer)
     rows: list[Mapping[str, Any]] = []
     for k, layer in enumerate(bounds.per_layer):
-        row: dict[str, Any] = {"layer": k, "name": layer.name}
+        row: dict[str, Any] = {"index": k, "name": layer.name}
         for side, low in zip(("forward", "inverse"), lower[k], strict=True):
             upper = getattr(layer.bounds, side)
             row |= {
@@ -136,7 +150,10 @@ def _rows(lower: list[tuple[float, float]], bounds: LipschitzBounds) -> list[Map
                 f"lower_{side}": low,
                 f"upper/lower_{side}": upper / low if low > 0 else math.inf,
             }
-        row |= {"table3_forward": layer.printed.forward, "table3_inverse": layer.printed.inverse}
+        row |= {
+            "table3_forward": layer.paper_bound.forward,
+            "table3_inverse": layer.paper_bound.inverse,
+        }
         row |= {
             "makes_it_large": k in loud,
             "method": layer.bounds.method,

@@ -8,103 +8,124 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from inn_guard.audits.audited_model import ModelError, polite, shares_of
-from inn_guard.audits.jacobian_spectrum import usable_rows
-from inn_guard.audits.thresholds import RESOLUTION
-from inn_guard.core.invertible import Invertible
-from inn_guard.core.layer_jacobian import NotApplicable
-from inn_guard.execution.memory import linearized_footprint
-from inn_guard.jacobian.chain import Linearization
+from inn_guard.audits.audited_model import AuditedModel, ModelError
+from inn_guard.audits.context import AuditContext
+from inn_guard.audits.cost_model import Cost, Passes, Task
+from inn_guard.audits.level import Level
+from inn_guard.audits.spec import audit_check
+from inn_guard.audits.thresholds import worst
+from inn_guard.core.missing import Missing, NotApplicable
+from inn_guard.core.tensors import dtype_name, finite_rows
 from inn_guard.jacobian.log_det import composed_log_det, stochastic_log_det
-from inn_guard.report.result import AuditResult, Verdict, to_full_batch
+from inn_guard.report.result import AuditResult, to_full_batch
+from inn_guard.report.uses import Finding
+from inn_guard.report.verdict import Verdict
 
 __all__ = ["log_det"]
 
-NATS_PER_DIMENSION = 1e-3  #: an error that moves no published likelihood: 0.0014 bits per dimension
-EXACT_UP_TO = 512  #: dimensions
+EXACT_UP_TO = 512  #: dimensions up to which every layer's Jacobian is formed
+ENTRIES = 4096  #: samples x dimensions that are compared exactly; a batch of 64 up to 64 dimensions
+LEAST, MOST = 8, 256  #: samples that are compared
 SIGMAS = 4.0  #: standard errors that a stochastic estimate may be off
-DERIVE = "Derive the log-determinant again; training by likelihood follows this number."
-RETURN = (
-    "The forward log-determinant is right, the inverse's is not its negative: look at reconstruction. If the inverse "
-    "comes back to x, derive its log-determinant again; if it does not, likelihoods of samples mean nothing."
-)
 QUADRATURE_STEPS = 16  #: of the stochastic reference
 DRAWS = 16  #: of a model whose log-determinant is itself random
+DERIVE = "Derive the log-determinant again; training by likelihood follows this number."
 
 
-@polite
-def log_det(model: Invertible, x: Tensor, *, samples: int = 8, seed: int = 0) -> AuditResult:
-    """Error of the model's log|det J| per sample, in nats.
+def _samples(dimension: int) -> int:
+    """How many samples are compared by default."""
+    return max(LEAST, min(MOST, ENTRIES // dimension))
 
-    Three comparisons: with the Jacobian that autograd gives; with the log-determinant of the model's inverse at the
-    latent, whose sum with it is 0; and of its shape, which is (B,). Up to D = 512 the reference is exact: a slogdet of
-    every layer's dense Jacobian, in a float64 copy where there is one. Beyond, it is stochastic Lanczos quadrature
-    with a standard error. A log-determinant that is random itself (Hutchinson's estimator) is averaged.
 
-    An error counts above 1e-3 nats per dimension, or relative to the log-determinant, or above what the dtype holds;
-    a stochastic reference adds four standard errors.
+def _cost(task: Task) -> Cost:
+    chosen = min(task.samples, int(task.settings["samples"] or _samples(task.dimension)))
+    own = Passes(forward=3, inverse=1)
+    if task.dimension <= EXACT_UP_TO:
+        reference = Passes(forward=1, product=task.dimension)
+        vectors = task.dimension
+    else:
+        reference = Passes(linearize=1, product=8 * 2 * QUADRATURE_STEPS)
+        vectors = 2 * QUADRATURE_STEPS
+    passes = Passes(forward=1) * task.samples + (own + reference) * chosen
+    return Cost(passes, chosen, linearized=True, vectors=vectors)
+
+
+@audit_check(
+    question="Is the log-determinant that of the Jacobian?",
+    uses=("density",),
+    level=Level.QUICK,
+    cost=_cost,
+)
+def log_det(context: AuditContext, *, samples: int | None = None) -> AuditResult:
+    """Error of the formula of log|det J|, in nats, per sample.
+
+        error_b = | log_det(x_b) - log|det dF/dx(x_b)| |
+
+    Up to 512 dimensions the reference is exact: slogdet of every layer's Jacobian by autograd, added up, in a float64
+    copy where there is one. Layer by layer matters: one Jacobian of a whole chain loses digits with its condition. The
+    model's side is the copy's, too, so that this is the formula's error; what float32 adds is asked by ``density``.
+    Beyond 512 dimensions the reference is stochastic Lanczos quadrature, with a standard error: an error is only called
+    one if it exceeds the limit by four standard errors. A log-determinant that is random itself (Hutchinson's
+    estimator) is averaged.
+
+    The inverse's own log-determinant ought to be the negative at the same point. It matters for the density of draws,
+    not for that of data: it is reported, and decides nothing here.
 
     Args:
-        model: a bijective map.
-        x: data, (B, *data).
-        samples: the first so many samples that stay finite are compared.
-        seed: of the probes.
+        context: a bijective model, and data.
+        samples: how many of the samples with finite latents are compared, the first ones. Default: 4096 entries,
+            at least 8 and at most 256 samples.
 
     Returns:
-        max_error against the Jacobian, forward_plus_inverse, per sample log_det, reference and error.
+        max_error, forward_plus_inverse; per sample log_det, reference and error.
 
     Raises:
         NotApplicable: if the model has no log-determinant.
     """
-    fits = shares_of(model).max_batch(
-        lambda within: linearized_footprint(model, x, within=within, vectors=2 * QUADRATURE_STEPS)
-    )
-    rows = usable_rows(model, x)[: int(min(samples, fits))]
+    rows = _rows(context, samples)
     if not len(rows):
-        return AuditResult(
-            "log_det", Verdict.NON_FINITE, "no sample has a finite latent: nothing to compare"
-        )
-    chosen, start = model.select(rows), x[rows]
-    with torch.no_grad():
-        own = _own(chosen, start)
-        cancelled = _forward_plus_inverse(chosen, start)
-    reference = _reference(chosen, start, seed)
-    compared = _Compared(own, reference, cancelled, x[0].numel(), x.dtype)
-    verdict, reason = compared.judged()
+        reason = "no sample has a finite latent: there is no log-determinant to compare"
+        return log_det.without_answer(Verdict.NON_FINITE, reason)
+    compared = _compare(context, rows)
+    finding = _finding(context, compared)
     return AuditResult(
         "log_det",
-        verdict,
-        reason,
-        values=compared.values(),
-        units=dict.fromkeys(
-            ("max_error", "forward_plus_inverse", "largest_log_det", "allowed"), "nats"
-        ),
-        **to_full_batch(compared.per_sample(), rows, len(x)),
+        finding.verdict,
+        finding.reason,
+        uses={"density": finding},
+        headline=("max_error",),
+        values=_values(compared),
+        units={name: "nats" for name in _values(compared)},
+        **to_full_batch(_by_sample(compared), rows, len(context.x)),
         settings={
             "samples": len(rows),
-            "of": len(x),
-            "reference": reference.label,
-            "log_det_dtype": str(own.dtype).removeprefix("torch."),
-            "draws": own.draws,
-            "inverse": cancelled if isinstance(cancelled, str) else "measured",
-            "nats_per_dimension": NATS_PER_DIMENSION,
-            "seed": seed,
+            "of": len(context.x),
+            "reference": compared.reference.label,
+            "draws": compared.own.draws,
+            "inverse": "measured"
+            if isinstance(compared.cancelled, Tensor)
+            else str(compared.cancelled),
+            "limit": context.limits.density,
+            "seed": context.seed,
         },
-        advice=compared.advice() if verdict.failed else "",
+        advice=DERIVE if finding.verdict.failed else "",
     )
 
 
 @dataclass(frozen=True)
 class _Own:
-    value: Tensor  #: (B,) float64
+    """The model's log-determinant, (B,) float64 on the CPU."""
+
+    value: Tensor
     standard_error: Tensor
-    dtype: torch.dtype
     draws: int
     shape: tuple[int, ...]
 
 
 @dataclass(frozen=True)
 class _Reference:
+    """log|det J|, (B,) float64 on the CPU."""
+
     value: Tensor
     standard_error: Tensor
     label: str
@@ -112,140 +133,168 @@ class _Reference:
 
 @dataclass(frozen=True)
 class _Compared:
+    """Both, and the sum of the forward and the inverse log-determinant, in the model's own dtype."""
+
     own: _Own
     reference: _Reference
-    cancelled: Tensor | str
-    dimension: int
-    dtype: torch.dtype
+    cancelled: Tensor | Missing
 
     @property
     def error(self) -> Tensor:
         return (self.own.value - self.reference.value).abs()
 
     @property
-    def allowed(self) -> Tensor:
-        level = max(NATS_PER_DIMENSION, RESOLUTION * torch.finfo(self.dtype).eps)
-        return level * (self.dimension + self.own.value.abs())
-
-    @property
     def statistical(self) -> Tensor:
-        return (
-            SIGMAS
-            * (self.own.standard_error.square() + self.reference.standard_error.square()).sqrt()
-        )
-
-    def judged(self) -> tuple[Verdict, str]:
-        batch = len(self.reference.value)
-        if self.own.shape != (batch,):
-            return (
-                Verdict.UNSTABLE,
-                f"the log-determinant has shape {self.own.shape}, expected ({batch},)",
-            )
-        if not bool(self.own.value.isfinite().all()):
-            return (
-                Verdict.NON_FINITE,
-                f"{int((~self.own.value.isfinite()).sum())} of {batch} log-determinants are NaN or Inf",
-            )
-        if not bool(self.reference.value.isfinite().all()):
-            return (
-                Verdict.NON_FINITE,
-                f"the Jacobian ({self.reference.label}) is singular or not finite",
-            )
-        wrong = self.error > self.allowed + self.statistical
-        if bool(wrong.any()):
-            return (
-                Verdict.UNSTABLE,
-                f"it differs from the Jacobian's by up to {self.error.max():.1e} nats {self._how}",
-            )
-        if isinstance(self.cancelled, Tensor):
-            if not bool(self.cancelled.isfinite().all()):
-                return Verdict.NON_FINITE, "the log-determinant of the inverse is NaN or Inf"
-            # one draw of each
-            scatter = SIGMAS * math.sqrt(2 * self.own.draws) * self.own.standard_error
-            if bool((self.cancelled.abs() > self.allowed + scatter).any()):
-                worst = self.cancelled.abs().max().item()
-                return (
-                    Verdict.UNSTABLE,
-                    f"forward and inverse log-determinant leave {worst:.1e} nats, not 0",
-                )
-        return (
-            Verdict.STABLE,
-            f"it agrees with the Jacobian to {self.error.max():.1e} nats {self._how}",
-        )
-
-    def advice(self) -> str:
-        """What to do if the verdict is a finding."""
-        shaped = self.own.shape == (len(self.reference.value),)
-        right = shaped and bool((self.error <= self.allowed + self.statistical).all())
-        return RETURN if right else DERIVE
-
-    @property
-    def _how(self) -> str:
-        scatter = self.statistical.max().item() / SIGMAS
-        return f"({self.reference.label}" + (
-            f", standard error {scatter:.1e})" if scatter > 0 else ")"
-        )
-
-    def values(self) -> dict[str, float]:
-        values = {"max_error": self.error.max().item()}
-        if isinstance(self.cancelled, Tensor):
-            values["forward_plus_inverse"] = self.cancelled.abs().max().item()
-        values["largest_log_det"] = self.own.value.abs().max().item()
-        values["allowed"] = (self.allowed + self.statistical).min().item()
-        return values
-
-    def per_sample(self) -> dict[str, Tensor]:
-        named = {"log_det": self.own.value, "reference": self.reference.value, "error": self.error}
-        if isinstance(self.cancelled, Tensor):
-            named["forward_plus_inverse"] = self.cancelled
-        return named
+        """What chance may add to the error."""
+        variance = self.own.standard_error.square() + self.reference.standard_error.square()
+        return SIGMAS * variance.sqrt()
 
 
-def _own(model: Invertible, x: Tensor) -> _Own:
-    first, again = (model.forward_and_log_det(x)[1] for _ in range(2))
+def _rows(context: AuditContext, samples: int | None) -> Tensor:
+    if samples is not None and samples < 1:
+        raise ValueError(f"expected at least 1 sample; got {samples}")
+    fits = context.max_linearized(2 * QUADRATURE_STEPS)
+    wanted = _samples(context.x[0].numel()) if samples is None else samples
+    return context.usable_rows()[: int(min(wanted, fits))]
+
+
+def _compare(context: AuditContext, rows: Tensor) -> _Compared:
+    model, x = context.at(rows)
+    precise: AuditedModel | Missing
+    try:
+        precise = model.to_dtype(torch.float64)
+    except (NotApplicable, ModelError) as error:
+        precise = Missing(str(error))
+    with torch.no_grad():
+        cancelled = _forward_plus_inverse(model, x)
+        own = _own(model, x) if isinstance(precise, Missing) else _own(precise, x.double())
+    return _Compared(own, _reference(context, model, precise, x), cancelled)
+
+
+def _own(model: AuditedModel, x: Tensor) -> _Own:
+    first = model.forward_and_log_det(x)[1]
+    again = model.forward_and_log_det(x)[1]
     if first.shape != (len(x),):
         nothing = torch.full((len(x),), math.nan, dtype=torch.float64)
-        return _Own(nothing, nothing, first.dtype, 1, tuple(first.shape))
+        return _Own(nothing, nothing, 1, tuple(first.shape))
+    # two evaluations of the same formula may add up in another order
     scale = first.abs().double() + x[0].numel()
-    if bool(((first - again).abs().double() <= 100 * torch.finfo(first.dtype).eps * scale).all()):
-        return _Own(
-            first.double().cpu(),
-            torch.zeros(len(x), dtype=torch.float64),
-            first.dtype,
-            1,
-            tuple(first.shape),
-        )
-    draws = [first, again] + [model.forward_and_log_det(x)[1] for _ in range(DRAWS - 2)]
+    same = (first - again).abs().double() <= 100 * torch.finfo(first.dtype).eps * scale
+    if bool(same.all()) or not bool(first.isfinite().all()):
+        exact = torch.zeros(len(x), dtype=torch.float64)
+        return _Own(first.double().cpu(), exact, 1, tuple(first.shape))
+    draws = [first, again]
+    draws += [model.forward_and_log_det(x)[1] for _ in range(DRAWS - 2)]
     stacked = torch.stack(draws).double().cpu()
-    return _Own(
-        stacked.mean(0), stacked.std(0) / math.sqrt(DRAWS), first.dtype, DRAWS, tuple(first.shape)
-    )
+    standard_error = stacked.std(0) / math.sqrt(DRAWS)
+    return _Own(stacked.mean(0), standard_error, DRAWS, tuple(first.shape))
 
 
-def _forward_plus_inverse(model: Invertible, x: Tensor) -> Tensor | str:
+def _forward_plus_inverse(model: AuditedModel, x: Tensor) -> Tensor | Missing:
     try:
         z, forward = model.forward_and_log_det(x)
+        if not bool(finite_rows(z).all()):
+            return Missing("some latents are not finite")
         _, inverse = model.inverse_and_log_det(z)
     except (NotApplicable, ModelError) as error:
-        return str(error)
+        return Missing(str(error))
     if forward.shape != inverse.shape:
-        return f"the inverse's log-determinant has shape {tuple(inverse.shape)}"
+        return Missing(f"the inverse's log-determinant has shape {tuple(inverse.shape)}")
     return (forward.double() + inverse.double()).cpu()
 
 
-def _reference(model: Invertible, x: Tensor, seed: int) -> _Reference:
+def _reference(
+    context: AuditContext, model: AuditedModel, precise: AuditedModel | Missing, x: Tensor
+) -> _Reference:
     if x[0].numel() > EXACT_UP_TO:
+        linearization = context.linearization(context.usable_rows()[: len(x)])
         value, error = stochastic_log_det(
-            Linearization(model, x),
-            steps=QUADRATURE_STEPS,
-            generator=torch.Generator().manual_seed(seed),
+            linearization, steps=QUADRATURE_STEPS, generator=context.generator()
         )
-        return _Reference(value.cpu(), error.cpu(), "stochastic Lanczos quadrature")
-    layered = "layer by layer" if model.layers() else "whole"
-    try:
-        value, where = composed_log_det(model.to_dtype(torch.float64), x.double()), "float64 copy"
-    except (NotApplicable, ModelError):
-        value, where = composed_log_det(model, x), str(x.dtype).removeprefix("torch.")
-    return _Reference(
-        value.cpu(), torch.zeros(len(x), dtype=torch.float64), f"exact, {layered}, {where}"
-    )
+        # with the same probes: what half of the steps change bounds the bias that is left, as far as it is known
+        coarse, _ = stochastic_log_det(
+            linearization, steps=QUADRATURE_STEPS // 2, generator=context.generator()
+        )
+        bias = (value - coarse).abs().cpu()
+        return _Reference(value.cpu(), error.cpu() + bias, "stochastic Lanczos quadrature")
+    exact = torch.zeros(len(x), dtype=torch.float64)
+    how = "layer by layer" if model.layers() else "of the whole map"
+    if not isinstance(precise, Missing):
+        try:
+            value = composed_log_det(precise, x.double())
+            return _Reference(value.cpu(), exact, f"exact, {how}, float64 copy")
+        except (NotApplicable, ModelError):
+            pass  # a layer that has no derivative in float64 may have one in its own dtype
+    value = composed_log_det(model, x)
+    return _Reference(value.cpu(), exact, f"exact, {how}, {dtype_name(x.dtype)}")
+
+
+def _finding(context: AuditContext, compared: _Compared) -> Finding:
+    own, reference = compared.own, compared.reference
+    limit, count = context.limits.density, len(reference.value)
+    figure = math.inf
+    if own.shape != (count,):
+        verdict = Verdict.UNSTABLE
+        reason = f"the log-determinant has shape {own.shape}, expected ({count},)"
+    elif not bool(own.value.isfinite().all()):
+        verdict = Verdict.NON_FINITE
+        lost = int((~own.value.isfinite()).sum())
+        reason = f"{lost} of {count} log-determinants are NaN or Inf"
+    elif not bool(reference.value.isfinite().all()):
+        verdict = Verdict.UNDECIDED
+        lost = int((~reference.value.isfinite()).sum())
+        reason = (
+            f"the Jacobian of {lost} of {count} samples is singular or not finite "
+            f"({reference.label}): the formula could not be checked there"
+        )
+    else:
+        figure = worst((compared.error - compared.statistical).clamp(min=0))
+        verdict = context.limits.verdict(figure, limit)
+        reason = _reason(compared, limit)
+    return Finding(verdict, figure, limit, "nats", reason, count, len(context.x))
+
+
+def _reason(compared: _Compared, limit: float) -> str:
+    count = len(compared.reference.value)
+    how = compared.reference.label
+    scatter = compared.statistical.max().item() / SIGMAS
+    if scatter > 0:
+        how += f", standard error {scatter:.1e}"
+    wrong = compared.error - compared.statistical > limit
+    if bool(wrong.any()):
+        text = (
+            f"the log-determinant of {int(wrong.sum())} of {count} samples differs from the "
+            f"Jacobian's by up to {worst(compared.error):.1e} nats ({how})"
+        )
+    else:
+        text = (
+            f"the formula of the log-determinant agrees with the Jacobian of {count} samples to "
+            f"{worst(compared.error):.1e} nats ({how})"
+        )
+    if isinstance(compared.cancelled, Tensor):
+        left = worst(compared.cancelled.abs())
+        if left > limit:
+            text += f"; forward and inverse log-determinant leave {left:.1e} nats, not 0"
+    return text
+
+
+def _values(compared: _Compared) -> dict[str, float]:
+    values = {
+        "max_error": worst(compared.error),
+        "largest_log_det": worst(compared.own.value.abs()),
+        "standard_error": worst(compared.statistical) / SIGMAS,
+    }
+    if isinstance(compared.cancelled, Tensor):
+        values["forward_plus_inverse"] = worst(compared.cancelled.abs())
+    return values
+
+
+def _by_sample(compared: _Compared) -> dict[str, Tensor]:
+    named = {
+        "log_det": compared.own.value,
+        "reference": compared.reference.value,
+        "error": compared.error,
+    }
+    if isinstance(compared.cancelled, Tensor):
+        named["forward_plus_inverse"] = compared.cancelled
+    return named

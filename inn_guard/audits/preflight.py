@@ -3,89 +3,125 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-from inn_guard.audits.audited_model import AuditedModel, InputRejected, ModelError, polite
-from inn_guard.core.invertible import Invertible
-from inn_guard.core.layer_jacobian import NotApplicable
+from inn_guard.audits.audited_model import AuditedModel, InputRejected, ModelError
+from inn_guard.audits.context import AuditContext, same_up_to_rounding
+from inn_guard.audits.cost_model import Cost, Passes, Task
+from inn_guard.audits.level import Level
+from inn_guard.audits.spec import audit_check
+from inn_guard.core.missing import NotApplicable
 from inn_guard.core.tensors import finite_rows
 from inn_guard.execution.state import changed_state, preserve_state
-from inn_guard.report.result import AuditResult, Verdict
+from inn_guard.report.result import AuditResult
+from inn_guard.report.uses import USES, Finding
+from inn_guard.report.verdict import Verdict
 
 __all__ = ["preflight"]
 
 SAMPLES = 8
 SAME = 100.0  #: eps relative to the largest entry: two runs of the same computation may differ by the order of sums
+#: Relative difference up to which samples may depend on each other, as they do in adaptive solvers: a tenth of the
+#: usual limit of a reconstruction.
+COUPLED = 1e-3
+ALL_USES = tuple(USES)
+INITIALISE = "Initialise the model before an audit: call it once, in training mode, on a batch of training data."
 
 
 @dataclass
 class _Findings:
-    """What was found, with advice, worst first; remarks do not decide the verdict."""
+    """What was found, with advice, worst first; remarks do not decide the verdict.
+
+    ``unmeasurable`` holds the uses whose figures mean nothing, because calls are not of one and the same map.
+    """
 
     serious: list[tuple[str, str]] = field(default_factory=list)
     remarks: list[str] = field(default_factory=list)
+    unmeasurable: dict[str, str] = field(default_factory=dict)
+
+    def add(self, what: str, advice: str, *, unmeasurable: tuple[str, ...] = ()) -> None:
+        self.serious.append((what, advice))
+        for use in unmeasurable:
+            self.unmeasurable.setdefault(use, what)
 
     def result(self, settings: dict[str, object]) -> AuditResult:
         texts = [what for what, _ in self.serious] + self.remarks
+        nothing = "the model behaves as one map, sample by sample, and leaves everything as it was"
+        nan = float("nan")
+        uses = {
+            use: Finding(Verdict.UNDECIDED, nan, nan, "", f"cannot be measured: {why}", 0, 0)
+            for use, why in self.unmeasurable.items()
+        }
+        tables = {"findings": tuple({"finding": text} for text in texts)} if texts else {}
         return AuditResult(
             "preflight",
             Verdict.UNSTABLE if self.serious else Verdict.STABLE,
-            "; ".join(texts)
-            or "the model behaves as one map, sample by sample, and leaves everything as it was",
-            tables={"findings": tuple({"finding": text} for text in texts)} if texts else {},
+            "; ".join(texts) or nothing,
+            uses=uses,
+            tables=tables,
             settings=settings,
             advice=" ".join(dict.fromkeys(advice for _, advice in self.serious)),
         )
 
 
-@polite
-def preflight(model: Invertible, x: Tensor) -> AuditResult:
+def _cost(task: Task) -> Cost:
+    few = min(SAMPLES, task.samples)
+    return Cost(Passes(forward=6, inverse=2) * few, few)
+
+
+@audit_check(
+    question="Does the model behave as one map, sample by sample?",
+    level=Level.QUICK,
+    cost=_cost,
+)
+def preflight(context: AuditContext) -> AuditResult:
     """Findings about how the model behaves when it is called, on a few samples; nothing has a unit.
 
     Measured, never recognised by a class name: a call in eval mode that rewrites parameters or buffers
     (uninitialised data-dependent layers, running statistics), a forward that differs from call to call, an output
     that depends on the other samples of the batch, an input written in place, an inverse that is missing or raises,
-    layers that do not compose to the model, parameters of several dtypes or devices.
+    layers that do not compose to the model, parameters of several dtypes or devices. Where calls are not of one and the
+    same map, the uses that other checks measure are undecided.
 
     Raises:
         InputRejected: if the model's forward refuses every batch of this shape and dtype.
     """
-    rows = finite_rows(x).nonzero()[:SAMPLES, 0]
+    model, x = context.model, context.x
+    rows = context.finite_rows()[:SAMPLES]
     if not len(rows):
         reason = "every sample of x contains NaN or Inf"
-        return AuditResult(
-            "preflight", Verdict.NON_FINITE, reason, advice="Clean the data, then audit again."
-        )
-    chosen, batch = model.select(rows), x[rows]
+        advice = "Remove NaN and Inf from the data, then audit again."
+        return AuditResult("preflight", Verdict.NON_FINITE, reason, advice=advice)
+    chosen, batch = context.at(rows)
     findings = _Findings()
     _modes_and_weights(model, findings)
+    if model.is_opaque:
+        findings.add(
+            "its layers do not compose to its forward, so that the model is taken as one opaque layer",
+            "Give wrap(...) the layers in the order in which they are applied, or none.",
+        )
     settings: dict[str, object] = {"samples": len(rows), "of": len(x)}
     with torch.no_grad():
         try:
             z = _forward(chosen, batch, findings)
         except ModelError as error:
             _refused(chosen, batch, error)
-            findings.serious.append(
-                (str(error), "Other values of this shape are accepted: look at the data's range.")
-            )
+            advice = "Other values of this shape are accepted: check the range of the data."
+            findings.add(str(error), advice)
             return findings.result(settings)
         _initialised(chosen, batch, findings)
         _repeated(chosen, batch, z, findings)
         _coupled(model, x, rows, findings)
         _inverted(chosen, z, findings)
-        _composed(chosen, batch, z, findings)
     return findings.result(settings)
 
 
-def _modes_and_weights(model: Invertible, findings: _Findings) -> None:
-    if getattr(model, "trained", ()):
-        findings.remarks.append(
-            "the model was in training mode; it is audited in eval mode and gets its flags back"
-        )
+def _modes_and_weights(model: AuditedModel, findings: _Findings) -> None:
+    if model.trained:
+        findings.remarks.append("the model was in training mode; audited in eval mode and restored")
     floating = [p for p in model.parameters() if p.is_floating_point()]
     dtypes, devices = {str(p.dtype) for p in floating}, {str(p.device) for p in floating}
     for kind, found in (("dtypes", dtypes), ("devices", devices)):
@@ -96,29 +132,26 @@ def _modes_and_weights(model: Invertible, findings: _Findings) -> None:
     broken = sum(int((~p.detach().isfinite()).sum()) for p in floating)
     if broken:
         advice = "Go back to a checkpoint from before they appeared; lower the learning rate or clip gradients."
-        findings.serious.append((f"{broken} entries of its parameters are NaN or Inf", advice))
+        findings.add(f"{broken} entries of its parameters are NaN or Inf", advice)
 
 
-def _forward(model: Invertible, x: Tensor, findings: _Findings) -> Tensor:
+def _forward(model: AuditedModel, x: Tensor, findings: _Findings) -> Tensor:
     with changed_state(model) as changed:
         z = model(x)
     if changed:
-        names = ", ".join(name.removeprefix("model.") for name in changed[:3]) + (
-            ", ..." if len(changed) > 3 else ""
-        )
         what = (
-            f"a forward call in eval mode rewrites {len(changed)} parameters or buffers ({names})"
+            f"a forward call in eval mode rewrites {len(changed)} parameters or buffers "
+            f"({_names(changed)})"
         )
-        advice = "Layers that initialise themselves must see one training batch, as data, before an audit."
-        findings.serious.append((what, advice))
-    if isinstance(model, AuditedModel) and model.overwrites(x):
-        findings.serious.append(
-            ("forward writes into its input", "Hand it clones, or make the layer out-of-place.")
+        findings.add(what, INITIALISE, unmeasurable=ALL_USES)
+    if model.overwrites(x):
+        findings.add(
+            "forward writes into its input", "Pass clones, or make the layer out-of-place."
         )
     return z
 
 
-def _initialised(model: Invertible, x: Tensor, findings: _Findings) -> None:
+def _initialised(model: AuditedModel, x: Tensor, findings: _Findings) -> None:
     """Whether a first batch in training mode would set parameters: then no layer that needs one has seen one."""
     modes = {module: module.training for module in model.modules()}
     parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
@@ -131,16 +164,21 @@ def _initialised(model: Invertible, x: Tensor, findings: _Findings) -> None:
                 module.training = mode
     except RuntimeError:  # a layer that is meant for inference only
         return
-    fresh = [name.removeprefix("model.") for name in changed if name in parameters]
+    fresh = [name for name in changed if name in parameters]
     if fresh:
         what = (
-            f"a first batch in training mode sets {len(fresh)} parameters ({', '.join(fresh[:3])})"
+            f"a first batch in training mode sets {len(fresh)} parameters ({_names(fresh)}): the "
+            "layers were never initialised"
         )
-        advice = "Layers that initialise themselves must see one training batch, as data, before an audit."
-        findings.serious.append((what, advice))
+        findings.add(what, INITIALISE)
 
 
-def _refused(model: Invertible, x: Tensor, error: ModelError) -> None:
+def _names(changed: list[str]) -> str:
+    shown = ", ".join(name.removeprefix("inner.") for name in changed[:3])
+    return f"{shown}, ..." if len(changed) > 3 else shown
+
+
+def _refused(model: AuditedModel, x: Tensor, error: ModelError) -> None:
     """Raise if no batch of this shape is accepted by a model whose parameters are sound."""
     if any(
         not bool(p.detach().isfinite().all()) for p in model.parameters() if p.is_floating_point()
@@ -158,16 +196,15 @@ def _refused(model: Invertible, x: Tensor, error: ModelError) -> None:
     raise InputRejected(f"expected x of a shape that the model accepts, got {shape}: {error}")
 
 
-def _repeated(model: Invertible, x: Tensor, z: Tensor, findings: _Findings) -> None:
+def _repeated(model: AuditedModel, x: Tensor, z: Tensor, findings: _Findings) -> None:
     again = model(x)
     if not _same(z, again):
         what = f"forward is random: two calls on the same x differ by {_difference(z, again):.1e}"
-        findings.serious.append(
-            (what, "Switch off what is random (dropout, noise), or hand the noise in as data.")
-        )
+        advice = "Switch off what is random (dropout, noise), or pass the noise in as data."
+        findings.add(what, advice)
 
 
-def _coupled(model: Invertible, x: Tensor, rows: Tensor, findings: _Findings) -> None:
+def _coupled(model: AuditedModel, x: Tensor, rows: Tensor, findings: _Findings) -> None:
     """Whether the first sample's output moves when the other samples do, in a batch of the same shape."""
     rows = rows if len(rows) > 1 else rows.repeat(2)
     part, batch = model.select(rows), x[rows]
@@ -178,61 +215,45 @@ def _coupled(model: Invertible, x: Tensor, rows: Tensor, findings: _Findings) ->
     except ModelError as error:
         findings.remarks.append(f"whether samples are independent could not be measured: {error}")
         return
-    if not _same(z, moved):
-        what = f"the output of a sample depends on the others in its batch, by {_difference(z, moved):.1e}"
-        advice = "Jacobians per sample do not exist for such a map: put its batch statistics into eval mode."
-        findings.serious.append((what, advice))
+    if _same(z, moved):
+        return
+    what = (
+        f"the output of a sample depends on the others in its batch, by {_difference(z, moved):.1e}"
+    )
+    if same_up_to_rounding(z, moved, COUPLED):
+        findings.remarks.append(f"{what}, as in adaptive solvers")
+        return
+    advice = (
+        "Jacobians per sample do not exist for such a map: put its batch statistics into eval mode."
+    )
+    findings.add(what, advice, unmeasurable=("density", "gradients"))
 
 
-def _inverted(model: Invertible, z: Tensor, findings: _Findings) -> None:
+def _inverted(model: AuditedModel, z: Tensor, findings: _Findings) -> None:
     rows = finite_rows(z).nonzero()[:, 0]
     if not len(rows):
-        findings.serious.append(
-            ("no latent is finite", "See reconstruction for the layer where it begins.")
-        )
+        findings.add("no latent is finite", "See reconstruction for the layer where it begins.")
         return
     part, latents = model.select(rows), z[rows]
     try:
         with changed_state(part) as changed:
             part.inverse(latents)
-        writes = isinstance(part, AuditedModel) and part.overwrites(latents, inverse=True)
+        writes = part.overwrites(latents, inverse=True)
     except (ModelError, NotApplicable) as error:
-        findings.serious.append(
-            (f"it cannot be inverted: {error}", "Give the inverse: wrap(encode=f, decode=g).")
-        )
+        findings.add(f"it cannot be inverted: {error}", "See the error message of its inverse.")
         return
     if changed:
         what = f"an inverse call in eval mode rewrites {len(changed)} parameters or buffers"
-        findings.serious.append((what, "Initialise the model on a batch of data before an audit."))
+        findings.add(what, INITIALISE, unmeasurable=ALL_USES)
     if writes:
-        findings.serious.append(
-            ("inverse writes into its input", "Hand it clones, or make the layer out-of-place.")
+        findings.add(
+            "inverse writes into its input", "Pass clones, or make the layer out-of-place."
         )
 
 
-def _composed(model: Invertible, x: Tensor, z: Tensor, findings: _Findings) -> None:
-    layers = model.layers()
-    if not layers:
-        return
-    composed = functools.reduce(lambda state, layer: layer(state), layers, x)
-    if composed.shape != z.shape or not _same(
-        z, composed, tolerance=torch.finfo(z.dtype).eps ** 0.5
-    ):
-        what = "its layers do not compose to its forward: what is measured layer by layer is of another map"
-        findings.serious.append(
-            (what, "Give wrap(...) the layers in the order in which they are applied, or none.")
-        )
-
-
-def _same(a: Tensor, b: Tensor, tolerance: float | None = None) -> bool:
+def _same(a: Tensor, b: Tensor) -> bool:
     """Equal up to the order of sums; NaN equals NaN."""
-    allowed = SAME * torch.finfo(a.dtype).eps if tolerance is None else tolerance
-    finite = a.isfinite() & b.isfinite()
-    if not torch.equal(a.isfinite(), b.isfinite()):
-        return False
-    if not bool(finite.any()):
-        return True
-    return _difference(a, b) <= allowed * a[finite].abs().max().double().item()
+    return same_up_to_rounding(a, b, SAME * torch.finfo(a.dtype).eps)
 
 
 def _difference(a: Tensor, b: Tensor) -> float:

@@ -1,24 +1,27 @@
-"""Running a model there and back, and finding the layer in which a number stopped being finite."""
+"""Round trips x -> z -> x and z -> x -> z, and the layer in which a number stopped being finite."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from inn_guard.audits.audited_model import shares_of
 from inn_guard.audits.fault_tolerant import Guarded
-from inn_guard.audits.thresholds import data_scale
+from inn_guard.audits.thresholds import data_scale, feature_scale
 from inn_guard.core.invertible import Invertible
 from inn_guard.core.tensors import finite_rows
+from inn_guard.execution.parallel import SERIAL, WorkSharing
 
 __all__ = [
+    "GuardedRoundTrip",
     "RoundTrip",
     "first_non_finite",
-    "latent_trip",
+    "guarded_from_data",
+    "guarded_from_latents",
+    "latent_round_trip",
     "round_trip",
     "unconverged",
 ]
@@ -29,7 +32,7 @@ class RoundTrip:
     """start -> middle -> end, which ought to be start. Errors are (B,) float64 on the CPU.
 
     Attributes:
-        start: where the trip began, (B, *).
+        start: where it began, (B, *).
         middle: the other side, (B, *).
         end: what came back, (B, *).
     """
@@ -50,8 +53,14 @@ class RoundTrip:
 
     @property
     def relative(self) -> Tensor:
-        """Largest absolute error in units of the data's scale."""
+        """Largest absolute error over the sample's root mean square (`data_scale`)."""
         return self.largest / data_scale(self.start).cpu()
+
+    @property
+    def by_feature(self) -> Tensor:
+        """Largest error of an entry over the scale of its feature (`feature_scale`)."""
+        scaled = self._difference.reshape(self.start.shape) / feature_scale(self.start)
+        return scaled.flatten(1).abs().amax(1).cpu()
 
     @property
     def finite(self) -> Tensor:
@@ -63,38 +72,75 @@ class RoundTrip:
         return (self.end.double() - self.start.double()).flatten(1)
 
 
-def round_trip(model: Invertible, x: Tensor, *, batch_size: int) -> RoundTrip:
+def round_trip(
+    model: Invertible, x: Tensor, *, batch_size: int, parallel: WorkSharing = SERIAL
+) -> RoundTrip:
     """x -> z -> x, without a graph."""
-    z = _in_batches(model, x, lambda part, rows: part(rows), batch_size)
-    return RoundTrip(x, z, _in_batches(model, z, lambda part, rows: part.inverse(rows), batch_size))
+    z = _in_batches(model, x, Invertible.__call__, batch_size, parallel)
+    back = _in_batches(model, z, _inverse, batch_size, parallel)
+    return RoundTrip(x, z, back)
 
 
-def latent_trip(
-    model: Invertible, z: Tensor, *, batch_size: int, x: Tensor | None = None
+def latent_round_trip(
+    model: Invertible,
+    z: Tensor,
+    *,
+    batch_size: int,
+    x: Tensor | None = None,
+    parallel: WorkSharing = SERIAL,
 ) -> RoundTrip:
     """z -> x -> z, without a graph; ``x`` is F^-1(z) where it is known already."""
     if x is None:
-        x = _in_batches(model, z, lambda part, rows: part.inverse(rows), batch_size)
-    return RoundTrip(z, x, _in_batches(model, x, lambda part, rows: part(rows), batch_size))
+        x = _in_batches(model, z, _inverse, batch_size, parallel)
+    return RoundTrip(z, x, _in_batches(model, x, Invertible.__call__, batch_size, parallel))
+
+
+def _inverse(model: Invertible, z: Tensor) -> Tensor:
+    return model.inverse(z)
+
+
+def _in_batches(
+    model: Invertible,
+    t: Tensor,
+    call: Callable[[Invertible, Tensor], Tensor],
+    batch_size: int,
+    parallel: WorkSharing,
+) -> Tensor:
+    def measure(rows: Tensor) -> tuple[Tensor]:
+        with torch.no_grad():
+            return (call(model.select(rows), t[rows]),)
+
+    rows = torch.arange(len(t), device=t.device)
+    return parallel.map(rows, measure, at_most=batch_size)[0]
 
 
 def first_non_finite(model: Invertible, t: Tensor, *, latent: bool = False) -> str | None:
     """Where on a round trip NaN or Inf first appears in a sample that was finite until then; None: nowhere.
 
     Args:
-        model: the map, walked layer by layer.
-        t: data; with ``latent``, latents, and the trip is z -> x -> z.
-        latent: where the trip starts.
+        model: the map, followed layer by layer.
+        t: data; with ``latent``, latents, and the round trip is z -> x -> z.
+        latent: where it starts.
     """
-    layers = list(enumerate(model.layers() or (model,)))
-    there = [(f"the forward of {_place(layers, k)}", layer.forward) for k, layer in layers]
-    back = [(f"the inverse of {_place(layers, k)}", layer.inverse) for k, layer in reversed(layers)]
     with torch.no_grad():
-        for place, step in back + there if latent else there + back:
+        for place, step in _steps(model, latent=latent):
             before, t = t, step(t)
             if bool((finite_rows(before) & ~finite_rows(t)).any()):
                 return place
     return None
+
+
+def _steps(model: Invertible, *, latent: bool) -> Iterator[tuple[str, Callable[[Tensor], Tensor]]]:
+    """The layers of a round trip in the order in which they are called."""
+    layers = list(enumerate(model.layers() or (model,)))
+    there = [(f"the forward of {_place(layers, k)}", layer.forward) for k, layer in layers]
+    back = [(f"the inverse of {_place(layers, k)}", layer.inverse) for k, layer in reversed(layers)]
+    if latent:
+        yield from back
+        yield from there
+    else:
+        yield from there
+        yield from back
 
 
 def unconverged(model: Invertible, x: Tensor) -> dict[str, str]:
@@ -111,12 +157,13 @@ def unconverged(model: Invertible, x: Tensor) -> dict[str, str]:
         for k, layer in reversed(layers):
             t = layer.inverse(t)
             record = getattr(layer.block, "convergence", None)
-            if record is not None and not bool(record.converged.all()):
-                worst = record.residual.nan_to_num(math.inf).max().item()
-                left = int((~record.converged).sum())
-                found[_place(layers, k)] = (
-                    f"{left} of {len(x)} samples, residual {worst:.1e} after {record.iterations} iterations"
-                )
+            if record is None or bool(record.converged.all()):
+                continue
+            residual = record.residual.nan_to_num(math.inf).max().item()
+            left = int((~record.converged).sum())
+            found[_place(layers, k)] = (
+                f"{left} of {len(x)} samples, residual {residual:.1e} after {record.iterations} iterations"
+            )
     return found
 
 
@@ -125,28 +172,13 @@ def _place(layers: list[tuple[int, Invertible]], k: int) -> str:
     return name if len(layers) == 1 else f"layer {k} ({name})"
 
 
-def _in_batches(
-    model: Invertible, t: Tensor, call: Callable[[Invertible, Tensor], Tensor], batch_size: int
-) -> Tensor:
-    def measure(rows: Tensor) -> tuple[Tensor]:
-        with torch.no_grad():
-            return (call(model.select(rows), t[rows]),)
-
-    return shares_of(model).map(torch.arange(len(t), device=t.device), measure, at_most=batch_size)[
-        0
-    ]
-
-
-__all__ = ["Trip", "trip_from_data", "trip_from_latents"]
-
-
 @dataclass(frozen=True)
-class Trip:
-    """There and back. All (B,) tensors are float64 on the CPU.
+class GuardedRoundTrip:
+    """A round trip of a model that may raise or hang. All (B,) tensors are float64 on the CPU.
 
     Attributes:
         start: where it began.
-        x: the data side; where the trip ended, if it began with data.
+        x: the data side; where it ended, if it began with data.
         end: what came back.
         error: largest entry of end - start over the start's scale; inf where not finite.
         bits: |log|det J| + log|det J^-1||, which ought to be 0, in bits per dimension; inf where not finite, None
@@ -162,30 +194,38 @@ class Trip:
     log_det: Tensor | None
 
 
-def trip_from_data(guarded: Guarded, x: Tensor, *, log_det: bool, bijective: bool = True) -> Trip:
+def guarded_from_data(
+    guarded: Guarded, x: Tensor, *, log_det: bool, bijective: bool = True
+) -> GuardedRoundTrip:
     """x -> z -> x; for a map that is injective only, z -> x -> z from the latents of x."""
-    z, forward = guarded.forward_and_log_det(x) if log_det else (guarded.forward(x), None)
     if not bijective:
-        return trip_from_latents(guarded, z, log_det=False)
-    back, backward = guarded.inverse_and_log_det(z) if log_det else (guarded.inverse(z), None)
-    return _trip(x, x, back, forward, backward)
+        return guarded_from_latents(guarded, guarded.forward(x), log_det=False)
+    if not log_det:
+        back = guarded.inverse(guarded.forward(x))
+        return _measured(x, x, back, None, None)
+    z, forward = guarded.forward_and_log_det(x)
+    back, backward = guarded.inverse_and_log_det(z)
+    return _measured(x, x, back, forward, backward)
 
 
-def trip_from_latents(guarded: Guarded, z: Tensor, *, log_det: bool) -> Trip:
+def guarded_from_latents(guarded: Guarded, z: Tensor, *, log_det: bool) -> GuardedRoundTrip:
     """z -> x -> z."""
-    x, backward = guarded.inverse_and_log_det(z) if log_det else (guarded.inverse(z), None)
-    back, forward = guarded.forward_and_log_det(x) if log_det else (guarded.forward(x), None)
-    return _trip(z, x, back, forward, backward)
+    if not log_det:
+        x = guarded.inverse(z)
+        return _measured(z, x, guarded.forward(x), None, None)
+    x, backward = guarded.inverse_and_log_det(z)
+    back, forward = guarded.forward_and_log_det(x)
+    return _measured(z, x, back, forward, backward)
 
 
-def _trip(
+def _measured(
     start: Tensor, x: Tensor, end: Tensor, forward: Tensor | None, backward: Tensor | None
-) -> Trip:
+) -> GuardedRoundTrip:
     off = (end.double() - start.double()).flatten(1).abs().amax(1) / data_scale(start)
     whole = finite_rows(start) & finite_rows(end)
     error = torch.where(whole, off, torch.full_like(off, math.inf)).cpu()
     if forward is None or backward is None:
-        return Trip(start, x, end, error, None, None)
+        return GuardedRoundTrip(start, x, end, error, None, None)
     gap = (forward.double() + backward.double()).abs() / (start[0].numel() * math.log(2))
     bits = gap.nan_to_num(math.inf, posinf=math.inf).cpu()
-    return Trip(start, x, end, error, bits, forward.double().cpu())
+    return GuardedRoundTrip(start, x, end, error, bits, forward.double().cpu())

@@ -2,256 +2,283 @@
 
 from __future__ import annotations
 
+import dataclasses
+import datetime
 import functools
-import inspect
+import hashlib
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any, TypedDict
+from collections.abc import Callable, Iterable, Sequence
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
 
 import torch
-from torch import Tensor
-from torch.utils.data import DataLoader
-from tqdm import tqdm
-from typing_extensions import Unpack
+from torch import Tensor, nn
+from tqdm.auto import tqdm
 
 from inn_guard.adapters import wrap
-from inn_guard.audits import AUDITS, LEVELS, Audit, AuditReport, AuditResult, Level, polite
-from inn_guard.audits.audited_model import checked_batch, is_shared
-from inn_guard.audits.dry_run import dry_run
-from inn_guard.core.invertible import Context, Invertible
+from inn_guard.audits.advice import advise
+from inn_guard.audits.batch import as_batch, check_context, checked_batch
+from inn_guard.audits.context import AuditContext, audited_model
+from inn_guard.audits.dry_run import dry_run as estimate
+from inn_guard.audits.level import Level
+from inn_guard.audits.priors import base_of
+from inn_guard.audits.registry import AUDITS, checks_of_level
+from inn_guard.audits.spec import AuditSpec
+from inn_guard.core.context import Context
+from inn_guard.core.invertible import Invertible
+from inn_guard.core.tensors import dtype_name
 from inn_guard.execution.parallel import Group, WorkSharing
 from inn_guard.execution.state import preserve_state
 from inn_guard.memory_saving import MemorySaving
+from inn_guard.report.audit_report import NAMED, AuditReport
+from inn_guard.report.limits import Limits
+from inn_guard.report.result import AuditResult
+from inn_guard.report.uses import checked_uses
 
-__all__ = ["Running", "audit", "resolve_check"]
+__all__ = ["Check", "audit", "resolve_check"]
 
-MAX_SAMPLES = 256  #: taken from a DataLoader; a batch is used whole
-PATIENCE = 3.0  #: seconds after which a progress bar appears, on a terminal
-
-
-class Running(TypedDict, total=False):
-    """How an audit is run.
-
-    Attributes:
-        dry_run: measure nothing, but estimate time and memory of every check from one timed pass of each kind.
-        memory: bytes that a check may hold at once beside model, data and what has the data's size; samples are then
-            measured in micro-batches that fit, and where a check takes samples all at once, fewer of them.
-        group: a torch.distributed group, as ``torch.distributed.group.WORLD``, whose processes all make this call with
-            the same model and data; they share the work, and each gets the whole report.
-    """
-
-    dry_run: bool
-    memory: float | None
-    group: Group | None
+PATIENCE = 3.0  #: seconds after which a progress bar appears
+DECLARED = "every model declares it"  #: why density, reconstruction and gradients count
+Check = AuditSpec | Callable[..., AuditResult]
 
 
 def audit(
     model: Any,
     x: Any,
     *,
-    context: Context = None,
-    checks: Iterable[str | Audit] | None = None,
+    uses: str | Iterable[str] | None = None,
     level: Level | str = Level.STANDARD,
+    checks: Iterable[str | Check] | None = None,
+    context: Context = None,
+    prior: Any = None,
+    limits: Limits | None = None,
     loss: Callable[..., Tensor] | None = None,
-    **running: Unpack[Running],
+    name: str | None = None,
+    seed: int = 0,
+    memory: float | None = None,
+    group: Group | None = None,
+    dry_run: bool = False,
+    progress: bool | None = None,
 ) -> AuditReport:
-    """Measure how stable a model and its inverse are in floating point, at the samples in x.
+    """Measure what a model may be used for: density, sampling, reconstruction, memory-saving gradients, other inputs.
 
     The model is run in eval mode and comes out bit for bit as it went in, also after an error. What NaN, Inf or
     exceptions the model produces is found and reported, never raised.
 
     Args:
         model: anything ``wrap`` accepts.
-        x: data: a batch (B, *data); a tuple of tensors for a model with several inputs; or a DataLoader, of which the
-            first 256 samples are used (the first entry of each item, if it yields tuples).
-        context: what the model is conditioned on, row-aligned with x.
-        checks: names in AUDITS, or audits themselves (``functools.partial(reconstruction, batch_size=8)``); preflight
-            runs before them in any case.
-        level: which checks, where ``checks`` does not say: "quick", "standard" or "full".
-        loss: z -> scalar, for the checks that need one.
-        running: dry_run, memory, group; see ``Running``.
+        x: data: a batch (B, *data); a tuple of tensors for a model with several inputs; or a DataLoader or Dataset, of
+            which the first 256 samples are used (the first entry of each item, if it yields tuples).
+        uses: which uses the verdict counts. Default: those that the model declares, which are density, reconstruction
+            and gradients, and sampling if it has a base distribution or ``prior`` is given. The others are measured and
+            shown.
+        level: which checks run: "quick", "standard" or "full".
+        checks: names in AUDITS, or checks themselves, in place of those of the level; preflight runs before them.
+            A check that decides no use counts in the verdict if it is named here.
+        context: what the model is conditioned on, one row for each sample.
+        prior: where latents are drawn from for sampling: a distribution with ``sample((n,))``, or a function
+            n -> latents (n, *latent). Default: the model's own base, else N(0, I).
+        limits: up to which figure the model is fit for a use. Default: ``Limits()``.
+        loss: z -> scalar or (z, log_det) -> scalar, whose gradient is compared. Default: the negative log-likelihood.
+        name: what the report calls the model. Default: its class.
+        seed: of everything random.
+        memory: bytes that a check may hold at once on top of model, data and what has the data's size; samples are
+            then measured in micro-batches that fit, and where a check takes samples all at once, fewer of them.
+        group: a torch.distributed group, as ``torch.distributed.group.WORLD``, whose processes all make this call with
+            the same model and data; they share the work, and each gets the whole report.
+        dry_run: measure nothing, but estimate time and memory of every check from one timed pass of each kind.
+        progress: whether to show a progress bar. Default: after three seconds, in terminals and notebooks.
 
     Returns:
         an AuditReport; print it.
 
     Raises:
-        TypeError: if x is no floating-point tensor, tuple of tensors or DataLoader.
-        ValueError: if x is empty, has the wrong shape, dtype or device, or a check or level is unknown; or processes of
-            the group hold different data or weights.
+        TypeError: if x is no floating-point tensor, tuple of tensors, DataLoader or Dataset.
+        ValueError: if x is empty, has the wrong shape, dtype or device, or a use, check or level is unknown; or
+            processes of the group hold different data or weights.
     """
-    shares = _shares(running)
-    wrapped = _map(wrap(model, context=context))
-    with preserve_state(wrapped):  # a DataLoader draws from the global generators
-        x = _batch(wrapped, x)
-    x = checked_batch(wrapped, x)
-    _check_context(wrapped.context, x)
-    shares.check_agreement(wrapped, x)
-    chosen = [polite(_with_loss(check, loss)) for check in _chosen(checks, level)]
     start = time.perf_counter()
-    with preserve_state(wrapped):
-        if running.get("dry_run"):
-            results = tuple(
-                shares.map_items([chosen], lambda checks: _estimate(wrapped, x, checks, shares))
-            )
-        else:
-            results = _run(chosen, wrapped, x, shares)
-    settings = {
-        "shape": tuple(x.shape),
-        "dtype": str(x.dtype).removeprefix("torch."),
-        "device": str(x.device),
-        "samples": len(x),
-        "level": "chosen checks" if checks is not None else Level(level).value,
-        "seconds": round(time.perf_counter() - start, 2),
-    }
-    if shares.size > 1:
-        settings["processes"] = shares.size
-    return AuditReport(results, wrapped.name, settings)
+    level = _level(level)
+    chosen = checks_of_level(level) if checks is None else _named_checks(checks)
+    counted_uses = None if uses is None else checked_uses(uses)
+    parallel = WorkSharing(group, _memory(memory))
+    wrapped = _inner_map(wrap(model, context=context))
+    with preserve_state(wrapped):  # a DataLoader draws from the global generators
+        x = as_batch(wrapped, x)
+    x = checked_batch(wrapped, x).detach().clone()
+    check_context(wrapped.context, x)
+    parallel.check_agreement(wrapped, x)
+    audit_context = AuditContext(
+        audited_model(wrapped, x),
+        x,
+        base_of(wrapped, x, prior=prior),
+        limits=limits or Limits(),
+        loss=loss,
+        seed=_seed(seed),
+        parallel=parallel,
+        level=level,
+    )
+    if dry_run:
+        results = _estimated(audit_context, chosen)
+    else:
+        results = _run(audit_context, _with_deciding(chosen, counted_uses, checks), progress)
+    counted = _counted(audit_context, counted_uses)
+    settings = _settings(model, wrapped, audit_context, checks is not None)
+    settings["seconds"] = round(time.perf_counter() - start, 2)
+    asked = () if checks is None else tuple(check.name for check in chosen)
+    report = AuditReport(results, name or wrapped.name, settings, counted, asked)
+    return dataclasses.replace(report, advice=advise(report, audit_context))
 
 
-def _estimate(
-    model: Invertible, x: Tensor, checks: Sequence[Audit], shares: WorkSharing
-) -> AuditResult:
-    return dry_run(model, x, checks=checks, processes=shares.size, shares=shares.local)
-
-
-def _shares(running: Running) -> WorkSharing:
-    if unknown := set(running) - set(Running.__annotations__):
-        raise TypeError(f"audit() got unexpected arguments: {', '.join(sorted(unknown))}")
-    memory = running.get("memory")
-    if memory is not None and not memory > 0:
-        raise ValueError(
-            f"expected memory as a positive number of bytes, got {memory!r}: type memory=2e9"
-        )
-    return WorkSharing(running.get("group"), memory)
-
-
-def _run(
-    checks: Sequence[Audit], model: Invertible, x: Tensor, shares: WorkSharing
-) -> tuple[AuditResult, ...]:
-    """The checks' results in their order: those that share samples by all processes, each of the others by one."""
-    results: dict[int, AuditResult] = {}
-    quiet = True if shares.rank else None
-    with tqdm(total=len(checks), desc="audit", delay=PATIENCE, disable=quiet, leave=False) as bar:
-
-        def one(k: int, within: WorkSharing) -> AuditResult:
-            bar.set_postfix_str(_name(checks[k]))
-            result = checks[k](model, x, shares=within)
-            bar.update()
-            return result
-
-        if shares.group is not None:
-            # the first one refuses what no check can do anything with
-            first, *rest = [k for k, check in enumerate(checks) if not is_shared(check)]
-            for apart in ([first], rest):
-                answers = shares.map_items(apart, lambda k: one(k, shares.local))
-                results |= dict(zip(apart, answers, strict=True))
-        results |= {k: one(k, shares) for k in range(len(checks)) if k not in results}
-    return tuple(results[k] for k in range(len(checks)))
-
-
-def _map(model: Invertible) -> Invertible:
-    """The map itself: of a memory-saving model the one inside, else its gradients would be compared to themselves."""
-    return model.model if isinstance(model, MemorySaving) else model
-
-
-def _batch(model: Invertible, x: Any) -> Any:
-    if isinstance(x, DataLoader):
-        return _from_loader(model, x)
-    if isinstance(x, (tuple, list)):
-        pack: Callable[..., Tensor] | None = getattr(model, "pack", None)
-        if pack is None:
-            raise TypeError(
-                f"expected one tensor (B, *data) for {model.name}, got a {type(x).__name__} of {len(x)}"
-            )
-        if (
-            not all(isinstance(part, Tensor) for part in x)
-            or len({len(part) for part in x if part.dim()}) > 1
-        ):
-            got = ", ".join(
-                str(tuple(part.shape)) if isinstance(part, Tensor) else type(part).__name__
-                for part in x
-            )
-            raise TypeError(
-                f"expected tensors with a row for every sample, got a {type(x).__name__} of {got}"
-            )
-        return pack(*x)
-    return x
-
-
-def _from_loader(model: Invertible, loader: DataLoader) -> Tensor:
-    batches: list[Tensor] = []
-    for item in loader:
-        batch = item[0] if isinstance(item, (tuple, list)) and item else item
-        if not isinstance(batch, Tensor):
-            raise TypeError(
-                f"expected batches of tensors (B, *data) from the DataLoader, or tuples that begin with one; got a "
-                f"{type(batch).__name__}: audit a tensor of your own choice out of it instead"
-            )
-        batches.append(batch)
-        if sum(map(len, batches)) >= MAX_SAMPLES:
-            break
-    if not batches:
-        raise ValueError("expected at least one batch from the DataLoader, got none")
-    x = torch.cat(batches)[:MAX_SAMPLES]
-    parameter = next(model.parameters(), None)
-    return x if parameter is None else x.to(parameter.device)
-
-
-def _check_context(context: Context, x: Tensor) -> None:
-    for tensor in _tensors(context):
-        if tensor.dim() == 0 or len(tensor) != len(x):
-            raise ValueError(
-                f"expected a context with {len(x)} rows, one per sample; got shape {tuple(tensor.shape)}"
-            )
-
-
-def _tensors(context: Context) -> Iterator[Tensor]:
-    if isinstance(context, Tensor):
-        yield context
-    elif isinstance(context, (dict, list, tuple)):
-        for item in context.values() if isinstance(context, dict) else context:
-            yield from _tensors(item)
-
-
-def _chosen(checks: Iterable[str | Audit] | None, level: Level | str) -> list[Audit]:
-    if checks is None:
-        return list(LEVELS[_level(level)].values())
-    first = AUDITS["preflight"]
-    if isinstance(checks, str):
-        raise TypeError(f'expected a list of checks, got a string: type checks=["{checks}"]')
-    chosen = [resolve_check(check) for check in checks]
-    return [first, *(check for check in chosen if check is not first)]
-
-
-def _level(level: Level | str) -> Level:
-    try:
-        return Level(level)
-    except ValueError:
-        raise ValueError(
-            f"expected a level out of {', '.join(k.value for k in Level)}; got {level!r}"
-        ) from None
-
-
-def resolve_check(check: str | Audit) -> Audit:
-    """The audit of that name; an audit itself is returned as it is.
+def resolve_check(check: str | Check) -> AuditSpec:
+    """The check of that name; a check itself, or a function (model, x) -> AuditResult, as a check.
 
     Raises:
-        ValueError: if there is no audit of that name.
+        ValueError: if there is no check of that name.
         TypeError: if it is neither a name nor a function.
     """
     if not isinstance(check, str):
-        if not callable(check) or isinstance(check, type):
-            raise TypeError(f"expected checks by name or as functions; got {check!r}")
-        return check
+        return AuditSpec.of(check)
     if check not in AUDITS:
         raise ValueError(f"expected checks out of {', '.join(AUDITS)}; got {check!r}")
     return AUDITS[check]
 
 
-def _with_loss(check: Audit, loss: Callable[..., Tensor] | None) -> Audit:
-    wanted = loss is not None and "loss" in inspect.signature(check).parameters
-    return functools.partial(check, loss=loss) if wanted else check
+def _level(level: Level | str) -> Level:
+    checks_of_level(level)  # refuses what is none
+    return Level(level)
 
 
-def _name(check: Audit) -> str:
-    return check.func.__name__ if isinstance(check, functools.partial) else check.__name__
+def _named_checks(checks: Iterable[str | Check]) -> list[AuditSpec]:
+    if isinstance(checks, str):
+        raise TypeError(f'expected a list of checks, got a string: pass checks=["{checks}"]')
+    first = AUDITS["preflight"]
+    named = [resolve_check(check) for check in checks]
+    return [first, *(check for check in named if check.name != first.name)]
+
+
+def _with_deciding(
+    chosen: list[AuditSpec], uses: tuple[str, ...] | None, checks: object
+) -> list[AuditSpec]:
+    """The checks of a level, and those that decide a use which is named; named checks stay as they are."""
+    if checks is not None or uses is None:
+        return chosen
+    names = {check.name for check in chosen}
+    needed = {check.name for check in AUDITS.values() if set(check.uses) & set(uses)}
+    order = [check for check in AUDITS.values() if check.name in names | needed]
+    return order
+
+
+def _memory(memory: float | None) -> float | None:
+    if memory is None:
+        return None
+    if isinstance(memory, (str, bool)) or not memory > 0:
+        raise ValueError(
+            f"expected memory as a positive number of bytes, got {memory!r}: pass memory=2e9"
+        )
+    return memory
+
+
+def _seed(seed: int) -> int:
+    if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:
+        raise ValueError(f"expected seed as a whole number, at least 0; got {seed!r}")
+    return seed
+
+
+def _inner_map(model: Invertible) -> Invertible:
+    """Of a memory-saving model the one inside, else its gradients would be compared to themselves."""
+    return model.inner if isinstance(model, MemorySaving) else model
+
+
+def _counted(context: AuditContext, uses: tuple[str, ...] | None) -> dict[str, str]:
+    """Use -> why the verdict counts it."""
+    if uses is not None:
+        return dict.fromkeys(uses, NAMED)
+    counted = dict.fromkeys(("density", "reconstruction", "gradients"), DECLARED)
+    if context.base.declared:
+        counted["sampling"] = f"the model draws from its {context.base.description}"
+    return counted
+
+
+def _estimated(context: AuditContext, checks: Sequence[AuditSpec]) -> tuple[AuditResult, ...]:
+    alone = context.within(context.parallel.local)
+    spec = AuditSpec("dry_run", "What would the audit cost?", estimate)
+    spec = spec.with_settings(checks=checks, processes=context.parallel.size)
+    return tuple(context.parallel.map_items([spec], lambda one: one.run(alone)))
+
+
+def _run(
+    context: AuditContext, checks: Sequence[AuditSpec], progress: bool | None
+) -> tuple[AuditResult, ...]:
+    """The checks' results in their order: those that share samples by all processes, each of the others by one."""
+    parallel = context.parallel
+    hidden = parallel.rank > 0 or progress is False
+    delay = 0.0 if progress else PATIENCE
+    results: dict[int, AuditResult] = {}
+    with tqdm(total=len(checks), desc="audit", delay=delay, disable=hidden, leave=False) as bar:
+
+        def one(k: int, within: AuditContext) -> AuditResult:
+            bar.set_postfix_str(checks[k].name)
+            result = checks[k].run(within)
+            bar.update()
+            return result
+
+        if parallel.group is not None:
+            alone = context.within(parallel.local)
+            # the first one refuses what no check can do anything with
+            first, *rest = [k for k, check in enumerate(checks) if not check.is_shared]
+            for part in ([first], rest):
+                answers = parallel.map_items(part, functools.partial(one, within=alone))
+                results |= dict(zip(part, answers, strict=True))
+        for k in range(len(checks)):
+            if k not in results:
+                results[k] = one(k, context)
+    return tuple(results[k] for k in range(len(checks)))
+
+
+def _settings(
+    model: Any, wrapped: Invertible, context: AuditContext, named: bool
+) -> dict[str, Any]:
+    x = context.x
+    settings = {
+        "library": _library(wrapped),
+        "dimensions": x[0].numel(),
+        "shape": tuple(x.shape),
+        "dtype": dtype_name(x.dtype),
+        "device": str(x.device),
+        "samples": len(x),
+        "level": "chosen checks" if named else context.level.value,
+        "seed": context.seed,
+        "base": context.base.description,
+        "weights": _checksum(wrapped),
+        "inn_guard": _version("inn-guard"),
+        "torch": torch.__version__,
+        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+    }
+    if context.parallel.size > 1:
+        settings["processes"] = context.parallel.size
+    return settings
+
+
+def _library(model: Invertible) -> str:
+    """The library that the model's class comes from; "" for none in particular."""
+    root = type(model.block).__module__.partition(".")[0]
+    return "" if root in ("__main__", "builtins", "torch") else root
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "unknown"
+
+
+def _checksum(model: nn.Module) -> str:
+    """Of all parameters and buffers, to tell whether two reports are of the same weights."""
+    digest = hashlib.sha256()
+    for key, tensor in model.state_dict().items():
+        digest.update(key.encode())
+        if isinstance(tensor, Tensor):
+            plain = tensor.detach().cpu().contiguous().reshape(-1)
+            digest.update(plain.view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()[:12]

@@ -1,4 +1,4 @@
-"""The thresholds that audits share, each with its reason, and the scale they are measured in."""
+"""The units that errors are measured in, and the threshold of checks that explain."""
 
 from __future__ import annotations
 
@@ -8,69 +8,36 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from inn_guard.core.tensors import finite_rows, nonzero_or_one, norms
+from inn_guard.report.limits import Limits
+
 __all__ = [
-    "FLOOR",
-    "RESOLUTION",
     "ROUNDING_FACTOR",
-    "TYPICAL",
-    "USABLE",
     "data_scale",
+    "feature_scale",
     "format_log10",
-    "latent_size",
     "max_usable_error",
-    "typical",
+    "worst",
 ]
-
-#: Largest error that still leaves an inverse usable, in units of the data's scale: one per cent.
-USABLE = 1e-2
-
-#: ... but never below this many rounding units of the dtype: a bfloat16 tensor holds no better than 0.4 per cent.
-RESOLUTION = 8.0
 
 #: How far above the first-order estimate, eps times the condition of the inverse's computation, rounding may reach.
 ROUNDING_FACTOR = 10.0
 
-#: Largest error of a float64 copy that is accepted as the floor of an inexact inverse (bisection, fixed point,
-#: integrator, constants stored in float32), in units of the data's scale. Above it the inverse is called wrong.
-FLOOR = 1e-4
-
-#: Mean square of the encoded latents, in units of the prior's, within which the prior is where this model's data lie.
-TYPICAL = (0.5, 2.0)
-
-
-def latent_size(encoded: Tensor, prior: Tensor) -> float:
-    """Mean square of the finite encoded latents (B, *) over that of draws from the prior; nan if none is finite."""
-    finite = encoded.flatten(1).isfinite().all(1)
-    return (encoded[finite].double().square().mean() / prior.double().square().mean()).item()
-
-
-def typical(encoded: Tensor, prior: Tensor) -> bool:
-    """Whether the encoded latents (B, *) lie where draws from the prior do, so that drawing from it means anything.
-
-    Their mean square must be within TYPICAL of the prior's, and their mean within half of its deviation. A net that
-    was never trained towards its prior, a classifier or a fresh flow, has no latents there to return to: what happens
-    there is reported, a verdict does not count it.
-
-    >>> x = torch.linspace(-2, 2, 41).reshape(-1, 1)
-    >>> typical(x, x), typical(0.1 * x, x), typical(x.abs(), x)
-    (True, False, False)
-    """
-    finite = encoded[encoded.flatten(1).isfinite().all(1)].double()
-    centred = bool((finite.mean() - prior.double().mean()).abs() <= prior.double().std() / 2)
-    return centred and TYPICAL[0] <= latent_size(encoded, prior) <= TYPICAL[1]
+#: With fewer values a deviation is too uncertain to be the unit of a feature.
+ENOUGH_VALUES = 8
 
 
 def max_usable_error(dtype: torch.dtype) -> float:
-    """Largest usable error in units of the data's scale, for tensors of ``dtype``.
+    """Largest usable relative error of a round trip for tensors of ``dtype`` with the default limits.
 
     >>> max_usable_error(torch.float32), max_usable_error(torch.bfloat16)
     (0.01, 0.0625)
     """
-    return max(USABLE, RESOLUTION * torch.finfo(dtype).eps)
+    return Limits().round_trip(dtype)
 
 
 def data_scale(x: Float[Tensor, "batch *data"]) -> Float[Tensor, "batch"]:
-    """The unit that errors of each sample are measured in: its root mean square, at least the batch's median one.
+    """One unit for each sample: its root mean square, at least the batch's median one; (B,) float64.
 
     A sample that is nearly zero is thereby held to the size of its neighbours, and one huge sample is not held
     against the others. Non-finite samples and a batch of zeros have scale 1.
@@ -78,14 +45,55 @@ def data_scale(x: Float[Tensor, "batch *data"]) -> Float[Tensor, "batch"]:
     >>> data_scale(torch.tensor([[3.0, 3.0], [1.0, 1.0], [0.0, 0.0]])).tolist()
     [3.0, 1.0, 1.0]
     """
-    flat = x.detach().flatten(1).double()
-    peak = flat.abs().amax(1).clamp(min=torch.finfo(torch.float64).tiny)
-    own = peak * (flat / peak.unsqueeze(1)).square().mean(1).sqrt()
-    finite = own.isfinite()
-    typical = (
-        own[finite & (own > 0)].median() if bool((finite & (own > 0)).any()) else own.new_ones(())
-    )
-    return torch.where(finite, own.clamp(min=typical), torch.ones_like(own))
+    own = norms(x.detach()) / math.sqrt(x[0].numel())
+    usual = own[own.isfinite() & (own > 0)]
+    least = usual.median() if len(usual) else own.new_ones(())
+    return torch.where(own.isfinite(), own.clamp(min=least), torch.ones_like(own))
+
+
+def feature_scale(x: Float[Tensor, "batch *data"]) -> Float[Tensor, "batch *data"]:
+    """One unit for each entry: its feature's deviation or its own size, whichever is larger; float64, shape of x.
+
+    A feature is a column of a table; in a batch with more than one data dimension (images, sequences) it is a channel,
+    that is an index along dimension 1. With fewer than eight values the feature's root mean square takes the place of
+    its deviation. A feature that never varies has its largest magnitude as its scale, one that is always 0 the median
+    scale of the other features.
+
+    >>> feature_scale(torch.tensor([[1.0, -100.0], [1.0, 100.0]])).tolist()
+    [[1.0, 100.0], [1.0, 100.0]]
+    """
+    values = x.detach().double()
+    rows = values[finite_rows(x)]
+    if not len(rows):
+        return torch.ones_like(values)
+    if x.dim() > 2:
+        features = rows.movedim(1, 0).flatten(1)
+    else:
+        features = rows.movedim(1, 0)
+    size = features.square().mean(1).sqrt()
+    few = features.shape[1] < ENOUGH_VALUES
+    spread = size if few else features.std(1, correction=0)
+    # a constant feature whose mean is not representable has the deviation of its rounding
+    largest = features.abs().amax(1)
+    noise = 4 * torch.finfo(x.dtype).eps * largest
+    spread = torch.where(spread > noise, spread, largest)
+    varying = spread[(spread > 0) & spread.isfinite()]
+    usual = varying.median() if len(varying) else spread.new_ones(())
+    spread = torch.where((spread > 0) & spread.isfinite(), spread, usual)
+    spread = spread.reshape(1, -1, *[1] * (x.dim() - 2))
+    own = values.abs().nan_to_num(nan=0.0, posinf=0.0)
+    return nonzero_or_one(torch.maximum(spread.expand_as(values), own))
+
+
+def worst(values: Tensor) -> float:
+    """The largest value, infinite where one of them is not finite; 0 of nothing.
+
+    >>> worst(torch.tensor([1.0, 3.0])), worst(torch.tensor([1.0, math.nan]))
+    (3.0, inf)
+    """
+    if not values.numel():
+        return 0.0
+    return values.double().nan_to_num(nan=math.inf, posinf=math.inf).max().item()
 
 
 def format_log10(power: float) -> str:
@@ -99,4 +107,5 @@ def format_log10(power: float) -> str:
     whole = math.floor(power)
     digits, _, carry = f"{10 ** (power - whole):.1e}".partition("e")
     whole += int(carry)
-    return f"{digits}e{'-' if whole < 0 else '+'}{abs(whole):02d}"
+    sign = "-" if whole < 0 else "+"
+    return f"{digits}e{sign}{abs(whole):02d}"

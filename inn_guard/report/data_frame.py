@@ -8,8 +8,9 @@ import pandas
 
 if TYPE_CHECKING:
     from inn_guard.report.audit_report import AuditReport
+    from inn_guard.report.comparison import Comparison
 
-__all__ = ["frame", "layer_frame"]
+__all__ = ["comparison_frame", "frame", "layer_frame"]
 
 
 def frame(report: AuditReport) -> pandas.DataFrame:
@@ -45,3 +46,14 @@ def layer_frame(report: AuditReport) -> pandas.DataFrame:
         for position, row in enumerate(result.per_layer)
     ]
     return pandas.DataFrame(rows) if rows else pandas.DataFrame(columns=["audit", "position"])
+
+
+def comparison_frame(comparison: Comparison) -> pandas.DataFrame:
+    """One row per report and use: report, use, verdict, figure, limit, unit, counted."""
+    rows = [
+        (name, use.use, use.verdict.label, use.figure, use.limit, use.unit, use.counted)
+        for name, report in comparison.reports.items()
+        for use in report.uses.values()
+    ]
+    columns = ["report", "use", "verdict", "figure", "limit", "unit", "counted"]
+    return pandas.DataFrame(rows, columns=columns)

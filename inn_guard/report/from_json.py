@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from inn_guard.report.audit_report import AuditReport
-from inn_guard.report.result import AuditResult, Verdict
+from inn_guard.report.audit_report import SCHEMA, AuditReport
+from inn_guard.report.result import AuditResult
+from inn_guard.report.uses import USES, Finding
+from inn_guard.report.verdict import Verdict
 
-__all__ = ["from_json"]
+__all__ = ["from_json", "load"]
+
+MAX_BYTES = 2**28  #: of a file that is read
 
 _NON_FINITE = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
 _VERDICTS = {verdict.label: verdict for verdict in Verdict}
@@ -49,11 +54,23 @@ def _refuse_constant(name: str) -> float:
 
 def _report(content: Any) -> AuditReport:
     saved = _mapping(content, "the file")
+    schema = _field(saved, "schema", int)
+    if schema != SCHEMA:
+        raise ValueError(
+            f"expected a saved report of schema {SCHEMA}, got schema {schema}: "
+            "read it with the version of inn_guard that wrote it"
+        )
     results = _field(saved, "results", list)
+    counted, asked = saved.get("counted"), saved.get("asked")
     return AuditReport(
         tuple(_result(_mapping(row, "results")) for row in results),
         _field(saved, "model", str),
         _settings(_mapping(saved.get("settings", {}), "settings")),
+        counted=None if counted is None else _each(saved, "counted", _text),
+        asked=None
+        if asked is None
+        else tuple(_text(name) for name in _field(saved, "asked", list)),
+        advice=tuple(_text(line) for line in _field(saved, "advice", list)),
     )
 
 
@@ -65,6 +82,8 @@ def _result(row: Mapping[str, Any]) -> AuditResult:
         _field(row, "name", str),
         _VERDICTS[label],
         _field(row, "reason", str),
+        uses=_uses(row),
+        headline=tuple(_text(name) for name in row.get("headline", [])),
         values=_each(row, "values", _number),
         units=_each(row, "units", str),
         per_sample=_each(row, "per_sample", _tensor),
@@ -74,6 +93,33 @@ def _result(row: Mapping[str, Any]) -> AuditResult:
         settings=_settings(_mapping(row.get("settings", {}), "settings")),
         advice=str(row.get("advice", "")),
     )
+
+
+def _uses(row: Mapping[str, Any]) -> dict[str, Finding]:
+    found = {}
+    for use, finding in _mapping(row.get("uses", {}), "uses").items():
+        if use not in USES:
+            raise ValueError(f"expected uses out of {', '.join(USES)}; got {use!r}")
+        content = _mapping(finding, "a finding")
+        label = _field(content, "verdict", str)
+        if label not in _VERDICTS:
+            raise ValueError(f"expected a verdict out of {', '.join(_VERDICTS)}; got {label!r}")
+        found[use] = Finding(
+            _VERDICTS[label],
+            _number(content.get("figure")),
+            _number(content.get("limit")),
+            _field(content, "unit", str),
+            _field(content, "reason", str),
+            _field(content, "samples", int),
+            _field(content, "of", int),
+        )
+    return found
+
+
+def _text(value: Any) -> str:
+    if not isinstance(value, str):
+        raise ValueError(f"expected a saved report with text, got {value!r:.60}")
+    return value
 
 
 def _mapping(value: Any, where: str) -> Mapping[str, Any]:
@@ -141,3 +187,27 @@ def _tensor(value: Any) -> Tensor:
 
 def _numbers(value: Any) -> Any:
     return [_numbers(item) for item in value] if isinstance(value, list) else _number(value)
+
+
+def load(path: str | os.PathLike[str]) -> AuditReport:
+    """The report that `AuditReport.to_json` wrote to a file. Images are not in such a file.
+
+    Args:
+        path: the file.
+
+    Raises:
+        OSError: if it cannot be read.
+        ValueError: if it is larger than 256 MB, not JSON, or not a saved report.
+    """
+    size = os.path.getsize(path)
+    if size > MAX_BYTES:
+        raise ValueError(
+            f"expected a saved report of at most {MAX_BYTES:,} bytes, got {size:,} bytes"
+        )
+    with open(path, encoding="utf-8") as file:
+        try:
+            return from_json(file.read())
+        except UnicodeDecodeError as error:
+            raise ValueError(
+                f"expected a report saved with to_json(), got no text: {error}"
+            ) from None

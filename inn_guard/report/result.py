@@ -1,8 +1,7 @@
-"""What an audit returns: Verdict and AuditResult."""
+"""AuditResult: what one check returns."""
 
 from __future__ import annotations
 
-import enum
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -11,57 +10,39 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from inn_guard.report.uses import Finding
+from inn_guard.report.verdict import Verdict
+
 __all__ = ["AuditResult", "Verdict", "to_full_batch"]
 
 
-class Verdict(enum.Enum):
-    """What an audit found. Each member's value is its sentence; the order is from good to bad."""
-
-    NOT_APPLICABLE = "This question cannot be asked of this model."
-    STABLE = "Errors stay within what rounding explains."
-    UNSTABLE = "Errors exceed what a usable inverse, gradient or likelihood allows."
-    NON_FINITE = "NaN or Inf came out of the model."
-
-    @property
-    def label(self) -> str:
-        """Lower-case name for tables and JSON: stable, unstable, non_finite, not_applicable."""
-        return self.name.lower()
-
-    @property
-    def failed(self) -> bool:
-        """Whether this verdict is a finding: unstable or non_finite."""
-        return self in (Verdict.UNSTABLE, Verdict.NON_FINITE)
-
-    @classmethod
-    def worst(cls, verdicts: list[Verdict]) -> Verdict:
-        """The worst of several verdicts; NOT_APPLICABLE if there are none."""
-        order = list(cls)
-        return max(verdicts, key=order.index, default=cls.NOT_APPLICABLE)
-
-
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class AuditResult:
-    """One audit's answer.
+    """One check's answer. Two results are equal if all their entries are, NaN included.
 
     Attributes:
-        name: the audit, as in AUDITS ("reconstruction").
-        verdict: stable, unstable, non_finite or not_applicable.
-        reason: one sentence in plain words with the figures that decided the verdict.
+        name: the check, as in AUDITS ("reconstruction").
+        verdict: on the check's own question.
+        reason: one sentence with the figures that decided the verdict.
+        uses: use -> what this check found about it; empty for a check that explains but decides no use.
+        headline: names of the values that decided the verdict; the printed report shows these.
         values: named numbers; NaN and Inf stay as they are.
         units: unit of each value that has one ("nats", "degrees", "x eps").
         per_sample: named tensors (B,), on the CPU.
-        measured_mask: for quantities in per_sample that were taken from some samples only: which, (B,) bool; the others'
-            entries are NaN and no finding.
-        per_layer: one row (name -> number or text) per layer, first layer first.
-        tables: further named tables, each a tuple of rows (name -> number or text): one row per dtype, probe, attack.
-        settings: everything needed to repeat the measurement: dtype, device, samples, thresholds, seeds.
+        measured_mask: for quantities in per_sample that were taken from some samples only: which, (B,) bool; the
+            others' entries are NaN and no finding.
+        per_layer: one row per layer, first layer first; every row has the layer's ``index`` and ``name``.
+        tables: further named tables, each a tuple of rows (name -> number or text): one row per dtype, family, attack.
+        settings: everything needed to repeat the measurement: dtype, device, samples, limits, seeds.
         advice: what to do about it; empty if nothing is wrong.
-        images: named tensors worth looking at, (n, C, H, W), on the CPU: original, reconstruction, difference.
+        images: named tensors worth seeing, (n, C, H, W), on the CPU: original, reconstruction, difference.
     """
 
     name: str
     verdict: Verdict
     reason: str
+    uses: Mapping[str, Finding] = field(default_factory=dict)
+    headline: tuple[str, ...] = ()
     values: Mapping[str, float] = field(default_factory=dict)
     units: Mapping[str, str] = field(default_factory=dict)
     per_sample: Mapping[str, Tensor] = field(default_factory=dict)
@@ -77,6 +58,54 @@ class AuditResult:
         """The answer to a question that this model cannot be asked."""
         return cls(name, Verdict.NOT_APPLICABLE, reason)
 
+    def __getitem__(self, name: str) -> float:
+        """The value of that name."""
+        if name not in self.values:
+            known = ", ".join(self.values)
+            raise KeyError(f"no value {name!r} in {self.name}; it has {known or 'none'}")
+        return self.values[name]
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, AuditResult):
+            return NotImplemented
+        return all(_same(getattr(self, name), getattr(other, name)) for name in _FIELDS)
+
+    def __hash__(self) -> int:
+        return hash((self.name, self.verdict, self.reason))
+
+    def __repr__(self) -> str:
+        figures = ", ".join(f"{name}={self.values[name]:.3g}" for name in self.shown)
+        return f"{self.name}: {self.verdict.label}" + (f" ({figures})" if figures else "")
+
+    @property
+    def shown(self) -> tuple[str, ...]:
+        """Names of the values that a summary shows."""
+        return self.headline or tuple(self.values)[:1]
+
+
+_FIELDS = tuple(AuditResult.__dataclass_fields__)
+
+
+def _same(a: Any, b: Any) -> bool:
+    """Equal, tensors entry by entry, and NaN equal to NaN."""
+    if isinstance(a, Tensor) or isinstance(b, Tensor):
+        return isinstance(a, Tensor) and isinstance(b, Tensor) and _same_tensor(a, b)
+    if isinstance(a, Mapping) and isinstance(b, Mapping):
+        return a.keys() == b.keys() and all(_same(a[key], b[key]) for key in a)
+    if isinstance(a, (tuple, list)) and isinstance(b, (tuple, list)):
+        return len(a) == len(b) and all(_same(x, y) for x, y in zip(a, b, strict=True))
+    if isinstance(a, float) and isinstance(b, float) and math.isnan(a) and math.isnan(b):
+        return True
+    return bool(a == b)
+
+
+def _same_tensor(a: Tensor, b: Tensor) -> bool:
+    if a.shape != b.shape or a.dtype != b.dtype:
+        return False
+    if not a.is_floating_point():
+        return torch.equal(a, b)
+    return bool(((a == b) | (a.isnan() & b.isnan())).all())
+
 
 def to_full_batch(named: Mapping[str, Tensor], rows: Tensor, batch: int) -> dict[str, Any]:
     """The arguments per_sample and measured_mask of an AuditResult, for quantities of these rows of x only.
@@ -86,7 +115,7 @@ def to_full_batch(named: Mapping[str, Tensor], rows: Tensor, batch: int) -> dict
         rows: indices of the samples they belong to.
         batch: B.
 
-    >>> scattered({"error": torch.tensor([0.5])}, torch.tensor([1]), 3)["per_sample"]["error"].tolist()
+    >>> to_full_batch({"error": torch.tensor([0.5])}, torch.tensor([1]), 3)["per_sample"]["error"].tolist()
     [nan, 0.5, nan]
     """
     measured_mask = torch.zeros(batch, dtype=torch.bool)
@@ -94,7 +123,6 @@ def to_full_batch(named: Mapping[str, Tensor], rows: Tensor, batch: int) -> dict
     whole = {name: torch.full((batch,), math.nan, dtype=torch.float64) for name in named}
     for name, values in named.items():
         whole[name][rows.cpu()] = values.to("cpu", torch.float64)
-    return {
-        "per_sample": whole,
-        "measured_mask": {} if bool(measured_mask.all()) else dict.fromkeys(named, measured_mask),
-    }
+    everything = bool(measured_mask.all())
+    masks = {} if everything else dict.fromkeys(named, measured_mask)
+    return {"per_sample": whole, "measured_mask": masks}

@@ -10,20 +10,24 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from inn_guard.audits.audited_model import ModelError, polite, shares_of, shares_work
+from inn_guard.audits.audited_model import ModelError
+from inn_guard.audits.context import AuditContext
+from inn_guard.audits.cost_model import Cost, Passes, Task
 from inn_guard.audits.dequantization_attack.quantization import Cubes, Quantization
 from inn_guard.audits.dequantization_attack.restarts import Restarts
 from inn_guard.audits.dequantization_attack.search import Attack, Search, run_attack
 from inn_guard.audits.dequantization_attack.spectral_ascent import SpectralAscent
 from inn_guard.audits.dequantization_attack.spsa import GradientFree
 from inn_guard.audits.fault_tolerant import Guarded, patience
-from inn_guard.audits.thresholds import data_scale, max_usable_error
+from inn_guard.audits.level import Level
+from inn_guard.audits.spec import audit_check
+from inn_guard.audits.thresholds import data_scale
 from inn_guard.core.invertible import Invertible
 from inn_guard.core.layer_jacobian import NotApplicable
 from inn_guard.core.tensors import finite_rows
-from inn_guard.execution.memory import linearized_footprint
 from inn_guard.execution.time_limit import time_limit
-from inn_guard.report.result import AuditResult, Verdict, to_full_batch
+from inn_guard.report.result import AuditResult, to_full_batch
+from inn_guard.report.verdict import Verdict
 
 __all__ = ["dequantization_attack", "differentiable_inverse"]
 
@@ -33,33 +37,40 @@ SHOWN = 8  #: images, the worst ones
 POINTS = 60  #: of the curve in the table
 
 
-@polite
-@shares_work(where=lambda settings: isinstance(settings.get("strategy"), Restarts))
+def _cost(task: Task) -> Cost:
+    budget = getattr(task.settings.get("strategy"), "budget", 800.0)
+    return Cost(Passes(forward=budget) * task.chosen, task.chosen, linearized=True, vectors=4)
+
+
+@audit_check(
+    question="How large can the round-trip error of a valid dequantized image be?",
+    level=Level.FULL,
+    cost=_cost,
+    shares_samples=lambda settings: isinstance(settings.get("strategy"), Restarts),
+)
 def dequantization_attack(
-    model: Invertible,
-    x: Tensor,
+    context: AuditContext,
     *,
     quantization: Quantization | None = None,
     strategy: Attack | None = None,
     samples: int = 8,
-    seed: int = 0,
 ) -> AuditResult:
     """Largest |x' - F^-1(F(x'))|_2 found among the dequantized samples x' of every image, in units of x.
 
     An image of integers n becomes a continuous sample by adding noise: every x' in the cube low + (high - low)
     [n, n + 1) / 2^bits is a valid training sample. The cubes are searched for the points that come back worst; each is
-    checked to lie in its cube in the model's own dtype, and its round trip is run once more. Verdict as for
-    reconstruction: the largest entry of the error over the sample's scale exceeds ``max_usable_error``, or is not finite.
+    checked to lie in its cube in the model's own dtype, and its round trip is run once more. Unstable: the largest
+    entry of the error over the sample's scale exceeds ``limits.reconstruction``, or is not finite. It explains; no use
+    depends on it.
     Processes share the starts of ``Restarts``.
 
     Args:
-        model: a bijective map.
-        x: data (B, *data), dequantized or on the grid; the cube is that of the integers they came from.
-        quantization: how integers became inputs; 8 bits over the range that x seems to have unless given.
-        strategy: how to search, and for how much; ``SpectralAscent()`` unless given, ``GradientFree()`` where the
+        context: a bijective model, and data (B, *data), dequantized or on the grid; the cube is that of the integers
+            they came from.
+        quantization: how integers became inputs. Default: 8 bits over the range that x seems to have.
+        strategy: how to search, and for how much. Default: ``SpectralAscent()``, or ``GradientFree()`` where the
             derivative of the inverse is measured to be wrong. ``ProjectedGradient()`` is the paper's attack.
-        samples: the first so many finite ones are attacked.
-        seed: of the search.
+        samples: how many of the finite samples are attacked, the first ones.
 
     Returns:
         max_error, at the centres and at the worst points; the samples broken; per sample; the attack's curve (errors
@@ -73,40 +84,47 @@ def dequantization_attack(
         Understanding and Mitigating Exploding Inverses in Invertible Neural Networks (Behrmann, Vicol, Wang, Grosse,
         Jacobsen, 2021), appendix E. This differs from the paper in: the default strategy (see ``SpectralAscent``).
     """
-    if not model.bijective:
+    if not context.model.bijective:
         raise NotApplicable(
             "the map is injective only: x -> z -> x is a projection, whose error says nothing"
         )
-    fits = shares_of(model).max_batch(
-        lambda within: linearized_footprint(model, x, within=within, vectors=8)
-    )
-    rows = finite_rows(x).nonzero()[:, 0][: int(min(samples, fits))]
+    rows = context.finite_rows()[: int(min(samples, context.max_linearized(8)))]
     if not len(rows):
         return AuditResult("dequantization_attack", Verdict.NON_FINITE, "no sample of x is finite")
-    chosen, start = model.select(rows), x[rows]
+    chosen, start = context.at(rows)
     assumed = quantization is None
     quantization = Quantization.assumed(start) if quantization is None else quantization
     cubes = quantization.cubes(start)
-    seconds = max(shares_of(model).all_gather(lambda: patience(chosen, cubes.centre)))
+    seconds = max(context.parallel.all_gather(lambda: patience(chosen, cubes.centre)))
     if strategy is None:
-        right = differentiable_inverse(chosen, cubes.centre, seconds=seconds, seed=seed)
+        right = differentiable_inverse(chosen, cubes.centre, seconds=seconds, seed=context.seed)
         strategy = SpectralAscent() if right else GradientFree()
-    generator = torch.Generator().manual_seed(seed)
-    search = run_attack(chosen, cubes, strategy, generator=generator, seconds=seconds)
-    found = _Found.of(search, chosen)
-    verdict, reason = found.judged(max_usable_error(x.dtype))
+    search = run_attack(
+        chosen,
+        cubes,
+        strategy,
+        generator=context.generator(),
+        seconds=seconds,
+        parallel=context.parallel,
+    )
+    found = _WorstPoints.of(search, chosen)
+    usable = context.limits.round_trip(start.dtype)
+    verdict, reason = found.judged(usable)
     if assumed:
         reason += f"; assumed {quantization.bits} bits from {quantization.low:.4g} to {quantization.high:.4g}"
     return AuditResult(
         "dequantization_attack",
         verdict,
         reason,
+        headline=("relative_error", "centre_error"),
         values=found.values(),
         units=dict.fromkeys(
             ("max_error", "centre_error", "median_error", "error", "largest_error"), "units of x"
         )
         | {"spent": "forwards"},
-        **to_full_batch({"error": found.again, "centre_error": found.at_centre}, rows, len(x)),
+        **to_full_batch(
+            {"error": found.again, "centre_error": found.at_centre}, rows, len(context.x)
+        ),
         tables={"attack_curve": _curve(search), "price": _prices(search)},
         settings={
             "strategy": repr(strategy),
@@ -115,10 +133,10 @@ def dequantization_attack(
             "high": str(quantization.high),
             "quantization": "assumed" if assumed else "given",
             "samples": len(rows),
-            "of": len(x),
-            "seed": seed,
-            "usable": max_usable_error(x.dtype),
-            "given_up": str(search.guarded.outcome) or "none",
+            "of": len(context.x),
+            "seed": context.seed,
+            "limit": usable,
+            "failures": str(search.guarded.failures) or "none",
         },
         advice="Train with a regularizer (RegularizerHook), or use layers with a bounded inverse: these are valid "
         "training samples."
@@ -156,7 +174,7 @@ def differentiable_inverse(
 
 
 @dataclass(frozen=True)
-class _Found:
+class _WorstPoints:
     """The worst points, measured again; errors are (B,) float64, inf where not finite."""
 
     points: Tensor
@@ -169,7 +187,7 @@ class _Found:
     spent: float
 
     @classmethod
-    def of(cls, search: Search, model: Invertible) -> _Found:
+    def of(cls, search: Search, model: Invertible) -> _WorstPoints:
         cubes: Cubes = search.cubes
         guarded = Guarded(model, cubes.centre, seconds=search.guarded.seconds)
         back = guarded.inverse(guarded.forward(search.points))

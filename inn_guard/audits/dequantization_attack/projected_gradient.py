@@ -43,17 +43,17 @@ class ProjectedGradient:
     budget: float | int = math.inf
     gradient: Callable[[Search, Tensor], ErrorGradient] = Search.gradient
 
-    def run_attack(self, search: Search) -> None:
+    def run(self, search: Search) -> None:
         """Climb from every start."""
         kind = "implicit gradient" if self.gradient is Search.implicit_gradient else "gradient"
         cubes = search.cubes
         for _ in range(self.restarts):
             x = cubes.uniform(search.generator)
             for _ in range(self.steps):
-                if not search.affords(kind):
+                if not search.can_afford(kind):
                     break
                 pulled = self.gradient(search, x)
                 x = cubes.project(x + self.step_size * cubes.span * pulled.to_x.sign())
-            if not search.affords("error"):
+            if not search.can_afford("error"):
                 return
             search.errors(x)

@@ -19,7 +19,7 @@ class RandomSearch:
 
     budget: float | int = 800.0
 
-    def run_attack(self, search: Search) -> None:
+    def run(self, search: Search) -> None:
         """Draw until the budget is spent."""
-        while search.affords("error"):
+        while search.can_afford("error"):
             search.errors(search.cubes.uniform(search.generator))

@@ -6,7 +6,6 @@ from dataclasses import dataclass, field
 
 import torch
 
-from inn_guard.audits.audited_model import shares_of
 from inn_guard.audits.dequantization_attack.search import Attack, AttackResult, Search
 from inn_guard.audits.dequantization_attack.spectral_ascent import SpectralAscent
 
@@ -40,18 +39,18 @@ class Restarts:
         """Forward-equivalents per sample of all searches."""
         return self.count * self.strategy.budget
 
-    def run_attack(self, search: Search) -> None:
+    def run(self, search: Search) -> None:
         """Search from every start."""
         seeds = torch.randint(
             2**62, (self.count,), generator=search.generator, device="cpu"
         ).tolist()
 
         def one(seed: int) -> AttackResult:
-            again = search.again(
+            again = search.fork(
                 budget=self.strategy.budget, generator=torch.Generator().manual_seed(seed)
             )
-            self.strategy.run_attack(again)
+            self.strategy.run(again)
             return again.found
 
-        for found in shares_of(search.model).map_items(seeds, one):
-            search.take(found)
+        for found in search.parallel.map_items(seeds, one):
+            search.merge(found)

@@ -14,12 +14,13 @@ import torch
 from torch import Tensor
 
 from inn_guard.audits.audited_model import ModelError
-from inn_guard.audits.dequantization_attack.operation_count import count_operations
 from inn_guard.audits.dequantization_attack.quantization import Cubes
 from inn_guard.audits.fault_tolerant import Guarded
+from inn_guard.audits.operation_count import count_operations
 from inn_guard.core.invertible import Invertible
 from inn_guard.core.layer_jacobian import NotApplicable
 from inn_guard.core.tensors import finite_rows
+from inn_guard.execution.parallel import SERIAL, WorkSharing
 from inn_guard.execution.time_limit import TimedOut, time_limit
 from inn_guard.jacobian.chain import Linearization
 
@@ -40,7 +41,7 @@ class Attack(Protocol):
         """Forward-equivalents per sample that may be spent."""
         ...
 
-    def run_attack(self, search: Search) -> None:
+    def run(self, search: Search) -> None:
         """Ask for errors and gradients until the budget is spent or every sample is broken."""
         ...
 
@@ -69,7 +70,7 @@ class AttackResult:
     spent: float
     curve: tuple[tuple[float, Tensor], ...]
     price: Mapping[str, float]
-    given_up: Counter[str]
+    failures: Counter[str]
 
 
 class Search:
@@ -82,6 +83,7 @@ class Search:
         model: the map.
         cubes: where points must lie; only points of a cube may be asked about.
         generator: of all random numbers, on the CPU.
+        parallel: processes that may share independent searches.
         points: the worst point of every sample, (B, *data).
         error: its error |F^-1(F(x)) - x|, (B,) float64; inf where broken.
         spent: forward-equivalents per sample: operations of all calls over those of one forward pass.
@@ -97,9 +99,15 @@ class Search:
         budget: float | int,
         generator: torch.Generator,
         seconds: float | int,
+        parallel: WorkSharing = SERIAL,
     ) -> None:
-        self.model, self.cubes, self.budget, self.generator = model, cubes, budget, generator
-        self.spent, self.price = 0.0, dict[str, float]()
+        self.model = model
+        self.cubes = cubes
+        self.budget = budget
+        self.generator = generator
+        self.parallel = parallel
+        self.spent = 0.0
+        self.price: dict[str, float] = {}
         self._begun = 0.0
         self.guarded = Guarded(model, cubes.centre, seconds=seconds)
         self.points = cubes.centre.clone()
@@ -109,24 +117,29 @@ class Search:
         with torch.no_grad():
             self.latent, self._unit = count_operations(lambda: model(cubes.centre))
 
-    def again(self, *, budget: float | int, generator: torch.Generator) -> Search:
-        """A search of the same cubes from here on, of which this one sees nothing until it takes what was found."""
-        twin = copy.copy(self)
-        twin.budget, twin.generator, twin.curve, twin._begun = budget, generator, [], self.spent
-        twin.price, twin.guarded = dict(self.price), self.guarded.afresh()
-        twin.points, twin.error = self.points.clone(), self.error.clone()
-        return twin
+    def fork(self, *, budget: float | int, generator: torch.Generator) -> Search:
+        """An independent search of the same cubes from here on; `merge` brings back what it finds."""
+        branch = copy.copy(self)
+        branch.budget = budget
+        branch.generator = generator
+        branch.curve = []
+        branch._begun = self.spent
+        branch.price = dict(self.price)
+        branch.guarded = self.guarded.fresh_copy()
+        branch.points = self.points.clone()
+        branch.error = self.error.clone()
+        return branch
 
     @property
     def found(self) -> AttackResult:
-        """What was found so far, and what it has cost since `again`."""
+        """What was found so far, and what it has cost since `fork`."""
         curve = tuple((spent - self._begun, error) for spent, error in self.curve)
-        given_up = self.guarded.outcome.reasons
+        failures = self.guarded.failures.counts
         return AttackResult(
-            self.points.cpu(), self.error, self.spent - self._begun, curve, self.price, given_up
+            self.points.cpu(), self.error, self.spent - self._begun, curve, self.price, failures
         )
 
-    def take(self, found: AttackResult) -> None:
+    def merge(self, found: AttackResult) -> None:
         """Keep what another search found where it is worse, and count what that has cost."""
         for spent, error in found.curve:
             if bool((error > self.error).any()):
@@ -136,14 +149,14 @@ class Search:
         self.error = torch.maximum(found.error, self.error)
         self.spent += found.spent
         self.price |= found.price
-        self.guarded.outcome.reasons.update(found.given_up)
+        self.guarded.failures.counts.update(found.failures)
 
     @property
     def active(self) -> Tensor:
         """Indices of the samples that are not broken yet."""
         return self.error.isfinite().nonzero()[:, 0].to(self.points.device)
 
-    def affords(self, kind: str) -> bool:
+    def can_afford(self, kind: str) -> bool:
         """Whether a call of that kind ("error", "gradient") fits into the budget, and somebody is left to attack."""
         price = self.price.get(kind, EXPECTED[kind])
         return self.spent + price <= self.budget and bool(self.error.isfinite().any())
@@ -281,19 +294,28 @@ def run_attack(
     *,
     generator: torch.Generator,
     seconds: float | int,
+    parallel: WorkSharing = SERIAL,
 ) -> Search:
     """Search the cubes: first their centres, then as the strategy says.
 
     Args:
-        model: the map, watched.
+        model: the map, as `AuditedModel`.
         cubes: where to search.
         strategy: how.
         generator: of its random numbers, on the CPU.
         seconds: limit of one call of the model.
+        parallel: processes that may share independent searches.
     """
-    search = Search(model, cubes, budget=strategy.budget, generator=generator, seconds=seconds)
+    search = Search(
+        model,
+        cubes,
+        budget=strategy.budget,
+        generator=generator,
+        seconds=seconds,
+        parallel=parallel,
+    )
     search.errors(cubes.centre)
-    strategy.run_attack(search)
+    strategy.run(search)
     return search
 
 

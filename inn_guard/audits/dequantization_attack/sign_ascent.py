@@ -41,18 +41,18 @@ class SignAscent(abc.ABC):
     def uphill(self, search: Search, start: Tensor) -> Uphill:
         """What gives the directions along the way that begins at ``start``."""
 
-    def run_attack(self, search: Search) -> None:
+    def run(self, search: Search) -> None:
         """Climb, then draw."""
         cubes, begin = search.cubes, search.spent
         x = cubes.uniform(search.generator)
         slope = self.uphill(search, x)
         climb = self.share * (self.budget - begin)
-        while search.spent - begin < climb and search.affords(self.measures):
+        while search.spent - begin < climb and search.can_afford(self.measures):
             left = 1 - (search.spent - begin) / climb
             x = cubes.project(
                 x + (self.first_step * left + self.last_step) * cubes.half * slope(x).sign()
             )
-        while search.affords("error"):
+        while search.can_afford("error"):
             search.errors(x)
             x = cubes.near(x, self.radius, search.generator)
 

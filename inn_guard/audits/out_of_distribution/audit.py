@@ -3,174 +3,202 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from inn_guard.audits.audited_model import ModelError, checked_batch, polite, shares_of
+from inn_guard.audits.audited_model import AuditedModel, ModelError
+from inn_guard.audits.batch import checked_batch
+from inn_guard.audits.context import AuditContext
+from inn_guard.audits.cost_model import Cost, Passes, Task
 from inn_guard.audits.fault_tolerant import Guarded, patience
-from inn_guard.audits.out_of_distribution.input_families import PRIORS, PROBES, InputFamily, Reach
-from inn_guard.audits.out_of_distribution.radius_search import Radii, smallest_failing_radius
-from inn_guard.audits.round_trip import Trip, trip_from_data, trip_from_latents
-from inn_guard.audits.thresholds import max_usable_error, typical
-from inn_guard.core.invertible import Invertible
+from inn_guard.audits.level import Level
+from inn_guard.audits.out_of_distribution.input_families import (
+    DATA_FAMILIES,
+    LATENT_FAMILIES,
+    Scope,
+)
+from inn_guard.audits.out_of_distribution.radius_search import (
+    BISECTIONS,
+    LARGEST,
+    SMALLEST,
+    Radii,
+    smallest_failing_radius,
+)
+from inn_guard.audits.round_trip import (
+    GuardedRoundTrip,
+    guarded_from_data,
+    guarded_from_latents,
+)
+from inn_guard.audits.spec import audit_check
 from inn_guard.core.layer_jacobian import NotApplicable
-from inn_guard.core.tensors import finite_rows, standard_normal
-from inn_guard.execution.memory import forward_footprint, linearized_footprint
+from inn_guard.core.tensors import finite_rows, norms, per_sample
+from inn_guard.execution.memory import forward_footprint
 from inn_guard.execution.time_limit import TimedOut, time_limit
 from inn_guard.jacobian.chain import Linearization
 from inn_guard.jacobian.singular_values import ExtremeSingularValues, extreme_singular_values
-from inn_guard.report.result import AuditResult, Verdict
+from inn_guard.report.result import AuditResult
+from inn_guard.report.uses import Finding
+from inn_guard.report.verdict import Verdict
 
 __all__ = ["out_of_distribution"]
 
 BITS = 0.1  #: per dimension that the two log-determinants may leave: what published likelihoods differ by
 DIRECTIONS = 16  #: of the radius search
+SPECTRUM_SAMPLES = 4  #: of each family that are linearized at level full
 SPECTRUM_STEPS = 20
 LN10 = math.log(10)
 NAME = "out_of_distribution"
-ADVICE = "Do not trust scores, samples or memory-saving gradients on such inputs; bound the scales of the layers."
+ADVICE = "Do not use log p(x) or memory-saving gradients on such inputs, or bound the scales of the layers."
 
 
-@polite
+def _cost(task: Task) -> Cost:
+    families = 1 + len(DATA_FAMILIES) + len(LATENT_FAMILIES)
+    searched = 2 * (LARGEST - SMALLEST + 1 + BISECTIONS) * DIRECTIONS
+    round_trip = Passes(forward=1, inverse=1)
+    passes = round_trip * (families * task.chosen + searched + 3 * task.chosen)
+    if task.level is Level.FULL:
+        extremes = Passes(linearize=1, product=4 * task.steps(SPECTRUM_STEPS))
+        passes = passes + extremes * (families * min(task.chosen, SPECTRUM_SAMPLES))
+    return Cost(passes, max(task.chosen, DIRECTIONS), vectors=4)
+
+
+@audit_check(
+    question="Does the inverse work outside of the data?",
+    uses=("other_inputs",),
+    level=Level.STANDARD,
+    cost=_cost,
+)
 def out_of_distribution(
-    model: Invertible,
-    x: Tensor,
-    *,
-    others: Mapping[str, Tensor] | None = None,
-    samples: int = 32,
-    spectrum_samples: int = 4,
-    seed: int = 0,
+    context: AuditContext, *, others: Mapping[str, Tensor] | None = None, samples: int = 32
 ) -> AuditResult:
-    """Round-trip errors in units of each input's scale, non-finite shares, log-determinants and spectra off the data.
+    """Round-trip errors, shares that are not finite, log-determinants and spectra off the data.
 
     Inputs: ``others``; noise, constants, blurred, inverted and shuffled data within the range of x; the same data with
-    more contrast or scale, beyond it; the latents of x and prior latents at temperatures 0.5 to 2. A family fails if
-    some round trip is off by more than ``max_usable_error`` or not finite, or if the forward and the inverse
-    log-determinant leave more than 0.1 bits per dimension: then the change of variables means nothing there. The
-    verdict is that of ``others``, of what lies within the data's range, and of latents no hotter than the prior, if the
-    latents of x follow it; the rest is reported. Whatever the model does on an input - raise, loop, return NaN - is its
-    answer.
+    more contrast or scale, beyond it; the latents of x, and hot draws from the base. A family fails if some round trip
+    is off by more than ``limits.reconstruction`` of the input's root mean square, or not finite, or if the forward and
+    the inverse log-determinant leave more than 0.1 bits per dimension: then the change of variables means nothing
+    there. The verdict is that of ``others``, of what lies within the data's range, and of the latents of x; the rest is
+    reported. Draws from the base itself are the matter of ``sampling``. Whatever the model does on an input (raise,
+    loop, return NaN) is its answer.
 
     The radius search goes from the batch's mean along random directions, in units of the data's distance from it,
     to the first radius where an inverse or a likelihood fails.
 
     Args:
-        model: the map. For one that is injective only, z -> x -> z is measured from the latents of each family.
-        x: data, (B, *data).
+        context: model and data. For a map that is injective only, z -> x -> z is measured from the latents of each
+            family.
         others: further inputs by name, shaped like x, with contexts of their own if the model has any left out.
-        samples: of x and of each of ``others``, the first so many finite ones.
-        spectrum_samples: of each family are linearised for singular values; 0 leaves them out.
-        seed: of everything random.
+        samples: of x and of each of ``others``, how many finite ones, the first ones.
 
     Returns:
-        one row per family in the table ``families``; invertible_radius and likelihood_radius, inf if nothing failed
-        up to the largest tried.
+        one row per family in the table ``families``; at level full with the extreme singular values of 4 samples;
+        invertible_radius and likelihood_radius, inf if nothing failed up to the largest tried.
 
     References:
         Understanding and Mitigating Exploding Inverses in Invertible Neural Networks (Behrmann, Vicol, Wang, Grosse,
         Jacobsen, 2021), section 4.1 and appendix D.
     """
-    shares = shares_of(model)
-    fits = shares.max_batch(
-        lambda within: forward_footprint(model, x, within=within).plus(8 * x[0].numel())
-    )
-    samples, directions = int(min(samples, fits)), int(min(DIRECTIONS, fits))
-    if spectrum_samples:
-        fits = shares.max_batch(
-            lambda within: linearized_footprint(model, x, within=within, vectors=2 * SPECTRUM_STEPS)
-        )
-        spectrum_samples = int(min(spectrum_samples, fits))
-    rows = finite_rows(x).nonzero()[:, 0][:samples]
+    size = 8 * context.x[0].numel()
+    model, x = context.model, context.x
+    fits = context.max_batch(lambda within: forward_footprint(model, x, within=within).plus(size))
+    rows = context.finite_rows()[: int(min(samples, fits))]
     if not len(rows):
-        return AuditResult(
-            NAME, Verdict.NON_FINITE, "no sample of x is finite: there is no data to be outside of"
-        )
-    probing = _Probing(
-        model.select(rows), x[rows], directions, spectrum_samples=spectrum_samples, seed=seed
-    )
-    probing.measure("data", x[rows], Reach(within=True))
+        reason = "no sample of x is finite: there is no data to be outside of"
+        return out_of_distribution.without_answer(Verdict.NON_FINITE, reason)
+    spectrum_samples = 0
+    if context.level is Level.FULL:
+        spectrum_samples = int(min(SPECTRUM_SAMPLES, context.max_linearized(2 * SPECTRUM_STEPS)))
+    measured = _Families(context, rows, int(min(DIRECTIONS, fits)), spectrum_samples)
+    measured.measure("data", x[rows], Scope(in_range=True))
     for name, other in (others or {}).items():
-        probing.measure(
-            name, _checked_other(model, name, other, x)[: len(rows)], Reach(within=True)
-        )
-    probing.families()
-    invertible, likelihood = probing.radii()
-    verdict, reason = _judged(probing, invertible, likelihood)
+        batch = _checked_other(model, name, other, x)[: len(rows)]
+        measured.measure(name, batch, Scope(in_range=True))
+    measured.measure_built_in()
+    invertible, likelihood = measured.radii()
+    finding = _finding(measured, invertible, likelihood)
+    radii = {"invertible_radius": invertible.fails}
+    if likelihood is not None:
+        radii["likelihood_radius"] = likelihood.fails
     return AuditResult(
         NAME,
-        verdict,
-        reason,
-        values=probing.values(invertible, likelihood),
+        finding.verdict,
+        finding.reason,
+        uses={"other_inputs": finding},
+        headline=("failed_families", "invertible_radius"),
+        values=measured.values(invertible, likelihood),
         units={
-            "max_error": "scale of input", "median_error": "scale of input", "log_det_gap": "bits per dimension",
-            "invertible_radius": "radii of the data", "likelihood_radius": "radii of the data",
+            "max_error": "of the input's root mean square",
+            "median_error": "of the input's root mean square",
+            "log_det_gap": "bits per dimension",
+            "invertible_radius": "radii of the data",
+            "likelihood_radius": "radii of the data",
         },
-        per_sample={"invertible_radius": invertible.fails}
-        | ({} if likelihood is None else {"likelihood_radius": likelihood.fails}),
-        tables={"families": tuple(probing.rows)},
+        per_sample=radii,
+        tables={"families": tuple(measured.rows)},
         settings={
             "samples": len(rows),
-            "usable": probing.usable,
+            "of": len(x),
+            "limit": measured.limit,
             "bits_per_dimension": BITS,
-            "left_out": "; ".join(probing.left_out) or "nothing",
-            "directions": directions,
+            "left_out": "; ".join(measured.left_out) or "nothing",
+            "directions": measured.directions,
             "largest_radius": invertible.limit,
-            "seconds_per_call": probing.guarded.seconds,
-            "given_up": str(probing.guarded.outcome) or "none",
-            "seed": seed,
+            "seconds_per_call": measured.guarded.seconds,
+            "failures": str(measured.guarded.failures) or "none",
+            "seed": context.seed,
         },
-        advice=ADVICE if verdict.failed else "",
-        images=probing.images,
-    )  # fmt: skip
+        advice=ADVICE if finding.verdict.failed else "",
+        images=measured.images,
+    )
 
 
-@dataclass
-class _Probing:
+class _Families:
     """Families measured so far, one row each."""
 
-    model: Invertible
-    x: Tensor
-    directions: int
-    spectrum_samples: int
-    seed: int
-    rows: list[Mapping[str, Any]] = field(default_factory=list)
-    left_out: list[str] = field(default_factory=list)
-    images: dict[str, Tensor] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        self.usable = max_usable_error(self.x.dtype)
+    def __init__(
+        self, context: AuditContext, rows: Tensor, directions: int, spectrum_samples: int
+    ) -> None:
+        self.model, self.x = context.at(rows)
+        self.seed = context.seed
+        self.limit = context.limits.round_trip(self.x.dtype)
+        self.allowed_share = context.limits.other_inputs
+        self.of = len(context.x)
+        self.directions = directions
+        self.spectrum_samples = spectrum_samples
+        self.rows: list[Mapping[str, Any]] = []
+        self.left_out: list[str] = []
+        self.images: dict[str, Tensor] = {}
         self.guarded = Guarded(self.model, self.x, seconds=patience(self.model, self.x))
         self.has_log_det = self.model.bijective and self._answers_log_det()
         if not self.has_log_det:
             self.left_out.append("log-determinants: the model has none in both directions")
 
-    def families(self) -> None:
-        """The built-in families that mean something for this data."""
+    def measure_built_in(self) -> None:
+        """The families that mean something for this data."""
         z = self.guarded.forward(self.x)
-        for name, probe in (PROBES | PRIORS).items():
-            start = z if probe.reach.latent else self.x
-            if not probe.fits(self.x):
+        for name, family in {**DATA_FAMILIES, **LATENT_FAMILIES}.items():
+            start = z if family.scope.latent else self.x
+            if not family.fits(self.x):
                 self.left_out.append(
                     f"{name}: x {tuple(self.x.shape)} holds no images of 4 x 4 pixels or more"
                 )
             elif not bool(finite_rows(start).all()):
                 self.left_out.append(f"{name}: the latents of the data are not finite")
             else:
-                made = probe.make(start, torch.Generator().manual_seed(self.seed))
-                self.measure(name, made, self._reach(probe, z))
+                made = family.make(start, torch.Generator().manual_seed(self.seed))
+                self.measure(name, made, family.scope)
 
-    def measure(self, name: str, start: Tensor, reach: Reach) -> None:
+    def measure(self, name: str, start: Tensor, scope: Scope) -> None:
         """One family: round trips, log-determinants, spectrum, and the first image."""
-        trip = self._trip(start, reach)
+        trip = self._round_trip(start, scope)
         finite = trip.error[trip.error.isfinite()]
         row: dict[str, Any] = {
             "family": name,
             "verdict": self._verdict(trip),
-            "decides": "yes" if reach.within else "no",
+            "decides": "yes" if scope.in_range else "no",
             "samples": len(trip.error),
             "median_error": finite.median().item() if len(finite) else math.nan,
             "max_error": trip.error.max().item(),
@@ -180,55 +208,39 @@ class _Probing:
             row["log_det_gap"] = trip.bits.max().item()
             known = trip.log_det[trip.log_det.isfinite()]
             row["log_det"] = known.median().item() if len(known) else math.nan
-        self.rows.append(row | self._spectrum(trip))
-        self._show(name, trip, reach)
-
-    def _reach(self, probe: InputFamily, z: Tensor) -> Reach:
-        """The probe's, but draws from a prior that the latents of the data do not follow decide nothing."""
-        if probe.from_prior and not typical(
-            z, standard_normal(z, torch.Generator().manual_seed(0))
-        ):
-            return Reach(within=False, latent=True)
-        return probe.reach
+        self.rows.append({**row, **self._spectrum(trip)})
+        self._show(name, trip, scope)
 
     def radii(self) -> tuple[Radii, Radii | None]:
         """Where the inverse fails, and where the change of variables does; None if there are no log-determinants."""
         centre = self.x.double().mean(0, keepdim=True)
-        radius = (self.x.double() - centre).flatten(1).norm(dim=1).median().item() or 1.0
+        radius = norms(self.x.double() - centre).median().item() or 1.0
         generator = torch.Generator().manual_seed(self.seed)
-        noise = torch.randn(
-            self.directions,
-            *self.x.shape[1:],
-            generator=generator,
-            device="cpu",
-            dtype=torch.float64,
-        )
-        length = noise.flatten(1).norm(dim=1).reshape(-1, *[1] * (noise.dim() - 1))
-        directions = (radius * noise / length).to(centre)
+        shape = (self.directions, *self.x.shape[1:])
+        noise = torch.randn(shape, generator=generator, device="cpu", dtype=torch.float64)
+        directions = (radius * noise / per_sample(norms(noise), noise)).to(centre)
         contexts = torch.arange(self.directions, device=self.x.device) % len(self.x)
         guarded = self.guarded.select(contexts)
 
-        def trip(radii: Tensor) -> Trip:
-            steps = radii.to(centre).reshape(-1, *[1] * (noise.dim() - 1))
-            start = (centre + steps * directions).to(self.x)
-            return trip_from_data(
+        def go(radii: Tensor) -> GuardedRoundTrip:
+            start = (centre + per_sample(radii.to(centre), noise) * directions).to(self.x)
+            return guarded_from_data(
                 guarded, start, log_det=self.has_log_det, bijective=self.model.bijective
             )
 
         invertible = smallest_failing_radius(
-            lambda radii: trip(radii).error > self.usable, self.directions
+            lambda radii: go(radii).error > self.limit, self.directions
         )
         if not self.has_log_det:
             return invertible, None
-        return invertible, smallest_failing_radius(
-            lambda radii: _bits(trip(radii)) > BITS, self.directions
-        )
+        likelihood = smallest_failing_radius(lambda radii: _bits(go(radii)) > BITS, self.directions)
+        return invertible, likelihood
 
     def values(self, invertible: Radii, likelihood: Radii | None) -> dict[str, float]:
         """The summary figures."""
-        off = [row for row in self.rows if row["family"] != "data" and row["decides"] == "yes"]
+        off = self.deciding()
         values = {
-            "failed_families": float(sum(row["verdict"] != "passes" for row in off)),
+            "failed_families": float(len(_failing(off))),
             "max_error": max((row["max_error"] for row in off), default=math.nan),
             "data_error": self.rows[0]["max_error"],
             "invertible_radius": invertible.smallest,
@@ -238,25 +250,29 @@ class _Probing:
             values["log_det_gap"] = max((row["log_det_gap"] for row in off), default=math.nan)
         return values
 
-    def _trip(self, start: Tensor, reach: Reach) -> Trip:
+    def deciding(self) -> list[Mapping[str, Any]]:
+        """The rows of the families that decide, apart from the data themselves."""
+        return [row for row in self.rows[1:] if row["decides"] == "yes"]
+
+    def _round_trip(self, start: Tensor, scope: Scope) -> GuardedRoundTrip:
         contexts = torch.arange(len(start), device=start.device) % len(self.x)
         guarded = self.guarded.select(contexts)
-        if reach.latent:
-            return trip_from_latents(guarded, start, log_det=self.has_log_det)
-        return trip_from_data(
+        if scope.latent:
+            return guarded_from_latents(guarded, start, log_det=self.has_log_det)
+        return guarded_from_data(
             guarded, start, log_det=self.has_log_det, bijective=self.model.bijective
         )
 
-    def _verdict(self, trip: Trip) -> str:
+    def _verdict(self, trip: GuardedRoundTrip) -> str:
         if bool(trip.error.isinf().any()):
             return "not finite"
-        if bool((trip.error > self.usable).any()):
+        if bool((trip.error > self.limit).any()):
             return "not invertible"
         if trip.bits is not None and bool((trip.bits > BITS).any()):
             return "likelihood meaningless"
         return "passes"
 
-    def _spectrum(self, trip: Trip) -> dict[str, float]:
+    def _spectrum(self, trip: GuardedRoundTrip) -> dict[str, float]:
         if self.spectrum_samples < 1 or not self.model.bijective:
             return {}
         rows = finite_rows(trip.x).nonzero()[: self.spectrum_samples, 0]
@@ -275,8 +291,10 @@ class _Probing:
 
     def _extremes(self, x: Tensor, contexts: Tensor) -> ExtremeSingularValues | None:
         """sigma_max and sigma_min at those of x whose latents are finite; None if there are none."""
+        if not len(x):
+            return None
         with torch.no_grad():
-            kept = finite_rows(self.model.select(contexts)(x)) if len(x) else contexts.bool()
+            kept = finite_rows(self.model.select(contexts)(x))
         if not bool(kept.any()):
             return None
         linearization = Linearization(self.model.select(contexts[kept]), x[kept])
@@ -296,17 +314,11 @@ class _Probing:
             return False
         return True
 
-    def _show(self, name: str, trip: Trip, reach: Reach) -> None:
-        """The worst input of the family beside what came back, if they are images."""
+    def _show(self, name: str, trip: GuardedRoundTrip, scope: Scope) -> None:
+        """The worst input of the family with what came back, if they are images of the data's grey scale."""
         side = trip.start
-        if (
-            side.dim() != 4
-            or side.shape[1] not in (1, 3)
-            or min(side.shape[2:]) < 2
-            or not self.model.bijective
-        ):
-            return
-        if reach.latent or not reach.within:  # one grey scale serves all of them
+        images = side.dim() == 4 and side.shape[1] in (1, 3) and min(side.shape[2:]) >= 2
+        if not images or not self.model.bijective or scope.latent or not scope.in_range:
             return
         worst = int(trip.error.argmax())
         for key, image in (("input", trip.start), ("reconstruction", trip.end)):
@@ -314,11 +326,15 @@ class _Probing:
             self.images[key] = torch.cat([self.images[key], shown]) if key in self.images else shown
 
 
-def _bits(trip: Trip) -> Tensor:
+def _bits(trip: GuardedRoundTrip) -> Tensor:
     return torch.full_like(trip.error, math.inf) if trip.bits is None else trip.bits
 
 
-def _checked_other(model: Invertible, name: str, other: Tensor, x: Tensor) -> Tensor:
+def _failing(rows: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    return [row for row in rows if row["verdict"] != "passes"]
+
+
+def _checked_other(model: AuditedModel, name: str, other: Tensor, x: Tensor) -> Tensor:
     other = checked_batch(model, other)
     if other.shape[1:] != x.shape[1:] or other.dtype != x.dtype:
         got, wanted = (f"{tuple(t.shape[1:])} {t.dtype}" for t in (other, x))
@@ -326,34 +342,40 @@ def _checked_other(model: Invertible, name: str, other: Tensor, x: Tensor) -> Te
     return other
 
 
-def _judged(probing: _Probing, invertible: Radii, likelihood: Radii | None) -> tuple[Verdict, str]:
-    own, *off = probing.rows
-    failed = [row for row in off if row["verdict"] != "passes"]
-    deciding = [row for row in failed if row["decides"] == "yes"]
+def _finding(measured: _Families, invertible: Radii, likelihood: Radii | None) -> Finding:
+    own = measured.rows[0]
+    deciding = measured.deciding()
+    failing = _failing(deciding)
+    share = len(failing) / max(len(deciding), 1)
     where = _radius_sentence(invertible, likelihood)
+    beyond = [row["family"] for row in _failing(measured.rows[1:]) if row["decides"] == "no"]
+    also = f"; beyond the data's range these fail: {'; '.join(beyond)}" if beyond else ""
     if own["verdict"] != "passes":
-        gave_nan = own["non_finite"] and not str(probing.guarded.outcome)
+        gave_nan = own["non_finite"] and not str(measured.guarded.failures)
         verdict = Verdict.NON_FINITE if gave_nan else Verdict.UNSTABLE
-        return verdict, f"the data themselves fail already ({own['verdict']}); {where}"
-    beyond = [row["family"] for row in failed if row["decides"] == "no"]
-    also = f"; beyond the data's range fail {', '.join(beyond)}" if beyond else ""
-    if not deciding:
-        return (
-            Verdict.STABLE,
-            f"the data and all {len(off) - len(failed)} other families pass{also}; {where}",
-        )
-    names = ", ".join(f"{row['family']} ({row['verdict']})" for row in deciding)
-    verdict = Verdict.NON_FINITE if any(row["non_finite"] for row in deciding) else Verdict.UNSTABLE
-    return verdict, f"the data pass, but these fail: {names}{also}; {where}"
+        reason = f"the data themselves fail already ({own['verdict']}); {where}"
+        share = 1.0
+    elif share <= measured.allowed_share:
+        verdict = Verdict.STABLE
+        reason = f"all {len(deciding)} families of other inputs pass{also}; {where}"
+        if failing:
+            reason = f"{len(failing)} of {len(deciding)} families fail{also}; {where}"
+    else:
+        gave_nan = any(row["non_finite"] for row in failing)
+        verdict = Verdict.NON_FINITE if gave_nan else Verdict.UNSTABLE
+        names = "; ".join(f"{row['family']} ({row['verdict']})" for row in failing)
+        reason = f"{len(failing)} of {len(deciding)} families fail: {names}{also}; {where}"
+    unit = "of the families fail"
+    samples = own["samples"]
+    return Finding(verdict, share, measured.allowed_share, unit, reason, samples, measured.of)
 
 
 def _radius_sentence(invertible: Radii, likelihood: Radii | None) -> str:
-    def phrase(radii: Radii) -> str:
-        return (
-            f"up to {radii.limit:g}, all that was tried,"
-            if math.isinf(radii.smallest)
-            else f"to {radii.smallest:.3g}"
-        )
+    text = f"along random directions {_phrase('the inverse', invertible)}"
+    return text if likelihood is None else f"{text}, {_phrase('log p(x)', likelihood)}"
 
-    text = f"along random directions it is invertible {phrase(invertible)} radii of the data"
-    return text if likelihood is None else f"{text}, and its likelihood holds {phrase(likelihood)}"
+
+def _phrase(what: str, radii: Radii) -> str:
+    if math.isinf(radii.smallest):
+        return f"{what} holds to {radii.limit:g} data radii, the largest tried"
+    return f"{what} holds to {radii.smallest:.3g} data radii"

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-__all__ = ["PRIORS", "PROBES", "InputFamily", "Reach"]
+__all__ = ["DATA_FAMILIES", "LATENT_FAMILIES", "InputFamily", "Scope"]
 
 Make = Callable[[Tensor, torch.Generator], Tensor]
 
@@ -18,10 +18,10 @@ BLUR = 1.5  #: pixels, standard deviation
 
 
 @dataclass(frozen=True)
-class Reach:
-    """Where a family lies: whether inside the range of the data, and whether it is made of latents."""
+class Scope:
+    """Where a family lies: whether within the range of the data, so that it decides; whether it is made of latents."""
 
-    within: bool
+    in_range: bool
     latent: bool = False
 
 
@@ -31,15 +31,13 @@ class InputFamily:
 
     Attributes:
         make: (finite data x or latents z (B, *), generator) -> inputs of that shape.
-        reach: where they lie. Only families within reach of the data, or of the prior, decide a verdict.
+        scope: where they lie. Only families within the data's range decide a verdict.
         images: whether it needs images (B, C, H, W) of at least 4 x 4 pixels.
-        from_prior: whether it draws latents from the prior.
     """
 
     make: Make
-    reach: Reach = Reach(within=True)
+    scope: Scope = Scope(in_range=True)
     images: bool = False
-    from_prior: bool = False
 
     def fits(self, x: Tensor) -> bool:
         """Whether it means something for this data."""
@@ -123,7 +121,7 @@ def scale(factor: float) -> Make:
     return lambda x, generator: factor * x
 
 
-def prior(temperature: float) -> Make:
+def normal(temperature: float) -> Make:
     """z ~ N(0, temperature^2 I)."""
     return lambda z, generator: temperature * _normal(z, generator)
 
@@ -133,10 +131,10 @@ def encoded(z: Tensor, generator: torch.Generator) -> Tensor:
     return z
 
 
-_BEYOND = Reach(within=False)
+_BEYOND = Scope(in_range=False)
 
 #: made from data
-PROBES: dict[str, InputFamily] = {
+DATA_FAMILIES: dict[str, InputFamily] = {
     "gaussian noise": InputFamily(gaussian),
     "uniform noise": InputFamily(uniform),
     "rademacher noise": InputFamily(rademacher),
@@ -150,13 +148,9 @@ PROBES: dict[str, InputFamily] = {
     "scale x 100": InputFamily(scale(100.0), _BEYOND),
 }
 
-#: made from latents; hotter than the prior is beyond it
-PRIORS: dict[str, InputFamily] = {
-    "encoded latents": InputFamily(encoded, Reach(within=True, latent=True)),
-    **{
-        f"prior latents, temperature {t:g}": InputFamily(
-            prior(t), Reach(within=t <= 1, latent=True), from_prior=True
-        )
-        for t in (0.5, 0.7, 1.0, 1.5, 2.0)
-    },
+#: made from latents; hotter than N(0, I) is beyond it
+LATENT_FAMILIES: dict[str, InputFamily] = {
+    "encoded latents": InputFamily(encoded, Scope(in_range=True, latent=True)),
+    "N(0, I), temperature 1.5": InputFamily(normal(1.5), Scope(in_range=False, latent=True)),
+    "N(0, I), temperature 2": InputFamily(normal(2.0), Scope(in_range=False, latent=True)),
 }

@@ -10,44 +10,64 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from inn_guard.audits.audited_model import ModelError, polite, shares_of
+from inn_guard.audits.audited_model import ModelError
+from inn_guard.audits.context import AuditContext
+from inn_guard.audits.cost_model import Cost, Passes, Task
 from inn_guard.audits.fault_tolerant import patience
-from inn_guard.audits.precision.arithmetic import NumberFormat, arithmetics, autocast, tf32
+from inn_guard.audits.level import Level
+from inn_guard.audits.precision.by_use import figures_by_use, lowest_by_use
 from inn_guard.audits.precision.forecast import (
     NUMERIC,
     DtypeCopies,
     RoundingForecaster,
     batch_length,
 )
-from inn_guard.audits.thresholds import max_usable_error
-from inn_guard.core.invertible import Invertible, NotApplicable
-from inn_guard.core.tensors import finite_rows
+from inn_guard.audits.precision.number_format import (
+    NumberFormat,
+    autocast,
+    number_formats,
+    tf32,
+)
+from inn_guard.audits.spec import audit_check
+from inn_guard.core.invertible import Invertible
+from inn_guard.core.missing import NotApplicable
 from inn_guard.execution.memory import forward_footprint
 from inn_guard.execution.time_limit import TimedOut, time_limit
-from inn_guard.report.result import AuditResult, Verdict, to_full_batch
+from inn_guard.report.result import AuditResult, to_full_batch
+from inn_guard.report.verdict import Verdict
 
-__all__ = ["NumberFormat", "arithmetics", "precision"]
+__all__ = ["precision"]
 
 MARGIN = 5.0  #: a forecast this far below usable is decided; most samples lie within a factor of 3 of their forecast
 BROKEN = 1.0  #: a forecast error of the size of x itself: first order says nothing more, and nothing is left of x
 DRAWS = 128  #: realisations of the rounding errors, over all samples together, that are enough
+FORMATS = 5  #: on a CPU
 SWEEPS = (
     2  #: at most, however few the samples: each costs about as much as three passes of the inverse
 )
 QUANTILE = 0.95  #: of the samples; the few beyond it do not decide
 
 
-@polite
+def _cost(task: Task) -> Cost:
+    forecast = Passes(forward=1, inverse=2 * SWEEPS)
+    round_trips = Passes(forward=3, inverse=2) * FORMATS
+    passes = (round_trips + forecast) * task.samples
+    return Cost(passes, task.samples, vectors=2 * (task.layers + 4))
+
+
+@audit_check(
+    question="In which precision does the model still work?",
+    level=Level.STANDARD,
+    cost=_cost,
+)
 def precision(
-    model: Invertible,
-    x: Tensor,
+    context: AuditContext,
     *,
     candidates: Sequence[NumberFormat] | None = None,
     usable: float | None = None,
     probes: int | None = None,
-    seed: int = 0,
 ) -> AuditResult:
-    """Relative error |F^-1(F(x)) - x| / |x| of the round trip in each arithmetic, forecast and measured.
+    """Relative error |F^-1(F(x)) - x| / |x| of the round trip in each number format, forecast and measured.
 
     |x| is the sample's own length, at least the median one of the batch: a sample that is nearly zero is held to the
     size of its neighbours (`data_scale`).
@@ -66,17 +86,19 @@ def precision(
     The round trip of a map that is injective only is a projection: it starts from F^-1(F(x)), which lies on the
     manifold, and there is no forecast. Samples with NaN or Inf are left out.
 
+    In each format the figures of the uses are measured, too: the error of log p(x) against the float64 copy, of round
+    trips by feature, and the lost of 256 draws from the base. ``settings["lowest"]`` names the coarsest format that
+    passes each use.
+
     Args:
-        model: the map.
-        x: data, (B, *data).
-        candidates: what to try, at least one; ``arithmetics(x.device)`` unless given.
-        usable: error in units of |x| up to which an inverse is usable; ``max_usable_error`` of the coarsest dtype in the
-            arithmetic unless given, which is one per cent, and 6 per cent for bfloat16.
-        probes: sweeps of the forecast; 1 for 128 samples or more, 2 for fewer, unless given.
-        seed: of the forecast's random errors.
+        context: model and data.
+        candidates: what to try, at least one. Default: ``number_formats(x.device)``.
+        usable: error in units of |x| up to which an inverse is usable. Default: ``limits.reconstruction``, at least
+            what the coarsest dtype of the format can hold, which is 6 per cent for bfloat16.
+        probes: sweeps of the forecast. Default: 1 for 128 samples or more, 2 for fewer.
 
     Returns:
-        AuditResult with the table ``arithmetic``, one row each, and per_sample errors of the arithmetic judged: the
+        AuditResult with the table ``number format``, one row each, and per_sample errors of the format judged: the
         model's own dtype, or the first candidate if it is not among them.
 
     Raises:
@@ -85,70 +107,68 @@ def precision(
     References:
         see ``inn_guard.rounding_forecast``.
     """
-    candidates = arithmetics(x.device) if candidates is None else candidates
+    x = context.x
+    candidates = number_formats(x.device) if candidates is None else candidates
     _check(candidates, usable, probes)
-    rows = finite_rows(x).nonzero()[:, 0][: _fitting(model, x)]
+    rows = context.finite_rows()[: _fitting(context)]
     if not len(rows):
         reason = "every sample of x contains NaN or Inf already: there is no round trip to measure"
         return AuditResult(
             "precision", Verdict.NON_FINITE, reason, advice="Clean the data, then audit again."
         )
-    chosen, start = model.select(rows), x[rows]
-    if not model.bijective:
+    chosen, start = context.at(rows)
+    if not chosen.bijective:
         start = _projected(chosen, start)
     probes = min(SWEEPS, math.ceil(DRAWS / len(rows))) if probes is None else probes
     copies = DtypeCopies(chosen, start.dtype)
-    forecaster = RoundingForecaster(copies, start, probes=probes, seed=seed)
-    limits = [
-        max_usable_error(arithmetic.coarsest) if usable is None else usable
-        for arithmetic in candidates
-    ]
+    forecaster = RoundingForecaster(copies, start, probes=probes, seed=context.seed)
+    limits = [usable or context.limits.round_trip(one.coarsest) for one in candidates]
     seconds = patience(chosen, start)
-    measured = [_relative(copies, start, arithmetic, seconds=seconds) for arithmetic in candidates]
-    table = [_row(*triple, forecaster) for triple in zip(candidates, measured, limits, strict=True)]
-    mine = next((k for k, arithmetic in enumerate(candidates) if _is_own(arithmetic, x.dtype)), 0)
+    measured = [_relative(copies, start, one, seconds=seconds) for one in candidates]
+    table = []
+    for one, error, limit in zip(candidates, measured, limits, strict=True):
+        row = _row(one, error, limit, forecaster)
+        table.append({**row, **figures_by_use(context, copies.of, rows, one, seconds)})
+    mine = next((k for k, one in enumerate(candidates) if _is_own(one, x.dtype)), 0)
     verdict, reason = _verdict(table[mine], own=_is_own(candidates[mine], x.dtype))
-    works = [row["arithmetic"] for row in table if row["measured verdict"] == "works"]
+    works = [row["number format"] for row in table if row["measured verdict"] == "works"]
     return AuditResult(
         name="precision",
         verdict=verdict,
         reason=f"{reason} Works in: {', '.join(works) or 'none of those tried'}.",
-        values=(values := _values(table)),
-        units=dict.fromkeys(values, "|x|"),
+        headline=(f"{table[mine]['number format']}_error",),
+        values=_values(table),
+        units=dict.fromkeys(_values(table), "|x|"),
         **to_full_batch({"error": _with_losses(measured[mine], limits[mine])}, rows, len(x)),
-        tables={"arithmetic": tuple(table)},
+        tables={"number format": tuple(table)},
         settings={
             "usable": limits[mine],
             "margin": MARGIN,
             "quantile": QUANTILE,
             "probes": probes,
-            "seed": seed,
+            "lowest": lowest_by_use(context, table),
+            "seed": context.seed,
             "samples": len(rows),
             "of": len(x),
             "device": str(x.device),
-            "start": "x" if model.bijective else "F^-1(F(x))",
+            "start": "x" if context.model.bijective else "F^-1(F(x))",
         },
-        advice="" if verdict is Verdict.STABLE else _advice(works, table[mine]["arithmetic"]),
+        advice="" if verdict is Verdict.STABLE else _advice(works, table[mine]["number format"]),
     )
 
 
-def _fitting(model: Invertible, x: Tensor) -> int:
+def _fitting(context: AuditContext) -> int:
     """How many samples memory allows: all states of all of them are held in float64."""
+    model, x = context.model, context.x
     states = 8 * (len(model.layers()) + 4) * x[0].numel()
-    return int(
-        min(
-            len(x),
-            shares_of(model).max_batch(
-                lambda within: forward_footprint(model, x, within=within).plus(states)
-            ),
-        )
-    )
+    fits = context.max_batch(lambda within: forward_footprint(model, x, within=within).plus(states))
+    return int(min(len(x), fits))
 
 
 def _check(candidates: Sequence[NumberFormat], usable: float | None, probes: int | None) -> None:
     if not candidates:
         raise ValueError(
-            "expected at least one arithmetic to try, got none: leave candidates out to try the usual ones"
+            "expected at least one number format to try, got none: leave candidates out to try the usual ones"
         )
     if usable is not None and not usable > 0:
         raise ValueError(f"expected a positive usable error, in units of |x|; got {usable}")
@@ -158,16 +178,18 @@ def _check(candidates: Sequence[NumberFormat], usable: float | None, probes: int
         )
 
 
-def _is_own(arithmetic: NumberFormat, dtype: torch.dtype) -> bool:
-    return arithmetic.storage == dtype and arithmetic.autocast is None and not arithmetic.tf32
+def _is_own(number_format: NumberFormat, dtype: torch.dtype) -> bool:
+    return (
+        number_format.storage == dtype and number_format.autocast is None and not number_format.tf32
+    )
 
 
 def _projected(model: Invertible, x: Tensor) -> Tensor:
     """F^-1(F(x)), computed in float64 where the model can."""
     with torch.no_grad():
         try:
-            twin = model.to_dtype(torch.float64)
-            return twin.inverse(twin(x.double())).to(x.dtype)
+            copy = model.to_dtype(torch.float64)
+            return copy.inverse(copy(x.double())).to(x.dtype)
         except (NotApplicable, ModelError):
             return model.inverse(model(x))
 
@@ -182,9 +204,12 @@ class _Measured:
 
 
 def _row(
-    arithmetic: NumberFormat, measurement: _Measured, usable: float, forecaster: RoundingForecaster
+    number_format: NumberFormat,
+    measurement: _Measured,
+    usable: float,
+    forecaster: RoundingForecaster,
 ) -> dict[str, Any]:
-    forecast = forecaster.relative(arithmetic)
+    forecast = forecaster.relative(number_format)
     measured = _with_losses(measurement, usable)
     finite = measured[measured.isfinite()]
     outside = int((measurement.lost > usable).sum())
@@ -193,8 +218,8 @@ def _row(
     )
     refused = measurement.problem.startswith("refused")
     return {
-        "arithmetic": arithmetic.name,
-        "unit roundoff": arithmetic.roundoff,
+        "number format": number_format.name,
+        "unit roundoff": number_format.roundoff,
         "usable": usable,
         "forecast": None if forecast is None else _quantile(forecast[1]),
         "forecast verdict": "none" if forecast is None else _forecast_verdict(*forecast, usable),
@@ -208,8 +233,8 @@ def _row(
 
 def _values(table: Sequence[Mapping[str, Any]]) -> dict[str, float]:
     """Errors measured, then forecast; what was not to be had has no entry."""
-    named = {f"{row['arithmetic']}_error": row["measured"] for row in table}
-    named |= {f"{row['arithmetic']}_forecast": row["forecast"] for row in table}
+    named = {f"{row['number format']}_error": row["measured"] for row in table}
+    named |= {f"{row['number format']}_forecast": row["forecast"] for row in table}
     return {name: value for name, value in named.items() if value is not None}
 
 
@@ -220,24 +245,24 @@ def _with_losses(measurement: _Measured, usable: float) -> Tensor:
 
 
 def _relative(
-    copies: DtypeCopies, x: Tensor, arithmetic: NumberFormat, *, seconds: float
+    copies: DtypeCopies, x: Tensor, number_format: NumberFormat, *, seconds: float
 ) -> _Measured:
     """Measured |F^-1(F(x)) - x| / |x| per sample, and what came instead, '' if the model ran.
 
     It may have refused (no such operation in this dtype: nan), raised (its own check of its numbers failed: inf) or not
     returned (a solver that cannot reach its tolerance in this dtype: inf).
     """
-    cast = x.to(arithmetic.storage)
+    cast = x.to(number_format.storage)
     lost = _ratio(cast.double() - x.double(), x).cpu()
     try:
         with (
             torch.no_grad(),
-            tf32(arithmetic),
-            autocast(x.device.type, arithmetic),
+            tf32(number_format),
+            autocast(x.device.type, number_format),
             time_limit(seconds),
         ):
-            twin = copies.of(arithmetic.storage)
-            rebuilt = twin.inverse(twin(cast.clone()))
+            copy = copies.of(number_format.storage)
+            rebuilt = copy.inverse(copy(cast.clone()))
     except TimedOut as hang:
         return _Measured(_failed(x, math.inf), lost, f"did not return: {hang}")
     except (NotApplicable, ModelError) as error:
@@ -280,7 +305,7 @@ def _measured_verdict(measured: Tensor, usable: float) -> str:
 
 
 def _verdict(row: dict[str, Any], *, own: bool) -> tuple[Verdict, str]:
-    where = f"In {row['arithmetic']}," + (" the dtype of the data," if own else "")
+    where = f"In {row['number format']}," + (" the dtype of the data," if own else "")
     if row["measured verdict"] == "refused":
         return Verdict.UNSTABLE, f"{where} the model refuses to run ({row['remark']})."
     if row["non-finite samples"]:

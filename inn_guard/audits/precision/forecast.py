@@ -1,4 +1,4 @@
-"""The forecast of the round trip's error in every arithmetic, from one float64 copy or one linearisation."""
+"""The forecast of the round trip's error in every number format, from one float64 copy or one linearisation."""
 
 from __future__ import annotations
 
@@ -8,9 +8,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from inn_guard.audits.precision.arithmetic import NumberFormat, autocast
+from inn_guard.audits.precision.number_format import NumberFormat, autocast
 from inn_guard.audits.thresholds import data_scale
-from inn_guard.core.invertible import Invertible, NotApplicable
+from inn_guard.core.invertible import Invertible
+from inn_guard.core.missing import NotApplicable
 from inn_guard.jacobian.chain import Linearization
 from inn_guard.jacobian.inverse_differences import InverseDifferences
 from inn_guard.jacobian.rounding_error import (
@@ -51,7 +52,7 @@ class DtypeCopies:
 
 
 class RoundingForecaster:
-    """The forecast of each arithmetic, from one forward pass and its differences in float64, or its linearisation."""
+    """The forecast of each number format, from one forward pass and its differences in float64, or its linearisation."""
 
     def __init__(self, copies: DtypeCopies, x: Tensor, *, probes: int, seed: int) -> None:
         self._copies, self._x, self._probes, self._seed = copies, x, probes, seed
@@ -79,7 +80,7 @@ class RoundingForecaster:
         dtype = torch.float32 if self._x.dtype in HALF else self._x.dtype
         return Linearization(self._copies.of(dtype), self._x.to(dtype))
 
-    def relative(self, arithmetic: NumberFormat) -> tuple[Tensor, Tensor] | None:
+    def relative(self, number_format: NumberFormat) -> tuple[Tensor, Tensor] | None:
         """Forecast error in units of |x|, least and most, (B,) each, inf where a state overflows; None without one.
 
         Where a state is so small that the dtype resolves it worse than its roundoff says, or the forecast itself is
@@ -88,17 +89,17 @@ class RoundingForecaster:
         if self._linearized is None or self._plain is None:
             return None
         least = most = self._plain
-        if arithmetic.autocast is not None:
+        if number_format.autocast is not None:
             try:
                 least = self._forecast(
-                    _layer_roundoff(self._copies, self._linearized.states, arithmetic)
+                    _layer_roundoff(self._copies, self._linearized.states, number_format)
                 )
             except (NotApplicable, RuntimeError):
                 return None
-        held = torch.finfo(arithmetic.coarsest)
+        held = torch.finfo(number_format.coarsest)
         overflow = ~(most.largest_state <= held.max)
         logs = [
-            forecast.log_error + math.log(arithmetic.roundoff) - self._log_scale
+            forecast.log_error + math.log(number_format.roundoff) - self._log_scale
             for forecast in (least, most)
         ]
         coarse = most.smallest_scale < held.tiny
@@ -123,15 +124,15 @@ class RoundingForecaster:
 
 
 def _layer_roundoff(
-    copies: DtypeCopies, states: Sequence[Tensor], arithmetic: NumberFormat
+    copies: DtypeCopies, states: Sequence[Tensor], number_format: NumberFormat
 ) -> list[float]:
     """Unit roundoff of each layer's output under autocast, relative to the autocast dtype's."""
     relative = []
-    model = copies.of(arithmetic.storage)
+    model = copies.of(number_format.storage)
     for layer, state in zip(model.layers() or (model,), states, strict=False):
-        with torch.no_grad(), autocast(state.device.type, arithmetic):
-            output = layer(state.to(arithmetic.storage))
-        relative.append(unit_roundoff(output.dtype) / arithmetic.roundoff)
+        with torch.no_grad(), autocast(state.device.type, number_format):
+            output = layer(state.to(number_format.storage))
+        relative.append(unit_roundoff(output.dtype) / number_format.roundoff)
     return relative
 
 

@@ -11,7 +11,7 @@ import torch
 
 from inn_guard.jacobian.rounding_error import unit_roundoff
 
-__all__ = ["NumberFormat", "arithmetics", "autocast", "tf32"]
+__all__ = ["NumberFormat", "number_formats", "autocast", "tf32"]
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class NumberFormat:
         return self.autocast or self.storage
 
 
-def arithmetics(device: torch.device) -> tuple[NumberFormat, ...]:
+def number_formats(device: torch.device) -> tuple[NumberFormat, ...]:
     """What is tried on this device: float64, float32, bfloat16, float16, autocast, and TF32 on a GPU."""
     plain = tuple(
         NumberFormat(str(dtype).removeprefix("torch."), dtype)
@@ -46,19 +46,19 @@ def arithmetics(device: torch.device) -> tuple[NumberFormat, ...]:
 
 
 @contextmanager
-def tf32(arithmetic: NumberFormat) -> Iterator[None]:
-    """TF32 products on CUDA inside the block if the arithmetic wants them, none if not; the old setting afterwards."""
+def tf32(number_format: NumberFormat) -> Iterator[None]:
+    """TF32 products on CUDA inside the block if the format wants them, none if not; the old setting afterwards."""
     before = (torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32)
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = arithmetic.tf32
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = number_format.tf32
     try:
         yield
     finally:
         torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = before
 
 
-def autocast(device: str, arithmetic: NumberFormat) -> Any:
-    """Autocast inside the block if the arithmetic wants it."""
+def autocast(device: str, number_format: NumberFormat) -> Any:
+    """Autocast inside the block if the format wants it."""
     # no cache: weights cast without a graph, kept in it, would lose their gradients in a training step around this
-    if arithmetic.autocast is None:
+    if number_format.autocast is None:
         return nullcontext()
-    return torch.autocast(device, dtype=arithmetic.autocast, cache_enabled=False)
+    return torch.autocast(device, dtype=number_format.autocast, cache_enabled=False)

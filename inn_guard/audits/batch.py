@@ -1,0 +1,165 @@
+"""The batch that an audit measures: what may be handed in, and how it is checked."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+
+from inn_guard.core.context import Context, map_tensors
+from inn_guard.core.invertible import Invertible
+
+__all__ = ["as_batch", "check_context", "checked_batch"]
+
+MAX_SAMPLES = 256  #: taken from a DataLoader or a Dataset; a batch is used whole
+
+
+def as_batch(model: Invertible, x: Any) -> Any:
+    """One batch of data, from whatever holds it.
+
+    Args:
+        model: whose data it is.
+        x: a batch (B, *data); a tuple of tensors for a model with several inputs; a DataLoader or a Dataset, of which
+            the first 256 samples are used.
+
+    Raises:
+        TypeError: if x is a tuple and the model takes one tensor, or items of x are no tensors.
+        ValueError: if a DataLoader or Dataset is empty.
+    """
+    if isinstance(x, DataLoader):
+        return _from_batches(model, x)
+    if isinstance(x, Dataset):
+        return _from_batches(model, DataLoader(x, batch_size=MAX_SAMPLES))
+    if isinstance(x, (tuple, list)):
+        return _packed(model, x)
+    return x
+
+
+def _packed(model: Invertible, x: tuple | list) -> Tensor:
+    pack: Callable[..., Tensor] | None = getattr(model, "pack", None)
+    if pack is None:
+        raise TypeError(
+            f"expected one tensor (B, *data) for {model.name}, got a {type(x).__name__} of {len(x)}"
+        )
+    tensors = all(isinstance(part, Tensor) for part in x)
+    if not tensors or len({len(part) for part in x if part.dim()}) > 1:
+        got = ", ".join(_shape_or_type(part) for part in x)
+        raise TypeError(
+            f"expected tensors with a row for every sample, got a {type(x).__name__} of {got}"
+        )
+    return pack(*x)
+
+
+def _shape_or_type(part: Any) -> str:
+    return str(tuple(part.shape)) if isinstance(part, Tensor) else type(part).__name__
+
+
+def _from_batches(model: Invertible, loader: Iterable[Any]) -> Tensor:
+    batches: list[Tensor] = []
+    for item in loader:
+        batch = item[0] if isinstance(item, (tuple, list)) and item else item
+        if not isinstance(batch, Tensor):
+            raise TypeError(
+                "expected batches of tensors (B, *data), or tuples that begin with one; got a "
+                f"{type(batch).__name__}: pass a tensor of your own choice out of it instead"
+            )
+        batches.append(batch)
+        if sum(map(len, batches)) >= MAX_SAMPLES:
+            break
+    if not batches:
+        raise ValueError("expected at least one batch of data, got none")
+    x = torch.cat(batches)[:MAX_SAMPLES]
+    parameter = next(model.parameters(), None)
+    return x if parameter is None else x.to(parameter.device)
+
+
+def check_context(context: Context, x: Tensor) -> None:
+    """See to it that the context has one row for each sample.
+
+    Raises:
+        ValueError: if a tensor in it has another number of rows.
+    """
+
+    def check(tensor: Tensor) -> Tensor:
+        if tensor.dim() == 0 or len(tensor) != len(x):
+            raise ValueError(
+                f"expected a context with {len(x)} rows, one for each sample; got shape "
+                f"{tuple(tensor.shape)}"
+            )
+        return tensor
+
+    map_tensors(context, check)
+
+
+def checked_batch(model: nn.Module, x: Any) -> Tensor:
+    """``x`` if it can be a batch for ``model``.
+
+    Raises:
+        TypeError: if x is not a real floating-point tensor.
+        ValueError: if x has no samples, no data dimension, or another dtype or device than the model.
+    """
+    weights = [p for p in model.parameters() if p.is_floating_point()]
+    dtypes = {p.dtype for p in weights}
+    devices = {p.device for p in weights}
+    usual = next(iter(dtypes), torch.get_default_dtype())
+    if not isinstance(x, Tensor):
+        raise TypeError(f"expected x as a tensor (B, *data), got {_named(x)}{_advice(x, usual)}")
+    if not x.is_floating_point():
+        raise TypeError(f"expected a real floating-point x, got {x.dtype}: pass x.to({usual})")
+    if x.is_nested or x.layout is not torch.strided:
+        raise TypeError(
+            "expected a dense x (B, *data), got a sparse or nested one: pass x.to_dense()"
+        )
+    if torch.finfo(x.dtype).bits < 16:
+        raise TypeError(f"expected x of at least 16 bits, got {x.dtype}: pass x.to({usual})")
+    if x.dim() < 2:
+        raise ValueError(
+            f"expected x of shape (B, *data), got {tuple(x.shape)}: pass x.reshape(B, -1)"
+        )
+    if x.numel() == 0:
+        raise ValueError(
+            f"expected at least one sample with at least one value, got x of shape {tuple(x.shape)}"
+        )
+    _check_values(model, x)
+    if weights and x.dtype not in dtypes:
+        wanted = ", ".join(sorted(map(str, dtypes)))
+        wanted = wanted if len(dtypes) == 1 else f"one of {wanted}"
+        raise ValueError(
+            f"expected x in the dtype of the model's parameters, {wanted}; got {x.dtype}: pass x.to({usual})"
+        )
+    if weights and x.device not in devices:
+        where = next(iter(devices))
+        raise ValueError(
+            f"expected x on the model's device, {where}; got {x.device}: pass x.to('{where}')"
+        )
+    return x
+
+
+def _named(x: Any) -> str:
+    return "None" if x is None else f"a {type(x).__name__}"
+
+
+def _advice(x: Any, dtype: torch.dtype) -> str:
+    """How to make a batch of what was passed, if that is known."""
+    if isinstance(x, nn.Module):
+        return ": the model comes first, then the data"
+    if hasattr(x, "to_numpy"):
+        return f": pass torch.as_tensor(x.to_numpy(), dtype={dtype})"
+    if hasattr(x, "__array__"):
+        return f": pass torch.as_tensor(x, dtype={dtype})"
+    return ": pass a batch of data, for example next(iter(loader))"
+
+
+def _check_values(model: nn.Module, x: Tensor) -> None:
+    if any(tensor.is_meta for tensor in (*model.parameters(), *model.buffers())):
+        raise ValueError(
+            "expected a model with values; some of its parameters are on the meta device, which has "
+            "none: call model.to_empty(device=...) and load its weights"
+        )
+    if x.is_meta:
+        raise ValueError(
+            "expected x with values; got one on the meta device, which has none: load data and weights"
+        )

@@ -1,0 +1,164 @@
+"""AuditContext: everything that a check may use, with the results that several checks share."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from inn_guard.audits.audited_model import AuditedModel, ModelError
+from inn_guard.audits.level import Level
+from inn_guard.core.base import BaseDistribution
+from inn_guard.core.invertible import Invertible
+from inn_guard.core.missing import NotApplicable
+from inn_guard.core.tensors import finite_rows
+from inn_guard.execution.memory import Footprint, forward_footprint, linearized_footprint
+from inn_guard.execution.parallel import SERIAL, WorkSharing
+from inn_guard.execution.state import preserve_state
+from inn_guard.jacobian.chain import Linearization
+from inn_guard.report.limits import Limits
+
+__all__ = ["AuditContext", "audited_model", "same_up_to_rounding"]
+
+COMPARED = 4  #: samples at which layers are compared with their model
+
+
+@dataclass(frozen=True)
+class AuditContext:
+    """What a check measures, and with what.
+
+    Attributes:
+        model: the map under audit; its inputs are cloned and its exceptions named.
+        x: data, (B, *data), checked; NaN and Inf in it are allowed.
+        limits: up to which figure the model is fit for a use.
+        base: where latents are drawn from; ``declared`` tells whether the model or the caller named it.
+        loss: z -> scalar, for the check that needs one; None: its default.
+        seed: of everything random.
+        parallel: with which processes samples are shared, and within how much memory.
+        level: how much is measured.
+        shared: results that several checks use, by name; filled by the methods below.
+    """
+
+    model: AuditedModel
+    x: Tensor
+    base: BaseDistribution
+    limits: Limits = field(default_factory=Limits)
+    loss: Callable[..., Tensor] | None = None
+    seed: int = 0
+    parallel: WorkSharing = SERIAL
+    level: Level = Level.STANDARD
+    shared: dict[Any, Any] = field(default_factory=dict)
+
+    def within(self, parallel: WorkSharing) -> AuditContext:
+        """The same audit with its work shared by other processes."""
+        return dataclasses.replace(self, parallel=parallel)
+
+    def generator(self) -> torch.Generator:
+        """A new generator on the CPU with this audit's seed."""
+        return torch.Generator().manual_seed(self.seed)
+
+    def at(self, rows: Tensor) -> tuple[AuditedModel, Tensor]:
+        """The model with the context of these rows, and these rows of x."""
+        return self.model.select(rows), self.x[rows]
+
+    def max_batch(self, footprint: Callable[[float], Footprint]) -> float | int:
+        """How many samples a measurement of that footprint may take at once; inf without a bound of memory."""
+        return self.parallel.max_batch(footprint)
+
+    def max_linearized(self, vectors: int) -> float | int:
+        """How many samples may be linearized at once, with so many vectors of their size held next to each."""
+        model, x = self.model, self.x
+        return self.max_batch(
+            lambda within: linearized_footprint(model, x, within=within, vectors=vectors)
+        )
+
+    def max_forward(self) -> float | int:
+        """How many samples a forward pass may take at once."""
+        model, x = self.model, self.x
+        return self.max_batch(lambda within: forward_footprint(model, x, within=within))
+
+    def finite_rows(self) -> Tensor:
+        """Indices of the samples of x without NaN or Inf."""
+        return self._once("finite rows", lambda: finite_rows(self.x).nonzero()[:, 0])
+
+    def usable_rows(self) -> Tensor:
+        """Indices of the samples that are finite and have finite latents."""
+        return self._once("usable rows", self._usable_rows)
+
+    def linearization(self, rows: Tensor) -> Linearization:
+        """The model linearized at these rows; that of a further check at the same rows, or at some of them, is shared."""
+        if (
+            self.parallel.memory is not None
+        ):  # a graph that is kept would count against every later check
+            return Linearization(*self.at(rows))
+        known = self.shared.get(self._key("linearization"))
+        if known is not None and known[0].tolist() == rows.tolist():
+            return known[1]
+        made = Linearization(*self.at(rows))
+        self.shared[self._key("linearization")] = (rows, made)
+        return made
+
+    def _usable_rows(self) -> Tensor:
+        rows = self.finite_rows()
+        if not len(rows):
+            return rows
+
+        def measure(part: Tensor) -> tuple[Tensor]:
+            model, x = self.at(part)
+            with torch.no_grad():
+                return (finite_rows(model(x)),)
+
+        (finite,) = self.parallel.map(rows, measure, at_most=self.max_forward())
+        return rows[finite]
+
+    def _once(self, name: str, make: Callable[[], Any]) -> Any:
+        key = self._key(name)
+        if key not in self.shared:
+            self.shared[key] = make()
+        return self.shared[key]
+
+    def _key(self, name: str) -> tuple[str, int]:
+        """Processes that share their work must all compute a result, or none: each way has results of its own."""
+        return name, self.parallel.size
+
+
+def audited_model(model: Invertible, x: Tensor) -> AuditedModel:
+    """The model as checks see it: with its layers if these compose to it, else opaque."""
+    trained = tuple(name for name, part in model.named_modules() if part.training)
+    audited = AuditedModel(model, trained=trained)
+    audited.data_shape = x.shape[1:]
+    with torch.no_grad(), preserve_state(model):
+        audited.eval()
+        audited.is_opaque = not _composes(audited, x)
+    return audited
+
+
+def _composes(model: AuditedModel, x: Tensor) -> bool:
+    """Whether the layers, one after the other, are the model; True where it cannot be measured."""
+    rows = finite_rows(x).nonzero()[:COMPARED, 0]
+    if not len(rows):
+        return True
+    part, state = model.select(rows), x[rows]
+    try:
+        layers = part.layers()
+        z = part(state) if layers else state
+        for layer in layers:
+            state = layer(state)
+    except (ModelError, NotApplicable):
+        return True
+    return not layers or same_up_to_rounding(z, state, torch.finfo(z.dtype).eps ** 0.5)
+
+
+def same_up_to_rounding(a: Tensor, b: Tensor, tolerance: float) -> bool:
+    """Equal up to ``tolerance`` times the largest entry; NaN equals NaN."""
+    if a.shape != b.shape or not torch.equal(a.isfinite(), b.isfinite()):
+        return False
+    finite = a.isfinite()
+    if not bool(finite.any()):
+        return True
+    gap = (a[finite].double() - b[finite].double()).abs().max().item()
+    return gap <= tolerance * a[finite].abs().max().double().item()

@@ -1,0 +1,276 @@
+"""density: is log p(x) right, held against a float64 copy of the same weights."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from inn_guard.audits.audited_model import AuditedModel, ModelError
+from inn_guard.audits.context import AuditContext
+from inn_guard.audits.cost_model import Cost, Passes, Task
+from inn_guard.audits.level import Level
+from inn_guard.audits.rates import rate_interval
+from inn_guard.audits.spec import audit_check
+from inn_guard.audits.thresholds import worst
+from inn_guard.core.missing import Missing, NotApplicable
+from inn_guard.report.result import AuditResult, to_full_batch
+from inn_guard.report.uses import Finding
+from inn_guard.report.verdict import Verdict
+
+__all__ = ["density"]
+
+BATCH = 256  #: samples in one call
+#: Relative size of the random change of x and weights by which the error of a float64 model is estimated: far above
+#: its rounding, far below what changes the map.
+PERTURBATION = 2.0**-36
+#: Two calls on the same x may differ by the order of sums: so many roundings of the largest |log p(x)|.
+SAME = 1000.0
+
+
+def _cost(task: Task) -> Cost:
+    return Cost(Passes(forward=4) * task.samples, min(BATCH, task.samples), vectors=4)
+
+
+@audit_check(
+    question="Is log p(x) of data right?",
+    uses=("density",),
+    level=Level.QUICK,
+    cost=_cost,
+    shares_samples=True,
+)
+def density(context: AuditContext) -> AuditResult:
+    """Error of log p(x), in nats, of all samples.
+
+        error_b = |log p(x_b) - log p_64(x_b)|
+
+    log p is the model's own, with its own base (N(0, I) where it has none), in its own dtype; log p_64 is that of a
+    float64 copy of the same weights. The verdict holds the largest error against ``limits.density``. The share of
+    samples above the limit has a Clopper-Pearson interval: a maximum over few samples is luck near the limit.
+
+    Whether the formula of the log-determinant is right is asked by ``log_det``; whether the inverse works, which log p
+    does not need, by ``reconstruction``.
+
+    A model that is in float64 already is held against itself in another way: its error is estimated from a float32
+    copy, whose error is scaled by the ratio of the two rounding units; where float32 gives no finite number, from the
+    change that a random relative change of x and weights by 2^-36 makes, scaled likewise.
+
+    Returns:
+        max_error and median_error in nats, bits_per_dimension, share_above_limit; per sample log_prob and error.
+
+    Raises:
+        NotApplicable: if the model has no log-determinant.
+    """
+    rows = context.finite_rows()
+    if not len(rows):
+        reason = "every sample of x contains NaN or Inf already: there is no density to compare"
+        return density.without_answer(
+            Verdict.NON_FINITE, reason, advice="Remove NaN and Inf from the data, then audit again."
+        )
+    measured = _measure(context, rows)
+    finding = _finding(context, measured)
+    named = {"log_prob": measured.own, "error": measured.error}
+    return AuditResult(
+        "density",
+        finding.verdict,
+        finding.reason,
+        uses={"density": finding},
+        headline=("max_error",),
+        values=_values(context, measured),
+        units={
+            "max_error": "nats",
+            "median_error": "nats",
+            "largest_log_prob": "nats",
+            "error": "nats",
+            "log_prob": "nats",
+        },
+        **to_full_batch(named, rows, len(context.x)),
+        settings={
+            "samples": len(rows),
+            "of": len(context.x),
+            "limit": finding.limit,
+            "reference": measured.reference,
+            "base": context.base.description,
+            "outside_of_support": int(measured.outside.sum()),
+        },
+        advice="" if not finding.verdict.failed else _advice(measured),
+    )
+
+
+@dataclass(frozen=True)
+class _Measured:
+    """log p of the finite rows; (B,) float64 on the CPU.
+
+    Attributes:
+        own: the model's.
+        error: of it; inf where one of both is not finite and the other is another number.
+        outside: rows of which both say that p(x) = 0.
+        reference: what ``own`` was held against, in words.
+        repeats: largest difference of two calls on the same x.
+    """
+
+    own: Tensor
+    error: Tensor
+    outside: Tensor
+    reference: str
+    repeats: float
+
+    @property
+    def is_random(self) -> bool:
+        """Whether log p differs from call to call by more than the order of sums explains."""
+        finite = self.own[self.own.isfinite()]
+        size = finite.abs().max().item() if len(finite) else 1.0
+        return self.repeats > SAME * torch.finfo(torch.float32).eps * max(size, 1.0)
+
+
+def _measure(context: AuditContext, rows: Tensor) -> _Measured:
+    model = context.model
+    own = _log_prob(context, model, rows, context.x)
+    few = rows[: min(len(rows), 16)]
+    again = _log_prob(context, model, few, context.x)
+    apart = (again - own[: len(few)]).abs()
+    repeats = apart[apart.isfinite()].max().item() if bool(apart.isfinite().any()) else 0.0
+    if context.x.dtype == torch.float64:
+        estimated = _estimated_error(context, rows, own)
+        if isinstance(estimated, Missing):
+            return _unchecked(own, repeats, estimated)
+        error, reference = estimated
+        outside = own == -math.inf
+    else:
+        precise = _precise(context, rows)
+        if isinstance(precise, Missing):
+            return _unchecked(own, repeats, precise)
+        outside = (own == -math.inf) & (precise == -math.inf)
+        error, reference = (own - precise).abs(), "float64 copy"
+    error = torch.where(outside, torch.zeros_like(error), error)
+    error = error.nan_to_num(nan=math.inf, posinf=math.inf)
+    return _Measured(own, error, outside, reference, repeats)
+
+
+def _unchecked(own: Tensor, repeats: float, why: Missing) -> _Measured:
+    return _Measured(own, torch.full_like(own, math.nan), own == -math.inf, str(why), repeats)
+
+
+def _log_prob(context: AuditContext, model: AuditedModel, rows: Tensor, x: Tensor) -> Tensor:
+    def measure(part: Tensor) -> tuple[Tensor]:
+        with torch.no_grad():
+            value = model.select(part).log_prob(x[part])
+        if value.shape != (len(part),):
+            raise ModelError(
+                f"log_prob of the model returns shape {tuple(value.shape)}, expected ({len(part)},)"
+            )
+        return (value.double(),)
+
+    at_most = min(BATCH, context.max_forward())
+    return context.parallel.map(rows, measure, at_most=at_most)[0].cpu()
+
+
+def _precise(context: AuditContext, rows: Tensor) -> Tensor | Missing:
+    try:
+        copy = context.model.to_dtype(torch.float64)
+        return _log_prob(context, copy, rows, context.x.double())
+    except (ModelError, NotApplicable) as error:
+        return Missing(f"no float64 copy could be measured: {error}")
+
+
+def _estimated_error(
+    context: AuditContext, rows: Tensor, own: Tensor
+) -> tuple[Tensor, str] | Missing:
+    """The error of a float64 model, in nats, from a copy that errs visibly."""
+    eps = torch.finfo(torch.float64).eps
+    coarse = _attempt(lambda: _float32_log_prob(context, rows))
+    if coarse is not None and bool(coarse[own.isfinite()].isfinite().all()):
+        ratio = eps / torch.finfo(torch.float32).eps
+        return (coarse - own).abs() * ratio, "float32 copy, scaled to float64"
+    moved = _attempt(lambda: _perturbed_log_prob(context, rows))
+    if moved is not None:
+        return (moved - own).abs() * (
+            eps / PERTURBATION
+        ), "random changes by 2^-36, scaled to float64"
+    return Missing("neither a float32 nor a perturbed copy could be measured")
+
+
+def _attempt(measure: Callable[[], Tensor]) -> Tensor | None:
+    try:
+        return measure()
+    except (ModelError, NotApplicable):
+        return None
+
+
+def _float32_log_prob(context: AuditContext, rows: Tensor) -> Tensor:
+    copy = context.model.to_dtype(torch.float32)
+    return _log_prob(context, copy, rows, context.x.float())
+
+
+def _perturbed_log_prob(context: AuditContext, rows: Tensor) -> Tensor:
+    generator = context.generator()
+    copy = context.model.to_dtype(torch.float64)
+
+    def move(t: Tensor) -> Tensor:
+        noise = torch.randn(t.shape, generator=generator, device="cpu", dtype=torch.float64)
+        return t * (1 + PERTURBATION * noise.to(t.device))
+
+    with torch.no_grad():
+        for parameter in copy.parameters():
+            if parameter.is_floating_point():
+                parameter.copy_(move(parameter))
+    return _log_prob(context, copy, rows, move(context.x))
+
+
+def _finding(context: AuditContext, measured: _Measured) -> Finding:
+    limit = context.limits.density
+    count = len(measured.own)
+    figure = worst(measured.error)
+    # a row that the float64 copy calls finite, and the model does not, has an infinite error
+    broken = measured.own.isnan() | (measured.own == math.inf)
+    if bool(broken.any()):
+        verdict = Verdict.NON_FINITE
+        reason = f"log p(x) of {int(broken.sum())} of {count} samples is NaN or Inf"
+    elif bool(measured.error.isnan().all()):
+        verdict, figure = Verdict.UNDECIDED, math.nan
+        reason = f"log p(x) could not be checked: {measured.reference}"
+    elif measured.is_random:
+        verdict = Verdict.UNDECIDED
+        reason = f"log p(x) is random: two calls on the same x differ by up to {measured.repeats:.1e} nats"
+    else:
+        verdict = context.limits.verdict(figure, limit)
+        reason = _reason(context, measured, figure)
+    if int(measured.outside.sum()):
+        reason += f"; {int(measured.outside.sum())} samples lie where p(x) = 0"
+    return Finding(verdict, figure, limit, "nats", reason, count, len(context.x))
+
+
+def _reason(context: AuditContext, measured: _Measured, figure: float) -> str:
+    limit, count = context.limits.density, len(measured.own)
+    above = int((measured.error > limit).sum())
+    if not above:
+        about = "" if measured.reference == "float64 copy" else f", {measured.reference}"
+        return (
+            f"log p(x) of all {count} samples right to {figure:.1e} nats (limit {limit:g}){about}"
+        )
+    low, high = rate_interval(above, count, confidence=context.limits.confidence)
+    return (
+        f"log p(x) of {above} of {count} samples is off by more than {limit:g} nats "
+        f"({100 * low:.2g} to {100 * high:.2g} % of all), by up to {figure:.1e}"
+    )
+
+
+def _values(context: AuditContext, measured: _Measured) -> dict[str, float]:
+    error = measured.error
+    dimension = context.x[0].numel()
+    return {
+        "max_error": worst(error),
+        "median_error": error.median().item(),
+        "bits_per_dimension": worst(error) / math.log(2) / dimension,
+        "share_above_limit": (error > context.limits.density).double().mean().item(),
+        "largest_log_prob": worst(measured.own[measured.own.isfinite()].abs()),
+    }
+
+
+def _advice(measured: _Measured) -> str:
+    if measured.reference == "float64 copy" and bool(measured.error.isfinite().all()):
+        return "Evaluate log p in float64: model.double().log_prob(x.double())."
+    return "Bound the scales of the layers: their log-determinants leave the range of the dtype."

@@ -1,0 +1,118 @@
+"""The lowest precision in which a model still passes each use, measured."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from inn_guard.audits.audited_model import AuditedModel, ModelError
+from inn_guard.audits.context import AuditContext
+from inn_guard.audits.precision.number_format import NumberFormat, autocast, tf32
+from inn_guard.audits.round_trip import RoundTrip
+from inn_guard.audits.sampling import context_rows, draw_error
+from inn_guard.audits.thresholds import worst
+from inn_guard.core.missing import NotApplicable
+from inn_guard.execution.time_limit import TimedOut, time_limit
+
+__all__ = ["figures_by_use", "lowest_by_use"]
+
+DRAWS = 256  #: of the base; none may be lost
+
+CopyIn = Callable[[torch.dtype], AuditedModel]
+
+
+def figures_by_use(
+    context: AuditContext,
+    copy_in: CopyIn,
+    rows: Tensor,
+    number_format: NumberFormat,
+    seconds: float,
+) -> dict[str, Any]:
+    """Error of log p(x) in nats, of round trips by feature, and lost draws of 256, in one number format.
+
+    inf where the model raises, hangs or returns NaN; NaN where the model has no such figure at all.
+
+    Args:
+        context: model and data.
+        copy_in: dtype -> the model in it, for these rows of the batch.
+        rows: of x, finite ones.
+        number_format: how the model is run.
+        seconds: limit of each figure.
+    """
+    x = context.x[rows]
+
+    def measured(figure: Callable[[], float]) -> float:
+        try:
+            with (
+                torch.no_grad(),
+                tf32(number_format),
+                autocast(x.device.type, number_format),
+                time_limit(seconds),
+            ):
+                return figure()
+        except NotApplicable:
+            return math.nan
+        except (ModelError, TimedOut):
+            return math.inf
+
+    def density() -> float:
+        precise = copy_in(torch.float64).log_prob(x.double())
+        coarse = copy_in(number_format.storage).log_prob(x.to(number_format.storage))
+        outside = (coarse == -math.inf) & (precise == -math.inf)
+        apart = (coarse.double() - precise).abs()
+        return worst(torch.where(outside, torch.zeros_like(apart), apart))
+
+    def reconstruction() -> float:
+        model = copy_in(number_format.storage)
+        start = x.to(number_format.storage)
+        z = model(start.clone())
+        if not model.bijective:
+            start, z = z, z.clone()
+            return worst(RoundTrip(start, z, model(model.inverse(z))).by_feature)
+        return worst(RoundTrip(start, z, model.inverse(z)).by_feature)
+
+    def lost_draws() -> float:
+        z = context.base.draw(DRAWS, seed=context.seed).to(number_format.storage)
+        positions = context_rows(context, torch.arange(len(z), device=z.device))
+        model = context.model.to_dtype(number_format.storage).select(positions)
+        again = model(model.inverse(z.clone()))
+        off = draw_error(z, again, context.base.deviation.double())
+        return float((~(off <= context.limits.draw)).sum())
+
+    return {
+        "density error": measured(density),
+        "reconstruction error": measured(reconstruction),
+        f"lost of {DRAWS} draws": measured(lost_draws),
+    }
+
+
+def lowest_by_use(context: AuditContext, table: Sequence[Mapping[str, Any]]) -> str:
+    """The coarsest number format that passes each use and every finer one passes, too, in words.
+
+    Args:
+        context: for its limits.
+        table: one row per number format, with the figures of `figures_by_use` and its unit roundoff.
+    """
+    limits = context.limits
+    allowed = {
+        "density": ("density error", limits.density),
+        "reconstruction": ("reconstruction error", limits.reconstruction),
+        "sampling": (f"lost of {DRAWS} draws", 0.0),
+    }
+    finest_first = sorted(table, key=lambda row: row["unit roundoff"])
+    parts = []
+    for use, (column, limit) in allowed.items():
+        figures = [(row["number format"], row[column]) for row in finest_first]
+        if all(math.isnan(figure) for _, figure in figures):
+            continue
+        lowest = "none"
+        for name, figure in figures:
+            if not figure <= limit:
+                break
+            lowest = name
+        parts.append(f"{use} {lowest}")
+    return ", ".join(parts)

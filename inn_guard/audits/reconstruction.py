@@ -1,0 +1,353 @@
+"""reconstruction: does x -> z -> x come back, and if not, is it rounding or is the inverse another map."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from inn_guard.audits.audited_model import ModelError
+from inn_guard.audits.context import AuditContext
+from inn_guard.audits.cost_model import Cost, Passes, Task
+from inn_guard.audits.explained_rounding import MAX_STEPS, Explanation, explain
+from inn_guard.audits.level import Level
+from inn_guard.audits.round_trip import (
+    RoundTrip,
+    first_non_finite,
+    latent_round_trip,
+    round_trip,
+    unconverged,
+)
+from inn_guard.audits.spec import audit_check
+from inn_guard.audits.thresholds import data_scale, format_log10, worst
+from inn_guard.core.missing import Missing, NotApplicable
+from inn_guard.core.tensors import finite_rows
+from inn_guard.report.result import AuditResult, to_full_batch
+from inn_guard.report.uses import Finding
+from inn_guard.report.verdict import Verdict
+
+__all__ = ["reconstruction"]
+
+EXPLAINED_SAMPLES = (
+    8  #: the worst ones, whose condition number is measured where the round trip fails
+)
+SHOWN = 8  #: images kept for the report, the worst ones
+#: A float64 round trip whose error is above this share of the float32 one is limited by the inverse, not by rounding.
+FLOOR_SHARE = 0.1
+
+
+def _cost(task: Task) -> Cost:
+    batch = min(task.samples, int(task.settings["batch_size"]))
+    passes = Passes(forward=4, inverse=2) * task.samples
+    return Cost(passes, batch, vectors=4)
+
+
+@audit_check(
+    question="Does x -> z -> x come back?",
+    uses=("reconstruction",),
+    level=Level.QUICK,
+    cost=_cost,
+    shares_samples=True,
+)
+def reconstruction(context: AuditContext, *, batch_size: int = 128) -> AuditResult:
+    """Error of x -> z -> x of all samples, entry by entry in units of the entry's feature.
+
+        error_b = max_j |F^-1(F(x_b))_j - x_bj| / max(deviation of feature j, |x_bj|)
+
+    The verdict is that of the largest error against ``limits.reconstruction`` (at least what the dtype can hold), and
+    non_finite where NaN or Inf comes back. A map that is injective only is judged by z -> x -> z from z = F(x); its
+    x -> z -> x is a projection.
+
+    A float64 copy runs the same round trip. Where the model fails, its error tells the cause: float64 comes back
+    (rounding: more precision helps); float64 fails, too, by no more than ten times its rounding and condition explain
+    (no precision helps much); or by more (the inverse is another map).
+
+    Args:
+        context: model and data.
+        batch_size: samples in one call.
+
+    Returns:
+        per sample max_error and l2_error (units of x), relative_error (of the feature), latent_error (z -> x -> z).
+    """
+    rows = context.finite_rows()
+    if not len(rows):
+        reason = "every sample of x contains NaN or Inf already: there is nothing to reconstruct"
+        return reconstruction.without_answer(
+            Verdict.NON_FINITE, reason, advice="Remove NaN and Inf from the data, then audit again."
+        )
+    measured = _measure(context, rows, batch_size)
+    finding, advice = _finding(context, measured)
+    return AuditResult(
+        "reconstruction",
+        finding.verdict,
+        finding.reason,
+        uses={"reconstruction": finding},
+        headline=("relative_error",),
+        values=_values(measured),
+        units=_UNITS,
+        **_by_sample(measured, len(context.x)),
+        settings={
+            "samples": len(rows),
+            "of": len(context.x),
+            "limit": finding.limit,
+            "batch_size": batch_size,
+            "float64": "measured"
+            if isinstance(measured.precise, Tensor)
+            else measured.precise.reason,
+            "cause": measured.cause,
+            "seed": context.seed,
+        },
+        advice=advice,
+        images=_images(measured.data),
+    )
+
+
+_UNITS = {
+    "max_error": "units of x",
+    "l2_error": "units of x",
+    "relative_error": "of the feature",
+    "float64_error": "of the feature",
+    "latent_error": "of |z|",
+}
+
+
+@dataclass(frozen=True)
+class _Measured:
+    """Round trips of the finite rows of x.
+
+    Attributes:
+        rows: which rows of x.
+        data: x -> z -> x.
+        encoded: z -> x -> z from the latents of the data.
+        bijective: whether x -> z -> x ought to be the identity.
+        precise: the deciding round trip's error in a float64 copy, (B,), or why there is none.
+        explained: for the worst samples of a failing model, what rounding explains; None else.
+        explained_rows: positions of these samples among ``rows``.
+        cause: "rounding", "condition", "wrong inverse", "unknown", or "" where nothing fails.
+    """
+
+    rows: Tensor
+    data: RoundTrip
+    encoded: RoundTrip
+    bijective: bool
+    precise: Tensor | Missing
+    explained: Explanation | None = None
+    explained_rows: Tensor | None = None
+    cause: str = ""
+
+    @property
+    def deciding(self) -> RoundTrip:
+        """The round trip that ought to be the identity."""
+        return self.data if self.bijective else self.encoded
+
+    @property
+    def start(self) -> str:
+        """What it starts from, in words."""
+        return "" if self.bijective else " of encoded latents"
+
+
+def _measure(context: AuditContext, rows: Tensor, batch_size: int) -> _Measured:
+    model, x = context.at(rows)
+    fits = context.max_forward()
+    if x.dtype != torch.float64:
+        fits = fits / 2  # the float64 copy takes twice as much
+    at_once = max(1, int(min(batch_size, fits)))
+    parallel = context.parallel
+    data = round_trip(model, x, batch_size=at_once, parallel=parallel)
+    encoded = latent_round_trip(
+        model, data.middle, x=data.end, batch_size=at_once, parallel=parallel
+    )
+    measured = _Measured(rows, data, encoded, model.bijective, Missing("not measured"))
+    precise = _in_float64(context, measured, at_once)
+    measured = _Measured(rows, data, encoded, model.bijective, precise)
+    limit = context.limits.round_trip(x.dtype)
+    if worst(measured.deciding.by_feature) <= limit:
+        return measured
+    return _with_cause(context, measured, limit)
+
+
+def _in_float64(context: AuditContext, measured: _Measured, batch_size: int) -> Tensor | Missing:
+    start = measured.deciding.start
+    if start.dtype == torch.float64:
+        return measured.deciding.by_feature
+    go = round_trip if measured.bijective else latent_round_trip
+    try:
+        model, _ = context.at(measured.rows)
+        copy = model.to_dtype(torch.float64)
+        precise = go(copy, start.double(), batch_size=batch_size, parallel=context.parallel)
+    except (ModelError, NotApplicable) as error:
+        return Missing(str(error))
+    return precise.by_feature
+
+
+def _with_cause(context: AuditContext, measured: _Measured, limit: float) -> _Measured:
+    """The same with the reason why a round trip fails."""
+    parts = (measured.rows, measured.data, measured.encoded, measured.bijective, measured.precise)
+    precise = measured.precise
+    if isinstance(precise, Tensor) and worst(precise) <= limit:
+        return _Measured(*parts, cause="rounding")
+    worst_rows = _worst_rows(context, measured)
+    explained = _explain(context, measured.rows[worst_rows.to(measured.rows.device)])
+    if explained is None or isinstance(precise, Missing):
+        return _Measured(*parts, explained, worst_rows, cause="unknown")
+    allowed = explained.error(torch.float64) / data_scale(measured.deciding.start).cpu()[worst_rows]
+    beyond = precise[worst_rows].nan_to_num(math.inf) > allowed.nan_to_num(math.inf)
+    cause = "wrong inverse" if bool(beyond.any()) else "condition"
+    return _Measured(*parts, explained, worst_rows, cause=cause)
+
+
+def _worst_rows(context: AuditContext, measured: _Measured) -> Tensor:
+    """Positions of the samples with the largest errors whose latents are finite."""
+    usable = finite_rows(measured.data.middle).cpu().nonzero()[:, 0]
+    errors = measured.deciding.by_feature[usable].nan_to_num(math.inf)
+    ordered = usable[errors.argsort(descending=True)]
+    fits = context.max_linearized(2 * MAX_STEPS + len(context.model.layers()))
+    return ordered[: int(min(EXPLAINED_SAMPLES, fits))]
+
+
+def _explain(context: AuditContext, rows: Tensor) -> Explanation | None:
+    if not context.model.bijective or not len(rows):
+        return None
+    try:
+        return explain(context.linearization(rows), seed=context.seed)
+    except (ModelError, NotApplicable):
+        return None
+
+
+def _finding(context: AuditContext, measured: _Measured) -> tuple[Finding, str]:
+    error = measured.deciding.by_feature
+    count = len(error)
+    limit = context.limits.round_trip(context.x.dtype)
+    lost = ~measured.deciding.finite
+    left_out = len(context.x) - count
+    if bool(lost.any()):
+        verdict = Verdict.NON_FINITE
+        reason = f"{int(lost.sum())} of {count} round trips{measured.start} return NaN or Inf"
+        reason += _first_place(context, measured, lost)
+    else:
+        verdict = context.limits.verdict(worst(error), limit)
+        reason = (
+            f"worst of {count} round trips{measured.start} {worst(error):.1e} of its feature "
+            f"(limit {limit:g})"
+        )
+    reason += _because(measured, limit)
+    reason += _floor(measured)
+    if not verdict.failed:
+        reason += _open_ended(context, measured)
+    if left_out:
+        reason += f"; {left_out} samples of x contain NaN or Inf and are left out"
+    unit = "of the feature's deviation or size"
+    finding = Finding(verdict, worst(error), limit, unit, reason, count, len(context.x))
+    return finding, _ADVICE[measured.cause] if verdict.failed else ""
+
+
+_ADVICE = {
+    "": "",
+    "rounding": "Run the inverse in float64: it was measured to come back there.",
+    "condition": "Bound the scales of the layers, or train with a RegularizerHook.",
+    "wrong inverse": "Compare the inverse with the forward formula. An iterative inverse may need more iterations.",
+    "unknown": "Bound the scales of the layers, or train with a RegularizerHook.",
+}
+
+
+def _first_place(context: AuditContext, measured: _Measured, lost: Tensor) -> str:
+    """The layer in which the first lost sample stops being finite."""
+    first = lost.nonzero()[:1, 0].to(measured.rows.device)
+    model, x = context.at(measured.rows[first])
+    try:
+        place = first_non_finite(model, x)
+    except (ModelError, NotApplicable) as error:
+        return f", and {error}"
+    return "" if place is None else f", first in {place}"
+
+
+def _because(measured: _Measured, limit: float) -> str:
+    if measured.cause == "rounding":
+        return f"; in float64 they come back to {worst(_precise(measured)):.1e}"
+    if not measured.cause:
+        return ""
+    text = ""
+    if isinstance(measured.precise, Tensor) and measured.cause == "wrong inverse":
+        text = (
+            f"; the inverse is another map, not an inexact one: in float64 it is off by "
+            f"{worst(measured.precise):.1e}, more than rounding explains"
+        )
+    elif isinstance(measured.precise, Tensor):
+        text = f"; float64 is off by {worst(measured.precise):.1e}, too"
+    if measured.explained is not None:
+        condition = measured.explained.log_condition.nan_to_num(math.inf).max().item()
+        count = len(measured.explained.log_condition)
+        text += (
+            f"; the condition number is {format_log10(condition / math.log(10))} at the worst of "
+            f"the {count} worst samples"
+        )
+    return text
+
+
+def _floor(measured: _Measured) -> str:
+    """What is said of an inverse that is inexact in float64, too, as iterations and solvers are."""
+    error, precise = worst(measured.deciding.by_feature), _precise(measured)
+    if measured.cause or measured.deciding.start.dtype == torch.float64 or precise is None:
+        return ""
+    floor = worst(precise)
+    eps = torch.finfo(measured.deciding.start.dtype).eps
+    if floor <= max(FLOOR_SHARE * error, eps) or not math.isfinite(floor):
+        return ""
+    return f"; the inverse itself is exact to {floor:.1e} only, in float64, too"
+
+
+def _precise(measured: _Measured) -> Tensor | None:
+    return measured.precise if isinstance(measured.precise, Tensor) else None
+
+
+def _open_ended(context: AuditContext, measured: _Measured) -> str:
+    model, x = context.at(measured.rows[: 2 * EXPLAINED_SAMPLES])
+    found = unconverged(model, x)
+    return "".join(
+        f"; the inverse of {layer} did not converge: {how}" for layer, how in found.items()
+    )
+
+
+def _values(measured: _Measured) -> dict[str, float]:
+    values = {
+        "relative_error": worst(measured.deciding.by_feature),
+        "max_error": measured.data.largest.max().item(),
+        "l2_error": measured.data.l2.max().item(),
+        "latent_error": measured.encoded.relative.max().item(),
+        "non_finite_samples": float((~measured.deciding.finite).sum()),
+    }
+    precise = _precise(measured)
+    if precise is not None:
+        values["float64_error"] = worst(precise)
+    if measured.explained is not None:
+        log_condition = measured.explained.log_condition.max().item()
+        values["log10_condition_number"] = log_condition / math.log(10)
+    return values
+
+
+def _by_sample(measured: _Measured, batch: int) -> dict[str, Any]:
+    named = {
+        "relative_error": measured.deciding.by_feature,
+        "max_error": measured.data.largest,
+        "l2_error": measured.data.l2,
+        "latent_error": measured.encoded.relative,
+    }
+    precise = _precise(measured)
+    if precise is not None:
+        named["float64_error"] = precise
+    return to_full_batch(named, measured.rows, batch)
+
+
+def _images(trip: RoundTrip) -> dict[str, Tensor]:
+    """The worst samples with their reconstructions, if they are images."""
+    start = trip.start
+    if start.dim() != 4 or start.shape[1] not in (1, 3) or min(start.shape[2:]) < 2:
+        return {}
+    order = trip.largest.nan_to_num(math.inf).argsort(descending=True)
+    rows = order[:SHOWN].to(start.device)
+    original = start[rows].detach().cpu()
+    returned = trip.end[rows].detach().cpu()
+    return {"original": original, "reconstruction": returned, "difference": returned - original}

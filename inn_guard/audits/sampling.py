@@ -1,0 +1,455 @@
+"""sampling: are draws from the model's own base usable, as the rate of those that are lost."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from inn_guard.audits.audited_model import AuditedModel, ModelError
+from inn_guard.audits.context import AuditContext
+from inn_guard.audits.cost_model import Cost, Passes, Task
+from inn_guard.audits.fault_tolerant import Guarded, patience
+from inn_guard.audits.level import Level
+from inn_guard.audits.operation_count import count_operations
+from inn_guard.audits.rates import draws_that_decide, rate_interval
+from inn_guard.audits.round_trip import first_non_finite
+from inn_guard.audits.spec import audit_check
+from inn_guard.core.missing import Missing, NotApplicable
+from inn_guard.core.tensors import finite_rows, nonzero_or_one, norms
+from inn_guard.report.result import AuditResult
+from inn_guard.report.uses import Finding
+from inn_guard.report.verdict import Verdict
+
+__all__ = ["sampling"]
+
+BLOCK = 1024  #: draws of one seed, and the first number at which a verdict is tried
+LOOKS = {Level.QUICK: (1024, 4096), Level.STANDARD: (1024, 4096), Level.FULL: (1024, 4096, 16384)}
+#: What draws and their round trips may cost together, in forward passes of one row: an autoregressive inverse costs as
+#: many as there are dimensions.
+BUDGET = {Level.QUICK: 2**19, Level.STANDARD: 2**19, Level.FULL: 2**22}
+LEAST_DRAWS = 256  #: however dear
+PROBED = 4  #: rows from which the cost of an inverse is counted
+FAR = 1e3  #: radii of the data beyond which a draw that comes back is mentioned
+EXPLAINED = 64  #: lost draws that a float64 copy repeats
+AGREES = 0.01  #: relative distance up to which the float64 copy sends a latent to the same place
+
+
+def _cost(task: Task) -> Cost:
+    draws = int(task.settings.get("draws") or LOOKS[Level.STANDARD][-1])
+    return Cost(Passes(forward=1, inverse=1) * draws, BLOCK, vectors=4)
+
+
+@audit_check(
+    question="Are draws from the model's own base usable?",
+    uses=("sampling",),
+    level=Level.QUICK,
+    cost=_cost,
+    shares_samples=True,
+)
+def sampling(context: AuditContext, *, draws: int | None = None) -> AuditResult:
+    """Rate of lost draws from the base, with its 95 % Clopper-Pearson interval.
+
+    Latents z are drawn from the model's own base at temperature 1 (from ``prior`` if the caller gives one; from N(0, I)
+    where there is neither, which is said). A draw x = F^-1(z) is lost if it is not finite, or if F(x) is off from z by
+    more than ``limits.draw``:
+
+        sqrt( mean_j ((F(x)_j - z_j) / deviation_j)^2 ) > 0.01
+
+    Of draws 1,024, then 4,096, at level full then 16,384 are looked at, until the interval excludes the limit. Draws
+    come in blocks of 1,024, each with a seed of its own, so that fewer draws are the first ones of more. Where an
+    inverse is dear (it is counted in operations, not timed), fewer are made, at least 256, and the verdict may stay
+    undecided; the reason then says how many draws would decide.
+
+    Of up to 64 lost draws it is found whether a float64 copy sends them to the same place (then the model itself does
+    it, and no precision helps), how far from the data they lie, and in which layer the first one is lost.
+
+    Args:
+        context: model and data.
+        draws: how many at most. Default: what the level and the cost of an inverse allow.
+
+    Returns:
+        rate, its bounds, counts of draws that are lost, not finite, far from the data although they come back, or whose
+        two log-determinants differ by more than ``limits.density`` nats.
+
+    Raises:
+        ValueError: if ``draws`` is not positive.
+    """
+    if draws is not None and (isinstance(draws, bool) or int(draws) != draws or draws < 1):
+        raise ValueError(f"expected a positive number of draws; got {draws!r}")
+    try:
+        drawn = _draw(context, draws)
+    except NotApplicable as error:
+        return sampling.without_answer(Verdict.NOT_APPLICABLE, str(error))
+    lost = _explained(context, drawn)
+    finding = _finding(context, drawn, lost)
+    low, high = drawn.interval(context)
+    return AuditResult(
+        "sampling",
+        finding.verdict,
+        finding.reason,
+        uses={"sampling": finding},
+        headline=("lost_draws", "draws"),
+        values={
+            "rate": drawn.lost / drawn.seen,
+            "rate_low": low,
+            "rate_high": high,
+            "draws": float(drawn.seen),
+            "lost_draws": float(drawn.lost),
+            "non_finite_draws": float(drawn.non_finite),
+            "far_draws": float(drawn.far),
+            "log_det_disagreements": float(drawn.disagreeing),
+            "worst_returning_error": drawn.worst,
+            **lost.values(),
+        },
+        units={"worst_returning_error": "of the base's deviation"},
+        tables={"looks": tuple(drawn.looks)},
+        settings={
+            "base": context.base.description,
+            "declared": context.base.declared,
+            "draws": drawn.seen,
+            "at_most": drawn.at_most,
+            "why_at_most": drawn.why_at_most,
+            "draw_limit": context.limits.draw,
+            "rate_limit": context.limits.sampling,
+            "confidence": context.limits.confidence,
+            "seed": context.seed,
+            "cause": lost.cause,
+            "layer": lost.layer,
+            "failures": drawn.failures or "none",
+        },
+        advice=_ADVICE[lost.cause] if finding.verdict.failed else "",
+    )
+
+
+_ADVICE = {
+    "": "",
+    "model": "Bound the scales of the layers, or fine-tune with FiniteDifferences(0.1, direction='inverse', at='prior', form='log').",
+    "rounding": "Draw in float64: the lost draws were measured to come back there.",
+    "unknown": "Bound the scales of the layers.",
+}
+
+
+@dataclass
+class _Draws:
+    """What was counted so far.
+
+    Attributes:
+        seen: draws.
+        lost: of these, not finite or not coming back.
+        non_finite: of these, not finite.
+        far: draws that come back, but lie more than FAR radii of the data away from it.
+        disagreeing: draws that come back, whose log-determinants do not cancel.
+        worst: largest error of a draw that comes back.
+        lost_z: latents of the first lost draws, and the rows of the context that they belong to.
+        looks: one row for each look.
+        at_most: draws that are allowed, and why not more.
+        failures: why the model gave no number for some draws.
+    """
+
+    at_most: int
+    why_at_most: str
+    seen: int = 0
+    lost: int = 0
+    non_finite: int = 0
+    far: int = 0
+    disagreeing: int = 0
+    worst: float = 0.0
+    lost_z: list[tuple[Tensor, Tensor]] = field(default_factory=list)
+    looks: list[dict[str, float]] = field(default_factory=list)
+    failures: str = ""
+
+    def interval(self, context: AuditContext) -> tuple[float, float]:
+        """Of the rate of lost draws."""
+        return rate_interval(self.lost, self.seen, confidence=context.limits.confidence)
+
+    def verdict(self, context: AuditContext) -> Verdict:
+        """On the rate seen so far."""
+        low, high = self.interval(context)
+        limits = context.limits
+        if low > limits.sampling:
+            return Verdict.UNSTABLE
+        if high >= limits.sampling:
+            return Verdict.UNDECIDED
+        # at rate 0 the upper bound is far above a tenth of the limit; only what was seen makes it marginal
+        return Verdict.MARGINAL if low > limits.marginal * limits.sampling else Verdict.STABLE
+
+
+def _draw(context: AuditContext, draws: int | None) -> _Draws:
+    drawn = _Draws(*_allowance(context, draws))
+    measure = _Measure(context)
+    looks = {min(look, drawn.at_most) for look in (*LOOKS[Level.FULL], drawn.at_most)}
+    for look in sorted(looks):
+        while drawn.seen < look:
+            block, done = divmod(drawn.seen, BLOCK)
+            measure.add(drawn, block, first=done, last=min(BLOCK, done + look - drawn.seen))
+        low, high = drawn.interval(context)
+        row = {"draws": drawn.seen, "lost": drawn.lost, "rate_low": low, "rate_high": high}
+        drawn.looks.append(row)
+        if drawn.verdict(context) is not Verdict.UNDECIDED:
+            break
+    drawn.failures = measure.failures()
+    return drawn
+
+
+def _allowance(context: AuditContext, draws: int | None) -> tuple[int, str]:
+    """How many draws may be made, and what sets that number."""
+    if draws is not None:
+        return int(draws), "asked for"
+    most = LOOKS[context.level][-1]
+    affordable = int(BUDGET[context.level] / (1 + _inverse_cost(context)))
+    if affordable >= most:
+        return most, f"level {context.level}"
+    return max(LEAST_DRAWS, affordable), "one inverse costs as much as many forward passes"
+
+
+def _inverse_cost(context: AuditContext) -> float:
+    """Operations of an inverse in units of those of a forward pass; 1 where they cannot be counted."""
+    rows = context.usable_rows()[:PROBED]
+    if not len(rows):
+        return 1.0
+    model, x = context.at(rows)
+    try:
+        with torch.no_grad():
+            z, forward = count_operations(lambda: model(x))
+            _, inverse = count_operations(lambda: model.inverse(z))
+    except (ModelError, NotApplicable, RuntimeError):
+        return 1.0
+    return inverse / max(forward, 1)
+
+
+class _Measure:
+    """Round trips z -> x -> z of draws, counted."""
+
+    def __init__(self, context: AuditContext) -> None:
+        self.context = context
+        parallel = context.parallel
+        seconds = max(parallel.all_gather(lambda: patience(context.model, context.x)))
+        self.guarded = Guarded(context.model, context.x, seconds=seconds)
+        self.with_log_det = self._has_log_dets()
+        self.radius = data_radius(context)
+        self.deviation = context.base.deviation.double()
+
+    def add(self, drawn: _Draws, block: int, *, first: int, last: int) -> None:
+        """Count the draws ``first`` to ``last`` of a block."""
+        z = self._draws(block)[first:last]
+        rows = torch.arange(first, last, device=z.device)
+        at_most = min(BLOCK, self.context.max_forward())
+        found = self.context.parallel.map(
+            rows - first, lambda part: self._round_trips(z[part], rows[part]), at_most=at_most
+        )
+        off, size, gap = (part.cpu() for part in found)
+        limits = self.context.limits
+        finite = size.isfinite()
+        lost = ~(finite & (off <= limits.draw))
+        kept = ~lost
+        drawn.seen += len(z)
+        drawn.lost += int(lost.sum())
+        drawn.non_finite += int((~finite).sum())
+        drawn.far += int((kept & (size > FAR * self.radius)).sum())
+        drawn.disagreeing += int((kept & ~(gap <= limits.density)).sum())
+        if bool(kept.any()):
+            drawn.worst = max(drawn.worst, off[kept].max().item())
+        keep = lost.nonzero()[: EXPLAINED - sum(len(z) for z, _ in drawn.lost_z), 0].to(z.device)
+        if len(keep):
+            drawn.lost_z.append((z[keep], rows[keep]))
+
+    def _draws(self, block: int) -> Tensor:
+        """All latents of one block, (1024, *latent)."""
+        base = self.context.base
+        z = base.draw(BLOCK, seed=self.context.seed * 1_000_003 + block)
+        expected = self.guarded.latent_shape
+        if z.shape[1:] != expected:
+            raise ValueError(
+                f"expected latents of shape {tuple(expected)} per draw from the {base.description}; "
+                f"got {tuple(z.shape[1:])}"
+            )
+        return z
+
+    def failures(self) -> str:
+        """Why the model gave no number for some draws, in any process."""
+        reasons = self.context.parallel.all_gather(lambda: str(self.guarded.failures))
+        return "; ".join(dict.fromkeys(reason for reason in reasons if reason))
+
+    def _round_trips(self, z: Tensor, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Error in units of the base's deviation, |x|, and what the log-determinants leave in nats."""
+        guarded = self.guarded.select(context_rows(self.context, rows))
+        gap = torch.zeros(len(z), dtype=torch.float64, device=z.device)
+        if self.with_log_det:
+            x, backward = guarded.inverse_and_log_det(z)
+            again, forward = guarded.forward_and_log_det(x)
+            gap = (forward + backward).abs()
+        else:
+            x = guarded.inverse(z)
+            again = guarded.forward(x)
+        return draw_error(z, again, self.deviation), _size(x), gap
+
+    def _has_log_dets(self) -> bool:
+        """Whether both directions answer with a log-determinant."""
+        context = self.context
+        if not context.model.bijective:
+            return False
+        rows = context.usable_rows()[:PROBED]
+        model, x = context.at(rows)
+        try:
+            with torch.no_grad():
+                z, _ = model.forward_and_log_det(x)
+                model.inverse_and_log_det(z)
+        except (ModelError, NotApplicable):
+            return False
+        return bool(len(rows))
+
+
+def context_rows(context: AuditContext, rows: Tensor) -> Tensor:
+    """The rows of the batch whose context these draws of a block have: the base repeats them in turn."""
+    return rows % len(context.x)
+
+
+def draw_error(z: Tensor, again: Tensor, deviation: Tensor) -> Tensor:
+    """Root mean square of F(F^-1(z)) - z in units of the base's deviation, (B,) float64; inf where not finite."""
+    scaled = (again.double() - z.double()) / nonzero_or_one(deviation)
+    off = norms(scaled) / math.sqrt(z[0].numel())
+    return off.nan_to_num(nan=math.inf, posinf=math.inf)
+
+
+def data_radius(context: AuditContext) -> float:
+    """The largest |x| of the finite samples; 1 if there is none."""
+    x = context.x[context.finite_rows()]
+    largest = norms(x).max().item() if len(x) else 1.0
+    return largest or 1.0
+
+
+def _size(x: Tensor) -> Tensor:
+    """|x| per sample, infinite where x is not finite."""
+    size = norms(x)
+    return torch.where(finite_rows(x), size, torch.full_like(size, math.inf))
+
+
+@dataclass(frozen=True)
+class _Lost:
+    """What lost draws are.
+
+    Attributes:
+        repeated: how many of them a float64 copy repeated.
+        agreeing: of these, how many it sends to the same place, or nowhere finite.
+        returning: of these, how many come back in float64.
+        radii: median distance of the finite ones, in radii of the data; NaN if none is finite.
+        layer: where the first one that is not finite is lost; "" if none.
+        cause: "model", "rounding", "unknown", or "" where nothing was lost.
+    """
+
+    repeated: int = 0
+    agreeing: int = 0
+    returning: int = 0
+    radii: float = math.nan
+    layer: str = ""
+    cause: str = ""
+
+    def values(self) -> dict[str, float]:
+        if not self.cause:
+            return {}
+        return {
+            "repeated_in_float64": float(self.repeated),
+            "float64_agrees": float(self.agreeing),
+            "float64_returns": float(self.returning),
+            "lost_radii": self.radii,
+        }
+
+    def sentence(self) -> str:
+        text = ""
+        if self.cause == "model":
+            text = f"; float64 agrees on {self.agreeing} of {self.repeated}: the model does it"
+        elif self.cause == "rounding":
+            text = f"; in float64 {self.returning} of {self.repeated} come back"
+        if math.isfinite(self.radii) and self.radii > 10:
+            text += f"; they lie {self.radii:.1g} data radii away"
+        if self.layer:
+            text += f"; first lost in {self.layer}"
+        return text
+
+
+def _explained(context: AuditContext, drawn: _Draws) -> _Lost:
+    if not drawn.lost_z:
+        return _Lost()
+    z = torch.cat([latents for latents, _ in drawn.lost_z])
+    rows = torch.cat([rows for _, rows in drawn.lost_z])
+    model = context.model.select(context_rows(context, rows))
+    guarded = Guarded(context.model, context.x, seconds=patience(context.model, context.x))
+    x = guarded.select(context_rows(context, rows)).inverse(z)
+    radius = data_radius(context)
+    sizes = norms(x[finite_rows(x)]) / radius
+    radii = sizes.median().item() if len(sizes) else math.nan
+    layer = _layer(model, z)
+    precise = _in_float64(context, z, rows)
+    if isinstance(precise, Missing):
+        return _Lost(radii=radii, layer=layer, cause="unknown")
+    there, error = precise
+    apart = norms(there - x.double())
+    same = apart <= AGREES * norms(there)
+    nowhere = ~finite_rows(there)
+    beyond = (_size(there) > FAR * radius) & (_size(x) > FAR * radius)
+    agreeing = int((same | nowhere | beyond).sum())
+    returning = int((error <= context.limits.draw).sum())
+    cause = "unknown"
+    if 2 * agreeing >= len(z):
+        cause = "model"
+    elif 2 * returning >= len(z):
+        cause = "rounding"
+    return _Lost(len(z), agreeing, returning, radii, layer, cause)
+
+
+def _in_float64(context: AuditContext, z: Tensor, rows: Tensor) -> tuple[Tensor, Tensor] | Missing:
+    """F^-1(z) of a float64 copy, and the error of its round trip."""
+    try:
+        copy = context.model.to_dtype(torch.float64)
+        guarded = Guarded(copy, context.x.double(), seconds=patience(copy, context.x.double()))
+    except (ModelError, NotApplicable) as error:
+        return Missing(str(error))
+    guarded = guarded.select(context_rows(context, rows))
+    x = guarded.inverse(z.double())
+    return x, draw_error(z, guarded.forward(x), context.base.deviation.double())
+
+
+def _layer(model: AuditedModel, z: Tensor) -> str:
+    try:
+        return first_non_finite(model, z, latent=True) or ""
+    except (ModelError, NotApplicable):
+        return ""
+
+
+def _finding(context: AuditContext, drawn: _Draws, lost: _Lost) -> Finding:
+    limit = context.limits.sampling
+    verdict = drawn.verdict(context)
+    low, high = drawn.interval(context)
+    confidence = f"{100 * context.limits.confidence:g} %"
+    if drawn.lost:
+        reason = (
+            f"{drawn.lost:,} of {drawn.seen:,} draws are lost: {100 * low:.2g} to {100 * high:.2g} % "
+            f"({confidence}), limit {100 * limit:g} %{lost.sentence()}"
+        )
+    else:
+        reason = (
+            f"none of {drawn.seen:,} draws is lost: at most {100 * high:.2g} % ({confidence}), "
+            f"limit {100 * limit:g} %"
+        )
+    if verdict is Verdict.UNDECIDED:
+        reason += _undecided(context, drawn)
+    if drawn.far:
+        reason += f"; {drawn.far} draws come back but lie beyond {FAR:g} data radii"
+    if not context.base.declared:
+        reason += "; drawn from N(0, I), since the model has no base"
+    return Finding(
+        verdict, drawn.lost / drawn.seen, limit, "of the draws", reason, drawn.seen, drawn.seen
+    )
+
+
+def _undecided(context: AuditContext, drawn: _Draws) -> str:
+    limits = context.limits
+    needed = draws_that_decide(
+        drawn.lost, drawn.seen, limits.sampling, confidence=limits.confidence
+    )
+    if needed is None:
+        return "; more than a million draws would be needed to decide"
+    return f"; about {needed:,} draws would decide: sampling(draws={needed})"

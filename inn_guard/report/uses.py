@@ -1,0 +1,112 @@
+"""What a model may be used for, and what one check found about a use."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from inn_guard.report.verdict import Verdict
+
+__all__ = ["USES", "Finding", "UseVerdict", "checked_uses"]
+
+#: use -> the question behind it
+USES = {
+    "density": "Is log p(x) of data right?",
+    "sampling": "Are draws from the model's own base usable?",
+    "reconstruction": "Does x -> z -> x come back?",
+    "gradients": "Is the memory-saving gradient the true one?",
+    "other_inputs": "Does the inverse work outside of the data?",
+}
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What one check found about one use.
+
+    Attributes:
+        verdict: on this use, by this check alone.
+        figure: what decided it.
+        limit: what the figure is held against.
+        unit: of both.
+        reason: one sentence with the figures.
+        samples: how many rows or draws the figure is of.
+        of: how many rows there were; equal to ``samples`` where all of them were measured.
+    """
+
+    verdict: Verdict
+    figure: float
+    limit: float
+    unit: str
+    reason: str
+    samples: int
+    of: int
+
+
+@dataclass(frozen=True)
+class UseVerdict:
+    """The verdict on one use: the worst finding of the checks that decide it.
+
+    Attributes:
+        use: its name, a key of USES.
+        verdict: of all checks together.
+        check: the check whose finding decided; "" if none measured this use.
+        finding: that finding; None if none measured this use.
+        counted: whether the report's verdict counts this use.
+        why: why it is counted, or why not.
+    """
+
+    use: str
+    verdict: Verdict
+    check: str
+    finding: Finding | None
+    counted: bool
+    why: str
+
+    @property
+    def figure(self) -> float:
+        """The deciding figure; NaN if the use was not measured."""
+        return float("nan") if self.finding is None else self.finding.figure
+
+    @property
+    def limit(self) -> float:
+        """What the figure is held against; NaN if the use was not measured."""
+        return float("nan") if self.finding is None else self.finding.limit
+
+    @property
+    def unit(self) -> str:
+        """Unit of figure and limit."""
+        return "" if self.finding is None else self.finding.unit
+
+    @property
+    def samples(self) -> int:
+        """How many rows or draws the figure is of."""
+        return 0 if self.finding is None else self.finding.samples
+
+    @property
+    def of(self) -> int:
+        """How many rows there were."""
+        return 0 if self.finding is None else self.finding.of
+
+    @property
+    def reason(self) -> str:
+        """One sentence."""
+        return "not measured" if self.finding is None else self.finding.reason
+
+    def __str__(self) -> str:
+        return f"{self.use}: {self.verdict.label} ({self.reason})"
+
+
+def checked_uses(uses: str | Iterable[str]) -> tuple[str, ...]:
+    """Names of uses, each once and in the order of USES.
+
+    Raises:
+        ValueError: if one is unknown.
+        TypeError: if one is no string.
+    """
+    named = [uses] if isinstance(uses, str) else list(uses)
+    for name in named:
+        if not isinstance(name, str):
+            raise TypeError(f"expected uses by name, out of {', '.join(USES)}; got {name!r}")
+        if name not in USES:
+            raise ValueError(f"expected uses out of {', '.join(USES)}; got {name!r}")
+    return tuple(name for name in USES if name in named)
