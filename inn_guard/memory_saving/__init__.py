@@ -1,4 +1,4 @@
-"""Memory-saving backpropagation: gradients of a chain of invertible layers without its activations."""
+"""Memory-saving backpropagation: gradients of a chain of invertible layers from its output."""
 
 from inn_guard.memory_saving.model import MemorySaving, memory_saving
 from inn_guard.memory_saving.replay import RandomAndBufferState

@@ -1,4 +1,4 @@
-"""The way back along a chain: rebuild one layer's input, differentiate that layer, forget it, go on."""
+"""The backward pass: from the last step to the first, rebuild its input and differentiate it."""
 
 from __future__ import annotations
 
@@ -9,23 +9,23 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from inn_guard.core.invertible import map_tensors
+from inn_guard.core.context import map_tensors
 from inn_guard.core.layer_jacobian import NotApplicable
-from inn_guard.memory_saving.forward import ForwardPass, Trace
+from inn_guard.memory_saving.forward import ForwardPass, Step, Tape
 from inn_guard.memory_saving.replay import hooks_suspended
-from inn_guard.memory_saving.steps import Step
 
 __all__ = ["BackwardPass"]
 
 
 @dataclass(frozen=True)
-class Local:
+class LocalGraph:
     """One step with its graph.
 
     Attributes:
-        state: its input, a leaf.
-        contexts: id of a leaf that stands for a context -> that context's position among the walk's sources.
-        outputs: what was measured, differentiable.
+        state: the step's input, a leaf.
+        contexts: id of the leaf that stands for a context -> the context's position among the
+            dependencies.
+        outputs: the step's results, differentiable.
     """
 
     state: Tensor
@@ -34,49 +34,57 @@ class Local:
 
 
 class BackwardPass:
-    """Gradients of a walk's outputs by walking from the last step to the first.
+    """The gradients of a forward pass.
 
-    Every step's input is rebuilt from its output by the inverse, unless it was stored; where the inverse does not
-    exist, or the guard does not accept what it gives, the inputs since the last stored one are computed once more
-    from there. So no more than the stored inputs, one segment of inputs and one layer's activations are held at a time.
+    The input of every step is stored, or rebuilt from its output by the layer's inverse. Where the
+    inverse is missing, or the guard refuses what it returns, the inputs since the last checkpoint
+    are computed again. So only the checkpoints, the inputs between two of them, and the activations
+    of one layer are in memory at a time.
 
     Args:
-        walk: the steps.
-        trace: what the way forwards noted.
+        forward: the steps.
+        tape: what the forward pass has noted.
+
+    Attributes:
+        gradients: one for each dependency of the forward pass; None: it has none.
     """
 
-    def __init__(self, walk: ForwardPass, trace: Trace) -> None:
-        self.walk, self.trace = walk, trace
-        self.gradients: list[Tensor | None] = [None] * len(walk.sources)
-        self._exact = dict(trace.kept)
+    def __init__(self, forward: ForwardPass, tape: Tape) -> None:
+        self.forward, self.tape = forward, tape
+        self.gradients: list[Tensor | None] = [None] * len(forward.dependencies)
+        self._exact = dict(tape.checkpoints)
 
     def run(self, output: Tensor, gradients: Sequence[Tensor | None], first: int) -> Tensor | None:
-        """The gradient of the input of step ``first``; those of the walk's sources are in ``self.gradients``."""
-        state, (gradient, *log_det_gradient) = output.detach(), gradients
-        with self.trace.restored():
-            for k in reversed(range(first, len(self.walk.steps))):
+        """The gradient of the input of step ``first``. Fills in ``self.gradients``.
+
+        Args:
+            output: the output of the last step.
+            gradients: of the output, and of the log-determinant if there is one.
+            first: the last step to be differentiated.
+        """
+        state = output.detach()
+        gradient, *log_det_gradient = gradients
+        with self.tape.restored():
+            for k in reversed(range(first, len(self.forward.steps))):
                 state, gradient = self._differentiate(k, state, [gradient, *log_det_gradient])
         return gradient
 
     def _differentiate(
         self, k: int, output: Tensor, gradients: Sequence[Tensor | None]
     ) -> tuple[Tensor, Tensor | None]:
-        """Input of step k and its gradient; adds the gradients of the sources that the step uses."""
-        local = self._rebuilt(k, output)
-        pairs = [
-            (value, gradient)
-            for value, gradient in zip(local.outputs, gradients, strict=True)
-            if gradient is not None and value.requires_grad
-        ]
+        """Input of step k and its gradient; adds the gradients of the step's dependencies."""
+        local = self._rebuild(k, output)
         state = local.state.detach()
-        if not pairs:
-            return state, None
-        values, gradients = zip(*pairs, strict=True)
+        values, value_gradients = [], []
+        for value, gradient in zip(local.outputs, gradients, strict=True):
+            if gradient is not None and value.requires_grad:
+                values.append(value)
+                value_gradients.append(gradient)
         leaves = _leaves(values)
+        if not leaves:
+            return state, None
         with hooks_suspended(leaves):
-            found = (
-                torch.autograd.grad(values, leaves, gradients, allow_unused=True) if leaves else ()
-            )
+            found = torch.autograd.grad(values, leaves, value_gradients, allow_unused=True)
         state_gradient = None
         for leaf, gradient in zip(leaves, found, strict=True):
             if leaf is local.state:
@@ -85,93 +93,103 @@ class BackwardPass:
                 self._add(self._position(k, leaf, local), gradient)
         return state, state_gradient
 
-    def _rebuilt(self, k: int, output: Tensor) -> Local:
-        local = None if k in self._exact else self._inverted(k, output)
-        if local is not None:
-            return local
+    def _rebuild(self, k: int, output: Tensor) -> LocalGraph:
         if k not in self._exact:
+            local = self._invert(k, output)
+            if local is not None:
+                return local
             start = max(j for j in self._exact if j < k)
-            self._exact |= self.walk.rerun(self.trace, start, self._exact[start], k)
-        return self._evaluated(k, self._exact.pop(k))
+            self._exact |= self.forward.rerun(self.tape, start, self._exact[start], k)
+        return self._evaluate(k, self._exact.pop(k))
 
-    def _evaluated(self, k: int, state: Tensor) -> Local:
+    def _evaluate(self, k: int, state: Tensor) -> LocalGraph:
         """Step k at a known input."""
-        step, contexts = self._localized(k)
+        step, contexts = self._with_context_leaves(k)
         leaf = state.detach().requires_grad_()
-        with torch.enable_grad(), self.trace.records[k].restored():
-            return Local(leaf, contexts, self.walk.measure(step, leaf))
+        with torch.enable_grad(), self.tape.records[k].restored():
+            return LocalGraph(leaf, contexts, step.apply(leaf))
 
-    def _inverted(self, k: int, output: Tensor) -> Local | None:
-        """Step k at the input that its inverse gives; None if that cannot be had or is refused."""
-        record = self.trace.records[k]
-        step, contexts = self._localized(k)
+    def _invert(self, k: int, output: Tensor) -> LocalGraph | None:
+        """Step k at the input that its inverse returns; None if there is none or it is refused."""
+        record = self.tape.records[k]
+        step, contexts = self._with_context_leaves(k)
         with record.restored():
-            leaf = output.to(record.dtype, copy=True).requires_grad_() if record.primes else None
-            if leaf is not None:
+            leaf = None
+            if record.fused_inverse:
+                leaf = output.to(record.dtype, copy=True).requires_grad_()
                 with torch.enable_grad():
-                    step = step.of(step.layer.with_cached_conditioner(leaf))
-            state = self._undone(k, step, output)
+                    step = step.through(step.layer.with_cached_conditioner(leaf))
+            state = self._undo(k, step, output)
             if state is None:
                 return None
             if leaf is None:
                 leaf = state.detach().requires_grad_()
             else:
-                leaf.data.copy_(
-                    state
-                )  # what priming used keeps its values; the version that its graph saw stays
+                # the part that the conditioner has read keeps its values, and .data keeps the
+                # version that its graph has saved
+                leaf.data.copy_(state)
             with torch.enable_grad():
-                return Local(leaf, contexts, self.walk.measure(step, leaf))
+                return LocalGraph(leaf, contexts, step.apply(leaf))
 
-    def _undone(self, k: int, step: Step, output: Tensor) -> Tensor | None:
-        guard = self.walk.guard
-        refused = (
-            NotApplicable if guard is None else Exception
-        )  # libraries leave their domain with errors of their own
+    def _undo(self, k: int, step: Step, output: Tensor) -> Tensor | None:
+        guard = self.forward.guard
+        failures: type[Exception] = NotApplicable
+        if guard is not None:
+            failures = Exception  # libraries raise errors of their own outside their domain
         try:
             with torch.no_grad():
-                state = step.undo(output).to(self.trace.records[k].dtype)
-        except refused:
+                state = step.undo(output).to(self.tape.records[k].dtype)
+        except failures:
             return None
-        return state if guard is None or guard.accepts(state, self.trace.sketches[k]) else None
+        if guard is not None and not guard.accepts(state, self.tape.fingerprints[k]):
+            return None
+        return state
 
-    def _localized(self, k: int) -> tuple[Step, dict[int, int]]:
-        """Step k with leaves in place of the contexts that have gradients."""
-        step, contexts = self.walk.steps[k], {}
+    def _with_context_leaves(self, k: int) -> tuple[Step, dict[int, int]]:
+        """Step k with leaves in place of the contexts that require gradients."""
+        step, contexts = self.forward.steps[k], {}
 
         def leaf_of(tensor: Tensor) -> Tensor:
             if not tensor.requires_grad:
                 return tensor
             leaf = tensor.detach().requires_grad_()
-            contexts[id(leaf)] = self.walk.position[id(tensor)]
+            contexts[id(leaf)] = self.forward.position[id(tensor)]
             return leaf
 
         if step.layer.context is None:
             return step, contexts
-        return step.of(step.layer.with_context(map_tensors(step.layer.context, leaf_of))), contexts
+        context = map_tensors(step.layer.context, leaf_of)
+        return step.through(step.layer.with_context(context)), contexts
 
-    def _position(self, k: int, leaf: Tensor, local: Local) -> int:
-        position = local.contexts.get(id(leaf), self.walk.position.get(id(leaf)))
+    def _position(self, k: int, leaf: Tensor, local: LocalGraph) -> int:
+        position = local.contexts.get(id(leaf), self.forward.position.get(id(leaf)))
         if position is None:
             raise RuntimeError(
-                f"layer {k} ({self.walk.steps[k].layer.name}) depends on a tensor of shape {tuple(leaf.shape)} that "
-                "requires grad but is neither among the model's parameters() nor in its context, so its gradient "
-                "would be lost: register it as a parameter, or hand it in as context"
+                f"layer {k} ({self.forward.steps[k].layer.name}) depends on a tensor of shape "
+                f"{tuple(leaf.shape)} that requires a gradient but is neither in the model's "
+                "parameters() nor in its context, so its gradient would be lost: register it as a "
+                "parameter, or pass it as context"
             )
         return position
 
     def _add(self, position: int, gradient: Tensor | None) -> None:
-        if gradient is not None:
-            before = self.gradients[position]
-            self.gradients[position] = gradient if before is None else before + gradient
+        if gradient is None:
+            return
+        before = self.gradients[position]
+        if before is not None:
+            gradient = before + gradient
+        self.gradients[position] = gradient
 
 
 def _leaves(values: Sequence[Tensor]) -> list[Tensor]:
-    """The tensors at which the graph of ``values`` begins."""
+    """The leaves of the graph of ``values``."""
     found: list[Tensor] = []
     stack: list[Any] = []
     for value in values:
-        stack += [value.grad_fn] if value.grad_fn is not None else []
-        found += [value] if value.grad_fn is None else []
+        if value.grad_fn is None:
+            found.append(value)
+        else:
+            stack.append(value.grad_fn)
     seen = set()
     while stack:
         node = stack.pop()

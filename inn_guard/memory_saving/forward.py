@@ -1,198 +1,243 @@
-"""The walk along a chain of layers: forwards without a graph, and what has to be noted for the way back."""
+"""The forward pass along a chain of layers, without a graph, and what the backward pass needs."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
-from inn_guard.core.invertible import Invertible, map_tensors
+from inn_guard.core.context import Context, map_tensors
+from inn_guard.core.invertible import Invertible
 from inn_guard.jacobian.network import is_unpatched
 from inn_guard.memory_saving.drift import Guard
 from inn_guard.memory_saving.replay import Autocast, Modules, RandomAndBufferState
-from inn_guard.memory_saving.steps import Measure, Step
 
-__all__ = ["ForwardPass", "Record", "Trace"]
+__all__ = ["ForwardPass", "Record", "Step", "Tape"]
+
+
+@dataclass(frozen=True)
+class Step:
+    """One layer, applied from data to latent or the other way.
+
+    Attributes:
+        layer: the layer.
+        reverse: whether the step applies the layer's inverse, z -> x.
+        with_log_det: whether the step also computes the log-determinant.
+    """
+
+    layer: Invertible
+    reverse: bool = False
+    with_log_det: bool = False
+
+    @property
+    def invertible(self) -> bool:
+        """Whether ``undo`` returns the input. The inverse of an injective layer projects it."""
+        return self.reverse or self.layer.bijective
+
+    def apply(self, state: Tensor) -> tuple[Tensor, ...]:
+        """(output,), or (output, log_det) with log_det = log|det d output/d state|, (B,)."""
+        if self.with_log_det and self.reverse:
+            return self.layer.inverse_and_log_det(state)
+        if self.with_log_det:
+            return self.layer.forward_and_log_det(state)
+        if self.reverse:
+            return (self.layer.inverse(state),)
+        return (self.layer(state),)
+
+    def undo(self, output: Tensor) -> Tensor:
+        """The input that gives this output."""
+        if self.reverse:
+            return self.layer(output)
+        return self.layer.inverse(output)
+
+    def through(self, layer: Invertible) -> Step:
+        """The same step through another layer."""
+        return replace(self, layer=layer)
 
 
 @dataclass(frozen=True)
 class Record:
-    """What is noted of one step on the way forwards.
+    """What the forward pass notes of one step.
 
     Attributes:
-        dtype: of the step's input.
-        primes: whether one evaluation serves inversion and differentiation.
-        surroundings: to be restored for a repetition; None if nothing but the input mattered.
+        dtype: dtype of the step's input.
+        fused_inverse: whether one evaluation of the layer's network serves both its inverse and its
+            derivative.
+        state: random numbers and buffers to be restored when the step is repeated; None where the
+            step depends on its input only.
     """
 
     dtype: torch.dtype
-    primes: bool
-    surroundings: RandomAndBufferState | None
+    fused_inverse: bool
+    state: RandomAndBufferState | None
 
     def restored(self) -> AbstractContextManager[None]:
-        """A block in which the step finds what it found on the way forwards."""
-        return nullcontext() if self.surroundings is None else self.surroundings.restored()
+        """A block in which the step finds the random numbers and buffers of the forward pass."""
+        if self.state is None:
+            return nullcontext()
+        return self.state.restored()
 
 
 @dataclass
-class Trace:
-    """What the way back starts from, besides the output.
+class Tape:
+    """What the backward pass needs in addition to the output.
 
     Attributes:
-        autocast: how the way forwards casted.
-        modules: their modes and parameters.
-        records: one per step.
-        kept: inputs of steps that are stored, by the number of the step; that of the first always.
-        sketches: one per step under a guard; else none.
+        autocast: the autocast state of the forward pass.
+        modules: the modules' modes and parameters.
+        records: one for each step.
+        checkpoints: number of a step -> its input, stored; that of the first step always.
+        fingerprints: with a guard, one for each step's input; without one, empty.
     """
 
     autocast: Autocast
     modules: Modules
     records: list[Record] = field(default_factory=list)
-    kept: dict[int, Tensor] = field(default_factory=dict)
-    sketches: list[Tensor] = field(default_factory=list)
+    checkpoints: dict[int, Tensor] = field(default_factory=dict)
+    fingerprints: list[Tensor] = field(default_factory=list)
 
     @contextmanager
     def restored(self) -> Iterator[None]:
-        """A block in which modules are in the modes, and autocast is as it was, on the way forwards."""
-        with self.modules.in_their_modes(), self.autocast.restored():
+        """A block with the training modes and the autocast state of the forward pass."""
+        with self.modules.restored_modes(), self.autocast.restored():
             yield
 
 
 class ForwardPass:
-    """Steps to be walked, and the tensors other than the input on which their results depend.
+    """A sequence of steps, and the tensors other than the input on which its results depend.
 
     Args:
-        steps: in the order of the walk.
-        measure: what is computed of every step.
+        steps: the steps in their order.
         parameters: every parameter that a step may use.
-        guard: compares rebuilt states with those of the way forwards, if given.
+        guard: compares rebuilt inputs with those of the forward pass; None: they are not compared.
     """
 
     def __init__(
-        self,
-        steps: Sequence[Step],
-        measure: Measure,
-        parameters: Sequence[Tensor],
-        guard: Guard | None,
+        self, steps: Sequence[Step], parameters: Sequence[Tensor], guard: Guard | None
     ) -> None:
-        self.steps, self.measure, self.guard = steps, measure, guard
-        sources = {id(tensor): tensor for tensor in [*parameters, *self._contexts()]}
-        self.sources = list(sources.values())
-        self.position = {key: k for k, key in enumerate(sources)}
+        self.steps, self.guard = steps, guard
+        contexts = [tensor for step in steps for tensor in tensors_in(step.layer.context)]
+        dependencies = {id(tensor): tensor for tensor in (*parameters, *contexts)}
+        self.dependencies = list(dependencies.values())
+        self.position = {key: k for k, key in enumerate(dependencies)}
+        # with a guard, a rebuilt input that is refused is computed again from the last checkpoint
+        self._stride = len(steps)
+        if guard is not None and steps:
+            self._stride = math.isqrt(len(steps) - 1) + 1
 
     def wants_gradients(self, x: Tensor) -> bool:
-        """Whether anything at all is to be differentiated."""
-        return torch.is_grad_enabled() and any(
-            tensor.requires_grad for tensor in (x, *self.sources)
-        )
+        """Whether the results have anything to differentiate."""
+        if not torch.is_grad_enabled():
+            return False
+        return x.requires_grad or any(tensor.requires_grad for tensor in self.dependencies)
 
-    def run(self, x: Tensor) -> tuple[tuple[Tensor, ...], Trace]:
-        """The outputs without a graph, and what the way back needs.
+    def run(self, x: Tensor) -> tuple[tuple[Tensor, ...], Tape]:
+        """The results without a graph, and the tape for the backward pass.
 
         Raises:
             RuntimeError: inside ``torch.nn.utils.parametrize.cached()``.
         """
-        trace, state = (
-            Trace(Autocast.current(x), _uncached(Modules(step.layer for step in self.steps))),
-            x,
-        )
-        log_dets: list[Tensor] = []
-        surroundings = None
-        with torch.no_grad(), trace.autocast.restored():
+        modules = Modules(step.layer for step in self.steps)
+        _check_not_cached(modules)
+        tape = Tape(Autocast.current(x), modules)
+        state, log_dets = x, []
+        before = None
+        with torch.no_grad(), tape.autocast.restored():
             for k, step in enumerate(self.steps):
-                surroundings = RandomAndBufferState(step.layer, state, surroundings)
-                hooked = _hooked(step.layer)
-                with_cached_conditioner = (
-                    step if hooked else step.of(step.layer.with_cached_conditioner(state))
-                )
-                output, *log_det = self.measure(with_cached_conditioner, state)
-                self._note(
-                    trace,
-                    k,
-                    state,
-                    (surroundings, with_cached_conditioner.layer is not step.layer, hooked),
-                )
+                before = RandomAndBufferState(step.layer, state, before)
+                evaluated = step
+                hooked = _has_hooks(step.layer)
+                if not hooked:
+                    evaluated = step.through(step.layer.with_cached_conditioner(state))
+                output, *log_det = evaluated.apply(state)
+                fused = evaluated.layer is not step.layer
+                needed = None
+                if before.changed():
+                    needed = before
+                tape.records.append(Record(state.dtype, fused, needed))
+                # a layer that draws random numbers or updates statistics does so in its forward,
+                # which its inverse does not repeat unless one evaluation serves both
+                rebuildable = step.invertible and not hooked and (needed is None or fused)
+                if k % self._stride == 0 or not rebuildable:
+                    tape.checkpoints[k] = state
+                if self.guard is not None:
+                    tape.fingerprints.append(self.guard.fingerprint(state))
                 state = output
                 log_dets += log_det
-        return self._results(state, log_dets), trace
+        return _results(state, log_dets), tape
 
-    def repeat(self, x: Tensor, trace: Trace) -> tuple[Tensor, ...]:
-        """The outputs once more, with the graph that autograd records."""
-        state = x
+    def repeat(self, x: Tensor, tape: Tape) -> tuple[Tensor, ...]:
+        """The results once more, with the graph that autograd records."""
+        state: Tensor = x
         log_dets: list[Tensor] = []
-        with torch.enable_grad(), trace.restored():
-            for step, record in zip(self.steps, trace.records, strict=True):
+        with torch.enable_grad(), tape.restored():
+            for step, record in zip(self.steps, tape.records, strict=True):
                 with record.restored():
-                    state, *log_det = self.measure(step, state)
+                    state, *log_det = step.apply(state)
                 log_dets += log_det
-        return self._results(state, log_dets)
+        return _results(state, log_dets)
 
-    def rerun(self, trace: Trace, start: int, state: Tensor, stop: int) -> dict[int, Tensor]:
-        """Inputs of the steps start + 1, ..., stop, without a graph, from the one of ``start``."""
+    def rerun(self, tape: Tape, start: int, state: Tensor, stop: int) -> dict[int, Tensor]:
+        """Inputs of the steps start + 1, ..., stop from that of ``start``, without a graph."""
         states: dict[int, Tensor] = {}
         with torch.no_grad():
             for k in range(start, stop):
-                with trace.records[k].restored():
-                    state = states[k + 1] = self.measure(self.steps[k], state)[0]
+                with tape.records[k].restored():
+                    state = self.steps[k].apply(state)[0]
+                states[k + 1] = state
         return states
 
     def first_differentiable(self, x: Tensor) -> int:
-        """Number of the first step with anything to differentiate at or before it."""
-        wanted = {id(tensor) for tensor in self.sources if tensor.requires_grad}
-        if x.requires_grad or len(wanted) == len(self.sources):
+        """The number of the first step that has to be differentiated."""
+        wanted = {id(tensor) for tensor in self.dependencies if tensor.requires_grad}
+        if x.requires_grad or len(wanted) == len(self.dependencies):
             return 0
-        per_step = [
-            wanted & {id(tensor) for tensor in self._sources_of(step)} for step in self.steps
-        ]
-        everything_found = set().union(*per_step) == wanted
-        return next((k for k, found in enumerate(per_step) if found), 0) if everything_found else 0
-
-    def _note(
-        self, trace: Trace, k: int, state: Tensor, made: tuple[RandomAndBufferState, bool, bool]
-    ) -> None:
-        surroundings, primes, hooked = made
-        changed = surroundings.changed()
-        trace.records.append(Record(state.dtype, primes, surroundings if changed else None))
-        stride = len(self.steps) if self.guard is None else math.isqrt(len(self.steps) - 1) + 1
-        step = self.steps[k]
-        # the inverse of a layer that draws randomness or moves statistics need not do so as its forward did
-        if k % stride == 0 or not step.invertible or (changed and not primes) or hooked:
-            trace.kept[k] = state
-        if self.guard is not None:
-            trace.sketches.append(self.guard.sketch(state))
-
-    def _results(self, state: Tensor, log_dets: list[Tensor]) -> tuple[Tensor, ...]:
-        return (state, torch.stack(log_dets).sum(0)) if log_dets else (state,)
-
-    def _contexts(self) -> list[Tensor]:
-        return [tensor for step in self.steps for tensor in _tensors(step.layer.context)]
-
-    def _sources_of(self, step: Step) -> list[Tensor]:
-        return [*step.layer.parameters(), *_tensors(step.layer.context)]
+        first = None
+        found: set[int] = set()
+        for k, step in enumerate(self.steps):
+            used = wanted.intersection(map(id, _dependencies_of(step)))
+            if first is None and used:
+                first = k
+            found |= used
+        # a step may use a parameter of another module, which nothing here can tell
+        if first is None or found != wanted:
+            return 0
+        return first
 
 
-def _uncached(modules: Modules) -> Modules:
-    if modules.parametrized:
-        raise RuntimeError(
-            "expected a call outside torch.nn.utils.parametrize.cached(), which would keep weights without a graph "
-            "from this pass, so that they got no gradient: leave cached() out, or use the model itself inside"
-        )
-    return modules
-
-
-def _hooked(layer: Invertible) -> bool:
-    """Whether hooks or methods of one instance make more of a call than the class, which its inverse does not undo."""
-    modules = (layer, layer.block)
-    return any(not is_unpatched(m) or m._backward_hooks or m._backward_pre_hooks for m in modules)
-
-
-def _tensors(context: Any) -> list[Tensor]:
+def tensors_in(context: Context) -> list[Tensor]:
+    """All tensors of a (nested) context."""
     found: list[Tensor] = []
     map_tensors(context, found.append)
     return found
+
+
+def _results(state: Tensor, log_dets: list[Tensor]) -> tuple[Tensor, ...]:
+    if not log_dets:
+        return (state,)
+    return state, torch.stack(log_dets).sum(0)
+
+
+def _dependencies_of(step: Step) -> list[Tensor]:
+    return [*step.layer.parameters(), *tensors_in(step.layer.context)]
+
+
+def _check_not_cached(modules: Modules) -> None:
+    if modules.cache_parametrizations:
+        raise RuntimeError(
+            "expected a call outside torch.nn.utils.parametrize.cached(): it would keep weights of "
+            "this pass, which have no graph, so that their parameters got no gradient. Leave "
+            "cached() out, or call the model itself inside it"
+        )
+
+
+def _has_hooks(layer: Invertible) -> bool:
+    """Whether a hook or a method of this instance changes a call: the inverse does not undo it."""
+    for module in (layer, layer.block):
+        if not is_unpatched(module) or module._backward_hooks or module._backward_pre_hooks:
+            return True
+    return False

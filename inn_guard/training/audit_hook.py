@@ -11,12 +11,12 @@ from jaxtyping import Shaped
 from torch import Tensor, nn
 
 from inn_guard.adapters import wrap
-from inn_guard.audits import Audit, AuditReport, polite
 from inn_guard.audits.quick_check import quick_round_trip
-from inn_guard.audits.run import resolve_check
+from inn_guard.audits.run import Check, resolve_check
 from inn_guard.core.invertible import Context, Invertible
 from inn_guard.core.tensors import dtype_name
 from inn_guard.memory_saving import MemorySaving
+from inn_guard.report.audit_report import AuditReport
 from inn_guard.training.actions import Action
 from inn_guard.training.records import Record
 from inn_guard.training.schedule import Schedule, schedule
@@ -67,7 +67,7 @@ class AuditHook:
         self,
         model: nn.Module,
         *,
-        checks: Sequence[str | Audit] = (quick_round_trip,),
+        checks: Sequence[str | Check] = (quick_round_trip,),
         every: int | Schedule = 100,
         samples: int | None = 8,
         record: Callable[[Record], object] | None = None,
@@ -83,7 +83,7 @@ class AuditHook:
         if isinstance(wrapped, MemorySaving):
             wrapped = wrapped.inner
         self.model: Invertible = wrapped
-        self.checks = tuple(polite(resolve_check(check)) for check in checks)
+        self.checks = tuple(resolve_check(check) for check in checks)
         self.due: Schedule = schedule(every)
         self.samples = samples
         self.record = record

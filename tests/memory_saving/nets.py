@@ -30,7 +30,7 @@ def coupling(*, scale=None, network=None) -> AffineCoupling:
 
 
 def flow(blocks: int = 3) -> Chain:
-    """ActNorm, 1x1, affine coupling, reversal, additive coupling; in evaluation mode, on vectors."""
+    """ActNorm, 1x1, affine coupling, reversal, additive coupling; in evaluation mode."""
     layers: list[Invertible] = []
     with seeded(1):
         for _ in range(blocks):
@@ -43,17 +43,12 @@ def flow(blocks: int = 3) -> Chain:
 
 
 def conditional_flow() -> Chain:
+    layers: list[Invertible] = []
     with seeded(2):
-        nets = [
-            Conditional(MLP([FEATURES // 2 + 2, 8, FEATURES], activation=nn.Tanh)) for _ in range(3)
-        ]
-        net = Chain(
-            *(
-                layer
-                for network in nets
-                for layer in (coupling(network=network), Permutation.reverse(FEATURES))
-            )
-        )
+        for _ in range(3):
+            network = Conditional(MLP([FEATURES // 2 + 2, 8, FEATURES], activation=nn.Tanh))
+            layers += [coupling(network=network), Permutation.reverse(FEATURES)]
+        net = Chain(*layers)
         randomize(net, 0.2)
     return net.eval()
 
@@ -85,9 +80,9 @@ def images(batch: int = 3) -> Tensor:
 
 
 def exploding(blocks: int = 12) -> Chain:
-    """The first half takes from the second what it needs, then the second is shrunk by e^4, block after block.
+    """In each block the second half is added to the first one and then shrunk by e^4.
 
-    The inverse magnifies rounding errors by e^4 a block, while the gradients of early layers stay as large as others.
+    The inverse magnifies rounding errors by e^4 a block. Gradients of early layers do not vanish.
     """
     half = FEATURES // 2
     with seeded(5):
@@ -103,7 +98,7 @@ def exploding(blocks: int = 12) -> Chain:
 
 
 class TwoSided(Invertible):
-    """z2 = x2 + f(x1), z1 = x1 + g(z2): its inverse evaluates the two networks in the other order."""
+    """z2 = x2 + f(x1), z1 = x1 + g(z2): the inverse evaluates g before f."""
 
     def __init__(self, make) -> None:
         super().__init__()

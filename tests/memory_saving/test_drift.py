@@ -122,20 +122,20 @@ def test_a_healthy_net_is_not_evaluated_again_and_a_broken_one_once_more():
 
 
 @given(size=st.integers(1, 400), scale=st.floats(1e-6, 1e6), seed=st.integers(0, 10**6))
-def test_sketches_measure_distances(size, scale, seed):
-    """|sketch difference|^2 / |difference|^2 is chi^2 with 8 degrees of freedom over 8."""
+def test_fingerprints_measure_distances(size, scale, seed):
+    """|fingerprint difference|^2 / |difference|^2 is chi^2 with 8 degrees of freedom over 8."""
     generator = torch.Generator().manual_seed(seed)
     x, error = (scale * torch.randn(64, size, generator=generator) for _ in range(2))
     guard = Guard(1.0)
-    difference = (guard.sketch(x + 0.01 * error) - guard.sketch(x))[:, :-1].norm(dim=1)
+    difference = (guard.fingerprint(x + 0.01 * error) - guard.fingerprint(x))[:, :-1].norm(dim=1)
     ratio = difference / (0.01 * error.norm(dim=1))
     assert float(ratio.min()) > 0.1
     assert float(ratio.max()) < 3.0
 
 
-def test_sketches_are_unbiased():
+def test_fingerprints_are_unbiased():
     error = torch.randn(4000, 500)
-    squared = Guard(1.0).sketch(error)[:, :-1].square().sum(1) / error.square().sum(1)
+    squared = Guard(1.0).fingerprint(error)[:, :-1].square().sum(1) / error.square().sum(1)
     assert abs(float(squared.mean()) - 1) < 0.05  # one matrix for all: its own length shows
     assert abs(float(squared.var()) - 2 / PROJECTIONS) < 0.05
 
@@ -145,15 +145,15 @@ def test_tolerance_is_relative_per_sample(dtype):
     x = torch.randn(4, 300).to(dtype)
     x[2] *= 100
     guard = Guard(0.05)
-    sketch = guard.sketch(x)
-    assert guard.accepts(x, sketch)
-    assert guard.accepts(1.005 * x, sketch)
-    assert not guard.accepts(1.5 * x, sketch)
+    fingerprint = guard.fingerprint(x)
+    assert guard.accepts(x, fingerprint)
+    assert guard.accepts(1.005 * x, fingerprint)
+    assert not guard.accepts(1.5 * x, fingerprint)
     one = x.clone()
     one[0] += x[0].norm() * 0.7 / 300**0.5
-    assert not guard.accepts(one, sketch)
-    assert not guard.accepts(x * math.nan, sketch)
-    assert guard.accepts(x[:0], sketch[:0])
+    assert not guard.accepts(one, fingerprint)
+    assert not guard.accepts(x * math.nan, fingerprint)
+    assert guard.accepts(x[:0], fingerprint[:0])
 
 
 def test_in_float32_nets_the_guard_alarms_where_the_error_is():

@@ -1,4 +1,4 @@
-"""Memory-saving backpropagation evaluates a coupling's network once for inverse and gradient, in any library."""
+"""Inverse and gradient of a coupling share one evaluation of its network, in any library."""
 
 from __future__ import annotations
 

@@ -71,7 +71,7 @@ def test_values_and_gradients_are_the_plain_ones(net_and_x, call):
     assert_close(gradients(value, inputs), gradients(plain_value, inputs))
 
 
-def test_the_walk_written_out_gives_the_same(net_and_x):
+def test_the_passes_written_out_give_the_same(net_and_x):
     model, x = net_and_x
     fast = gradients(
         nets.nll(*memory_saving(model).forward_and_log_det(x)), list(model.parameters())
@@ -160,7 +160,7 @@ def test_batched_and_forward_mode_derivatives():
         torch.autograd.grad(f(x), x, rows, is_grads_batched=True) for f in (saving, model)
     )
     assert_close(found, expected)
-    with forward_ad.dual_level(), pytest.raises(NotApplicable, match=r"use its \.model"):
+    with forward_ad.dual_level(), pytest.raises(NotApplicable, match=r"use its \.inner"):
         saving(forward_ad.make_dual(x.detach(), x.detach()))
 
 
@@ -219,7 +219,7 @@ def test_frozen_parameters():
     )
 
 
-def test_frozen_layers_at_the_front_are_not_walked():
+def test_frozen_layers_at_the_front_are_not_differentiated():
     counted = nets.Counted(MLP([nets.FEATURES // 2, 8, nets.FEATURES]))
     front = nets.coupling(network=counted).requires_grad_(False)
     model = Chain(nets.flow(1).requires_grad_(False), front, nets.flow(1))
@@ -250,7 +250,7 @@ def test_several_calls_before_one_backward_and_inside_a_larger_net():
     nested = memory_saving(Chain(memory_saving(nets.flow(1)), model))
     value = moments(nested(x))
     wanted = list(nested.parameters())
-    assert_close(gradients(value, wanted), gradients(moments(nested.model(x)), wanted))
+    assert_close(gradients(value, wanted), gradients(moments(nested.inner(x)), wanted))
 
 
 def test_no_grad_costs_nothing_and_leaves_no_graph():
@@ -369,14 +369,14 @@ def test_injective_layers_have_their_input_stored():
 def test_it_is_seen_by_others_as_the_model_itself():
     model, x = nets.flow(), nets.vectors()
     saving = memory_saving(memory_saving(model))
-    assert saving.model is model
+    assert saving.inner is model
     assert saving.name == model.name
     assert saving.block is model.block
     assert saving.layers() == model.layers()
     assert torch.equal(saving.linearize(x).output, model(x))
 
 
-def test_what_cannot_be_walked_is_refused():
+def test_what_has_no_chain_is_refused():
     with pytest.raises(NotApplicable, match="has no layers"):
         memory_saving(nets.coupling())
     with pytest.raises(TypeError, match=r"memory_saving\(wrap\(model\)\)"):

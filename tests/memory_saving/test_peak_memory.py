@@ -17,7 +17,7 @@ FEATURES, HIDDEN, BATCH = 8, 64, 256
 
 
 def deep(blocks):
-    """Wide networks on narrow data: activations are 16 times the size of a state."""
+    """Wide networks on narrow data: activations have 16 times the size of a state."""
     torch.manual_seed(0)
     layers = []
     for _ in range(blocks):
@@ -64,15 +64,16 @@ def test_a_guard_holds_nine_numbers_a_sample_and_layer_and_a_few_states():
     def guarded(model):
         return memory_saving(model, guard=1e-3)
 
-    sketch, state = (8 * BATCH * numbers for numbers in (9, FEATURES))
+    fingerprint, state = (8 * BATCH * numbers for numbers in (9, FEATURES))
     few, many = (peak_beside_gradients(blocks, guarded) for blocks in (8, 32))
     more_layers, more_states = 2 * 32 - 2 * 8, math.ceil(64**0.5) - math.ceil(16**0.5)
-    assert many - few <= 1.05 * (more_layers * sketch + more_states * state)
-    assert few - peak_beside_gradients(8, memory_saving) <= 1.05 * (16 * sketch + (4 + 2) * state)
+    assert many - few <= 1.05 * (more_layers * fingerprint + more_states * state)
+    unguarded = peak_beside_gradients(8, memory_saving)
+    assert few - unguarded <= 1.05 * (16 * fingerprint + (4 + 2) * state)
 
 
 def test_nothing_stays_behind():
-    """Graphs that are still alive after their backward pass hold no states; dropped graphs are freed without it."""
+    """Graphs hold no states after their backward pass; dropped graphs are freed without one."""
     model, x = deep(16), torch.randn(BATCH, FEATURES)
     saving, kept = memory_saving(model, guard=1e-3), []
 
