@@ -1,7 +1,8 @@
-"""The models of the papers that this package studies, in their published sizes, built from ``inn_guard.layers``.
+"""The models of the papers, in their published sizes, built from ``inn_guard.layers``.
 
-Glow and invertible residual networks are bijections; InjFlow, noisy injective flows and autoencoders within flows map
-data of D numbers to latents of fewer, and stand beside the baselines of their papers.
+Glow and invertible residual networks are bijections; InjFlow, noisy injective flows and
+autoencoders within flows map data of D numbers to latents of fewer. The baselines of their papers
+are here too.
 """
 
 from inn_guard.models.aef.flow import AutoencoderConfig, CoreShellFlow

@@ -1,4 +1,4 @@
-"""Autoencoder: an encoder h: R^D -> R^d and a decoder g: R^d -> R^D, with their Jacobians and on-manifold densities."""
+"""Autoencoder: encoder h: R^D -> R^d, decoder g: R^d -> R^D, Jacobians and densities."""
 
 from __future__ import annotations
 
@@ -27,12 +27,13 @@ DirectionalDerivative = Callable[[Callable[[Tensor], Tensor], Tensor, Tensor, Te
 
 
 class Autoencoder(Invertible):
-    """forward is the encoder h, inverse the decoder g: an injective map, as far as training makes h undo g.
+    """forward is the encoder h, inverse the decoder g: injective as far as h undoes g.
 
-    Nothing in it forces forward(inverse(z)) = z; the reconstruction audit measures how far it holds.
+    Nothing forces forward(inverse(z)) = z; the reconstruction audit measures how far it holds.
 
     Args:
-        encoder: (B, *data) -> (B, d), or (B, 2 d) with the logarithm of the code's variance behind its mean.
+        encoder: (B, *data) -> (B, d), or (B, 2 d) with the logarithm of the code's variance after
+            its mean.
         decoder: (B, d) -> (B, *data).
         stochastic: whether the encoder gives mean and log-variance.
     """
@@ -69,7 +70,7 @@ def forward_mode(decoder: Callable[[Tensor], Tensor], z: Tensor, v: Tensor, _: T
 def finite_difference(
     decoder: Callable[[Tensor], Tensor], z: Tensor, v: Tensor, at_z: Tensor
 ) -> Tensor:
-    """(g(z + eps v) - g(z)) / eps with eps = 0.01 (Eq. 8): for nets without a forward-mode derivative."""
+    """(g(z + eps v) - g(z)) / eps, eps = 0.01 (Eq. 8), for nets without forward mode."""
     eps = 0.01
     return (decoder(z + eps * v) - at_z) / eps
 
@@ -88,7 +89,7 @@ def decoder_jacobian(
 
 @dataclass(frozen=True)
 class ManifoldDensity:
-    """ln p(x) in nats, (B,), of points x = g(z) on the manifold, and what bounds it from below.
+    """ln p(x) in nats, (B,), of points x = g(z) on the manifold, and lower bounds of it.
 
     Attributes:
         exact: ln p(z) - 1/2 ln det(J_g^T J_g) (Eq. 3).
@@ -106,16 +107,17 @@ class ManifoldDensity:
 def manifold_density(
     model: Invertible, z: Float[Tensor, "batch latent"], *, sigma: float = 1.0, trade: float = 1.0
 ) -> ManifoldDensity:
-    """Density of g(z) for z ~ N(0, sigma^2 I) and the paper's two lower bounds of it, from the dense J_g.
+    """Density of g(z) for z ~ N(0, sigma^2 I) and its two lower bounds, from the dense J_g.
 
     Args:
         model: an injective map; its inverse is g.
         z: codes, (B, d).
-        sigma: of the prior.
+        sigma: standard deviation of the prior.
         trade: lambda of Eq. 4.
 
     References:
-        Regularized Autoencoders via Relaxed Injective Probability Flow (Kumar, Poole, Murphy, 2020), Eq. 3 to 5.
+        Regularized Autoencoders via Relaxed Injective Probability Flow (Kumar, Poole, Murphy,
+        2020), Eq. 3 to 5.
     """
     dim = z.shape[1]
     sigmas = torch.linalg.svdvals(decoder_jacobian(model, z))

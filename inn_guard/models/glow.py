@@ -29,10 +29,10 @@ __all__ = [
     "projection_head",
 ]
 
-CouplingMaker = Callable[
-    [int, NetworkMaker], Coupling
-]  #: (channels, network maker) -> a coupling layer
-MixingMaker = Callable[[int], Invertible]  #: channels -> a permutation or 1x1 convolution
+#: (channels, network maker) -> a coupling layer
+CouplingMaker = Callable[[int, NetworkMaker], Coupling]
+#: channels -> a permutation or 1x1 convolution
+MixingMaker = Callable[[int], Invertible]
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class GlowConfig:
 
     Attributes:
         levels: each starts with a squeeze by 2.
-        blocks: ActNorm, mixing, coupling; so many per level.
+        blocks: how many of ActNorm, mixing and coupling each level has.
         hidden: channels of the couplings' networks.
         coupling: ``AffineCoupling.on_halves``, ``AdditiveCoupling.on_halves``, or
             ``functools.partial(AffineCoupling.on_halves, scale=squashed_sigmoid())``.
@@ -73,7 +73,9 @@ FLOW_GAN = GlowConfig(levels=3, blocks=8, hidden=128, mixing=Permutation.reverse
 def glow_classifier(
     shape: Sequence[int] = (3, 32, 32), *, config: GlowConfig = CIFAR_CLASSIFIER
 ) -> Chain:
-    """The invertible trunk of a classifier: squeeze and blocks per level, nothing factored out, flat features.
+    """The invertible trunk of a classifier: squeeze and blocks per level, then flat features.
+
+    Nothing is factored out.
 
     Args:
         shape: (C, H, W) of one image.
@@ -83,8 +85,8 @@ def glow_classifier(
         A chain (B, C, H, W) -> (B, C H W).
 
     References:
-        Understanding and Mitigating Exploding Inverses in Invertible Neural Networks (Behrmann, Vicol, Wang, Grosse,
-        Jacobsen, 2021), appendix G.
+        Understanding and Mitigating Exploding Inverses in Invertible Neural Networks (Behrmann,
+        Vicol, Wang, Grosse, Jacobsen, 2021), appendix G.
 
     >>> import torch
     >>> trunk = glow_classifier((3, 8, 8), config=GlowConfig(levels=2, blocks=1, hidden=4)).eval()
@@ -99,15 +101,16 @@ def glow_classifier(
 
 
 def projection_head(features: int, classes: int) -> nn.Sequential:
-    """BatchNorm1d - ReLU - Linear: (B, features) -> (B, classes), on the features of ``glow_classifier``."""
+    """BatchNorm1d - ReLU - Linear on features of ``glow_classifier``: (B, classes)."""
     return nn.Sequential(nn.BatchNorm1d(features), nn.ReLU(), nn.Linear(features, classes))
 
 
 def glow_flow(shape: Sequence[int] = (3, 32, 32), *, config: GlowConfig = CIFAR_FLOW) -> Chain:
-    """The generative Glow: after every level but the last, half of the channels is factored out as finished latent.
+    """The generative Glow: every level but the last factors out half of its channels.
 
-    What is factored out is first made standard normal given what remains, by one more affine coupling of scale
-    exp(s) - Glow's learned prior, written as part of the map - so that the base density is N(0, I) throughout.
+    What is factored out is first made standard normal given what remains, by one more affine
+    coupling of scale exp(s) - Glow's learned prior, written as part of the map - so that the base
+    density is N(0, I) throughout.
 
     Args:
         shape: (C, H, W) of one image.
@@ -120,14 +123,20 @@ def glow_flow(shape: Sequence[int] = (3, 32, 32), *, config: GlowConfig = CIFAR_
         Glow: Generative Flow with Invertible 1x1 Convolutions (Kingma, Dhariwal, 2018).
     """
     layers: list[Invertible] = []
-    finished = False
     for level in range(config.levels):
         squeezed = squeezed_shape(shape)
         steps: list[Invertible] = [Squeeze(), *_blocks(squeezed[0], config)]
-        out = FactorOut(squeezed) if level < config.levels - 1 else None
-        steps += [Flatten(squeezed)] if out is None else [_prior(squeezed[0]), out]
-        layers += _on_remaining(steps, shape, squeezed) if finished else steps
-        finished, shape = True, shape if out is None else out.remaining_shape()
+        remaining = shape
+        if level == config.levels - 1:
+            steps.append(Flatten(squeezed))
+        else:
+            out = FactorOut(squeezed)
+            steps += [_prior(squeezed[0]), out]
+            remaining = out.remaining_shape()
+        if level > 0:
+            steps = _on_remaining(steps, shape, squeezed)
+        layers += steps
+        shape = remaining
     return Chain(*layers)
 
 
@@ -151,7 +160,7 @@ def _prior(channels: int) -> AffineCoupling:
 def _on_remaining(
     steps: Sequence[Invertible], shape: Sequence[int], squeezed: Sequence[int]
 ) -> list[Invertible]:
-    """A level behind finished latents: its first step squeezes, its last one flattens, the others keep the shape."""
+    """A level after finished latents: the first step squeezes, the last one flattens."""
     flat = [math.prod(squeezed)]
     latent_shapes = [squeezed] * (len(steps) - 1) + [flat]
     data_shapes = [shape, *latent_shapes[:-1]]

@@ -32,7 +32,7 @@ def power_series(seed: int) -> ResidualLogDet:
 
 
 def russian_roulette(seed: int) -> ResidualLogDet:
-    """Eight exact terms and a random number more, one probe: the unbiased estimate of Residual Flows."""
+    """Eight terms, a random number of further ones, one probe: the estimate of Residual Flows."""
     return RussianRoulette(seed=seed)
 
 
@@ -42,10 +42,10 @@ class IResNetConfig:
 
     Attributes:
         levels: each starts with a squeeze by 2.
-        blocks: ActNorm and residual layer, so many per level.
+        blocks: how many of ActNorm and residual layer each level has.
         hidden: channels of the residual branches.
         coefficient: certified Lipschitz constant of every convolution, below 1.
-        log_det: makes each layer's estimator from a seed of its own.
+        log_det: makes each layer's estimator from the layer's seed.
     """
 
     levels: int = 3
@@ -75,7 +75,8 @@ def iresnet(shape: Sequence[int], *, config: IResNetConfig) -> Chain:
 
     References:
         Invertible Residual Networks (Behrmann, Grathwohl, Chen, Duvenaud, Jacobsen, 2019).
-        Residual Flows for Invertible Generative Modeling (Chen, Behrmann, Duvenaud, Jacobsen, 2019).
+        Residual Flows for Invertible Generative Modeling (Chen, Behrmann, Duvenaud, Jacobsen,
+        2019).
     """
     layers: list[Invertible] = []
     for _ in range(config.levels):
@@ -104,8 +105,8 @@ def checkerboard_residual_flow(
         A chain (B, 2) -> (B, 2).
 
     References:
-        Understanding and Mitigating Exploding Inverses in Invertible Neural Networks (Behrmann, Vicol, Wang, Grosse,
-        Jacobsen, 2021), appendix C, Table 4.
+        Understanding and Mitigating Exploding Inverses in Invertible Neural Networks (Behrmann,
+        Vicol, Wang, Grosse, Jacobsen, 2021), appendix C, Table 4.
     """
 
     def branch() -> nn.Module:

@@ -1,4 +1,4 @@
-"""Plain nets on vectors: stacks of affine couplings, and the two-dimensional ones of the exploding-inverses paper."""
+"""Plain nets on vectors, as in the toy experiments of the exploding-inverses paper."""
 
 from __future__ import annotations
 
@@ -18,10 +18,12 @@ __all__ = ["checkerboard_net", "regression_net"]
 def checkerboard_net(
     *, scale: ScaleFunction | None = None, blocks: int = 100, hidden: int = 128
 ) -> Chain:
-    """Affine couplings on the plane, the kept coordinate alternating; networks of four hidden layers with SiLU.
+    """Affine couplings on the plane whose identity part alternates.
+
+    The networks have four hidden layers with SiLU.
 
     Args:
-        scale: sigmoid(s + 2) in (0, 1) unless given; ``squashed_sigmoid()`` for the stable variant.
+        scale: ``squashed_sigmoid()`` for the stable variant. Default: sigmoid(s + 2) in (0, 1).
         blocks: couplings; 100 in the paper.
         hidden: width of the hidden layers; 128 in the paper.
 
@@ -29,23 +31,23 @@ def checkerboard_net(
         A chain (B, 2) -> (B, 2).
 
     References:
-        Understanding and Mitigating Exploding Inverses in Invertible Neural Networks (Behrmann, Vicol, Wang, Grosse,
-        Jacobsen, 2021), appendix C, Table 4.
+        Understanding and Mitigating Exploding Inverses in Invertible Neural Networks (Behrmann,
+        Vicol, Wang, Grosse, Jacobsen, 2021), appendix C, Table 4.
     """
 
     def network(kept: int, out: int) -> nn.Module:
         return MLP([kept, *[hidden] * 4, out], activation=nn.SiLU)
 
-    return Chain(
-        *(
-            AffineCoupling.on_halves(2, network, swapped=k % 2 == 1, scale=scale)
-            for k in range(blocks)
-        )
-    )
+    layers: list[Invertible] = []
+    for k in range(blocks):
+        layers.append(AffineCoupling.on_halves(2, network, swapped=k % 2 == 1, scale=scale))
+    return Chain(*layers)
 
 
 def regression_net(*, blocks: int = 16, hidden: int = 128, features: int = 2) -> Chain:
-    """ActNorm, reverse permutation and affine coupling per block; networks of two hidden layers with ReLU.
+    """ActNorm, reverse permutation and affine coupling per block.
+
+    The networks have two hidden layers with ReLU.
 
     Args:
         blocks: the paper does not print how many.
@@ -56,8 +58,8 @@ def regression_net(*, blocks: int = 16, hidden: int = 128, features: int = 2) ->
         A chain (B, features) -> (B, features).
 
     References:
-        Understanding and Mitigating Exploding Inverses in Invertible Neural Networks (Behrmann, Vicol, Wang, Grosse,
-        Jacobsen, 2021), appendix F.
+        Understanding and Mitigating Exploding Inverses in Invertible Neural Networks (Behrmann,
+        Vicol, Wang, Grosse, Jacobsen, 2021), appendix F.
     """
 
     def network(kept: int, out: int) -> nn.Module:

@@ -80,7 +80,7 @@ def test_the_mean_of_logarithms_is_below_and_rises_with_the_draws():
 
 
 def test_the_tuned_width_is_the_one_that_bounds_best():
-    """At K = 1 the bound is -KL(q | p) + const, largest at the root of the harmonic mean of the variances."""
+    """At K = 1 the bound is -KL(q | p) + const, whose maximum is known."""
     widths = [2.0 ** (k / 2) for k in range(-6, 7)]
 
     def score(width):

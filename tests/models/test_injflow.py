@@ -1,4 +1,4 @@
-"""InjFlow: every term against a closed form on linear maps, the density bounds, and the two derivatives."""
+"""InjFlow: every term in closed form on linear maps, density bounds, both derivatives."""
 
 from __future__ import annotations
 
@@ -221,7 +221,7 @@ def test_bounds_of_linear_encoder_and_decoder_are_their_norms():
 
 
 def test_every_audit_answers_or_says_why_not():
-    """Log-determinants and walks back need a bijection; the others have a verdict that is measured."""
+    """Log-determinants and memory saving need a bijection; other checks measure."""
     model, x = convolutional()
     report = ig.audit(model, x, level="full", loss=lambda z: z.square().sum())
     verdicts = {result.name: result for result in report.results}

@@ -66,7 +66,7 @@ def test_the_closed_form_is_the_marginal_gaussian(make):
 
 @CASES
 def test_the_stochastic_inverse_is_the_normalised_likelihood(make):
-    """ln p(x|z) = ln q(z|x) + manifold term, for every z: this is what the two together are defined by."""
+    """ln p(x|z) = ln q(z|x) + manifold term for every z, which defines the two."""
     layer, x, latent = make()
     a, sigma, _ = parts(layer, latent)
     z = torch.randn(len(x), *latent)

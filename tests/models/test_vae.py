@@ -44,7 +44,7 @@ def test_the_elbo_is_below_the_likelihood_and_equal_to_it_at_the_true_posterior(
         model.elbo(x.repeat(2000, 1, 1, 1), generator=generator()).detach().reshape(2000, 6).mean(0)
     )
     assert bool((bound < exact).all())
-    # a decoder that uses one latent per pixel keeps the posterior diagonal, and an encoder can match it
+    # with one latent per pixel the posterior is diagonal, and an encoder can match it
     flow, encoder = model.flow, model.flow.steps[0].network[1]
     with torch.no_grad():
         decoder = flow.steps[1].network.network[0][0]

@@ -1,1 +1,1 @@
-"""Aef."""
+"""Autoencoders within flows (AEF), and the VAE that they are compared with."""

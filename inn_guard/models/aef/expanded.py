@@ -23,9 +23,10 @@ __all__ = ["ExpandedAutoencoder"]
 
 
 class ExpandedAutoencoder(nn.Module, abc.ABC):
-    """A flow of [w, x] in R^(d + D), the shell being all of x: a linear AEF or a VAE, by where w comes from.
+    """A flow of [w, x] in R^(d + D) with all of x as the shell: a linear AEF or a VAE.
 
-    ``joint`` is the flow, preprocessing included: a bijection that every audit takes, at ``expand(x)``.
+    The two differ in where w comes from. ``joint`` is the flow with its preprocessing: a bijection,
+    which can be audited at ``expand(x)``.
 
     Args:
         config: sizes, nets, flows and preprocessing.
@@ -43,15 +44,14 @@ class ExpandedAutoencoder(nn.Module, abc.ABC):
             OnRemaining(layer, shape=config.shape)
             for layer in config.preprocessing(config.shape[0])
         ]
-        core_last = (torch.arange(config.dims + config.latent) + config.latent) % (
-            config.dims + config.latent
-        )
+        expanded = config.dims + config.latent
+        core_last = (torch.arange(expanded) + config.latent) % expanded
         self.joint = Chain(*data, Permutation(core_last), flow)
         self.config = config
 
     @property
     def flow(self) -> CoreShellFlow:
-        """The autoencoder behind the preprocessing."""
+        """The autoencoder after the preprocessing."""
         return self.joint.steps[-1]  # type: ignore[return-value]
 
     @abc.abstractmethod
@@ -60,7 +60,7 @@ class ExpandedAutoencoder(nn.Module, abc.ABC):
 
     @abc.abstractmethod
     def loss(self, x: Tensor, *, generator: torch.Generator) -> Tensor:
-        """What is minimised, in nats, a scalar."""
+        """The training loss in nats, a scalar."""
 
     def preprocessed(self, x: Tensor) -> tuple[Float[Tensor, "batch dims"], Float[Tensor, "batch"]]:
         """Preprocessed images, flat, and the log-determinant of that."""
@@ -84,11 +84,13 @@ class ExpandedAutoencoder(nn.Module, abc.ABC):
         repetitions: int = 20,
         generator: torch.Generator,
     ) -> ImportanceEstimate:
-        """log p(x) in nats, see ``importance_log_prob``; the proposal is the model's own unless given."""
+        """log p(x) in nats by ``importance_log_prob``; default proposal: the model's own."""
         shell, log_det = self.preprocessed(x)
+        if proposal is None:
+            proposal = self.proposal(shell)
         return importance_log_prob(
             lambda w: self.flow.joint_log_prob(shell, w) + log_det[:, None],
-            self.proposal(shell) if proposal is None else proposal,
+            proposal,
             draws=draws,
             repetitions=repetitions,
             generator=generator,
@@ -100,11 +102,11 @@ class ExpandedAutoencoder(nn.Module, abc.ABC):
         return self.flow.encode(torch.cat([shell, self.proposal(shell).center], dim=1))
 
     def decode(self, z: Float[Tensor, "batch latent"]) -> Tensor:
-        """f(z) as images."""
+        """The decoder's output f(z), as images."""
         return self._images(self.flow.decode(z))
 
     def reconstruct(self, x: Tensor) -> Tensor:
-        """f(z(x)); given a noisy image this denoises it, if the model was trained on noisy images."""
+        """f(z(x)); a model that was trained on noisy images denoises its input."""
         return self.decode(self.encode(x))
 
     def sample(
@@ -118,9 +120,10 @@ class ExpandedAutoencoder(nn.Module, abc.ABC):
         """Images x = f(z), u ~ N(0, temperature^2 I), z = u through the prior.
 
         Args:
-            count: how many.
+            count: number of images.
             temperature: 0.85 in the paper's figures; 1 is the trained model.
-            noise: residuals of that many sigma are added to f(z): 0 in the paper, 1 is the trained model.
+            noise: scale of the residuals that are added to f(z), in sigma: 0 in the paper, 1 is the
+                trained model.
             generator: on the CPU.
         """
         latents = self.flow.draw(count, temperature=temperature, noise=noise, generator=generator)

@@ -1,4 +1,4 @@
-"""Importance sampling of a marginal likelihood, log p(x) = log int p(x, w) dw, with a Gaussian proposal."""
+"""Importance sampling of log p(x) = log int p(x, w) dw with a Gaussian proposal."""
 
 from __future__ import annotations
 
@@ -39,11 +39,12 @@ class Proposal:
 
 @dataclass(frozen=True)
 class ImportanceEstimate:
-    """log p(x) of every sample, in nats, with what tells how far to trust it. All of shape (B,).
+    """log p(x) of every sample in nats, with figures of its accuracy. All of shape (B,).
 
     Attributes:
         log_prob: log of the mean weight of all A K draws.
-        lower_bound: mean over the A repetitions of the log of the mean of K weights; below log p(x) in expectation.
+        lower_bound: mean over the A repetitions of the log of the mean of K weights; below log p(x)
+            in expectation.
         standard_error: of log_prob, from the spread of the A repetitions; nan for one.
         effective_draws: (sum of weights)^2 / sum of squared weights, between 1 and A K.
     """
@@ -67,19 +68,20 @@ def importance_log_prob(
 
         log p(x) = log E_q[(1/K) sum_k p(x, w_k) / q(w_k | x)],   w_k ~ q(w | x)
 
-    This differs from the paper in: both readings of its "average of 20 times 128 samples" are returned, the logarithm
-    of the average (its equation 18) and the average of the logarithms, which is a lower bound.
+    This differs from the paper in: both readings of its "average of 20 times 128 samples" are
+    returned, the logarithm of the average (its equation 18) and the average of the logarithms,
+    which is a lower bound.
 
     Args:
         joint: w (B, K, d) -> log p(x, w), (B, K).
-        proposal: q.
-        draws: K.
+        proposal: q(w | x).
+        draws: K, per repetition.
         repetitions: A.
-        generator: on the CPU, of w.
+        generator: source of w, on the CPU.
 
     References:
-        Deterministic Training of Generative Autoencoders Using Invertible Layers (Silvestri, Roos, Ambrogioni, 2023),
-        equations 17 and 18, appendix D.6.
+        Deterministic Training of Generative Autoencoders Using Invertible Layers (Silvestri, Roos,
+        Ambrogioni, 2023), equations 17 and 18, appendix D.6.
         Importance Weighted Autoencoders (Burda, Grosse, Salakhutdinov, 2016).
     """
     means, squares = [], []
@@ -90,28 +92,27 @@ def importance_log_prob(
         squares.append((2 * log_weights).logsumexp(1))
     stacked = torch.stack(means)
     log_prob = stacked.logsumexp(0) - math.log(repetitions)
-    spread = (
-        (stacked - log_prob).exp().std(0)
-        if repetitions > 1
-        else torch.full_like(log_prob, math.nan)
-    )
+    spread = torch.full_like(log_prob, math.nan)
+    if repetitions > 1:
+        spread = (stacked - log_prob).exp().std(0)
     total = log_prob + math.log(repetitions * draws)
     effective = (2 * total - torch.stack(squares).logsumexp(0)).exp()
     return ImportanceEstimate(log_prob, stacked.mean(0), spread / math.sqrt(repetitions), effective)
 
 
 def tuned_width(score: Callable[[float], Float[Tensor, "batch"]], widths: Iterable[float]) -> float:
-    """The width with the largest mean score over validation data; scores that are not finite lose.
+    """The width with the largest finite mean score over validation data.
 
     Args:
-        score: width -> log p(x) of validation data, (B,); the better the proposal the larger its lower bound.
+        score: width -> log p(x) of validation data, (B,); a better proposal has a larger lower
+            bound.
         widths: candidates.
 
     Raises:
         ValueError: if no width has a finite score.
     """
     scores = {width: score(width).mean().item() for width in widths}
-    finite = {width: value for width, value in scores.items() if math.isfinite(value)}
+    finite = [width for width in scores if math.isfinite(scores[width])]
     if not finite:
         raise ValueError(f"expected a width with finite scores, got {scores}")
-    return max(finite, key=lambda width: finite[width])
+    return max(finite, key=lambda width: scores[width])

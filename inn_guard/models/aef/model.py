@@ -1,4 +1,4 @@
-"""Autoencoders within flows (AEF): core and shell by a partition of the data, or by expanding it with features."""
+"""Autoencoders within flows (AEF): the core is a part of the data, or features added to it."""
 
 from __future__ import annotations
 
@@ -26,9 +26,8 @@ __all__ = [
     "random_core",
 ]
 
-CoreMaker = Callable[
-    [Sequence[int], int], Tensor
-]  #: (image shape, d) -> boolean mask of the d core values
+#: (image shape, d) -> boolean mask of the d core values
+CoreMaker = Callable[[Sequence[int], int], Tensor]
 WIDTHS = tuple(2.0**k for k in range(-10, 4))
 
 
@@ -62,7 +61,7 @@ def random_core(
 
 
 def _nearest(rows: Tensor, columns: Tensor, shape: Sequence[int], latent: int) -> Tensor:
-    """The first d values, by the larger of the two distances, then by their sum; all channels of a pixel together."""
+    """The first d values by the larger of the two distances, then by their sum, pixel by pixel."""
     channels, height, width = shape
     far = 1 + height + width + int(rows.max()) + int(columns.max())
     order = (torch.maximum(rows, columns) * far + rows + columns).flatten().argsort(stable=True)
@@ -90,11 +89,11 @@ class CoreLast(Rearrangement):
         self.register_buffer("back", order.argsort())
 
     def forward(self, x: Tensor) -> Tensor:
-        """[shell, core]."""
+        """The values as [shell, core], (B, D)."""
         return x.flatten(1).index_select(1, self.order)
 
     def inverse(self, z: Tensor) -> Tensor:
-        """The image."""
+        """The image (B, C, H, W) of [shell, core]."""
         return z.index_select(1, self.back).reshape(-1, *self.shape)
 
 
@@ -127,7 +126,9 @@ class _ShellOf(nn.Module):
 
 
 class PartitionAEF(Chain):
-    """An AEF of the image itself: d of its values are the core, the others the shell. A bijection of R^D.
+    """An AEF of the image itself: d of its values are the core, the others the shell.
+
+    It is a bijection of R^D.
 
     Args:
         config: sizes, nets, flows and preprocessing.
@@ -135,8 +136,8 @@ class PartitionAEF(Chain):
             ``functools.partial(random_core, generator=...)``.
 
     References:
-        Deterministic Training of Generative Autoencoders Using Invertible Layers (Silvestri, Roos, Ambrogioni, 2023),
-        section 3.1, algorithm 2.
+        Deterministic Training of Generative Autoencoders Using Invertible Layers (Silvestri, Roos,
+        Ambrogioni, 2023), section 3.1, algorithm 2.
     """
 
     def __init__(self, config: AutoencoderConfig, core: CoreMaker = center_core) -> None:
@@ -152,7 +153,7 @@ class PartitionAEF(Chain):
 
     @property
     def flow(self) -> CoreShellFlow:
-        """The autoencoder behind the preprocessing."""
+        """The autoencoder after the preprocessing."""
         return self.steps[-1]  # type: ignore[return-value]
 
     def loss(self, x: Tensor, *, generator: torch.Generator) -> Tensor:
@@ -166,13 +167,9 @@ class PartitionAEF(Chain):
         return self.flow.encode(x)
 
     def reconstruct(self, x: Tensor) -> Tensor:
-        """The image that has the same z and no residual; its core is not x's either, since its shell is another."""
-        latents = self(x)
-        return self.inverse(
-            torch.cat(
-                [torch.zeros_like(latents[:, : self.flow.shell]), latents[:, self.flow.shell :]], 1
-            )
-        )
+        """The image with the same z and no residual; with the shell its core changes too."""
+        residual, u = self(x).split([self.flow.shell, self.flow.latent], dim=1)
+        return self.inverse(torch.cat([torch.zeros_like(residual), u], dim=1))
 
     def sample(
         self,
@@ -182,25 +179,27 @@ class PartitionAEF(Chain):
         noise: float = 0.0,
         generator: torch.Generator,
     ) -> Float[Tensor, "count channels height width"]:
-        """Images x = [n((z - g_m(f(z))) / g_s(f(z))), f(z)], u ~ N(0, temperature^2 I), z = u through the prior.
+        """Images x = [n((z - g_m(f(z))) / g_s(f(z))), f(z)] with z ~ p_0.
+
+        z is u ~ N(0, temperature^2 I) through the inverse of the prior flow.
 
         Args:
-            count: how many.
+            count: number of images.
             temperature: 0.85 in the paper's figures; 1 is the trained model.
-            noise: residuals of that many sigma are added to f(z): 0 in the paper, 1 is the trained model.
+            noise: scale of the residuals that are added to f(z), in sigma: 0 in the paper, 1 is the
+                trained model.
             generator: on the CPU.
         """
-        return self.inverse(
-            self.flow.draw(count, temperature=temperature, noise=noise, generator=generator)
-        )
+        latents = self.flow.draw(count, temperature=temperature, noise=noise, generator=generator)
+        return self.inverse(latents)
 
 
 class LinearAEF(ExpandedAutoencoder):
-    """An AEF in the space expanded by linear features of the preprocessed image: w = h(x), z from [x, w].
+    """An AEF in the space expanded by linear features w = h(x) of the preprocessed image.
 
-    Trained on log p(x, h(x)), a density on R^(D + d). That objective alone has no maximum: h / c with c n^-1 is the
-    same autoencoder and gains d log c. ``spread`` > 0 trains on w ~ N(h(x), spread^2 I) instead, equation 15 before its
-    limit, which is bounded.
+    Trained on log p(x, h(x)), a density on R^(D + d). That objective alone has no maximum: h / c
+    with c n^-1 is the same autoencoder and gains d log c. ``spread`` > 0 trains on w ~ N(h(x),
+    spread^2 I) instead, equation 15 before its limit, which is bounded.
 
     Args:
         config: sizes, nets, flows and preprocessing.
@@ -210,8 +209,8 @@ class LinearAEF(ExpandedAutoencoder):
         width: of the proposal for importance sampling; set it with ``tune``.
 
     References:
-        Deterministic Training of Generative Autoencoders Using Invertible Layers (Silvestri, Roos, Ambrogioni, 2023),
-        sections 3.2 and 3.3, algorithms 1 and 3.
+        Deterministic Training of Generative Autoencoders Using Invertible Layers (Silvestri, Roos,
+        Ambrogioni, 2023), sections 3.2 and 3.3, algorithms 1 and 3.
     """
 
     width: Tensor
@@ -225,7 +224,7 @@ class LinearAEF(ExpandedAutoencoder):
         self.register_buffer("width", torch.tensor(0.1))
 
     def proposal(self, shell: Float[Tensor, "batch dims"]) -> Proposal:
-        """N(h(x), width^2 I)."""
+        """The proposal N(h(x), width^2 I)."""
         return Proposal(self.features(shell), float(self.width))
 
     def loss(self, x: Tensor, *, generator: torch.Generator) -> Tensor:
@@ -246,7 +245,7 @@ class LinearAEF(ExpandedAutoencoder):
         draws: int = 128,
         generator: torch.Generator,
     ) -> float:
-        """Set the proposal's width to the one of the largest mean estimate on validation data; returns it."""
+        """Set the proposal's width to the best one on validation data, and return it."""
         shell, _ = self.preprocessed(validation)
 
         def score(width: float) -> Tensor:

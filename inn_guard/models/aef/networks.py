@@ -1,4 +1,4 @@
-"""Encoders and decoders of autoencoders: a small convolutional pair, and a big one of bottleneck residual blocks."""
+"""Encoders and decoders: a small convolutional pair, and a big one of residual blocks."""
 
 from __future__ import annotations
 
@@ -11,10 +11,11 @@ __all__ = ["AutoencoderNets", "BottleneckBlock", "big_nets", "small_nets"]
 
 
 class AutoencoderNets(NamedTuple):
-    """An encoder and a decoder.
+    """The two networks of an autoencoder.
 
     Attributes:
-        encoder: images (B, C, H, W) -> (B, 2 d): first the mean g_m, then the raw values whose softplus is g_s.
+        encoder: images (B, C, H, W) -> (B, 2 d): first the mean g_m, then the raw values whose
+            softplus is g_s.
         decoder: z (B, d) -> images (B, C, H, W): f.
     """
 
@@ -25,17 +26,17 @@ class AutoencoderNets(NamedTuple):
 def small_nets(
     shape: Sequence[int], latent: int, *, channels: tuple[int, int] = (64, 128)
 ) -> AutoencoderNets:
-    """Two 3x3 convolutions of stride 2 and two linear heads; a linear map and two transposed 4x4 convolutions.
+    """An encoder of two 3x3 convolutions of stride 2, and a decoder of two transposed 4x4 ones.
 
     Args:
         shape: (C, H, W) of one image, H and W multiples of 4.
         latent: d.
-        channels: of the two convolutions; (64, 128) in the paper, whose strides, not printed, follow from the numbers
-            of parameters in its Table 3.
+        channels: of the two convolutions; (64, 128) in the paper, whose strides, not printed,
+            follow from the numbers of parameters in its Table 3.
 
     References:
-        Deterministic Training of Generative Autoencoders Using Invertible Layers (Silvestri, Roos, Ambrogioni, 2023),
-        appendix D.1.
+        Deterministic Training of Generative Autoencoders Using Invertible Layers (Silvestri, Roos,
+        Ambrogioni, 2023), appendix D.1.
 
     >>> import torch
     >>> small_nets((1, 28, 28), 2).encoder(torch.zeros(5, 1, 28, 28)).shape
@@ -69,19 +70,25 @@ def small_nets(
 
 
 class BottleneckBlock(nn.Module):
-    """h + 1x1 (3x3 (3x3 (1x1 (h)))), GELU before each, through a quarter of the channels; 1x1 in place of 3x3 below 3.
+    """h + 1x1 (3x3 (3x3 (1x1 (h)))) with GELU before each, through a quarter of the channels.
+
+    Feature maps smaller than 3 pixels get 1x1 convolutions in place of 3x3 ones.
 
     Args:
         channels: in and out.
         size: height and width of the feature map.
 
     References:
-        Very Deep VAEs Generalize Autoregressive Models and Can Outperform Them on Images (Child, 2021), figure 3.
+        Very Deep VAEs Generalize Autoregressive Models and Can Outperform Them on Images (Child,
+        2021), figure 3.
     """
 
     def __init__(self, channels: int, size: int) -> None:
         super().__init__()
-        middle, kernel = max(1, channels // 4), 3 if size > 2 else 1
+        middle = max(1, channels // 4)
+        kernel = 1
+        if size > 2:
+            kernel = 3
         self.branch = nn.Sequential(
             *(nn.GELU(), nn.Conv2d(channels, middle, 1)),
             *(nn.GELU(), nn.Conv2d(middle, middle, kernel, padding=kernel // 2)),
@@ -90,7 +97,7 @@ class BottleneckBlock(nn.Module):
         )
 
     def forward(self, h: Tensor) -> Tensor:
-        """h and its branch."""
+        """The sum of h and its branch."""
         return h + self.branch(h)
 
 
@@ -102,24 +109,28 @@ def big_nets(
     blocks: int = 4,
     smallest: int = 4,
 ) -> AutoencoderNets:
-    """Bottleneck residual blocks at every size of the feature map, halved by averaging and doubled by repetition.
+    """Bottleneck residual blocks at every size of the feature map.
 
-    This differs from the paper in: what its text does not print. The width is the latent dimension, as the numbers of
-    parameters in its Table 4 suggest; the heads follow an average over the smallest feature map.
+    The size is halved by averaging in the encoder and doubled by repetition in the decoder.
+
+    This differs from the paper in: what its text does not print. The width is the latent dimension,
+    as the numbers of parameters in its Table 4 suggest; the heads follow an average over the
+    smallest feature map.
 
     Args:
         shape: (C, H, W) of one image, H = W = smallest * 2^k.
         latent: d.
-        width: channels of all feature maps; d unless given.
-        blocks: at every size.
+        width: channels of all feature maps. Default: d.
+        blocks: number of blocks at every size.
         smallest: height and width of the smallest feature map.
 
     References:
-        Deterministic Training of Generative Autoencoders Using Invertible Layers (Silvestri, Roos, Ambrogioni, 2023),
-        appendix D.1.
+        Deterministic Training of Generative Autoencoders Using Invertible Layers (Silvestri, Roos,
+        Ambrogioni, 2023), appendix D.1.
     """
     colours, height, right = shape
-    width = latent if width is None else width
+    if width is None:
+        width = latent
     sizes = [height]
     while sizes[-1] > smallest and sizes[-1] % 2 == 0:
         sizes.append(sizes[-1] // 2)
@@ -134,10 +145,14 @@ def big_nets(
     ]
     for size in sizes:
         down += [BottleneckBlock(width, size) for _ in range(blocks)]
-        down.append(nn.AvgPool2d(2 if size > smallest else smallest))
+        if size > smallest:
+            down.append(nn.AvgPool2d(2))
+        else:
+            down.append(nn.AvgPool2d(smallest))
     for size in reversed(sizes):
         up += [BottleneckBlock(width, size) for _ in range(blocks)]
-        up += [nn.Upsample(scale_factor=2)] if size < height else []
+        if size < height:
+            up.append(nn.Upsample(scale_factor=2))
     down += [nn.GELU(), nn.Flatten(), nn.Linear(width, 2 * latent)]
     up += [nn.GELU(), nn.Conv2d(width, colours, 3, padding=1)]
     return AutoencoderNets(nn.Sequential(*down), nn.Sequential(*up))

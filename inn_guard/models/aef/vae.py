@@ -1,4 +1,4 @@
-"""Baselines of autoencoders within flows, of the same parts: a variational and a denoising autoencoder."""
+"""Baselines of AEFs, of the same parts: a variational and a denoising autoencoder."""
 
 from __future__ import annotations
 
@@ -16,20 +16,21 @@ __all__ = ["VAE", "DenoisingAutoencoder"]
 
 
 class VAE(ExpandedAutoencoder):
-    """A variational autoencoder with an inverse autoregressive posterior and a masked autoregressive prior.
+    """A VAE with an inverse autoregressive posterior and a masked autoregressive prior.
 
         z = g_m(x) + g_s(x) * n^-1(w),   w ~ N(0, I)
-        ELBO = E_w[log p(x, w) - log N(w; 0, I)] = E_q(z|x)[log p(x | z) + log p_0(z) - log q(z | x)]
+        ELBO = E_w[log p(x, w) - log N(w; 0, I)]
+             = E_q(z|x)[log p(x | z) + log p_0(z) - log q(z | x)]
 
-    with the same joint flow p(x, w) as a linear AEF: the two differ in where w comes from, and in nothing else.
+    with the same joint flow p(x, w) as a linear AEF. The two differ only in where w comes from.
 
     Args:
         config: sizes, nets, flows and preprocessing.
 
     References:
         Auto-Encoding Variational Bayes (Kingma, Welling, 2014).
-        Improving Variational Inference with Inverse Autoregressive Flow (Kingma, Salimans, Jozefowicz, Chen,
-        Sutskever, Welling, 2016).
+        Improving Variational Inference with Inverse Autoregressive Flow (Kingma, Salimans,
+        Jozefowicz, Chen, Sutskever, Welling, 2016).
     """
 
     def proposal(self, shell: Float[Tensor, "batch dims"]) -> Proposal:
@@ -50,7 +51,7 @@ class VAE(ExpandedAutoencoder):
 
 
 class DenoisingAutoencoder(nn.Module):
-    """f(g_m(x)) trained by least squares on noisy images: encoder and decoder of the others, without a density.
+    """f(g_m(x)), trained by least squares on noisy images; it has no density.
 
     Args:
         config: sizes, nets and preprocessing; its flows are not used.
@@ -63,15 +64,15 @@ class DenoisingAutoencoder(nn.Module):
         self.config = config
 
     def encode(self, x: Tensor) -> Float[Tensor, "batch latent"]:
-        """g_m(x)."""
+        """The code g_m(x), (B, d)."""
         return self.encoder(self.preprocessing(x)).chunk(2, dim=1)[0]
 
     def decode(self, z: Float[Tensor, "batch latent"]) -> Tensor:
-        """f(z) as images."""
+        """The decoder's output f(z), as images."""
         return self.preprocessing.inverse(self.decoder(z))
 
     def reconstruct(self, x: Tensor) -> Tensor:
-        """f(g_m(x)) as images."""
+        """The reconstruction f(g_m(x)), as images."""
         return self.decode(self.encode(x))
 
     def loss(self, x: Tensor, *, generator: torch.Generator) -> Tensor:

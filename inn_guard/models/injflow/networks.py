@@ -1,4 +1,4 @@
-"""The encoder and decoder that InjFlow and all its baselines share: five convolutions, five transposed convolutions."""
+"""The encoder and decoder of InjFlow and its baselines: five (transposed) convolutions."""
 
 from __future__ import annotations
 
@@ -10,17 +10,19 @@ LAYERS = 5
 
 
 def conv_encoder(shape: tuple[int, int, int], latent: int, *, width: int = 64) -> nn.Module:
-    """(B, C, H, W) -> (B, latent): five 3x3 convolutions with batch normalisation and ELU, then a linear layer.
+    """(B, C, H, W) -> (B, latent): five 3x3 convolutions with BatchNorm and ELU, then linear.
 
-    The image is halved as long as its side is even and above 4; the remaining convolutions keep its size.
+    The image is halved as long as its side is even and above 4; the remaining convolutions keep its
+    size.
 
     Args:
         shape: (C, H, W) of one image, square.
-        latent: numbers that come out; twice d for a stochastic encoder.
+        latent: size of the output; twice d for a stochastic encoder.
         width: channels after the first convolution; they double with every halving.
 
     References:
-        Regularized Autoencoders via Relaxed Injective Probability Flow (Kumar, Poole, Murphy, 2020), section 4.
+        Regularized Autoencoders via Relaxed Injective Probability Flow (Kumar, Poole, Murphy,
+        2020), section 4.
     """
     strides = _strides(shape)
     channels = _channels(shape[0], strides, width)
@@ -35,12 +37,14 @@ def conv_encoder(shape: tuple[int, int, int], latent: int, *, width: int = 64) -
 
 
 def conv_decoder(shape: tuple[int, int, int], latent: int, *, width: int = 64) -> nn.Module:
-    """(B, latent) -> (B, C, H, W): a linear layer, then five transposed convolutions, the encoder's mirror image.
+    """(B, latent) -> (B, C, H, W): a linear layer, then five transposed convolutions.
+
+    It is the mirror image of ``conv_encoder``.
 
     Args:
         shape: (C, H, W) of one image, square.
         latent: d.
-        width: as the encoder's.
+        width: the encoder's.
     """
     strides = _strides(shape)[::-1]
     channels = _channels(shape[0], _strides(shape), width)[::-1]
@@ -81,6 +85,7 @@ def _side(shape: tuple[int, int, int]) -> int:
 def _channels(first: int, strides: list[int], width: int) -> list[int]:
     channels, current = [first], width
     for k, stride in enumerate(strides):
-        current = current * 2 if stride == 2 and k else current
+        if stride == 2 and k > 0:
+            current *= 2
         channels.append(current)
     return channels

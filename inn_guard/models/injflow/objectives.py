@@ -1,7 +1,7 @@
-"""InjFlow and its baselines: one autoencoder, one small vocabulary of loss terms.
+"""InjFlow and its baselines: one autoencoder and a few loss terms.
 
-An objective is a sum of terms; each term turns what one step has computed (codes, reconstructions, Jacobian products)
-into one number per sample. The paper's models are sums of these:
+An objective is a sum of terms; each term turns what one step has computed (codes, reconstructions,
+Jacobian products) into one number per sample. The paper's models are sums of these:
 
     AE       Reconstruction()
     AE+L2    Reconstruction() + DecoderWeights(c)
@@ -9,8 +9,9 @@ into one number per sample. The paper's models are sums of these:
     CAE      Reconstruction() + EncoderJacobian(c)
     VAE      Reconstruction() + CodeDivergence(1),          a stochastic encoder
     beta-VAE Reconstruction() + CodeDivergence(beta)
-    InjFlow  CodeNorm(c) + Reconstruction(growing(nu)) + LinearVolume() + Injectivity(growing(nu))        Eq. 10
-    InjFlow^ln                                            LogVolume() in place of LinearVolume()          Eq. 9
+    InjFlow  CodeNorm(c) + Reconstruction(growing(nu)) + LinearVolume() + Injectivity(growing(nu)),
+             Eq. 10
+    InjFlow^ln  the same with LogVolume() in place of LinearVolume(), Eq. 9
 """
 
 from __future__ import annotations
@@ -67,7 +68,7 @@ ONE = constant(1.0)
 
 
 class Step:
-    """What the terms of one training step share; each quantity is computed when first asked for, and once.
+    """What the terms of one training step share; each quantity is computed once, on demand.
 
     Args:
         model: the autoencoder.
@@ -98,18 +99,18 @@ class Step:
     def z(self) -> Tensor:
         """The code, drawn from q(z | x) if the encoder is stochastic, (B, d)."""
         mean, log_variance = self.code
-        return (
-            mean if log_variance is None else mean + (0.5 * log_variance).exp() * self.noise(mean)
-        )
+        if log_variance is None:
+            return mean
+        return mean + (0.5 * log_variance).exp() * self.noise(mean)
 
     @cached_property
     def reconstruction(self) -> Tensor:
-        """g(z), (B, *data)."""
+        """The decoded code g(z), (B, *data)."""
         return self.model.inverse(self.z)
 
     @cached_property
     def v(self) -> Tensor:
-        """v ~ N(0, I_d), (B, d)."""
+        """A random direction v ~ N(0, I_d), (B, d)."""
         return self.noise(self.z)
 
     @cached_property
@@ -119,7 +120,7 @@ class Step:
         return moved.flatten(1).square().sum(1)
 
     def noise(self, like: Tensor) -> Tensor:
-        """N(0, I) of that shape."""
+        """Standard normal numbers with the shape and dtype of ``like``."""
         return torch.randn(
             like.shape, generator=self._generator, device="cpu", dtype=like.dtype
         ).to(like.device)
@@ -141,69 +142,76 @@ class Reconstruction:
     weight: Weight = ONE
 
     def __call__(self, step: Step) -> Tensor:
-        """(B,)."""
-        return self.weight(step.iteration) * (step.x - step.reconstruction).flatten(1).square().sum(
-            1
-        )
+        """The term of every sample, (B,)."""
+        error = (step.x - step.reconstruction).flatten(1)
+        return self.weight(step.iteration) * error.square().sum(1)
 
 
 @dataclass(frozen=True)
 class CodeNorm:
-    """coefficient |h(x)|^2: -ln p(h(x)) for p = N(0, sigma^2 I) with coefficient 1 / (2 sigma^2), constant left out."""
+    """coefficient |h(x)|^2, which is -ln p(h(x)) without its constant.
+
+    p = N(0, sigma^2 I) and coefficient = 1 / (2 sigma^2).
+    """
 
     coefficient: float
 
     def __call__(self, step: Step) -> Tensor:
-        """(B,)."""
+        """The term of every sample, (B,)."""
         return self.coefficient * step.z.square().sum(1)
 
 
 @dataclass(frozen=True)
 class LogVolume:
-    """d/2 ln max(|J_g v|^2, eta^2 |v|^2): the last term of Eq. 7 and 9, a biased estimate of d/2 ln |J_g|_F^2."""
+    """d/2 ln max(|J_g v|^2, eta^2 |v|^2), a biased estimate of d/2 ln |J_g|_F^2.
+
+    It is the last term of Eq. 7 and 9.
+    """
 
     eta: float = ETA
 
     def __call__(self, step: Step) -> Tensor:
-        """(B,)."""
+        """The term of every sample, (B,)."""
         return step.z.shape[1] / 2 * _floored(step, self.eta).log()
 
 
 @dataclass(frozen=True)
 class LinearVolume:
-    """max(|J_g v|^2, eta^2 |v|^2) / (2 lambda): the volume term of Eq. 10, whose mean bounds from Eq. 4."""
+    """max(|J_g v|^2, eta^2 |v|^2) / (2 lambda), the volume term of Eq. 10 by the bound of Eq. 4."""
 
     trade: float = 1.0
     eta: float = ETA
 
     def __call__(self, step: Step) -> Tensor:
-        """(B,)."""
+        """The term of every sample, (B,)."""
         return _floored(step, self.eta) / (2 * self.trade)
 
 
 @dataclass(frozen=True)
 class Injectivity:
-    """mu_in min(|J_g v| / |v| - eta, 0)^2: a hinge that keeps the singular values of J_g away from zero."""
+    """mu_in min(|J_g v| / |v| - eta, 0)^2, which keeps singular values of J_g away from zero."""
 
     weight: Weight = ONE
     eta: float = ETA
 
     def __call__(self, step: Step) -> Tensor:
-        """(B,)."""
-        gain = (
-            (step.stretch / step.v.square().sum(1)).clamp(min=torch.finfo(step.v.dtype).tiny).sqrt()
-        )
+        """The term of every sample, (B,)."""
+        tiny = torch.finfo(step.v.dtype).tiny  # the square root has no gradient at zero
+        gain = (step.stretch / step.v.square().sum(1)).clamp(min=tiny).sqrt()
         return self.weight(step.iteration) * (gain - self.eta).clamp(max=0).square()
 
 
 @dataclass(frozen=True)
 class EncoderJacobian:
-    """coefficient |J_h(x)|_F^2 of the contractive autoencoder, by one Hutchinson probe: |J_h^T u|^2, u ~ N(0, I_d)."""
+    """coefficient |J_h(x)|_F^2, the penalty of the contractive autoencoder.
+
+    It is estimated with one Hutchinson probe: |J_h^T u|^2, u ~ N(0, I_d).
+    """
 
     coefficient: float
 
     def __call__(self, step: Step) -> Tensor:
-        """(B,)."""
+        """The term of every sample, (B,)."""
         x = step.x.detach().requires_grad_()
         code = step.model.forward(x)
         (pulled,) = torch.autograd.grad(code, x, step.noise(code), create_graph=True)
@@ -217,7 +225,7 @@ class DecoderWeights:
     coefficient: float
 
     def __call__(self, step: Step) -> Tensor:
-        """(B,)."""
+        """The term of every sample, (B,)."""
         total = torch.stack([p.square().sum() for p in step.model.decoder.parameters()]).sum()
         return (self.coefficient * total).expand(len(step.x))
 
@@ -226,13 +234,14 @@ class DecoderWeights:
 class CodeDivergence:
     """beta KL(q(z | x) || N(0, I)) in nats, for a stochastic encoder.
 
-    With |x - g(z)|^2 in place of |x - g(z)|^2 / 2 as the reconstruction, this is twice the paper's weighting.
+    With |x - g(z)|^2 in place of |x - g(z)|^2 / 2 as the reconstruction, this is twice the paper's
+    weighting.
     """
 
     beta: float = 1.0
 
     def __call__(self, step: Step) -> Tensor:
-        """(B,).
+        """The term of every sample, (B,).
 
         Raises:
             TypeError: if the encoder is deterministic.
@@ -240,7 +249,7 @@ class CodeDivergence:
         mean, log_variance = step.code
         if log_variance is None:
             raise TypeError(
-                "expected a stochastic encoder; build Autoencoder(encoder, decoder, stochastic=True)"
+                "expected a stochastic encoder: use Autoencoder(encoder, decoder, stochastic=True)"
             )
         return 0.5 * self.beta * (mean.square() + log_variance.exp() - log_variance - 1).sum(1)
 
@@ -251,7 +260,8 @@ class Objective:
 
     Attributes:
         terms: the summands.
-        derivative: how J_g v is computed: ``forward_mode``, or ``finite_difference`` where that is unstable.
+        derivative: how J_g v is computed: ``forward_mode``, or ``finite_difference`` where that is
+            unstable.
     """
 
     terms: Sequence[Term]
@@ -279,7 +289,7 @@ def injflow_linear(
     rate: float = 1.0,
     derivative: DirectionalDerivative = forward_mode,
 ) -> Objective:
-    """Eq. 10. ``prior`` weighs |h(x)|^2, ``trade`` is lambda, ``rate`` is nu of both growing penalties."""
+    """InjFlow (Eq. 10): ``prior`` weighs |h(x)|^2, ``trade`` is lambda, ``rate`` is nu."""
     volume = LinearVolume(trade)
     return Objective(
         (CodeNorm(prior), Reconstruction(growing(rate)), volume, Injectivity(growing(rate))),
@@ -290,7 +300,7 @@ def injflow_linear(
 def injflow_log(
     prior: float = 1e-3, *, rate: float = 1.0, derivative: DirectionalDerivative = forward_mode
 ) -> Objective:
-    """Eq. 9: the volume by its logarithm."""
+    """InjFlow with the logarithm of the volume (Eq. 9)."""
     return Objective(
         (CodeNorm(prior), Reconstruction(growing(rate)), LogVolume(), Injectivity(growing(rate))),
         derivative,
@@ -298,7 +308,7 @@ def injflow_log(
 
 
 def spectrally_normalised(network: nn.Module) -> nn.Module:
-    """``network`` with every linear and convolutional weight divided by a power-iteration estimate of its norm."""
+    """``network`` with every linear and convolutional weight divided by its estimated norm."""
     for module in list(network.modules()):
         if isinstance(module, (nn.Linear, nn.Conv2d, nn.ConvTranspose2d)):
             spectral_norm(module)

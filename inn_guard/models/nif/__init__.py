@@ -1,1 +1,1 @@
-"""Nif."""
+"""Noisy injective flows (NIF)."""

@@ -1,4 +1,4 @@
-"""Noisy injective flows: a Gaussian around the image of an injective linear map, alone or as the prior of a flow."""
+"""Noisy injective flows: a Gaussian around the image of an injective linear map."""
 
 from __future__ import annotations
 
@@ -19,22 +19,23 @@ LogDensity = Callable[[Tensor], Tensor]  #: z (B, *latent) -> log p(z), (B,)
 
 
 class GaussianNIF(Invertible):
-    """p(x | z) = N(x; A z + b, Sigma), Sigma diagonal: an injective map A z + b with noise around its image.
+    """p(x | z) = N(x; A z + b, Sigma) with a diagonal Sigma: noise around an injective map.
 
     With Lambda = A^T Sigma^-1 A, r = x - b and w = A^T Sigma^-1 r, the stochastic inverse is
 
         q(z | x) = p(x | z) / int p(x | z') dz' = N(z; mu, Lambda^-1),   mu = Lambda^-1 w
 
-    As an Invertible it is the deterministic part: inverse(z) = A z + b, and forward(x) = mu, the Sigma-weighted
-    pseudo-inverse, so that forward(inverse(z)) = z and inverse(forward(x)) is the projection of x onto the image.
+    As an Invertible it is the deterministic part: inverse(z) = A z + b, and forward(x) = mu, the
+    Sigma-weighted pseudo-inverse, so that forward(inverse(z)) = z and inverse(forward(x)) is the
+    projection of x onto the image.
 
     Args:
         widening: A.
         shape: of one x, so of b and of the diagonal of Sigma.
 
     References:
-        Normalizing Flows Across Dimensions / Noisy Injective Flows (Cunningham, Zabounidis, Agrawal, Fiterau,
-        Sheldon, 2020), section 4 and appendix A.
+        Normalizing Flows Across Dimensions / Noisy Injective Flows (Cunningham, Zabounidis,
+        Agrawal, Fiterau, Sheldon, 2020), section 4 and appendix A.
     """
 
     bijective = False
@@ -60,7 +61,8 @@ class GaussianNIF(Invertible):
     def manifold_term(self, x: Float[Tensor, "batch *data"]) -> Float[Tensor, "batch"]:
         """ln int p(x | z) dz in nats, (B,): it takes the place of a log-determinant.
 
-        -1/2 r^T Sigma^-1 r + 1/2 mu^T Lambda mu - 1/2 ln|Sigma| - 1/2 ln|Lambda| - (D - d)/2 ln 2 pi
+        -1/2 r^T Sigma^-1 r + 1/2 mu^T Lambda mu - 1/2 ln|Sigma| - 1/2 ln|Lambda|
+        - (D - d)/2 ln 2 pi
         """
         gram, w = self.gram(), self._weighted(x)
         mu = gram.solve(w)
@@ -85,22 +87,24 @@ class GaussianNIF(Invertible):
         generator: torch.Generator,
         samples: int = 1,
     ) -> Float[Tensor, "batch"]:
-        """Lower bound of ln p(x) in nats, (B,), for any prior (Eq. 10): E_q[ln p(z)] + ln int p(x | z) dz, sampled.
+        """Lower bound of ln p(x) in nats, (B,), for any prior (Eq. 10).
+
+        It is a sample mean of E_q[ln p(z)] + ln int p(x | z) dz.
 
         Args:
             x: data.
             log_prior: ln p(z).
-            generator: of z ~ q(z | x).
+            generator: source of z ~ q(z | x).
             samples: draws of z per sample of x.
         """
         draws = [log_prior(self.posterior_sample(x, generator=generator)) for _ in range(samples)]
         return torch.stack(draws).mean(0) + self.manifold_term(x)
 
     def log_prob(self, x: Float[Tensor, "batch *data"]) -> Float[Tensor, "batch"]:
-        """ln p(x) = ln N(x; b, Sigma + A A^T) in nats, (B,), for the prior z ~ N(0, I) (Eq. 13), in closed form.
+        """ln p(x) = ln N(x; b, Sigma + A A^T) in nats, (B,), for the prior N(0, I) (Eq. 13).
 
-        By Woodbury and the determinant lemma: -1/2 [r^T Sigma^-1 r - w^T (I + Lambda)^-1 w] - 1/2 ln|Sigma|
-        - 1/2 ln|I + Lambda| - D/2 ln 2 pi.
+        By Woodbury and the determinant lemma it is -1/2 [r^T Sigma^-1 r - w^T (I + Lambda)^-1 w]
+        - 1/2 ln|Sigma| - 1/2 ln|I + Lambda| - D/2 ln 2 pi.
         """
         widened, w = self.gram().plus_identity(), self._weighted(x)
         explained = (w * widened.solve(w)).flatten(1).sum(1)
@@ -110,7 +114,7 @@ class GaussianNIF(Invertible):
     def sample_given(
         self, z: Float[Tensor, "batch *latent"], *, noise: float = 1.0, generator: torch.Generator
     ) -> Float[Tensor, "batch *data"]:
-        """x ~ N(A z + b, s Sigma) with s = ``noise``: 0 lies on the manifold, 1 is the trained model."""
+        """x ~ N(A z + b, s Sigma), s = ``noise``: 0 on the manifold, 1 for the trained model."""
         mean = self.inverse(z)
         return mean + math.sqrt(noise) * (0.5 * self.log_variance).exp() * _noise(mean, generator)
 
@@ -122,13 +126,13 @@ class GaussianNIF(Invertible):
 
 
 class NIF(Invertible):
-    """A flow x -> h over the whole space, with a Gaussian NIF in place of its unit Gaussian prior on h.
+    """A flow x -> h with a Gaussian NIF in place of its unit Gaussian prior on h.
 
         ln p(x) = ln p_NIF(h) + log|det dh/dx|,   h = flow(x)
 
-    With ``inner``, a flow z -> e on the latents, it is the deep variant: the prior of z is that flow's, ln p(x) is
-    bounded by Eq. 10 instead of closed. As an Invertible: forward embeds x in R^d, inverse goes back onto the
-    learned manifold; forward(inverse(z)) = z.
+    With ``inner``, a flow z -> e on the latents, it is the deep variant: the prior of z is that
+    flow's, ln p(x) is bounded by Eq. 10 instead of closed. As an Invertible: forward embeds x in
+    R^d, inverse goes back onto the learned manifold; forward(inverse(z)) = z.
 
     Args:
         flow: any Invertible with log-determinants: ours, or an adapted one of nflows or FrEIA.
@@ -136,7 +140,7 @@ class NIF(Invertible):
         inner: a flow on the low-dimensional latents; None: they are N(0, I).
 
     References:
-        as for GaussianNIF, sections 4.3 and B.4.
+        See GaussianNIF; sections 4.3 and B.4.
     """
 
     bijective = False
@@ -150,24 +154,29 @@ class NIF(Invertible):
     def forward(self, x: Tensor) -> Tensor:
         """The embedding: (B, *data) -> (B, *latent)."""
         z = self.prior(self.flow(x))
-        return z if self.inner is None else self.inner(z)
+        if self.inner is None:
+            return z
+        return self.inner(z)
 
     def inverse(self, z: Tensor) -> Tensor:
         """The point of the manifold: (B, *latent) -> (B, *data)."""
-        return self.flow.inverse(
-            self.prior.inverse(z if self.inner is None else self.inner.inverse(z))
-        )
+        if self.inner is not None:
+            z = self.inner.inverse(z)
+        return self.flow.inverse(self.prior.inverse(z))
 
     def layers(self) -> tuple[Invertible, ...]:
         """The flow's layers, the Gaussian NIF, the inner flow's layers."""
-        inner = () if self.inner is None else self.inner.layers() or (self.inner,)
-        return (*(self.flow.layers() or (self.flow,)), self.prior, *inner)
+        outer = self.flow.layers() or (self.flow,)
+        if self.inner is None:
+            return (*outer, self.prior)
+        return (*outer, self.prior, *(self.inner.layers() or (self.inner,)))
 
     def log_prob(self, x: Tensor) -> Tensor:
         """ln p(x) in nats, (B,).
 
         Raises:
-            NotApplicable: if the flow has no log-determinant, or for the deep variant, whose density is not closed.
+            NotApplicable: if the flow has no log-determinant, or for the deep variant, whose
+                density is not closed.
         """
         if self.inner is not None:
             raise NotApplicable(
@@ -179,7 +188,9 @@ class NIF(Invertible):
     def bound(self, x: Tensor, *, generator: torch.Generator, samples: int = 1) -> Tensor:
         """Lower bound of ln p(x) in nats, (B,), by Eq. 10; valid with and without an inner flow."""
         h, log_det = self.flow.forward_and_log_det(x)
-        log_prior = standard_normal_log_prob if self.inner is None else self.inner.log_prob
+        log_prior: LogDensity = standard_normal_log_prob
+        if self.inner is not None:
+            log_prior = self.inner.log_prob
         return self.prior.bound(h, log_prior, generator=generator, samples=samples) + log_det
 
     def sample(
@@ -196,10 +207,11 @@ class NIF(Invertible):
             latents: draws of N(0, I), (B, *latent); they are multiplied by the temperature.
             temperature: t, z ~ N(0, t^2 I).
             noise: s, Sigma -> s Sigma: 0 samples the manifold, 1 the trained model.
-            generator: of the noise around the manifold.
+            generator: source of the noise around the manifold.
         """
         z = temperature * latents
-        z = z if self.inner is None else self.inner.inverse(z)
+        if self.inner is not None:
+            z = self.inner.inverse(z)
         return self.flow.inverse(self.prior.sample_given(z, noise=noise, generator=generator))
 
 

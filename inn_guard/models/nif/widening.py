@@ -18,7 +18,7 @@ class Gram(Protocol):
     """A symmetric positive definite d x d matrix M, applied to latents (B, *latent)."""
 
     def solve(self, w: Tensor) -> Tensor:
-        """M^-1 w."""
+        """The solution M^-1 w."""
         ...
 
     def quadratic(self, w: Tensor) -> Tensor:
@@ -30,11 +30,11 @@ class Gram(Protocol):
         ...
 
     def log_det(self) -> Tensor:
-        """ln det M, a scalar."""
+        """The scalar ln det M."""
         ...
 
     def plus_identity(self) -> Gram:
-        """I + M."""
+        """The matrix I + M."""
         ...
 
 
@@ -54,19 +54,17 @@ class DenseGram:
         return (w @ self.factor).square().sum(1)
 
     def inverse_root(self, noise: Tensor) -> Tensor:
-        """L^-T noise, with M = L L^T."""
+        """The draw L^-T noise, with M = L L^T."""
         return torch.linalg.solve_triangular(self.factor.T, noise.T, upper=True).T
 
     def log_det(self) -> Tensor:
-        """2 sum ln L_ii."""
+        """ln det M = 2 sum ln L_ii."""
         return 2 * self.factor.diagonal().log().sum()
 
     def plus_identity(self) -> DenseGram:
-        """I + M."""
-        return DenseGram(
-            self.matrix
-            + torch.eye(len(self.matrix), dtype=self.matrix.dtype, device=self.matrix.device)
-        )
+        """The matrix I + M."""
+        identity = torch.eye(len(self.matrix), dtype=self.matrix.dtype, device=self.matrix.device)
+        return DenseGram(self.matrix + identity)
 
 
 @dataclass(frozen=True)
@@ -76,23 +74,23 @@ class DiagonalGram:
     entries: Tensor
 
     def solve(self, w: Tensor) -> Tensor:
-        """w / entries."""
+        """The solution w / entries."""
         return w / self.entries
 
     def quadratic(self, w: Tensor) -> Tensor:
-        """sum entries w^2, (B,)."""
+        """The quadratic form sum entries w^2, (B,)."""
         return (self.entries * w.square()).flatten(1).sum(1)
 
     def inverse_root(self, noise: Tensor) -> Tensor:
-        """noise / sqrt(entries)."""
+        """The draw noise / sqrt(entries)."""
         return noise / self.entries.sqrt()
 
     def log_det(self) -> Tensor:
-        """sum ln entries."""
+        """ln det M = sum ln entries."""
         return self.entries.log().sum()
 
     def plus_identity(self) -> DiagonalGram:
-        """1 + entries."""
+        """The matrix with 1 + entries on its diagonal."""
         return DiagonalGram(1 + self.entries)
 
 
@@ -116,8 +114,8 @@ class DenseWidening(Widening):
     """A learned D x d matrix; starts with orthonormal columns.
 
     Args:
-        latent: d.
-        data: D > d.
+        latent: d, the columns.
+        data: D > d, the rows.
     """
 
     def __init__(self, latent: int, data: int) -> None:
