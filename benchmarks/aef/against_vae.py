@@ -11,10 +11,11 @@ A small version of the latter, minutes on one core:
 
 and with --latents 32 --seeds 0 what is in results/mnist_32; ``curves.py`` trains longer.
 
-Every model of one latent dimension has the same nets, flows, data, batches and number of steps. The likelihood of VAEs
-and linear AEFs is importance-sampled (the log of the mean weight, and the lower bound beside it), by the paper's
-proposals (``bpd``) and by one around the mode of p(z | x) (``bpd_mode``, see ``laplace.py``); that of partition AEFs is
-exact. Paper: Table 1, MNIST d = 2: VAE 2.40, AEF 2.37 bits per dimension; d = 32: VAE 1.80, AEF 1.82.
+Every model of one latent dimension has the same nets, flows, data, batches and number of steps. The
+likelihood of VAEs and linear AEFs is importance-sampled (the log of the mean weight, and the lower
+bound beside it), by the paper's proposals (``bpd``) and by one around the mode of p(z | x)
+(``bpd_mode``, see ``laplace.py``); that of partition AEFs is exact. Paper: Table 1, MNIST d = 2:
+VAE 2.40, AEF 2.37 bits per dimension; d = 32: VAE 1.80, AEF 1.82.
 """
 
 from __future__ import annotations
@@ -84,8 +85,9 @@ class Config:
         models: of MODELS.
         latents: dimensions d.
         seeds: of weights, batches and noise.
-        spreads: of "AEF spread", a linear AEF trained on cores of that deviation around h(x); the one of the highest
-            likelihood of validation images is kept. "AEF linear" is the paper's, without.
+        spreads: of "AEF spread", a linear AEF trained on cores of that deviation around h(x); the
+            one of the highest likelihood of validation images is kept. "AEF linear" is the paper's,
+            without.
         steps: of Adam at 1e-3, the gradient clipped at 200.
         batch_size: images per step.
         channels: of encoder and decoder.

@@ -2,10 +2,10 @@
 
     python -m benchmarks.aef.denoising --preset cpu
 
-Every model reconstructs noisy test images; what is measured is how far the features of the reconstruction are from
-those of the clean image (features of a small classifier, named in the table), and the pixels' mean squared error.
-Paper: Table 2, MNIST, Inception features, noise 0.5: AE 0.135, VAE 0.085, AEF 0.082 at d = 2; 0.086, 0.045, 0.053 at
-d = 32.
+Every model reconstructs noisy test images; what is measured is how far the features of the
+reconstruction are from those of the clean image (features of a small classifier, named in the
+table), and the pixels' mean squared error. Paper: Table 2, MNIST, Inception features, noise 0.5: AE
+0.135, VAE 0.085, AEF 0.082 at d = 2; 0.086, 0.045, 0.053 at d = 32.
 """
 
 from __future__ import annotations

@@ -1,12 +1,12 @@
 r"""A proposal that finds where p(z | x) lies, for the marginal likelihood of AEFs and VAEs of many latent dimensions.
 
-Both models have the same integral, p(x) = int p_0(z) N(x; f(z), diag(sigma^2)) dz: for the AEF by substituting z for w,
-for the VAE by definition. With u(z) the prior flow's latent, the residual
+Both models have the same integral, p(x) = int p_0(z) N(x; f(z), diag(sigma^2)) dz: for the AEF by
+substituting z for w, for the VAE by definition. With u(z) the prior flow's latent, the residual
 
     r(z) = [u(z), (f(z) - x) / sigma],   -log p(x, z) = |r(z)|^2 / 2 - log|det du/dz| + constant
 
-has the Gauss-Newton precision H = J_r^T J_r. The proposal is Student's t around the mode with the scale width^2 H^-1:
-a Gaussian's tails would be too light for the posterior of a curved f.
+has the Gauss-Newton precision H = J_r^T J_r. The proposal is Student's t around the mode with the
+scale width^2 H^-1: a Gaussian's tails would be too light for the posterior of a curved f.
 """
 
 from __future__ import annotations

@@ -2,9 +2,9 @@
 
     python -m benchmarks.attacks.step_cost --preset cpu        # about 3 minutes on one core
 
-CPU time of one thread, forward passes and steps alternated, medians; and operations, counted. A step of the paper's
-public code measures the reconstruction once more for its log; a step here takes the error from the pass it makes.
-Synthetic: random weights, random images.
+CPU time of one thread, forward passes and steps alternated, medians; and operations, counted. A
+step of the paper's public code measures the reconstruction once more for its log; a step here takes
+the error from the pass it makes. Synthetic: random weights, random images.
 """
 
 from __future__ import annotations

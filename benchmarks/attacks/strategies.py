@@ -2,11 +2,11 @@
 
     python -m benchmarks.attacks.strategies --preset cpu --data-root data       # about 8 minutes on one core
 
-Every strategy attacks the same held-out images with the same number of forward-equivalents (operations, counted) and
-the same seeds. ``found`` is the error over that of random search, per image, geometric mean over images and seeds; an
-image whose round trip is not finite under either counts in ``broken``. The last subject needs CIFAR-10 below
---data-root in one of the official layouts (the committed figures come from JPEG copies of it) and is left out
-without.
+Every strategy attacks the same held-out images with the same number of forward-equivalents
+(operations, counted) and the same seeds. ``found`` is the error over that of random search, per
+image, geometric mean over images and seeds; an image whose round trip is not finite under either
+counts in ``broken``. The last subject needs CIFAR-10 below --data-root in one of the official
+layouts (the committed figures come from JPEG copies of it) and is left out without.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """Checkpoints of a training run in one safetensors file: weights, buffers, optimiser state and counters.
 
-A file is written whole or not at all, holds no pickles, and carries everything that an exact continuation needs:
-resuming from it gives, bit for bit, the weights of a run that was never interrupted.
+A file is written whole or not at all, holds no pickles, and carries everything that an exact
+continuation needs: resuming from it gives, bit for bit, the weights of a run that was never
+interrupted.
 """
 
 from __future__ import annotations
@@ -35,7 +36,8 @@ def save_checkpoint(
         progress: stored as JSON; NaN and Inf survive.
 
     Raises:
-        ValueError: if progress or the optimizer's settings are nothing that JSON holds, such as tensors.
+        ValueError: if progress or the optimizer's settings are nothing that JSON holds, such as
+            tensors.
     """
     state = optimizer.state_dict()
     tensors = {

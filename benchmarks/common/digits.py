@@ -27,9 +27,10 @@ class Digits:
 def digits(*, held_out: float = 0.25, seed: int = 0) -> Digits:
     """The digits, grey values 0..16 mapped to x/2 - 4, one map for all pixels.
 
-    Dividing every pixel by its own deviation would throw the few images that use a corner up to 89 deviations out. No
-    noise is added, because the task is to classify. The scale matters: mapped to [-1, 1] the same nets explode too, but
-    slower (condition number 1e5 instead of 1e9 after the same training).
+    Dividing every pixel by its own deviation would throw the few images that use a corner up to 89
+    deviations out. No noise is added, because the task is to classify. The scale matters: mapped to
+    [-1, 1] the same nets explode too, but slower (condition number 1e5 instead of 1e9 after the
+    same training).
 
     Args:
         held_out: share of images kept out of training.

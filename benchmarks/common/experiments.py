@@ -50,7 +50,9 @@ class Experiment:
 
     def published(self) -> pd.DataFrame:
         """The paper's numbers; empty where there are none."""
-        return pd.read_csv(REFERENCE / self.reference) if self.reference else pd.DataFrame()
+        if not self.reference:
+            return pd.DataFrame()
+        return pd.read_csv(REFERENCE / self.reference)
 
 
 EXPERIMENTS = (
@@ -197,48 +199,50 @@ EXPERIMENTS = (
 
 
 def find(name: str) -> Experiment:
-    """The experiment of that name; folder_script, or the script alone where no other has its name, will do too.
+    """The experiment of that name: folder.script, folder_script, or the script if it is unique.
 
     Raises:
-        LookupError: if there is none.
+        LookupError: if there is none or more than one.
     """
-    exact = [one for one in EXPERIMENTS if name in (one.name, one.stem)]
-    found = exact or [one for one in EXPERIMENTS if one.name.endswith(f".{name}")]
+    found = [one for one in EXPERIMENTS if name in (one.name, one.stem)]
+    if not found:
+        found = [one for one in EXPERIMENTS if one.name.endswith(f".{name}")]
     if len(found) == 1:
         return found[0]
-    among = (
-        f"one of {', '.join(one.name for one in found)}" if found else "the name of an experiment"
-    )
-    raise LookupError(f"expected {among}, got {name!r}; inn-guard bench lists them")
+    expected = "the name of an experiment"
+    if found:
+        expected = f"one of {', '.join(one.name for one in found)}"
+    raise LookupError(f"expected {expected}, got {name!r}; inn-guard bench lists them")
 
 
 def listing() -> str:
     """All experiments with what they measure, as text."""
     width = max(len(one.name) for one in EXPERIMENTS) + 2
-    lines = []
+    blocks = []
     for one in EXPERIMENTS:
-        text = one.claim + f" ({one.paper})" * bool(one.paper)
-        filled = textwrap.wrap(text, 110 - width)
-        lines += [f"{one.name if not k else '':{width}}{line}" for k, line in enumerate(filled)]
-    return "\n".join(lines)
+        text = one.claim
+        if one.paper:
+            text += f" ({one.paper})"
+        lines = textwrap.wrap(text, 110 - width)
+        blocks.append(f"{one.name:{width}}" + f"\n{'':{width}}".join(lines))
+    return "\n".join(blocks)
 
 
 def readme_table() -> str:
     """The table in Markdown, a row per experiment."""
-    rows = [
-        HEAD,
-        ("---",) * len(HEAD),
-        *((f"`{one.name}`", one.claim, one.paper) for one in EXPERIMENTS),
-    ]
+    rows = [HEAD, ("---",) * len(HEAD)]
+    rows += [(f"`{one.name}`", one.claim, one.paper) for one in EXPERIMENTS]
     return "\n".join(f"| {' | '.join(row)} |".replace("|  |", "| |") for row in rows)
 
 
 def write_readme() -> None:
     """Put the table in place of the one in README.md."""
     lines = README.read_text(encoding="utf-8").splitlines()
-    first = lines.index(readme_table().splitlines()[0])
-    after = next((k for k in range(first, len(lines)) if not lines[k].startswith("|")), len(lines))
-    lines[first:after] = readme_table().splitlines()
+    table = readme_table().splitlines()
+    first = after = lines.index(table[0])
+    while after < len(lines) and lines[after].startswith("|"):
+        after += 1
+    lines[first:after] = table
     with atomic_write(README) as partial:
         partial.write_text("\n".join(lines) + "\n", encoding="utf-8")
 

@@ -49,7 +49,8 @@ class Batch:
     Attributes:
         tensors: the rows of this step, one tensor for each that was given to ``fit``.
         step: 0, 1, 2 ...
-        generator: on the CPU, seeded by (seed, step) alone, so that a resumed run draws the same noise.
+        generator: on the CPU, seeded by (seed, step) alone, so that a resumed run draws the same
+            noise.
     """
 
     tensors: tuple[Tensor, ...]
@@ -95,15 +96,17 @@ def fit(
 ) -> History:
     """Train ``model`` by Adam on ``loss(batch)``.
 
-    The order of the samples and all noise depend on (seed, step) only. With ``checkpoint`` the run continues from
-    that file if it is there, and gives bit for bit the weights of a run that was never interrupted.
+    The order of the samples and all noise depend on (seed, step) only. With ``checkpoint`` the run
+    continues from that file if it is there, and gives bit for bit the weights of a run that was
+    never interrupted.
 
     Args:
         model: its parameters that require a gradient are trained.
         loss: Batch -> scalar.
         data: tensors (n, ...) with equal n, row-aligned.
         settings: how to train.
-        validate: step -> number, smaller is better; called every ``settings.validate_every`` steps, in eval mode.
+        validate: step -> number, smaller is better; called every ``settings.validate_every`` steps,
+            in eval mode.
         checkpoint: a safetensors file to write, and to resume from.
 
     Returns:
@@ -111,7 +114,8 @@ def fit(
 
     Raises:
         ValueError: if the tensors' lengths differ or are below the batch size.
-        FloatingPointError: if the loss is not finite; the checkpoint still holds the last good state.
+        FloatingPointError: if the loss is not finite; the checkpoint still holds the last good
+            state.
     """
     if len({len(tensor) for tensor in data}) != 1 or len(data[0]) < settings.batch_size:
         raise ValueError(

@@ -2,11 +2,14 @@
 
 Accepted below ``root``, in this order:
 
-* CIFAR-10: ``cifar-10-batches-bin/``, ``cifar-10-batches-py/``, ``cifar-10-binary.tar.gz``, ``cifar-10-python.tar.gz``
-* MNIST: ``MNIST/raw/`` or ``root`` itself with ``train-images-idx3-ubyte`` and so on, plain or ``.gz``
+* CIFAR-10: ``cifar-10-batches-bin/``, ``cifar-10-batches-py/``, ``cifar-10-binary.tar.gz``,
+  ``cifar-10-python.tar.gz``
+* MNIST: ``MNIST/raw/`` or ``root`` itself with ``train-images-idx3-ubyte`` and so on, plain or
+  ``.gz``
 
-Archives are read member by member and never unpacked to disk. The python layout of CIFAR-10 consists of pickles; they
-are read by an unpickler that knows two inert stand-ins and nothing else, so no code in a file can run.
+Archives are read member by member and never unpacked to disk. The python layout of CIFAR-10
+consists of pickles; they are read by an unpickler that knows two inert stand-ins and nothing else,
+so no code in a file can run.
 """
 
 from __future__ import annotations
@@ -52,7 +55,8 @@ class Images:
     Attributes:
         pixels: (n, channels, height, width) uint8.
         labels: (n,) int64.
-        checksums: file name -> sha256 of its bytes, so that a result can say what it was measured on.
+        checksums: file name -> sha256 of its bytes, so that a result can say what it was measured
+            on.
     """
 
     pixels: np.ndarray
@@ -64,7 +68,8 @@ def read_cifar10(root: Path, *, train: bool) -> Images:
     """The 50,000 training or 10,000 test images of CIFAR-10 below ``root``, or as many as its files hold.
 
     Raises:
-        MissingData: with the command that fetches the data set, if no layout of it is below ``root``.
+        MissingData: with the command that fetches the data set, if no layout of it is below
+            ``root``.
         ValueError: if a file is truncated or is not what its name says.
     """
     numbered = [f"data_batch_{k}" for k in range(1, 6)]
@@ -93,7 +98,8 @@ def read_mnist(root: Path, *, train: bool) -> Images:
     """The 60,000 training or 10,000 test images of MNIST below ``root``.
 
     Raises:
-        MissingData: with the command that fetches the data set, if its files are not below ``root``.
+        MissingData: with the command that fetches the data set, if its files are not below
+            ``root``.
         ValueError: if a file is truncated or is not what its name says.
     """
     stem = "train" if train else "t10k"

@@ -33,8 +33,9 @@ def dequantize(
 ) -> Float[Tensor, "batch *data"]:
     """(pixels + u) / levels in [0, 1), u ~ U(0, 1) for every value: quantized images as continuous data, in float32.
 
-    A density of the result integrates over each cell of width 1 / levels to a probability of the pixels, so that its
-    mean log-likelihood bounds that of the images from below; ``bits_per_dimension`` takes the cells into account.
+    A density of the result integrates over each cell of width 1 / levels to a probability of the
+    pixels, so that its mean log-likelihood bounds that of the images from below;
+    ``bits_per_dimension`` takes the cells into account.
 
     Args:
         pixels: uint8, below ``levels``.
@@ -45,7 +46,8 @@ def dequantize(
         ValueError: if a pixel is not below ``levels``.
 
     References:
-        A Note on the Evaluation of Generative Models (Theis, van den Oord, Bethge, 2016), section 3.1.
+        A Note on the Evaluation of Generative Models (Theis, van den Oord, Bethge, 2016), section
+        3.1.
     """
     if pixels.numel() and int(pixels.max()) >= levels:
         raise ValueError(f"expected pixels below {levels}, got {int(pixels.max())}")
@@ -114,7 +116,8 @@ class FrechetDistance:
 
     Attributes:
         value: the distance, in squared units of the features.
-        name: "FID" for the features of Inception-v3, else "Frechet distance (name of the extractor)".
+        name: "FID" for the features of Inception-v3, else "Frechet distance (name of the
+            extractor)".
         real: number of real images.
         generated: number of generated images.
     """
@@ -134,10 +137,12 @@ def frechet_distance(
 
         d^2 = |m_1 - m_2|^2 + tr(C_1 + C_2 - 2 (C_1 C_2)^(1/2))
 
-    In float64 and without a matrix square root: with C_i = R_i^T R_i from a QR decomposition of the centred features,
-    tr (C_1 C_2)^(1/2) is the sum of the singular values of R_1 R_2^T, which no singular covariance disturbs.
+    In float64 and without a matrix square root: with C_i = R_i^T R_i from a QR decomposition of the
+    centred features, tr (C_1 C_2)^(1/2) is the sum of the singular values of R_1 R_2^T, which no
+    singular covariance disturbs.
 
-    Only distances of one extractor and of equal numbers of images compare: the estimate falls with their number.
+    Only distances of one extractor and of equal numbers of images compare: the estimate falls with
+    their number.
 
     Args:
         extractor: of the features; its name is part of the result.
@@ -148,8 +153,8 @@ def frechet_distance(
         ValueError: if a set has fewer than two images.
 
     References:
-        GANs Trained by a Two Time-Scale Update Rule Converge to a Local Nash Equilibrium (Heusel, Ramsauer,
-        Unterthiner, Nessler, Hochreiter, 2017), equation 6.
+        GANs Trained by a Two Time-Scale Update Rule Converge to a Local Nash Equilibrium (Heusel,
+        Ramsauer, Unterthiner, Nessler, Hochreiter, 2017), equation 6.
     """
     for images in (real, generated):
         if len(images) < 2:
@@ -186,8 +191,8 @@ def feature_error(
         reconstructed: row-aligned with them, in [0, 1].
 
     References:
-        Deterministic Training of Generative Autoencoders Using Invertible Layers (Silvestri, Roos, Ambrogioni, 2023),
-        appendix B.
+        Deterministic Training of Generative Autoencoders Using Invertible Layers (Silvestri, Roos,
+        Ambrogioni, 2023), appendix B.
     """
     return (extractor(clean) - extractor(reconstructed)).square().mean(1)
 
@@ -221,7 +226,8 @@ def inception(weights: Path, *, batch_size: int = 64) -> FeatureExtractor:
     """The 2048 pool3 features of Inception-v3 as torch-fidelity computes them; distances of these alone are an FID.
 
     Args:
-        weights: torch-fidelity's file ``weights-inception-2015-12-05-6726825d.pth``, which the user provides.
+        weights: torch-fidelity's file ``weights-inception-2015-12-05-6726825d.pth``, which the user
+            provides.
         batch_size: images per call.
 
     Raises:

@@ -83,8 +83,9 @@ def mnist(root: Path, *, train_files: bool) -> QuantizedImages:
 
     Args:
         root: the folder.
-        train_files: train and validate on 54,000 and 6,000 images of the training files, test on the test files;
-            else everything comes from the 10,000 test images: 7,200, 800, and the last 2,000 to test.
+        train_files: train and validate on 54,000 and 6,000 images of the training files, test on
+            the test files; else everything comes from the 10,000 test images: 7,200, 800, and the
+            last 2,000 to test.
     """
     test = read_mnist(root, train=False)
     pixels, labels = torch.as_tensor(test.pixels.copy()), torch.as_tensor(test.labels)

@@ -1,4 +1,4 @@
-"""What all experiments share: presets, rows that survive a kill, and results that can be reproduced.
+"""What all experiments share: presets, rows that survive a kill, reproducible results.
 
 An experiment is a module with
 
@@ -32,14 +32,14 @@ from typing import Any
 
 import pandas as pd
 import torch
-from matplotlib.figure import Figure
 from tqdm import tqdm
 
 from benchmarks.common.experiments import EXPERIMENTS
+from benchmarks.common.figures import save_figure
 from benchmarks.common.image_files import MissingData, file_checksums
 from inn_guard.execution.files import atomic_write
 
-__all__ = ["RESULTS", "Row", "collect", "main", "preset", "save_figure", "write_results"]
+__all__ = ["RESULTS", "Row", "collect", "main", "preset", "write_results"]
 
 Row = dict[str, Any]
 BENCHMARKS = Path(__file__).parents[1]
@@ -102,13 +102,6 @@ def write_results(name: str, frame: pd.DataFrame, config: Any, *, folder: Path =
     return table
 
 
-def save_figure(figure: Figure, path: Path, *, dpi: int = 80) -> None:
-    """Write a figure as PNG, cropped to its content; its folder is made where it is missing."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with atomic_write(path) as partial:
-        figure.savefig(partial, dpi=dpi, bbox_inches="tight", format="png")
-
-
 def data_checksums(config: Any) -> dict[str, str]:
     """File name -> sha256 of the files of the data set that a configuration names."""
     root = getattr(config, "data_root", "") or getattr(config, "root", "")
@@ -133,10 +126,10 @@ def environment() -> dict[str, Any]:
 
 
 def main(script_name: str, argv: list[str] | None = None) -> None:
-    """The command line of one experiment: --preset, --out FOLDER, and one flag per field of Config.
+    """The command line of one experiment: --preset, --out, and one flag per field of ``Config``.
 
-    Ends with exit code 2 where a flag is wrong, or where a data set is missing; the message then has
-    the command that fetches it.
+    Ends with exit code 2 if a flag is wrong or a data set is missing; the message then has the
+    command that fetches it.
 
     Args:
         script_name: of the script's imported module.
@@ -268,7 +261,7 @@ def _append_case(path: Path, key: str, rows: list[Row]) -> None:
 
 
 def _read_finished(path: Path) -> dict[str, list[Row]]:
-    """Cases that were written completely; a line that a kill cut short, or of other origin, is ignored."""
+    """Completely written cases; a line that a kill cut short, or of other origin, is ignored."""
     finished: dict[str, list[Row]] = {}
     if not path.exists():
         return finished

@@ -2,11 +2,12 @@
 
     python -m benchmarks.exploding_inverses.adaptive_coefficient --preset cpu      # about 2 minutes of one idle core
 
-Claim measured: from any start, over four decades, the steered coefficient brings the condition number to its target
-and keeps it there, in one run and without a search, at the accuracy of the grid. Network: affine couplings with an
-inverse that has no bound and a linear head; Adam; the normalizing-flow loss every 10 steps. The coefficient is steered
-by what AuditHook measures on a few fixed training images every 25 steps; the table's condition numbers are the worst
-of held-out images that no run has seen, which lie somewhat above those of training images.
+Claim measured: from any start, over four decades, the steered coefficient brings the condition
+number to its target and keeps it there, in one run and without a search, at the accuracy of the
+grid. Network: affine couplings with an inverse that has no bound and a linear head; Adam; the
+normalizing-flow loss every 10 steps. The coefficient is steered by what AuditHook measures on a few
+fixed training images every 25 steps; the table's condition numbers are the worst of held-out images
+that no run has seen, which lie somewhat above those of training images.
 """
 
 from __future__ import annotations
@@ -89,15 +90,16 @@ def cases(config: Config) -> dict[str, Run]:
 
 
 def measure(config: Config, run: Run) -> Iterator[Row]:
-    """One row per look at the network while it is trained."""
+    """One row per evaluation of the network while it is trained."""
     torch.manual_seed(config.seed)
     data, net = digits(), Classifier(plain(config.blocks, config.width))
     adaptive = ig.AdaptiveCoefficient(
         ig.NormalizingFlowLoss(1.0), target=config.target, initial=run.coefficient or 1.0
     )
-    penalty = ig.RegularizerHook(
-        net.inn, [adaptive] if run.coefficient else [], every=config.regularize_every
-    )
+    penalties = []
+    if run.coefficient:
+        penalties.append(adaptive)
+    penalty = ig.RegularizerHook(net.inn, penalties, every=config.regularize_every)
     steer = ig.AuditHook(
         net.inn,
         checks=[SPECTRUM],
@@ -110,11 +112,11 @@ def measure(config: Config, run: Run) -> Iterator[Row]:
     for step, (x, labels) in enumerate(batches(config, data)):
         if step % config.show_every == 0 or step == config.steps - 1:
             yield {
-                "coefficient": adaptive.value if run.coefficient else 0.0,
+                "coefficient": adaptive.value * bool(run.coefficient),
                 "steered": run.steered,
                 "target": config.target,
                 "step": step,
-                **looked_at(net, data, config),
+                **evaluation(net, data, config),
                 "seconds_training": training,
                 "seconds_steering": steering,
             }
@@ -138,7 +140,7 @@ def batches(config: Config, data: Digits) -> Iterator[tuple[torch.Tensor, torch.
         yield data.train_images[rows], data.train_labels[rows]
 
 
-def looked_at(net: Classifier, data: Digits, config: Config) -> Row:
+def evaluation(net: Classifier, data: Digits, config: Config) -> Row:
     """Condition number, round trip and accuracy on held-out images."""
     hook = ig.AuditHook(net.inn, checks=[SPECTRUM, quick_round_trip], samples=None)
     report = hook.report(data.test_images[: config.samples])
@@ -161,22 +163,21 @@ def run(config: Config) -> pd.DataFrame:
 
 
 def summary(frame: pd.DataFrame) -> pd.DataFrame:
-    """One line per run: the second half's distance from the target, the largest condition number, the accuracy."""
+    """One line per run: distance from the target in the second half, extremes and accuracy."""
     rows = []
     for case, group in frame.groupby("case", sort=False):
-        late = group[group.step >= frame.step.max() / 2]
+        late, last = group[group.step >= frame.step.max() / 2], group.iloc[-1]
         distance = (late.log10_condition - np.log10(late.target)).abs()
         rows.append(
             {
                 "case": case,
-                "last log10 condition": group.log10_condition.iloc[-1],
+                "last log10 condition": last.log10_condition,
                 "mean distance in decades": distance.mean(),
                 "largest distance": distance.max(),
                 "largest log10 condition": group.log10_condition.max(),
-                "last coefficient": group.coefficient.iloc[-1],
-                "accuracy": group.accuracy.iloc[-1],
-                "steering / training time": group.seconds_steering.iloc[-1]
-                / group.seconds_training.iloc[-1],
+                "last coefficient": last.coefficient,
+                "accuracy": last.accuracy,
+                "steering / training time": last.seconds_steering / last.seconds_training,
             }
         )
     return pd.DataFrame(rows)
@@ -190,11 +191,10 @@ def draw(frame: pd.DataFrame) -> Figure:
     colours = iter(("#d55e00", "#0072b2", "#009e73", "#cc79a7"))
     for case, group in frame.groupby("case", sort=False):
         steered = bool(group.steered.iloc[0])
-        style = (
-            {"color": next(colours), "linewidth": 1.8}
-            if steered
-            else {"color": str(next(shades)), "linestyle": "--"}
-        )
+        if steered:
+            style = {"color": next(colours), "linewidth": 1.8}
+        else:
+            style = {"color": str(next(shades)), "linestyle": "--"}
         condition.semilogy(group.step, 10**group.log10_condition, label=case, **style)
         if steered or group.coefficient.iloc[0] > 0:
             coefficient.semilogy(group.step, group.coefficient, label=case, **style)

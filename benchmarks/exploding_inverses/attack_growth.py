@@ -2,9 +2,10 @@
 
     python -m benchmarks.exploding_inverses.attack_growth --preset cpu --data-root FOLDER
 
-The flows of ``dequantization`` with scales in (0, 1), one for each number of blocks, attacked at several steps of their
-training by maximum likelihood, by the paper's search and by this package's default at the same price. Rows: likelihood
-and spectrum, errors at the centres of the cubes and at the points found, Euclidean, and images lost altogether.
+The flows of ``dequantization`` with scales in (0, 1), one for each number of blocks, attacked at
+several steps of their training by maximum likelihood, by the paper's search and by this package's
+default at the same price. Rows: likelihood and spectrum, errors at the centres of the cubes and at
+the points found, Euclidean, and images lost altogether.
 """
 
 from __future__ import annotations
@@ -14,20 +15,13 @@ import functools
 import math
 
 import pandas as pd
-import torch
 from matplotlib.figure import Figure
 
+from benchmarks.common.figures import draw_grid_lines, plot_finite
 from benchmarks.common.runner import Row, collect, main
 from benchmarks.exploding_inverses import dequantization
 from benchmarks.exploding_inverses.dequantization import PRICE, Flow
-from benchmarks.exploding_inverses.image_training import (
-    Plan,
-    exact_float32,
-    looks_until,
-    train,
-    unfinished,
-    warmed_up,
-)
+from benchmarks.exploding_inverses.image_training import checkpoint_of, exact_float32
 from inn_guard.audits.dequantization_attack import ProjectedGradient, SpectralAscent
 
 FLOW = "affine (0 1)"
@@ -41,11 +35,11 @@ COLOURS = ("#56b4e9", "#0072b2", "#009e73", "#e69f00", "#d55e00")
 
 @dataclasses.dataclass(frozen=True)
 class Config(dequantization.Config):
-    """As there; only affine flows with scales in (0, 1).
+    """As in ``dequantization``; only affine flows with scales in (0, 1).
 
     Attributes:
         depths: blocks per level, a flow for each.
-        looks: attacks in the course of a training.
+        looks: number of attacks during a training.
     """
 
     flows: tuple[str, ...] = (FLOW,)
@@ -69,19 +63,17 @@ PRESETS = {
 }  # fmt: skip
 
 
-def look(flow: Flow) -> Row:
+def evaluate(flow: Flow) -> Row:
     """Likelihood, spectrum, and what either search finds for the same number of forward passes."""
     steps = flow.config.attack_steps
-    row = flow.look()
+    row = flow.evaluate()
     for name, strategy in (
         ("paper", ProjectedGradient(steps, flow.config.step_size)),
         ("spectral", SpectralAscent(PRICE * steps)),
     ):
         found = flow.attack(flow.net, strategy)
-        centre, worst = (
-            found.per_sample[key].nan_to_num(math.inf, posinf=math.inf)
-            for key in ("centre_error", "error")
-        )
+        centre = found.per_sample["centre_error"].nan_to_num(math.inf, posinf=math.inf)
+        worst = found.per_sample["error"].nan_to_num(math.inf, posinf=math.inf)
         row |= {
             "centre_error": centre.max().item(),
             f"{name}_error": worst.max().item(),
@@ -93,30 +85,17 @@ def look(flow: Flow) -> Row:
 
 
 def measure(config: Config, depth: int) -> list[Row]:
-    """Train one flow; a row per look."""
+    """Train one flow; a row per evaluation."""
     flow = Flow.fresh(dataclasses.replace(config, blocks=depth), FLOW)
-    checkpoint = unfinished(config, str(depth))
-    plan = Plan(
-        steps=config.steps,
-        batch_size=config.batch_size,
-        looks=looks_until(config.steps, config.looks),
-        rate=warmed_up(config.warmup),
-        clip=config.clip,
-        seed=config.seed,
-    )
+    checkpoint = checkpoint_of(config, str(depth))
     with exact_float32():
-        rows = train(
-            flow.net,
-            torch.optim.Adamax(flow.net.parameters(), config.learning_rate),
-            functools.partial(flow.training.loss, flow.net),
-            plan=plan,
-            look=functools.partial(look, flow),
+        rows = flow.train(
+            evaluations=config.looks,
+            evaluate=functools.partial(evaluate, flow),
             checkpoint=checkpoint,
-            examples=len(flow.training.data.train),
         )
     checkpoint.unlink(missing_ok=True)
-    source = {"data": config.data_name, "files": flow.training.data.checksum[:12]}
-    return [{"blocks": depth, **row, **source} for row in rows]
+    return [{"blocks": depth, **row, **config.origin(flow.training.data)} for row in rows]
 
 
 def run(config: Config) -> pd.DataFrame:
@@ -129,30 +108,36 @@ def draw(frame: pd.DataFrame) -> Figure:
     figure = Figure(figsize=(13, 4), layout="constrained")
     errors, spectrum = figure.subplots(1, 2)
     for colour, (depth, group) in zip(COLOURS, frame.groupby("blocks", sort=False), strict=False):
-        style = {"color": colour, "markersize": 4}
-        blocks = f"{depth} block{'s' * (depth != 1)} per level"
+        blocks = "1 block per level"
+        if depth != 1:
+            blocks = f"{depth} blocks per level"
         for column, (line, label) in LINES.items():
-            finite = group[column].map(math.isfinite)
-            errors.plot(
-                group["step"][finite],
-                group[column][finite],
+            plot_finite(
+                errors,
+                group["step"],
+                group[column],
                 line,
+                color=colour,
                 label=f"{blocks}, {label}",
-                **style,
+                height=0.97,
             )
-            lost = group["step"][~finite]
-            errors.plot(
-                lost, [0.97] * len(lost), "x", transform=errors.get_xaxis_transform(), **style
+        for column, line, label in (
+            ("sigma_max", "^-", "largest"),
+            ("sigma_min", "v--", "smallest"),
+        ):
+            spectrum.plot(
+                group["step"],
+                group[column],
+                line,
+                color=colour,
+                markersize=4,
+                label=f"{blocks}, {label}",
             )
-        spectrum.plot(group["step"], group["sigma_max"], "^-", label=f"{blocks}, largest", **style)
-        spectrum.plot(
-            group["step"], group["sigma_min"], "v--", label=f"{blocks}, smallest", **style
-        )
     errors.set(ylabel="worst round trip, Euclidean", title="x: a reconstruction is not finite")
     spectrum.set(ylabel="singular values at the images")
     for axis in (errors, spectrum):
         axis.set(xlabel="step of training", yscale="log")
-        axis.grid(visible=True, color="#d9dde3", linewidth=0.6)
+        draw_grid_lines(axis)
     spectrum.legend(frameon=False, fontsize=7, handlelength=4)
     shown = [line for line in errors.get_lines() if not line.get_label().startswith("_")]
     figure.legend(

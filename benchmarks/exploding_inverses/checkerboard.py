@@ -2,14 +2,15 @@
 
     inn-guard bench exploding_inverses.checkerboard --preset cpu          # about 5 minutes on one core
 
-Affine couplings with scales in (0, 1), affine couplings with scales in (0.5, 1) and a residual flow are trained by
-maximum likelihood. Rows: every point of a grid around the data (place "grid"), and per net one row each of held-out
-samples ("data": mean log-density, worst round trip, extreme singular values), of certified bounds on the data's box
-[-4, 4]^2 ("certified": sigma_max at most, sigma_min at least that), of the witnesses that bound the same numbers from
-the other side, and of Table 3 as the paper prints it. Round trips are Euclidean errors in float32.
+Affine couplings with scales in (0, 1), affine couplings with scales in (0.5, 1) and a residual flow
+are trained by maximum likelihood. Rows: every point of a grid around the data (place "grid"), and
+per net one row each of held-out samples ("data": mean log-density, worst round trip, extreme
+singular values), of certified bounds on the data's box [-4, 4]^2 ("certified": sigma_max at most,
+sigma_min at least that), of the witnesses that bound the same numbers from the other side, and of
+Table 3 as the paper prints it. Round trips are Euclidean errors in float32.
 
-What the paper leaves open: how many steps. This differs from the paper in: this package's layers compute log g(s)
-without computing g(s), so that no density is NaN where only the inverse fails.
+What the paper leaves open: how many steps. This differs from the paper in: this package's layers
+compute log g(s) without computing g(s), so that no density is NaN where only the inverse fails.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from tqdm import trange
 
 import inn_guard as ig
 from benchmarks.common.runner import Row, collect, main
-from benchmarks.exploding_inverses.plane import round_trip_error, singular_values
+from benchmarks.exploding_inverses.stability import round_trip_error, singular_values
 from benchmarks.lipschitz.nets import BOX, checkerboard
 from inn_guard.layers.chain import Chain
 from inn_guard.layers.scales import squashed_sigmoid
@@ -76,8 +77,8 @@ PRESETS = {
         "blocks": 2, "residual_blocks": 1, "hidden": 8, "steps": 2, "residual_steps": 2,
         "batch_size": 16, "points": 5, "seconds": 1.0,
     },
-    # Minutes on one core: narrow networks, small batches, few steps, and a residual flow of few layers.
-    # Inverses then fail only far from the data, so the grid is wide.
+    # Minutes on one core: narrow networks, small batches, few steps, and a residual flow of few
+    # layers. Inverses then fail only far from the data, so the grid is wide.
     "cpu": {
         "residual_blocks": 6, "hidden": 32, "steps": 800, "residual_steps": 300, "batch_size": 128,
         "extent": 16.0, "points": 41, "seconds": 15.0,
@@ -107,9 +108,10 @@ def trained(config: Config, name: str) -> Chain:
     net = build(config, name)
     optimizer = torch.optim.Adam(net.parameters(), 1e-3, weight_decay=1e-5)
     generator = torch.Generator().manual_seed(config.seed)
-    for _ in trange(
-        config.residual_steps if name == RESIDUAL else config.steps, desc=name, disable=None
-    ):
+    steps = config.steps
+    if name == RESIDUAL:
+        steps = config.residual_steps
+    for _ in trange(steps, desc=name, disable=None):
         loss = -net.log_prob(checkerboard(config.batch_size, generator)).mean()
         optimizer.zero_grad()
         loss.backward()
@@ -118,12 +120,12 @@ def trained(config: Config, name: str) -> Chain:
 
 
 def measure(config: Config, name: str) -> Iterator[Row]:
-    """The grid, then the rows that say one thing of a net."""
+    """A row per point of the grid, then the rows of a whole net."""
     net = trained(config, name)
     samples = checkerboard(1000, torch.Generator().manual_seed(config.seed + 1))
-    for row in looked_at(net, grid(config)).to_dict("records"):
+    for row in evaluation(net, grid(config)).to_dict("records"):
         yield {"net": name, "place": "grid", **row}
-    yield {"net": name, "place": "data", **extreme_singular_values(looked_at(net, samples))}
+    yield {"net": name, "place": "data", **worst_values(evaluation(net, samples))}
     for place, sigma_max, sigma_min in bounded(net, samples, config):
         yield {"net": name, "place": place, "sigma_max": sigma_max, "sigma_min": sigma_min}
 
@@ -134,7 +136,7 @@ def grid(config: Config) -> Tensor:
     return torch.cartesian_prod(axis, axis)
 
 
-def looked_at(net: Chain, x: Tensor) -> pd.DataFrame:
+def evaluation(net: Chain, x: Tensor) -> pd.DataFrame:
     """Log-density in nats, Euclidean round-trip error and extreme singular values of each point."""
     sigma_max, sigma_min = singular_values(net, x)
     with torch.no_grad():
@@ -144,12 +146,14 @@ def looked_at(net: Chain, x: Tensor) -> pd.DataFrame:
         "x2": x[:, 1],
         "log_prob": log_prob,
         "error": round_trip_error(net, x),
+        "sigma_max": sigma_max,
+        "sigma_min": sigma_min,
     }
-    return pd.DataFrame({**columns, "sigma_max": sigma_max, "sigma_min": sigma_min}).map(float)
+    return pd.DataFrame(columns).map(float)
 
 
-def extreme_singular_values(frame: pd.DataFrame) -> Row:
-    """The mean log-density, and the worst of what else was found."""
+def worst_values(frame: pd.DataFrame) -> Row:
+    """The mean log-density, the largest error and the extreme singular values."""
     return {
         "log_prob": frame.log_prob.mean(),
         "error": frame.error.max(),
@@ -160,16 +164,15 @@ def extreme_singular_values(frame: pd.DataFrame) -> Row:
 
 def bounded(net: Chain, samples: Tensor, config: Config) -> list[tuple[str, float, float]]:
     """(place, sigma_max, sigma_min) over the box of the data: certified, witnessed (from the data), Table 3."""
-    box = ig.Box(
-        -BOX * torch.ones(2, dtype=torch.float64), BOX * torch.ones(2, dtype=torch.float64)
-    )
+    corner = BOX * torch.ones(2, dtype=torch.float64)
+    box = ig.Box(-corner, corner)
     bounds = ig.lipschitz_bounds(net, box, data=samples, seconds=config.seconds)
     pairs = {
         "certified": (bounds.forward, bounds.inverse),
         "witnessed": (bounds.lower_forward, bounds.lower_inverse),
         "table 3": bounds.paper_bound,
     }
-    return [(place, ahead, 1 / back) for place, (ahead, back) in pairs.items()]
+    return [(place, forward, 1 / inverse) for place, (forward, inverse) in pairs.items()]
 
 
 def run(config: Config) -> pd.DataFrame:
@@ -184,25 +187,22 @@ def summary(frame: pd.DataFrame) -> pd.DataFrame:
     """One line per net: the data, the grid outside the box of the data, and the bounds on that box."""
     lines = []
     for name, group in frame.groupby("net", sort=False):
-        single = {place: group[group.place == place].iloc[0] for place in ("data", *BOUNDS)}
+        data, *bounds = (group[group.place == place].iloc[0] for place in ("data", *BOUNDS))
         outside = group[(group.place == "grid") & (group[["x1", "x2"]].abs().max(axis=1) > BOX)]
-        errors = outside.error[np.isfinite(outside.error)]
-        lines.append(
-            {
-                "net": name,
-                "nats": -single["data"].log_prob,
-                "error on data": single["data"].error,
-                "outside: not finite": f"{np.mean(~np.isfinite(outside.error)):.1%}",
-                "worst finite error": errors.max(),
-                "log p not finite": f"{np.mean(~np.isfinite(outside.log_prob)):.1%}",
-                "condition, data": single["data"].sigma_max / single["data"].sigma_min,
-                **{f"Lip F, {place}": single[place].sigma_max for place in BOUNDS},
-                **{
-                    f"Lip F^-1, {place}": np.divide(1.0, single[place].sigma_min)
-                    for place in BOUNDS
-                },
-            }
-        )
+        line = {
+            "net": name,
+            "nats": -data.log_prob,
+            "error on data": data.error,
+            "outside: not finite": f"{np.mean(~np.isfinite(outside.error)):.1%}",
+            "worst finite error": outside.error[np.isfinite(outside.error)].max(),
+            "log p not finite": f"{np.mean(~np.isfinite(outside.log_prob)):.1%}",
+            "condition, data": data.sigma_max / data.sigma_min,
+        }
+        for place, bound in zip(BOUNDS, bounds, strict=True):
+            line[f"Lip F, {place}"] = bound.sigma_max
+        for place, bound in zip(BOUNDS, bounds, strict=True):
+            line[f"Lip F^-1, {place}"] = np.divide(1.0, bound.sigma_min)
+        lines.append(line)
     return pd.DataFrame(lines)
 
 

@@ -2,7 +2,8 @@ r"""Training a classifier of CIFAR-10 explodes the inverse of an affine INN; FD 
 
     python -m benchmarks.exploding_inverses.cifar10_classifiers --preset cpu --data-root FOLDER
 
-Two more committed tables, FD at every tenth step and a longer training, six and four minutes of one core:
+Two more committed tables, FD at every tenth step and a longer training, six and four minutes of one
+core:
 
     python -m benchmarks.exploding_inverses.cifar10_classifiers --preset cpu --data-root FOLDER \
         --runs "affine conv none,affine conv FD 1e-4,affine conv NF 1e-4" --train-images 8000 --test-images 1000 \
@@ -12,22 +13,23 @@ Two more committed tables, FD at every tenth step and a longer training, six and
         --runs "affine shuffle none" --train-images 8000 --epochs 12 --looks 8 --spectra 32 --reconstructed 1000 \
         --out benchmarks/results/longer
 
-Per look at each training run: accuracy, reconstruction errors and singular values on held-out images, and the angle
-between memory-saving and true gradients on training minibatches. ``their_*`` beside the last look is table 9 or 10.
+Per evaluation during each training: accuracy, reconstruction errors and singular values on held-out
+images, and the angle between memory-saving and true gradients on training minibatches. The last
+row of each run has the figures of table 9 in the columns ``paper_*``.
 
-The paper's setting is ``--preset paper``; every field of ``cpu`` that differs says so. What the paper leaves open:
-the norm of its reconstruction error (here the Euclidean norm, mean over the images, infinite if one is), how many
-images its singular values are of (here the extremes over ``spectra`` images), and the coefficients of the additive net
-with shuffles (here those of the additive net with convolutions).
+The paper's setting is ``--preset paper``; every field of ``cpu`` that differs says so. What the
+paper leaves open: the norm of its reconstruction error (here the Euclidean norm, mean over the
+images, infinite if one is), how many images its singular values are of (here the extremes over
+``spectra`` images), and the coefficients of the additive net with shuffles (here those of the
+additive net with convolutions).
 """
 
 from __future__ import annotations
 
 import copy
-import math
+import dataclasses
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 
 import pandas as pd
 import torch
@@ -35,17 +37,25 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from benchmarks.common.runner import Row, collect, main
-from benchmarks.exploding_inverses.classifier_report import compare_with_paper, draw, with_theirs
+from benchmarks.exploding_inverses.classifier_report import (
+    compare_with_paper,
+    draw,
+    with_paper_columns,
+)
 from benchmarks.exploding_inverses.image_classifiers import Classifier, Run, term
-from benchmarks.exploding_inverses.image_data import DATA, LabelledImages, shifted
+from benchmarks.exploding_inverses.image_data import LabelledImages, shifted
 from benchmarks.exploding_inverses.image_training import (
     Batch,
-    Plan,
+    ImageConfig,
+    checkpoint_of,
     decayed,
     exact_float32,
-    looks_until,
     train,
-    unfinished,
+)
+from benchmarks.exploding_inverses.stability import (
+    condition_numbers,
+    euclidean_errors,
+    spectrum_row,
 )
 from benchmarks.exploding_inverses.table10 import TABLE_10, conclusions
 from inn_guard.audits.gradient_angle import gradient_angle
@@ -54,7 +64,7 @@ from inn_guard.audits.round_trip import round_trip
 from inn_guard.audits.thresholds import max_usable_error
 from inn_guard.memory_saving import memory_saving
 
-__all__ = ["Config", "Training", "compare_with_paper", "draw", "run"]
+__all__ = ["PRESETS", "Config", "Training", "compare_with_paper", "draw", "run"]
 
 ARCHITECTURES = ("additive shuffle", "additive conv", "affine shuffle", "affine conv")
 TABLE_9 = {
@@ -75,52 +85,31 @@ TABLE_10_RUNS = all_runs(TABLE_10)
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(ImageConfig):
     """Which nets are trained, how, and what is measured. The defaults are the paper's.
 
     Attributes:
         runs: "coupling mixing regularizer coefficient" of each.
-        data: digits or cifar10.
-        data_root: folder of the official files.
-        data_name: what the results call the data.
-        train_images: the first so many.
-        test_images: likewise, for the accuracy.
-        levels: of the net.
-        blocks: per level.
-        hidden: channels of the couplings' networks.
+        test_images: number of test images, for the accuracy.
         epochs: of training.
-        batch_size: of training.
-        learning_rate: of Adam.
-        decay_epochs: at which it is divided by ten.
-        clip: largest norm of the gradient; the paper prints none.
-        shift: pixels of the random crop; images are mirrored too if it is positive and ``mirrored``.
-        mirrored: at random, left to right.
+        decay_epochs: at which the learning rate of Adam is divided by ten.
+        shift: pixels of the random crop.
+        mirrored: whether images are mirrored at random, left to right.
         fd_every: K, steps between two FD penalties; NF is part of every step.
         fd_fraction: share of the batch that FD takes.
-        memory_saving: train without stored activations the regularized and the additive nets, as the paper does.
-        looks: measurements in the course of a training.
+        memory_saving: train the regularized and the additive nets without stored activations.
+        looks: number of evaluations during a training.
         reconstructed: held-out images that are reconstructed.
         spectra: held-out images whose singular values are measured.
         angle_batches: training minibatches, of half the batch size, whose gradients are compared.
-        device: cpu or cuda.
-        channels_last: memory format.
-        seed: of weights, batches and noise.
     """
 
     runs: tuple[str, ...] = all_runs(TABLE_9)
-    data: str = "cifar10"
-    data_root: str = "data"
-    data_name: str = "CIFAR-10"
-    train_images: int = 50_000
     test_images: int = 10_000
-    levels: int = 3
-    blocks: int = 16
-    hidden: int = 128
     epochs: int = 200
     batch_size: int = 128
     learning_rate: float = 1e-4
     decay_epochs: tuple[int, ...] = (60, 120, 160)
-    clip: float = math.inf
     shift: int = 4
     mirrored: bool = True
     fd_every: int = 10
@@ -130,9 +119,6 @@ class Config:
     reconstructed: int = 1000
     spectra: int = 32
     angle_batches: int = 40
-    device: str = "cuda"
-    channels_last: bool = True
-    seed: int = 0
 
 
 PRESETS = {
@@ -144,9 +130,10 @@ PRESETS = {
         "mirrored": False, "fd_every": 2, "looks": 2, "reconstructed": 16, "spectra": 2,
         "angle_batches": 1, "device": "cpu",
     },
-    # A quarter of an hour of one core: table 10 and three more coefficients of table 9.
-    # Fewer images and epochs, smaller net and batch, Adam 1e-3, clipped gradients. Between two penalties the weights
-    # move as far in one step of that rate as in ten of the paper's, hence K = 1, on an eighth of the batch.
+    # A quarter of an hour of one core: table 10 and three more coefficients of table 9. Fewer
+    # images and epochs, smaller net and batch, Adam 1e-3, clipped gradients. Between two penalties
+    # the weights move as far in one step of that rate as in ten of the paper's, hence K = 1, on an
+    # eighth of the batch.
     "cpu": {
         "runs": (*TABLE_10_RUNS, *MORE_RUNS),
         "data_name": "CIFAR-10 (JPEG copies)", "train_images": 5000, "test_images": 2000,
@@ -180,9 +167,7 @@ class Training:
     @classmethod
     def of(cls, config: Config, run: Run) -> Training:
         """A fresh net; its ActNorms are set by the first batch of images."""
-        data = DATA[config.data](Path(config.data_root)).first(
-            train=config.train_images, test=config.test_images
-        )
+        data = config.load(test=config.test_images)
         net = Classifier(
             run,
             data.shape,
@@ -191,24 +176,16 @@ class Training:
             hidden=config.hidden,
             seed=config.seed,
         )
-        net = net.to(
-            config.device, memory_format=torch.channels_last if config.channels_last else None
-        )
-        data = data.to(config.device)
+        net, data = config.on_device(net), data.to(config.device)
         training = cls(config, run, net, data, data.moments())
         with torch.no_grad():
-            net.inn(training.normalised(training.data.train[: config.batch_size]))
+            net.inn(training.normalised(data.train[: config.batch_size]))
         return training
 
     def normalised(self, pixels: Tensor) -> Tensor:
         """Zero mean and unit variance per channel of the training images."""
         mean, deviation = self.moments
-        x = (pixels.float() - mean) / deviation
-        return (
-            x.contiguous(memory_format=torch.channels_last)
-            if self.config.channels_last
-            else x.contiguous()
-        )
+        return self.config.contiguous((pixels.float() - mean) / deviation)
 
     def inputs(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Augmented images and labels."""
@@ -223,8 +200,9 @@ class Training:
 
     def loss(self) -> Callable[[Batch], Tensor]:
         """Cross entropy and the regularizer's term."""
-        config, saves = self.config, self.config.memory_saving and self.run.reversible
-        inn = memory_saving(self.net.inn) if saves else self.net.inn
+        config, inn = self.config, self.net.inn
+        if config.memory_saving and self.run.reversible:
+            inn = memory_saving(inn)
         penalised = term(self.run, every=config.fd_every, fraction=config.fd_fraction)
 
         def loss(batch: Batch) -> Tensor:
@@ -234,108 +212,94 @@ class Training:
 
         return loss
 
-    def look(self) -> Row:
+    def evaluate(self) -> Row:
         """Everything that is measured on a net."""
-        test = self.normalised(
-            self.data.test[: max(self.config.reconstructed, self.config.spectra)]
-        )
+        n_reconstructed, n_spectra = self.config.reconstructed, self.config.spectra
+        test = self.normalised(self.data.test[: max(n_reconstructed, n_spectra)])
         return {
             "test_accuracy": self.accuracy(),
-            **self.reconstruction(test[: self.config.reconstructed]),
-            **self.spectrum(test[: self.config.spectra]),
+            **self.reconstruction(test[:n_reconstructed]),
+            **self.spectrum(test[:n_spectra]),
             **self.angles(),
         }
 
     @torch.no_grad()
     def accuracy(self) -> float:
-        """Share of the test images."""
-        parts = zip(self.data.test.split(256), self.data.test_labels.split(256), strict=True)
-        correct = sum(
-            int((self.net(self.normalised(x)).argmax(1) == labels).sum()) for x, labels in parts
-        )
+        """Share of the test images that are classified correctly."""
+        correct = 0
+        for pixels, labels in zip(
+            self.data.test.split(256), self.data.test_labels.split(256), strict=True
+        ):
+            predicted = self.net(self.normalised(pixels)).argmax(1)
+            correct += int((predicted == labels).sum())
         return correct / len(self.data.test)
 
     def reconstruction(self, x: Tensor) -> Row:
         """Euclidean errors of F^-1(F(x)), how many are not finite, and whether all are usable."""
         trip = round_trip(self.net.inn, x, batch_size=256)
-        l2 = torch.where(trip.finite, trip.l2, torch.full_like(trip.l2, math.inf))
+        errors = euclidean_errors(trip)
+        usable = trip.finite & (trip.relative <= max_usable_error(x.dtype))
         return {
-            "reconstruction_error": l2.mean().item(),
-            "median_reconstruction_error": l2.median().item(),
-            "worst_reconstruction_error": l2.max().item(),
+            "reconstruction_error": errors.mean().item(),
+            "median_reconstruction_error": errors.median().item(),
+            "worst_reconstruction_error": errors.max().item(),
             "broken_images": int((~trip.finite).sum()),
-            "invertible": bool((trip.finite & (trip.relative <= max_usable_error(x.dtype))).all()),
+            "invertible": bool(usable.all()),
         }
 
     def spectrum(self, x: Tensor) -> Row:
-        """ExtremeSingularValues over the images, and the median image's condition number."""
+        """The extreme singular values over the images, and the median condition number."""
         found = jacobian_spectrum(self.net.inn, x, samples=len(x), tolerance=0.02)
-        middle = (
-            found.per_sample["condition_number"].median().item() if found.per_sample else math.nan
-        )
-        names = ("condition_number", "sigma_min", "sigma_max")
-        return {
-            "median_condition_number": middle,
-            **{name: found.values.get(name, math.nan) for name in names},
-        }
+        median = condition_numbers(found).median().item()
+        return {"median_condition_number": median, **spectrum_row(found)}
 
     def angles(self) -> Row:
-        """Angles between memory-saving and true gradients of the cross entropy over the trunk's parameters."""
-        size, rows = self.config.batch_size // 2, []
-        head = copy.deepcopy(
-            self.net.head
-        ).train()  # with the statistics of the batch, as in training
-        for k in range(self.config.angle_batches):
-            x, labels = (
-                part[k * size :][:size] for part in (self.data.train, self.data.train_labels)
-            )
+        """Angles between memory-saving and true gradients over the trunk's parameters."""
+        size, angles = self.config.batch_size // 2, []
+        # with the statistics of the batch, as in training
+        head = copy.deepcopy(self.net.head).train()
+        for start in range(0, size * self.config.angle_batches, size):
+            labels = self.data.train_labels[start:][:size]
             found = gradient_angle(
                 self.net.inn,
-                self.normalised(x),
+                self.normalised(self.data.train[start:][:size]),
                 loss=lambda z, y=labels: cross_entropy(head(z), y),
                 batch_size=size,
             )
-            rows.append(found.values["mean_angle"])
-        angles = torch.tensor(rows, dtype=torch.float64)
+            angles.append(found.values["mean_angle"])
+        degrees = torch.tensor(angles, dtype=torch.float64)
         return {
-            "mean_angle": angles.mean().item(),
-            "worst_angle": math.nan if bool(angles.isnan().any()) else angles.max().item(),
-            "broken_gradients": int(angles.isnan().sum()),
+            "mean_angle": degrees.mean().item(),
+            "worst_angle": degrees.max().item(),
+            "broken_gradients": int(degrees.isnan().sum()),
         }
 
 
 def measure(config: Config, case: Run) -> list[Row]:
-    """Train one net; one row per look."""
+    """Train one net; one row per evaluation."""
     training = Training.of(config, case)
     per_epoch = len(training.data.train) // config.batch_size
-    plan = Plan(
-        steps=config.epochs * per_epoch,
-        batch_size=config.batch_size,
-        looks=looks_until(config.epochs * per_epoch, config.looks),
-        rate=decayed(config.decay_epochs, per_epoch),
-        clip=config.clip,
-        seed=config.seed,
-    )
-    checkpoint = unfinished(config, repr(case))
+    rate = decayed(config.decay_epochs, per_epoch)
+    checkpoint = checkpoint_of(config, repr(case))
     with exact_float32():
         rows = train(
             training.net,
             torch.optim.Adam(training.net.parameters(), config.learning_rate),
             training.loss(),
-            plan=plan,
-            look=training.look,
+            plan=config.plan(config.epochs * per_epoch, evaluations=config.looks, rate=rate),
+            evaluate=training.evaluate,
             checkpoint=checkpoint,
             examples=len(training.data.train),
         )
     checkpoint.unlink(missing_ok=True)
-    about = {"coupling": case.coupling, "mixing": case.mixing, "regularizer": case.regularizer}
-    source = {"data": config.data_name, "files": training.data.checksum[:12]}
-    return [{**about, "coefficient": case.coefficient, **row, **source} for row in rows]
+    about = dataclasses.asdict(case)
+    return [{**about, **row, **config.origin(training.data)} for row in rows]
 
 
 def run(config: Config) -> pd.DataFrame:
     """All runs, with the paper's figures in the last row of each."""
-    frame = with_theirs(collect(config, {text: Run.parse(text) for text in config.runs}, measure))
+    cases = {text: Run.parse(text) for text in config.runs}
+    frame = with_paper_columns(collect(config, cases, measure))
     print(conclusions(frame).to_string(index=False))
     return frame
 

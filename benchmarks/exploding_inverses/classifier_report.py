@@ -1,4 +1,4 @@
-"""How the image classifiers are shown: the paper's table beside ours, and curves over training."""
+"""How the image classifiers are shown: the paper's table next to ours, and curves over training."""
 
 from __future__ import annotations
 
@@ -9,16 +9,18 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-__all__ = ["compare_with_paper", "draw", "draw_angles", "with_theirs"]
+from benchmarks.common.figures import draw_grid_lines, plot_finite
+
+__all__ = ["compare_with_paper", "draw", "draw_angles", "with_paper_columns"]
 
 TABLE = Path(__file__).parent.parent / "reference" / "cifar10_classifiers_table9.csv"
 KEYS = ["coupling", "mixing", "regularizer"]
-THEIRS = {
-    "test_acc": "their_test_accuracy",
-    "recons_err": "their_reconstruction_error",
-    "cond": "their_condition_number",
-    "min_sv": "their_sigma_min",
-    "max_sv": "their_sigma_max",
+PAPER_COLUMNS = {
+    "test_acc": "paper_test_accuracy",
+    "recons_err": "paper_reconstruction_error",
+    "cond": "paper_condition_number",
+    "min_sv": "paper_sigma_min",
+    "max_sv": "paper_sigma_max",
 }
 PANELS = {
     "condition_number": "condition number",
@@ -28,6 +30,7 @@ PANELS = {
     "mean_angle": "gradient angle, degrees",
     "test_accuracy": "test accuracy",
 }
+MIXING_NAMES = {"conv": "1x1 convolutions", "shuffle": "shuffles"}
 COLOURS = {
     "none": ("#d55e00",),
     "FD": ("#0072b2", "#56b4e9", "#003f63"),
@@ -35,30 +38,26 @@ COLOURS = {
 }
 
 
-def with_theirs(frame: pd.DataFrame) -> pd.DataFrame:
-    """``their_*`` columns of table 9, filled at the last row of every run on CIFAR-10 that the table has."""
-    table = pd.read_csv(TABLE).rename(columns={"permutation": "mixing", **THEIRS})
+def with_paper_columns(frame: pd.DataFrame) -> pd.DataFrame:
+    """The columns ``paper_*`` of table 9, in the last row of every run on CIFAR-10 that it has."""
+    table = pd.read_csv(TABLE).rename(columns={"permutation": "mixing", **PAPER_COLUMNS})
     table["regularizer"] = table["regularizer"].replace({"fd": "FD", "nf": "NF"})
-    table["their_test_accuracy"] /= 100
+    table["paper_test_accuracy"] /= 100
+    columns = list(PAPER_COLUMNS.values())
     frame = frame.copy()
-    frame[list(THEIRS.values())] = np.nan
-    for index in (
-        frame[frame["data"].str.startswith("CIFAR-10")].groupby("case", sort=False).tail(1).index
-    ):
-        same = (table[KEYS] == frame.loc[index, KEYS]).all(axis=1)
-        # the additive net with shuffles stands in the table without its coefficients
-        same &= table["coefficient"].isna() | np.isclose(
-            table["coefficient"], frame.loc[index, "coefficient"]
-        )
+    frame[columns] = np.nan
+    last = frame[frame["data"].str.startswith("CIFAR-10")].groupby("case", sort=False).tail(1)
+    for index, row in last.iterrows():
+        same = (table[KEYS] == row[KEYS]).all(axis=1)
+        # the table has the additive net with shuffles without its coefficients
+        same &= table["coefficient"].isna() | np.isclose(table["coefficient"], row["coefficient"])
         if same.any():
-            frame.loc[index, list(THEIRS.values())] = (
-                table.loc[same, list(THEIRS.values())].iloc[0].astype(float)
-            )
+            frame.loc[index, columns] = table.loc[same, columns].iloc[0].astype(float)
     return frame
 
 
 def compare_with_paper(frame: pd.DataFrame) -> pd.DataFrame:
-    """The last look of every run, ours / the paper's."""
+    """The last evaluation of every run, ours / the paper's."""
     rows = []
     for case, group in frame.groupby("case", sort=False):
         last = group.iloc[-1]
@@ -72,37 +71,30 @@ def compare_with_paper(frame: pd.DataFrame) -> pd.DataFrame:
 
 
 def _pair(row: pd.Series, name: str, form: str) -> str:
-    theirs = row[f"their_{name}"]
-    absent = pd.isna(theirs) and pd.isna(row["their_test_accuracy"])
-    return f"{form.format(row[name])} / {'-' if absent else form.format(theirs)}"
+    paper = "-"
+    # a figure that is NaN in the table is one that the paper prints as lost
+    if pd.notna(row[f"paper_{name}"]) or pd.notna(row["paper_test_accuracy"]):
+        paper = form.format(row[f"paper_{name}"])
+    return f"{form.format(row[name])} / {paper}"
 
 
 def draw(frame: pd.DataFrame) -> Figure:
     """Figures 14 to 18: what training does to every net, a column for each architecture."""
-    nets = list(dict.fromkeys(zip(frame["coupling"], frame["mixing"], strict=True)))
-    panels = {name: label for name, label in PANELS.items() if frame[name].notna().any()}
+    nets = list(frame.groupby(["coupling", "mixing"], sort=False))
+    panels = [name for name in PANELS if frame[name].notna().any()]
     figure = Figure(figsize=(3.3 * len(nets) + 1.6, 2.1 * len(panels) + 0.6), layout="constrained")
     axes = figure.subplots(len(panels), len(nets), sharex=True, sharey="row", squeeze=False)
     colours = _colours(frame)
-    for row, (name, label) in zip(axes, panels.items(), strict=True):
-        for axis, (coupling, mixing) in zip(row, nets, strict=True):
-            _curves(
-                axis,
-                frame[(frame["coupling"] == coupling) & (frame["mixing"] == mixing)],
-                name,
-                colours,
-            )
-        row[0].set_ylabel(label)
-    for axis, (coupling, mixing) in zip(axes[0], nets, strict=True):
-        axis.set_title(f"{coupling}, {'1x1 convolutions' if mixing == 'conv' else 'shuffles'}")
-    for axis in axes[-1]:
-        axis.set_xlabel("training step")
-    handles = {
-        h.get_label(): h
-        for axis in axes[0]
-        for h in axis.get_lines()
-        if not h.get_label().startswith("_")
-    }
+    handles = {}
+    for column, ((coupling, mixing), runs) in zip(axes.T, nets, strict=True):
+        for axis, name in zip(column, panels, strict=True):
+            _curves(axis, runs, name, colours)
+        column[0].set_title(f"{coupling}, {MIXING_NAMES[mixing]}")
+        column[-1].set_xlabel("training step")
+        found, labels = column[0].get_legend_handles_labels()
+        handles |= dict(zip(labels, found, strict=True))
+    for axis, name in zip(axes[:, 0], panels, strict=True):
+        axis.set_ylabel(PANELS[name])
     figure.legend(
         handles.values(),
         handles.keys(),
@@ -128,7 +120,9 @@ def draw_angles(frame: pd.DataFrame) -> Figure:
 
 
 def _label(regularizer: str, coefficient: float) -> str:
-    return f"{regularizer} {coefficient:.0e}".replace("e-0", "e-") if coefficient else regularizer
+    if not coefficient:
+        return regularizer
+    return f"{regularizer} {coefficient:.0e}".replace("e-0", "e-")
 
 
 def _colours(frame: pd.DataFrame) -> dict[str, str]:
@@ -144,18 +138,16 @@ def _colours(frame: pd.DataFrame) -> dict[str, str]:
 def _curves(axis: Axes, runs: pd.DataFrame, name: str, colours: dict[str, str]) -> None:
     if name != "test_accuracy":
         axis.set_yscale("log")
-    axis.grid(visible=True, color="#d9dde3", linewidth=0.6)
+    draw_grid_lines(axis)
     for k, (_, curve) in enumerate(runs.groupby("case", sort=False)):
         label = _label(curve["regularizer"].iloc[0], curve["coefficient"].iloc[0])
-        finite = np.isfinite(curve[name])
-        axis.plot(
+        # every run has its crosses at a height of its own
+        plot_finite(
+            axis,
             curve["step"],
-            curve[name].where(finite),
-            "o-",
-            markersize=3,
+            curve[name],
             color=colours[label],
             label=label,
+            markersize=3,
+            height=0.96 - 0.05 * k,
         )
-        lost = curve["step"][~finite]
-        heights = [0.96 - 0.05 * k] * len(lost)
-        axis.plot(lost, heights, "x", color=colours[label], transform=axis.get_xaxis_transform())

@@ -2,27 +2,29 @@ r"""Valid training samples whose reconstruction fails: the dequantization attack
 
     python -m benchmarks.exploding_inverses.dequantization --preset cpu --data-root FOLDER
 
-The committed table of larger and longer trained affine flows under a longer attack, five minutes of one core:
+The committed table of larger and longer trained affine flows under a longer attack, five minutes of
+one core:
 
     python -m benchmarks.exploding_inverses.dequantization --preset cpu --data-root FOLDER \
         --flows "affine (0 1),affine (0.5 1)" --levels 3 --blocks 4 --hidden 32 --steps 1500 --images 8 \
         --attack-steps 400 --grids benchmarks/results/longer --out benchmarks/results/longer
 
-Three flows are trained by maximum likelihood on images of 5 bits: affine couplings with scales in (0, 1), with scales
-in (0.5, 1), and a residual flow. Training images are then attacked within the cube of their dequantized samples, by the
-paper's projected gradient and by this package's default search at the same price. The residual flow is attacked twice:
-through the converged inverse, and, as in the paper, through one of five fixed-point iterations, whose points are then
-reconstructed again with the converged one.
+Three flows are trained by maximum likelihood on images of 5 bits: affine couplings with scales in
+(0, 1), with scales in (0.5, 1), and a residual flow. Training images are then attacked within the
+cube of their dequantized samples, by the paper's projected gradient and by this package's default
+search at the same price. The residual flow is attacked twice: through the converged inverse, and,
+as in the paper, through one of five fixed-point iterations, whose points are then reconstructed
+again with the converged one.
 
-This differs from the paper in: CIFAR-10 instead of CelebA at 64 x 64, therefore three levels instead of four; the
-residual inverse is differentiated by the implicit function theorem instead of through its iterations.
+This differs from the paper in: CIFAR-10 instead of CelebA at 64 x 64, therefore three levels
+instead of four; the residual inverse is differentiated by the implicit function theorem instead of
+through its iterations.
 """
 
 from __future__ import annotations
 
 import copy
 import functools
-import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,24 +33,23 @@ import pandas as pd
 import torch
 from torch import Tensor
 
+from benchmarks.common.figures import save_figure
 from benchmarks.common.runner import Row, collect, main
-from benchmarks.exploding_inverses.attack_report import draw, grid
-from benchmarks.exploding_inverses.image_data import DATA
-from benchmarks.exploding_inverses.image_flows import Augmentation, FlowTraining
+from benchmarks.exploding_inverses.attack_report import draw
+from benchmarks.exploding_inverses.flow_report import grid
+from benchmarks.exploding_inverses.image_flows import FlowConfig, FlowTraining
 from benchmarks.exploding_inverses.image_training import (
-    Plan,
+    checkpoint_of,
     exact_float32,
-    looks_until,
     train,
-    unfinished,
     warmed_up,
 )
+from benchmarks.exploding_inverses.stability import euclidean_errors, spectrum_row
 from inn_guard.audits.dequantization_attack import ProjectedGradient, Quantization, SpectralAscent
 from inn_guard.audits.dequantization_attack.audit import dequantization_attack
 from inn_guard.audits.dequantization_attack.search import Attack
 from inn_guard.audits.jacobian_spectrum import jacobian_spectrum
-from inn_guard.audits.round_trip import round_trip
-from inn_guard.execution.files import atomic_write
+from inn_guard.audits.round_trip import RoundTrip, round_trip
 from inn_guard.layers.chain import Chain
 from inn_guard.layers.coupling import AffineCoupling
 from inn_guard.layers.fixed_point import FixedPoint
@@ -59,65 +60,35 @@ from inn_guard.models.glow import GlowConfig, glow_classifier
 from inn_guard.models.iresnet import IResNetConfig, iresnet
 from inn_guard.report.result import AuditResult
 
+__all__ = ["PRESETS", "Config", "draw", "run"]
+
 BITS = 5
 PRICE = 4.5  #: forward passes that a step of the paper's attack costs
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(FlowConfig):
     """Which flows are trained and how they are attacked. The defaults are the paper's.
 
     Attributes:
         flows: keys of FLOWS.
-        data: digits or cifar10.
-        data_root: folder of the official files.
-        data_name: what the results call the data.
-        train_images: the first so many.
-        levels: of the nets.
-        blocks: per level of the affine nets.
-        residual_blocks: per level of the residual flow.
-        hidden: channels of the networks.
+        residual_blocks: per level of the residual flow; ``blocks`` are those of the affine nets.
         coefficient: Lipschitz constant of the residual flow's convolutions.
-        steps: of training of the affine nets.
-        residual_steps: of the residual flow.
-        batch_size: of training.
-        learning_rate: of Adamax for the affine nets, of Adam for the residual flow.
-        warmup: steps over which the rate rises.
-        clip: largest norm of the gradient; the paper prints none.
+        residual_steps: of training of the residual flow, by Adam; the others have Adamax.
         images: training images that are attacked.
         attack_steps: of the paper's search.
         step_size: of its steps, in [0, 1].
-        few_iterations: of the inverse that the residual flow is attacked through, the second time.
-        device: cpu or cuda.
-        channels_last: memory format.
-        grids: folder for a picture of what was found in each net; "" draws none.
-        seed: of weights, batches, noise and attacks.
+        few_iterations: of the inverse in the second attack on the residual flow.
     """
 
     flows: tuple[str, ...] = ("affine (0 1)", "affine (0.5 1)", "residual")
-    data: str = "cifar10"
-    data_root: str = "data"
-    data_name: str = "CIFAR-10"
-    train_images: int = 50_000
-    levels: int = 3
-    blocks: int = 16
     residual_blocks: int = 16
-    hidden: int = 512
     coefficient: float = 0.98
-    steps: int = 78_100
     residual_steps: int = 78_100
-    batch_size: int = 64
-    learning_rate: float = 1e-3
-    warmup: int = 1000
-    clip: float = math.inf
     images: int = 16
     attack_steps: int = 200
     step_size: float = 5e-4
     few_iterations: int = 5
-    device: str = "cuda"
-    channels_last: bool = True
-    grids: str = "benchmarks/results"
-    seed: int = 0
 
 
 PRESETS = {
@@ -176,21 +147,12 @@ class Flow:
     @classmethod
     def fresh(cls, config: Config, name: str) -> Flow:
         """A net whose ActNorms are set by the first images; pixels are cut to 5 bits."""
-        data = DATA[config.data](Path(config.data_root)).first(train=config.train_images, test=256)
-        data = data.in_bits(BITS)
+        data = config.load(test=256).in_bits(BITS)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.seed)
-            net = FLOWS[name](data.shape, config)
-        net = net.to(
-            config.device, memory_format=torch.channels_last if config.channels_last else None
-        )
-        training = FlowTraining(data.to(config.device), 0.0, Augmentation(), config.channels_last)
-        with torch.no_grad():
-            net(
-                training.dequantized(
-                    training.data.train[:64], torch.Generator().manual_seed(config.seed)
-                )
-            )
+            net = config.on_device(FLOWS[name](data.shape, config))
+        training = FlowTraining(config, data.to(config.device), low=0.0)
+        training.initialise(net, 64)
         return cls(config, name, net, training)
 
     @property
@@ -198,12 +160,30 @@ class Flow:
         """Training images at the centres of their cubes."""
         return (self.training.data.train[: self.config.images].float() + 0.5) / 2**BITS
 
-    def look(self) -> Row:
+    def train(
+        self, *, evaluations: int, evaluate: Callable[[], Row], checkpoint: Path
+    ) -> list[Row]:
+        """Train it by maximum likelihood; a row per evaluation."""
+        config = self.config
+        steps, optimizer = config.steps, torch.optim.Adamax
+        if self.name == "residual":
+            steps, optimizer = config.residual_steps, torch.optim.Adam
+        return train(
+            self.net,
+            optimizer(self.net.parameters(), config.learning_rate),
+            functools.partial(self.training.loss, self.net),
+            plan=config.plan(steps, evaluations=evaluations, rate=warmed_up(config.warmup)),
+            evaluate=evaluate,
+            checkpoint=checkpoint,
+            examples=len(self.training.data.train),
+        )
+
+    def evaluate(self) -> Row:
         """Likelihood and spectrum."""
         found = jacobian_spectrum(self.net, self.attacked, tolerance=0.02)
-        names = ("condition_number", "sigma_min", "sigma_max")
-        return {"bits_per_dimension": self.training.bits(self.net, count=128)} | {
-            name: found.values.get(name, math.nan) for name in names
+        return {
+            "bits_per_dimension": self.training.bits(self.net, count=128),
+            **spectrum_row(found),
         }
 
     def attack(self, net: Chain, strategy: Attack) -> AuditResult:
@@ -217,13 +197,18 @@ class Flow:
             seed=self.config.seed,
         )
 
-    def few(self) -> Chain:
+    def with_few_iterations(self) -> Chain:
         """The same net with an inverse of few fixed-point iterations; parameters are shared."""
-        twin = Chain(*(copy.copy(layer) for layer in self.net.layers()))
-        for layer in twin.layers():
+        copied = Chain(*(copy.copy(layer) for layer in self.net.layers()))
+        for layer in copied.layers():
             if isinstance(layer, Residual):
                 layer.solver = FixedPoint(max_iterations=self.config.few_iterations)
-        return twin.eval()
+        return copied.eval()
+
+    def converged(self, found: AuditResult) -> RoundTrip:
+        """The round trip of the points found, through the converged inverse."""
+        points = found.images["point found"].to(self.attacked)
+        return round_trip(self.net, points, batch_size=64)
 
 
 def attacks(config: Config, flow: Flow) -> Iterator[tuple[str, str, AuditResult]]:
@@ -232,93 +217,61 @@ def attacks(config: Config, flow: Flow) -> Iterator[tuple[str, str, AuditResult]
     yield "exact", "paper", flow.attack(flow.net, paper)
     yield "exact", "spectral", flow.attack(flow.net, SpectralAscent(PRICE * config.attack_steps))
     if flow.name == "residual":
-        yield f"{config.few_iterations} iterations", "paper", flow.attack(flow.few(), paper)
+        found = flow.attack(flow.with_few_iterations(), paper)
+        yield f"{config.few_iterations} iterations", "paper", found
 
 
 def measure(config: Config, name: str) -> Iterator[Row]:
-    """Train one flow; rows of its training, of each attack's curve, and of the images at its end."""
+    """Train one flow; rows of its training, of each attack's curve, and of the attacked images."""
     flow = Flow.fresh(config, name)
-    checkpoint = unfinished(config, name)
+    checkpoint = checkpoint_of(config, name)
     with exact_float32():
-        looks = trained(flow, checkpoint)
+        rows = flow.train(evaluations=3, evaluate=flow.evaluate, checkpoint=checkpoint)
         flow.net.eval()
-        source = {"flow": name, "data": config.data_name, "files": flow.training.data.checksum[:12]}
-        yield from ({"kind": "training", **source, **row} for row in looks)
+        source = {"flow": name, **config.origin(flow.training.data)}
+        for row in rows:
+            yield {"kind": "training", **source, **row}
         pictures: dict[str, Tensor] = {}
         for inverse, search, found in attacks(config, flow):
             about = {**source, "inverse": inverse, "search": search}
             for point in found.tables["attack_curve"]:
                 yield {"kind": "curve", **about, **point}
-            yield from ({"kind": "image", **about, **row} for row in images(flow, found))
-            pictures |= shown(flow, f"{search}, {inverse} inverse", found)
+            for row in image_rows(flow, found):
+                yield {"kind": "image", **about, **row}
+            pictures |= image_groups(flow, f"{search}, {inverse} inverse", found)
     if config.grids:
         slug = name.replace(" ", "_").replace("(", "").replace(")", "")
-        save_grid(Path(config.grids) / f"exploding_inverses_dequantization_{slug}.png", pictures)
+        columns = max(8, *(len(images) for images in pictures.values()))
+        path = Path(config.grids) / f"exploding_inverses_dequantization_{slug}.png"
+        save_figure(grid(pictures, columns=columns), path, dpi=90)
     checkpoint.unlink(missing_ok=True)
 
 
-def trained(flow: Flow, checkpoint: Path) -> list[Row]:
-    """Train it; a row per look."""
-    config = flow.config
-    steps = config.residual_steps if flow.name == "residual" else config.steps
-    plan = Plan(
-        steps=steps,
-        batch_size=config.batch_size,
-        looks=looks_until(steps, 3),
-        rate=warmed_up(config.warmup),
-        clip=config.clip,
-        seed=config.seed,
-    )
-    kind = torch.optim.Adam if flow.name == "residual" else torch.optim.Adamax
-    return train(
-        flow.net,
-        kind(flow.net.parameters(), config.learning_rate),
-        functools.partial(flow.training.loss, flow.net),
-        plan=plan,
-        look=flow.look,
-        checkpoint=checkpoint,
-        examples=len(flow.training.data.train),
-    )
-
-
-def images(flow: Flow, found: AuditResult) -> Iterator[Row]:
-    """One row per attacked image, the worst first; with the error of the converged inverse at the point found."""
-    points = found.images["point found"].to(flow.attacked)
-    again = round_trip(flow.net, points, batch_size=64)
-    order = found.per_sample["error"].argsort(descending=True)[: len(points)].tolist()
+def image_rows(flow: Flow, found: AuditResult) -> Iterator[Row]:
+    """One row per attacked image, the worst first."""
+    converged = euclidean_errors(flow.converged(found))
+    order = found.per_sample["error"].argsort(descending=True)[: len(converged)].tolist()
     for place, image in enumerate(order):
         yield {
             "image": image,
             "centre_error": found.per_sample["centre_error"][image].item(),
             "error": found.per_sample["error"][image].item(),
-            "converged_error": again.l2[place].item() if bool(again.finite[place]) else math.inf,
+            "converged_error": converged[place].item(),
             "spent": found.values["spent"],
             "verdict": found.verdict.label,
         }
 
 
-def shown(flow: Flow, title: str, found: AuditResult) -> dict[str, Tensor]:
+def image_groups(flow: Flow, title: str, found: AuditResult) -> dict[str, Tensor]:
     """Original, point found, reconstruction, and the converged reconstruction."""
-    names = {
-        "original": "original",
-        "point found": "perturbed within its cube",
-        "reconstruction": "reconstructed",
+    groups = {
+        f"{title}: original": found.images["original"],
+        f"{title}: perturbed within its cube": found.images["point found"],
+        f"{title}: reconstructed": found.images["reconstruction"],
     }
-    groups = {f"{title}: {label}": found.images[name] for name, label in names.items()}
     if "iterations" in title:
-        points = found.images["point found"].to(flow.attacked)
-        groups[f"{title}: reconstructed, converged"] = round_trip(
-            flow.net, points, batch_size=64
-        ).end.cpu()
+        groups[f"{title}: reconstructed, converged"] = flow.converged(found).end.cpu()
     return groups
-
-
-def save_grid(path: Path, pictures: dict[str, Tensor]) -> None:
-    """The pictures as one PNG."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    columns = max(8, *(len(images) for images in pictures.values()))
-    with atomic_write(path) as partial:
-        grid(pictures, columns=columns).savefig(partial, dpi=90, bbox_inches="tight", format="png")
 
 
 def run(config: Config) -> pd.DataFrame:

@@ -1,14 +1,16 @@
 """Training a classifier explodes the inverse of an affine INN; either regularizer prevents it at equal accuracy.
 
-Real digits, three nets (ours, FrEIA's and nflows' affine couplings), each without regularizer, with bi-directional
-finite differences (FD) and with the normalizing-flow loss (NF), audited on held-out digits while they train.
+Real digits, three nets (ours, FrEIA's and nflows' affine couplings), each without regularizer, with
+bi-directional finite differences (FD) and with the normalizing-flow loss (NF), audited on held-out
+digits while they train.
 
     python -m benchmarks.exploding_inverses.digits_classifier --preset cpu --out demo-report --reports demo-report
 
-This differs from the paper (Behrmann et al., 2021, table 10) in: digits instead of CIFAR-10, vectors and MLPs instead
-of images and convolutions, Adam 1e-3 instead of 1e-4, and gradients clipped to norm 100. The clipping is for FrEIA's
-blocks: their fresh net has a condition number of 1e7 already (ours 5, nflows' 4), and its first finite-difference
-penalties are so large that without clipping training ends at 64 % accuracy, still unstable.
+This differs from the paper (Behrmann et al., 2021, table 10) in: digits instead of CIFAR-10,
+vectors and MLPs instead of images and convolutions, Adam 1e-3 instead of 1e-4, and gradients
+clipped to norm 100. The clipping is for FrEIA's blocks: their fresh net has a condition number of
+1e7 already (ours 5, nflows' 4), and its first finite-difference penalties are so large that without
+clipping training ends at 64 % accuracy, still unstable.
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ import contextlib
 import dataclasses
 import functools
 import io
+import itertools
 import math
 import multiprocessing
 from collections.abc import Iterator
@@ -26,6 +29,7 @@ from pathlib import Path
 
 import pandas as pd
 import torch
+from inn_guard.audits.reconstruction.audit import reconstruction
 from torch import nn
 from tqdm import tqdm
 
@@ -35,11 +39,11 @@ from benchmarks.common.fit import Batch, FitSettings, fit
 from benchmarks.common.runner import Row, main
 from benchmarks.exploding_inverses.digits_nets import NETS, Classifier
 from benchmarks.exploding_inverses.digits_report import draw, final_table, write_index
+from benchmarks.exploding_inverses.stability import spectrum_row
 from inn_guard.audits.jacobian_spectrum import jacobian_spectrum
-from inn_guard.audits.reconstruction.audit import reconstruction
 from inn_guard.training.regularizers import FiniteDifferences, NormalizingFlowLoss
 
-__all__ = ["Config", "run"]
+__all__ = ["PRESETS", "Config", "draw", "run"]
 
 
 @dataclass(frozen=True)
@@ -83,25 +87,31 @@ def run(config: Config) -> pd.DataFrame:
         for case, result in _measured(config, cases):
             rows[case] = result
             bar.update()
-            bar.write(
-                " ".join(
-                    f"{key} {value:.3g}" if isinstance(value, float) else str(value)
-                    for key, value in result[-1].items()
-                )
-            )
-    frame = pd.DataFrame([row for case in cases for row in rows[case]])
+            bar.write(_line(result[-1]))
+    frame = pd.DataFrame(itertools.chain.from_iterable(rows[case] for case in cases))
     print(final_table(frame).to_string(index=False))
     if config.reports:
         print(f"reports: {write_index(frame, Path(config.reports))}")
     return frame
 
 
+def _line(row: Row) -> str:
+    words = []
+    for key, value in row.items():
+        if isinstance(value, float):
+            words.append(f"{key} {value:.3g}")
+        else:
+            words.append(str(value))
+    return " ".join(words)
+
+
 def _measured(
     config: Config, cases: list[tuple[str, str]]
 ) -> Iterator[tuple[tuple[str, str], list[Row]]]:
-    """Every case with its rows, as they get finished; in this process where one worker is all."""
+    """Every case with its rows, in the order in which they are finished."""
     if config.workers == 1:
-        yield from ((case, measure(config, *case)) for case in cases)
+        for case in cases:
+            yield case, measure(config, *case)
         return
     spawn = multiprocessing.get_context("spawn")
     with concurrent.futures.ProcessPoolExecutor(config.workers, mp_context=spawn) as pool:
@@ -133,16 +143,12 @@ def measure(config: Config, net: str, regularizer: str) -> list[Row]:
     rows: list[Row] = []
 
     def checkpoint(step: int) -> float:
-        page = _page(config, net, regularizer) if step == steps else None
-        rows.append(
-            {
-                "net": net,
-                "regularizer": regularizer,
-                "step": step,
-                **audited(model, data, config, page),
-            }
-        )
-        return 1 - rows[-1]["test_accuracy"]
+        page = None
+        if config.reports and step == steps:
+            page = Path(config.reports) / f"{net}_{regularizer}.html"
+        row = audited(model, data, config, page)
+        rows.append({"net": net, "regularizer": regularizer, "step": step, **row})
+        return 1 - row["test_accuracy"]
 
     steps = config.epochs * (len(data.train_images) // config.batch_size)
     settings = FitSettings(
@@ -154,20 +160,11 @@ def measure(config: Config, net: str, regularizer: str) -> list[Row]:
         seed=config.seed,
     )
     try:
-        fit(
-            model,
-            loss,
-            (data.train_images, data.train_labels),
-            settings=settings,
-            validate=checkpoint,
-        )
+        images = (data.train_images, data.train_labels)
+        fit(model, loss, images, settings=settings, validate=checkpoint)
     except FloatingPointError:  # a loss of NaN ends the run, and what it left behind is a result
         checkpoint(steps)
     return rows
-
-
-def _page(config: Config, net: str, regularizer: str) -> Path | None:
-    return Path(config.reports) / f"{net}_{regularizer}.html" if config.reports else None
 
 
 def _regularizers(config: Config) -> dict[str, list[ig.hooks.Regularizer]]:
@@ -179,7 +176,10 @@ def _regularizers(config: Config) -> dict[str, list[ig.hooks.Regularizer]]:
 
 
 def audited(model: Classifier, data: Digits, config: Config, page: Path | None) -> Row:
-    """Accuracy on all held-out digits; audits on the first ``audited`` of them, all audits where there is a page."""
+    """Accuracy on all held-out digits; audits on the first ``audited`` of them.
+
+    All audits are made if there is a page to write.
+    """
     x = data.test_images[: config.audited]
     model.eval()
     with torch.no_grad():
@@ -194,17 +194,12 @@ def audited(model: Classifier, data: Digits, config: Config, page: Path | None) 
         title = page.stem.replace("_", " couplings, regularizer ")
         dataclasses.replace(report, results=results, model=title).to_html(page)
     trip, spectrum = report["reconstruction"], report["jacobian_spectrum"]
+    errors = trip.per_sample["max_error"].double().nan_to_num(math.inf, posinf=math.inf)
     return {
         "test_accuracy": correct.float().mean().item(),
         "worst_error": trip.values["max_error"],
-        "median_error": trip.per_sample["max_error"]
-        .double()
-        .nan_to_num(math.inf, posinf=math.inf)
-        .median()
-        .item(),
-        "condition_number": spectrum.values.get("condition_number", float("nan")),
-        "sigma_min": spectrum.values.get("sigma_min", float("nan")),
-        "sigma_max": spectrum.values.get("sigma_max", float("nan")),
+        "median_error": errors.median().item(),
+        **spectrum_row(spectrum),
         "verdict": report.verdict.label,
     }
 
@@ -212,7 +207,8 @@ def audited(model: Classifier, data: Digits, config: Config, page: Path | None) 
 def _checks(config: Config) -> list[str | ig.audits.Audit]:
     """The round trip, and the Jacobian of every sample where the level "standard" takes 32.
 
-    A classifier is not trained towards a prior and never sampled from one: its latents alone are judged.
+    A classifier is not trained towards a prior and never sampled from one: its latents alone are
+    judged.
     """
     return [
         functools.partial(reconstruction, prior=None),

@@ -1,6 +1,7 @@
 """Three affine-coupling nets over 8x8 digits, and the classifier on top: ours, FrEIA's and nflows', of equal depth.
 
-A fixed random permutation before every coupling mixes the pixels, as the shuffle variants of the paper do.
+A fixed random permutation before every coupling mixes the pixels, as the shuffle variants of the
+paper do.
 """
 
 from __future__ import annotations

@@ -11,6 +11,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from benchmarks.common.figures import training_curves
 from inn_guard.execution.files import atomic_write
 
 __all__ = ["draw", "final_table", "write_index"]
@@ -54,9 +55,9 @@ def final_table(frame: pd.DataFrame) -> pd.DataFrame:
     """The last checkpoint of every run, as text in the columns of the paper's table 10."""
     last = frame.groupby(["net", "regularizer"], sort=False).tail(1)
     table = last[list(HEADINGS)].copy()
-    table["test_accuracy"] = [f"{100 * value:.1f} %" for value in table["test_accuracy"]]
+    table["test_accuracy"] = (100 * table["test_accuracy"]).map("{:.1f} %".format)
     for column in ("worst_error", "median_error", "condition_number", "sigma_min", "sigma_max"):
-        table[column] = [f"{value:.1e}" for value in table[column]]
+        table[column] = table[column].map("{:.1e}".format)
     return table.rename(columns=HEADINGS)
 
 
@@ -79,43 +80,20 @@ def draw(frame: pd.DataFrame) -> Figure:
 
 def _curves(axis: Axes, runs: pd.DataFrame, column: str) -> None:
     axis.set_yscale("log")
-    axis.grid(visible=True, color="#d9dde3", linewidth=0.6)
-    for regularizer, curve in runs.groupby("regularizer", sort=False):
-        axis.plot(
-            curve["step"],
-            curve[column],
-            "o-",
-            color=COLOURS.get(str(regularizer)),
-            markersize=4,
-            label=regularizer,
+    training_curves(axis, runs, column, by="regularizer", colours=COLOURS)
+    lost = runs["step"][~np.isfinite(runs[column])]
+    if len(lost):
+        axis.annotate(
+            "NaN", (lost.min(), 0.9), xycoords=axis.get_xaxis_transform(), fontsize=8, va="top"
         )
-        lost = curve["step"][~np.isfinite(curve[column])]
-        height = [0.96] * len(lost)
-        axis.plot(
-            lost,
-            height,
-            "x",
-            color=COLOURS.get(str(regularizer)),
-            transform=axis.get_xaxis_transform(),
-        )
-        if len(lost):
-            axis.annotate(
-                "NaN",
-                (lost.iloc[0], 0.9),
-                xycoords=axis.get_xaxis_transform(),
-                fontsize=8,
-                va="top",
-            )
 
 
 def write_index(frame: pd.DataFrame, folder: Path) -> Path:
     """index.html: the table, its nets linked to their reports, and the curves."""
     folder.mkdir(parents=True, exist_ok=True)
     table = final_table(frame)
-    table["Net"] = [
-        f'<a href="{net}_{regularizer}.html">{net}</a>'
-        for net, regularizer in zip(table["Net"], table["Regularizer"], strict=True)
-    ]
+    pages = table["Net"] + "_" + table["Regularizer"] + ".html"
+    table["Net"] = '<a href="' + pages + '">' + table["Net"] + "</a>"
     image = io.BytesIO()
     draw(frame).savefig(image, dpi=110, format="png")
     page = PAGE.format(

@@ -3,18 +3,19 @@
     inn-guard bench exploding_inverses.flowgan --preset cpu               # about 5 minutes on one core
     inn-guard bench exploding_inverses.flowgan --preset paper --data-root FOLDER
 
-Samples are F^-1(z), z from N(0, I). The discriminator is spectrally normalised, has a gradient penalty and the
-cross-entropy loss. Rows over training: bits per dimension of test images (inf where a likelihood is), the Frechet
-distance of samples between the features of a small classifier trained on the same data (no FID: it compares within
-this table only), the worst round trips of test images and of samples, condition numbers of test images.
+Samples are F^-1(z), z from N(0, I). The discriminator is spectrally normalised, has a gradient
+penalty and the cross-entropy loss. Rows over training: bits per dimension of test images (inf where
+a likelihood is), the Frechet distance of samples between the features of a small classifier trained
+on the same data (no FID: it compares within this table only), the worst round trips of test images
+and of samples, condition numbers of test images.
 
-What the paper leaves open: strides and slope of the discriminator, weight of the gradient penalty (10 here), how many
-steps, and whether its weight of 1e-3 is of nats per image (as here) or per value.
+What the paper leaves open: strides and slope of the discriminator, weight of the gradient penalty
+(10 here), how many steps, and whether its weight of 1e-3 is of nats per image (as here) or per
+value.
 """
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -29,19 +30,20 @@ from tqdm import trange
 
 import inn_guard as ig
 from benchmarks.common.experiments import find
-from benchmarks.common.features import classifier_features
+from benchmarks.common.features import images_and_features
+from benchmarks.common.figures import save_figure, training_curves
 from benchmarks.common.metrics import (
     FeatureExtractor,
     bits_per_dimension,
     dequantize,
     frechet_distance,
 )
-from benchmarks.common.quantized_images import QuantizedImages, quantized_images
+from benchmarks.common.quantized_images import QuantizedImages
 from benchmarks.common.runner import RESULTS, Row, collect, main
 from benchmarks.exploding_inverses.flow_report import grid
 from benchmarks.exploding_inverses.gan import discriminator, gradient_penalty
+from benchmarks.exploding_inverses.stability import round_trip_error
 from inn_guard.core.invertible import Invertible
-from inn_guard.execution.files import atomic_write
 from inn_guard.layers.coupling import AdditiveCoupling, AffineCoupling
 from inn_guard.layers.permutation import Permutation
 from inn_guard.models.glow import GlowConfig, glow_flow
@@ -49,7 +51,7 @@ from inn_guard.models.glow import GlowConfig, glow_flow
 REPOSITORY = RESULTS.parents[1]
 COUPLINGS = {"additive": AdditiveCoupling.on_halves, "affine": AffineCoupling.on_halves}
 COLOURS = {"mle": "#0072b2", "gan": "#d55e00", "flowgan": "#009e73"}
-ANOTHER = "#cc79a7"  #: FlowGAN of another weight
+OTHER_WEIGHT = "#cc79a7"  #: of the likelihood in FlowGAN
 CURVES = {
     "bpd": "bits per dimension, test",
     "distance": "Frechet distance of samples",
@@ -73,7 +75,8 @@ class Config:
     Attributes:
         data: digits, mnist or cifar10.
         data_root: folder of the official files; digits need none.
-        objectives: of mle, gan, flowgan, and flowgan with a weight of its own, such as "flowgan 0.048".
+        objectives: of mle, gan, flowgan, and flowgan with a weight of its own, such as "flowgan
+            0.048".
         coupling: additive or affine.
         levels: of Glow.
         blocks: per level.
@@ -84,9 +87,9 @@ class Config:
         batch_size: of both players.
         learning_rate: of Adam with betas (0.5, 0.99), both players.
         steps: one of each player.
-        looks: rows per objective.
+        looks: number of evaluations, and rows, per objective.
         images: for every Frechet distance, at most as many as there are test images.
-        looked_at: test images for round trips and condition numbers.
+        looked_at: number of test images for round trips and condition numbers.
         grids: folder for pictures of samples, from the repository's root; "" draws none.
         seed: of weights, order and noise.
     """
@@ -116,8 +119,9 @@ PRESETS = {
         "data": "digits", "levels": 1, "blocks": 1, "hidden": 4, "widths": (4, 4), "batch_size": 4,
         "steps": 2, "looks": 2, "images": 20, "looked_at": 2, "grids": "",
     },
-    # Minutes on one core: 8x8 digits, a quarter of the couplings and channels, ten times the rate, 1,200 steps.
-    # FlowGAN also with the weight that is the paper's per value: 1e-3 of 3072 values is 0.048 of 64.
+    # Minutes on one core: 8x8 digits, a quarter of the couplings and channels, ten times the rate,
+    # 1,200 steps. FlowGAN also with the weight that is the paper's per value: 1e-3 of 3072 values
+    # is 0.048 of 64.
     "cpu": {
         "data": "digits", "objectives": ("mle", "gan", "flowgan", "flowgan 0.048"), "levels": 2,
         "blocks": 3, "hidden": 32, "widths": (16, 16, 32, 32, 64, 64, 128), "learning_rate": 5e-4,
@@ -127,11 +131,9 @@ PRESETS = {
 }  # fmt: skip
 
 
-@functools.cache
 def loaded(config: Config) -> tuple[QuantizedImages, FeatureExtractor]:
     """The images and the extractor trained on them."""
-    images = quantized_images(config.data, Path(config.data_root) if config.data_root else None)
-    return images, classifier_features(images, steps=min(600, 2 * config.steps))
+    return images_and_features(config.data, config.data_root, steps=config.steps)
 
 
 def objective(config: Config, name: str) -> Objective:
@@ -162,19 +164,16 @@ class Players:
             self.flow: Invertible = glow_flow(images.shape, config=sizes)
             self.critic: nn.Module = discriminator(images.shape, config.widths)
         self.flow(self.real(100))  # the first batch sets the ActNorms
-        optimizers = [
-            torch.optim.Adam(net.parameters(), config.learning_rate, betas=(0.5, 0.99))
-            for net in (self.flow, self.critic)
-        ]
-        self.flow_optimizer, self.critic_optimizer = optimizers
+        self.flow_optimizer = self._optimizer(self.flow)
+        self.critic_optimizer = self._optimizer(self.critic)
+
+    def _optimizer(self, net: nn.Module) -> torch.optim.Optimizer:
+        return torch.optim.Adam(net.parameters(), self.config.learning_rate, betas=(0.5, 0.99))
 
     def real(self, count: int) -> Tensor:
         """Dequantized training images in [-0.5, 0.5)."""
         rows = torch.randint(len(self.images.train), (count,), generator=self.generator)
-        return (
-            dequantize(self.images.train[rows], generator=self.generator, levels=self.images.levels)
-            - 0.5
-        )
+        return centred(self.images, self.images.train[rows], self.generator)
 
     def samples(self, count: int, generator: torch.Generator) -> Tensor:
         """F^-1 of the prior."""
@@ -196,10 +195,8 @@ class Players:
     def _critic_step(self, x: Tensor) -> bool:
         with torch.no_grad():
             drawn = self.samples(len(x), self.generator)
-        loss = (
-            functional.softplus(-self.critic(x)).mean()
-            + functional.softplus(self.critic(drawn)).mean()
-        )
+        loss_on_real = functional.softplus(-self.critic(x)).mean()
+        loss = loss_on_real + functional.softplus(self.critic(drawn)).mean()
         penalty = gradient_penalty(self.critic, x, drawn, generator=self.generator)
         return _updated(loss + self.config.penalty * penalty, self.critic_optimizer)
 
@@ -213,18 +210,29 @@ def _updated(loss: Tensor, optimizer: torch.optim.Optimizer) -> bool:
     return True
 
 
+def centred(images: QuantizedImages, pixels: Tensor, generator: torch.Generator) -> Tensor:
+    """Dequantized pixels in [-0.5, 0.5)."""
+    return dequantize(pixels, generator=generator, levels=images.levels) - 0.5
+
+
 def measure(config: Config, name: str) -> Iterator[Row]:
-    """Looks at one generator while it is trained; a loss that is not finite ends it."""
+    """Rows of one generator while it is trained; a loss that is not finite ends the training."""
     images, _ = loaded(config)
     players = Players(config, images)
     every = max(1, config.steps // config.looks)
     for step in trange(config.steps + 1, desc=name, disable=None):
-        alive = players.step(objective(config, name)) if step else True
-        if step % every == 0 or not alive:
+        # step 0 is the fresh generator
+        trained = step == 0 or players.step(objective(config, name))
+        if step % every == 0 or not trained:
             players.flow.eval()
-            yield {"objective": name, "step": step, "trained": alive, **looked_at(players, config)}
+            yield {
+                "objective": name,
+                "step": step,
+                "trained": trained,
+                **evaluation(players, config),
+            }
             players.flow.train()
-        if not alive:
+        if not trained:
             break
     if config.grids:
         file = f"exploding_inverses_flowgan_{config.data}_{name.replace(' ', '_')}.png"
@@ -232,44 +240,32 @@ def measure(config: Config, name: str) -> Iterator[Row]:
 
 
 @torch.no_grad()
-def looked_at(players: Players, config: Config) -> Row:
+def evaluation(players: Players, config: Config) -> Row:
     """Likelihood, samples and stability."""
     images, extractor = loaded(config)
     generator = torch.Generator().manual_seed(config.seed + 1)
-    x = dequantize(images.test, generator=generator, levels=images.levels) - 0.5
+    x = centred(images, images.test, generator)
     log_prob = torch.cat([players.flow.log_prob(part) for part in x.split(256)])
+    bits = bits_per_dimension(log_prob, dims=images.dims, levels=images.levels)
     drawn = players.samples(min(config.images, len(x)), generator)
-    spectrum = ig.audit(players.flow, x[: config.looked_at], checks=["jacobian_spectrum"])[
-        "jacobian_spectrum"
-    ]
+    real = images.scaled(images.test[: len(drawn)])
+    audited = x[: config.looked_at]
+    report = ig.audit(players.flow, audited, checks=["jacobian_spectrum"])
     return {
-        "bpd": finite_or_inf(
-            bits_per_dimension(log_prob, dims=images.dims, levels=images.levels).mean()
-        ),
-        "distance": frechet_distance(
-            extractor, images.scaled(images.test[: len(drawn)]), pixels(drawn)
-        ).value,
+        "bpd": finite_or_inf(bits.mean()),
+        # clamping leaves values that are not finite as they are
+        "distance": frechet_distance(extractor, real, (drawn + 0.5).clamp(0, 1)).value,
         "lost_samples": int((~drawn.isfinite()).flatten(1).any(1).sum()),
-        "error": round_trip(players.flow, x[: config.looked_at]),
-        "error_on_samples": round_trip(players.flow, drawn[: config.looked_at]),
-        "condition_number": spectrum.values.get("condition_number", math.inf),
+        "error": round_trip_error(players.flow, audited).max().item(),
+        "error_on_samples": round_trip_error(players.flow, drawn[: config.looked_at]).max().item(),
+        "condition_number": report["jacobian_spectrum"].values.get("condition_number", math.inf),
         "extractor": extractor.name,
     }
-
-
-def round_trip(flow: Invertible, x: Tensor) -> float:
-    """The worst Euclidean error of an image; inf where one is not finite."""
-    return finite_or_inf((flow.inverse(flow(x)) - x).flatten(1).norm(dim=1).max())
 
 
 def finite_or_inf(number: Tensor) -> float:
     """NaN as inf, so that a failure is never the best of its column."""
     return number.nan_to_num(math.inf, posinf=math.inf).item()
-
-
-def pixels(x: Tensor) -> Tensor:
-    """In [0, 1]; what is not finite stays so."""
-    return (x + 0.5).clamp(0, 1)
 
 
 @torch.no_grad()
@@ -280,8 +276,7 @@ def save_grid(players: Players, path: Path) -> None:
         "training images": players.real(20) + 0.5,
         "samples": players.samples(40, generator) + 0.5,
     }
-    with atomic_write(path) as partial:
-        grid(pictures, columns=10).savefig(partial, dpi=80, bbox_inches="tight", format="png")
+    save_figure(grid(pictures, columns=10), path)
 
 
 def run(config: Config) -> pd.DataFrame:
@@ -290,27 +285,21 @@ def run(config: Config) -> pd.DataFrame:
 
 
 def compare_with_paper(frame: pd.DataFrame) -> pd.DataFrame:
-    """The last look of every objective beside table 13."""
-    theirs = find("exploding_inverses.flowgan").published()
-    theirs = theirs.pivot(index="objective", columns="source", values=["bpd", "fid"])
-    theirs.columns = [f"{number}, {source}" for number, source in theirs.columns]
+    """The last evaluation of every objective and table 13."""
+    table = find("exploding_inverses.flowgan").published()
+    table = table.pivot(index="objective", columns="source", values=["bpd", "fid"])
+    table.columns = [f"{number}, {source}" for number, source in table.columns]
     last = frame.groupby("objective", sort=False).tail(1).set_index("objective")
     ours = last[["step", "bpd", "distance", "lost_samples", "error", "condition_number"]]
-    return ours.join(theirs.dropna(axis=1, how="all")).reset_index()
+    return ours.join(table.dropna(axis=1, how="all")).reset_index()
 
 
 def draw(frame: pd.DataFrame) -> Figure:
-    """Every number over the steps; a cross at the top where it is not finite."""
+    """Every number over the steps; a cross at the top if it is not finite."""
     figure = Figure(figsize=(11, 6), layout="constrained")
     for axes, (column, label) in zip(figure.subplots(2, 2).flat, CURVES.items(), strict=True):
-        for name, group in frame.groupby("objective", sort=False):
-            finite = group[column].map(math.isfinite)
-            style = {"color": COLOURS.get(str(name), ANOTHER), "markersize": 4}
-            axes.plot(group.step[finite], group[column][finite], "o-", label=name, **style)
-            axes.plot(group.step[~finite], [0.97] * int((~finite).sum()), "x",
-                      transform=axes.get_xaxis_transform(), **style)  # fmt: skip
+        training_curves(axes, frame, column, by="objective", colours=COLOURS, other=OTHER_WEIGHT)
         axes.set(xlabel="step", ylabel=label, yscale="log")
-        axes.grid(alpha=0.3)
     figure.axes[0].legend(frameon=False)
     figure.suptitle(f"Features of the {frame.extractor.iloc[0]}; crosses: not finite")
     return figure

@@ -16,15 +16,19 @@ __all__ = ["discriminator", "gradient_penalty"]
 def discriminator(shape: Sequence[int], widths: Sequence[int]) -> nn.Sequential:
     """3x3 convolutions of these widths with LeakyReLU, every second one of stride 2 while the image allows it: -> (B,).
 
-    Every layer has spectral norm 1 as a matrix of (channels out, channels in x 9), as in the reference below.
+    Every layer has spectral norm 1 as a matrix of (channels out, channels in x 9), as in the
+    reference below.
 
     References:
-        Spectral Normalization for Generative Adversarial Networks (Miyato, Kataoka, Koyama, Yoshida, 2018).
+        Spectral Normalization for Generative Adversarial Networks (Miyato, Kataoka, Koyama,
+        Yoshida, 2018).
     """
     channels, height, width = shape
     layers: list[nn.Module] = []
     for k, (n, m) in enumerate(itertools.pairwise((channels, *widths))):
-        stride = 2 if k % 2 and min(height, width) > 1 else 1
+        stride = 1
+        if k % 2 and min(height, width) > 1:
+            stride = 2
         height, width = math.ceil(height / stride), math.ceil(width / stride)
         layers += [spectral_norm(nn.Conv2d(n, m, 3, stride=stride, padding=1)), nn.LeakyReLU(0.1)]
     last = spectral_norm(nn.Linear(widths[-1] * height * width, 1))
@@ -37,7 +41,8 @@ def gradient_penalty(
     """E (||grad D(x)|| - 1)^2 over x uniform on the segments between real and drawn images.
 
     References:
-        Improved Training of Wasserstein GANs (Gulrajani, Ahmed, Arjovsky, Dumoulin, Courville, 2017), equation 3.
+        Improved Training of Wasserstein GANs (Gulrajani, Ahmed, Arjovsky, Dumoulin, Courville,
+        2017), equation 3.
 
     >>> x = torch.zeros(4, 3)
     >>> gradient_penalty(lambda x: 3 * x[:, 0], x, x + 1, generator=torch.Generator()).item()

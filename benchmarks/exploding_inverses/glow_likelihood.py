@@ -2,19 +2,20 @@
 
     python -m benchmarks.exploding_inverses.glow_likelihood --preset cpu --data-root FOLDER
 
-Per look at the training of an affine and of an additive Glow: bits per dimension, squared Euclidean reconstruction
-errors in [-0.5, 0.5], condition numbers and samples. At the last look one row for each family of inputs: data, samples
-(latents from the prior at temperature 1), noise, constants and so on, digits of MNIST where its files are there.
+Per look at the training of an affine and of an additive Glow: bits per dimension, squared Euclidean
+reconstruction errors in [-0.5, 0.5], condition numbers and samples. At the last look one row for
+each family of inputs: data, samples (latents from the prior at temperature 1), noise, constants and
+so on, digits of MNIST where its files are there.
 
-What the paper leaves open: how many epochs. It takes photographs of textures and other data sets for its families; here
-they are made from the data, and MNIST's digits stand for another data set.
+What the paper leaves open: how many epochs. It takes photographs of textures and other data sets
+for its families; here they are made from the data, and MNIST's digits stand for another data set.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import pandas as pd
@@ -22,88 +23,63 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from benchmarks.common.figures import save_figure
 from benchmarks.common.image_files import read_mnist
 from benchmarks.common.runner import Row, collect, main
 from benchmarks.exploding_inverses.flow_report import draw, grid
 from benchmarks.exploding_inverses.image_classifiers import COUPLINGS
-from benchmarks.exploding_inverses.image_data import DATA
-from benchmarks.exploding_inverses.image_flows import Augmentation, FlowTraining
+from benchmarks.exploding_inverses.image_flows import FlowConfig, FlowTraining
 from benchmarks.exploding_inverses.image_training import (
-    Plan,
+    checkpoint_of,
     exact_float32,
-    looks_until,
     train,
-    unfinished,
     warmed_up,
+)
+from benchmarks.exploding_inverses.stability import (
+    condition_numbers,
+    euclidean_errors,
+    spectrum_row,
 )
 from inn_guard.audits.jacobian_spectrum import jacobian_spectrum
 from inn_guard.audits.out_of_distribution.audit import out_of_distribution
 from inn_guard.audits.round_trip import round_trip
-from inn_guard.execution.files import atomic_write
 from inn_guard.layers.chain import Chain
 from inn_guard.layers.permutation import Permutation
 from inn_guard.memory_saving import memory_saving
 from inn_guard.models.glow import GlowConfig, glow_flow
 from inn_guard.report.result import AuditResult
 
+__all__ = ["PRESETS", "Config", "draw", "run"]
+
 GRID = 10  #: images in a row
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(FlowConfig):
     """Which Glows, how they are trained, and what is measured. The defaults are the paper's.
 
     Attributes:
         couplings: affine, additive.
-        data: digits or cifar10.
-        data_root: folder of the official files.
-        data_name: what the results call the data.
-        train_images: the first so many.
-        levels: of the net; half of the channels is factored out between them.
-        blocks: per level.
-        hidden: channels of the couplings' networks.
-        steps: of Adamax.
-        batch_size: of training.
-        learning_rate: of Adamax.
         weight_decay: of Adamax.
-        warmup: steps over which the rate rises.
         shift: pixels of the random translation.
-        clip: largest norm of the gradient; the paper prints none.
         memory_saving: train without stored activations.
-        looks: measurements in the course of a training.
+        looks: number of evaluations during a training.
         evaluated: test images for likelihoods and reconstructions.
         spectra: test images whose singular values are measured.
         outside: inputs per family.
-        device: cpu or cuda.
-        channels_last: memory format.
-        grids: folder for a picture of reconstructions and samples of each net; "" draws none.
-        seed: of weights, batches and noise.
     """
 
     couplings: tuple[str, ...] = ("affine", "additive")
-    data: str = "cifar10"
-    data_root: str = "data"
-    data_name: str = "CIFAR-10"
-    train_images: int = 50_000
-    levels: int = 3
     blocks: int = 32
-    hidden: int = 512
-    steps: int = 78_100
-    batch_size: int = 64
     learning_rate: float = 5e-4
     weight_decay: float = 5e-5
     warmup: int = 3905
     shift: int = 3
-    clip: float = math.inf
     memory_saving: bool = False
     looks: int = 20
     evaluated: int = 1000
     spectra: int = 16
     outside: int = 32
-    device: str = "cuda"
-    channels_last: bool = True
-    grids: str = "benchmarks/results"
-    seed: int = 0
 
 
 PRESETS = {
@@ -125,33 +101,51 @@ PRESETS = {
 
 
 @dataclass(frozen=True)
-class Measured:
+class Glow:
     """One Glow and what it is measured on, in [-0.5, 0.5]."""
 
     config: Config
     net: Chain
     training: FlowTraining
 
-    def look(self) -> Row:
-        """Likelihood, reconstructions, spectrum and samples."""
+    @classmethod
+    def fresh(cls, config: Config, coupling: str) -> Glow:
+        """A net whose ActNorms are set by the first images."""
+        data = config.load(test=config.evaluated)
+        sizes = GlowConfig(
+            config.levels,
+            config.blocks,
+            config.hidden,
+            coupling=COUPLINGS[coupling],
+            mixing=Permutation.reverse,
+        )
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(config.seed)
+            net = config.on_device(glow_flow(data.shape, config=sizes))
+        training = FlowTraining(
+            config,
+            data.to(config.device),
+            low=-0.5,
+            shift=config.shift,
+            mirrored=config.data == "cifar10",
+        )
+        training.initialise(net, max(config.batch_size, 16))
+        return cls(config, net, training)
+
+    def evaluate(self) -> Row:
+        """Likelihood, reconstructions and spectrum."""
         config = self.config
         x = self.tests(config.evaluated)
         trip = round_trip(self.net, x, batch_size=64)
-        squared = torch.where(trip.finite, trip.l2.square(), torch.full_like(trip.l2, math.inf))
+        squared = euclidean_errors(trip).square()
         found = jacobian_spectrum(self.net, x, samples=config.spectra, tolerance=0.02)
-        middle = (
-            found.per_sample["condition_number"].nanmedian().item()
-            if found.per_sample
-            else math.nan
-        )
-        names = ("condition_number", "sigma_min", "sigma_max")
         return {
             "bits_per_dimension": self.training.bits(self.net, count=config.evaluated),
             "squared_error": squared.mean().item(),
             "worst_squared_error": squared.max().item(),
             "broken_images": int((~trip.finite).sum()),
-            "median_condition_number": middle,
-            **{name: found.values.get(name, math.nan) for name in names},
+            "median_condition_number": condition_numbers(found).nanmedian().item(),
+            **spectrum_row(found),
         }
 
     def outside(self) -> AuditResult:
@@ -182,89 +176,51 @@ class Measured:
         return self.net.inverse(z.to(next(self.net.parameters())))
 
     def pictures(self, found: AuditResult) -> dict[str, Tensor]:
-        """Title -> images in [0, 1]: test images, samples, and the worst input of each family as the table has them."""
+        """Title -> images in [0, 1]: test images, samples, and the worst input of each family."""
         x = self.tests(GRID)
         groups = {
             "test images": x,
             "their reconstructions": round_trip(self.net, x, batch_size=64).end,
+            "samples": self.samples(2 * GRID),
         }
-        groups["samples"] = self.samples(2 * GRID)
-        for key, title in (
-            ("input", "the worst of each family"),
-            ("reconstruction", "their reconstructions "),
-        ):
-            if key in found.images:
-                groups[title] = found.images[key][:GRID]
+        if "input" in found.images:
+            groups["the worst of each family"] = found.images["input"][:GRID]
+        if "reconstruction" in found.images:
+            # the space tells this title from that of the test images
+            groups["their reconstructions "] = found.images["reconstruction"][:GRID]
         return {title: images.cpu() + 0.5 for title, images in groups.items()}
 
 
 def measure(config: Config, coupling: str) -> Iterator[Row]:
-    """Train one Glow; one row per look, then one per family."""
-    measured = fresh(config, coupling)
-    plan = Plan(
-        steps=config.steps,
-        batch_size=config.batch_size,
-        looks=looks_until(config.steps, config.looks),
-        rate=warmed_up(config.warmup),
-        clip=config.clip,
-        seed=config.seed,
-    )
-    net, checkpoint = measured.net, unfinished(config, coupling)
-    differentiated = memory_saving(net) if config.memory_saving else net
+    """Train one Glow; one row per evaluation, then one per family."""
+    glow, checkpoint = Glow.fresh(config, coupling), checkpoint_of(config, coupling)
+    net = differentiated = glow.net
+    if config.memory_saving:
+        differentiated = memory_saving(net)
     optimizer = torch.optim.Adamax(
         net.parameters(), config.learning_rate, weight_decay=config.weight_decay
     )
+    rate = warmed_up(config.warmup)
     with exact_float32():
         rows = train(
             net,
             optimizer,
-            lambda batch: measured.training.loss(differentiated, batch),
-            plan=plan,
-            look=measured.look,
+            partial(glow.training.loss, differentiated),
+            plan=config.plan(config.steps, evaluations=config.looks, rate=rate),
+            evaluate=glow.evaluate,
             checkpoint=checkpoint,
-            examples=len(measured.training.data.train),
+            examples=len(glow.training.data.train),
         )
-        found = measured.outside()
-    source = {"data": config.data_name, "files": measured.training.data.checksum[:12]}
-    yield from ({"coupling": coupling, "family": "", **row, **source} for row in rows)
+        found = glow.outside()
+    source = config.origin(glow.training.data)
+    for row in rows:
+        yield {"coupling": coupling, "family": "", **row, **source}
     for family in found.tables.get("families", ()):
         yield {"coupling": coupling, "step": rows[-1]["step"], **family, **source}
     if config.grids:
-        save_grid(
-            Path(config.grids) / f"exploding_inverses_glow_{coupling}.png", measured.pictures(found)
-        )
+        path = Path(config.grids) / f"exploding_inverses_glow_{coupling}.png"
+        save_figure(grid(glow.pictures(found), columns=GRID), path, dpi=90)
     checkpoint.unlink(missing_ok=True)
-
-
-def fresh(config: Config, coupling: str) -> Measured:
-    """A net whose ActNorms are set by the first images."""
-    data = DATA[config.data](Path(config.data_root)).first(
-        train=config.train_images, test=config.evaluated
-    )
-    glow = GlowConfig(
-        config.levels,
-        config.blocks,
-        config.hidden,
-        coupling=COUPLINGS[coupling],
-        mixing=Permutation.reverse,
-    )
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(config.seed)
-        net = glow_flow(data.shape, config=glow)
-    net = net.to(config.device, memory_format=torch.channels_last if config.channels_last else None)
-    augmentation = Augmentation(config.shift, mirrored=config.data == "cifar10")
-    training = FlowTraining(data.to(config.device), -0.5, augmentation, config.channels_last)
-    first = training.data.train[: max(config.batch_size, 16)]
-    with torch.no_grad():
-        net(training.dequantized(first, torch.Generator().manual_seed(config.seed)))
-    return Measured(config, net, training)
-
-
-def save_grid(path: Path, pictures: dict[str, Tensor]) -> None:
-    """The pictures as one PNG."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with atomic_write(path) as partial:
-        grid(pictures, columns=GRID).savefig(partial, dpi=90, bbox_inches="tight", format="png")
 
 
 def run(config: Config) -> pd.DataFrame:

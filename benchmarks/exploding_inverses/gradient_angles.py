@@ -2,10 +2,10 @@
 
     python -m benchmarks.exploding_inverses.gradient_angles --preset cpu --data-root FOLDER
 
-The classifiers of ``cifar10_classifiers`` with affine couplings and 1x1 convolutions: the unregularized one trained by
-plain backpropagation, the regularized ones with memory-saving gradients, as in the paper, and looked at more often and
-on more minibatches than there. Angles are over the parameters of the invertible trunk; the head's gradient is the
-same either way.
+The classifiers of ``cifar10_classifiers`` with affine couplings and 1x1 convolutions: the
+unregularized one trained by plain backpropagation, the regularized ones with memory-saving
+gradients, as in the paper, and looked at more often and on more minibatches than there. Angles are
+over the parameters of the invertible trunk; the head's gradient is the same either way.
 """
 
 from __future__ import annotations
@@ -13,19 +13,20 @@ from __future__ import annotations
 import dataclasses
 
 import pandas as pd
-from matplotlib.figure import Figure
 
 from benchmarks.common.runner import collect, main
 from benchmarks.exploding_inverses import cifar10_classifiers
-from benchmarks.exploding_inverses.classifier_report import draw_angles
+from benchmarks.exploding_inverses.classifier_report import draw_angles as draw
 from benchmarks.exploding_inverses.image_classifiers import Run
+
+__all__ = ["PRESETS", "Config", "draw", "run"]
 
 RUNS = ("affine conv none", "affine conv FD 1e-4", "affine conv NF 1e-5")
 
 
 @dataclasses.dataclass(frozen=True)
 class Config(cifar10_classifiers.Config):
-    """As there; only the reconstructions and the angles are measured."""
+    """As in ``cifar10_classifiers``; only the reconstructions and the angles are measured."""
 
 
 def preset(base: str, **changes: object) -> dict[str, object]:
@@ -35,7 +36,8 @@ def preset(base: str, **changes: object) -> dict[str, object]:
 
 PRESETS = {
     "smoke": preset("smoke", epochs=1),
-    # six minutes of one core: the small net, 312 steps, four minibatches at each of eight evaluations
+    # six minutes of one core: the small net, 312 steps, four minibatches at each of eight
+    # evaluations
     "cpu": preset(
         "cpu", memory_saving=True, looks=8, angle_batches=4, test_images=100, reconstructed=200,
         spectra=4,
@@ -49,11 +51,6 @@ def run(config: Config) -> pd.DataFrame:
     return collect(
         config, {text: Run.parse(text) for text in config.runs}, cifar10_classifiers.measure
     )
-
-
-def draw(frame: pd.DataFrame) -> Figure:
-    """Figure 18."""
-    return draw_angles(frame)
 
 
 if __name__ == "__main__":

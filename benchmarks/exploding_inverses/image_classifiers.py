@@ -36,6 +36,7 @@ def _shuffles(seed: int) -> MixingMaker:
     return lambda channels: Permutation.shuffle(channels, generator=generator)
 
 
+REGULARIZERS = ("none", "FD", "NF")
 MIXINGS: dict[str, Callable[[int], MixingMaker]] = {
     "shuffle": _shuffles,
     "conv": lambda seed: InvertibleLinear,
@@ -60,20 +61,18 @@ class Run:
 
     @classmethod
     def parse(cls, text: str) -> Run:
-        """The run of that name.
+        """The run with this name.
 
         Raises:
-            ValueError: if it is none.
+            ValueError: if a word or the coefficient is wrong.
         """
         coupling, mixing, regularizer, *rest = [*text.split(), "", "", ""]
         numbers = [float(part) for part in rest if part]
-        if (
-            coupling not in COUPLINGS
-            or mixing not in MIXINGS
-            or regularizer not in ("none", "FD", "NF")
-        ):
+        known = coupling in COUPLINGS and mixing in MIXINGS and regularizer in REGULARIZERS
+        if not known:
             raise ValueError(
-                f"expected a run such as 'affine conv FD 1e-4' or 'additive shuffle none', got {text!r}"
+                "expected a run such as 'affine conv FD 1e-4' or 'additive shuffle none', "
+                f"got {text!r}"
             )
         if len(numbers) != (regularizer != "none"):
             raise ValueError(
@@ -83,7 +82,7 @@ class Run:
 
     @property
     def reversible(self) -> bool:
-        """Whether its inverse is expected to hold while it trains, so that it can be trained without activations."""
+        """Whether its inverse should hold during training, so that no activations are stored."""
         return self.regularizer != "none" or self.coupling == "additive"
 
 
@@ -93,7 +92,7 @@ class Classifier(nn.Module):
     Args:
         run: which layers.
         shape: (C, H, W) of one image.
-        levels: of the trunk, each with so many blocks.
+        levels: of the trunk.
         blocks: per level.
         hidden: channels of the couplings' networks.
         seed: of the weights and shuffles.
@@ -157,16 +156,17 @@ class FiniteDifferencesTerm(Term):
     regularizer: FiniteDifferences = field(init=False)
 
     def __post_init__(self) -> None:
-        share = None if self.fraction == 1 else self.fraction
+        share = None
+        if self.fraction < 1:
+            share = self.fraction
         object.__setattr__(self, "regularizer", FiniteDifferences(self.coefficient, fraction=share))
 
     def latents(self, inn: Invertible, x: Tensor, batch: Batch) -> tuple[Tensor, Tensor | float]:
         """z, and the penalty where it is due."""
         self.regularizer.generator.manual_seed(batch.generator.initial_seed())
         z = inn(x)
-        return z, RegularizerHook(inn, [self.regularizer], every=self.every)(
-            x, z=z, step=batch.step
-        )
+        hook = RegularizerHook(inn, [self.regularizer], every=self.every)
+        return z, hook(x, z=z, step=batch.step)
 
 
 def term(run: Run, *, every: int, fraction: float) -> Term:

@@ -40,7 +40,7 @@ class LabelledImages:
         return channels, height, width
 
     def first(self, *, train: int, test: int) -> LabelledImages:
-        """The first so many images of either split; of all where there are fewer."""
+        """The first ``train`` and ``test`` images, or all if there are fewer."""
         return LabelledImages(
             self.levels,
             self.train[:train],
@@ -51,7 +51,7 @@ class LabelledImages:
         )
 
     def in_bits(self, bits: int) -> LabelledImages:
-        """The pixels cut to so many bits, the darkest being 0; as they are where they have no more grey values."""
+        """The leading ``bits`` bits of the pixels; unchanged if they have no more grey values."""
         factor = max(1, self.levels // 2**bits)
         parts = (self.train // factor, self.train_labels, self.test // factor, self.test_labels)
         return LabelledImages(2**bits, *parts, self.checksum)

@@ -9,54 +9,63 @@ from torch import Tensor
 
 from benchmarks.common.metrics import bits_per_dimension, dequantize
 from benchmarks.exploding_inverses.image_data import LabelledImages, shifted
-from benchmarks.exploding_inverses.image_training import Batch
+from benchmarks.exploding_inverses.image_training import Batch, ImageConfig
 from inn_guard.core.invertible import Invertible
 
-__all__ = ["Augmentation", "FlowTraining"]
+__all__ = ["FlowConfig", "FlowTraining"]
 
 
 @dataclass(frozen=True)
-class Augmentation:
-    """Random shifts by so many pixels, and mirroring."""
+class FlowConfig(ImageConfig):
+    """What all trainings of flows on images need. The defaults are the paper's.
 
-    shift: int = 0
-    mirrored: bool = False
+    Attributes:
+        steps: of the optimiser.
+        warmup: steps over which the learning rate rises.
+        grids: folder for a picture of every net's images; "" draws none.
+    """
+
+    hidden: int = 512
+    steps: int = 78_100
+    warmup: int = 1000
+    grids: str = "benchmarks/results"
 
 
 @dataclass(frozen=True)
 class FlowTraining:
-    """Images, dequantized into [low, low + 1), and the likelihood of them.
+    """Images, dequantized into [low, low + 1), and their likelihood.
 
     Attributes:
-        data: images and their number of grey values.
-        low: what the darkest pixel becomes.
-        augmentation: of training images.
-        channels_last: memory format.
+        config: of the experiment.
+        data: images and their number of grey values, on the device.
+        low: value of the darkest pixel.
+        shift: pixels by which training images are moved at random.
+        mirrored: whether half of the training images, drawn at random, are mirrored.
     """
 
+    config: FlowConfig
     data: LabelledImages
     low: float
-    augmentation: Augmentation
-    channels_last: bool
+    shift: int = 0
+    mirrored: bool = False
+
+    def initialise(self, net: Invertible, images: int) -> None:
+        """Set the ActNorms of a net by the first training images."""
+        generator = torch.Generator().manual_seed(self.config.seed)
+        with torch.no_grad():
+            net(self.dequantized(self.data.train[:images], generator))
 
     def dequantized(self, pixels: Tensor, generator: torch.Generator) -> Tensor:
         """Pixels (B, C, H, W) uint8 with uniform noise, in [low, low + 1)."""
         x = dequantize(pixels, generator=generator, levels=self.data.levels) + self.low
-        return (
-            x.contiguous(memory_format=torch.channels_last)
-            if self.channels_last
-            else x.contiguous()
-        )
+        return self.config.contiguous(x)
 
     def loss(self, net: Invertible, batch: Batch) -> Tensor:
         """Mean negative log-likelihood of the batch, in nats per value."""
         pixels = self.data.train[batch.rows.to(self.data.train.device)]
-        if self.augmentation.shift or self.augmentation.mirrored:
+        if self.shift or self.mirrored:
             pixels = shifted(
-                pixels,
-                reach=self.augmentation.shift,
-                mirrored=self.augmentation.mirrored,
-                generator=batch.generator,
+                pixels, reach=self.shift, mirrored=self.mirrored, generator=batch.generator
             )
         x = self.dequantized(pixels, batch.generator)
         return -net.log_prob(x).mean() / x[0].numel()

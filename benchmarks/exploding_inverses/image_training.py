@@ -1,4 +1,4 @@
-"""A training loop that looks at the model at given steps, and continues exactly where a kill left it."""
+"""Training on images: common configuration, and a loop that resumes exactly after a kill."""
 
 from __future__ import annotations
 
@@ -9,27 +9,45 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from benchmarks.common.checkpoint import load_checkpoint, save_checkpoint
 from benchmarks.common.runner import Row
+from benchmarks.exploding_inverses.image_data import DATA, LabelledImages
 
-__all__ = ["Batch", "Plan", "exact_float32", "looks_until", "train", "unfinished"]
+Net = TypeVar("Net", bound=nn.Module)
+
+__all__ = [
+    "Batch",
+    "ImageConfig",
+    "Plan",
+    "checkpoint_of",
+    "decayed",
+    "evaluation_steps",
+    "exact_float32",
+    "train",
+    "warmed_up",
+]
 
 Rate = Callable[[int], float]  #: step -> factor of the learning rate
 
 
+def constant(step: int) -> float:
+    """A learning rate that stays as it is."""
+    return 1.0
+
+
 @dataclass(frozen=True)
 class Plan:
-    """How long and in what order.
+    """How long to train and in what order.
 
     Attributes:
         steps: optimiser steps.
         batch_size: rows per step; the last, smaller batch of an epoch is left out.
-        looks: numbers of steps after which the model is looked at, ascending.
+        evaluations: numbers of steps after which the model is evaluated, ascending.
         rate: factor of the optimiser's learning rate at a step.
         clip: largest norm of the gradient.
         seed: of the order of the rows and of the noise.
@@ -37,10 +55,78 @@ class Plan:
 
     steps: int
     batch_size: int
-    looks: tuple[int, ...]
-    rate: Rate = lambda step: 1.0
+    evaluations: tuple[int, ...]
+    rate: Rate = constant
     clip: float = math.inf
     seed: int = 0
+
+
+@dataclass(frozen=True)
+class ImageConfig:
+    """What all trainings on images need. The defaults are the paper's.
+
+    Attributes:
+        data: digits or cifar10.
+        data_root: folder of the official files.
+        data_name: name of the data in the results.
+        train_images: number of training images, the first of the data set.
+        levels: of the nets.
+        blocks: per level.
+        hidden: channels of the networks in couplings and residual layers.
+        batch_size: of training.
+        learning_rate: of the optimiser.
+        clip: largest norm of the gradient; the paper prints none.
+        device: cpu or cuda.
+        channels_last: memory format.
+        seed: of weights, batches and noise.
+    """
+
+    data: str = "cifar10"
+    data_root: str = "data"
+    data_name: str = "CIFAR-10"
+    train_images: int = 50_000
+    levels: int = 3
+    blocks: int = 16
+    hidden: int = 128
+    batch_size: int = 64
+    learning_rate: float = 1e-3
+    clip: float = math.inf
+    device: str = "cuda"
+    channels_last: bool = True
+    seed: int = 0
+
+    def load(self, *, test: int) -> LabelledImages:
+        """The training images, and the first ``test`` test images."""
+        whole = DATA[self.data](Path(self.data_root))
+        return whole.first(train=self.train_images, test=test)
+
+    def on_device(self, net: Net) -> Net:
+        """The net on the device, in its memory format."""
+        memory_format = None
+        if self.channels_last:
+            memory_format = torch.channels_last
+        return net.to(self.device, memory_format=memory_format)
+
+    def contiguous(self, x: Tensor) -> Tensor:
+        """Images (B, C, H, W) in the memory format."""
+        if self.channels_last:
+            return x.contiguous(memory_format=torch.channels_last)
+        return x.contiguous()
+
+    def plan(self, steps: int, *, evaluations: int, rate: Rate) -> Plan:
+        """Training for that long, with that many evaluations."""
+        return Plan(
+            steps=steps,
+            batch_size=self.batch_size,
+            evaluations=evaluation_steps(steps, evaluations),
+            rate=rate,
+            clip=self.clip,
+            seed=self.seed,
+        )
+
+    def origin(self, data: LabelledImages) -> Row:
+        """Columns that say where the images come from."""
+        return {"data": self.data_name, "files": data.checksum[:12]}
 
 
 @dataclass(frozen=True)
@@ -52,10 +138,10 @@ class Batch:
     generator: torch.Generator
 
 
-def looks_until(steps: int, count: int) -> tuple[int, ...]:
-    """``count`` numbers of steps up to ``steps``, their distances growing: training changes most at its beginning.
+def evaluation_steps(steps: int, count: int) -> tuple[int, ...]:
+    """``count`` numbers of steps up to ``steps``, closer at the beginning, when most changes.
 
-    >>> looks_until(100, 4)
+    >>> evaluation_steps(100, 4)
     (6, 25, 56, 100)
     """
     return tuple(sorted({max(1, round(steps * (k / count) ** 2)) for k in range(1, count + 1)}))
@@ -67,25 +153,26 @@ def train(
     loss: Callable[[Batch], Tensor],
     *,
     plan: Plan,
-    look: Callable[[], Row],
+    evaluate: Callable[[], Row],
     checkpoint: Path,
     examples: int,
 ) -> list[Row]:
-    """One row per look: step, loss, seconds of training, steps left out, and what ``look()`` returns in eval mode.
+    """One row per evaluation: step, loss, seconds of training, skipped steps, and ``evaluate()``.
 
-    A step whose gradient is not finite is left out: a single image whose inverse overflows makes a penalty NaN, and
-    Adam never forgets it. Training ends after a look before which no step was taken, or parameters are not finite.
+    A step whose gradient is not finite is skipped: a single image whose inverse overflows makes the
+    penalty NaN, which would stay in Adam's state. Training ends after an evaluation before which
+    every step was skipped, or if parameters are not finite.
 
     Args:
-        model: is trained.
+        model: is trained; in eval mode during an evaluation.
         optimizer: over its parameters.
         loss: Batch -> scalar.
         plan: how long.
-        look: what is measured.
-        checkpoint: written after every look; a run that finds it continues from there.
+        evaluate: what is measured.
+        checkpoint: written after every evaluation; a run that finds it continues from there.
         examples: number of training rows.
     """
-    base = [group["lr"] for group in optimizer.param_groups]
+    base_rates = [group["lr"] for group in optimizer.param_groups]
     progress: dict[str, Any] = {"step": 0, "seconds": 0.0, "skipped": 0, "rows": []}
     if checkpoint.exists():
         progress = load_checkpoint(checkpoint, model, optimizer)
@@ -93,34 +180,33 @@ def train(
     seconds, skipped, started = progress["seconds"], progress["skipped"], _clock()
     model.train()
     for step in range(progress["step"], plan.steps):
-        for group, rate in zip(optimizer.param_groups, base, strict=True):
-            group["lr"] = rate * plan.rate(step)
+        for group, base in zip(optimizer.param_groups, base_rates, strict=True):
+            group["lr"] = base * plan.rate(step)
         optimizer.zero_grad(set_to_none=True)
         value = loss(Batch(_rows(plan, step, examples), step, _generator(plan.seed, 2 * step + 1)))
         value.backward()
-        if _usable(model, plan.clip):
+        if _clip_gradient(model, plan.clip):
             optimizer.step()
         else:
             skipped += 1
-        if step + 1 in plan.looks:
-            seconds += _clock() - started
-            model.eval()
-            spent = {"training_seconds": seconds, "skipped_steps": skipped}
-            rows.append({"step": step + 1, "loss": value.item(), **spent, **look()})
-            model.train()
-            taken = step + 1 - skipped - (progress["step"] - progress["skipped"])
-            if not taken or not all(
-                bool(parameter.isfinite().all()) for parameter in model.parameters()
-            ):
-                break
-            progress = {"step": step + 1, "seconds": seconds, "skipped": skipped, "rows": rows}
-            checkpoint.parent.mkdir(parents=True, exist_ok=True)
-            save_checkpoint(checkpoint, model, optimizer, progress=progress)
-            started = _clock()
+        if step + 1 not in plan.evaluations:
+            continue
+        seconds += _clock() - started
+        model.eval()
+        spent = {"training_seconds": seconds, "skipped_steps": skipped}
+        rows.append({"step": step + 1, "loss": value.item(), **spent, **evaluate()})
+        model.train()
+        taken = step + 1 - skipped - (progress["step"] - progress["skipped"])
+        if not taken or not _has_finite_parameters(model):
+            break
+        progress = {"step": step + 1, "seconds": seconds, "skipped": skipped, "rows": rows}
+        checkpoint.parent.mkdir(parents=True, exist_ok=True)
+        save_checkpoint(checkpoint, model, optimizer, progress=progress)
+        started = _clock()
     return rows
 
 
-def unfinished(config: Any, key: str) -> Path:
+def checkpoint_of(config: Any, key: str) -> Path:
     """Where the checkpoint of one case of this configuration lies while it is being trained."""
     digest = hashlib.sha256(f"{type(config).__module__} {config!r} {key}".encode()).hexdigest()[:16]
     return Path("runs") / f"{digest}.safetensors"
@@ -139,13 +225,17 @@ def decayed(epochs: Sequence[int], steps_per_epoch: int) -> Rate:
 
 
 def warmed_up(steps: int) -> Rate:
-    """A learning rate that rises linearly over so many steps."""
+    """A learning rate that rises linearly over these steps."""
     return lambda step: min(1.0, (step + 1) / max(1, steps))
 
 
-def _usable(model: nn.Module, clip: float) -> bool:
+def _clip_gradient(model: nn.Module, clip: float) -> bool:
     """Clip the gradient; False if it is not finite."""
     return bool(nn.utils.clip_grad_norm_(model.parameters(), clip).isfinite())
+
+
+def _has_finite_parameters(model: nn.Module) -> bool:
+    return all(bool(parameter.isfinite().all()) for parameter in model.parameters())
 
 
 def _rows(plan: Plan, step: int, examples: int) -> Tensor:

@@ -2,14 +2,16 @@
 
     python -m benchmarks.exploding_inverses.regularizer_cost --preset cpu      # about 2 minutes on one core
 
-The paper's net for this, additive couplings and 1x1 convolutions, with its classifier's loss and Adam. A step without
-and a step with the penalty are timed in turn; an epoch of K costs (K - 1) of the one and one of the other for every K
-steps. ``performance.regularizer_cost`` times whole cycles, of other directions and shares. Random images: the time of
-a step does not depend on them. Processor time on a CPU, seconds between synchronisations on a GPU.
+The paper's net for this, additive couplings and 1x1 convolutions, with its classifier's loss and
+Adam. A step without and a step with the penalty are timed in turn; an epoch of K costs (K - 1) of
+the one and one of the other for every K steps. ``performance.regularizer_cost`` times whole cycles,
+of other directions and shares. Random images: the time of a step does not depend on them. Processor
+time on a CPU, seconds between synchronisations on a GPU.
 """
 
 from __future__ import annotations
 
+import functools
 import statistics
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -28,7 +30,7 @@ from benchmarks.exploding_inverses.image_classifiers import (
     Term,
 )
 from benchmarks.exploding_inverses.image_training import Batch, exact_float32
-from benchmarks.performance.measurement import alternating_seconds
+from benchmarks.performance.measurement import alternating_seconds, median_ratio
 from inn_guard.core.invertible import Invertible
 from inn_guard.memory_saving import memory_saving
 
@@ -88,22 +90,22 @@ def measure(config: Config, mode: str) -> Iterator[Row]:
     )
     net = net.to(config.device, memory_format=torch.channels_last)
     step = training_step(config, net, MODES[mode](net.inn))
-    steps = {"without": lambda: step(Term())}
+    steps = {"without": functools.partial(step, Term())}
     for fraction in config.fractions:
         penalty = FiniteDifferencesTerm(1e-4, 1, fraction)
-        steps[f"{fraction:g}"] = lambda penalty=penalty: step(penalty)
+        steps[f"{fraction:g}"] = functools.partial(step, penalty)
     with exact_float32():
         seconds = alternating_seconds(steps, repeats=config.repeats)
     without, epoch = statistics.median(seconds["without"]), EPOCH / config.batch_size
     yield {"mode": mode, "every": 0, "fraction": 0.0, "step_seconds": without, "epoch_seconds": epoch * without,
-           "overhead": 1.0, **theirs(mode, "unregularized")}  # fmt: skip
+           "overhead": 1.0, **paper_columns(mode, "unregularized")}  # fmt: skip
     for fraction in config.fractions:
-        ratio = statistics.median(
-            a / b for a, b in zip(seconds[f"{fraction:g}"], seconds["without"], strict=True)
-        )
+        ratio = median_ratio(seconds[f"{fraction:g}"], seconds["without"])
         for k in config.every:
             overhead = (k - 1 + ratio) / k
-            printed = theirs(mode, f"fd_every_{k}") if fraction == 1 else {}
+            printed = {}
+            if fraction == 1:
+                printed = paper_columns(mode, f"fd_every_{k}")
             yield {"mode": mode, "every": k, "fraction": fraction, "step_seconds": without * overhead,
                    "epoch_seconds": epoch * without * overhead, "overhead": overhead, **printed}  # fmt: skip
 
@@ -128,15 +130,15 @@ def training_step(config: Config, net: Classifier, inn: Invertible) -> Callable[
     return step
 
 
-def theirs(mode: str, method: str) -> Row:
-    """Table 11's row, which is of memory-saving training."""
+def paper_columns(mode: str, method: str) -> Row:
+    """The figures of table 11, which is about memory-saving training."""
     table = pd.read_csv(TABLE).set_index("method")
     if mode != "memory-saving" or method not in table.index:
         return {}
     row = table.loc[method]
     return {
-        "their_epoch_seconds": float(row["seconds_per_epoch"]),
-        "their_overhead": float(row["overhead"]),
+        "paper_epoch_seconds": float(row["seconds_per_epoch"]),
+        "paper_overhead": float(row["overhead"]),
     }
 
 
@@ -147,23 +149,25 @@ def run(config: Config) -> pd.DataFrame:
 
 def compare_with_paper(frame: pd.DataFrame) -> pd.DataFrame:
     """Table 11: memory-saving training, the whole batch penalised."""
-    rows = frame[frame["their_overhead"].notna()]
-    return rows[["every", "epoch_seconds", "their_epoch_seconds", "overhead", "their_overhead"]]
+    rows = frame[frame["paper_overhead"].notna()]
+    return rows[["every", "epoch_seconds", "paper_epoch_seconds", "overhead", "paper_overhead"]]
 
 
 def draw(frame: pd.DataFrame) -> Figure:
-    """Overhead against K, ours beside the paper's."""
+    """Overhead against K, ours and the paper's."""
     figure = Figure(figsize=(5.6, 3.6), layout="constrained")
     axis = figure.subplots()
     for (mode, fraction), group in frame[frame["every"] > 0].groupby(
         ["mode", "fraction"], sort=False
     ):
-        share = "whole batch" if fraction == 1 else f"{fraction:g} of the batch"
+        share = "whole batch"
+        if fraction != 1:
+            share = f"{fraction:g} of the batch"
         axis.plot(group["every"], group["overhead"], "o-", label=f"{mode}, {share}")
-    printed = frame[(frame["every"] > 0) & frame["their_overhead"].notna()]
+    printed = frame[(frame["every"] > 0) & frame["paper_overhead"].notna()]
     axis.plot(
         printed["every"],
-        printed["their_overhead"],
+        printed["paper_overhead"],
         "k*",
         markersize=9,
         label="paper, memory-saving",

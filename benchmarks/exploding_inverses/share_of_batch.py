@@ -2,14 +2,16 @@
 
     python -m benchmarks.exploding_inverses.share_of_batch --preset cpu      # about 6 minutes of one idle core
 
-The plain affine net of `digits_classifier`, trained without regularizer and with bi-directional finite differences on
-all, a quarter and an eighth of each penalised batch, from the same seeds, which choose weights, batches and the
-held-out digits. Measured at the end, on held-out digits, as there.
+The plain affine net of `digits_classifier`, trained without regularizer and with bi-directional
+finite differences on all, a quarter and an eighth of each penalised batch, from the same seeds,
+which choose weights, batches and the held-out digits. Measured at the end, on held-out digits, as
+there.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from dataclasses import dataclass, field
 
 import pandas as pd
@@ -17,8 +19,6 @@ from matplotlib.figure import Figure
 
 from benchmarks.common.runner import Row, collect, main
 from benchmarks.exploding_inverses import digits_classifier
-
-__all__ = ["Config", "run"]
 
 
 @dataclass(frozen=True)
@@ -49,53 +49,40 @@ PRESETS = {
 def measure(config: Config, case: tuple[float, int]) -> list[Row]:
     """Train one net; one row, of its end."""
     share, seed = case
+    regularizer = "none"
+    if share:
+        regularizer = "FD"
     training = dataclasses.replace(config.training, seed=seed, fd_fraction=share or 1.0)
-    row = digits_classifier.measure(training, "plain", "FD" if share else "none")[-1]
-    return [
-        {
-            "share": share,
-            "seed": seed,
-            **{key: row[key] for key in row if key not in ("net", "regularizer")},
-        }
-    ]
+    row = digits_classifier.measure(training, "plain", regularizer)[-1]
+    del row["net"], row["regularizer"]
+    return [{"share": share, "seed": seed, **row}]
 
 
 def run(config: Config) -> pd.DataFrame:
     """All trainings."""
-    cases = {
-        f"share {share:g}, seed {seed}": (share, seed)
-        for share in config.shares
-        for seed in config.seeds
-    }
+    pairs = itertools.product(config.shares, config.seeds)
+    cases = {f"share {share:g}, seed {seed}": (share, seed) for share, seed in pairs}
     frame = collect(config, cases, measure)
-    shown = frame.groupby("share")[["test_accuracy", "worst_error", "condition_number"]].agg(
-        ["min", "median", "max"]
-    )
-    print(shown.to_string())
+    columns = frame.groupby("share")[["test_accuracy", "worst_error", "condition_number"]]
+    print(columns.agg(["min", "median", "max"]).to_string())
     return frame
 
 
 def draw(frame: pd.DataFrame) -> Figure:
     """Condition number and accuracy of every run against the share."""
     figure = Figure(figsize=(8, 3.5), layout="constrained")
-    for axes, (column, label) in zip(
-        figure.subplots(1, 2),
-        (
-            ("condition_number", "worst condition number, held-out digits"),
-            ("test_accuracy", "accuracy"),
-        ),
-        strict=True,
-    ):
-        for k, share in enumerate(sorted(frame.share.unique())):
-            values = frame[frame.share == share][column]
-            axes.plot([k] * len(values), values, "o", alpha=0.7)
-        axes.set_xticks(
-            range(frame.share.nunique()),
-            [f"{s:.3g}" if s else "none" for s in sorted(frame.share.unique())],
-        )
-        axes.set(xlabel="share of the batch that is penalised", ylabel=label)
-        if column == "condition_number":
-            axes.set_yscale("log")
+    left, right = figure.subplots(1, 2)
+    for axes, column in ((left, "condition_number"), (right, "test_accuracy")):
+        ticks = []
+        for k, (share, group) in enumerate(frame.groupby("share")):
+            axes.plot([k] * len(group), group[column], "o", alpha=0.7)
+            ticks.append(f"{share:.3g}")
+        if frame.share.min() == 0:
+            ticks[0] = "none"
+        axes.set_xticks(range(len(ticks)), ticks)
+        axes.set(xlabel="share of the batch that is penalised")
+    left.set(ylabel="worst condition number, held-out digits", yscale="log")
+    right.set(ylabel="accuracy")
     return figure
 
 

@@ -2,9 +2,9 @@
 
     inn-guard bench exploding_inverses.toy_regression --preset cpu        # about 2 minutes of one core
 
-Inputs (x1, x2) are independent standard normal; targets (y1, y2) have y1 of variance 1e-24, that is nothing, and
-y2 = x2. Rows: mean squared error, worst round trip and worst condition number of the training inputs over the steps.
-What the paper leaves open: how many blocks; 16 here.
+Inputs (x1, x2) are independent standard normal; targets (y1, y2) have y1 of variance 1e-24, that is
+nothing, and y2 = x2. Rows: mean squared error, worst round trip and worst condition number of the
+training inputs over the steps. What the paper leaves open: how many blocks; 16 here.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from tqdm import trange
 
 import inn_guard as ig
 from benchmarks.common.runner import Row, collect, main
-from benchmarks.exploding_inverses.plane import round_trip_error, singular_values
+from benchmarks.exploding_inverses.stability import round_trip_error, singular_values
 from inn_guard.core.invertible import Invertible
 from inn_guard.models.toy import regression_net
 
@@ -43,8 +43,8 @@ class Config:
         samples: all of them at every step.
         steps: of Adam.
         learning_rate: of Adam.
-        looks: rows per net, evenly spaced on the logarithm of the steps.
-        looked_at: inputs that the errors and condition numbers are the worst of.
+        looks: number of evaluations per net, evenly spaced on the logarithm of the steps.
+        looked_at: number of inputs of an evaluation.
         seed: of weights and samples.
     """
 
@@ -61,8 +61,9 @@ class Config:
 
 PRESETS = {
     "smoke": {"blocks": 2, "hidden": 8, "samples": 32, "steps": 4, "looks": 3, "looked_at": 32},
-    # Minutes on one core: 4 narrow blocks, 256 samples, an eighth of the steps at five times the rate.
-    # So few steps leave errors of 1e-6, far above what a coefficient of 1e-8 weighs: a larger one is shown beside it.
+    # Minutes on one core: 4 narrow blocks, 256 samples, an eighth of the steps at five times the
+    # rate. So few steps leave errors of 1e-6, far above what a coefficient of 1e-8 weighs: a larger
+    # one is shown as well.
     "cpu": {
         "coefficients": (0.0, 1e-8, 1e-3), "blocks": 4, "hidden": 64, "samples": 256, "steps": 5000,
         "looks": 12, "learning_rate": 5e-4, "looked_at": 256,
@@ -80,27 +81,23 @@ def data(config: Config) -> tuple[Tensor, Tensor]:
 
 
 def measure(config: Config, coefficient: float) -> Iterator[Row]:
-    """Looks at one net while it is trained; a loss that is not finite ends it."""
+    """Rows of one net while it is trained; a loss that is not finite ends the training."""
     x, y = data(config)
     with torch.random.fork_rng():
         torch.manual_seed(config.seed)
         net = regression_net(blocks=config.blocks, hidden=config.hidden)
-    penalties: list[ig.hooks.Regularizer] = (
-        [ig.NormalizingFlowLoss(coefficient)] if coefficient else []
-    )
+    penalties: list[ig.hooks.Regularizer] = []
+    if coefficient:
+        penalties.append(ig.NormalizingFlowLoss(coefficient))
     hook = ig.RegularizerHook(net, penalties, every=1)
     optimizer = torch.optim.Adam(net.parameters(), config.learning_rate)
-    shown = steps_to_look_at(config)
+    evaluated = evaluation_steps(config)
     for step in trange(config.steps + 1, desc=f"coefficient {coefficient:g}", disable=None):
         z = net(x)
         mse = (z - y).square().sum(dim=1).mean()
-        if step in shown or not mse.isfinite():
-            yield {
-                "coefficient": coefficient,
-                "step": step,
-                "mse": mse.item(),
-                **looked_at(net, x[: config.looked_at]),
-            }
+        if step in evaluated or not mse.isfinite():
+            row = {"coefficient": coefficient, "step": step, "mse": mse.item()}
+            yield row | evaluation(net, x[: config.looked_at])
         if not mse.isfinite():
             return
         optimizer.zero_grad()
@@ -108,21 +105,19 @@ def measure(config: Config, coefficient: float) -> Iterator[Row]:
         optimizer.step()
 
 
-def steps_to_look_at(config: Config) -> set[int]:
+def evaluation_steps(config: Config) -> set[int]:
     """Steps 1 to the last one, evenly spaced on a logarithmic axis."""
     spaced = torch.logspace(0, torch.tensor(float(config.steps)).log10().item(), config.looks)
     return {round(step) for step in spaced.tolist()}
 
 
-def looked_at(net: Invertible, x: Tensor) -> Row:
-    """Worst of the inputs: round trip, condition number, singular values."""
+def evaluation(net: Invertible, x: Tensor) -> Row:
+    """The worst of the inputs: round trip, condition number, singular values."""
     sigma_max, sigma_min = singular_values(net, x)
+    condition = (sigma_max / sigma_min).nan_to_num(torch.inf, posinf=torch.inf)
     return {
         "error": round_trip_error(net, x).max().item(),
-        "condition_number": (sigma_max / sigma_min)
-        .nan_to_num(torch.inf, posinf=torch.inf)
-        .max()
-        .item(),
+        "condition_number": condition.max().item(),
         "sigma_max": sigma_max.max().item(),
         "sigma_min": sigma_min.min().item(),
     }
@@ -130,7 +125,13 @@ def looked_at(net: Invertible, x: Tensor) -> Row:
 
 def run(config: Config) -> pd.DataFrame:
     """A net per coefficient."""
-    frame = collect(config, {f"NF {c:g}" if c else "none": c for c in config.coefficients}, measure)
+    cases = {}
+    for coefficient in config.coefficients:
+        name = "none"
+        if coefficient:
+            name = f"NF {coefficient:g}"
+        cases[name] = coefficient
+    frame = collect(config, cases, measure)
     print(frame.groupby("case", sort=False).tail(1).to_string(index=False))
     return frame
 

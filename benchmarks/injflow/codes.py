@@ -1,7 +1,7 @@
 """What a density fitted to codes misses: how Gaussian the codes are, and how far from them it draws.
 
-Everything is measured in coordinates in which the training codes have covariance I, so that no model gains by the
-scale or the shear of its codes.
+Everything is measured in coordinates in which the training codes have covariance I, so that no
+model gains by the scale or the shear of its codes.
 """
 
 from __future__ import annotations
@@ -59,7 +59,8 @@ def fitted_mixture(codes: np.ndarray, seed: int, *, components: int = 10) -> Gau
 def shape_of_codes(codes: Codes, mixture: GaussianMixture) -> Row:
     """How far from one Gaussian the codes are.
 
-    * ``mixture_gain_nats``: held-out log-likelihood under the mixture less that under one Gaussian; 0 for normal codes
+    * ``mixture_gain_nats``: held-out log-likelihood under the mixture less that under one Gaussian;
+      0 for normal codes
     * ``mardia_kurtosis``: E |w|^4 / (d (d + 2)) of whitened test codes w; 1 for normal codes
     * ``effective_dims``: (sum lambda)^2 / sum lambda^2 of the covariance
     """
@@ -83,9 +84,10 @@ def off_the_codes(
 ) -> Row:
     """How far from the codes each density draws, and what becomes of that in the images.
 
-    * ``off_codes_KIND``: median distance of the draws from the nearest training code, over that of test codes
-    * ``off_images_KIND``: median distance of decoded draws from the nearest real image's features, over that of the
-      decoded test codes
+    * ``off_codes_KIND``: median distance of the draws from the nearest training code, over that of
+      test codes
+    * ``off_images_KIND``: median distance of decoded draws from the nearest real image's features,
+      over that of the decoded test codes
     * ``off_correlation_KIND``: rank correlation of the two over the draws
 
     Args:

@@ -9,12 +9,13 @@ MNIST's committed table, of its test images, ten minutes on one core:
         --batch-size 64 --samples 2000 --models "VAE,AE,InjFlow_ln,InjFlow" --seeds 0,1,2 \
         --out benchmarks/results/mnist
 
-All models share encoder, decoder, data order and number of steps. Distances are between the features of a small
-classifier trained on the same data (named in the column ``extractor``), so they are no FID and only compare within
-this table. Reduced against the paper: data, width and steps (100,000 there; the weights that grow with the iteration
-grow as much faster, so that they end where the paper's end); each model's hyper-parameter is one value of the paper's
-grid instead of a search. Codes: a full-covariance Gaussian and a mixture of 10, fitted after training; ``codes.py``
-says how far either is from them.
+All models share encoder, decoder, data order and number of steps. Distances are between the
+features of a small classifier trained on the same data (named in the column ``extractor``), so they
+are no FID and only compare within this table. Reduced against the paper: data, width and steps
+(100,000 there; the weights that grow with the iteration grow as much faster, so that they end where
+the paper's end); each model's hyper-parameter is one value of the paper's grid instead of a search.
+Codes: a full-covariance Gaussian and a mixture of 10, fitted after training; ``codes.py`` says how
+far either is from them.
 """
 
 from __future__ import annotations
@@ -215,7 +216,8 @@ def evaluated(config: Config, model: Autoencoder, name: str, seed: int) -> Row:
 def injectivity(model: Autoencoder, codes: Tensor, seed: int) -> Row:
     """How far the decoder is from folding: its smallest singular values against eta, and what the hinge sees of them.
 
-    The hinge measures |J_g v| / |v| for one random v a step: a number between the extreme singular values.
+    The hinge measures |J_g v| / |v| for one random v a step: a number between the extreme singular
+    values.
     """
     jacobian = decoder_jacobian(model, codes)
     smallest = torch.linalg.svdvals(jacobian)[:, -1]

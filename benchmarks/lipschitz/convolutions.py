@@ -1,6 +1,7 @@
 """Convolutional flows on 3x32x32: Table 3, products, and the whole-network recursion in the Fourier basis.
 
-Additive couplings are bounded everywhere; affine ones on boxes around an image x, [x - radius, x + radius].
+Additive couplings are bounded everywhere; affine ones on boxes around an image x, [x - radius, x +
+radius].
 """
 
 from __future__ import annotations
@@ -48,8 +49,8 @@ FLOWS = {
 class Config:
     """How much is measured.
 
-    Seconds of the processor: ``seconds`` for the whole-network bound of one direction everywhere, ``boxed`` for
-    everything together on a box.
+    Seconds of the processor: ``seconds`` for the whole-network bound of one direction everywhere,
+    ``boxed`` for everything together on a box.
     """
 
     kinds: tuple[str, ...] = tuple(FLOWS)

@@ -21,9 +21,9 @@ def overflow(flow: Invertible, latents: Tensor, x: Tensor) -> Row:
         x: images, for comparison, (B, C, H, W).
 
     Returns:
-        ``overflow_samples``: how many samples lose a value; ``overflow_layer``: number and name of the layer, "" for
-        none; ``overflow_input``: the largest input of that layer among these samples; ``overflow_input_on_data``: the
-        largest one among the images.
+        ``overflow_samples``: how many samples lose a value; ``overflow_layer``: number and name of
+        the layer, "" for none; ``overflow_input``: the largest input of that layer among these
+        samples; ``overflow_input_on_data``: the largest one among the images.
     """
     layers = list(enumerate(flow.layers()))
     on_data = []

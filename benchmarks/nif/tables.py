@@ -5,13 +5,14 @@ r"""Tables 1 and 2 of the NIF paper: a flow against the same flow with a noisy i
         --blocks 6 --clamp 2 --learning-rate 2e-3 --steps 4500 --batch-size 32 --noises 0,0.1,0.25,0.5,0.75,1 \
         --temperatures 0.5,1,1.5,2 --samples 500 --seeds 0 --out benchmarks/results/mnist       # MNIST, 15 minutes
 
-The latter with 2 blocks, 900 steps, and without --diagonal, --clamp and --learning-rate gives results/mnist_unbounded.
-One row per model, noise scale s and temperature t: bits per dimension of held-out images (uniform
-dequantization of their grey values, the standard convention; the paper's printed figures do not compare), and the
-Frechet distance of samples between the features of a small classifier trained on the same data: no FID, compares
-within this table only. Plain flow and NIF share the flow's architecture, initial weights, data order and steps.
-Reduced against the paper: data, depth, width, steps. s is tuned on validation images, as the paper tunes it by FID.
-Where samples are not finite, ``overflow.py`` names the layer whose inverse overflows.
+The latter with 2 blocks, 900 steps, and without --diagonal, --clamp and --learning-rate gives
+results/mnist_unbounded. One row per model, noise scale s and temperature t: bits per dimension of
+held-out images (uniform dequantization of their grey values, the standard convention; the paper's
+printed figures do not compare), and the Frechet distance of samples between the features of a small
+classifier trained on the same data: no FID, compares within this table only. Plain flow and NIF
+share the flow's architecture, initial weights, data order and steps. Reduced against the paper:
+data, depth, width, steps. s is tuned on validation images, as the paper tunes it by FID. Where
+samples are not finite, ``overflow.py`` names the layer whose inverse overflows.
 """
 
 from __future__ import annotations
@@ -65,9 +66,10 @@ class Config:
         levels: of Glow; the paper has 5.
         blocks: per level; the paper has 16.
         hidden: channels; the paper has 256.
-        diagonal: also the flow with a learned mean and deviation of every latent, N(b, Sigma): what a NIF has beside
-            its manifold.
-        clamp: bound of |log scale| in the blocks' couplings; 0 for Glow's sigmoid(h + 2), which may come near 0.
+        diagonal: also the flow with a learned mean and deviation of every latent, N(b, Sigma): what
+            a NIF has beside its manifold.
+        clamp: bound of |log scale| in the blocks' couplings; 0 for Glow's sigmoid(h + 2), which may
+            come near 0.
         learning_rate: of Adam.
         steps: of Adam.
         batch_size: images per step.
@@ -118,7 +120,8 @@ class Case:
     Attributes:
         latent: d; 0 for a plain flow.
         seed: of weights, batches and noise.
-        diagonal: whether the plain flow's prior is N(b, Sigma) with learned b and diagonal Sigma, else N(0, I).
+        diagonal: whether the plain flow's prior is N(b, Sigma) with learned b and diagonal Sigma,
+            else N(0, I).
     """
 
     latent: int

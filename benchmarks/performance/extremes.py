@@ -1,13 +1,15 @@
 """sigma_max and sigma_min of the Jacobian to 1 % per sample, against the Jacobian row by row and numpy's SVD.
 
-The net is the 48-block affine Glow trunk (D = 3072), one thread, processor time. Ours and the peer alternate; the
-ratio is the median over the rounds of the peer's seconds per sample over ours. The peer's seconds are extrapolated from
-``rows`` of its D equal backward passes in every round, plus one whole decomposition with vectors, timed once (of the
-first sample's Jacobian, composed). Accuracy in the same run: of the values of the last round, on the first samples,
-against the singular values of J composed in float64.
+The net is the 48-block affine Glow trunk (D = 3072), one thread, processor time. Ours and the peer
+alternate; the ratio is the median over the rounds of the peer's seconds per sample over ours. The
+peer's seconds are extrapolated from ``rows`` of its D equal backward passes in every round, plus
+one whole decomposition with vectors, timed once (of the first sample's Jacobian, composed).
+Accuracy in the same run: of the values of the last round, on the first samples, against the
+singular values of J composed in float64.
 
-``bare_ratio`` is what would be left if a pass consisted of its matrix products alone: the peer's seconds over those of
-one product per weight and pass (operands ready, convolutions unfolded), as many passes as steps took, and no check.
+``bare_ratio`` is what would be left if a pass consisted of its matrix products alone: the peer's
+seconds over those of one product per weight and pass (operands ready, convolutions unfolded), as
+many passes as steps took, and no check.
 """
 
 from __future__ import annotations

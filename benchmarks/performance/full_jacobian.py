@@ -1,8 +1,9 @@
 """The full Jacobian and the full spectrum at one sample, against row-by-row autograd and numpy's SVD with vectors.
 
-The 48-block affine Glow trunk (D = 3072), one thread, processor time, ours and the peer alternating; ratios are medians
-over the rounds. The peer's Jacobian is extrapolated from ``rows`` of its D equal backward passes. Agreement in the same
-run: of those rows with ours, and of our singular values with numpy's.
+The 48-block affine Glow trunk (D = 3072), one thread, processor time, ours and the peer
+alternating; ratios are medians over the rounds. The peer's Jacobian is extrapolated from ``rows``
+of its D equal backward passes. Agreement in the same run: of those rows with ours, and of our
+singular values with numpy's.
 """
 
 from __future__ import annotations

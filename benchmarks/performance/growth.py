@@ -1,8 +1,9 @@
 """Growth of the extremes' cost: time(2L) / time(L) <= 2.2 in depth, steps(4D) - steps(D) <= 3 in dimension.
 
-The affine Glow trunk, one thread, processor time. Depth: one linearisation and the same number of all four products
-with L and 2L blocks in turn, medians of ratios. Dimension: mean and largest number of Lanczos steps to 1 %; images of
-twice the width have one level more, so that the coarsest level of all is equally large.
+The affine Glow trunk, one thread, processor time. Depth: one linearisation and the same number of
+all four products with L and 2L blocks in turn, medians of ratios. Dimension: mean and largest
+number of Lanczos steps to 1 %; images of twice the width have one level more, so that the coarsest
+level of all is equally large.
 """
 
 from __future__ import annotations

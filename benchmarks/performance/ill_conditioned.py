@@ -1,9 +1,9 @@
 """sigma_min of ill-conditioned nets in float32: Lanczos at the forward states, beside a dense J and numpy's SVD.
 
-The net is the 48-block affine Glow trunk (D = 3072) with the last convolution of every coupling multiplied by a gain
-before ActNorm sets itself from data. Truth: the same Lanczos run on the net in float64, to a hundredth of the
-tolerance. The peer decomposes the float32 Jacobian (composed, which is exact to rounding) with numpy, as one that
-stores J in float32 must.
+The net is the 48-block affine Glow trunk (D = 3072) with the last convolution of every coupling
+multiplied by a gain before ActNorm sets itself from data. Truth: the same Lanczos run on the net in
+float64, to a hundredth of the tolerance. The peer decomposes the float32 Jacobian (composed, which
+is exact to rounding) with numpy, as one that stores J in float32 must.
 """
 
 from __future__ import annotations

@@ -23,8 +23,8 @@ Step = Callable[[], Any]
 def alternating_seconds(steps: Mapping[str, Step], *, repeats: int) -> dict[str, list[float]]:
     """Seconds of every step, run in turn: A B C A B C ..., after one round that is not counted.
 
-    On the CPU these are seconds of processor time of this process, in which waiting for a core does not count; on a
-    GPU, seconds between two synchronisations.
+    On the CPU these are seconds of processor time of this process, in which waiting for a core does
+    not count; on a GPU, seconds between two synchronisations.
     """
     clock = _synchronized_clock if torch.cuda.is_available() else time.process_time
     seconds: dict[str, list[float]] = {name: [] for name in steps}
@@ -45,8 +45,9 @@ def median_ratio(seconds: list[float], peer: list[float]) -> float:
 def peak_allocated(step: Step) -> int:
     """Largest number of bytes that torch held at once during ``step``, beyond what it held before.
 
-    On the CPU from the profiler's record of every allocation and release, exact to the byte and blind to what other
-    libraries allocate (oneDNN's scratch memory); on a GPU from the allocator's own counter.
+    On the CPU from the profiler's record of every allocation and release, exact to the byte and
+    blind to what other libraries allocate (oneDNN's scratch memory); on a GPU from the allocator's
+    own counter.
     """
     gc.collect()
     if torch.cuda.is_available():
@@ -69,8 +70,8 @@ def peak_allocated(step: Step) -> int:
 def peak_resident(make: Callable[..., Step], *arguments: Any) -> int:
     """Growth of the process's resident memory during ``make(*arguments)()``, in bytes, at its largest.
 
-    In a process of its own, after one step that is not counted, with freed memory handed back to the system at once,
-    so that nothing that was used before can be used again unseen. Linux only.
+    In a process of its own, after one step that is not counted, with freed memory handed back to
+    the system at once, so that nothing that was used before can be used again unseen. Linux only.
     """
     context = multiprocessing.get_context("spawn")
     receiver, sender = context.Pipe(duplex=False)

@@ -1,8 +1,9 @@
 """Peak memory and time of one training step: stored activations, memory_saving, checkpoints, MemCNN.
 
-The net is the affine Glow classifier trunk (3 levels x N blocks x 128 channels, D = 3072, batch 32): every block is
-ActNorm, 1x1 convolution, affine coupling. Floors of the time, counting a forward pass as 1 and a backward pass as 2:
-4/3 where one evaluation of a network inverts and differentiates (ours), 4/3 for checkpoints, 5/3 for MemCNN.
+The net is the affine Glow classifier trunk (3 levels x N blocks x 128 channels, D = 3072, batch
+32): every block is ActNorm, 1x1 convolution, affine coupling. Floors of the time, counting a
+forward pass as 1 and a backward pass as 2: 4/3 where one evaluation of a network inverts and
+differentiates (ours), 4/3 for checkpoints, 5/3 for MemCNN.
 """
 
 from __future__ import annotations

@@ -20,7 +20,8 @@ __all__ = ["processor_seconds", "row_seconds", "svd_seconds"]
 def row_seconds(net: Invertible, x: Tensor, *, rows: int) -> float:
     """Seconds of processor time per row of J at one sample: one backward pass each, the graph kept, after one forward.
 
-    The first row is not counted. All rows cost the same: the whole J takes dim z times this, plus one forward pass.
+    The first row is not counted. All rows cost the same: the whole J takes dim z times this, plus
+    one forward pass.
     """
     leaf = x.detach().clone().requires_grad_()
     z = net(leaf).flatten()

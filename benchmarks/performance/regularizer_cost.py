@@ -1,7 +1,8 @@
 """Cost of the finite-difference regularizer: a regularised training step against one without, K = 1 and 10.
 
-The affine Glow trunk of memory_saving.py with Adam and the likelihood as its loss. A cycle of K steps, of which one is
-regularised, is timed whole, and divided by K. Floors with a fraction f of the batch: 1 + 2 f / K.
+The affine Glow trunk of memory_saving.py with Adam and the likelihood as its loss. A cycle of K
+steps, of which one is regularised, is timed whole, and divided by K. Floors with a fraction f of
+the batch: 1 + 2 f / K.
 """
 
 from __future__ import annotations

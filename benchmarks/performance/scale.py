@@ -1,8 +1,8 @@
 """Audits of large flows in bounded memory: D up to 196,608, up to 100 million parameters, one memory budget.
 
-A Glow down to 4 x 4 pixels with its coupling networks perturbed, so that it does something, audited in a process of its
-own within a budget that chooses the micro-batches; beside it what the dry run estimated. One thread; peak resident
-memory as Linux counts it.
+A Glow down to 4 x 4 pixels with its coupling networks perturbed, so that it does something, audited
+in a process of its own within a budget that chooses the micro-batches; beside it what the dry run
+estimated. One thread; peak resident memory as Linux counts it.
 """
 
 from __future__ import annotations

@@ -2,11 +2,12 @@
 
     python -m benchmarks.precision.rounding_forecast --preset cpu        # about 5 minutes on one core
 
-Claims measured: the median over the samples of measured / forecast lies in [0.5, 2] where first order holds (forecast
-below 0.1 |x|); where the forecast decides (works, breaks), the measurement agrees in 99 % of the cases; the forecast
-costs at most ten passes of the inverse, beside the float64 copy that the measurement in float64 needs as well. A case
-is one stack in one arithmetic. Synthetic nets and data: weights as each library initialises them, those of the
-sub-networks' last layers multiplied by a gain; x ~ N(0, I).
+Claims measured: the median over the samples of measured / forecast lies in [0.5, 2] where first
+order holds (forecast below 0.1 |x|); where the forecast decides (works, breaks), the measurement
+agrees in 99 % of the cases; the forecast costs at most ten passes of the inverse, beside the
+float64 copy that the measurement in float64 needs as well. A case is one stack in one arithmetic.
+Synthetic nets and data: weights as each library initialises them, those of the sub-networks' last
+layers multiplied by a gain; x ~ N(0, I).
 """
 
 from __future__ import annotations
@@ -234,7 +235,8 @@ def amplify(module: nn.Module, gain: float) -> None:
 def cost(model: ig.Invertible, x: Tensor, config: Config) -> Row:
     """Processor time of the forecast, and of the float64 copy it needs, over one inverse pass; medians of five.
 
-    The measurement in float64 needs the same copy. A spline's inverse that checks its own discriminant raises.
+    The measurement in float64 needs the same copy. A spline's inverse that checks its own
+    discriminant raises.
     """
     z = model(x).detach()
     generator = torch.Generator().manual_seed(config.seed)

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from benchmarks.common.runner import preset
 from benchmarks.exploding_inverses import cifar10_classifiers, dequantization, regularizer_cost
-from benchmarks.exploding_inverses.classifier_report import compare_with_paper, with_theirs
+from benchmarks.exploding_inverses.classifier_report import compare_with_paper, with_paper_columns
 from benchmarks.exploding_inverses.flow_report import grid
 from benchmarks.exploding_inverses.image_classifiers import (
     FiniteDifferencesTerm,
@@ -25,7 +25,7 @@ from benchmarks.exploding_inverses.image_training import (
     Batch,
     Plan,
     decayed,
-    looks_until,
+    evaluation_steps,
     train,
     warmed_up,
 )
@@ -98,7 +98,7 @@ def test_pixels_cut_to_five_bits_keep_their_leading_bits():
 
 @given(steps=st.integers(1, 10**5), count=st.integers(1, 40))
 def test_looks_ascend_and_end_with_the_last_step(steps, count):
-    looks = looks_until(steps, count)
+    looks = evaluation_steps(steps, count)
     assert looks[-1] == steps
     assert looks[0] >= 1
     assert list(looks) == sorted(set(looks))
@@ -118,22 +118,22 @@ class Killed(Exception):
 def test_a_training_that_was_killed_continues_to_the_same_weights_and_rows(tmp_path, text):
     def run(checkpoint, kill_at=None):
         net = training(text)
-        looked = []
+        evaluated = []
 
-        def look():
-            looked.append(1)
-            if len(looked) == kill_at:
+        def evaluate():
+            evaluated.append(1)
+            if len(evaluated) == kill_at:
                 raise Killed
             return {"weight": float(sum(p.detach().double().sum() for p in net.net.parameters()))}
 
-        plan = Plan(steps=6, batch_size=16, looks=(2, 4, 6), rate=decayed((1,), 4))
+        plan = Plan(steps=6, batch_size=16, evaluations=(2, 4, 6), rate=decayed((1,), 4))
         optimizer = torch.optim.Adam(net.net.parameters(), 1e-2)
         return train(
             net.net,
             optimizer,
             net.loss(),
             plan=plan,
-            look=look,
+            evaluate=evaluate,
             checkpoint=checkpoint,
             examples=len(net.data.train),
         )
@@ -153,8 +153,8 @@ def test_a_loss_that_stays_nan_ends_the_training_with_a_row(tmp_path):
         net.net,
         torch.optim.Adam(net.net.parameters(), 1e30),
         net.loss(),
-        plan=Plan(steps=50, batch_size=16, looks=(1, 5, 50)),
-        look=net.look,
+        plan=Plan(steps=50, batch_size=16, evaluations=(1, 5, 50)),
+        evaluate=net.evaluate,
         checkpoint=tmp_path / "c.safetensors",
         examples=64,
     )
@@ -177,10 +177,10 @@ def test_steps_whose_gradient_is_not_finite_are_left_out(tmp_path, clip):
         return (weight.weight * (math.nan if batch.step == 1 else 1.0)).sum()
 
     torch.nn.init.ones_(weight.weight)
-    plan = Plan(steps=4, batch_size=1, looks=(1, 3, 4), clip=clip)
+    plan = Plan(steps=4, batch_size=1, evaluations=(1, 3, 4), clip=clip)
     optimizer = torch.optim.SGD(weight.parameters(), 0.25)
     rows = train(
-        weight, optimizer, loss, plan=plan, look=dict, checkpoint=tmp_path / "c", examples=1
+        weight, optimizer, loss, plan=plan, evaluate=dict, checkpoint=tmp_path / "c", examples=1
     )
     assert seen == [1, 0.75, 0.75, 0.5]
     assert [row["skipped_steps"] for row in rows] == [0, 1, 1]
@@ -262,19 +262,19 @@ def test_the_papers_figures_stand_beside_their_own_runs():
         "additive shuffle FD 1e-4",
         "affine conv FD 7e-7",
     ]
-    frame = with_theirs(
+    frame = with_paper_columns(
         pd.DataFrame([last_row(name) for name in names] + [last_row(names[0], data="digits")])
     )
-    assert frame["their_condition_number"].tolist()[:3] == [8.6e14, 9.6e3, 7.0e2]
-    assert frame["their_test_accuracy"].tolist()[:3] == pytest.approx([0.8907, 0.8864, 0.8849])
-    assert frame["their_test_accuracy"].isna().tolist() == [False, False, False, True, True]
+    assert frame["paper_condition_number"].tolist()[:3] == [8.6e14, 9.6e3, 7.0e2]
+    assert frame["paper_test_accuracy"].tolist()[:3] == pytest.approx([0.8907, 0.8864, 0.8849])
+    assert frame["paper_test_accuracy"].isna().tolist() == [False, False, False, True, True]
     assert (
         "/ -" in compare_with_paper(frame).set_index("run").loc["affine conv FD 7e-7", "accuracy"]
     )
 
 
 def test_the_papers_conclusions_hold_of_its_own_figures_and_not_of_others():
-    frame = with_theirs(
+    frame = with_paper_columns(
         pd.DataFrame([last_row(name) for name in preset(cifar10_classifiers, "paper").runs])
     )
     counted = conclusions(frame)
@@ -294,7 +294,7 @@ def test_a_residual_inverse_of_few_iterations_is_off_and_the_converged_one_is_no
         for parameter in flow.net.parameters():
             parameter.mul_(5)
     x = flow.attacked
-    off = round_trip(flow.few(), x, batch_size=8).largest.max()
+    off = round_trip(flow.with_few_iterations(), x, batch_size=8).largest.max()
     assert off > 100 * round_trip(flow.net.eval(), x, batch_size=8).largest.max()
     assert any(isinstance(layer, Residual) for layer in flow.net.layers())
 
@@ -310,7 +310,7 @@ def test_the_cost_of_k_steps_is_that_of_one_penalty():
     once, every_fourth = (row["overhead"] for row in rows)
     assert every_fourth == pytest.approx((3 + once) / 4)
     memory_saving = {row["every"]: row for row in regularizer_cost.measure(config, "memory-saving")}
-    assert memory_saving[0]["their_epoch_seconds"] == 281.0
+    assert memory_saving[0]["paper_epoch_seconds"] == 281.0
 
 
 def test_pixels_that_are_not_finite_are_drawn_in_cyan():

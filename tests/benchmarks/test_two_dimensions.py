@@ -11,7 +11,7 @@ import torch
 from benchmarks.common.runner import preset
 from benchmarks.exploding_inverses import checkerboard, flowgan, toy_regression
 from benchmarks.exploding_inverses.gan import discriminator, gradient_penalty
-from benchmarks.exploding_inverses.plane import round_trip_error, singular_values
+from benchmarks.exploding_inverses.stability import round_trip_error, singular_values
 from inn_guard.layers.actnorm import Diagonal
 from inn_guard.layers.chain import Chain
 from inn_guard.models.toy import regression_net
@@ -59,10 +59,10 @@ def test_the_regression_is_onto_a_line():
     assert torch.equal(x[:, 1], y[:, 1])
 
 
-def test_looks_begin_at_the_first_and_end_at_the_last_step():
+def test_evaluations_begin_at_the_first_and_end_at_the_last_step():
     config = toy_regression.Config()
-    looks = toy_regression.steps_to_look_at(config)
-    assert (min(looks), max(looks)) == (1, config.steps)
+    evaluated = toy_regression.evaluation_steps(config)
+    assert (min(evaluated), max(evaluated)) == (1, config.steps)
 
 
 def test_a_loss_that_is_not_finite_ends_a_regression_with_a_row():
