@@ -1,1 +1,1 @@
-"""Branch and bound."""
+"""Branch and bound of Lipschitz constants on boxes of up to four dimensions."""

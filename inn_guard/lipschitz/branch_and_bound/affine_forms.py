@@ -1,13 +1,13 @@
-"""Affine forms: numbers that are known up to linear terms in the box's coordinates, and a rest that is rounded upwards.
+"""Affine forms: numbers known up to linear terms in a box's coordinates, and a rest rounded upwards.
 
-q = middle + sum_i slopes_i e_i + rho with |e_i| <= 1 and |rho| <= rest. The e_i are shared by all forms of a box: what
-cancels to first order cancels here, so that an enclosure errs by the square of the box's width, not by its width.
+q = middle + sum_i slopes_i e_i + rho with |e_i| <= 1 and |rho| <= rest. All forms of a box share the
+e_i: first-order terms cancel, so that an enclosure errs by the square of the box's width.
 
-Rounding: an operation's exact middle and slopes differ from the computed ones by at most a few units in the last place
-of the products of the operands' sizes, which its rest takes up.
+Rounding: an operation's exact middle and slopes differ from the computed ones by at most a few units
+in the last place of the products of the operands' sizes. The rest includes this difference.
 
 References:
-    Affine NumberFormat: Concepts and Applications (de Figueiredo, Stolfi, 2004).
+    Affine Arithmetic: Concepts and Applications (de Figueiredo, Stolfi, 2004).
 """
 
 from __future__ import annotations
@@ -26,12 +26,10 @@ from inn_guard.numerics.rounding import UNIT
 
 __all__ = ["AffineForm"]
 
-ROUNDED = (
-    32 * UNIT
-)  #: relative error of an operation's middle and slopes; each takes a few roundings
-UPWARDS = (
-    1 + 64 * UNIT
-)  #: more than the relative error of a sum and product of a few dozen positive numbers
+#: relative error of an operation's middle and slopes; each takes a few roundings
+ROUNDED = 32 * UNIT
+#: more than the relative error of a sum and product of a few dozen positive numbers
+UPWARDS = 1 + 64 * UNIT
 TINY = 1e-290  #: more than what underflows in one operation
 
 
@@ -62,14 +60,14 @@ class AffineForm:
         middle = x.centre
         return cls(middle, middle.new_zeros(coordinates, *middle.shape), x.radius)
 
-    @property
-    def tensors(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Middle, slopes and rest."""
-        return self.middle, self.slopes, self.rest
+    def constant(self, value: float) -> AffineForm:
+        """One exact number in every entry of this form's shape."""
+        zero = torch.zeros_like(self.rest)
+        return AffineForm(torch.full_like(self.middle, value), torch.zeros_like(self.slopes), zero)
 
     @property
     def shape(self) -> torch.Size:
-        """Of the middle."""
+        """The shape of the middle."""
         return self.middle.shape
 
     @functools.cached_property
@@ -98,23 +96,22 @@ class AffineForm:
         )
 
     def map(self, function: Callable[[Tensor], Tensor]) -> AffineForm:
-        """A map that moves entries (index, reshape, expand) and leaves what is in front of them."""
-        return AffineForm(
-            function(self.middle),
-            torch.stack([function(s) for s in self.slopes]),
-            function(self.rest),
-        )
+        """A map that moves entries (index, reshape, expand), applied to every coordinate's slopes."""
+        slopes = torch.stack([function(slope) for slope in self.slopes])
+        return AffineForm(function(self.middle), slopes, function(self.rest))
 
     def __getitem__(self, index: Any) -> AffineForm:
-        behind: tuple[Any, ...] = (slice(None),) + (index if isinstance(index, tuple) else (index,))
-        return AffineForm(self.middle[index], self.slopes[behind], self.rest[index])
+        if not isinstance(index, tuple):
+            index = (index,)
+        return AffineForm(self.middle[index], self.slopes[(slice(None), *index)], self.rest[index])
 
     def replaced(self, index: Tensor, part: AffineForm, dim: int = 1) -> AffineForm:
         """Other entries at some places of a dimension."""
         return AffineForm(
-            self.middle.index_copy(dim, index, part.middle), self.slopes.index_copy(dim + 1, index, part.slopes),
+            self.middle.index_copy(dim, index, part.middle),
+            self.slopes.index_copy(dim + 1, index, part.slopes),
             self.rest.index_copy(dim, index, part.rest),
-        )  # fmt: skip
+        )
 
     def __neg__(self) -> AffineForm:
         return AffineForm(-self.middle, -self.slopes, self.rest)
@@ -134,9 +131,7 @@ class AffineForm:
 
     def __mul__(self, other: AffineForm | Tensor | float) -> AffineForm:
         if not isinstance(other, AffineForm):
-            rest = (self.rest + ROUNDED * self.size) * (
-                other.abs() if isinstance(other, Tensor) else abs(other)
-            ) + TINY
+            rest = (self.rest + ROUNDED * self.size) * abs(other) + TINY
             return AffineForm(self.middle * other, self.slopes * other, rest * UPWARDS)
         self._comparable(other)
         a, b = self, other
@@ -147,10 +142,11 @@ class AffineForm:
         return AffineForm(a.middle * b.middle, slopes, rest * UPWARDS)
 
     def _comparable(self, other: AffineForm) -> None:
-        # the coordinates are in front, where broadcasting would look for another dimension
+        # the first dimension of the slopes is that of the coordinates: broadcasting would mistake it
         if self.slopes.dim() != other.slopes.dim():
             raise ValueError(
-                f"expected as many dimensions, got {tuple(self.shape)} and {tuple(other.shape)}"
+                "expected two forms with as many dimensions, "
+                f"got {tuple(self.shape)} and {tuple(other.shape)}; insert dimensions of size 1"
             )
 
     def __rsub__(self, other: Tensor | float) -> AffineForm:
@@ -177,45 +173,49 @@ class AffineForm:
         square = inverse.square()
         least = self.middle.abs() * (1 - 2 * UNIT) - self.spread * UPWARDS
         half = self.spread.square() * square * 0.5 / least
-        rest = (
-            half
-            + square * self.rest
-            + ROUNDED * (inverse.abs() + square * self.spread + half)
-            + TINY
-        )
-        known = (
-            (least > 0) & (self.middle.abs() > 1e-150) & (self.middle.abs() < 1e150)
-        )  # its square is in range
+        rounding = ROUNDED * (inverse.abs() + square * self.spread + half) + TINY
+        rest = half + square * self.rest + rounding
+        # the square of the middle is in the range of floats
+        in_range = (self.middle.abs() > 1e-150) & (self.middle.abs() < 1e150)
+        known = (least > 0) & in_range
         rest = torch.where(known, rest * UPWARDS, math.inf)
         return AffineForm(inverse + half.copysign(self.middle), -square * self.slopes, rest)
 
     def within(self, inner: AffineForm, box: Interval) -> AffineForm:
-        """A form in the coordinates of ``box`` (B, d), as one in those of ``inner`` (B, d), of which box is the range.
+        """A form in the coordinates of ``box`` (B, d), as one in those of ``inner`` (B, d).
 
-        Inside a computation in a box's own coordinates nothing is lost of what ``inner`` knows as rest only.
+        ``box`` is the range of ``inner``. A computation in the coordinates of the box loses nothing
+        of what ``inner`` knows as rest only.
         """
-        centre, radius = box.centre, box.radius.clamp_min(TINY)
-        trail = [1] * (self.middle.dim() - 1)
-        share = [(s / radius).T.reshape(*radius.T.shape, *trail) for s in inner.slopes]
-        left = ((inner.middle - centre).abs() + inner.rest) / radius
-        slopes = torch.stack([(self.slopes * part).sum(0) for part in share])
+        radius = box.radius.clamp_min(TINY)
         size = self.slopes.abs()
-        rest = (
-            self.rest
-            + (size * left.T.reshape(*left.T.shape, *trail)).sum(0)
-            + ROUNDED * size.sum(0)
-            + TINY
-        )
-        return AffineForm(self.middle, slopes, rest * UPWARDS)
+        slopes = []
+        for slope in inner.slopes:
+            share = self._along_coordinates(slope / radius)
+            slopes.append((self.slopes * share).sum(0))
+        unexplained = ((inner.middle - box.centre).abs() + inner.rest) / radius
+        rest = self.rest + (size * self._along_coordinates(unexplained)).sum(0)
+        rest = rest + ROUNDED * size.sum(0) + TINY
+        return AffineForm(self.middle, torch.stack(slopes), rest * UPWARDS)
+
+    def _along_coordinates(self, values: Tensor) -> Tensor:
+        """(B, d) -> (d, B, 1, ...), which broadcasts with the slopes."""
+        return values.T.reshape(*values.T.shape, *[1] * (self.middle.dim() - 1))
 
     def better(self, other: Interval) -> AffineForm:
-        """This, or an interval that is known too, whichever is narrower, entry by entry."""
-        middle, radius = other.centre, other.radius
-        keep = (self.spread <= radius) | radius.isnan()
+        """This, or another enclosure of the same number, whichever is narrower, entry by entry."""
+        keep = (self.spread <= other.radius) | other.radius.isnan()
+        return self.where(
+            keep, AffineForm(other.centre, torch.zeros_like(self.slopes), other.radius)
+        )
+
+    def where(self, keep: Tensor, other: AffineForm) -> AffineForm:
+        """This where ``keep`` holds, the other form elsewhere."""
         return AffineForm(
-            torch.where(keep, self.middle, middle), torch.where(keep, self.slopes, 0.0),
-            torch.where(keep, self.rest, radius),
-        )  # fmt: skip
+            torch.where(keep, self.middle, other.middle),
+            torch.where(keep, self.slopes, other.slopes),
+            torch.where(keep, self.rest, other.rest),
+        )
 
     def widened(self, error: Tensor | float) -> AffineForm:
         """With more rest."""
@@ -233,25 +233,28 @@ class AffineForm:
         """One form that holds what either holds."""
         middle, slopes = (self.middle + other.middle) * 0.5, (self.slopes + other.slopes) * 0.5
         apart = (self.middle - other.middle).abs() + (self.slopes - other.slopes).abs().sum(0)
-        size = (
-            self.middle.abs()
-            + other.middle.abs()
-            + self.slopes.abs().sum(0)
-            + other.slopes.abs().sum(0)
-        )
+        size = self.middle.abs() + other.middle.abs()
+        size = size + self.slopes.abs().sum(0) + other.slopes.abs().sum(0)
         rest = 0.5 * apart + torch.maximum(self.rest, other.rest) + ROUNDED * size + TINY
         return AffineForm(middle, slopes, rest * UPWARDS)
 
     def sum(self, dim: int) -> AffineForm:
         """The sum along a dimension of a few entries."""
         dim = dim % self.middle.dim()
-        parts = [self.map(lambda t, k=k: t.select(dim, k)) for k in range(self.shape[dim])]
-        return functools.reduce(lambda a, b: a + b, parts)
+        total = self._entry(dim, 0)
+        for k in range(1, self.shape[dim]):
+            total = total + self._entry(dim, k)
+        return total
+
+    def _entry(self, dim: int, k: int) -> AffineForm:
+        slopes = self.slopes.select(dim + 1, k)
+        return AffineForm(self.middle.select(dim, k), slopes, self.rest.select(dim, k))
 
     @classmethod
     def stack(cls, parts: Sequence[AffineForm], dim: int = 0) -> AffineForm:
-        """Side by side in a new dimension (not a negative one)."""
+        """In a new dimension (not a negative one)."""
         return cls(
-            torch.stack([p.middle for p in parts], dim), torch.stack([p.slopes for p in parts], dim + 1),
-            torch.stack([p.rest for p in parts], dim),
-        )  # fmt: skip
+            torch.stack([part.middle for part in parts], dim),
+            torch.stack([part.slopes for part in parts], dim + 1),
+            torch.stack([part.rest for part in parts], dim),
+        )

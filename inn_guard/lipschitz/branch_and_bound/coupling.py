@@ -1,4 +1,4 @@
-"""What couplings do to small boxes, in affine forms: to first order where the transformer's curvature is known.
+"""Couplings on small boxes, in affine forms: to first order where the transformer's curvature is known.
 
 z = h(x; theta(u)) with dz/du = sum_k diag(dh/dtheta_k) dtheta_k/du.
 """
@@ -9,45 +9,41 @@ import functools
 import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol, runtime_checkable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from inn_guard.lipschitz.branch_and_bound.affine_forms import AffineForm
 from inn_guard.lipschitz.branch_and_bound.lookup_table import Table
-from inn_guard.lipschitz.branch_and_bound.taylor import Direct
-from inn_guard.lipschitz.transformers.affine import Additive, Affine, Transformer
+from inn_guard.lipschitz.branch_and_bound.taylor import NetworkOnBoxes
+from inn_guard.lipschitz.transformers.affine import Additive, Affine
+from inn_guard.lipschitz.transformers.base import Transformer
 from inn_guard.numerics.intervals import Interval
 
-__all__ = ["ByParameters", "Coupled", "Local", "Parameters", "evaluated", "looked_up"]
+__all__ = ["ByParameters", "CoupledEntries", "CouplingOnBoxes", "evaluated", "looked_up"]
 
 
-class Local(NamedTuple):
+class CoupledEntries(NamedTuple):
     """z = h(x; theta(u)) over boxes of the kept u (B, k) and the changed x (B, e), in coordinates of u, then of x.
 
     Attributes:
         value: z, (B, e).
         slope: dz/dx, (B, e).
-        flat: one over dz/dx, (B, e).
-        moves: dz/du, (B, e, k).
-        relative: dz/du over dz/dx, (B, e, k).
+        inverse_slope: one over dz/dx, (B, e).
+        partials: dz/du, (B, e, k).
+        log_partials: dz/du over dz/dx, (B, e, k).
     """
 
     value: AffineForm
     slope: AffineForm
-    flat: AffineForm
-    moves: AffineForm
-    relative: AffineForm
+    inverse_slope: AffineForm
+    partials: AffineForm
+    log_partials: AffineForm
 
 
-@runtime_checkable
-class Coupled(Protocol):
-    """A coupling on boxes."""
-
-    def __call__(self, kept: Interval, x: Interval) -> Local:
-        """Over boxes of its kept entries (B, k) and of its changed ones (B, e)."""
-        ...
+#: a coupling: boxes of its kept entries (B, k) and of its changed ones (B, e) -> what happens to these
+CouplingOnBoxes = Callable[[Interval, Interval], CoupledEntries]
 
 
 class Parameters(NamedTuple):
@@ -62,11 +58,11 @@ class Parameters(NamedTuple):
     rate: AffineForm
 
 
-Network = Callable[[AffineForm], Parameters]
+ParametersOf = Callable[[AffineForm], Parameters]
 
 
-def looked_up(table: Table) -> Network:
-    """A network of one input."""
+def looked_up(table: Table) -> ParametersOf:
+    """A network of one input, by a table."""
 
     def network(u: AffineForm) -> Parameters:
         found = table(u[:, 0])
@@ -75,17 +71,17 @@ def looked_up(table: Table) -> Network:
     return network
 
 
-def evaluated(direct: Direct) -> Network:
-    """A network of several inputs, anew on every box: its derivatives are intervals."""
+def evaluated(network: NetworkOnBoxes) -> ParametersOf:
+    """A network of several inputs, evaluated on every box: its derivatives are intervals."""
 
-    def network(u: AffineForm) -> Parameters:
+    def parameters(u: AffineForm) -> Parameters:
         box = u.range
-        jet = direct.jet(box)
+        jet = network.jet(box)
         rate = AffineForm.of(jet.slope.map(lambda t: t.mT), len(u.slopes))
         moved = (rate * (u - box.centre)[:, None]).sum(2)
         return Parameters(moved + AffineForm.of(jet.centre, len(u.slopes)), rate)
 
-    return network
+    return parameters
 
 
 class _Factors(NamedTuple):
@@ -94,67 +90,61 @@ class _Factors(NamedTuple):
     Attributes:
         value: h.
         slope: dh/dx.
-        flat: one over dh/dx.
+        inverse_slope: one over dh/dx.
         sensitivities: dh/dtheta_k.
-        relative: the same over dh/dx.
+        log_sensitivities: the same over dh/dx.
     """
 
     value: AffineForm
     slope: AffineForm
-    flat: AffineForm
+    inverse_slope: AffineForm
     sensitivities: Sequence[AffineForm]
-    relative: Sequence[AffineForm]
+    log_sensitivities: Sequence[AffineForm]
 
 
 @functools.singledispatch
 def _factors(h: Transformer, x: AffineForm, theta: Sequence[AffineForm]) -> _Factors:
     """By intervals: the value by the mean-value form, derivatives without linear parts."""
-    m, box, over = len(x.slopes), x.range, [part.range for part in theta]
-    slope, sensitivities = h.slope(box, over), h.sensitivities(box, over)
-    form = functools.partial(AffineForm.of, coordinates=m)
-    thin = [Interval.of(part.middle) for part in theta]
-    moved = [
-        form(f) * (t - t.middle) for f, t in zip([slope, *sensitivities], [x, *theta], strict=True)
-    ]
-    value = _sum([form(h.value(Interval.of(x.middle), thin)), *moved])
-    relative = [form(part) for part in h.relative(box, over)]
-    return _Factors(
-        value,
-        form(slope),
-        form(slope.reciprocal()),
-        [form(part) for part in sensitivities],
-        relative,
-    )
+    form = functools.partial(AffineForm.of, coordinates=len(x.slopes))
+    box, over = x.range, [part.range for part in theta]
+    slope = h.slope(box, over)
+    sensitivities = [form(part) for part in h.sensitivities(box, over)]
+    log_sensitivities = [form(part) for part in h.log_sensitivities(box, over)]
+    value = form(h.value(Interval.of(x.middle), [Interval.of(part.middle) for part in theta]))
+    value = value + form(slope) * (x - x.middle)
+    for sensitivity, part in zip(sensitivities, theta, strict=True):
+        value = value + sensitivity * (part - part.middle)
+    return _Factors(value, form(slope), form(slope.reciprocal()), sensitivities, log_sensitivities)
 
 
 @_factors.register
-def _(h: Additive, x: AffineForm, theta: Sequence[AffineForm]) -> _Factors:
-    one = AffineForm(
-        torch.ones_like(x.middle), torch.zeros_like(x.slopes), torch.zeros_like(x.rest)
-    )
+def factors_of_additive(h: Additive, x: AffineForm, theta: Sequence[AffineForm]) -> _Factors:
+    """x + t, whose derivatives are exactly one."""
+    one = x.constant(1.0)
     return _Factors(x + theta[0], one, one, [one], [one])
 
 
 @_factors.register
-def _(h: Affine, x: AffineForm, theta: Sequence[AffineForm]) -> _Factors:
+def factors_of_affine(h: Affine, x: AffineForm, theta: Sequence[AffineForm]) -> _Factors:
+    """x g(s) + t, g and g' to first order in s."""
     t, s = theta[h.order[0]], theta[h.order[1]]
     point, over = Interval.of(s.middle), s.range
     scale, rise = h.scale.value(over), h.scale.slope(over)
-    g_rate = s.weighted(h.scale.second_derivative(over), h.scale.slope(point)).better(rise)
+    curvature = h.scale.second_derivative(over)
+    g_rate = s.weighted(curvature, h.scale.slope(point)).better(rise)
     g = s.weighted(rise, h.scale.value(point)).better(scale)
-    flat = g.reciprocal()
-    one = AffineForm(
-        torch.ones_like(x.middle), torch.zeros_like(x.slopes), torch.zeros_like(x.rest)
-    )
-    sensitivities, relative = [one, x * g_rate], [flat, x * (g_rate * flat)]
+    inverse = g.reciprocal()
+    sensitivities = [x.constant(1.0), x * g_rate]
+    log_sensitivities = [inverse, x * (g_rate * inverse)]
     if h.order != (0, 1):
-        sensitivities, relative = sensitivities[::-1], relative[::-1]
-    return _Factors(x * g + t, g, flat, sensitivities, relative)
+        sensitivities.reverse()
+        log_sensitivities.reverse()
+    return _Factors(x * g + t, g, inverse, sensitivities, log_sensitivities)
 
 
 @dataclass(frozen=True)
 class ByParameters:
-    """Any transformer.
+    """A coupling with any transformer.
 
     Attributes:
         h: the transformer.
@@ -163,23 +153,24 @@ class ByParameters:
     """
 
     h: Transformer
-    network: Network
+    network: ParametersOf
     rows: Sequence[Tensor]
 
-    def __call__(self, kept: Interval, x: Interval) -> Local:
+    def __call__(self, kept: Interval, x: Interval) -> CoupledEntries:
         """Value and derivatives."""
         both, k = AffineForm.coordinates(Interval.cat([kept, x], 1)), kept.shape[1]
         raw = self.network(both[:, :k])
-        theta, rates = zip(
-            *((raw.value[:, index], raw.rate[:, index]) for index in self.rows), strict=True
+        rates = [raw.rate[:, index] for index in self.rows]
+        f = _factors(self.h, both[:, k:], [raw.value[:, index] for index in self.rows])
+        return CoupledEntries(
+            f.value,
+            f.slope,
+            f.inverse_slope,
+            _chain_rule(f.sensitivities, rates),
+            _chain_rule(f.log_sensitivities, rates),
         )
-        f = _factors(self.h, both[:, k:], theta)
-        moves, relative = (
-            _sum([factor[..., None] * rate for factor, rate in zip(factors, rates, strict=True)])
-            for factors in (f.sensitivities, f.relative)
-        )
-        return Local(f.value, f.slope, f.flat, moves, relative)
 
 
-def _sum(parts: Sequence[AffineForm]) -> AffineForm:
-    return functools.reduce(operator.add, parts)
+def _chain_rule(factors: Sequence[AffineForm], rates: Sequence[AffineForm]) -> AffineForm:
+    products = [factor[..., None] * rate for factor, rate in zip(factors, rates, strict=True)]
+    return functools.reduce(operator.add, products)

@@ -1,8 +1,9 @@
 """Branch and bound on boxes of a few dimensions with Jacobians as affine forms, rounded outwards.
 
-Every box carries its image and J, or J^-1, through all layers: linear in the box's coordinates up to a rest of second
-order in its width. The norm of such a matrix is at most its norm at the worst corner plus that of its rest. The boxes
-with the largest bounds are split until the bound meets the witnessed lower bound.
+Every box carries its image and J, or J^-1, through all layers: linear in the box's coordinates up to
+a rest of second order in its width. The norm of such a matrix is at most its norm at the worst corner
+plus that of its rest. The boxes with the largest bounds are split until the bound meets the witnessed
+lower bound.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from inn_guard.core.tensors import finite_rows
 from inn_guard.execution.deadline import Deadline
 from inn_guard.lipschitz.branch_and_bound.affine_forms import ROUNDED, AffineForm
 from inn_guard.lipschitz.branch_and_bound.propagation import State, Step, step_of
@@ -27,10 +29,12 @@ from inn_guard.numerics.rounding import UNIT
 
 __all__ = ["BranchAndBoundResult", "branch_and_bound", "form_norm"]
 
+GRID = 1024  #: boxes to begin with
 BATCH = 8192  #: boxes evaluated at once
-FIRST = 256  #: boxes evaluated at first, to see how long they take
+FIRST = 256  #: boxes evaluated at first, to measure how long they take
 PROBED = 32  #: middles of the worst boxes at which the lower bound is measured
 SPREAD = 0.5  #: margin of a table beyond the values seen, in units of their range
+ENLARGED = 1e-10  #: by which a singular value is enlarged before it is checked
 
 
 @dataclass(frozen=True)
@@ -39,7 +43,7 @@ class BranchAndBoundResult:
 
     Attributes:
         pair: bounds of sup ||J|| and sup ||J^-1|| over the box.
-        boxes: how many boxes were evaluated, per direction.
+        boxes: number of boxes evaluated, per direction.
         leaves: the same bounds by name, for a certificate.
     """
 
@@ -48,53 +52,7 @@ class BranchAndBoundResult:
     leaves: Mapping[str, float] = field(default_factory=dict)
 
 
-def form_norm(J: AffineForm) -> Tensor:
-    """An upper bound of the spectral norm of every matrix in J (B, m, n), small m and n, (B,).
-
-    The norm is convex: the linear part is largest at a corner of the box, and the rest adds at most its own norm.
-    """
-    signs = torch.tensor(
-        list(itertools.product((-1.0, 1.0), repeat=len(J.slopes))), dtype=torch.float64
-    )
-    corners = [J.middle + (corner[:, None, None, None] * J.slopes).sum(0) for corner in signs]
-    rest = J.rest + ROUNDED * (J.middle.abs() + J.linear)
-    norm = torch.stack([matrix_norms(A) for A in corners]).amax(0) + matrix_norms(rest)
-    return (norm * (1 + 4 * UNIT)).nan_to_num(math.inf, math.inf)
-
-
-def matrix_norms(A: Tensor) -> Tensor:
-    """An upper bound of the spectral norms of matrices (B, m, n) with two columns, or of a few dozen, (B,)."""
-    scale = A.abs().amax((1, 2)).clamp(1e-300, 1e300)
-    A = A / scale[:, None, None]
-    if A.shape[1:] == (2, 2):
-        # sigma_1 +- sigma_2 squared are |A|_F^2 +- 2 |det A|, each known up to a few units of |A|_F^2
-        square = A.square().sum((1, 2))
-        twice, slack = (
-            2 * (A[:, 0, 0] * A[:, 1, 1] - A[:, 0, 1] * A[:, 1, 0]).abs(),
-            16 * UNIT * square,
-        )
-        s = ((square + twice + slack).sqrt() + ((square - twice).clamp_min(0) + slack).sqrt()) / 2
-    else:
-        s = _by_singular_values(A)
-    return s * scale * (1 + 16 * UNIT)
-
-
-def _by_singular_values(A: Tensor) -> Tensor:
-    """Singular values enlarged by 1e-10 and checked by a Cholesky factorisation of s^2 I - A^T A.
-
-    For up to a few dozen rows its rounding is far below that margin.
-    """
-    known = A.flatten(1).isfinite().all(1)
-    s = torch.linalg.matrix_norm(torch.where(known[:, None, None], A, 0.0), 2) * (1 + 1e-10)
-    gram = -(A.mT @ A)
-    gram.diagonal(dim1=1, dim2=2).add_((s.square() * (1 - 1e-11))[:, None])
-    proved = known & (
-        torch.linalg.cholesky_ex(torch.where(known[:, None, None], gram, 0.0))[1] == 0
-    )
-    return torch.where(proved | (A == 0).all(2).all(1), s, math.inf)
-
-
-InputFamily = Callable[[Tensor], Pair]
+Probe = Callable[[Tensor], Pair]
 
 
 def branch_and_bound(
@@ -102,7 +60,7 @@ def branch_and_bound(
     box: Interval,
     *,
     lower: Pair,
-    probe: InputFamily | None = None,
+    probe: Probe | None = None,
     deadline: Deadline | None = None,
     tolerance: float = 1.005,
 ) -> BranchAndBoundResult:
@@ -111,33 +69,105 @@ def branch_and_bound(
     Args:
         layers: the maps in order.
         box: (d,), bounded.
-        lower: witnessed lower bounds; the search of a direction ends where its bound is ``tolerance`` times as large.
-        probe: measures both lower bounds at points (B, d): called with the middles of the worst boxes.
-        deadline: of both directions together; a minute from now unless given.
+        lower: witnessed lower bounds; a direction ends at a bound ``tolerance`` times as large.
+        probe: measures both lower bounds at points (B, d), the middles of the worst boxes.
+        deadline: of both directions together; default: a minute from now.
         tolerance: see ``lower``.
 
     Returns:
         The bounds; infinite where time ran out before every box had a finite one.
 
     Raises:
-        Unbounded: if a layer has no interval Jacobian, or if time runs out before the search begins.
+        Unbounded: if a layer has no interval Jacobian, or time runs out before the search begins.
     """
     deadline = deadline or Deadline.after(60.0)
-    steps = _steps(_opened(layers), box, deadline)
-    found, boxes = [], []
-    for k, low in enumerate(lower):
-
-        def measured(points: Tensor, k: int = k) -> float:
-            return 0.0 if probe is None else probe(points)[k]
-
-        goal = _Goal(low, tolerance, measured, deadline.fraction(1 / (2 - k)))
-        bound, count = _searched(steps, box, goal, _Side(k == 1))
-        found.append(bound)
-        boxes.append(float(count))
-    pair = Pair(*found)
+    steps = _steps(_flattened(layers), box, deadline)
+    direction = _Direction(steps, probe, of_inverse=False)
+    goal = _Goal(lower.forward, tolerance, deadline.fraction(0.5))
+    forward, first_count = _searched(direction, box, goal)
+    direction = _Direction(steps, probe, of_inverse=True)
+    inverse, last_count = _searched(direction, box, _Goal(lower.inverse, tolerance, deadline))
     return BranchAndBoundResult(
-        pair, Pair(*boxes), {"forward": pair.forward, "inverse": pair.inverse}
+        Pair(forward, inverse),
+        Pair(float(first_count), float(last_count)),
+        leaves={"forward": forward, "inverse": inverse},
     )
+
+
+def form_norm(J: AffineForm) -> Tensor:
+    """An upper bound of the spectral norm of every matrix in J (B, m, n), small m and n, (B,).
+
+    The norm is convex: the linear part is largest at a corner of the box, and the rest adds at most
+    its own norm.
+    """
+    largest = torch.zeros(len(J.middle), dtype=torch.float64)
+    for signs in itertools.product((-1.0, 1.0), repeat=len(J.slopes)):
+        corner = torch.tensor(signs, dtype=torch.float64)[:, None, None, None]
+        largest = torch.maximum(largest, matrix_norms(J.middle + (corner * J.slopes).sum(0)))
+    rest = J.rest + ROUNDED * (J.middle.abs() + J.linear)
+    norm = largest + matrix_norms(rest)
+    return (norm * (1 + 4 * UNIT)).nan_to_num(math.inf, math.inf)
+
+
+def matrix_norms(A: Tensor) -> Tensor:
+    """An upper bound of the spectral norms of matrices (B, m, n) of up to a few dozen rows, (B,)."""
+    scale = A.abs().amax((1, 2)).clamp(1e-300, 1e300)
+    A = A / scale[:, None, None]
+    if A.shape[1:] != (2, 2):
+        return _by_singular_values(A) * scale * (1 + 16 * UNIT)
+    # sigma_1 +- sigma_2 squared are |A|_F^2 +- 2 |det A|, each known up to a few units of |A|_F^2
+    square = A.square().sum((1, 2))
+    slack = 16 * UNIT * square
+    twice = 2 * (A[:, 0, 0] * A[:, 1, 1] - A[:, 0, 1] * A[:, 1, 0]).abs()
+    total = (square + twice + slack).sqrt()
+    difference = ((square - twice).clamp_min(0) + slack).sqrt()
+    return (total + difference) / 2 * scale * (1 + 16 * UNIT)
+
+
+def _by_singular_values(A: Tensor) -> Tensor:
+    """Singular values, enlarged and checked by a Cholesky factorisation of s^2 I - A^T A.
+
+    For up to a few dozen rows the rounding of the check is far below its margin, a tenth of what
+    the singular values are enlarged by.
+    """
+    known = finite_rows(A)
+    finite = torch.where(known[:, None, None], A, 0.0)
+    s = torch.linalg.matrix_norm(finite, 2) * (1 + ENLARGED)
+    gram = -(finite.mT @ finite)
+    gram.diagonal(dim1=1, dim2=2).add_((s.square() * (1 - 0.1 * ENLARGED))[:, None])
+    proved = known & (torch.linalg.cholesky_ex(gram)[1] == 0)
+    zero = (A == 0).all(2).all(1)
+    return torch.where(proved | zero, s, math.inf)
+
+
+@dataclass(frozen=True)
+class _Direction:
+    """Which Jacobian is bounded, and how."""
+
+    steps: Sequence[Step]
+    probe: Probe | None
+    of_inverse: bool
+
+    def bounds(self, lo: Tensor, hi: Tensor) -> Tensor:
+        """Upper bounds, per box, (B,)."""
+        start = State.of(Interval(lo, hi))
+        if self.of_inverse:
+            return form_norm(self._after(State(start.x, None, start.K)).K)
+        return form_norm(self._after(State(start.x, start.J, None)).J)
+
+    def lower_bound(self, points: Tensor) -> float:
+        """The lower bound after a measurement at some points."""
+        if self.probe is None:
+            return 0.0
+        found = self.probe(points)
+        if self.of_inverse:
+            return found.inverse
+        return found.forward
+
+    def _after(self, state: State) -> State:
+        for step in self.steps:
+            state = step(state)
+        return state
 
 
 @dataclass
@@ -146,13 +176,12 @@ class _Goal:
 
     lower: float
     tolerance: float
-    probe: Callable[[Tensor], float]
     deadline: Deadline
 
-    def raised(self, points: Tensor) -> None:
-        """Look for a better lower bound at some points, while there is time."""
+    def raise_lower_bound(self, direction: _Direction, points: Tensor) -> None:
+        """Measure the lower bound at some points, while there is time."""
         if not self.deadline.passed:
-            self.lower = max(self.lower, self.probe(points))
+            self.lower = max(self.lower, direction.lower_bound(points))
 
     @property
     def bound(self) -> float:
@@ -160,68 +189,58 @@ class _Goal:
         return self.lower * self.tolerance
 
 
-@dataclass(frozen=True)
-class _Side:
-    """Which Jacobian is bounded."""
+class _BatchScheduler:
+    """Boxes in batches that are expected to end in time."""
 
-    of_inverse: bool
-
-    def bound(self, steps: Sequence[Step], lo: Tensor, hi: Tensor) -> Tensor:
-        """Per box, (B,)."""
-        first = State.of(Interval(lo, hi))
-        state = State(first.x, None, first.K) if self.of_inverse else State(first.x, first.J, None)
-        for step in steps:
-            state = step(state)
-        J = state.K if self.of_inverse else state.J
-        return torch.full((len(lo),), math.inf, dtype=torch.float64) if J is None else form_norm(J)
-
-
-class _Pace:
-    """Boxes in batches that are foreseen to end in time; those that are not reached stay unknown."""
-
-    def __init__(self, steps: Sequence[Step], side: _Side, deadline: Deadline) -> None:
-        self.steps, self.side, self.deadline = steps, side, deadline
+    def __init__(self, direction: _Direction, deadline: Deadline) -> None:
+        self.direction, self.deadline = direction, deadline
         self.batch = FIRST
 
     def bounds(self, lo: Tensor, hi: Tensor) -> Tensor:
         """Per box, (B,); infinite where time ran out."""
-        found: list[Tensor] = []
+        found = torch.full((len(lo),), math.inf, dtype=torch.float64)
         done = 0
         while done < len(lo) and not self.deadline.passed:
-            left = self.deadline.left
-            found.append(
-                self.side.bound(
-                    self.steps, lo[done : done + self.batch], hi[done : done + self.batch]
-                )
-            )
-            done += len(found[-1])
-            pace = max(left - self.deadline.left, 1e-9) / len(found[-1])
-            self.batch = int(min(BATCH, 4 * self.batch, max(0.3 * self.deadline.left / pace, 1)))
-        return torch.cat([*found, torch.full((len(lo) - done,), math.inf, dtype=torch.float64)])
+            before, batch = self.deadline.left, slice(done, done + self.batch)
+            found[batch] = self.direction.bounds(lo[batch], hi[batch])
+            count = len(lo[batch])
+            done += count
+            seconds = max(before - self.deadline.left, 1e-9) / count
+            affordable = max(0.3 * self.deadline.left / seconds, 1)
+            self.batch = int(min(BATCH, 4 * self.batch, affordable))
+        return found
 
 
-def _searched(steps: Sequence[Step], box: Interval, goal: _Goal, side: _Side) -> tuple[float, int]:
-    pace, count, settled = _Pace(steps, side, goal.deadline), 0, 0.0
+def _searched(direction: _Direction, box: Interval, goal: _Goal) -> tuple[float, int]:
+    """The bound over the box, with the number of boxes evaluated."""
+    scheduler, count, closed_bound = _BatchScheduler(direction, goal.deadline), 0, 0.0
     new_lo, new_hi = _grid(box)
     parent = torch.full((len(new_lo),), math.inf, dtype=torch.float64)
     lo, hi, bound = new_lo[:0], new_hi[:0], parent[:0]
     while True:
         count += len(new_lo)
         lo, hi = torch.cat([lo, new_lo]), torch.cat([hi, new_hi])
-        bound = torch.cat([bound, torch.minimum(pace.bounds(new_lo, new_hi), parent)])
+        bound = torch.cat([bound, torch.minimum(scheduler.bounds(new_lo, new_hi), parent)])
         worst = bound.topk(min(PROBED, len(bound))).indices
-        goal.raised(lo[worst] / 2 + hi[worst] / 2)
-        open_ = bound > goal.bound
-        settled = max(settled, float(bound[~open_].max()) if bool((~open_).any()) else 0.0)
-        lo, hi, bound = lo[open_], hi[open_], bound[open_]
+        goal.raise_lower_bound(direction, lo[worst] / 2 + hi[worst] / 2)
+        is_open = bound > goal.bound
+        closed_bound = max(closed_bound, _largest(bound[~is_open]))
+        lo, hi, bound = lo[is_open], hi[is_open], bound[is_open]
         if not len(bound) or goal.deadline.passed:
-            return max(settled, float(bound.max()) if len(bound) else 0.0), count
-        worst = bound.topk(min(max(pace.batch // 2, 1), len(bound))).indices
+            return max(closed_bound, _largest(bound)), count
+        worst = bound.topk(min(max(scheduler.batch // 2, 1), len(bound))).indices
         rest = torch.ones(len(bound), dtype=torch.bool)
         rest[worst] = False
         new_lo, new_hi = _halved(lo[worst], hi[worst])
         parent = bound[worst].repeat(2)
         lo, hi, bound = lo[rest], hi[rest], bound[rest]
+
+
+def _largest(bounds: Tensor) -> float:
+    """The largest of some bounds; 0 if there are none."""
+    if not len(bounds):
+        return 0.0
+    return float(bounds.max())
 
 
 def _halved(lo: Tensor, hi: Tensor) -> tuple[Tensor, Tensor]:
@@ -236,42 +255,47 @@ def _halved(lo: Tensor, hi: Tensor) -> tuple[Tensor, Tensor]:
 def _grid(box: Interval) -> tuple[Tensor, Tensor]:
     """About a thousand equal boxes that cover the box."""
     d = box.shape[0]
-    side = max(round(1024 ** (1 / d)), 1)
-    edges = [
-        torch.linspace(float(a), float(b), side + 1, dtype=torch.float64)
-        for a, b in zip(box.lo, box.hi, strict=True)
-    ]
-    for edge, a, b in zip(edges, box.lo, box.hi, strict=True):
-        edge[0], edge[-1] = a, b
-    corners = torch.cartesian_prod(*[torch.arange(side) for _ in range(d)]).reshape(-1, d)
-    lo = torch.stack([edge[corners[:, k]] for k, edge in enumerate(edges)], 1)
-    hi = torch.stack([edge[corners[:, k] + 1] for k, edge in enumerate(edges)], 1)
-    return lo, hi
+    side = max(round(GRID ** (1 / d)), 1)
+    corners = torch.cartesian_prod(*[torch.arange(side)] * d).reshape(-1, d)
+    lo, hi = [], []
+    for k, (start, end) in enumerate(zip(box.lo, box.hi, strict=True)):
+        edges = torch.linspace(float(start), float(end), side + 1, dtype=torch.float64)
+        edges[0], edges[-1] = start, end
+        lo.append(edges[corners[:, k]])
+        hi.append(edges[corners[:, k] + 1])
+    return torch.stack(lo, 1), torch.stack(hi, 1)
 
 
-def _opened(layers: Sequence[BoundedMap]) -> list[BoundedMap]:
-    return [
-        part for m in layers for part in (_opened(m.parts) if isinstance(m, Composition) else [m])
-    ]
+def _flattened(layers: Sequence[BoundedMap]) -> list[BoundedMap]:
+    """Layers with the parts of compositions in their place."""
+    parts: list[BoundedMap] = []
+    for layer in layers:
+        if isinstance(layer, Composition):
+            parts += _flattened(layer.parts)
+        else:
+            parts.append(layer)
+    return parts
 
 
 def _steps(layers: Sequence[BoundedMap], box: Interval, deadline: Deadline) -> list[Step]:
-    """The steps, tables made for what points of the box reach, widened; what leaves them gets infinite bounds."""
+    """The steps, with tables for the values that points of the box reach, and some more.
+
+    A box that leaves a table gets an infinite bound.
+    """
     points, _ = _grid(box)
-    far = torch.stack([box.lo, box.hi, box.centre])
-    points = torch.cat([points, far])
-    reach, steps = box, []
+    points = torch.cat([points, torch.stack([box.lo, box.hi, box.centre])])
     state = State(AffineForm.coordinates(Interval(points, points)), None, None)
+    domain, steps = box, []
     for layer in layers:
         if deadline.passed:
             raise Unbounded("time ran out")
-        step = step_of(layer, reach)
+        step = step_of(layer, domain)
         steps.append(step)
         state = step(state)
         image = state.x.range
-        seen = Interval(image.lo.amin(0), image.hi.amax(0))
-        margin = SPREAD * (seen.hi - seen.lo) + 1e-3
-        reach = Interval(seen.lo - margin, seen.hi + margin)
-        if not reach.bounded:
+        lo, hi = image.lo.amin(0), image.hi.amax(0)
+        margin = SPREAD * (hi - lo) + 1e-3
+        domain = Interval(lo - margin, hi + margin)
+        if not domain.bounded:
             raise Unbounded("values leave the range of floats")
     return steps

@@ -4,8 +4,9 @@ With the knots q = (x_k, y_k, w_k, h_k, d_k, d_{k+1}) as functions of the kept e
 
     df/du = y' + alpha h' + h (alpha_s s' + alpha_d0 d0' + alpha_d1 d1') - f_x (x_k' + xi w'),   s = h / w
 
-has six terms, where the sum over the network's raw outputs has one for every parameter and loses what cancels in the
-softmax. A box that touches several bins takes the hull of what each bin's formula, continued beyond the bin, gives.
+has six terms, where the sum over the network's raw outputs has one for every parameter and loses what
+cancels in the softmax. A box that touches several bins takes the hull of what each bin's formula,
+continued beyond the bin, gives.
 """
 
 from __future__ import annotations
@@ -18,16 +19,18 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn import functional
+from torch.nn.functional import softplus
 
 from inn_guard.lipschitz.branch_and_bound.affine_forms import AffineForm
-from inn_guard.lipschitz.branch_and_bound.coupling import Local
+from inn_guard.lipschitz.branch_and_bound.coupling import CoupledEntries
 from inn_guard.lipschitz.branch_and_bound.lookup_table import Table
-from inn_guard.lipschitz.branch_and_bound.taylor import Direct, Jet
-from inn_guard.lipschitz.transformers.rational_quadratic import RationalQuadraticSpline, WorkSharing
+from inn_guard.lipschitz.branch_and_bound.taylor import Jet, NetworkOnBoxes
+from inn_guard.lipschitz.transformers.base import ones
+from inn_guard.lipschitz.transformers.rational_quadratic import RationalQuadraticSpline
+from inn_guard.lipschitz.transformers.spline import SoftmaxBounds
 from inn_guard.numerics.intervals import Interval
 
-__all__ = ["KnotJets", "SplineOnBoxes"]
+__all__ = ["SplineKnots", "SplineOnBoxes"]
 
 TOUCHED = 3  #: bins to each side of the first that a box may touch
 ROLES = 6  #: x, y, w, h and both d of a bin
@@ -35,11 +38,15 @@ ROLES = 6  #: x, y, w, h and both d of a bin
 
 @dataclass(frozen=True)
 class _Curve:
-    """A function of u: its value, its derivative and, where it is asked for, its second derivative."""
+    """A function of u: its value, its first and its second derivative."""
 
     value: Interval
     first: Interval
     second: Interval
+
+    @classmethod
+    def constant(cls, value: Interval) -> _Curve:
+        return cls(value, value * 0.0, value * 0.0)
 
     def times(self, factor: Interval) -> _Curve:
         return _Curve(self.value * factor, self.first * factor, self.second * factor)
@@ -48,91 +55,107 @@ class _Curve:
         return _Curve(self.value + shift, self.first, self.second)
 
 
-class KnotJets:
-    """A spline's knots as jets of the network's one input: x, y, w, h, d_k and d_{k+1} of every bin of every entry.
+class SplineKnots:
+    """A spline's knots as functions of the network's one input: x, y, w, h, d_k and d_{k+1} of every bin.
 
     Args:
-        direct: the network.
-        spline: what its outputs mean.
+        network: gives the raw parameters.
+        spline: what they mean.
         rows: for every parameter the outputs that hold it, one for each changed entry.
     """
 
     def __init__(
-        self, direct: Direct, spline: RationalQuadraticSpline, rows: Sequence[Tensor]
+        self, network: NetworkOnBoxes, spline: RationalQuadraticSpline, rows: Sequence[Tensor]
     ) -> None:
-        self.direct, self.spline, self.rows = direct, spline, rows
+        self.network, self.spline, self.rows = network, spline, rows
 
     def jet(self, x: Interval) -> Jet:
-        """All knots, (B, 6 bins e): the six of a bin side by side, then bin by bin, then entry by entry."""
-        raw = self.direct.jet(x)
+        """All knots, (B, 6 bins e): the six of a bin, then bin by bin, then entry by entry."""
+        raw = self.network.jet(x)
         if raw.second_derivative is None:
-            raise ValueError("expected a network of one input")
+            raise ValueError("expected a network of one input, got one of several")
         zero = Interval.of(torch.zeros_like(raw.centre.lo))
-        at = self._knots(raw.centre, raw.rate[:, 0], zero)
-        over = self._knots(raw.value, raw.slope[:, 0], raw.second_derivative[:, 0])
-        rate, slope, bend = (
-            part.map(lambda t: t[:, None]) for part in (at.first, over.first, over.second)
+        at = self._knots(_Curve(raw.centre, raw.rate[:, 0], zero))
+        over = self._knots(_Curve(raw.value, raw.slope[:, 0], raw.second_derivative[:, 0]))
+        return Jet(
+            at.value,
+            over.value,
+            at.first.map(_with_input),
+            over.first.map(_with_input),
+            over.second.map(_with_input),
         )
-        return Jet(at.value, over.value, rate, slope, bend)
 
-    def _knots(self, value: Interval, first: Interval, second: Interval) -> _Curve:
-        u = [_Curve(value[:, index], first[:, index], second[:, index]) for index in self.rows]
-        n, spline = self.spline.bins, self.spline
-        size = Interval.of(spline.right) - spline.left
-        positions, lengths = [], []
-        for start, floor in zip((0, n), spline.floors[:2], strict=True):
-            scale = 1.0 / Interval.of(spline.temperature)
-            each, before = _softmax([part.times(scale) for part in u[start : start + n]])
-            free, least = (1.0 - Interval.of(floor) * float(n)) * size, Interval.of(floor) * size
-            positions.append(
-                [p.times(free).plus(least * float(k) + spline.left) for k, p in enumerate(before)]
-            )
-            lengths.append([p.times(free).plus(least) for p in each])
-        inner = [_softplus(part, spline.floors[2]) for part in u[2 * n :]]
-        one = Interval.of(torch.ones_like(value[:, self.rows[0]].lo))
-        end = _Curve(one, one * 0.0, one * 0.0)
-        d = [end, *inner, end] if spline.tails else inner
-        bins = zip(positions[0][:n], positions[1][:n], *lengths, d[:-1], d[1:], strict=True)
-        every = [part for one_bin in bins for part in one_bin]
+    def _knots(self, raw: _Curve) -> _Curve:
+        u, n, spline = [], self.spline.bins, self.spline
+        for index in self.rows:
+            u.append(_Curve(raw.value[:, index], raw.first[:, index], raw.second[:, index]))
+        x, w = self._laid_out(u[:n], spline.floors[0])
+        y, h = self._laid_out(u[n : 2 * n], spline.floors[1])
+        d = [_softplus(part, spline.floors[2]) for part in u[2 * n :]]
+        if spline.tails:
+            end = _Curve.constant(ones(u[0].value))
+            d = [end, *d, end]
+        knots = []
+        for k in range(n):
+            knots += [x[k], y[k], w[k], h[k], d[k], d[k + 1]]
         return _Curve(
-            *(_by_entry([getattr(c, name) for c in every]) for name in ("value", "first", "second"))
+            _by_entry([knot.value for knot in knots]),
+            _by_entry([knot.first for knot in knots]),
+            _by_entry([knot.second for knot in knots]),
         )
+
+    def _laid_out(self, raw: list[_Curve], floor: float) -> tuple[list[_Curve], list[_Curve]]:
+        """Positions of the knots and lengths of the bins, along one axis."""
+        spline = self.spline
+        size, scale = Interval.of(spline.right) - spline.left, 1.0 / Interval.of(spline.temperature)
+        shares, before = _softmax([part.times(scale) for part in raw])
+        free = (1.0 - Interval.of(floor) * float(spline.bins)) * size
+        least = Interval.of(floor) * size
+        positions = []
+        for k, p in enumerate(before):
+            positions.append(p.times(free).plus(least * float(k) + spline.left))
+        return positions, [p.times(free).plus(least) for p in shares]
+
+
+def _with_input(t: Tensor) -> Tensor:
+    """(B, n) -> (B, 1, n), the derivative by the one input."""
+    return t[:, None]
 
 
 def _by_entry(parts: list[Interval]) -> Interval:
     """Parts (B, e) -> (B, e * parts)."""
-    return Interval(
-        *(torch.stack([getattr(p, end) for p in parts], 2).flatten(1) for end in ("lo", "hi"))
-    )
+    lo = torch.stack([part.lo for part in parts], 2)
+    hi = torch.stack([part.hi for part in parts], 2)
+    return Interval(lo.flatten(1), hi.flatten(1))
 
 
 def _softmax(u: list[_Curve]) -> tuple[list[_Curve], list[_Curve]]:
-    """WorkSharing p_j, p' = p (u' - m) with m = sum p u', and their sums before each bin."""
-    shares = WorkSharing.of([part.value for part in u])
-    mean = _sum([p * part.first for p, part in zip(shares.each, u, strict=True)])
+    """The softmax p_j with p' = p (u' - m), m = sum p u', and its sums before each bin."""
+    softmax = SoftmaxBounds.of([part.value for part in u])
+    mean = _sum([p * part.first for p, part in zip(softmax.each, u, strict=True)])
     away = [part.first - mean for part in u]
-    first = [p * part for p, part in zip(shares.each, away, strict=True)]
     # m' = sum p (u' - m)^2 + sum p u''
-    spread = _sum(
-        [p * (a.square() + part.second) for p, a, part in zip(shares.each, away, u, strict=True)]
-    )
-    second = [
-        f * a + p * (part.second - spread)
-        for f, a, p, part in zip(first, away, shares.each, u, strict=True)
-    ]
-    each = [_Curve(*parts) for parts in zip(shares.each, first, second, strict=True)]
-    zero = shares.before[0] * 0.0
-    before = [_Curve(shares.before[0], zero, zero)]
-    for k, p in enumerate(each):
+    terms = []
+    for p, a, part in zip(softmax.each, away, u, strict=True):
+        terms.append(p * (a.square() + part.second))
+    mean_rate = _sum(terms)
+    each = []
+    for p, a, part in zip(softmax.each, away, u, strict=True):
+        first = p * a
+        each.append(_Curve(p, first, first * a + p * (part.second - mean_rate)))
+    zero = softmax.before[0] * 0.0
+    before = [_Curve(softmax.before[0], zero, zero)]
+    for total, p in zip(softmax.before[1:], each, strict=True):
         last = before[-1]
-        before.append(_Curve(shares.before[k + 1], last.first + p.first, last.second + p.second))
-    before[-1] = _Curve(shares.before[-1], zero, zero)  # all shares together are one
+        before.append(_Curve(total, last.first + p.first, last.second + p.second))
+    # all shares together are one
+    before[-1] = _Curve(softmax.before[-1], zero, zero)
     return each, before
 
 
 def _softplus(u: _Curve, floor: float) -> _Curve:
     rate, rest = u.value.increasing(torch.sigmoid), (-u.value).increasing(torch.sigmoid)
-    value = u.value.increasing(functional.softplus) + floor
+    value = u.value.increasing(softplus) + floor
     return _Curve(value, rate * u.first, rate * rest * u.first.square() + rate * u.second)
 
 
@@ -167,11 +190,8 @@ class _Bin:
         """f_x, and f_u at a fixed xi."""
         _, y_rate, width_rate, h_rate, d0_rate, d1_rate = self.rates
         s, d0, d1, xi = self.s, self.d0, self.d1, self.xi
-        right, left, inverse_square = (
-            d1 * self.square,
-            d0 * self.other_square,
-            self.inverse.square(),
-        )
+        right, left = d1 * self.square, d0 * self.other_square
+        inverse_square = self.inverse.square()
         slope = s.square() * inverse_square * (right + left + (s * self.product) * 2.0)
         eta, scale = 1.0 - xi, self.product * inverse_square
         by_slope = right - left
@@ -198,50 +218,49 @@ class _Bin:
 
 @dataclass(frozen=True)
 class SplineOnBoxes:
-    """A spline coupling of one kept entry.
+    """A spline coupling of one kept entry, as CouplingOnBoxes.
 
     Attributes:
-        spline: which one.
+        spline: the transformer.
         table: of its knots, a group for every bin of every changed entry.
     """
 
     spline: RationalQuadraticSpline
     table: Table
 
-    def __call__(self, kept: Interval, x: Interval) -> Local:
+    def __call__(self, kept: Interval, x: Interval) -> CoupledEntries:
         """Value and derivatives over boxes of the kept entry (B, 1) and the changed ones (B, e)."""
         count, entries = x.shape
-        pairs = Interval.cat(
-            [kept.map(lambda t: t.expand(count, entries).reshape(-1, 1)), x.map(_flat)], 1
-        )
+        repeated = kept.map(lambda t: t.expand(count, entries).reshape(-1, 1))
+        pairs = Interval.cat([repeated, x.map(lambda t: t.reshape(-1, 1))], 1)
         both = AffineForm.coordinates(pairs)
-        found = self._at(
-            both[:, 0], both[:, 1], torch.arange(entries).repeat(count) * self.spline.bins
+        first = torch.arange(entries).repeat(count) * self.spline.bins
+        found = self._at(both[:, 0], both[:, 1], first)
+        parts = [_apart(found[k], count, entries) for k in range(len(found.middle))]
+        value, slope, inverse_slope, partials, log_partials = parts
+        return CoupledEntries(
+            value, slope, inverse_slope, partials[..., None], log_partials[..., None]
         )
-        value, slope, flat, moves, relative = (
-            _apart(found[k], count, entries) for k in range(len(found.middle))
-        )
-        return Local(value, slope, flat, moves[..., None], relative[..., None])
 
     def _at(self, u: AffineForm, x: AffineForm, first: Tensor) -> AffineForm:
         """Rows (5, B), for the bin of the middle and for those that the box touches to its left and right."""
-        b = self._bin(u.middle, x.middle, first)
-        found, xi = self._in_bin(u, x, first + b)
-        for step in (-1, 1):
-            rows, at, position = torch.arange(len(b)), b, xi
+        start = self._bin(u.middle, x.middle, first)
+        found, xi = self._in_bin(u, x, first + start)
+        for step, beyond in ((-1, _left_of), (1, _right_of)):
+            rows, at, position = torch.arange(len(start)), start, xi
             for trial in range(TOUCHED + 1):
-                beyond, gone = _left_of(position) if step < 0 else _right_of(position)
-                rows, at, gone = rows[beyond], at[beyond] + step, gone[beyond]
+                may_be, must_be = beyond(position)
+                rows, at, only = rows[may_be], at[may_be] + step, must_be[may_be]
                 out = (at < 0) | (at >= self.spline.bins)
                 if self.spline.tails and bool(out.any()):
-                    found = _joined(found, rows[out], _identity(x[rows[out]]), alone=gone[out])
-                rows, at, gone = rows[~out], at[~out], gone[~out]
+                    found = _joined(found, rows[out], _identity(x[rows[out]]), only=only[out])
+                rows, at, only = rows[~out], at[~out], only[~out]
                 if not len(rows):
                     break
                 part, position = self._in_bin(u[rows], x[rows], first[rows] + at)
-                found = _joined(
-                    found, rows, part.widened(math.inf) if trial == TOUCHED else part, alone=gone
-                )
+                if trial == TOUCHED:
+                    part = part.widened(math.inf)
+                found = _joined(found, rows, part, only=only)
         return found
 
     def _bin(self, u: Tensor, x: Tensor, first: Tensor) -> Tensor:
@@ -257,18 +276,13 @@ class SplineOnBoxes:
         return inside.everything(), inside.xi.range
 
 
-def _flat(t: Tensor) -> Tensor:
-    return t.reshape(-1, 1)
-
-
 def _apart(form: AffineForm, count: int, entries: int) -> AffineForm:
     """(B e) in coordinates of u and of the entry's own x -> (B, e) in those of u and of every x."""
     own = form.slopes[1].reshape(count, entries)
-    by_x = torch.diag_embed(own).movedim(1, 0) if entries > 1 else own[None]
+    by_x = torch.diag_embed(own).movedim(1, 0)
     slopes = torch.cat([form.slopes[0].reshape(1, count, entries), by_x])
-    return AffineForm(
-        form.middle.reshape(count, entries), slopes, form.rest.reshape(count, entries)
-    )
+    middle, rest = form.middle.reshape(count, entries), form.rest.reshape(count, entries)
+    return AffineForm(middle, slopes, rest)
 
 
 def _left_of(xi: Interval) -> tuple[Tensor, Tensor]:
@@ -277,19 +291,16 @@ def _left_of(xi: Interval) -> tuple[Tensor, Tensor]:
 
 
 def _right_of(xi: Interval) -> tuple[Tensor, Tensor]:
-    """The same on the right."""
+    """Whether a box may be right of a bin, and whether it is nowhere else."""
     return ~(xi.hi <= 1), xi.lo > 1
 
 
-def _joined(whole: AffineForm, rows: Tensor, part: AffineForm, *, alone: Tensor) -> AffineForm:
-    """Some rows' hulls with another part; the part alone where the box was not in what was known so far."""
+def _joined(whole: AffineForm, rows: Tensor, part: AffineForm, *, only: Tensor) -> AffineForm:
+    """Hulls of some rows with another part; the part itself where the box is nowhere else so far."""
     both = whole[:, rows].hull(part)
-    chosen = (torch.where(alone, a, b) for a, b in zip(part.tensors, both.tensors, strict=True))
-    return whole.replaced(rows, AffineForm(*chosen))
+    return whole.replaced(rows, part.where(only, both))
 
 
 def _identity(x: AffineForm) -> AffineForm:
-    one, zero = (
-        AffineForm(torch.full_like(x.middle, c), 0 * x.slopes, 0 * x.rest) for c in (1.0, 0.0)
-    )
+    one, zero = x.constant(1.0), x.constant(0.0)
     return AffineForm.stack([x, one, one, zero, zero])

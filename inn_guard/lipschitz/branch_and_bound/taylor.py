@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +14,7 @@ from inn_guard.lipschitz.networks.graph import LinearRearrangement, Network, Unb
 from inn_guard.numerics.intervals import Interval, linear
 from inn_guard.numerics.spectral_norm import exact
 
-__all__ = ["Direct", "Jet", "JetReading", "Jets"]
+__all__ = ["Jet", "JetInterpreter", "NetworkOnBoxes"]
 
 
 @dataclass(frozen=True)
@@ -25,7 +26,7 @@ class Jet:
         value: over the box, (B, n).
         rate: the derivative at c, (B, k, n), thin.
         slope: the derivative over the box, (B, k, n).
-        bend: the second derivative over the box, (B, k, n), for k = 1; None otherwise.
+        second_derivative: over the box, (B, k, n), for k = 1; None otherwise.
     """
 
     centre: Interval
@@ -34,8 +35,27 @@ class Jet:
     slope: Interval
     second_derivative: Interval | None
 
+    def each(self, function: Callable[[Interval], Interval]) -> Jet:
+        """A linear map of values, applied to all of its parts."""
+        second = _if_known(function, self.second_derivative)
+        return Jet(
+            function(self.centre),
+            function(self.value),
+            function(self.rate),
+            function(self.slope),
+            second,
+        )
 
-class JetReading:
+
+def _if_known(
+    function: Callable[..., Interval], *second_derivatives: Interval | None
+) -> Interval | None:
+    if None in second_derivatives:
+        return None
+    return function(*second_derivatives)
+
+
+class JetInterpreter:
     """A network on boxes: every value by the mean-value form too, every scalar derivative by Taylor's.
 
     Args:
@@ -49,66 +69,58 @@ class JetReading:
         """The input ``embedding @ x`` of the network, embedding (n, k)."""
         point = Interval.of(centre)
         rate = Interval.of(embedding.T[None].expand(len(centre), -1, -1))
-        bend = Interval.of(torch.zeros_like(rate.lo)) if centre.shape[1] == 1 else None
-        c, v = linear(embedding, point), linear(embedding, point + self.offset)
-        return Jet(c, v, rate, rate, bend)
+        second = None
+        if centre.shape[1] == 1:
+            second = Interval.of(torch.zeros_like(rate.lo))
+        at_centre, over = linear(embedding, point), linear(embedding, point + self.offset)
+        return Jet(at_centre, over, rate, rate, second)
 
     def linear(self, x: Jet, weight: Tensor, bias: Tensor | None) -> Jet:
         """W x + b."""
         W = exact(weight)
-        shift = Interval.of(torch.zeros(()) if bias is None else exact(bias))
-        bend = None if x.second_derivative is None else linear(W, x.second_derivative)
-        return self._tight(
-            Jet(
-                linear(W, x.centre) + shift,
-                linear(W, x.value) + shift,
-                linear(W, x.rate),
-                linear(W, x.slope),
-                bend,
-            )
-        )
+        shift = torch.zeros(())
+        if bias is not None:
+            shift = exact(bias)
+        y = x.each(lambda part: linear(W, part))
+        return self._tight(_shifted(y, Interval.of(shift)))
 
-    def activate(self, x: Jet, function: Activation, place: str) -> Jet:
+    def activate(self, x: Jet, function: Activation, node: str) -> Jet:
         """f(x) by the chain rule."""
-        at_centre, over = (
-            function.slope(part).map(lambda t: t[:, None]) for part in (x.centre, x.value)
+        at_centre = function.slope(x.centre).map(lambda t: t[:, None])
+        over = function.slope(x.value).map(lambda t: t[:, None])
+        curvature = function.second_derivative(x.value).map(lambda t: t[:, None])
+        second = _if_known(
+            lambda second: curvature * x.slope.square() + over * second, x.second_derivative
         )
-        bend = None
-        if x.second_derivative is not None:
-            bend = (
-                function.second_derivative(x.value).map(lambda t: t[:, None]) * x.slope.square()
-                + over * x.second_derivative
-            )
-        rate, slope = at_centre * x.rate, over * x.slope
-        return self._tight(
-            Jet(function.value(x.centre), function.value(x.value), rate, slope, bend)
-        )
+        centre, value = function.value(x.centre), function.value(x.value)
+        return self._tight(Jet(centre, value, at_centre * x.rate, over * x.slope, second))
 
     def rescale(self, x: Jet, scale: Tensor, shift: Tensor) -> Jet:
         """scale * x + shift."""
-        a, b = Interval.around(exact(scale)), Interval.around(exact(shift))
-        bend = None if x.second_derivative is None else x.second_derivative * a
-        return Jet(x.centre * a + b, x.value * a + b, x.rate * a, x.slope * a, bend)
+        factor = Interval.around(exact(scale))
+        return _shifted(x.each(lambda part: part * factor), Interval.around(exact(shift)))
 
     def add(self, x: Jet, y: Jet) -> Jet:
         """x + y."""
-        bend = (
-            None
-            if x.second_derivative is None or y.second_derivative is None
-            else x.second_derivative + y.second_derivative
-        )
+        second = _if_known(lambda a, b: a + b, x.second_derivative, y.second_derivative)
         return self._tight(
-            Jet(x.centre + y.centre, x.value + y.value, x.rate + y.rate, x.slope + y.slope, bend)
+            Jet(x.centre + y.centre, x.value + y.value, x.rate + y.rate, x.slope + y.slope, second)
         )
 
     def concatenate(self, parts: list[Jet]) -> Jet:
-        """Side by side."""
-        bends = [part.second_derivative for part in parts if part.second_derivative is not None]
+        """Next to each other."""
+
+        def joined(*intervals: Interval) -> Interval:
+            return Interval.cat(intervals, -1)
+
+        second = _if_known(joined, *[part.second_derivative for part in parts])
         return Jet(
-            Interval.cat([part.centre for part in parts], -1), Interval.cat([part.value for part in parts], -1),
-            Interval.cat([part.rate for part in parts], -1), Interval.cat([part.slope for part in parts], -1),
-            Interval.cat(bends, -1) if len(bends) == len(parts) else None,
-        )  # fmt: skip
+            joined(*[part.centre for part in parts]),
+            joined(*[part.value for part in parts]),
+            joined(*[part.rate for part in parts]),
+            joined(*[part.slope for part in parts]),
+            second,
+        )
 
     def convolution(self, x: Jet, module: Any) -> Jet:
         """Not on images."""
@@ -128,26 +140,23 @@ class JetReading:
         count, k = like.rate.shape[:2]
         hull = Interval(value.amin(0), value.amax(0)).map(lambda t: t.expand(count, -1))
         zero = Interval.of(torch.zeros(count, k, value.shape[1], dtype=torch.float64))
-        return Jet(hull, hull, zero, zero, None if like.second_derivative is None else zero)
+        return Jet(hull, hull, zero, zero, _if_known(lambda _: zero, like.second_derivative))
 
     def _tight(self, x: Jet) -> Jet:
         slope = x.slope
         if x.second_derivative is not None:
-            slope = slope.meet(x.rate + x.second_derivative * self.offset.map(lambda t: t[:, None]))
+            change = x.second_derivative * self.offset.map(lambda t: t[:, None])
+            slope = slope.meet(x.rate + change)
         moved = (slope * self.offset.map(lambda t: t[:, :, None])).sum(1)
-        return Jet(x.centre, x.value.meet(x.centre + moved), x.rate, slope, x.second_derivative)
+        value = x.value.meet(x.centre + moved)
+        return Jet(x.centre, value, x.rate, slope, x.second_derivative)
 
 
-@runtime_checkable
-class Jets(Protocol):
-    """What a table is made of."""
-
-    def jet(self, x: Interval) -> Jet:
-        """Over boxes (B, 1)."""
-        ...
+def _shifted(x: Jet, shift: Interval) -> Jet:
+    return Jet(x.centre + shift, x.value + shift, x.rate, x.slope, x.second_derivative)
 
 
-class Direct:
+class NetworkOnBoxes:
     """A network of k inputs, evaluated anew on every box.
 
     Args:
@@ -159,12 +168,7 @@ class Direct:
     def __init__(self, module: nn.Module, embedding: Tensor, context: Tensor | None = None) -> None:
         self.network, self.embedding = Network(module, context), embedding
 
-    def __call__(self, x: Interval) -> tuple[Interval, Interval]:
-        """Values (B, n) and derivatives (B, k, n) over boxes (B, k)."""
-        jet = self.jet(x)
-        return jet.value, jet.slope
-
     def jet(self, x: Interval) -> Jet:
-        """All that is known."""
-        reading = JetReading(x.radius)
-        return self.network.read(reading.start(x.centre, self.embedding), reading)
+        """Values and derivatives over boxes (B, k)."""
+        interpreter = JetInterpreter(x.radius)
+        return self.network.interpret(interpreter.start(x.centre, self.embedding), interpreter)

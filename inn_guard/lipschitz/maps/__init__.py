@@ -1,1 +1,1 @@
-"""Maps."""
+"""Bounded maps: the kinds of layers whose Lipschitz constants are known."""

@@ -1,4 +1,4 @@
-"""What a block is, in the terms in which its bounds are known: BoundedMap, and the register of rules."""
+"""BoundedMap: a layer in the terms in which its bounds are known; and the register of rules."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from functools import singledispatch
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from inn_guard.lipschitz.maps.closed_forms import Pair
 from inn_guard.lipschitz.maps.preimage import everywhere
 from inn_guard.lipschitz.networks.chain_builder import ChainBuilder, Linear
-from inn_guard.lipschitz.networks.conditioner import Proof, SearchBudget
+from inn_guard.lipschitz.networks.conditioner import Proof, SearchBudget, bound_chain, torus_of
 from inn_guard.lipschitz.networks.graph import Unbounded
 from inn_guard.numerics.intervals import Box, Interval
 
@@ -52,13 +52,23 @@ class BlockBounds:
         """(forward, inverse)."""
         return Pair(self.forward, self.inverse)
 
+    @property
+    def swapped(self) -> BlockBounds:
+        """Those of the inverse map; proofs of parts of the block are left out."""
+        proofs = {}
+        if "forward" in self.proofs:
+            proofs["inverse"] = self.proofs["forward"]
+        if "inverse" in self.proofs:
+            proofs["forward"] = self.proofs["inverse"]
+        return replace(self, forward=self.inverse, inverse=self.forward, proofs=proofs)
+
 
 class BoundedMap(abc.ABC):
-    """A map about which bounds are known. Boxes have the shape of one sample, without batch.
+    """A map whose bounds are known. Boxes have the shape of one sample, without batch.
 
-    How to add one: give ``bounds`` and ``image``; give ``preimage`` so that its inverse has bounds on boxes; give
-    ``lipsdp_jacobian`` and ``lipsdp_inverse`` where the Jacobian is made of linear maps and slopes, so that whole networks are
-    bounded at once; give ``paper_formula`` where the paper has a formula.
+    A subclass defines ``bounds`` and ``image``; ``preimage``, so that its inverse has bounds on
+    boxes; ``lipsdp_jacobian`` and ``lipsdp_inverse`` where the Jacobian is made of linear maps and
+    slopes, so that whole networks are bounded at once; ``paper_formula`` where the paper has one.
     """
 
     @abc.abstractmethod
@@ -70,15 +80,15 @@ class BoundedMap(abc.ABC):
         """A box that holds the image of the box."""
 
     def preimage(self, box: Interval) -> Interval:
-        """A box that holds every x whose image is in the box: everything, where the map does not know better."""
+        """A box that holds every x whose image is in the box; default: everything."""
         return everywhere(box)
 
     def paper_formula(self, box: Interval, effort: SearchBudget) -> Pair:
-        """What Table 3 prints for this block, or the certified bounds where it has no row."""
+        """What Table 3 prints for this block; default: the certified bounds."""
         return self.bounds(box, replace(effort, steps=0)).pair
 
     def lipsdp_jacobian(self, builder: ChainBuilder, x: Linear, box: Interval) -> Linear:
-        """The forward map's Jacobians as layers of a builder.
+        """The Jacobians over the box, applied to x, as layers of a builder.
 
         Raises:
             Unbounded: if they are not of that form.
@@ -86,7 +96,7 @@ class BoundedMap(abc.ABC):
         raise Unbounded(f"{type(self).__name__} is not a chain of linear maps and slopes")
 
     def lipsdp_inverse(self, builder: ChainBuilder, z: Linear, box: Interval) -> Linear:
-        """The inverse Jacobians at the same x as layers of a builder.
+        """The inverse Jacobians at the same x, applied to z, as layers of a builder.
 
         Raises:
             Unbounded: if they are not of that form.
@@ -96,38 +106,51 @@ class BoundedMap(abc.ABC):
     def secant_chain(
         self, builder: ChainBuilder, x: Linear, box: Interval, centre: Tensor
     ) -> Linear:
-        """F(centre + d) - F(centre), d = x, centre + d in the box: slopes of secants lie where the derivatives do.
+        """F(centre + d) - F(centre) for d = x and centre + d in the box, as layers of a builder.
+
+        Slopes of secants lie where the derivatives do.
 
         Raises:
-            Unbounded: if they are not of that form.
+            Unbounded: if the differences are not of that form.
         """
         return self.lipsdp_jacobian(builder, x, box)
 
     def comparison_matrices(self, box: Interval, bounds: BlockBounds) -> tuple[Tensor, Tensor]:
-        """Bounds of the norms of J's blocks from channel to channel, (C', C), and of those of J^-1, (C, C').
+        """Norm bounds of the blocks of J from channel to channel, (C', C), and of J^-1, (C, C').
 
-        The map's own ``bounds`` on the box, whose proofs may tighten them, are known already.
+        Args:
+            box: where.
+            bounds: the map's own bounds on the box, whose proofs may tighten the matrices.
 
         Raises:
             Unbounded: if they are not known.
         """
         raise Unbounded(f"{type(self).__name__} has no comparison matrix")
 
-    def subnetworks(self) -> list[torch.nn.Module]:
-        """The conditioners, whose paddings a torus must hold."""
+    def subnetworks(self) -> list[nn.Module]:
+        """The networks in it, whose paddings a torus must hold."""
         return []
+
+    def recursion_proof(self, box: Interval, effort: SearchBudget) -> Proof | None:
+        """A bound of J over the box by the recursion, with its proof; None if J is not a chain."""
+        try:
+            builder = ChainBuilder(box.shape[0], torus_of(self.subnetworks(), tuple(box.shape)))
+            output = self.lipsdp_jacobian(builder, builder.start(), box)
+            return bound_chain(builder.finish(output), effort)
+        except Unbounded:
+            return None
 
 
 @singledispatch
 def bounded_map(block: Any, layer: Any) -> BoundedMap:
-    """The bounded map that a block is. ``@bounded_map.register(Class)`` beneath a class makes its rule.
+    """The bounded map of a block, by the rule of its class; see ``inn_guard.lipschitz.rules``.
 
     Args:
-        block: what is looked up by its class: ``layer.block``.
+        block: whose class is looked up: ``layer.block``.
         layer: the Invertible around it, with the context.
 
     Returns:
-        The map; an ``NoRule`` with the reason where no rule is registered.
+        The map; a ``NoRule`` with the reason where no rule is registered.
     """
     return NoRule(f"no rule is registered for {type(block).__module__}.{type(block).__qualname__}")
 
@@ -138,7 +161,7 @@ class NoRule(BoundedMap):
 
     Attributes:
         reason: why.
-        shape_of: from the input shape to the output shape; the same unless given.
+        shape_of: from the input shape to the output shape; default: the same.
     """
 
     reason: str

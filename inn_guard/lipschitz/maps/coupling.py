@@ -1,15 +1,19 @@
-"""Couplings of every kind: one part is kept, the other goes through z = h(x; theta(kept)) entry by entry.
+"""Couplings: one part is kept, the other goes through z = h(x; theta(kept)) entry by entry.
 
-J = [[I, 0], [M, D]] with D = diag(dh/dx) and M = sum_k diag(dh/dtheta_k) J_theta_k; J^-1 = [[I, 0], [-D^-1 M, D^-1]].
-The diagonal factors are slopes in known intervals, so M, D^-1 M, and the whole J and J^-1, are chains of linear maps
-and slopes: the recursion bounds them directly, scale and shift networks together.
+J = [[I, 0], [M, D]] with D = diag(dh/dx) and M = sum_k diag(dh/dtheta_k) J_theta_k;
+J^-1 = [[I, 0], [-D^-1 M, D^-1]]. The diagonal factors are slopes in known intervals, so M, D^-1 M,
+and the whole J and J^-1, are chains of linear maps and slopes: the recursion bounds them directly,
+scale and shift networks together.
 """
+
+# Methods without a docstring are documented in BoundedMap and Split.
+# ruff: noqa: D102
 
 from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol, runtime_checkable
 
@@ -20,30 +24,42 @@ import inn_guard.lipschitz.maps.closed_forms as blocks
 from inn_guard.execution.deadline import Deadline
 from inn_guard.lipschitz.lipsdp.chain import Chain
 from inn_guard.lipschitz.maps.base import BlockBounds, BoundedMap
-from inn_guard.lipschitz.maps.closed_forms import Pair
-from inn_guard.lipschitz.maps.elementary import per_channel
-from inn_guard.lipschitz.maps.preimage import everywhere, preimage
-from inn_guard.lipschitz.networks.chain_builder import ChainBuilder, ChainReading, Linear
+from inn_guard.lipschitz.maps.closed_forms import Pair, supremum
+from inn_guard.lipschitz.maps.elementary import largest, per_channel
+from inn_guard.lipschitz.maps.preimage import everywhere, is_everywhere, preimage
+from inn_guard.lipschitz.networks.chain_builder import ChainBuilder, ChainInterpreter, Linear
 from inn_guard.lipschitz.networks.conditioner import (
+    AnalysedNetwork,
     Proof,
-    Read,
     SearchBudget,
+    analyse,
     bound_chain,
-    graph_of,
-    read,
     torus_of,
+    trace_network,
 )
 from inn_guard.lipschitz.networks.graph import Network, Unbounded
-from inn_guard.lipschitz.transformers.affine import Affine, Transformer
+from inn_guard.lipschitz.transformers.affine import Affine
+from inn_guard.lipschitz.transformers.base import Transformer
 from inn_guard.numerics.intervals import Interval
-from inn_guard.numerics.rounding import up
+from inn_guard.numerics.rounding import Upper, enlarged
 
-__all__ = ["ByChannel", "ByMask", "Coupling", "Derivatives", "Split"]
+__all__ = [
+    "ByChannel",
+    "ByMask",
+    "Coupling",
+    "Derivatives",
+    "Split",
+    "blocked_rows",
+    "dependence",
+    "interleaved_rows",
+]
+
+SUMMED = 4096  #: roundings that sums of a few hundred products stay below
 
 
 @runtime_checkable
 class Split(Protocol):
-    """Which entries a coupling keeps and which it changes, for samples (C, *size) and batches of boxes (B, C)."""
+    """Which entries a coupling keeps and which it changes, for samples (C, *size)."""
 
     def kept(self, x: Tensor) -> Tensor:
         """The network's input."""
@@ -58,7 +74,7 @@ class Split(Protocol):
         ...
 
     def matrices(self) -> tuple[Tensor, Tensor]:
-        """K (network inputs, C) and S (changed, C), of zeros and ones, with kept = K x and changed = S x.
+        """K (network inputs, C) and S (changed, C) of zeros and ones: kept = K x, changed = S x.
 
         Raises:
             Unbounded: if the split is not one of channels.
@@ -78,45 +94,43 @@ class ByChannel:
         """The first ``first`` of ``channels`` are kept."""
         return cls(torch.arange(first), torch.arange(first, channels))
 
+    @classmethod
+    def all_of(cls, channels: int) -> ByChannel:
+        """All channels are kept, and all changed: an autoregressive map."""
+        return cls(torch.arange(channels), torch.arange(channels))
+
     @property
     def swapped(self) -> ByChannel:
         """The other way round."""
         return ByChannel(self.change, self.keep)
 
     def kept(self, x: Tensor) -> Tensor:
-        """Kept channels."""
         return x[self.keep]
 
     def changed(self, x: Tensor) -> Tensor:
-        """Changed channels."""
         return x[self.change]
 
     def joined(self, x: Tensor, changed: Tensor) -> Tensor:
-        """x with other values in the changed channels."""
         return x.index_copy(0, self.change, changed)
 
     def matrices(self) -> tuple[Tensor, Tensor]:
-        """Rows of the identity."""
         unit = torch.eye(int(torch.cat([self.keep, self.change]).max()) + 1, dtype=torch.float64)
         return unit[self.keep], unit[self.change]
 
 
 @dataclass(frozen=True)
 class ByMask:
-    """Entries where ``mask`` (the shape of one sample) is true are kept; both parts have the whole shape."""
+    """Entries where ``mask`` (the shape of a sample) is true are kept; both parts have that shape."""
 
     mask: Tensor
 
     def kept(self, x: Tensor) -> Tensor:
-        """Zero where x changes."""
         return torch.where(self.mask, x, 0.0)
 
     def changed(self, x: Tensor) -> Tensor:
-        """Zero where x is kept."""
         return torch.where(self.mask, 0.0, x)
 
     def joined(self, x: Tensor, changed: Tensor) -> Tensor:
-        """x with other values where it changes."""
         return torch.where(self.mask, x, changed)
 
     def matrices(self) -> tuple[Tensor, Tensor]:
@@ -130,14 +144,33 @@ class ByMask:
 
 @dataclass(frozen=True)
 class Derivatives:
-    """Over a box: the network as read, dh/dx, dh/dtheta_k, and the latter over the former."""
+    """Enclosures over a box.
 
-    network: Read
+    Attributes:
+        network: the network, analysed on the box.
+        x: the changed entries.
+        theta: parameters of h.
+        slope: dh/dx.
+        sensitivities: dh/dtheta_k.
+        log_sensitivities: (dh/dtheta_k) / (dh/dx).
+    """
+
+    network: AnalysedNetwork
     x: Interval
     theta: list[Interval]
     slope: Interval
     sensitivities: list[Interval]
-    relative: list[Interval]
+    log_sensitivities: list[Interval]
+
+    @property
+    def is_additive(self) -> bool:
+        """Whether h is x plus a sum of its parameters: J^-1 is J with the opposite sign in M."""
+        return _is_one(self.slope) and all(_is_one(part) for part in self.sensitivities)
+
+    @property
+    def scale(self) -> Pair:
+        """sup dh/dx and sup 1 / (dh/dx)."""
+        return Pair(supremum(self.slope), supremum(self.slope.reciprocal()))
 
 
 @dataclass(frozen=True)
@@ -148,7 +181,8 @@ class Coupling(BoundedMap):
         split: which is which.
         network: gives the parameters.
         transformer: h.
-        rows: for every parameter of h the channels of the network's output that hold it, in the changed ones' order.
+        rows: for every parameter of h the channels of the network's output that hold it, in the
+            order of the changed entries.
         context: the network's second argument, or None.
     """
 
@@ -161,51 +195,85 @@ class Coupling(BoundedMap):
     def bounds(self, box: Interval, effort: SearchBudget) -> BlockBounds:
         """||[[1, 0], [m, c]]|| each way, m by the recursion or by norms, whichever is less."""
         try:
-            d = self._derivatives(box)
+            d = self.derivatives(box)
         except Unbounded as error:
             return BlockBounds.none(str(error))
-        scale = Pair(float(d.slope.magnitude.max()), float(d.slope.reciprocal().magnitude.max()))
-        norms = self._norms(d, effort.deadline.fraction(0.5))
+        norms = self.norms(d, effort.deadline.fraction(0.5))
         proofs = self._proofs(d, effort)
-        m = (
-            Pair(*(min(norm, proof.bound) for norm, proof in zip(norms, proofs, strict=True)))
-            if proofs
-            else norms
-        )
-        pair = blocks.affine_coupling(m, scale)
-        reason = "" if math.isfinite(pair.forward + pair.inverse) else self._why(d, scale)
-        used = (
-            {}
-            if not proofs
-            else {
-                name: p
-                for name, p in zip(("M", "M*"), proofs, strict=True)
-                if math.isfinite(p.bound)
-            }
-        )
-        method = "LipSDP recursion" if proofs and m != norms else "norm product"
-        return BlockBounds(*pair, self._holds_everywhere(box), reason, method, used)
+        m, method, reason = norms, "norm product", ""
+        if proofs:
+            forward = Upper.min(norms.forward, proofs["M"].bound)
+            m = Pair(forward, Upper.min(norms.inverse, proofs["M*"].bound))
+        if m != norms:
+            method = "LipSDP recursion"
+        pair = blocks.affine_coupling(m, d.scale)
+        if not pair.finite:
+            reason = self.reason_for_infinity(d, d.scale)
+        used = {name: proof for name, proof in proofs.items() if math.isfinite(proof.bound)}
+        return BlockBounds(*pair, is_everywhere(box), reason, method, used)
 
     def image(self, box: Interval) -> Interval:
-        """Kept entries as they are, h over the boxes of x and of the parameters."""
+        changed = box.map(self.split.changed)
         try:
-            network = self._read(box)
+            value = self.transformer.value(changed, self.parameters(box))
         except Unbounded:
-            value = everywhere(box.map(self.split.changed))
-        else:
-            value = self.transformer.value(
-                box.map(self.split.changed), self._parameters(network.output)
-            )
-        return Interval(self.split.joined(box.lo, value.lo), self.split.joined(box.hi, value.hi))
+            value = everywhere(changed)
+        return self._joined(box, value)
 
     def preimage(self, box: Interval) -> Interval:
-        """Kept entries as they are, h undone over the boxes of z and of the parameters."""
         changed = box.map(self.split.changed)
         try:
             found = self.undone(changed, self.parameters(box))
         except Unbounded:
             found = everywhere(changed)
-        return Interval(self.split.joined(box.lo, found.lo), self.split.joined(box.hi, found.hi))
+        return self._joined(box, found)
+
+    def paper_formula(self, box: Interval, effort: SearchBudget) -> Pair:
+        """1 + Lip(t), or max(1, c) + M, Lipschitz constants of the networks by norm products."""
+        try:
+            d = self.derivatives(box)
+        except Unbounded:
+            return Pair(math.inf, math.inf)
+        if not isinstance(self.transformer, Affine):
+            return blocks.affine_coupling(self.norms(d, effort.deadline), d.scale, paper=True)
+        L = Upper(d.network.product(effort.deadline))
+        return _paper_affine(self.transformer, d, L)
+
+    def lipsdp_jacobian(self, builder: ChainBuilder, x: Linear, box: Interval) -> Linear:
+        """kept x + [dh/dx x + sum dh/dtheta theta] in the changed channels."""
+        d = self.derivatives(box)
+        return self._assembled(builder, x, d.network, d.slope, d.sensitivities)
+
+    def lipsdp_inverse(self, builder: ChainBuilder, z: Linear, box: Interval) -> Linear:
+        """The same with 1 / (dh/dx), and minus the log-sensitivities."""
+        d = self.derivatives(box)
+        if d.is_additive:
+            factors = [-part for part in d.sensitivities]
+            return self._assembled(builder, z, d.network, d.slope, factors)
+        # (z - t) / slope: a parameter of sensitivity one goes through the slope of z
+        before_slope = [_is_one(part) for part in d.sensitivities]
+        factors = [-part for part in d.log_sensitivities]
+        return self._assembled(builder, z, d.network, d.slope.reciprocal(), factors, before_slope)
+
+    def secant_chain(
+        self, builder: ChainBuilder, x: Linear, box: Interval, centre: Tensor
+    ) -> Linear:
+        """As the forward map, with dh/dtheta where the changed entries are the centre's."""
+        d = self.derivatives(box)
+        at_centre = self.transformer.sensitivities(Interval.of(self.split.changed(centre)), d.theta)
+        return self._assembled(builder, x, d.network, d.slope, at_centre)
+
+    def comparison_matrices(self, box: Interval, bounds: BlockBounds) -> tuple[Tensor, Tensor]:
+        """[[I, 0], [M, D]] and [[I, 0], [-D^-1 M, D^-1]]; blocks of M are bounded by proofs of M too."""
+        d = self.derivatives(box)
+        entries = d.network.entries()
+        forward = self._comparison(d.slope, d.sensitivities, entries, bounds.proofs.get("M"))
+        inverse_slope = d.slope.reciprocal()
+        proof = bounds.proofs.get("M*")
+        return forward, self._comparison(inverse_slope, d.log_sensitivities, entries, proof)
+
+    def subnetworks(self) -> list[nn.Module]:
+        return [self.network]
 
     def parameters(self, box: Interval) -> list[Interval]:
         """Those of h over a box.
@@ -213,244 +281,203 @@ class Coupling(BoundedMap):
         Raises:
             Unbounded: if the network is not understood.
         """
-        return self._parameters(self._read(box).output)
-
-    def undone(self, changed: Interval, theta: list[Interval]) -> Interval:
-        """Every entry that h, with parameters ``theta``, moves into ``changed``; of all changed entries or of some."""
-        return preimage(functools.partial(self._values, theta), changed)
-
-    def _values(self, theta: list[Interval], x: Interval) -> Interval:
-        """h at many points (points, *changed): entry by entry, so that all stand in one long list of channels."""
-        repeated = [part.map(lambda t: t.expand(x.shape).flatten(0, 1)) for part in theta]
-        value = self.transformer.value(x.map(lambda t: t.flatten(0, 1)), repeated)
-        return value.map(lambda t: t.unflatten(0, x.shape[:2]))
-
-    def paper_formula(self, box: Interval, effort: SearchBudget) -> Pair:
-        """1 + Lip(t), or max(1, c) + M, with constants over the box and Lipschitz constants by norm products."""
-        try:
-            d = self._derivatives(box)
-        except Unbounded:
-            return Pair(math.inf, math.inf)
-        if not isinstance(self.transformer, Affine):
-            return blocks.affine_coupling(self._norms(d, effort.deadline), _scales(d), paper=True)
-        L = d.network.product(effort.deadline)
-        return self._printed_affine(self.transformer, d, L)
-
-    def lipsdp_jacobian(self, builder: ChainBuilder, x: Linear, box: Interval) -> Linear:
-        """x kept + [dh/dx x + sum dh/dtheta theta] in the changed channels."""
-        d = self._derivatives(box)
-        return self._assembled(builder, x, d, d.slope, d.sensitivities)
-
-    def lipsdp_inverse(self, builder: ChainBuilder, z: Linear, box: Interval) -> Linear:
-        """The same with 1 / (dh/dx), and minus the relative sensitivities."""
-        d = self._derivatives(box)
-        if all(_is_one(part) for part in d.sensitivities) and _is_one(d.slope):
-            return self._assembled(builder, z, d, d.slope, [-part for part in d.sensitivities])
-        return self._assembled(
-            builder,
-            z,
-            d,
-            d.slope.reciprocal(),
-            [-part for part in d.relative],
-            joint=d.sensitivities,
-        )
-
-    def secant_chain(
-        self, builder: ChainBuilder, x: Linear, box: Interval, centre: Tensor
-    ) -> Linear:
-        """As the forward map, with dh/dtheta where the changed entries are the centre's."""
-        d = self._derivatives(box)
-        at_centre = self.transformer.sensitivities(Interval.of(self.split.changed(centre)), d.theta)
-        return self._assembled(builder, x, d, d.slope, at_centre)
-
-    def comparison_matrices(self, box: Interval, bounds: BlockBounds) -> tuple[Tensor, Tensor]:
-        """[[I, 0], [M, D]] and [[I, 0], [-D^-1 M, D^-1]], no block of M above what is proved of all of it."""
-        d = self._derivatives(box)
-        K, S = self.split.matrices()
-        entries = d.network.entries()
-        rest = torch.eye(box.shape[0], dtype=torch.float64) - S.T @ S
-        found = []
-        for name, slope, factors in (
-            ("M", d.slope, d.sensitivities),
-            ("M*", d.slope.reciprocal(), d.relative),
-        ):
-            M = torch.zeros(len(S), len(K), dtype=torch.float64)
-            for rows, factor in zip(self.rows, factors, strict=True):
-                M = M + dependence(_largest(factor), entries[rows])
-            proof = bounds.proofs.get(name)
-            M = M.clamp_max(proof.bound if proof is not None else math.inf)
-            found.append(rest + S.T @ torch.diag(_largest(slope)) @ S + S.T @ M @ K)
-        return found[0], found[1]
-
-    def subnetworks(self) -> list[nn.Module]:
-        """The conditioner."""
-        return [self.network]
-
-    def _read(self, box: Interval) -> Read:
-        return read(self._graph, box.map(self.split.kept))
-
-    @functools.cached_property
-    def _graph(self) -> Network:
-        return graph_of(self.network, self.context)
-
-    def _parameters(self, output: Interval) -> list[Interval]:
+        output = analyse(self._graph, box.map(self.split.kept)).output
         return [output[rows] for rows in self.rows]
 
-    def _derivatives(self, box: Interval) -> Derivatives:
-        network, x = self._read(box), box.map(self.split.changed)
-        theta, h = self._parameters(network.output), self.transformer
+    def undone(self, changed: Interval, theta: list[Interval]) -> Interval:
+        """Every x that h(.; theta) moves into ``changed``, for all changed entries or some."""
+
+        def values(x: Interval) -> Interval:
+            """h at many points (points, *changed), which stand in one long list of channels."""
+            repeated = [part.map(lambda t: t.expand(x.shape).flatten(0, 1)) for part in theta]
+            value = self.transformer.value(x.map(lambda t: t.flatten(0, 1)), repeated)
+            return value.map(lambda t: t.unflatten(0, x.shape[:2]))
+
+        return preimage(values, changed)
+
+    def derivatives(self, box: Interval) -> Derivatives:
+        """Enclosures of h's derivatives over a box.
+
+        Raises:
+            Unbounded: if the network is not understood.
+        """
+        network, x, h = self._analysed(box), box.map(self.split.changed), self.transformer
+        theta = [network.output[rows] for rows in self.rows]
         return Derivatives(
-            network, x, theta, h.slope(x, theta), h.sensitivities(x, theta), h.relative(x, theta)
+            network,
+            x,
+            theta,
+            h.slope(x, theta),
+            h.sensitivities(x, theta),
+            h.log_sensitivities(x, theta),
         )
 
-    def _norms(self, d: Derivatives, deadline: Deadline) -> Pair:
-        """||sum_k D_k J_k|| <= max_i sqrt(sum_k D_k,i^2) ||J||."""
-        L = d.network.product(deadline)
-        return Pair(*(up(_row_norm(parts) * L, 2) for parts in (d.sensitivities, d.relative)))
+    def norms(self, d: Derivatives, deadline: Deadline) -> Pair:
+        """Bounds of ||M|| and ||D^-1 M||: ||sum_k D_k J_k|| <= max_i sqrt(sum_k D_k,i^2) ||J||."""
+        L = Upper(d.network.product(deadline))
+        return Pair(_row_norm(d.sensitivities) * L, _row_norm(d.log_sensitivities) * L)
 
-    def _proofs(self, d: Derivatives, effort: SearchBudget) -> tuple[Proof, Proof] | None:
-        try:
-            ahead = self._chain(d, d.sensitivities)
-            same = all(_is_one(part) for part in (*d.sensitivities, d.slope))
-            back = ahead if same else self._chain(d, d.relative)
-            if max((len(layer.lower) for layer in ahead.layers), default=0) > effort.width:
-                return None
-            first = bound_chain(ahead, effort if same else effort.within(0.5))
-            return first, first if same else bound_chain(back, effort)
-        except Unbounded:
-            return None
-
-    def _chain(self, d: Derivatives, factors: list[Interval]) -> Chain:
-        """sum_k diag(factor_k) J_theta_k as a chain from the network's input."""
-        builder = self._builder(d)
-        raw = d.network.into(builder, builder.start())
-        return builder.finish(
-            self._weighted(builder, [raw.rows(rows) for rows in self.rows], factors)
-        )
-
-    def _builder(self, d: Derivatives) -> ChainBuilder:
-        shape = tuple(d.network.box.shape)
-        return ChainBuilder(shape[0], torus_of([self.network], shape))
-
-    def _weighted(
-        self, builder: ChainBuilder, parts: list[Linear], factors: list[Interval]
-    ) -> Linear:
-        """sum_k factor_k part_k: parts with factor one are added as they are, the others go through one layer."""
-        arithmetic = ChainReading(builder)
-        plain = [
-            builder.masked(part)
-            for part, factor in zip(parts, factors, strict=True)
-            if _is_one(factor)
-        ]
-        others = [
-            (part, factor)
-            for part, factor in zip(parts, factors, strict=True)
-            if not _is_one(factor)
-        ]
-        if others:
-            stacked = arithmetic.concatenate([part for part, _ in others])
-            ends = [
-                builder.slopes(part, *per_channel(factor, part.channels)) for part, factor in others
-            ]
-            lower, upper = (torch.cat(side) for side in zip(*ends, strict=True))
-            active = builder.activated(replace(stacked, zero_outside=True), lower, upper)
-            plain += [
-                active.rows(index)
-                for index in torch.arange(active.channels).split([p.channels for p, _ in others])
-            ]
-        total = plain[0]
-        for part in plain[1:]:
-            total = arithmetic.add(total, part)
-        return total
-
-    def _assembled(
-        self, builder: ChainBuilder, x: Linear, d: Derivatives, slope: Interval, factors: list[Interval],
-        joint: list[Interval] | None = None,
-    ) -> Linear:  # fmt: skip
-        """kept x + S^T (slope S x + sum_k factor_k theta_k); parts of sensitivity one share the slope of x if joint."""
-        K, S = self.split.matrices()
-        changed, arithmetic = x.mapped(S[None]), ChainReading(builder)
-        raw = d.network.into(builder, x.mapped(K[None]))
-        parts, weights = [changed], [slope]
-        for k, (rows, factor) in enumerate(zip(self.rows, factors, strict=True)):
-            if joint is not None and _is_one(joint[k]):
-                parts[0] = arithmetic.add(
-                    parts[0],
-                    raw.rows(rows).mapped(-torch.eye(len(rows), dtype=torch.float64)[None]),
-                )
-            elif _is_one(-factor):
-                parts, weights = (
-                    [
-                        *parts,
-                        raw.rows(rows).mapped(-torch.eye(len(rows), dtype=torch.float64)[None]),
-                    ],
-                    [*weights, -factor],
-                )
-            else:
-                parts, weights = [*parts, raw.rows(rows)], [*weights, factor]
-        new = self._weighted(builder, parts, weights).mapped(S.T[None])
-        rest = torch.eye(x.channels, dtype=torch.float64) - S.T @ S
-        return arithmetic.add(x.mapped(rest[None]), new)
-
-    def _printed_affine(self, transformer: Affine, d: Derivatives, L: float) -> Pair:
-        t, s = (d.theta[k] for k in transformer.order)
-        g, slope = transformer.scale.value(s), transformer.scale.slope(s)
-        c, c_inverse, c_slope = (
-            float(g.magnitude.max()),
-            float(g.reciprocal().magnitude.max()),
-            float(slope.magnitude.max()),
-        )
-        c_inverse_slope = float((slope * g.reciprocal().square()).magnitude.max())
-        x, y, t_size = (
-            float(part.magnitude.max()) for part in (d.x, transformer.value(d.x, d.theta), t)
-        )
-        M = up(up(up(x * c_slope) * L) + L, 2)
-        M_star = up(
-            up(up(y * c_inverse_slope) * L, 2)
-            + up(up(c_inverse_slope * L) * t_size, 2)
-            + up(c_inverse * L),
-            3,
-        )
-        return blocks.affine_coupling(Pair(M, M_star), Pair(c, c_inverse), paper=True)
-
-    def _holds_everywhere(self, box: Interval) -> bool:
-        return bool((box.lo == -math.inf).all() and (box.hi == math.inf).all())
-
-    def _why(self, d: Derivatives, scale: Pair) -> str:
+    def reason_for_infinity(self, d: Derivatives, scale: Pair) -> str:
+        """Why a bound is infinite."""
         if not d.x.bounded:
-            return "the changed entries are unbounded: this coupling has local bounds only; give domain=Box(lo, hi)"
+            return (
+                "the changed entries are unbounded: this coupling has local bounds only; "
+                "pass domain=Box(lo, hi)"
+            )
         if not math.isfinite(d.network.product(Deadline(-math.inf))):
             return "the conditioner's Lipschitz constant is not finite"
         if not math.isfinite(scale.forward):
             return "the scale is unbounded"
         return "the scale comes arbitrarily close to zero, so the inverse has no bound"
 
+    def _analysed(self, box: Interval) -> AnalysedNetwork:
+        return analyse(self._graph, box.map(self.split.kept))
 
-def _scales(d: Derivatives) -> Pair:
-    return Pair(float(d.slope.magnitude.max()), float(d.slope.reciprocal().magnitude.max()))
+    @functools.cached_property
+    def _graph(self) -> Network:
+        return trace_network(self.network, self.context)
+
+    def _joined(self, box: Interval, changed: Interval) -> Interval:
+        lo = self.split.joined(box.lo, changed.lo)
+        return Interval(lo, self.split.joined(box.hi, changed.hi))
+
+    def _comparison(
+        self, slope: Interval, factors: list[Interval], entries: Tensor, proof: Proof | None
+    ) -> Tensor:
+        K, S = self.split.matrices()
+        M = torch.zeros(len(S), len(K), dtype=torch.float64)
+        for rows, factor in zip(self.rows, factors, strict=True):
+            M = M + dependence(largest(factor), entries[rows])
+        if proof is not None:
+            M = M.clamp_max(proof.bound)
+        kept = torch.eye(K.shape[1], dtype=torch.float64) - S.T @ S
+        return kept + S.T @ torch.diag(largest(slope)) @ S + S.T @ M @ K
+
+    def _proofs(self, d: Derivatives, effort: SearchBudget) -> dict[str, Proof]:
+        """Of bounds of M and of M* = D^-1 M by the recursion; empty where they are no chains."""
+        try:
+            forward = self._chain(d, d.sensitivities)
+            inverse = forward
+            if not d.is_additive:
+                inverse = self._chain(d, d.log_sensitivities)
+            if forward.width > effort.width:
+                return {}
+            if d.is_additive:
+                proof = bound_chain(forward, effort)
+                return {"M": proof, "M*": proof}
+            first = bound_chain(forward, effort.within(0.5))
+            return {"M": first, "M*": bound_chain(inverse, effort)}
+        except Unbounded:
+            return {}
+
+    def _chain(self, d: Derivatives, factors: list[Interval]) -> Chain:
+        """sum_k diag(factor_k) J_theta_k as a chain from the network's input."""
+        shape = tuple(d.network.box.shape)
+        builder = ChainBuilder(shape[0], torus_of([self.network], shape))
+        raw = d.network.append_to(builder, builder.start())
+        parts = [raw.rows(rows) for rows in self.rows]
+        return builder.finish(_weighted(builder, parts, factors))
+
+    def _assembled(
+        self,
+        builder: ChainBuilder,
+        x: Linear,
+        network: AnalysedNetwork,
+        slope: Interval,
+        factors: list[Interval],
+        before_slope: list[bool] | None = None,
+    ) -> Linear:
+        """kept x + S^T (slope S x + sum_k factor_k theta_k).
+
+        Parameters that are ``before_slope`` have the factor -slope: they are subtracted from S x.
+        """
+        K, S = self.split.matrices()
+        arithmetic = ChainInterpreter(builder)
+        raw = network.append_to(builder, x.mapped(K[None]))
+        first, parts, weights = x.mapped(S[None]), [], []
+        for k, (rows, factor) in enumerate(zip(self.rows, factors, strict=True)):
+            part = raw.rows(rows)
+            if before_slope is not None and before_slope[k]:
+                first = arithmetic.add(first, _negated(part))
+            elif _is_one(-factor):
+                # a factor that is one needs no layer
+                parts.append(_negated(part))
+                weights.append(-factor)
+            else:
+                parts.append(part)
+                weights.append(factor)
+        new = _weighted(builder, [first, *parts], [slope, *weights]).mapped(S.T[None])
+        rest = torch.eye(x.channels, dtype=torch.float64) - S.T @ S
+        return arithmetic.add(x.mapped(rest[None]), new)
+
+
+def blocked_rows(entries: int, parameters: int) -> Sequence[Tensor]:
+    """Channels of parameter p of entry i if the network gives all p = 0 first: p * entries + i."""
+    return torch.arange(parameters * entries).split(entries)
+
+
+def interleaved_rows(entries: int, parameters: int) -> Sequence[Tensor]:
+    """Channels of parameter p of entry i if the network gives all i = 0 first: i * parameters + p."""
+    return [torch.arange(entries) * parameters + p for p in range(parameters)]
+
+
+def _weighted(builder: ChainBuilder, parts: list[Linear], factors: list[Interval]) -> Linear:
+    """sum_k factor_k part_k: parts of factor one are added, the others go through one layer."""
+    arithmetic = ChainInterpreter(builder)
+    terms, others, lower, upper = [], [], [], []
+    for part, factor in zip(parts, factors, strict=True):
+        if _is_one(factor):
+            terms.append(builder.masked(part))
+        else:
+            low, high = builder.slopes(part, *per_channel(factor, part.channels))
+            others.append(part)
+            lower.append(low)
+            upper.append(high)
+    if others:
+        stacked = replace(arithmetic.concatenate(others), zero_outside=True)
+        active = builder.activated(stacked, torch.cat(lower), torch.cat(upper))
+        start = 0
+        for part in others:
+            terms.append(active.rows(torch.arange(start, start + part.channels)))
+            start += part.channels
+    total = terms[0]
+    for term in terms[1:]:
+        total = arithmetic.add(total, term)
+    return total
+
+
+def _negated(x: Linear) -> Linear:
+    return x.mapped(-torch.eye(x.channels, dtype=torch.float64)[None])
+
+
+def _paper_affine(transformer: Affine, d: Derivatives, L: Upper) -> Pair:
+    """M = sup|x| c_g' L + L and M* = sup|y| c_h' L + c_h' L sup|t| + c_h L, h = 1/g, as printed."""
+    t, s = d.theta[transformer.order[0]], d.theta[transformer.order[1]]
+    g, slope = transformer.scale.value(s), transformer.scale.slope(s)
+    inverse_slope = supremum(slope * g.reciprocal().square())
+    scale = Pair(supremum(g), supremum(g.reciprocal()))
+    x, y = supremum(d.x), supremum(transformer.value(d.x, d.theta))
+    M = x * supremum(slope) * L + L
+    M_star = y * inverse_slope * L + inverse_slope * L * supremum(t) + scale.inverse * L
+    return blocks.affine_coupling(Pair(M, M_star), scale, paper=True)
+
+
+def dependence(factor: Tensor, entries: Tensor) -> Tensor:
+    """factor (C,) times the rows of entries (C, K), rounded up; 0 if either is, inf if unknown.
+
+    Sums of a few hundred of them, rounded to nearest, are upper bounds too.
+    """
+    none = (factor[:, None] == 0) | (entries == 0)
+    product = enlarged(factor[:, None] * entries, SUMMED).nan_to_num(math.inf, math.inf, math.inf)
+    return torch.where(none, 0.0, product)
 
 
 def _is_one(factor: Interval) -> bool:
     return bool((factor.lo == 1).all() and (factor.hi == 1).all())
 
 
-def dependence(factor: Tensor, entries: Tensor) -> Tensor:
-    """factor (C,) times the rows of entries (C, K), rounded up: 0 where either is, and inf where either is unknown."""
-    none = (factor[:, None] == 0) | (entries == 0)
-    product = (factor[:, None] * entries * (1 + 1e-12)).nan_to_num(math.inf, math.inf, math.inf)
-    return torch.where(none, 0.0, product)
-
-
-def _largest(factor: Interval) -> Tensor:
-    """Per channel."""
-    return factor.magnitude.reshape(len(factor.lo), -1).amax(1)
-
-
-def _row_norm(parts: list[Interval]) -> float:
+def _row_norm(parts: list[Interval]) -> Upper:
     total = parts[0].square()
     for part in parts[1:]:
         total = total + part.square()
-    return float(total.sqrt().hi.max())
-
-
-Rule = Callable[[Any, Any], BoundedMap]
+    return Upper(float(total.sqrt().hi.max()))

@@ -1,4 +1,7 @@
-"""Simple kinds of bounded maps: rearrangements, diagonal, linear and elementwise ones."""
+"""Simple kinds of bounded maps: rearrangements, linear and elementwise maps, known constants."""
+
+# Methods without a docstring are documented in BoundedMap.
+# ruff: noqa: D102
 
 from __future__ import annotations
 
@@ -7,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import inn_guard.lipschitz.maps.closed_forms as blocks
 from inn_guard.lipschitz.maps.base import BlockBounds, BoundedMap
@@ -18,8 +21,9 @@ from inn_guard.lipschitz.networks.chain_builder import ChainBuilder, Linear
 from inn_guard.lipschitz.networks.conditioner import SearchBudget
 from inn_guard.lipschitz.networks.graph import Unbounded
 from inn_guard.lipschitz.networks.interpreters import over_channels
+from inn_guard.lipschitz.transformers.base import clamped, product_with_complement
 from inn_guard.numerics.intervals import Box, Interval, linear
-from inn_guard.numerics.rounding import up
+from inn_guard.numerics.rounding import TINY, Upper, enlarged, frobenius_norm
 from inn_guard.numerics.spectral_norm import (
     cheap_norm,
     exact,
@@ -28,7 +32,19 @@ from inn_guard.numerics.spectral_norm import (
     spectral_norm,
 )
 
-__all__ = ["Diagonal", "Elementwise", "LinearMap", "Rearrangement", "ShapeDependent", "per_channel"]
+__all__ = [
+    "Diagonal",
+    "Elementwise",
+    "KnownConstants",
+    "LinearMap",
+    "LogitMap",
+    "Rearrangement",
+    "ShapeDependent",
+    "largest",
+    "per_channel",
+]
+
+PRODUCT_ERROR = 1e-13  #: relative error of a product of stored factors, some tens of roundings
 
 
 @dataclass(frozen=True)
@@ -44,34 +60,34 @@ class Rearrangement(BoundedMap):
     channels: Tensor | None = None
 
     def bounds(self, box: Interval, effort: SearchBudget) -> BlockBounds:
-        """One, exactly."""
         return BlockBounds(1.0, 1.0, method="isometry")
 
     def image(self, box: Interval) -> Interval:
-        """The box, moved."""
         return box.map(lambda t: self.move(t[None])[0])
 
     def preimage(self, box: Interval) -> Interval:
-        """The box, moved back."""
         try:
-            return box[self._order(box).argsort()]
+            return box[self.order(box).argsort()]
         except Unbounded:
             return everywhere(box)
 
     def lipsdp_jacobian(self, builder: ChainBuilder, x: Linear, box: Interval) -> Linear:
-        """The channels in another order."""
-        return x.rows(self._order(box))
+        return x.rows(self.order(box))
 
     def lipsdp_inverse(self, builder: ChainBuilder, z: Linear, box: Interval) -> Linear:
-        """The channels back in order."""
-        return z.rows(self._order(box).argsort())
+        return z.rows(self.order(box).argsort())
 
     def comparison_matrices(self, box: Interval, bounds: BlockBounds) -> tuple[Tensor, Tensor]:
         """Permutation matrices."""
-        matrix = torch.eye(box.shape[0], dtype=torch.float64)[self._order(box)]
+        matrix = torch.eye(box.shape[0], dtype=torch.float64)[self.order(box)]
         return matrix, matrix.T
 
-    def _order(self, box: Interval) -> Tensor:
+    def order(self, box: Interval) -> Tensor:
+        """The order of channels.
+
+        Raises:
+            Unbounded: if it does not only permute channels.
+        """
         if self.channels is not None:
             return self.channels
         if len(box.shape) != 1:
@@ -84,98 +100,81 @@ class Rearrangement(BoundedMap):
 
 @dataclass(frozen=True)
 class ShapeDependent(BoundedMap):
-    """A map that is known once the shape of its input is.
+    """A map that is known only once the shape of its input is.
 
     Attributes:
         make: the map for a box.
-        conditioners: its networks.
+        networks: those in it.
     """
 
     make: Callable[[Interval], BoundedMap]
-    conditioners: tuple[torch.nn.Module, ...] = ()
+    networks: tuple[nn.Module, ...] = ()
 
     def bounds(self, box: Interval, effort: SearchBudget) -> BlockBounds:
-        """The map's."""
         return self.make(box).bounds(box, effort)
 
     def image(self, box: Interval) -> Interval:
-        """The map's."""
         return self.make(box).image(box)
 
     def preimage(self, box: Interval) -> Interval:
-        """The map's."""
         return self.make(box).preimage(box)
 
     def paper_formula(self, box: Interval, effort: SearchBudget) -> Pair:
-        """The map's."""
         return self.make(box).paper_formula(box, effort)
 
     def lipsdp_jacobian(self, builder: ChainBuilder, x: Linear, box: Interval) -> Linear:
-        """The map's."""
         return self.make(box).lipsdp_jacobian(builder, x, box)
 
     def lipsdp_inverse(self, builder: ChainBuilder, z: Linear, box: Interval) -> Linear:
-        """The map's."""
         return self.make(box).lipsdp_inverse(builder, z, box)
 
     def secant_chain(
         self, builder: ChainBuilder, x: Linear, box: Interval, centre: Tensor
     ) -> Linear:
-        """The map's."""
         return self.make(box).secant_chain(builder, x, box, centre)
 
     def comparison_matrices(self, box: Interval, bounds: BlockBounds) -> tuple[Tensor, Tensor]:
-        """The map's."""
         return self.make(box).comparison_matrices(box, bounds)
 
-    def subnetworks(self) -> list[torch.nn.Module]:
-        """The conditioners."""
-        return list(self.conditioners)
+    def subnetworks(self) -> list[nn.Module]:
+        return list(self.networks)
 
 
 @dataclass(frozen=True)
 class Diagonal(BoundedMap):
-    """scale * x + shift, per channel; scale is known up to a few roundings of the functions that made it."""
+    """scale * x + shift, per channel; both were computed with a few roundings."""
 
     scale: Tensor
     shift: Tensor
 
     def bounds(self, box: Interval, effort: SearchBudget) -> BlockBounds:
-        """max |D| and 1 / min |D|."""
-        scale = self._scale()
+        scale = Interval.around(exact(self.scale).reshape(-1))
         if not scale.bounded:
             return BlockBounds.none("the scale is not finite")
-        pair = blocks.elementwise(scale)
-        reason = "" if math.isfinite(pair.inverse) else "a scale is zero: the block is singular"
+        pair, reason = blocks.elementwise(scale), ""
+        if not math.isfinite(pair.inverse):
+            reason = "a scale is zero: the block is singular"
         return BlockBounds(*pair, reason=reason)
 
     def image(self, box: Interval) -> Interval:
-        """LogScaledVector and shifted."""
-        scale, shift = (over_channels(exact(t), box.lo) for t in (self.scale, self.shift))
-        return box * Interval.around(scale) + Interval.around(shift)
+        return box * _at_every_pixel(self.scale, box) + _at_every_pixel(self.shift, box)
 
     def preimage(self, box: Interval) -> Interval:
-        """The shift taken off, divided by the scale."""
-        scale, shift = (over_channels(exact(t), box.lo) for t in (self.scale, self.shift))
-        return (box - Interval.around(shift)) / Interval.around(scale)
+        return (box - _at_every_pixel(self.shift, box)) / _at_every_pixel(self.scale, box)
 
     def lipsdp_jacobian(self, builder: ChainBuilder, x: Linear, box: Interval) -> Linear:
-        """The diagonal."""
-        scale = exact(self.scale) * torch.ones(x.channels, dtype=torch.float64)
-        return x.mapped(torch.diag(scale)[None])
+        return x.mapped(torch.diag(self._per_channel(x.channels))[None])
 
     def lipsdp_inverse(self, builder: ChainBuilder, z: Linear, box: Interval) -> Linear:
-        """Its inverse."""
-        scale = exact(self.scale) * torch.ones(z.channels, dtype=torch.float64)
-        return z.mapped(torch.diag(1 / scale)[None])
+        return z.mapped(torch.diag(1 / self._per_channel(z.channels))[None])
 
     def comparison_matrices(self, box: Interval, bounds: BlockBounds) -> tuple[Tensor, Tensor]:
         """The diagonal and its inverse."""
-        scale = Interval.around(exact(self.scale) * torch.ones(box.shape[0], dtype=torch.float64))
+        scale = Interval.around(self._per_channel(box.shape[0]))
         return torch.diag(scale.magnitude), torch.diag(scale.reciprocal().magnitude)
 
-    def _scale(self) -> Interval:
-        return Interval.around(exact(self.scale).reshape(-1))
+    def _per_channel(self, channels: int) -> Tensor:
+        return exact(self.scale) * torch.ones(channels, dtype=torch.float64)
 
 
 @dataclass(frozen=True)
@@ -185,7 +184,7 @@ class LinearMap(BoundedMap):
     Attributes:
         weight: W, (out, in).
         shift: b, (out,), or None.
-        error: Frobenius norm of what rounding may have done when W was computed from its factors.
+        error: Frobenius norm of the rounding error of W, if W was computed from its factors.
     """
 
     weight: Tensor
@@ -194,135 +193,192 @@ class LinearMap(BoundedMap):
 
     @classmethod
     def computed(cls, weight: Tensor, shift: Tensor | None = None) -> LinearMap:
-        """A weight that is a product of stored factors, computed in float64 with some tens of roundings."""
-        return cls(weight, shift, 1e-13 * float(exact(weight).norm()) + 1e-300)
+        """For a product of stored factors, computed in float64 with some tens of roundings."""
+        return cls(weight, shift, frobenius_norm(exact(weight)) * PRODUCT_ERROR + TINY)
 
     def bounds(self, box: Interval, effort: SearchBudget) -> BlockBounds:
-        """Certified norms of W and W^-1."""
         n = max(self.weight.shape)
         if not effort.deadline.can_afford(2 * norm_operations(n, n) + 4.0 * n**3):
-            return BlockBounds(
-                up(cheap_norm(self.weight) + self.error),
-                math.inf,
-                reason="time ran out for its inverse",
-            )
-        forward, inverse = blocks.linear(self.weight)
-        slip = up(inverse * self.error)
-        forward = up(forward + self.error)
-        inverse = up(inverse / math.nextafter(1 - slip, 0)) if slip < 1 else math.inf
-        return BlockBounds(
-            forward, inverse, reason="" if math.isfinite(inverse) else "the matrix is singular"
-        )
+            forward = cheap_norm(self.weight) + self.error
+            return BlockBounds(forward, math.inf, reason="time ran out for its inverse")
+        exact_product = blocks.linear(self.weight)
+        forward, inverse = Upper(exact_product.forward), Upper(exact_product.inverse)
+        inverse, reason = inverse / (1 - inverse * self.error), ""
+        if not math.isfinite(inverse):
+            reason = "the matrix is singular"
+        return BlockBounds(forward + self.error, inverse, reason=reason)
 
     def image(self, box: Interval) -> Interval:
-        """W box + b."""
         y = linear(exact(self.weight), box.map(lambda t: t.movedim(0, -1)))
-        slack = (
-            self.error * box.magnitude.square().sum(0).sqrt() * (1 + 1e-9)
-            if self.error
-            else torch.zeros(())
-        )
-        y = (y + Interval(-slack[..., None], slack[..., None])) if self.error else y
+        if self.error:
+            length = enlarged(box.magnitude.square().sum(0).sqrt(), box.shape[0] + 4)
+            slack = enlarged(self.error * length, 1)[..., None]
+            y = y + Interval(-slack, slack)
         y = y.map(lambda t: t.movedim(-1, 0))
-        return (
-            y if self.shift is None else y + Interval.around(over_channels(exact(self.shift), y.lo))
-        )
+        if self.shift is None:
+            return y
+        return y + _at_every_pixel(self.shift, y)
 
     def preimage(self, box: Interval) -> Interval:
-        """W^-1 (box - b)."""
         try:
-            inverse, error = self._inverse()
+            inverse, error = self.inverse()
         except Unbounded:
             return everywhere(box)
-        z = (
-            box
-            if self.shift is None
-            else box - Interval.around(over_channels(exact(self.shift), box.lo))
-        )
-        return LinearMap(inverse, error=error).image(z)
+        if self.shift is not None:
+            box = box - _at_every_pixel(self.shift, box)
+        return LinearMap(inverse, error=error).image(box)
 
     def lipsdp_jacobian(self, builder: ChainBuilder, x: Linear, box: Interval) -> Linear:
-        """W."""
         return x.mapped(exact(self.weight)[None], self.error)
 
     def lipsdp_inverse(self, builder: ChainBuilder, z: Linear, box: Interval) -> Linear:
-        """W^-1, computed, with a bound of what it is off by."""
-        inverse, error = self._inverse()
+        inverse, error = self.inverse()
         return z.mapped(inverse[None], error)
 
     def comparison_matrices(self, box: Interval, bounds: BlockBounds) -> tuple[Tensor, Tensor]:
         """|W| and |W^-1|."""
-        if self.weight.shape[0] != self.weight.shape[1] or not math.isfinite(bounds.inverse):
+        if not math.isfinite(bounds.inverse):
             raise Unbounded("the matrix is not invertible")
-        inverse, error = inverse_with_error(self.weight)
-        slip = up(error + up(up(bounds.inverse * bounds.inverse) * 2 * self.error))
-        return exact(self.weight).abs() + self.error, inverse.abs() + slip
+        inverse, error = self._approximate_inverse()
+        size = Upper(bounds.inverse)
+        slack = error + size * size * 2 * self.error
+        return exact(self.weight).abs() + self.error, inverse.abs() + slack
 
-    def _inverse(self) -> tuple[Tensor, float]:
-        """W^-1, computed, with a bound of the norm of what it is off by.
+    def inverse(self) -> tuple[Tensor, Upper]:
+        """W^-1, computed, with a bound of the norm of its error.
 
         Raises:
             Unbounded: if W is singular.
         """
+        inverse, error = self._approximate_inverse()
+        size = spectral_norm(inverse) + error
+        if not math.isfinite(error) or size * self.error >= 0.5:
+            raise Unbounded("the matrix is singular")
+        return inverse, error + 2 * size * size * self.error
+
+    def _approximate_inverse(self) -> tuple[Tensor, Upper]:
+        """The inverse of the stored matrix, with a bound of the norm of its error."""
         if self.weight.shape[0] != self.weight.shape[1]:
             raise Unbounded("the matrix is not square")
-        inverse, error = inverse_with_error(self.weight)
-        size = spectral_norm(inverse) + error
-        slip = up(size * self.error)
-        if not math.isfinite(error) or slip >= 0.5:
-            raise Unbounded("the matrix is singular")
-        return inverse, up(error + 2 * up(up(size * size) * self.error))
+        return inverse_with_error(self.weight)
 
 
 @dataclass(frozen=True)
 class Elementwise(BoundedMap):
-    """y_i = scale * f(x_i), an activation as a layer; ``inverse`` is its inverse where that has bounds on boxes."""
+    """y_i = scale * f(x_i), an activation as a layer.
+
+    Attributes:
+        function: f.
+        scale: a factor.
+        inverse: the inverse map, where that has bounds on boxes.
+    """
 
     function: Activation
     scale: float = 1.0
     inverse: BoundedMap | None = None
 
+    def slope(self, box: Interval) -> Interval:
+        """An enclosure of the derivatives over the box."""
+        return self.function.slope(box) * self.scale
+
     def bounds(self, box: Interval, effort: SearchBudget) -> BlockBounds:
-        """sup |f'| and 1 / inf |f'| over the box."""
-        slope, everywhere = self._slope(box), self._slope(Box.everywhere(box.shape))
-        pair, widest = blocks.elementwise(slope), blocks.elementwise(everywhere)
-        reason = (
-            ""
-            if math.isfinite(pair.inverse)
-            else "the slope comes arbitrarily close to zero: give a smaller box"
-        )
+        pair, reason = blocks.elementwise(self.slope(box)), ""
+        widest = blocks.elementwise(self.slope(Box.everywhere(box.shape)))
+        if not math.isfinite(pair.inverse):
+            reason = "the slope comes arbitrarily close to zero; pass a smaller domain"
         return BlockBounds(*pair, pair == widest, reason)
 
     def image(self, box: Interval) -> Interval:
-        """f over the box."""
         return self.function.value(box) * self.scale
 
     def preimage(self, box: Interval) -> Interval:
-        """The inverse's image, if there is one; or by f itself, if its slope is proved to be nowhere negative."""
+        """The image of the inverse; or from f, if its slope is proved to be nowhere negative."""
         if self.inverse is not None:
             return self.inverse.image(box)
-        rises = float(self._slope(everywhere(box)).lo.min()) >= 0
-        return preimage(self.image, box) if rises else everywhere(box)
+        if float(self.slope(everywhere(box)).lo.min()) < 0:
+            return everywhere(box)
+        return preimage(self.image, box)
 
     def lipsdp_jacobian(self, builder: ChainBuilder, x: Linear, box: Interval) -> Linear:
-        """Slopes over the box."""
-        return builder.activated(x, *per_channel(self._slope(box), x.channels))
+        return builder.activated(x, *per_channel(self.slope(box), x.channels))
 
     def lipsdp_inverse(self, builder: ChainBuilder, z: Linear, box: Interval) -> Linear:
-        """One over them."""
-        return builder.activated(z, *per_channel(self._slope(box).reciprocal(), z.channels))
+        return builder.activated(z, *per_channel(self.slope(box).reciprocal(), z.channels))
 
     def comparison_matrices(self, box: Interval, bounds: BlockBounds) -> tuple[Tensor, Tensor]:
         """Largest slopes, and one over the smallest."""
-        slope = self._slope(box)
-        ends = (slope.magnitude, slope.reciprocal().magnitude)
-        first, last = (torch.diag(end.reshape(len(end), -1).amax(1)) for end in ends)
-        return first, last
+        slope = self.slope(box)
+        return torch.diag(largest(slope)), torch.diag(largest(slope.reciprocal()))
 
-    def _slope(self, box: Interval) -> Interval:
-        return self.function.slope(box) * self.scale
+
+@dataclass(frozen=True)
+class KnownConstants(BoundedMap):
+    """A map of known constants on all of R^d, such as a spline with fixed knots.
+
+    Attributes:
+        pair: its bounds.
+        inside: an interval that every entry in it is mapped into: [-B, B] for a spline with tails.
+        shape_of: from the input shape to the output shape; default: the same.
+    """
+
+    pair: Pair
+    inside: tuple[float, float] | None = None
+    shape_of: Callable[[torch.Size], torch.Size] = lambda shape: shape
+
+    def bounds(self, box: Interval, effort: SearchBudget) -> BlockBounds:
+        if self.pair.finite:
+            return BlockBounds(*self.pair)
+        return BlockBounds(
+            *self.pair, reason="the block is not invertible everywhere, or not Lipschitz"
+        )
+
+    def image(self, box: Interval) -> Interval:
+        if self.inside is None:
+            return Box.everywhere(self.shape_of(box.shape))
+        least, most = self.inside
+        return box.hull(Interval(torch.full_like(box.lo, least), torch.full_like(box.hi, most)))
+
+    def preimage(self, box: Interval) -> Interval:
+        if self.shape_of(box.shape) != box.shape:
+            return everywhere(box)
+        return self.image(box)
+
+
+@dataclass(frozen=True)
+class LogitMap(BoundedMap):
+    """logit(alpha + (1 - 2 alpha) x) / temperature for data in [0, 1]; local."""
+
+    alpha: float
+    temperature: float = 1.0
+
+    def bounds(self, box: Interval, effort: SearchBudget) -> BlockBounds:
+        p = self._argument(box)
+        if p.inf() <= 0 or p.sup() >= 1:
+            return BlockBounds.none(
+                "the logit is unbounded at 0 and 1; pass domain=Box(lo, hi) with 0 < lo and hi < 1"
+            )
+        width = 1.0 - Interval.of(self.alpha) * 2.0
+        slope = width / product_with_complement(p) / self.temperature
+        return BlockBounds(*blocks.elementwise(slope), is_global=False)
+
+    def image(self, box: Interval) -> Interval:
+        p = clamped(self._argument(box), 0.0, 1.0)
+        return (p.log() - (1.0 - p).log()) / self.temperature
+
+    def _argument(self, box: Interval) -> Interval:
+        return box * (1.0 - Interval.of(self.alpha) * 2.0) + self.alpha
+
+
+def _at_every_pixel(values: Tensor, like: Interval) -> Interval:
+    """Computed values of the channels, with what rounding may have lost of them."""
+    return Interval.around(over_channels(exact(values), like.lo))
 
 
 def per_channel(slopes: Interval, channels: int) -> tuple[Tensor, Tensor]:
-    """The hull over the pixels, per channel."""
+    """The least and the largest slope of each channel, over the pixels."""
     return slopes.lo.reshape(channels, -1).amin(1), slopes.hi.reshape(channels, -1).amax(1)
+
+
+def largest(x: Interval) -> Tensor:
+    """The largest magnitude of each channel, over the pixels."""
+    return x.magnitude.reshape(len(x.lo), -1).amax(1)

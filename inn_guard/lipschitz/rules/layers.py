@@ -1,4 +1,4 @@
-"""The bound rules of the layers: what each layer is in the terms of inn_guard.lipschitz."""
+"""The bound rules of this package's layers."""
 
 from __future__ import annotations
 
@@ -9,10 +9,11 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from inn_guard.layers import coupling as layers
+from inn_guard.layers import scales
 from inn_guard.layers.actnorm import Diagonal
 from inn_guard.layers.autoregressive import MaskedAutoregressive
 from inn_guard.layers.contraction import LipSwish
-from inn_guard.layers.coupling import AdditiveCoupling, AffineCoupling, Coupling
 from inn_guard.layers.inverted import InverseLayer
 from inn_guard.layers.linear import ChannelMixing, InvertibleLinear
 from inn_guard.layers.multiscale import FactorOut, OnRemaining
@@ -22,178 +23,164 @@ from inn_guard.layers.permutation import Permutation
 from inn_guard.layers.preprocessing import Logit
 from inn_guard.layers.reshape import Flatten, Squeeze, ZeroPadding
 from inn_guard.layers.residual import Residual
-from inn_guard.layers.scales import (
-    ClampedScale,
-    ExpScale,
-    ScaleFunction,
-    SigmoidScale,
-    SoftplusScale,
-)
-from inn_guard.lipschitz.maps import coupling as couplings
 from inn_guard.lipschitz.maps import elementary as maps
-from inn_guard.lipschitz.maps import residual as flows
+from inn_guard.lipschitz.maps import residual
+from inn_guard.lipschitz.maps.autoregressive import Autoregressive
 from inn_guard.lipschitz.maps.base import BoundedMap, NoRule, bounded_map
 from inn_guard.lipschitz.maps.composition import OnTail, inverted
-from inn_guard.lipschitz.maps.elementary import ShapeDependent
+from inn_guard.lipschitz.maps.coupling import ByChannel, ByMask, Coupling, Split, blocked_rows
 from inn_guard.lipschitz.networks.activations import Activation, activation, known_activation
-from inn_guard.lipschitz.networks.graph import readable
+from inn_guard.lipschitz.networks.graph import fx_equivalent
 from inn_guard.lipschitz.transformers.affine import (
     Additive,
     Affine,
     ConstantScale,
     LogScale,
-    ScaleBounds,
     SigmoidScaleBounds,
     SoftplusScaleBounds,
     atan_activation,
     scaled,
 )
+from inn_guard.lipschitz.transformers.base import ScaleBounds, Transformer
+from inn_guard.numerics.intervals import Interval
 
 __all__ = ["scale_bounds"]
 
 
-def scale_bounds(scale: ScaleFunction) -> ScaleBounds:
-    """Enclosures of a scale function: by its formula where it is one of ours, by its global constants otherwise."""
-    if isinstance(scale, SigmoidScale):
+def scale_bounds(scale: scales.ScaleFunction) -> ScaleBounds:
+    """Enclosures of a scale: by the formula of one in inn_guard, else by its global constants."""
+    if isinstance(scale, scales.SigmoidScale):
         return SigmoidScaleBounds(scale.lower, scale.upper, scale.offset)
-    if isinstance(scale, ClampedScale):
+    if isinstance(scale, scales.ClampedScale):
         return LogScale(atan_activation(scale.clamp * 2 / math.pi))
-    if isinstance(scale, SoftplusScale):
+    if isinstance(scale, scales.SoftplusScale):
         return SoftplusScaleBounds(scale.lower)
-    if isinstance(scale, ExpScale):
+    if isinstance(scale, scales.ExpScale):
         return LogScale(known_activation(nn.Identity()))
     return ConstantScale(scale.lower, scale.upper, scale.max_slope, scale.max_log_slope)
 
 
-def _coupling(layer: Coupling, transformer: Any, parameters: int) -> BoundedMap:
-    def make(channels: int, shape: torch.Size) -> BoundedMap:
-        split: couplings.Split
-        if isinstance(layer.partition, (Halves, Leading)):
-            index = torch.arange(channels)[None]
-            kept, changed = layer.partition.split(index, dims=2)
-            split, size = couplings.ByChannel(kept[0], changed[0]), changed.shape[1]
-        elif isinstance(layer.partition, Mask):
-            split, size = couplings.ByMask(layer.partition.mask.cpu().expand(shape)), channels
-        else:
-            return NoRule(f"no rule for the partition {type(layer.partition).__name__}")
-        rows = torch.arange(parameters * size).split(size)
-        return couplings.Coupling(split, layer.network, transformer, rows, layer.context)
+def _coupling(block: layers.Coupling, transformer: Transformer) -> BoundedMap:
+    def make(box: Interval) -> BoundedMap:
+        found = _split(block.partition, box.shape)
+        if found is None:
+            return NoRule(f"no rule for the partition {type(block.partition).__name__}")
+        split, entries = found
+        rows = blocked_rows(entries, transformer.count)
+        return Coupling(split, block.network, transformer, rows, block.context)
 
-    return ShapeDependent(lambda box: make(box.shape[0], box.shape), (layer.network,))
+    return maps.ShapeDependent(make, (block.network,))
 
 
-@bounded_map.register
-def _(block: AdditiveCoupling, layer: Any) -> BoundedMap:
-    return _coupling(block, Additive(), 1)
-
-
-@bounded_map.register
-def _(block: AffineCoupling, layer: Any) -> BoundedMap:
-    return _coupling(block, Affine(scale_bounds(block.scale)), 2)
+def _split(partition: Any, shape: torch.Size) -> tuple[Split, int] | None:
+    """The split of samples of a shape, with the number of changed channels."""
+    if isinstance(partition, Mask):
+        return ByMask(partition.mask.cpu().expand(shape)), shape[0]
+    if not isinstance(partition, (Halves, Leading)):
+        return None
+    kept, changed = partition.split(torch.arange(shape[0])[None], dims=2)
+    return ByChannel(kept[0], changed[0]), changed.shape[1]
 
 
 @bounded_map.register
-def _(block: MaskedAutoregressive, layer: Any) -> BoundedMap:
-    def make(features: int) -> BoundedMap:
-        every, rows = torch.arange(features), torch.arange(2 * features).split(features)
-        split = couplings.ByChannel(every, every)
-        return flows.Autoregressive(
-            couplings.Coupling(split, block.network, Affine(scale_bounds(block.scale)), rows)
-        )
-
-    return ShapeDependent(lambda box: make(box.shape[0]), (block.network,))
+def bound_additive_coupling(block: layers.AdditiveCoupling, layer: Any) -> BoundedMap:
+    return _coupling(block, Additive())
 
 
 @bounded_map.register
-def _(block: InverseLayer, layer: Any) -> BoundedMap:
+def bound_affine_coupling(block: layers.AffineCoupling, layer: Any) -> BoundedMap:
+    return _coupling(block, Affine(scale_bounds(block.scale)))
+
+
+@bounded_map.register
+def bound_masked_autoregressive(block: MaskedAutoregressive, layer: Any) -> BoundedMap:
+    transformer = Affine(scale_bounds(block.scale))
+
+    def make(box: Interval) -> BoundedMap:
+        features = box.shape[0]
+        rows = blocked_rows(features, transformer.count)
+        split = ByChannel.all_of(features)
+        return Autoregressive(Coupling(split, block.network, transformer, rows))
+
+    return maps.ShapeDependent(make, (block.network,))
+
+
+@bounded_map.register
+def bound_inverse_layer(block: InverseLayer, layer: Any) -> BoundedMap:
     inner = block.inner.with_context(layer.context)
-    described = bounded_map(inner.block, inner)
-    if isinstance(described, maps.Rearrangement):
-        return maps.Rearrangement(
-            block.forward, None if described.channels is None else described.channels.argsort()
-        )
-    return inverted(described)
+    bounded = bounded_map(inner.block, inner)
+    if not isinstance(bounded, maps.Rearrangement):
+        return inverted(bounded)
+    channels = None
+    if bounded.channels is not None:
+        channels = bounded.channels.argsort()
+    return maps.Rearrangement(block.forward, channels)
 
 
 @bounded_map.register
-def _(block: Diagonal, layer: Any) -> BoundedMap:
+def bound_diagonal(block: Diagonal, layer: Any) -> BoundedMap:
     return maps.Diagonal(block.log_scale.detach().double().exp(), block.shift.detach())
 
 
 @bounded_map.register
-def _(block: ChannelMixing, layer: Any) -> BoundedMap:
+def bound_channel_mixing(block: ChannelMixing, layer: Any) -> BoundedMap:
     return maps.LinearMap.computed(block.weight.detach())
 
 
 @bounded_map.register
-def _(block: InvertibleLinear, layer: Any) -> BoundedMap:
+def bound_invertible_linear(block: InvertibleLinear, layer: Any) -> BoundedMap:
     return maps.LinearMap(block.weight.detach())
 
 
 @bounded_map.register
-def _(block: Permutation, layer: Any) -> BoundedMap:
+def bound_permutation(block: Permutation, layer: Any) -> BoundedMap:
     return maps.Rearrangement(block.forward, block.order.cpu())
 
 
 @bounded_map.register(Squeeze)
 @bounded_map.register(Flatten)
 @bounded_map.register(FactorOut)
-def _(block: Any, layer: Any) -> BoundedMap:
+@bounded_map.register(ZeroPadding)
+def bound_reshape(block: Any, layer: Any) -> BoundedMap:
     return maps.Rearrangement(block.forward)
 
 
 @bounded_map.register
-def _(block: ZeroPadding, layer: Any) -> BoundedMap:
-    return maps.Rearrangement(block.forward)
-
-
-@bounded_map.register
-def _(block: OnRemaining, layer: Any) -> BoundedMap:
-    inner = block.layer if layer.context is None else block.layer.with_context(layer.context)
+def bound_on_remaining(block: OnRemaining, layer: Any) -> BoundedMap:
+    inner = block.inner
+    if layer.context is not None:
+        inner = inner.with_context(layer.context)
     return OnTail(bounded_map(inner.block, inner), block.shape)
 
 
 @bounded_map.register
-def _(block: Logit, layer: Any) -> BoundedMap:
-    return flows.LogitMap(block.alpha)
+def bound_logit(block: Logit, layer: Any) -> BoundedMap:
+    return maps.LogitMap(block.alpha)
 
 
 @bounded_map.register
-def _(block: Residual, layer: Any) -> BoundedMap:
-    return flows.Residual(block.network, layer.context)
-
-
-@bounded_map.register
-def _(block: MaskedAutoregressive, layer: Any) -> BoundedMap:
-    def make(features: int) -> BoundedMap:
-        every = torch.arange(features)
-        rows = torch.arange(2 * features).split(features)
-        both = couplings.Coupling(
-            couplings.ByChannel(every, every),
-            block.network,
-            Affine(scale_bounds(block.scale)),
-            rows,
-        )
-        return flows.Autoregressive(both)
-
-    return ShapeDependent(lambda box: make(box.shape[0]), (block.network,))
+def bound_residual(block: Residual, layer: Any) -> BoundedMap:
+    return residual.Residual(block.network, layer.context)
 
 
 class _Joined(nn.Module):
+    """A network of x and a context, joined."""
+
     def __init__(self, network: nn.Module) -> None:
         super().__init__()
         self.network = network
 
+    # called by torch.fx, whose proxies are no tensors
     def forward(self, x: Any, context: Any) -> Any:
         return self.network(torch.cat([x, context], 1))
 
 
-@readable.register
-def _(module: Conditional) -> nn.Module:
+@fx_equivalent.register
+def join_context(module: Conditional) -> nn.Module:
     return _Joined(module.network)
 
 
 @activation.register
-def _(module: LipSwish) -> Activation:
+def enclose_lipswish(module: LipSwish) -> Activation:
     rate = float(functional.softplus(module.raw.detach().double()))
     return scaled(known_activation(nn.SiLU()), 1 / (1.1 * rate), rate)

@@ -1,4 +1,7 @@
-"""The bound rules of zuko: what its transformations are in the terms of inn_guard.lipschitz."""
+"""The bound rules of zuko."""
+
+# The name of a rule says what it is: bound_<block>.
+# ruff: noqa: D103
 
 from __future__ import annotations
 
@@ -16,59 +19,53 @@ from zuko.flows.coupling import GeneralCouplingTransform
 from zuko.lazy import UnconditionalTransform
 
 from inn_guard.lipschitz.maps import elementary as maps
-from inn_guard.lipschitz.maps import residual as flows
-from inn_guard.lipschitz.maps import spline_closed_forms as splines
+from inn_guard.lipschitz.maps.autoregressive import Autoregressive
 from inn_guard.lipschitz.maps.base import BoundedMap, NoRule, bounded_map
-from inn_guard.lipschitz.maps.closed_forms import Pair
-from inn_guard.lipschitz.maps.coupling import ByChannel, Coupling
+from inn_guard.lipschitz.maps.coupling import ByChannel, Coupling, interleaved_rows
+from inn_guard.lipschitz.maps.spline_closed_forms import rational_quadratic_spline
 from inn_guard.lipschitz.networks.activations import Activation
-from inn_guard.lipschitz.networks.graph import readable
-from inn_guard.lipschitz.rules.joined_networks import SideBySide
-from inn_guard.lipschitz.transformers.affine import (
-    Additive,
-    Affine,
-    LogScale,
-    Reparametrised,
-    Transformer,
-)
+from inn_guard.lipschitz.networks.graph import fx_equivalent
+from inn_guard.lipschitz.rules.blocks import SideBySide, fixed_spline
+from inn_guard.lipschitz.transformers.affine import Additive, Affine, LogScale, Reparametrised
+from inn_guard.lipschitz.transformers.base import Transformer
 from inn_guard.lipschitz.transformers.rational_quadratic import RationalQuadraticSpline
 from inn_guard.numerics.intervals import Interval
 
 
-@readable.register
-def _(module: zuko.nn.MLP) -> nn.Module:
+@fx_equivalent.register
+def share_weights(module: zuko.nn.MLP) -> nn.Module:
     """The same network with torch's own linear layers, which share the weights."""
     return nn.Sequential(*[_plain(part) for part in module])
 
 
 @bounded_map.register
-def _(block: GeneralCouplingTransform, layer: Any) -> BoundedMap:
-    split = ByChannel(
-        block.mask.nonzero().squeeze(-1).cpu(), (~block.mask).nonzero().squeeze(-1).cpu()
-    )
+def bound_coupling(block: GeneralCouplingTransform, layer: Any) -> BoundedMap:
+    mask = block.mask.cpu()
+    split = ByChannel(mask.nonzero().squeeze(-1), (~mask).nonzero().squeeze(-1))
     return _coupling(block, layer, split)
 
 
 @bounded_map.register
-def _(block: MaskedAutoregressiveTransform, layer: Any) -> BoundedMap:
-    every = torch.arange(block.hyper.out_features // block.total)
-    described = _coupling(block, layer, ByChannel(every, every))
-    return flows.Autoregressive(described) if isinstance(described, Coupling) else described
+def bound_autoregressive(block: MaskedAutoregressiveTransform, layer: Any) -> BoundedMap:
+    entries = block.hyper.out_features // block.total
+    coupling = _coupling(block, layer, ByChannel.all_of(entries))
+    if not isinstance(coupling, Coupling):
+        return coupling
+    return Autoregressive(coupling)
 
 
 def _coupling(block: Any, layer: Any, split: ByChannel) -> BoundedMap:
     transformer = _transformer(block)
     if transformer is None:
-        return NoRule(
-            f"no rule is registered for couplings by {getattr(block.univariate, '__name__', 'this map')}"
-        )
-    n = len(split.change)
-    rows = [torch.arange(n) * transformer.count + p for p in range(transformer.count)]
-    return Coupling(split, SideBySide(readable(block.hyper)), transformer, rows, layer.context)
+        name = getattr(block.univariate, "__name__", "this map")
+        return NoRule(f"no rule is registered for couplings by {name}")
+    rows = interleaved_rows(len(split.change), transformer.count)
+    network = SideBySide(fx_equivalent(block.hyper))
+    return Coupling(split, network, transformer, rows, layer.context)
 
 
 def _transformer(block: Any) -> Transformer | None:
-    """Of an affine, additive or spline map of one feature, as its class or a partial of it; None for anything else."""
+    """The transformer of an additive, affine or spline map, a class or a partial of it; else None."""
     univariate: Any = block.univariate
     options: dict[str, Any] = {}
     if isinstance(univariate, functools.partial) and not univariate.args:
@@ -86,16 +83,16 @@ class _ExponentialSpline(RationalQuadraticSpline):
     """Knots without floors, whose derivatives are exponentials."""
 
     def derivative(self, raw: Interval) -> Interval:
-        """e^raw."""
+        """At a knot: e^raw."""
         return raw.exp()
 
     def derivative_rate(self, raw: Interval) -> Interval:
-        """e^raw."""
+        """d derivative / d raw = e^raw."""
         return raw.exp()
 
 
 def _spline(bins: int, options: dict[str, Any]) -> Transformer:
-    """Raw widths and heights are clipped softly to half as much as raw derivatives, which are logarithms."""
+    """Raw widths and heights are clipped softly to half the limit of the log-derivatives."""
     limit = _limit(transforms.MonotonicRQSTransform, options)
     bound = float(options.get("bound", _default(transforms.MonotonicRQSTransform, "bound")))
     spline = _ExponentialSpline(bins, -bound, bound, floors=(0.0, 0.0, 0.0))
@@ -125,12 +122,9 @@ def softclip(limit: float) -> Activation:
 
 
 @bounded_map.register
-def _(block: UnconditionalTransform, layer: Any) -> BoundedMap:
-    return _of(block(layer.context))
-
-
-def _of(transform: Any) -> BoundedMap:
-    """A transformation that was built without a context."""
+def bound_unconditional(block: UnconditionalTransform, layer: Any) -> BoundedMap:
+    """A transformation built without a context."""
+    transform: Any = block(layer.context)
     if isinstance(transform, transforms.PermutationTransform):
         return maps.Rearrangement(lambda x: x[..., transform.order], transform.order.cpu())
     if isinstance(transform, transforms.RotationTransform):
@@ -144,18 +138,16 @@ def _of(transform: Any) -> BoundedMap:
     if isinstance(transform, transforms.SoftclipTransform):
         return maps.Elementwise(softclip(float(transform.bound)))
     if isinstance(transform, transforms.MonotonicRQSTransform):
-        sizes = [
-            knots.detach().double().diff(dim=-1)
-            for knots in (transform.horizontal, transform.vertical)
-        ]
-        pair = splines.rational_quadratic_spline(
-            sizes[0], sizes[1], transform.derivatives.detach().double()
-        )
-        bound = float(transform.horizontal.detach().double().abs().max())
-        return flows.KnownConstants(
-            Pair(*(max(1.0, side * (1 + 1e-12)) for side in pair)), inside=(-bound, bound)
-        )
+        return _fixed_spline(transform)
     return NoRule(f"no rule is registered for {type(transform).__name__}")
+
+
+def _fixed_spline(transform: Any) -> BoundedMap:
+    x, y = transform.horizontal.detach().double(), transform.vertical.detach().double()
+    derivatives = transform.derivatives.detach().double()
+    pair = rational_quadratic_spline(x.diff(dim=-1), y.diff(dim=-1), derivatives)
+    bound = float(x.abs().max())
+    return fixed_spline(pair, -bound, bound, has_identity=True)
 
 
 def _plain(part: nn.Module) -> nn.Module:

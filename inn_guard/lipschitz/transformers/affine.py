@@ -1,16 +1,26 @@
-"""What couplings and autoregressive maps do to one entry, h(x; parameters): enclosures of value and derivatives."""
+"""Additive and affine transformers, scales g(s), and transformers of functions of parameters."""
+
+# Methods without a docstring are documented in Transformer and ScaleBounds.
+# ruff: noqa: D102
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
+from torch.nn.functional import softplus
 
 from inn_guard.lipschitz.networks.activations import Activation
+from inn_guard.lipschitz.transformers.base import (
+    ScaleBounds,
+    Transformer,
+    clamped,
+    ones,
+    product_with_complement,
+)
 from inn_guard.numerics.intervals import Interval
 
 __all__ = [
@@ -18,43 +28,12 @@ __all__ = [
     "Affine",
     "ConstantScale",
     "LogScale",
-    "ScaleBounds",
+    "Reparametrised",
     "SigmoidScaleBounds",
     "SoftplusScaleBounds",
-    "Transformer",
     "atan_activation",
     "scaled",
 ]
-
-
-@runtime_checkable
-class Transformer(Protocol):
-    """z = h(x; theta), increasing in x, entry by entry. Every tensor has the shape of the changed entries.
-
-    Attributes:
-        count: parameters per entry.
-    """
-
-    @property
-    def count(self) -> int:
-        """Parameters per entry."""
-        ...
-
-    def value(self, x: Interval, theta: list[Interval]) -> Interval:
-        """h."""
-        ...
-
-    def slope(self, x: Interval, theta: list[Interval]) -> Interval:
-        """dh/dx."""
-        ...
-
-    def sensitivities(self, x: Interval, theta: list[Interval]) -> list[Interval]:
-        """dh/dtheta_k."""
-        ...
-
-    def relative(self, x: Interval, theta: list[Interval]) -> list[Interval]:
-        """dh/dtheta_k divided by dh/dx: what the inverse Jacobian holds."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -64,40 +43,15 @@ class Additive:
     count = 1
 
     def value(self, x: Interval, theta: list[Interval]) -> Interval:
-        """x + t."""
         return x + theta[0]
 
     def slope(self, x: Interval, theta: list[Interval]) -> Interval:
-        """One."""
-        one = torch.ones_like(x.lo)
-        return Interval(one, one)
+        return ones(x)
 
     def sensitivities(self, x: Interval, theta: list[Interval]) -> list[Interval]:
-        """One."""
-        return [self.slope(x, theta)]
+        return [ones(x)]
 
-    relative = sensitivities
-
-
-@runtime_checkable
-class ScaleBounds(Protocol):
-    """Enclosures of a positive scale g(s) over intervals of s."""
-
-    def value(self, s: Interval) -> Interval:
-        """g."""
-        ...
-
-    def slope(self, s: Interval) -> Interval:
-        """g'."""
-        ...
-
-    def log_slope(self, s: Interval) -> Interval:
-        """g'/g."""
-        ...
-
-    def second_derivative(self, s: Interval) -> Interval:
-        """g''."""
-        ...
+    log_sensitivities = sensitivities
 
 
 @dataclass(frozen=True)
@@ -114,37 +68,38 @@ class Affine:
     count = 2
 
     def value(self, x: Interval, theta: list[Interval]) -> Interval:
-        """x g + t."""
-        t, s = self._named(theta)
+        t, s = self._shift_and_scale(theta)
         return x * self.scale.value(s) + t
 
     def slope(self, x: Interval, theta: list[Interval]) -> Interval:
-        """g."""
-        return self.scale.value(self._named(theta)[1])
+        _, s = self._shift_and_scale(theta)
+        return self.scale.value(s)
 
     def sensitivities(self, x: Interval, theta: list[Interval]) -> list[Interval]:
         """1 for t, x g' for s."""
-        one = torch.ones_like(x.lo)
-        return self._ordered(Interval(one, one), x * self.scale.slope(self._named(theta)[1]))
+        _, s = self._shift_and_scale(theta)
+        return self._in_order(ones(x), x * self.scale.slope(s))
 
-    def relative(self, x: Interval, theta: list[Interval]) -> list[Interval]:
+    def log_sensitivities(self, x: Interval, theta: list[Interval]) -> list[Interval]:
         """1/g for t, x g'/g for s."""
-        s = self._named(theta)[1]
-        return self._ordered(self.scale.value(s).reciprocal(), x * self.scale.log_slope(s))
+        _, s = self._shift_and_scale(theta)
+        return self._in_order(self.scale.value(s).reciprocal(), x * self.scale.log_slope(s))
 
-    def _named(self, theta: list[Interval]) -> tuple[Interval, Interval]:
+    def _shift_and_scale(self, theta: list[Interval]) -> tuple[Interval, Interval]:
         return theta[self.order[0]], theta[self.order[1]]
 
-    def _ordered(self, t: Interval, s: Interval) -> list[Interval]:
-        return [t, s] if self.order == (0, 1) else [s, t]
+    def _in_order(self, t: Interval, s: Interval) -> list[Interval]:
+        if self.order == (0, 1):
+            return [t, s]
+        return [s, t]
 
 
 @dataclass(frozen=True)
 class SigmoidScaleBounds:
     """g(s) = lower + (upper - lower) sigmoid(s + offset).
 
-    With w = upper - lower and a = lower / w, g'/g = p (1 - p) / (a + p) for p = sigmoid; it is largest,
-    1 + 2a - 2 sqrt(a^2 + a), at p = sqrt(a^2 + a) - a.
+    With w = upper - lower and a = lower / w, g'/g = p (1 - p) / (a + p) for p = sigmoid; it is
+    largest, 1 + 2a - 2 sqrt(a^2 + a), at p = sqrt(a^2 + a) - a.
     """
 
     lower: float
@@ -152,58 +107,41 @@ class SigmoidScaleBounds:
     offset: float = 0.0
 
     def value(self, s: Interval) -> Interval:
-        """g."""
-        return self._p(s) * self._width() + self.lower
+        return self._sigmoid(s) * self._width() + self.lower
 
     def slope(self, s: Interval) -> Interval:
-        """g'."""
-        return self._steepness(s) * self._width()
+        return product_with_complement(self._sigmoid(s)) * self._width()
 
     def second_derivative(self, s: Interval) -> Interval:
         """g'' = w p (1 - p) (1 - 2 p)."""
-        return self.slope(s) * (1.0 - self._p(s) * 2.0)
+        return self.slope(s) * (1.0 - self._sigmoid(s) * 2.0)
 
     def log_slope(self, s: Interval) -> Interval:
-        """g'/g: at p from 0 to 1 it rises to its maximum and falls."""
+        """g'/g rises to its maximum in p and falls, from p = 0 to 1."""
         a = Interval.of(self.lower) / self._width()
         s = s + self.offset
-
-        def at(end: Tensor) -> Interval:
-            point = Interval(end, end)
-            p = point.increasing(torch.sigmoid)
-            # p / (a + p) = 1 / (1 + a (1 + e^-s)), without 0 / 0 where p underflows
-            return (
-                (-point).increasing(torch.sigmoid) / (a * (1.0 + (-point).exp()) + 1.0)
-                if self.lower
-                else 1.0 - p
-            )
-
-        low, high = at(s.lo), at(s.hi)
-        lo, hi = torch.minimum(low.lo, high.lo), torch.maximum(low.hi, high.hi)
+        low, high = self._log_slope_at(s.lo, a), self._log_slope_at(s.hi, a)
+        lo, hi = torch.minimum(low.lo, high.lo).clamp_min(0), torch.maximum(low.hi, high.hi)
         if not self.lower:
-            return Interval(lo.clamp_min(0), hi)
+            return Interval(lo, hi)
         root = (a.square() + a).sqrt()
-        peak, turn = 1.0 + a * 2.0 - root * 2.0, root - a
+        largest, position = 1.0 + a * 2.0 - root * 2.0, root - a
         p = s.increasing(torch.sigmoid)
-        inside = (p.lo <= turn.hi + 1e-9) & (p.hi >= turn.lo - 1e-9)
-        return Interval(lo.clamp_min(0), torch.where(inside, torch.maximum(hi, peak.hi), hi))
+        inside = (p.lo <= position.hi + 1e-9) & (p.hi >= position.lo - 1e-9)
+        return Interval(lo, torch.where(inside, torch.maximum(hi, largest.hi), hi))
 
-    def _p(self, s: Interval) -> Interval:
-        p = (s + self.offset).increasing(torch.sigmoid)
-        return Interval(p.lo.clamp_min(0), p.hi.clamp_max(1))
+    def _log_slope_at(self, end: Tensor, a: Interval) -> Interval:
+        point = Interval(end, end)
+        if not self.lower:
+            return 1.0 - point.increasing(torch.sigmoid)
+        # p / (a + p) = 1 / (1 + a (1 + e^-s)), without 0 / 0 where p underflows
+        return (-point).increasing(torch.sigmoid) / (a * (1.0 + (-point).exp()) + 1.0)
+
+    def _sigmoid(self, s: Interval) -> Interval:
+        return clamped((s + self.offset).increasing(torch.sigmoid), 0.0, 1.0)
 
     def _width(self) -> Interval:
         return Interval.of(self.upper) - self.lower
-
-    def _steepness(self, s: Interval) -> Interval:
-        p = self._p(s)
-        ends = [Interval(end, end) * (1.0 - Interval(end, end)) for end in (p.lo, p.hi)]
-        top = (p.lo <= 0.5) & (p.hi >= 0.5)
-        hi = torch.maximum(ends[0].hi, ends[1].hi)
-        return Interval(
-            torch.minimum(ends[0].lo, ends[1].lo).clamp_min(0),
-            torch.where(top, hi.clamp_min(0.25), hi),
-        )
 
 
 @dataclass(frozen=True)
@@ -213,21 +151,17 @@ class SoftplusScaleBounds:
     floor: float
 
     def value(self, s: Interval) -> Interval:
-        """g."""
-        g = s.increasing(torch.nn.functional.softplus)
+        g = s.increasing(softplus)
         return Interval(g.lo.clamp_min(0), g.hi) + self.floor
 
     def slope(self, s: Interval) -> Interval:
-        """The sigmoid."""
         return s.increasing(torch.sigmoid)
 
     def second_derivative(self, s: Interval) -> Interval:
-        """The sigmoid's slope."""
         p = s.increasing(torch.sigmoid)
         return p * (1.0 - p)
 
     def log_slope(self, s: Interval) -> Interval:
-        """Sigmoid over g, at most one."""
         ratio = self.slope(s) / self.value(s)
         return Interval(ratio.lo.clamp_min(0), ratio.hi.clamp_max(1))
 
@@ -239,25 +173,22 @@ class LogScale:
     log: Activation
 
     def value(self, s: Interval) -> Interval:
-        """e^f."""
         return self.log.value(s).exp()
 
     def slope(self, s: Interval) -> Interval:
-        """e^f f'."""
         return self.value(s) * self.log.slope(s)
 
     def second_derivative(self, s: Interval) -> Interval:
-        """e^f (f'^2 + f'')."""
+        """g'' = e^f (f'^2 + f'')."""
         return self.value(s) * (self.log.slope(s).square() + self.log.second_derivative(s))
 
     def log_slope(self, s: Interval) -> Interval:
-        """f'."""
         return self.log.slope(s)
 
 
 @dataclass(frozen=True)
 class ConstantScale:
-    """A scale of which only global constants are known."""
+    """A scale of which only global constants are known: lower <= g <= upper, |g'| and |g'/g|."""
 
     lower: float
     upper: float
@@ -265,63 +196,25 @@ class ConstantScale:
     max_log_slope: float
 
     def value(self, s: Interval) -> Interval:
-        """[lower, upper]."""
-        return self._all(s, self.lower, self.upper)
+        return self._between(s, self.lower, self.upper)
 
     def slope(self, s: Interval) -> Interval:
-        """[-max_slope, max_slope]."""
-        return self._all(s, -self.max_slope, self.max_slope)
+        return self._between(s, -self.max_slope, self.max_slope)
 
     def log_slope(self, s: Interval) -> Interval:
-        """[-max_log_slope, max_log_slope]."""
-        return self._all(s, -self.max_log_slope, self.max_log_slope)
+        return self._between(s, -self.max_log_slope, self.max_log_slope)
 
     def second_derivative(self, s: Interval) -> Interval:
-        """NoRule."""
-        return self._all(s, -math.inf, math.inf)
+        """Unknown: everything."""
+        return self._between(s, -math.inf, math.inf)
 
     @staticmethod
-    def _all(s: Interval, lo: float, hi: float) -> Interval:
+    def _between(s: Interval, lo: float, hi: float) -> Interval:
+        # the constants are results of a few roundings
         slack = 1e-14
         return Interval(
             torch.full_like(s.lo, lo - slack * abs(lo)), torch.full_like(s.hi, hi + slack * abs(hi))
         )
-
-
-def atan_activation(size: float) -> Activation:
-    """size * atan(x), size positive."""
-    limit = size * math.pi / 2
-    return Activation(
-        lambda x: size * torch.atan(x),
-        lambda x: size / (1 + x.square()),
-        {0.0: (size, size)},
-        (-limit * (1 + 1e-14), limit * (1 + 1e-14)),
-        size,
-    )
-
-
-def scaled(
-    function: Activation, outer: float, inner: float = 1.0, shift: float = 0.0
-) -> Activation:
-    """outer * f(inner * x) + shift, outer and inner positive."""
-
-    def times(derivative: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
-        return lambda x: outer * inner * derivative(inner * x)
-
-    return Activation(
-        lambda x: outer * function.function(inner * x) + shift,
-        times(function.derivative),
-        {
-            point / inner: (outer * inner * low, outer * inner * high)
-            for point, (low, high) in function.critical_points.items()
-        },
-        (outer * function.limits[0] + shift, outer * function.limits[1] + shift),
-        function.curvature * outer * inner * inner,
-        {point / inner: outer * value + shift for point, value in function.minima.items()},
-    )
-
-
-__all__ = ["Reparametrised"]
 
 
 @dataclass(frozen=True)
@@ -338,28 +231,63 @@ class Reparametrised:
 
     @property
     def count(self) -> int:
-        """Parameters per entry."""
         return self.inner.count
 
     def value(self, x: Interval, theta: list[Interval]) -> Interval:
-        """h."""
-        return self.inner.value(x, self._moved(theta))
+        return self.inner.value(x, self._parameters(theta))
 
     def slope(self, x: Interval, theta: list[Interval]) -> Interval:
-        """dh/dx."""
-        return self.inner.slope(x, self._moved(theta))
+        return self.inner.slope(x, self._parameters(theta))
 
     def sensitivities(self, x: Interval, theta: list[Interval]) -> list[Interval]:
         """dh/df_k f_k'."""
-        return self._times(self.inner.sensitivities(x, self._moved(theta)), theta)
+        return self._times_rates(self.inner.sensitivities(x, self._parameters(theta)), theta)
 
-    def relative(self, x: Interval, theta: list[Interval]) -> list[Interval]:
-        """The same divided by dh/dx."""
-        return self._times(self.inner.relative(x, self._moved(theta)), theta)
+    def log_sensitivities(self, x: Interval, theta: list[Interval]) -> list[Interval]:
+        return self._times_rates(self.inner.log_sensitivities(x, self._parameters(theta)), theta)
 
-    def _moved(self, theta: list[Interval]) -> list[Interval]:
+    def _parameters(self, theta: list[Interval]) -> list[Interval]:
         return [function.value(u) for function, u in zip(self.functions, theta, strict=True)]
 
-    def _times(self, parts: list[Interval], theta: list[Interval]) -> list[Interval]:
-        rates = (function.slope(u) for function, u in zip(self.functions, theta, strict=True))
-        return [part * rate for part, rate in zip(parts, rates, strict=True)]
+    def _times_rates(self, parts: list[Interval], theta: list[Interval]) -> list[Interval]:
+        products = []
+        for part, function, u in zip(parts, self.functions, theta, strict=True):
+            products.append(part * function.slope(u))
+        return products
+
+
+def atan_activation(size: float) -> Activation:
+    """size * atan(x), size positive."""
+    # the limits round pi, a quotient and a product
+    limit = size * math.pi / 2 * (1 + 1e-14)
+    return Activation(
+        lambda x: size * torch.atan(x),
+        lambda x: size / (1 + x.square()),
+        {0.0: (size, size)},
+        (-limit, limit),
+        size,
+    )
+
+
+def scaled(
+    function: Activation, outer: float, inner: float = 1.0, shift: float = 0.0
+) -> Activation:
+    """outer * f(inner * x) + shift, outer and inner positive."""
+
+    def times(derivative: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+        return lambda x: outer * inner * derivative(inner * x)
+
+    critical_points = {}
+    for point, (low, high) in function.critical_points.items():
+        critical_points[point / inner] = (outer * inner * low, outer * inner * high)
+    minima = {}
+    for point, value in function.minima.items():
+        minima[point / inner] = outer * value + shift
+    return Activation(
+        lambda x: outer * function.function(inner * x) + shift,
+        times(function.derivative),
+        critical_points,
+        (outer * function.limits[0] + shift, outer * function.limits[1] + shift),
+        function.curvature * outer * inner * inner,
+        minima,
+    )

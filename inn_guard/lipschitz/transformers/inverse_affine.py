@@ -1,7 +1,10 @@
-"""What a coupling of an inverse direction does to one entry: the shift is taken off first, then a factor is applied.
+"""Transformers of an inverse direction: the shift is subtracted first, then a factor is applied.
 
 normflows' layers map latent -> data by x = z / q + t, so data -> latent is z = (x - t) q.
 """
+
+# Methods without a docstring are documented in Transformer and ScaleBounds.
+# ruff: noqa: D102
 
 from __future__ import annotations
 
@@ -9,7 +12,7 @@ from dataclasses import dataclass
 
 import torch
 
-from inn_guard.lipschitz.transformers.affine import ScaleBounds
+from inn_guard.lipschitz.transformers.base import ScaleBounds, clamped, ones
 from inn_guard.numerics.intervals import Interval
 
 __all__ = ["ExpScale", "InverseSigmoidScale", "ShiftedBack", "ShiftedBackThenScaled"]
@@ -22,19 +25,15 @@ class ShiftedBack:
     count = 1
 
     def value(self, x: Interval, theta: list[Interval]) -> Interval:
-        """x - t."""
         return x - theta[0]
 
     def slope(self, x: Interval, theta: list[Interval]) -> Interval:
-        """One."""
-        one = torch.ones_like(x.lo)
-        return Interval(one, one)
+        return ones(x)
 
     def sensitivities(self, x: Interval, theta: list[Interval]) -> list[Interval]:
-        """Minus one."""
-        return [-self.slope(x, theta)]
+        return [-ones(x)]
 
-    relative = sensitivities
+    log_sensitivities = sensitivities
 
 
 @dataclass(frozen=True)
@@ -49,11 +48,9 @@ class ShiftedBackThenScaled:
     count = 2
 
     def value(self, x: Interval, theta: list[Interval]) -> Interval:
-        """(x - t) q."""
         return (x - theta[0]) * self.scale.value(theta[1])
 
     def slope(self, x: Interval, theta: list[Interval]) -> Interval:
-        """The factor q."""
         return self.scale.value(theta[1])
 
     def sensitivities(self, x: Interval, theta: list[Interval]) -> list[Interval]:
@@ -61,39 +58,34 @@ class ShiftedBackThenScaled:
         t, s = theta
         return [-self.scale.value(s), (x - t) * self.scale.slope(s)]
 
-    def relative(self, x: Interval, theta: list[Interval]) -> list[Interval]:
+    def log_sensitivities(self, x: Interval, theta: list[Interval]) -> list[Interval]:
         """-1 for t, (x - t) q'/q for s."""
         t, s = theta
-        one = torch.ones_like(x.lo)
-        return [Interval(-one, -one), (x - t) * self.scale.log_slope(s)]
+        return [-ones(x), (x - t) * self.scale.log_slope(s)]
 
 
 @dataclass(frozen=True)
 class ExpScale:
-    """q(s) = e^s, or e^-s.
-
-    Attributes:
-        falling: whether it is e^-s.
-    """
+    """q(s) = e^s, or e^-s if ``falling``."""
 
     falling: bool = False
 
     def value(self, s: Interval) -> Interval:
-        """The factor q."""
-        return (-s if self.falling else s).exp()
+        return self._signed(s).exp()
 
     def slope(self, s: Interval) -> Interval:
-        """q or -q."""
-        return -self.value(s) if self.falling else self.value(s)
+        return self._signed(self.value(s))
 
     def second_derivative(self, s: Interval) -> Interval:
-        """q."""
         return self.value(s)
 
     def log_slope(self, s: Interval) -> Interval:
-        """One or minus one."""
-        one = torch.ones_like(s.lo)
-        return Interval(-one, -one) if self.falling else Interval(one, one)
+        return self._signed(ones(s))
+
+    def _signed(self, x: Interval) -> Interval:
+        if self.falling:
+            return -x
+        return x
 
 
 @dataclass(frozen=True)
@@ -103,21 +95,18 @@ class InverseSigmoidScale:
     offset: float = 0.0
 
     def value(self, s: Interval) -> Interval:
-        """The factor q."""
-        return 1.0 + self._falling(s)
+        return 1.0 + self._exponential(s)
 
     def slope(self, s: Interval) -> Interval:
-        """-e^-(s + offset)."""
-        return -self._falling(s)
+        return -self._exponential(s)
 
     def second_derivative(self, s: Interval) -> Interval:
-        """e^-(s + offset)."""
-        return self._falling(s)
+        return self._exponential(s)
 
     def log_slope(self, s: Interval) -> Interval:
-        """-sigmoid(-(s + offset))."""
+        """q'/q = -sigmoid(-(s + offset))."""
         p = (-(s + self.offset)).increasing(torch.sigmoid)
-        return -Interval(p.lo.clamp_min(0), p.hi.clamp_max(1))
+        return -clamped(p, 0.0, 1.0)
 
-    def _falling(self, s: Interval) -> Interval:
+    def _exponential(self, s: Interval) -> Interval:
         return (-(s + self.offset)).exp()

@@ -1,4 +1,7 @@
-"""Piecewise quadratic couplings: enclosures of a spline with a piecewise linear density, and of its derivatives."""
+"""Piecewise quadratic splines, with a piecewise linear density, and their derivatives."""
+
+# Methods without a docstring are documented in Transformer.
+# ruff: noqa: D102
 
 from __future__ import annotations
 
@@ -7,29 +10,27 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from torch.nn import functional
+from torch.nn.functional import softplus
 
-from inn_guard.lipschitz.transformers.rational_quadratic import Hull, WorkSharing, position_in
+from inn_guard.lipschitz.transformers.base import clamped, hull_of, weighted_sum
+from inn_guard.lipschitz.transformers.spline import MonotoneSpline, SoftmaxBounds, position_in
 from inn_guard.numerics.intervals import Interval
 
 __all__ = ["QuadraticSpline"]
 
-LEAST = 1e-3  #: that nflows adds to a height before it normalises them
+LEAST = 1e-3  #: nflows adds it to each height before it normalises them
 
 
 @dataclass(frozen=True)
-class QuadraticSpline:
-    """f(u) = floor u + (1 - floor) G(u) / A, G the integral of a density p, linear between its knots, and A all of it.
+class QuadraticSpline(MonotoneSpline):
+    """f(u) = floor u + (1 - floor) G(u) / A, G the integral of a density p to u, A all of it.
 
-    u is x moved to [0, 1]. The parameters are raw widths and heights: w = min_width + (1 - bins min_width)
-    softmax(raw / temperature), e = softplus(raw / temperature of heights) + 1e-3 at the knots. With tails the outer
-    heights are not free but both the same mean c of the others, and x is kept outside.
+    The density is linear between its knots, and u is x moved to [0, 1]. The parameters are raw
+    widths and heights: w = min_width + (1 - bins min_width) softmax(raw / temperature) and
+    e = softplus(raw / temperature of heights) + 1e-3 at the knots. With tails the outer heights are
+    no parameters but both the same mean of the others.
 
     Attributes:
-        bins: number of bins.
-        left: left end, in x and in y.
-        right: right end.
-        tails: whether x may lie outside.
         floors: least share of a width, least density.
         temperatures: raw widths, and raw heights, are divided by them.
 
@@ -37,63 +38,57 @@ class QuadraticSpline:
         Neural Importance Sampling (Mueller, McWilliams, Rousselle, Gross, Novak, 2019).
     """
 
-    bins: int
-    left: float
-    right: float
-    tails: bool = True
     floors: tuple[float, float] = (1e-3, 1e-3)
     temperatures: tuple[float, float] = (1.0, 1.0)
 
     @property
     def count(self) -> int:
-        """Parameters per entry."""
-        return 2 * self.bins - 1 if self.tails else 2 * self.bins + 1
+        if self.tails:
+            return 2 * self.bins - 1
+        return 2 * self.bins + 1
 
     def value(self, x: Interval, theta: list[Interval]) -> Interval:
-        """f, moved back."""
+        """left + (right - left) f."""
         size = Interval.of(self.right) - self.left
-        y = self._over_bins(x, theta, lambda b: [b.value * size + self.left], outside=None)[0]
-        if not self.tails:
-            return y
-        inside = Interval(torch.full_like(x.lo, self.left), torch.full_like(x.hi, self.right))
-        return y.meet(Interval(torch.minimum(x.lo, inside.lo), torch.maximum(x.hi, inside.hi)))
+        y = self._in_each_bin(x, theta, lambda b: [b.value * size + self.left], outside=None)[0]
+        return self._within_range(y, x)
 
     def slope(self, x: Interval, theta: list[Interval]) -> Interval:
         """f' = floor + (1 - floor) p / A."""
-        return self._over_bins(x, theta, lambda b: [b.slope], outside=1.0)[0]
+        return self._in_each_bin(x, theta, lambda b: [b.slope], outside=1.0)[0]
 
     def sensitivities(self, x: Interval, theta: list[Interval]) -> list[Interval]:
-        """df/dtheta."""
-        return self._over_bins(x, theta, lambda b: b.sensitivities(), outside=0.0)
+        return self._in_each_bin(x, theta, lambda b: b.sensitivities(), outside=0.0)
 
-    def relative(self, x: Interval, theta: list[Interval]) -> list[Interval]:
-        """df/dtheta / f'."""
-        return self._over_bins(
-            x, theta, lambda b: [part / b.slope for part in b.sensitivities()], outside=0.0
-        )
+    def log_sensitivities(self, x: Interval, theta: list[Interval]) -> list[Interval]:
+        def in_bin(b: _Bin) -> list[Interval]:
+            return [part / b.slope for part in b.sensitivities()]
 
-    def _over_bins(
+        return self._in_each_bin(x, theta, in_bin, outside=0.0)
+
+    def _in_each_bin(
         self,
         x: Interval,
         theta: list[Interval],
-        inside: Callable[[_Bin], list[Interval]],
+        quantities: Callable[[_Bin], list[Interval]],
+        *,
         outside: float | None,
     ) -> list[Interval]:
         density = _Density.of(self, theta)
         u = (x - self.left) / (Interval.of(self.right) - self.left)
-        parts = Hull(x, self.left, self.right, outside if self.tails else float("nan"))
-        for k in range(self.bins):
-            touched = (u.lo <= density.knots[k + 1].hi) & (u.hi >= density.knots[k].lo)
-            parts.add(touched, inside(_Bin(density, k, u)))
-        return parts.result()
+
+        def in_bin(k: int) -> list[Interval]:
+            return quantities(_Bin(density, k, u))
+
+        return self._over_bins(x, in_bin, density.knots, outside=outside, position=u)
 
 
 @dataclass(frozen=True)
 class _Density:
-    """Enclosures of the density's knots u_k, widths w_k, heights e_k, and of all under it, A."""
+    """Enclosures of the density's knots u_k, widths w_k, heights e_k, and of its integral A."""
 
     spline: QuadraticSpline
-    shares: WorkSharing
+    shares: SoftmaxBounds
     knots: list[Interval]
     w: list[Interval]
     e: list[Interval]
@@ -104,34 +99,38 @@ class _Density:
     def of(cls, spline: QuadraticSpline, theta: list[Interval]) -> _Density:
         """From the raw parameters."""
         n, floor = spline.bins, Interval.of(spline.floors[0])
-        wide, tall = (1.0 / Interval.of(t) for t in spline.temperatures)
-        shares = WorkSharing.of([raw * wide for raw in theta[:n]])
-        free = 1.0 - floor * float(n)
-        knots = [part * free + floor * float(k) for k, part in enumerate(shares.before)]
-        w = [part * free + floor for part in shares.each]
-        heights = [raw * tall for raw in theta[n:]]
-        e = [raw.increasing(functional.softplus) + LEAST for raw in heights]
-        if spline.tails:
-            outer = _weighted(_outer_weights(w), e) / _rest(w)
-            outer = outer.meet(
-                _hull(e) * Interval(torch.zeros_like(outer.lo), torch.ones_like(outer.hi))
-            )
-            e = [outer, *e, outer]
-        area = _weighted(_weights(w), e).meet(_hull(e))
-        return cls(
-            spline,
-            shares,
-            knots,
-            w,
-            e,
-            area,
-            [raw.increasing(torch.sigmoid) * tall for raw in heights],
+        wide, tall = (
+            1.0 / Interval.of(spline.temperatures[0]),
+            1.0 / Interval.of(spline.temperatures[1]),
         )
+        shares = SoftmaxBounds.of([raw * wide for raw in theta[:n]])
+        free = 1.0 - floor * float(n)
+        knots, w, e, rates = [], [], [], []
+        for k, part in enumerate(shares.before):
+            knots.append(part * free + floor * float(k))
+        for part in shares.each:
+            w.append(part * free + floor)
+        for raw in theta[n:]:
+            height = raw * tall
+            e.append(height.increasing(softplus) + LEAST)
+            rates.append(height.increasing(torch.sigmoid) * tall)
+        if spline.tails:
+            # the outer height is a mean of the others with weights of sum below one
+            outer = weighted_sum(_outer_weights(w), e) / _inner_area(w)
+            zero, one = torch.zeros_like(outer.lo), torch.ones_like(outer.hi)
+            outer = outer.meet(hull_of(e) * Interval(zero, one))
+            e = [outer, *e, outer]
+        area = weighted_sum(_weights(w), e).meet(hull_of(e))
+        return cls(spline, shares, knots, w, e, area, rates)
 
     @property
     def floor(self) -> float:
         """The least density."""
         return self.spline.floors[1]
+
+    def mean(self, i: int) -> Interval:
+        """The mean density in bin i."""
+        return (self.e[i] + self.e[i + 1]) * 0.5
 
 
 class _Bin:
@@ -139,52 +138,51 @@ class _Bin:
 
     def __init__(self, density: _Density, k: int, u: Interval) -> None:
         self.density, self.k = density, k
-        d = density
-        self.xi = position_in(u, d.knots[k], d.w[k])
-        self.p = d.e[k] * (1.0 - self.xi) + d.e[k + 1] * self.xi
-        self.p = self.p.meet(d.e[k].hull(d.e[k + 1]))
-        before = [_mean(d, i) * d.w[i] for i in range(k)]
-        own = d.w[k] * self.xi * (d.e[k] + self.p) * 0.5
-        total = own
-        for part in before:
-            total = total + part
-        share = total / d.area
-        self.share = Interval(share.lo.clamp(0, 1), share.hi.clamp(0, 1))
-        free = 1.0 - Interval.of(d.floor)
-        self.slope = self.p / d.area * free + d.floor
-        self.value = u.maximum(0.0).minimum(1.0) * d.floor + self.share * free
+        left, right, width = density.e[k], density.e[k + 1], density.w[k]
+        self.xi = position_in(u, density.knots[k], width)
+        self.p = (left * (1.0 - self.xi) + right * self.xi).meet(left.hull(right))
+        total = width * self.xi * (left + self.p) * 0.5
+        for i in range(k):
+            total = total + density.mean(i) * density.w[i]
+        self.share = clamped(total / density.area, 0.0, 1.0)
+        free = 1.0 - Interval.of(density.floor)
+        self.slope = self.p / density.area * free + density.floor
+        self.value = u.maximum(0.0).minimum(1.0) * density.floor + self.share * free
 
     def sensitivities(self) -> list[Interval]:
         """df/dtheta, in units of y."""
-        d, size = self.density, Interval.of(self.density.spline.right) - self.density.spline.left
-        scale = size * (1.0 - Interval.of(d.floor)) / d.area
+        d, spline = self.density, self.density.spline
         by_height = [self._by_height(j) for j in range(len(d.e))]
         by_width = [self._by_width(j) for j in range(len(d.w))]
-        if d.spline.tails:
-            outer = by_height[0] + by_height[-1]
-            inner, weights = d.e[1:-1], _outer_weights(d.w)
-            rest = _rest(d.w)
-            by_height = [
-                part + outer * weight / rest
-                for part, weight in zip(by_height[1:-1], weights, strict=True)
-            ]
-            moved = _outer_by_widths(inner, d.e[0])
-            by_width = [part + outer * m / rest for part, m in zip(by_width, moved, strict=True)]
-        free = (
-            1.0 - Interval.of(d.spline.floors[0]) * float(d.spline.bins)
-        ) / d.spline.temperatures[0]
+        if spline.tails:
+            by_height, by_width = self._through_outer_height(by_height, by_width)
+        size = Interval.of(spline.right) - spline.left
+        scale = size * (1.0 - Interval.of(d.floor)) / d.area
+        free = (1.0 - Interval.of(spline.floors[0]) * float(spline.bins)) / spline.temperatures[0]
         # dw_i/draw_j = free p_i (1[i=j] - p_j): the derivative is that by w_j less a mean of all
-        mean = _weighted(d.shares.each, by_width).meet(_hull(by_width))
-        raw_widths = [
-            (part - mean) * p * free * scale
-            for part, p in zip(by_width, d.shares.each, strict=True)
-        ]
-        return raw_widths + [
-            part * rate * scale for part, rate in zip(by_height, d.rates, strict=True)
-        ]
+        mean = weighted_sum(d.shares.each, by_width).meet(hull_of(by_width))
+        result = []
+        for part, p in zip(by_width, d.shares.each, strict=True):
+            result.append((part - mean) * p * free * scale)
+        for part, rate in zip(by_height, d.rates, strict=True):
+            result.append(part * rate * scale)
+        return result
+
+    def _through_outer_height(
+        self, by_height: list[Interval], by_width: list[Interval]
+    ) -> tuple[list[Interval], list[Interval]]:
+        """Derivatives by the inner heights and by the widths, on which the outer height depends."""
+        d, outer = self.density, by_height[0] + by_height[-1]
+        rest = _inner_area(d.w)
+        heights, widths = [], []
+        for part, weight in zip(by_height[1:-1], _outer_weights(d.w), strict=True):
+            heights.append(part + outer * weight / rest)
+        for part, rate in zip(by_width, _outer_by_widths(d.e[1:-1], d.e[0]), strict=True):
+            widths.append(part + outer * rate / rest)
+        return heights, widths
 
     def _by_height(self, j: int) -> Interval:
-        """A d(G / A)/de_j = G_j - (G / A) A_j, G_j the integral to u of the hat at knot j and A_j all of it."""
+        """A d(G / A)/de_j = G_j - (G / A) A_j, G_j the integral to u of the hat at knot j, A_j all."""
         d, k = self.density, self.k
         whole = _weights(d.w)[j]
         zero = Interval.of(torch.zeros_like(self.xi.lo))
@@ -192,18 +190,20 @@ class _Bin:
             until = whole
         elif j > k + 1:
             until = zero
-        elif j == k:
-            left = d.w[j - 1] * 0.5 if j else zero
-            until = left + d.w[k] * self.xi * (2.0 - self.xi) * 0.5
-        else:
+        elif j == k + 1:
             until = d.w[k] * self.xi.square() * 0.5
+        else:
+            before = zero
+            if j:
+                before = d.w[j - 1] * 0.5
+            until = before + d.w[k] * self.xi * (2.0 - self.xi) * 0.5
         # between nothing and all of the hat, whatever the enclosures above lost
         return until.maximum(0.0).minimum(whole) - self.share * whole
 
     def _by_width(self, i: int) -> Interval:
         """A d(G / A)/dw_i at a fixed u."""
         d, k = self.density, self.k
-        mean = _mean(d, i)
+        mean = d.mean(i)
         if i < k:
             moved = mean - self.p
         elif i == k:
@@ -213,44 +213,29 @@ class _Bin:
         return moved - self.share * mean
 
 
-def _mean(d: _Density, i: int) -> Interval:
-    return (d.e[i] + d.e[i + 1]) * 0.5
+def _halves_of_neighbours(parts: list[Interval]) -> list[Interval]:
+    return [(a + b) * 0.5 for a, b in itertools.pairwise(parts)]
 
 
 def _weights(w: list[Interval]) -> list[Interval]:
-    """What each of the knots' heights weighs in the area."""
-    return [w[0] * 0.5, *((a + b) * 0.5 for a, b in itertools.pairwise(w)), w[-1] * 0.5]
+    """The weights of the knots' heights in the area."""
+    return [w[0] * 0.5, *_halves_of_neighbours(w), w[-1] * 0.5]
 
 
 def _outer_weights(w: list[Interval]) -> list[Interval]:
-    """What the inner heights weigh in the numerator of the outer height, as nflows computes it."""
-    ends = [w[0] * 0.25, w[-1] * 0.25]
+    """Weights of the inner heights in the numerator of the outer height, as in nflows."""
+    first, last = w[0] * 0.25, w[-1] * 0.25
     inner = w[1:-1]
     if not inner:
-        return [ends[0] + ends[1]]
-    between = [(a + b) * 0.5 for a, b in itertools.pairwise(inner)]
-    return [ends[0] + inner[0] * 0.5, *between, ends[1] + inner[-1] * 0.5]
+        return [first + last]
+    return [first + inner[0] * 0.5, *_halves_of_neighbours(inner), last + inner[-1] * 0.5]
 
 
-def _rest(w: list[Interval]) -> Interval:
+def _inner_area(w: list[Interval]) -> Interval:
+    """The denominator of the outer height."""
     return 1.0 - (w[0] + w[-1]) * 0.25
 
 
 def _outer_by_widths(e: list[Interval], outer: Interval) -> list[Interval]:
-    """The derivatives of the outer height by the widths, times ``_rest``."""
-    between = [(a + b) * 0.5 for a, b in itertools.pairwise(e)]
-    return [(e[0] + outer) * 0.25, *between, (e[-1] + outer) * 0.25]
-
-
-def _weighted(weights: list[Interval], parts: list[Interval]) -> Interval:
-    total = weights[0] * parts[0]
-    for weight, part in zip(weights[1:], parts[1:], strict=True):
-        total = total + weight * part
-    return total
-
-
-def _hull(parts: list[Interval]) -> Interval:
-    lo, hi = parts[0].lo, parts[0].hi
-    for part in parts[1:]:
-        lo, hi = torch.minimum(lo, part.lo), torch.maximum(hi, part.hi)
-    return Interval(lo, hi)
+    """The derivatives of the outer height by the widths, times ``_inner_area``."""
+    return [(e[0] + outer) * 0.25, *_halves_of_neighbours(e), (e[-1] + outer) * 0.25]

@@ -11,7 +11,7 @@ import torch
 from inn_guard.layers.networks import MLP
 from inn_guard.lipschitz.branch_and_bound.affine_forms import AffineForm
 from inn_guard.lipschitz.branch_and_bound.lookup_table import Table
-from inn_guard.lipschitz.branch_and_bound.taylor import Direct
+from inn_guard.lipschitz.branch_and_bound.taylor import NetworkOnBoxes
 from inn_guard.numerics.intervals import Interval
 
 COUNT, POINTS = 500, 40
@@ -136,7 +136,7 @@ def test_dimensions_that_do_not_match_are_refused():
 def test_tables_hold_what_the_network_does(width, activation):
     torch.manual_seed(6)
     net = MLP([1, 8, 6], activation=activation).double()
-    table = Table(Direct(net, torch.eye(1)), -3.0, 3.0, cells=128, groups=2)
+    table = Table(NetworkOnBoxes(net, torch.eye(1)).jet, -3.0, 3.0, cells=128, groups=2)
     lo = (6 - width) * torch.rand(COUNT, 1) - 3
     u = AffineForm.coordinates(Interval(lo, lo + width))[:, 0]
     group = torch.randint(0, 2, (COUNT,))
