@@ -1,4 +1,4 @@
-"""Every test runs in float64 unless it says otherwise, on one thread, with a known state of the global generators.
+"""Every test runs in float64 (default), on one thread, from a known state of the random generators.
 
 HYPOTHESIS_PROFILE=thorough searches longer, and elsewhere at every run.
 """
@@ -15,6 +15,31 @@ settings.register_profile("ci", max_examples=25, deadline=None, derandomize=True
 settings.register_profile("thorough", max_examples=400, deadline=None)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
 torch.set_num_threads(1)
+
+
+class CountedClock:
+    """A clock that advances by ``tick`` seconds whenever it is read.
+
+    Loops with a time budget read it once a round, so that the budget becomes a number of rounds,
+    the same on every machine and under every load.
+    """
+
+    def __init__(self, tick: float) -> None:
+        self.tick = tick
+        self.now = 0.0
+
+    def __call__(self) -> float:
+        self.now += self.tick
+        return self.now
+
+
+@pytest.fixture(scope="session", autouse=True)
+def counted_clock():
+    """What every deadline reads, in fixtures of all scopes too."""
+    clock = CountedClock(tick=0.01)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("inn_guard.execution.deadline.now", clock)
+        yield clock
 
 
 @pytest.fixture(autouse=True)

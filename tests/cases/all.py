@@ -129,7 +129,6 @@ REPRESENTATIVE = frozenset(
         "zuko-NCSF",
         "zuko-BPF",
         "zuko-NAF",
-        "zuko-FFJTransform",
         "zuko-MonotonicAffineTransform",
         "zuko-SoftclipTransform",
         "zuko-PermutationTransform",

@@ -1,8 +1,9 @@
-"""Bound rules are loaded; budgets are seconds of processor time, so that a busy machine changes nothing."""
+"""Bound rules are loaded, and the counted clock of tests/conftest.py runs slower.
+
+A search over a small network does little between two reads.
+"""
 
 from __future__ import annotations
-
-import time
 
 import pytest
 
@@ -14,6 +15,9 @@ def _rules():
     rules.load()
 
 
-@pytest.fixture(autouse=True)
-def _processor_time(monkeypatch):
-    monkeypatch.setattr("inn_guard.execution.deadline.now", time.process_time)
+@pytest.fixture(scope="module", autouse=True)
+def _slow_clock(counted_clock):
+    before = counted_clock.tick
+    counted_clock.tick = 0.001
+    yield
+    counted_clock.tick = before
