@@ -1,4 +1,4 @@
-"""``inn-guard bench``: the papers' experiments, which live in a clone of the repository beside this package."""
+"""``inn-guard bench``: the experiments of the papers, which only a clone of the repository has."""
 
 from __future__ import annotations
 
@@ -12,75 +12,79 @@ from typing import Annotated, Any
 import typer
 
 import inn_guard
-from inn_guard.cli.usage import WrongUsage, note, reported
+from inn_guard.cli.usage import WrongUsage, exit_on_usage_error, notice
 
 __all__ = ["ANY_OPTION", "bench"]
 
-#: everything behind the name, --help too, belongs to the experiment
+#: all options after the name, --help too, belong to the experiment
 ANY_OPTION: dict[str, Any] = {"ignore_unknown_options": True, "help_option_names": []}
-TABLE = Path("benchmarks") / "experiments.py"
-USAGE = """Usage: inn-guard bench NAME [--preset smoke|cpu|paper] [--data-root FOLDER] [--out FOLDER] [further options]
+TABLE = Path("benchmarks") / "common" / "experiments.py"
+USAGE = """Usage: inn-guard bench NAME [--preset smoke|cpu|paper] [--data-root FOLDER]
+                             [--out FOLDER]
 
-Without NAME, the list. `inn-guard bench NAME --help` names the further options. Results of the preset cpu (the default)
-go to benchmarks/results, of smoke to runs. A run that was killed goes on where it stood when it is typed again.
+Without NAME, the list. `inn-guard bench NAME --help` names further options. Results of the preset
+cpu (the default) go to benchmarks/results, of smoke to runs. Interrupted runs resume.
 """
 
 
-@reported
+@exit_on_usage_error
 def bench(
     words: Annotated[
         list[str] | None, typer.Argument(help="An experiment and its options.", metavar="NAME")
     ] = None,
 ) -> None:
-    """Run one experiment of the papers, or list them: smoke in seconds, cpu in minutes, paper on a GPU."""
+    """Run an experiment of the papers, or list them.
+
+    The preset smoke takes seconds, cpu minutes, and paper needs a GPU.
+    """
     name, *options = words or [""]
-    with _importable(_place()):
+    with _importable(_clone()):
         experiments = importlib.import_module("benchmarks.common.experiments")
         if name in ("", "--help", "-h"):
             typer.echo(f"{USAGE}\n{experiments.listing()}")
             return
         script = _script(experiments, name)
         runner = importlib.import_module("benchmarks.common.runner")
-        runner.main(script.Config, script.run, getattr(script, "draw", None), argv=options)
+        runner.main(script.__name__, argv=options)
 
 
 def _script(experiments: Any, name: str) -> Any:
     if name.startswith("-"):
         raise WrongUsage(
-            f"expected the name of an experiment before its options, got {name}; type: inn-guard bench"
+            f"expected the name of an experiment before its options, got {name}; "
+            "inn-guard bench lists them"
         )
     try:
         return experiments.find(name).module
     except LookupError as error:
         raise WrongUsage(str(error)) from error
     except ModuleNotFoundError as error:
-        raise WrongUsage(
-            f'{name} needs {error.name}; type: pip install "inn-guard[all]"'
-        ) from error
+        if (error.name or "").startswith(("benchmarks", "inn_guard")):
+            raise
+        raise WrongUsage(f"{name} needs {error.name}: pip install '.[all]'") from error
 
 
-def _place() -> Path:
+def _clone() -> Path:
     """The clone that this package runs from, else the one in the current folder."""
     own = Path(inn_guard.__file__).parents[1]
-    places = [
-        place
-        for place in (own, Path.cwd())
-        if (place / TABLE).is_file() and (place / "inn_guard").is_dir()
-    ]
-    if not places:
-        raise WrongUsage(
-            "the experiments are not part of the installed package: clone the repository and type inn-guard bench in it"
-        )
-    if places[0] != own:
-        note(
-            f"the experiments are those of {places[0]}, inn_guard is the installed {inn_guard.__version__}"
-        )
-    return places[0]
+    for place in (own, Path.cwd()):
+        if not (place / TABLE).is_file() or not (place / "inn_guard").is_dir():
+            continue
+        if place != own:
+            notice(
+                f"the experiments are those of {place}, inn_guard is the installed "
+                f"{inn_guard.__version__}"
+            )
+        return place
+    raise WrongUsage(
+        "the experiments are not part of the installed package: clone the repository and run "
+        "inn-guard bench in it"
+    )
 
 
 @contextmanager
 def _importable(place: Path) -> Iterator[None]:
-    """``place`` on the search path, also that of worker processes started within."""
+    """``place`` on the search path, also that of worker processes started in the block."""
     sys.path.insert(0, str(place))
     try:
         yield

@@ -1,49 +1,46 @@
-"""The commands of ``inn-guard``; each only joins parts that stand elsewhere.
-
-Exit codes: 0 stable, 1 unstable or non_finite, 2 wrong usage (or nothing could be asked of the model), 3 a fault of
-inn_guard itself. A crash thereby never looks like a finding.
-"""
+"""The commands of ``inn-guard``. The parts that they join are in the modules next to this one."""
 
 from __future__ import annotations
 
 import dataclasses
 import enum
-import functools
 import importlib
-import inspect
-import sys
-import traceback
-from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any
 
 import torch
 import typer
-from torch import nn
+from torch import Tensor, nn
 
 from inn_guard.adapters import wrap
-from inn_guard.audits import AUDITS, LEVELS, Audit, AuditReport, Level, Verdict
-from inn_guard.audits.audited_model import InputRejected, checked_batch
+from inn_guard.audits import AUDITS, Level
+from inn_guard.audits.audited_model import InputRejected
+from inn_guard.audits.batch import checked_batch
 from inn_guard.audits.run import audit as run_audit
+from inn_guard.cli import FAULT
 from inn_guard.cli.bench import ANY_OPTION, bench
-from inn_guard.cli.data import load_context, load_data
-from inn_guard.cli.models import load_weights, make_model, own_dtype
+from inn_guard.cli.data import Rows, read_context, read_data
+from inn_guard.cli.models import check_name, load_weights, make, own_dtype, parse_arguments
 from inn_guard.cli.processes import is_first, processes
-from inn_guard.cli.usage import WrongUsage, note, reported
+from inn_guard.cli.usage import WrongUsage, exit_on_usage_error, notice
+from inn_guard.report.audit_report import AuditReport
+from inn_guard.report.from_json import from_json
+from inn_guard.report.uses import USES
+from inn_guard.report.verdict import Verdict
 
-__all__ = ["app", "main"]
+__all__ = ["app", "exit_code"]
 
-EXIT_CODES = {
-    Verdict.STABLE: 0,
-    Verdict.UNSTABLE: 1,
-    Verdict.NON_FINITE: 1,
-    Verdict.NOT_APPLICABLE: 2,
-}
-CRASHED = 3
+# \b keeps the line breaks of a paragraph in --help
+EXIT_CODES = """\b
+Exit codes:
+  0  stable or marginal
+  1  unstable or non_finite
+  2  wrong usage: nothing was measured
+  3  nothing was decided (undecided or not applicable), or a fault of inn_guard"""
 
 app = typer.Typer(
-    help="Audit the numerical stability of invertible neural networks.",
+    help=f"Audit the numerical stability of invertible neural networks.\n\n{EXIT_CODES}",
     no_args_is_help=True,
     add_completion=False,
     rich_markup_mode=None,
@@ -61,17 +58,8 @@ class Precision(str, enum.Enum):
 
     @property
     def dtype(self) -> torch.dtype:
-        """torch's name for it."""
+        """The torch.dtype of this name."""
         return getattr(torch, self.value)
-
-
-def main() -> None:
-    """Run the command line; whatever was not foreseen ends with its traceback and exit code 3."""
-    try:
-        app()
-    except Exception:
-        traceback.print_exc()
-        sys.exit(CRASHED)
 
 
 def _print_version(wanted: bool) -> bool:  # noqa: FBT001
@@ -94,99 +82,140 @@ def _root(
     pass
 
 
-@app.command()
-@reported
+AUDIT_HELP = f"""Measure how stable a model and its inverse are.
+
+\b
+  inn-guard audit nets.py:make_flow x.npy --weights flow.pt
+  inn-guard audit package.module:Flow x.csv --arg layers=8 --uses density,sampling
+
+MODEL is package.module:factory or path/to/file.py:factory; its module is imported, that is, its
+code is run. DATA is a .npy, .pt or .csv file (samples, ...), or a folder of images of one size.
+
+Under torchrun (torchrun --nproc-per-node 2 -m inn_guard audit ...) the processes share the work,
+and the first one writes.
+
+{EXIT_CODES}"""
+
+
+@app.command(help=AUDIT_HELP)
+@exit_on_usage_error
 def audit(  # noqa: PLR0913  (one parameter for each option)
-    model: Annotated[
-        str,
-        typer.Option(help="package.module:factory. Imports that module, that is, runs its code."),
-    ],
-    data: Annotated[
-        Path, typer.Option(help="A .npy file (samples, ...), or a folder of images of one size.")
-    ],
+    words: Annotated[
+        list[str] | None, typer.Argument(metavar="MODEL DATA", show_default=False)
+    ] = None,
+    *,
+    model: Annotated[str | None, typer.Option(help="MODEL, as an option.")] = None,
+    data: Annotated[Path | None, typer.Option(help="DATA, as an option.")] = None,
+    arg: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME=VALUE", help="An argument of the factory; repeatable."),
+    ] = None,
     weights: Annotated[
         Path | None, typer.Option(help="A safetensors file, or a torch file of tensors.")
     ] = None,
     context: Annotated[
-        Path | None, typer.Option(help="A .npy file with a row for each sample.")
+        Path | None, typer.Option(help="A .npy, .pt or .csv file with a row for each sample.")
+    ] = None,
+    uses: Annotated[
+        str, typer.Option(metavar="USE,...", help=f"What counts: out of {', '.join(USES)}.")
+    ] = "",
+    prior: Annotated[
+        str | None,
+        typer.Option(
+            metavar="MODULE:NAME", help="The distribution of z, if the model declares none."
+        ),
     ] = None,
     level: Annotated[Level, typer.Option(help="How much is measured.")] = Level.STANDARD,
     checks: Annotated[
-        str, typer.Option(help="Audits by name, with commas between, in place of --level.")
+        str, typer.Option(metavar="CHECK,...", help="Checks by name, in place of --level.")
     ] = "",
     html: Annotated[Path | None, typer.Option(help="Write the report as one web page.")] = None,
     json: Annotated[
         Path | None, typer.Option(help="Write the report as JSON; 'inn-guard report' reads it.")
     ] = None,
     dtype: Annotated[
-        Precision | None, typer.Option(help="Audit in this dtype; the model's own if not given.")
+        Precision | None, typer.Option(help="Audit in this dtype. Default: the model's own.")
     ] = None,
+    device: Annotated[str, typer.Option(help="Audit on this device: cpu, cuda, cuda:1.")] = "cpu",
     samples: Annotated[
         int, typer.Option(min=1, help="How many samples of the data are used, the first ones.")
     ] = 256,
-    seed: Annotated[
-        int, typer.Option(min=0, help="Of the factory's and of the audits' random numbers.")
-    ] = 0,
-    *,
+    seed: Annotated[int, typer.Option(min=0, help="Seed for model construction and audits.")] = 0,
     memory: Annotated[
-        float | None, typer.Option(help="GiB that a check may hold beside model and data.")
+        float | None, typer.Option(help="Extra memory per check, in GiB. Default: no limit.")
     ] = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Estimate time and memory, measure nothing.")
     ] = False,
 ) -> None:
-    """Measure how stable a model and its inverse are. Exit code: 0 stable, 1 unstable or non_finite, 2 wrong usage.
-
-    Under torchrun (torchrun --nproc-per-node 2 -m inn_guard audit ...) the processes share the work; the first writes.
-    """
-    if memory is not None and not 0 < memory < float("inf"):
-        raise WrongUsage(f"expected --memory as a positive number of GiB, got {memory:g}")
-    chosen = _checks(checks, level, seed)
+    """Measure how stable a model and its inverse are."""
+    # Everything that needs no code of the user's is checked before the model is imported.
+    model, data = _model_and_data(words or [], model, data)
+    check_name(model)
+    arguments = parse_arguments(arg or [])
+    chosen_uses = _names(uses, "--uses", USES)
+    chosen_checks = _names(checks, "--checks", AUDITS)
+    place = _device(device)
+    limit = _bytes(memory)
     _can_write(html, json)
-    made = make_model(model, seed=seed)
+    rows = read_data(data, samples=samples)
+    made = make(model, seed=seed, arguments=arguments)
     if weights is not None:
         load_weights(made, weights)
-    if dtype is not None and isinstance(made, nn.Module):
-        made = made.to(dtype.dtype)
-    wanted = own_dtype(made) if dtype is None else dtype.dtype
-    rows = load_data(data, samples=samples, dtype=wanted)
-    given = None if context is None else load_context(context, rows=rows, dtype=wanted)
-    wrapped = _wrapped(made, rows.tensor, given)
-    asked = {"model": model, "weights": weights, "data": data, "context": context, "seed": seed}
-    named = {
-        key: value if isinstance(value, int) else str(value)
-        for key, value in asked.items()
-        if value is not None
-    }
-    how = {"level": level.value} if not checks else {"checks": checks}
-    limit = None if memory is None else memory * 2**30
+    if isinstance(made, nn.Module):
+        made = made.to(place)
+        if dtype is not None:
+            made = made.to(dtype.dtype)
+    wanted = own_dtype(made)
+    if dtype is not None:
+        wanted = dtype.dtype
+    x = rows.to(wanted).to(place)
+    base = None
+    if prior is not None:
+        base = make(prior, seed=seed)
+    wrapped = _wrapped(made, x, _context(context, rows, wanted, place))
     with processes() as group:
         try:
             report = run_audit(
-                wrapped, rows.tensor, checks=chosen, memory=limit, dry_run=dry_run, group=group
+                wrapped,
+                x,
+                uses=chosen_uses,
+                level=level,
+                checks=chosen_checks,
+                prior=base,
+                seed=seed,
+                memory=limit,
+                group=group,
+                dry_run=dry_run,
             )
         except InputRejected as error:
             raise WrongUsage(str(error)) from error
         if is_first():
-            _finish(
-                dataclasses.replace(report, settings={**report.settings, **how, **named}),
-                html,
-                json,
-            )
-    raise typer.Exit(0 if dry_run or not is_first() else EXIT_CODES[report.verdict])
+            asked = {
+                "model": model,
+                "arguments": " ".join(arg or []) or None,
+                "weights": weights,
+                "data": data,
+                "context": context,
+                "prior": prior,
+                "seed": seed,
+            }
+            _finish(_with_settings(report, asked), html, json)
+    if dry_run or not is_first():
+        raise typer.Exit(0)
+    raise typer.Exit(exit_code(report.verdict))
 
 
 @app.command()
-@reported
+@exit_on_usage_error
 def report(
     saved: Annotated[
         Path, typer.Argument(help="A file that 'inn-guard audit --json' or to_json() wrote.")
     ],
     html: Annotated[Path | None, typer.Option(help="Write the report as one web page.")] = None,
 ) -> None:
-    """Show a saved report again. Exit code: 0 if it could be read, 2 if not."""
+    """Show a saved report again. Exit code: 0 if it could be read, else 2."""
     _can_write(html)
-    from_json = _report_package().from_json
     try:
         read = from_json(saved.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -197,21 +226,57 @@ def report(
 app.command(context_settings=ANY_OPTION)(bench)
 
 
-def _checks(names: str, level: Level, seed: int) -> Sequence[Audit]:
-    """The chosen audits, each with the seed if it draws random numbers."""
-    wanted = [name.strip() for name in names.split(",") if name.strip()]
-    if unknown := [name for name in wanted if name not in AUDITS]:
-        raise WrongUsage(f"expected --checks out of {', '.join(AUDITS)}; got {', '.join(unknown)}")
-    chosen = [AUDITS[name] for name in wanted] or list(LEVELS[level].values())
-    return [functools.partial(audit, seed=seed) if _draws(audit) else audit for audit in chosen]
+def _model_and_data(words: list[str], model: str | None, data: Path | None) -> tuple[str, Path]:
+    """Both from the arguments, or from the options of the same names."""
+    left = list(words)
+    if model is None and left:
+        model = left.pop(0)
+    if data is None and left:
+        data = Path(left.pop(0))
+    if model is None or data is None:
+        raise WrongUsage("expected MODEL and DATA: inn-guard audit package.module:factory x.npy")
+    if left:
+        raise WrongUsage(f"expected MODEL and DATA, got more: {' '.join(left)}")
+    return model, data
 
 
-def _draws(audit: Audit) -> bool:
-    return "seed" in inspect.signature(audit).parameters
+def _names(text: str, option: str, known: Any) -> list[str] | None:
+    """The names between the commas; None if there are none."""
+    names = [name.strip() for name in text.split(",") if name.strip()]
+    unknown = [name for name in names if name not in known]
+    if unknown:
+        raise WrongUsage(f"expected {option} out of {', '.join(known)}; got {', '.join(unknown)}")
+    return names or None
 
 
-def _wrapped(model: Any, x: torch.Tensor, context: torch.Tensor | None) -> Any:
-    """The model ready for `audit()`; what is wrong with it or with the data is a matter of usage."""
+def _device(name: str) -> torch.device:
+    try:
+        device = torch.device(name)
+        torch.zeros(1, device=device).cpu()
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        first = str(error).partition("\n")[0]
+        raise WrongUsage(f"expected a --device of this machine, got {name!r}: {first}") from error
+    return device
+
+
+def _bytes(memory: float | None) -> float | None:
+    if memory is None:
+        return None
+    if not 0 < memory < float("inf"):
+        raise WrongUsage(f"expected --memory as a positive number of GiB, got {memory:g}")
+    return memory * 2**30
+
+
+def _context(
+    path: Path | None, rows: Rows, dtype: torch.dtype, device: torch.device
+) -> Tensor | None:
+    if path is None:
+        return None
+    return read_context(path, rows=rows, dtype=dtype).to(device)
+
+
+def _wrapped(model: Any, x: Tensor, context: Tensor | None) -> Any:
+    """The model ready for `audit()`; a model or data that do not fit are wrong usage."""
     try:
         wrapped = wrap(model, context=context)
         checked_batch(wrapped, x)
@@ -221,19 +286,32 @@ def _wrapped(model: Any, x: torch.Tensor, context: torch.Tensor | None) -> Any:
 
 
 def _can_write(*paths: Path | None) -> None:
-    """Refuse before the measuring what would fail after it."""
+    """Refuse before the audit what would fail after it."""
     for path in paths:
-        if path is not None and (path.is_dir() or not path.resolve().parent.is_dir()):
+        if path is None:
+            continue
+        if path.is_dir() or not path.resolve().parent.is_dir():
             raise WrongUsage(f"expected the path of a file in a folder that exists, got {path}")
-        if path is not None and path.suffix == ".html":
-            _report_package()
+        if path.suffix == ".html":
+            _require_html()
 
 
-def _report_package() -> Any:
+def _require_html() -> None:
     try:
-        return importlib.import_module("inn_guard.report")
-    except ImportError as error:
-        raise WrongUsage(str(error)) from error
+        importlib.import_module("inn_guard.report.html")
+    except ModuleNotFoundError as error:
+        raise WrongUsage(f"--html needs {error.name}: pip install '.[report]'") from error
+
+
+def _with_settings(report: AuditReport, asked: dict[str, Any]) -> AuditReport:
+    """The report with what was asked for on the command line among its settings."""
+    settings = dict(report.settings)
+    for name, value in asked.items():
+        if isinstance(value, Path):
+            value = str(value)
+        if value is not None:
+            settings[name] = value
+    return dataclasses.replace(report, settings=settings)
 
 
 def _finish(report: AuditReport, html: Path | None, json: Path | None) -> None:
@@ -245,4 +323,13 @@ def _finish(report: AuditReport, html: Path | None, json: Path | None) -> None:
             write(path)
         except OSError as error:
             raise WrongUsage(f"the report above could not be written to {path}: {error}") from error
-        note(f"wrote {path}")
+        notice(f"wrote {path}")
+
+
+def exit_code(verdict: Verdict) -> int:
+    """The exit code of a verdict: 0 passed, 1 failed, 3 not decided."""
+    if verdict.failed:
+        return 1
+    if verdict.passed:
+        return 0
+    return FAULT

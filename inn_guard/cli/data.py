@@ -1,96 +1,137 @@
-"""From a file or a folder on a command line to a batch; every conversion is said."""
+"""From a file or a folder on a command line to a batch; every conversion is reported."""
 
 from __future__ import annotations
 
+import csv
+import warnings
+from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 
-from inn_guard.cli.usage import WrongUsage, note
+from inn_guard.cli.usage import WrongUsage, notice
+from inn_guard.core.tensors import dtype_name
 
-__all__ = ["Rows", "load_context", "load_data"]
+__all__ = ["Rows", "read_context", "read_data"]
 
-_SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp", ".gif", ".pgm", ".ppm"}
-_FORMATS = ["PNG", "JPEG", "BMP", "TIFF", "WEBP", "GIF", "PPM"]
-_MOST_BYTES = 2**34  # 16 GiB of float64
-_MOST_PIXELS = 2**26
+IMAGE_SUFFIXES = {
+    *(".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp", ".gif", ".pgm", ".ppm"),
+}
+IMAGE_FORMATS = ["PNG", "JPEG", "BMP", "TIFF", "WEBP", "GIF", "PPM"]
+TORCH_SUFFIXES = {".pt", ".pth"}
+MOST_BYTES = 2**34  # 16 GiB of float64
+MOST_PIXELS = 2**26
 
 
-class Rows(NamedTuple):
-    """The first rows of a file: a tensor, and how many rows the file has."""
+@dataclass(frozen=True)
+class Rows:
+    """The first rows of a file, as they were read.
 
-    tensor: Tensor
+    Attributes:
+        array: real numbers, (rows, ...).
+        total: how many rows the file has.
+        name: of the file, for notices.
+    """
+
+    array: np.ndarray
     total: int
+    name: str
+
+    def to(self, dtype: torch.dtype) -> Tensor:
+        """The rows in ``dtype``; NaN and Inf are kept, and what does not fit is reported."""
+        exact = torch.from_numpy(self.array.astype(np.float64))
+        tensor = exact.to(dtype)
+        count = exact.numel()
+        if is_integer(self.array):
+            low, high = self.array.min(), self.array.max()
+            notice(
+                f"{self.name} holds {self.array.dtype} from {low} to {high}: converted to "
+                f"{dtype_name(dtype)}, not scaled"
+            )
+        if bad := int((~exact.isfinite()).sum()):
+            notice(f"{bad} of {count} values of {self.name} are NaN or Inf")
+        if lost := int((exact.isfinite() & ~tensor.isfinite()).sum()):
+            notice(
+                f"{lost} of {count} values of {self.name} do not fit {dtype_name(dtype)} and "
+                "become Inf"
+            )
+        return tensor
 
 
-def load_data(path: Path, *, samples: int, dtype: torch.dtype) -> Rows:
-    """The first ``samples`` of a .npy file (samples, *data), or of a folder of images, in ``dtype``.
+def read_data(path: Path, *, samples: int) -> Rows:
+    """The first ``samples`` of a .npy, .pt or .csv file (samples, *data), or of a folder of images.
 
-    Images are taken in the order of their names, as (C, H, W) in [0, 1]. NaN and Inf are kept.
+    Images are taken in the order of their names, as (C, H, W) in [0, 1].
 
     Raises:
         WrongUsage: if there is no such data, or it cannot be a batch.
     """
     if path.is_dir():
-        return _images(path, samples, dtype)
-    array, total = _read(path, samples, least_dimensions=2)
-    if array.dtype.kind in "iub":
-        low, high = array.min(), array.max()
-        note(
-            f"{path.name} holds {array.dtype} from {low} to {high}: converted to {_name(dtype)}, not scaled"
-        )
-    return Rows(_converted(array, dtype, path), total)
+        return _read_images(path, samples)
+    return _read_file(path, samples, least_dimensions=2)
 
 
-def load_context(path: Path, *, rows: Rows, dtype: torch.dtype) -> Tensor:
-    """The rows of a .npy file that belong to ``rows``: numbers in ``dtype``, integers (labels) as int64.
+def read_context(path: Path, *, rows: Rows, dtype: torch.dtype) -> Tensor:
+    """The rows of a file that belong to ``rows``: in ``dtype``, or int64 for integers (labels).
 
     Raises:
         WrongUsage: if the file cannot be read, or has another number of rows than the data.
     """
-    array, total = _read(path, len(rows.tensor), least_dimensions=1)
-    if total != rows.total:
+    context = _read_file(path, len(rows.array), least_dimensions=1)
+    if context.total != rows.total:
         raise WrongUsage(
-            f"expected --context with {rows.total} rows, as many as --data has; {path} has {total}"
+            f"expected --context with {rows.total} rows, as many as the data have; {path} has "
+            f"{context.total}"
         )
-    if array.dtype.kind in "iub":
-        return torch.from_numpy(array.astype(np.int64))
-    return _converted(array, dtype, path)
+    if is_integer(context.array):
+        return torch.from_numpy(context.array.astype(np.int64))
+    return context.to(dtype)
 
 
-def _read(path: Path, count: int, *, least_dimensions: int) -> tuple[np.ndarray, int]:
-    array = _map(path)
+def is_integer(array: np.ndarray) -> bool:
+    """Whether an array holds integers or booleans."""
+    return array.dtype.kind in "iub"
+
+
+def _read_file(path: Path, count: int, *, least_dimensions: int) -> Rows:
+    if not path.is_file():
+        raise WrongUsage(f"there is no file or folder {path}")
+    if path.suffix.lower() in TORCH_SUFFIXES:
+        array = _torch_array(path)
+    elif path.suffix.lower() == ".csv":
+        array = _csv_array(path)
+    else:
+        array = _numpy_array(path)
     expected = f"expected numbers of shape (samples, ...) in {path}, got"
     if array.dtype.kind not in "fiub":
         raise WrongUsage(f"{expected} {array.dtype}")
     if array.ndim < least_dimensions or array.size == 0:
         raise WrongUsage(f"{expected} shape {array.shape}")
     part = array[:count]
-    if part.size * 8 > _MOST_BYTES:
+    if part.size * 8 > MOST_BYTES:
         size = part.size * 8 / 2**30
         raise WrongUsage(
-            f"{len(part)} samples of {path} take {size:.0f} GiB; type a smaller --samples"
+            f"{len(part)} samples of {path} take {size:.0f} GiB: pass a smaller --samples"
         )
-    return np.array(part), len(array)
+    return Rows(np.array(part), len(array), path.name)
 
 
-def _map(path: Path) -> np.ndarray:
-    """The array of a .npy file, not yet read: only its header and its length are trusted so far."""
-    if not path.is_file():
-        raise WrongUsage(f"there is no file or folder {path}")
+def _numpy_array(path: Path) -> np.ndarray:
+    """The array of a .npy file, not yet read: only its header and its length are trusted."""
     with path.open("rb") as file:
         magic = file.read(6)
     if magic[:2] == b"PK":
         raise WrongUsage(
-            f"{path} is an archive (.npz), expected one array; type numpy.save(path, array) to make one"
+            f"{path} is an archive, as of numpy.savez or torch.save; expected one array: save it "
+            "with numpy.save, or name a file of torch.save .pt"
         )
     if magic != b"\x93NUMPY":
         raise WrongUsage(
-            f"expected a .npy file or a folder of images, but {path} does not begin as a .npy file does"
+            f"expected a .npy, .pt or .csv file or a folder of images, but {path} does not begin "
+            "as a .npy file does"
         )
     try:
         return np.load(path, mmap_mode="r", allow_pickle=False)
@@ -98,61 +139,91 @@ def _map(path: Path) -> np.ndarray:
         raise WrongUsage(f"{path} cannot be read as an array of numbers: {error}") from error
 
 
-def _converted(array: np.ndarray, dtype: torch.dtype, path: Path) -> Tensor:
-    exact = torch.from_numpy(array.astype(np.float64))
-    tensor = exact.to(dtype)
-    if bad := int((~exact.isfinite()).sum()):
-        note(f"{bad} of {exact.numel()} values of {path.name} are NaN or Inf")
-    if lost := int((exact.isfinite() & ~tensor.isfinite()).sum()):
-        note(
-            f"{lost} of {exact.numel()} values of {path.name} do not fit {_name(dtype)} and become Inf"
-        )
-    return tensor
-
-
-def _images(folder: Path, samples: int, dtype: torch.dtype) -> Rows:
-    entries = sorted(folder.iterdir())
-    paths = [path for path in entries if path.suffix.lower() in _SUFFIXES and path.is_file()]
-    if not paths:
+def _torch_array(path: Path) -> np.ndarray:
+    """The tensor of a file of ``torch.save``; no code in it is run."""
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # a damaged or hostile file may raise anything
+        first = str(error).partition("\n")[0]
+        raise WrongUsage(f"{path} cannot be read as a tensor: {first}") from error
+    if not isinstance(content, Tensor):
         raise WrongUsage(
-            f"expected images ({', '.join(sorted(_SUFFIXES))}) in the folder {folder}, found none"
+            f"expected one tensor in {path}, got {type(content).__name__}: save the batch alone, "
+            "torch.save(x, path)"
         )
+    if content.dtype is torch.bfloat16:  # numpy has no such type
+        content = content.float()
+    return content.detach().numpy()
+
+
+def _csv_array(path: Path) -> np.ndarray:
+    """A table of numbers with commas between; a first line without numbers is its header."""
+    if path.stat().st_size > MOST_BYTES:
+        raise WrongUsage(f"{path} is larger than {MOST_BYTES / 2**30:.0f} GiB: save it as .npy")
+    try:
+        with path.open(encoding="utf-8", newline="") as file:
+            first = next(csv.reader(file), [])
+        header = not any(_is_number(cell) for cell in first)
+        if header:
+            notice(f"{path.name}: the first line is taken for the names of the columns")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # a table without rows is refused below, by its shape
+            return np.loadtxt(path, delimiter=",", skiprows=int(header), ndmin=2, encoding="utf-8")
+    except (ValueError, csv.Error) as error:
+        raise WrongUsage(f"{path} cannot be read as a table of numbers: {error}") from error
+
+
+def _is_number(cell: str) -> bool:
+    try:
+        float(cell)
+    except ValueError:
+        return False
+    return True
+
+
+def _read_images(folder: Path, samples: int) -> Rows:
+    entries = sorted(folder.iterdir())
+    paths = [path for path in entries if path.suffix.lower() in IMAGE_SUFFIXES and path.is_file()]
+    if not paths:
+        suffixes = ", ".join(sorted(IMAGE_SUFFIXES))
+        raise WrongUsage(f"expected images ({suffixes}) in the folder {folder}, found none")
     if len(paths) < len(entries):
-        note(f"{len(entries) - len(paths)} entries of {folder} are no images and are left out")
+        notice(f"{len(entries) - len(paths)} entries of {folder} are not images and are left out")
     pixels = [_pixels(path) for path in paths[:samples]]
+    height, width, channels = pixels[0].shape
     for path, image in zip(paths, pixels, strict=False):
-        if image.shape[:2] != pixels[0].shape[:2]:
-            sizes = [f"{array.shape[1]} x {array.shape[0]}" for array in (pixels[0], image)]
+        if image.shape[:2] != (height, width):
             raise WrongUsage(
-                f"expected images of one size, but {paths[0].name} is {sizes[0]} and {path.name} {sizes[1]}"
+                f"expected images of one size, but {paths[0].name} is {width} x {height} and "
+                f"{path.name} {image.shape[1]} x {image.shape[0]}"
             )
-    channels = max(image.shape[2] for image in pixels)
+        if image.shape[2] != channels:
+            channels = 3
     if any(image.shape[2] != channels for image in pixels):
-        note(f"{folder} holds grey and colour images: the grey ones are taken as colour")
-    stack = np.stack([np.broadcast_to(image, (*image.shape[:2], channels)) for image in pixels])
-    note(f"{len(stack)} of {len(paths)} images of {folder}, scaled to [0, 1]")
-    return Rows(torch.from_numpy(stack).movedim(-1, 1).contiguous().to(dtype), len(paths))
+        notice(f"{folder} holds grey and colour images: the grey ones are taken as colour")
+    stack = np.stack([np.broadcast_to(image, (height, width, channels)) for image in pixels])
+    notice(f"{len(stack)} of {len(paths)} images of {folder}, scaled to [0, 1]")
+    return Rows(np.ascontiguousarray(np.moveaxis(stack, -1, 1)), len(paths), folder.name)
 
 
 def _pixels(path: Path) -> np.ndarray:
     """One image as (H, W, C) in [0, 1], C = 1 or 3."""
     try:
-        with Image.open(path, formats=_FORMATS) as image:
-            if image.width * image.height > _MOST_PIXELS:
+        with Image.open(path, formats=IMAGE_FORMATS) as image:
+            if image.width * image.height > MOST_PIXELS:
                 raise WrongUsage(
                     f"{path} has {image.width} x {image.height} pixels, more than an audit can take"
                 )
             if image.mode.startswith("I;16"):
                 return np.asarray(image, dtype=np.float64)[..., None] / 65535
-            if image.mode not in ("1", "L", "RGB"):
-                note(f"{path.name} is of mode {image.mode}: converted to RGB")
-            plain = image.convert("L" if image.mode in ("1", "L") else "RGB")
-            return np.asarray(plain, dtype=np.float64).reshape(image.height, image.width, -1) / 255
+            mode = "RGB"
+            if image.mode in ("1", "L"):
+                mode = "L"
+            elif image.mode != "RGB":
+                notice(f"{path.name} is of mode {image.mode}: converted to RGB")
+            plain = np.asarray(image.convert(mode), dtype=np.float64)
+            return plain.reshape(image.height, image.width, -1) / 255
     except WrongUsage:
         raise
     except Exception as error:  # a damaged or hostile image may raise anything
         raise WrongUsage(f"{path} cannot be read as an image: {error}") from error
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")

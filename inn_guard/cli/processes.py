@@ -14,13 +14,13 @@ __all__ = ["is_first", "processes"]
 
 
 def is_first() -> bool:
-    """Whether this process is the one that speaks and writes: the only one, or the first of those of torchrun."""
+    """Whether this process prints and writes: the only one, or torchrun's first."""
     return not _started_by_torchrun() or os.environ["RANK"] == "0"
 
 
 @contextmanager
 def processes() -> Iterator[Group | None]:
-    """The group of torchrun's processes, which all leave the block together; None where there is only one."""
+    """The group of torchrun's processes, which leave the block together; None if there is one."""
     if not _started_by_torchrun() or os.environ["WORLD_SIZE"] == "1":
         yield None
         return

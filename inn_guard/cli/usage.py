@@ -1,4 +1,4 @@
-"""What a person typed wrongly, said in one line; and remarks on what was done with what they gave."""
+"""Errors of usage, said in one line, and notices about what was done with the input."""
 
 from __future__ import annotations
 
@@ -12,19 +12,17 @@ import typer
 
 from inn_guard.cli.processes import is_first
 
-__all__ = ["WrongUsage", "note", "one_line", "origin", "reported"]
+__all__ = ["WrongUsage", "error_location", "exit_on_usage_error", "notice", "one_line"]
 
-_LENGTH = 300
-
-
+LENGTH = 300
 WRONG_USAGE = 2  # exit code, as of the shell's own commands
 
 
 class WrongUsage(Exception):
-    """What was typed cannot be done: what was expected, what was got, what to type instead."""
+    """The command cannot be carried out: what was expected, what came, what to pass instead."""
 
 
-def reported(command: Callable[..., None]) -> Callable[..., None]:
+def exit_on_usage_error(command: Callable[..., None]) -> Callable[..., None]:
     """A command that answers WrongUsage with one line on standard error and exit code 2."""
 
     @functools.wraps(command)
@@ -38,21 +36,29 @@ def reported(command: Callable[..., None]) -> Callable[..., None]:
     return run
 
 
-def note(message: str) -> None:
-    """Say something about the input on standard error, so that standard output holds the report alone."""
+def notice(message: str) -> None:
+    """Say something about the input on standard error; standard output holds the report alone."""
     if is_first():
         typer.echo(f"note: {one_line(message)}", err=True)
 
 
 def one_line(message: object) -> str:
-    """``message`` without line breaks or control characters, at most 300 characters long."""
-    text = " ".join(str(message).split())
-    text = "".join(character if character.isprintable() else "\ufffd" for character in text)
-    return text if len(text) <= _LENGTH else f"{text[: _LENGTH - 1]}…"
+    """``message`` without line breaks and control characters, at most 300 characters long."""
+    characters = []
+    for character in " ".join(str(message).split()):
+        if not character.isprintable():
+            character = "\ufffd"
+        characters.append(character)
+    text = "".join(characters)
+    if len(text) > LENGTH:
+        text = f"{text[: LENGTH - 1]}…"
+    return text
 
 
-def origin(error: BaseException) -> str:
-    """What was raised and where: ``ValueError: text (net.py, line 3)``."""
+def error_location(error: BaseException) -> str:
+    """The error with the place that raised it: ``ValueError: text (net.py, line 3)``."""
+    said = f"{type(error).__name__}: {error}"
     frames = traceback.extract_tb(error.__traceback__)
-    where = f" ({Path(frames[-1].filename).name}, line {frames[-1].lineno})" if frames else ""
-    return f"{type(error).__name__}: {error}{where}"
+    if not frames:
+        return said
+    return f"{said} ({Path(frames[-1].filename).name}, line {frames[-1].lineno})"

@@ -74,6 +74,10 @@ def needs(width: int) -> nn.Module:
     return Scale(features=width)
 
 
+def wide_base() -> torch.distributions.Normal:
+    return torch.distributions.Normal(torch.zeros(4), torch.full((4,), 2.0))
+
+
 def number() -> int:
     return 3
 

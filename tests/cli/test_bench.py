@@ -10,7 +10,7 @@ import pytest
 from typer.testing import CliRunner
 
 from benchmarks.common.experiments import EXPERIMENTS
-from inn_guard.cli import app
+from inn_guard.cli.commands import app
 
 FAST = "attacks.step_cost"
 
@@ -87,11 +87,11 @@ def test_an_installed_package_without_the_repository_says_to_clone_it(monkeypatc
 
 
 def test_an_installed_package_finds_the_clone_in_the_current_folder(tmp_path):
-    """In a process of its own, with a copy of the package in place of the wheel and a clone's skeleton beside it."""
+    """In another process, with a copy of the package for the wheel and the skeleton of a clone."""
     site, clone = tmp_path / "site", tmp_path / "clone"
-    for folder in (site, clone / "inn_guard", clone / "benchmarks"):
+    for folder in (site, clone / "inn_guard", clone / "benchmarks" / "common"):
         folder.mkdir(parents=True)
-    (clone / "benchmarks" / "experiments.py").write_text(
+    (clone / "benchmarks" / "common" / "experiments.py").write_text(
         "def listing():\n    return 'the clone speaks'\n"
     )
     _copy_package(site)

@@ -1,4 +1,4 @@
-"""Commands from what is typed to the exit code."""
+"""Commands from their arguments to the exit code."""
 
 from __future__ import annotations
 
@@ -13,8 +13,9 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from inn_guard.cli import app
-from inn_guard.cli.commands import main
+from inn_guard.cli import main
+from inn_guard.cli.commands import app, exit_code
+from inn_guard.report.verdict import Verdict
 
 NETS = "tests.cli.nets"
 
@@ -37,12 +38,25 @@ def audit(factory, data, *options, checks="reconstruction"):
 
 
 @pytest.mark.parametrize(
-    ("factory", "code"), [("stable", 0), ("ready", 0), ("unstable", 1), ("singular", 1)]
+    ("factory", "code"),
+    [("stable", 0), ("ready", 0), ("unstable", 1), ("singular", 1)],
 )
 def test_exit_code_is_the_verdict(factory, code, data):
     done = audit(factory, data, "--dtype", "float32")
     assert done.exit_code == code, done.output
     assert "reconstruction" in done.stdout
+
+
+def test_every_verdict_has_an_exit_code():
+    codes = {verdict.label: exit_code(verdict) for verdict in Verdict}
+    assert codes == {
+        "stable": 0,
+        "marginal": 0,
+        "unstable": 1,
+        "non_finite": 1,
+        "undecided": 3,
+        "not_applicable": 3,
+    }
 
 
 def test_reports_are_written_and_read_again(data, tmp_path):
@@ -154,7 +168,14 @@ def test_seed_repeats_the_factory_and_leaves_the_global_generator(data, tmp_path
         ),
         (["--json", "/"], "error: expected the path of a file in a folder that exists"),
         (["--data", "missing.npy"], "error: there is no file or folder missing.npy"),
-        (["--model", "json"], "error: expected --model package.module:factory, got 'json'"),
+        (["--model", "json"], "error: expected MODEL as package.module:factory"),
+        (["--model", "nowhere.py:make"], "error: there is no file nowhere.py"),
+        (["--device", "nowhere"], "error: expected a --device of this machine, got 'nowhere'"),
+        (["--device", "meta"], "error: expected a --device of this machine, got 'meta'"),
+        (["--uses", "density,magic"], "error: expected --uses out of density, sampling"),
+        (["--arg", "width"], "error: expected --arg name=value, got 'width'"),
+        (["--arg", "width=3"], "unexpected keyword argument 'width'"),
+        (["more.npy"], "error: expected MODEL and DATA, got more: more.npy"),
         (["--samples", "0"], "--samples"),
         (["--level", "extreme"], "extreme"),
         (["--dtype", "int8"], "int8"),
@@ -234,3 +255,67 @@ def test_the_search_path_is_as_it_was(data):
     before = list(sys.path)
     audit("stable", data)
     assert sys.path == before
+
+
+def test_model_and_data_are_arguments_or_options(data):
+    name = f"{NETS}:stable"
+    checks = ("--checks", "reconstruction", "--dtype", "float32")
+    expected = audit("stable", data, "--dtype", "float32")
+    for words in ([name, data], ["--model", name, data], [name, "--data", data]):
+        done = run("audit", *words, *checks)
+        assert done.exit_code == expected.exit_code == 0, done.output
+    for words in ([], [name], ["--data", data]):
+        done = run("audit", *words)
+        assert done.exit_code == 2
+        assert "expected MODEL and DATA" in done.stderr
+
+
+def test_a_factory_of_a_file_with_arguments_and_a_device(data, tmp_path):
+    words = ["audit", "tests/cli/nets.py:needs", data, "--arg", "width=4", "--device", "cpu"]
+    done = run(*words, "--checks", "reconstruction", "--json", tmp_path / "a.json")
+    assert done.exit_code == 0, done.output
+    settings = json.loads((tmp_path / "a.json").read_text())["settings"]
+    assert settings["arguments"] == "width=4"
+
+
+def test_the_model_is_not_imported_before_the_data_have_been_read(tmp_path):
+    (tmp_path / "net.py").write_text("open('imported', 'w')\n")
+    done = run("audit", f"{tmp_path / 'net.py'}:make", tmp_path / "missing.npy")
+    assert done.exit_code == 2
+    assert "there is no file or folder" in done.stderr
+    assert "importing" not in done.stderr
+
+
+def test_uses_and_prior_reach_the_audit(monkeypatch, data):
+    given = {}
+
+    def watch(model, x, **options):
+        given.update(options)
+        raise ZeroDivisionError("seen")
+
+    monkeypatch.setattr("inn_guard.cli.commands.run_audit", watch)
+    name, prior = f"{NETS}:stable", f"{NETS}:wide_base"
+    run("audit", name, data, "--uses", "density,sampling", "--prior", prior, "--seed", "3")
+    assert given["uses"] == ["density", "sampling"]
+    assert given["prior"].scale.tolist() == [2, 2, 2, 2]
+    assert given["seed"] == 3
+    assert given["checks"] is None
+
+
+def test_exit_codes_are_in_help():
+    for words in (["--help"], ["audit", "--help"]):
+        said = run(*words).stdout
+        for line in ("0  stable or marginal", "1  unstable or non_finite", "2  wrong usage"):
+            assert line in said
+
+
+@pytest.mark.parametrize(
+    ("module", "package"), [("typer", "typer"), ("safetensors", "safetensors"), ("PIL", "pillow")]
+)
+def test_without_its_extra_the_command_says_what_to_install(module, package):
+    code = f"import sys; sys.modules[{module!r}] = None; from inn_guard.cli import main; main()"
+    done = subprocess.run(
+        [sys.executable, "-c", code, "--help"], capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 3
+    assert done.stderr == f"inn-guard needs {package}: pip install '.[cli]'\n"

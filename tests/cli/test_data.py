@@ -1,4 +1,4 @@
-"""Data files: read as they are, converted aloud, or refused in words; nothing in them is ever run."""
+"""Data files: read, converted with a notice, or refused in words; no code in them is run."""
 
 from __future__ import annotations
 
@@ -10,12 +10,20 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from inn_guard.cli import data
-from inn_guard.cli.data import Rows, load_context, load_data
+from inn_guard.cli.data import Rows, read_context, read_data
 from inn_guard.cli.usage import WrongUsage
 
 
+class Loaded:
+    """Rows and their tensor."""
+
+    def __init__(self, rows, dtype):
+        self.total = rows.total
+        self.tensor = rows.to(dtype)
+
+
 def load(path, *, samples=100, dtype=torch.float32):
-    return load_data(path, samples=samples, dtype=dtype)
+    return Loaded(read_data(path, samples=samples), dtype)
 
 
 def array(tmp_path, values, name="x.npy"):
@@ -81,7 +89,7 @@ def test_pickled_arrays_are_refused_unread(tmp_path):
 
 def test_files_of_other_kinds_are_named(tmp_path):
     np.savez(tmp_path / "x.npz", a=np.zeros((2, 2)))
-    with pytest.raises(WrongUsage, match=r"is an archive \(.npz\), expected one array"):
+    with pytest.raises(WrongUsage, match=r"is an archive.*expected one array"):
         load(tmp_path / "x.npz")
     (tmp_path / "x.png").write_bytes(b"\x89PNG....")
     with pytest.raises(WrongUsage, match=r"does not begin as a .npy file does"):
@@ -111,29 +119,29 @@ def test_any_bytes_after_the_magic_are_an_array_or_wrong_usage(junk, header, tmp
 
 
 def test_more_than_memory_should_hold_is_refused_before_reading(tmp_path, monkeypatch):
-    monkeypatch.setattr(data, "_MOST_BYTES", 100)
+    monkeypatch.setattr(data, "MOST_BYTES", 100)
     path = array(tmp_path, np.zeros((10, 4)))
-    with pytest.raises(WrongUsage, match="type a smaller --samples"):
+    with pytest.raises(WrongUsage, match="pass a smaller --samples"):
         load(path)
     assert load(path, samples=3).tensor.shape == (3, 4)
 
 
 def test_context_keeps_labels_and_demands_a_row_for_each_sample(tmp_path):
-    rows = Rows(torch.zeros(2, 3), 5)
-    labels = load_context(
+    rows = Rows(np.zeros((2, 3)), 5, "x.npy")
+    labels = read_context(
         array(tmp_path, np.arange(5, dtype=np.uint8), "c.npy"), rows=rows, dtype=torch.float32
     )
     assert labels.dtype is torch.int64
     assert labels.tolist() == [0, 1]
-    numbers = load_context(
+    numbers = read_context(
         array(tmp_path, np.ones((5, 2)), "c.npy"), rows=rows, dtype=torch.float32
     )
     assert numbers.shape == (2, 2)
     assert numbers.dtype is torch.float32
     with pytest.raises(
-        WrongUsage, match=r"expected --context with 5 rows, as many as --data has; .* has 4"
+        WrongUsage, match=r"expected --context with 5 rows, as many as the data have; .* has 4"
     ):
-        load_context(array(tmp_path, np.ones((4, 2)), "c.npy"), rows=rows, dtype=torch.float32)
+        read_context(array(tmp_path, np.ones((4, 2)), "c.npy"), rows=rows, dtype=torch.float32)
 
 
 def picture(folder, name, pixels, mode=None):
@@ -192,6 +200,45 @@ def test_damaged_and_huge_images_are_refused(tmp_path, monkeypatch):
         with pytest.raises(WrongUsage, match="cannot be read as an image"):
             load(tmp_path)
     path.write_bytes(whole)
-    monkeypatch.setattr(data, "_MOST_PIXELS", 100)
+    monkeypatch.setattr(data, "MOST_PIXELS", 100)
     with pytest.raises(WrongUsage, match="40 x 40 pixels, more than an audit can take"):
         load(tmp_path)
+
+
+def test_torch_files_are_read_as_one_tensor(tmp_path):
+    values = torch.randn(5, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float32)
+    torch.save(values.requires_grad_(), tmp_path / "x.pt")
+    assert torch.equal(load(tmp_path / "x.pt", samples=4).tensor, values[:4])
+    torch.save(values.detach().bfloat16(), tmp_path / "x.pth")
+    assert torch.equal(load(tmp_path / "x.pth").tensor, values.bfloat16().float())
+
+
+def test_torch_files_of_other_things_are_refused_and_not_run(tmp_path):
+    path = tmp_path / "x.pt"
+    torch.save({"x": torch.zeros(2, 2)}, path)
+    with pytest.raises(WrongUsage, match=r"expected one tensor .* got dict: save the batch alone"):
+        load(path)
+    torch.save(print, path)
+    with pytest.raises(WrongUsage, match="cannot be read as a tensor"):
+        load(path)
+    path.write_bytes(b"PK\x03\x04 and nothing else")
+    with pytest.raises(WrongUsage, match="cannot be read as a tensor"):
+        load(path)
+
+
+def test_tables_with_and_without_a_header(tmp_path, capsys):
+    path = tmp_path / "x.csv"
+    path.write_text("1,2.5\n-3,nan\n4,5\n")
+    assert load(path, samples=1).tensor.tolist() == [[1, 2.5]]
+    assert load(path).total == 3
+    assert "names of the columns" not in capsys.readouterr().err
+    path.write_text("a,b\n1,2\n")
+    assert load(path).tensor.tolist() == [[1, 2]]
+    assert "the first line is taken for the names of the columns" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("text", ["1,2\n3\n", "1,2\n3,x\n", "1;2\n3;4\n", "a,b\n"])
+def test_tables_that_are_none_are_refused(text, tmp_path):
+    (tmp_path / "x.csv").write_text(text)
+    with pytest.raises(WrongUsage):
+        load(tmp_path / "x.csv")

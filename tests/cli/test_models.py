@@ -10,28 +10,29 @@ import safetensors.torch
 import torch
 from torch import nn
 
-from inn_guard.cli.models import load_weights, make_model, own_dtype
+from inn_guard.cli.models import load_weights, make, own_dtype, parse_arguments
 from inn_guard.cli.usage import WrongUsage
 from tests.cli.nets import Scale
+
+FILE = "tests/cli/nets.py"
 
 NETS = "tests.cli.nets"
 
 
 def test_factories_classes_and_ready_models():
-    assert isinstance(make_model(f"{NETS}:stable", seed=0), Scale)
-    assert isinstance(make_model(f"{NETS}:Scale", seed=0), Scale)
-    assert make_model(f"{NETS}:ready", seed=0) is make_model(f"{NETS}:ready", seed=0)
-    assert isinstance(make_model("torch:nn.Identity", seed=0), nn.Identity)
+    assert isinstance(make(f"{NETS}:stable", seed=0), Scale)
+    assert isinstance(make(f"{NETS}:Scale", seed=0), Scale)
+    assert make(f"{NETS}:ready", seed=0) is make(f"{NETS}:ready", seed=0)
+    assert isinstance(make("torch:nn.Identity", seed=0), nn.Identity)
 
 
 @pytest.mark.parametrize(
     ("name", "words"),
     [
-        ("nets", "expected --model package.module:factory"),
-        (":f", "expected --model package.module:factory"),
+        ("nets", "expected MODEL as package.module:factory"),
+        (":f", "expected MODEL as package.module:factory"),
         ("no_such_package_anywhere:f", "there is no module 'no_such_package_anywhere'"),
         (f"{NETS}:nothing", "has no 'nothing'"),
-        (f"{NETS}:not_callable", "expected .* to be a function that makes the model, got int"),
         (
             f"{NETS}:raises",
             r"raises\(\) raised ValueError: first line\nsecond line \(nets.py, line \d+\)",
@@ -42,7 +43,7 @@ def test_factories_classes_and_ready_models():
 )
 def test_what_cannot_be_made_is_said(name, words):
     with pytest.raises(WrongUsage, match=words):
-        make_model(name, seed=0)
+        make(name, seed=0)
 
 
 @pytest.mark.parametrize(
@@ -61,7 +62,7 @@ def test_modules_that_cannot_be_imported(code, words, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", list(sys.path))
     with pytest.raises(WrongUsage, match=words):
-        make_model("broken_net:f", seed=0)
+        make("broken_net:f", seed=0)
 
 
 def saved(path, state):
@@ -157,3 +158,71 @@ def test_own_dtype():
     assert own_dtype(Scale().double()) is torch.float64
     assert own_dtype(nn.Identity()) is torch.get_default_dtype()
     assert own_dtype(3) is torch.get_default_dtype()
+
+
+def test_a_factory_in_a_file_with_arguments():
+    model = make(f"{FILE}:needs", seed=0, arguments={"width": 7})
+    assert model.scale.shape == (7,)
+    assert make(f"{NETS}:Scale", seed=0, arguments={"scale": 3.0}).scale.tolist() == [3] * 4
+
+
+def test_a_file_finds_its_neighbours(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    (tmp_path / "sizes_of_this_net.py").write_text("WIDTH = 5\n")
+    (tmp_path / "net_in_a_file.py").write_text(
+        "from torch import nn\nfrom sizes_of_this_net import WIDTH\n"
+        "def make():\n    return nn.Linear(WIDTH, WIDTH)\n"
+    )
+    assert make(f"{tmp_path / 'net_in_a_file.py'}:make", seed=0).in_features == 5
+
+
+def test_files_that_cannot_be_imported(tmp_path):
+    with pytest.raises(WrongUsage, match="there is no file"):
+        make(f"{tmp_path / 'none.py'}:f", seed=0)
+    (tmp_path / "broken.py").write_text("1 +")
+    with pytest.raises(WrongUsage, match=r"broken.py raised SyntaxError"):
+        make(f"{tmp_path / 'broken.py'}:f", seed=0)
+
+
+def test_arguments_are_literals_or_strings():
+    words = ["layers=8", "widths=(64, 64)", "activation=tanh", "url=a=b", "bias=False"]
+    assert parse_arguments(words) == {
+        "layers": 8,
+        "widths": (64, 64),
+        "activation": "tanh",
+        "url": "a=b",
+        "bias": False,
+    }
+    for wrong in (["layers"], ["=3"], ["a b=3"], ["a=1", "a=2"]):
+        with pytest.raises(WrongUsage, match="--arg"):
+            parse_arguments(wrong)
+
+
+def test_arguments_need_a_factory():
+    with pytest.raises(WrongUsage, match=r"--arg is for a factory, but .* is a Scale"):
+        make(f"{NETS}:ready", seed=0, arguments={"width": 3})
+    with pytest.raises(WrongUsage, match="unexpected keyword argument 'height'"):
+        make(f"{NETS}:needs", seed=0, arguments={"height": 3})
+
+
+@pytest.mark.parametrize("prefix", ["module.", "model.", "_orig_mod.", "net.flow."])
+def test_a_prefix_of_all_weights_is_removed_and_said(prefix, tmp_path, capsys):
+    model = Scale()
+    state = {f"{prefix}scale": torch.arange(4.0), "ema": torch.ones(1)}
+    load_weights(model, saved(tmp_path / "w.pt", {"state_dict": state}))
+    assert model.scale.tolist() == [0, 1, 2, 3]
+    told = capsys.readouterr().err
+    assert f"whose names begin with '{prefix}', leaving out 1 others" in told
+
+
+def test_of_two_prefixes_the_usual_one_is_taken_and_the_other_said(tmp_path, capsys):
+    model = Scale()
+    state = {"ema.scale": torch.ones(4), "model.scale": torch.arange(4.0)}
+    load_weights(model, saved(tmp_path / "w.pt", state))
+    assert model.scale.tolist() == [0, 1, 2, 3]
+    assert "(also found: 'ema.')" in capsys.readouterr().err
+
+
+def test_a_prefix_of_some_weights_is_none(tmp_path):
+    with pytest.raises(WrongUsage, match=r"1 missing \(scale\)"):
+        load_weights(Scale(), saved(tmp_path / "w.pt", {"module.shift": torch.ones(4)}))
