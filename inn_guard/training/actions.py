@@ -12,8 +12,9 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor, nn
 
-from inn_guard.audits import AuditReport, Verdict
 from inn_guard.memory_saving import MemorySaving
+from inn_guard.report.audit_report import AuditReport
+from inn_guard.report.verdict import Verdict
 from inn_guard.training.records import Record
 from inn_guard.training.regularizers import AdaptiveCoefficient
 

@@ -48,7 +48,7 @@ class AuditHook:
 
     Args:
         model: an Invertible, or a model that ``wrap`` accepts.
-        checks: names in AUDITS, or audits themselves.
+        checks: names in AUDITS, or checks themselves.
         every: period in steps (due at 0, k, 2k, ...), or any function step -> bool.
         samples: how many samples of the batch are audited, the first ones; None: all.
         record: called with the ``Record`` of every audit: a CsvRecorder, a TensorBoardRecorder,
@@ -93,7 +93,7 @@ class AuditHook:
         self._audited: int | None = None
 
     def __repr__(self) -> str:
-        checks = ", ".join(_name(check) for check in self.checks)
+        checks = ", ".join(check.name for check in self.checks)
         actions = ", ".join(_name(action) for action in self.actions)
         return (
             f"AuditHook({self.model.name}, checks=[{checks}], every={self._every}, "

@@ -12,8 +12,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from inn_guard.audits import Audit
 from inn_guard.audits.quick_check import quick_round_trip
+from inn_guard.audits.run import Check
 from inn_guard.core.invertible import Context
 from inn_guard.training.actions import Action
 from inn_guard.training.audit_hook import AuditHook
@@ -53,7 +53,7 @@ class StabilityCallback(pl.Callback):
         model: from the LightningModule to the model that is audited, an Invertible or one that
             ``wrap`` accepts.
         batch: from a training batch to (x, context).
-        checks: names in AUDITS, or audits themselves.
+        checks: names in AUDITS, or checks themselves.
         every: period in optimizer steps, or any function step -> bool.
         samples: how many samples of the batch are audited, the first ones; None: all.
         actions: called with every ``Record``; see ``inn_guard.training.actions``.
@@ -67,7 +67,7 @@ class StabilityCallback(pl.Callback):
         model: Callable[[Any], nn.Module],
         *,
         batch: Callable[[Any], tuple[Tensor, Context]] = first_entry,
-        checks: Sequence[str | Audit] = (quick_round_trip,),
+        checks: Sequence[str | Check] = (quick_round_trip,),
         every: int | Schedule = 100,
         samples: int | None = 8,
         actions: Sequence[Action] = (),

@@ -10,8 +10,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol, runtime_checkable
 
-from inn_guard.audits import AuditReport
 from inn_guard.execution.files import atomic_write
+from inn_guard.report.audit_report import AuditReport
 
 __all__ = ["CsvRecorder", "Record", "ScalarWriter", "TensorBoardRecorder", "read_csv", "scalars"]
 
@@ -87,7 +87,7 @@ class CsvRecorder:
             columns.update(dict.fromkeys(old))
         self._columns = list(columns)
         with atomic_write(self.path) as partial:
-            lines = [self._columns, *map(self._cells, self._rows)]
+            lines: list[Sequence[object]] = [self._columns, *map(self._cells, self._rows)]
             partial.write_text(_as_csv(lines), encoding="utf-8")
 
     def _cells(self, row: Row) -> list[object]:

@@ -11,11 +11,13 @@ import pytest
 import torch
 from torch import nn
 
-from inn_guard.audits import AuditReport, AuditResult, Verdict
 from inn_guard.layers.chain import Chain
 from inn_guard.layers.coupling import AffineCoupling
 from inn_guard.layers.networks import MLP
 from inn_guard.memory_saving import memory_saving
+from inn_guard.report.audit_report import AuditReport
+from inn_guard.report.result import AuditResult
+from inn_guard.report.verdict import Verdict
 from inn_guard.training.actions import (
     AdaptCoefficient,
     DisableMemorySaving,
@@ -34,7 +36,10 @@ from tests.oracles.regularizers import Embedding, LinearMap
 
 def record(verdict=Verdict.UNSTABLE, *, step=7, **values):
     return Record(
-        step, AuditReport((AuditResult("glance", verdict, "the inverse is lost", values=values),))
+        step,
+        AuditReport(
+            (AuditResult("quick_round_trip", verdict, "the inverse is lost", values=values),)
+        ),
     )
 
 
@@ -56,9 +61,11 @@ def silent(action, *records):
 
 @pytest.mark.parametrize("verdict", [Verdict.UNSTABLE, Verdict.NON_FINITE])
 def test_warn_and_raise_say_what_was_found(verdict):
-    with pytest.warns(StabilityWarning, match="step 7: glance: the inverse is lost"):
+    with pytest.warns(StabilityWarning, match="step 7: quick_round_trip: the inverse is lost"):
         EmitWarning()(record(verdict))
-    with pytest.raises(StabilityError, match="step 7: glance: the inverse is lost") as caught:
+    with pytest.raises(
+        StabilityError, match="step 7: quick_round_trip: the inverse is lost"
+    ) as caught:
         RaiseError()(record(verdict))
     assert caught.value.report.verdict is verdict
     copied = pickle.loads(pickle.dumps(caught.value))
@@ -76,7 +83,9 @@ def test_nothing_happens_without_a_finding(verdict):
 
 def test_when_is_the_user_s():
     late = RaiseError(
-        when=lambda found: found.step > 10 and found.report["glance"].values["relative_error"] > 0.5
+        when=lambda found: (
+            found.step > 10 and found.report["quick_round_trip"].values["relative_error"] > 0.5
+        )
     )
     late(record(step=3, relative_error=1.0))
     late(record(step=13, relative_error=0.1))

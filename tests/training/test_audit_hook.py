@@ -11,13 +11,15 @@ import pytest
 import torch
 from torch import nn
 
-from inn_guard.audits import AUDITS, AuditResult, Verdict, polite
+from inn_guard.audits import AUDITS
 from inn_guard.audits.gradient_angle import gradient_angle
 from inn_guard.layers.chain import Chain
 from inn_guard.layers.coupling import AffineCoupling
 from inn_guard.layers.networks import MLP
 from inn_guard.layers.partition import Halves
 from inn_guard.memory_saving import memory_saving
+from inn_guard.report.result import AuditResult
+from inn_guard.report.verdict import Verdict
 from inn_guard.training.actions import AdaptCoefficient, DisableMemorySaving, RollBack
 from inn_guard.training.audit_hook import AuditHook
 from inn_guard.training.regularizer_hook import RegularizerHook
@@ -188,7 +190,6 @@ def test_an_audit_under_autocast_leaves_no_cast_weights_behind():
 def test_few_samples_with_their_context_are_audited():
     seen = []
 
-    @polite
     def sizes(model, x):
         seen.append((len(x), model.context.tolist()))
         return AuditResult("sizes", Verdict.STABLE, "")
@@ -200,7 +201,7 @@ def test_few_samples_with_their_context_are_audited():
     assert AuditHook(TwoCouplings().double(), samples=50)(data()).settings["samples"] == 12
 
 
-def test_glance_by_default_finds_a_broken_inverse():
+def test_the_default_check_finds_a_broken_inverse():
     model = TwoCouplings().double()
     assert AuditHook(model)(data()).verdict is Verdict.STABLE
     with torch.no_grad():

@@ -164,8 +164,8 @@ def test_a_batch_may_carry_a_context():
 
 def test_actions_are_taken():
     unstable = ig.wrap(encode=lambda x: 2 * x, decode=lambda z: z * torch.nan)
-    callback = StabilityCallback(lambda _: unstable, every=1, actions=[ig.RaiseError()])
-    with pytest.raises(ig.StabilityError):
+    callback = StabilityCallback(lambda _: unstable, every=1, actions=[ig.actions.RaiseError()])
+    with pytest.raises(ig.actions.StabilityError):
         fit(Module(flow()), callback)
 
 

@@ -7,7 +7,9 @@ import math
 import pytest
 import torch
 
-from inn_guard.audits import AuditReport, AuditResult, Verdict
+from inn_guard.report.audit_report import AuditReport
+from inn_guard.report.result import AuditResult
+from inn_guard.report.verdict import Verdict
 from inn_guard.training.actions import AdaptCoefficient
 from inn_guard.training.audit_hook import AuditHook
 from inn_guard.training.records import CsvRecorder, Record, TensorBoardRecorder, read_csv
@@ -17,7 +19,9 @@ from tests.oracles.regularizers import TwoCouplings
 
 def record(step, verdict=Verdict.STABLE, extra=None, **values):
     return Record(
-        step, AuditReport((AuditResult("glance", verdict, "", values=values),)), extra or {}
+        step,
+        AuditReport((AuditResult("quick_round_trip", verdict, "", values=values),)),
+        extra or {},
     )
 
 
@@ -28,11 +32,16 @@ def test_rows_come_back_bit_for_bit(tmp_path):
     for step, value in enumerate(values):
         recorder(record(step, error=value, extra={"coefficient": 0.1 * step}))
     rows = read_csv(path)
-    assert [row["glance.error"] for row in rows] == values
+    assert [row["quick_round_trip.error"] for row in rows] == values
     assert [row["step"] for row in rows] == [0, 1, 2, 3, 4]
-    assert rows[2] == {"step": 2, "verdict": "stable", "glance.error": 1e308, "coefficient": 0.2}
+    assert rows[2] == {
+        "step": 2,
+        "verdict": "stable",
+        "quick_round_trip.error": 1e308,
+        "coefficient": 0.2,
+    }
     recorder(record(5, Verdict.NON_FINITE, error=math.nan))
-    assert math.isnan(read_csv(path)[-1]["glance.error"])
+    assert math.isnan(read_csv(path)[-1]["quick_round_trip.error"])
     assert "coefficient" not in read_csv(path)[-1]
 
 
@@ -42,7 +51,7 @@ def test_new_columns_appear_and_missing_cells_stay_empty(tmp_path):
     recorder(record(1, error=2.0, angle=3.0))
     recorder(record(2, angle=4.0))
     assert (tmp_path / "h.csv").read_text().splitlines() == [
-        "step,verdict,glance.error,glance.angle",
+        "step,verdict,quick_round_trip.error,quick_round_trip.angle",
         "0,stable,1.0,",
         "1,stable,2.0,3.0",
         "2,stable,,4.0",
@@ -74,7 +83,7 @@ def test_resuming_from_an_older_checkpoint_replaces_what_comes_again(tmp_path):
     assert len(read_csv(path)) == 4  # nothing is lost before there is something new
     resumed(record(20, error=7.0))
     resumed(record(30, error=8.0))
-    assert [(row["step"], row["glance.error"]) for row in read_csv(path)] == [
+    assert [(row["step"], row["quick_round_trip.error"]) for row in read_csv(path)] == [
         (0, 1),
         (10, 1),
         (20, 7),
@@ -117,7 +126,7 @@ def test_tensorboard_gets_every_number():
     )
     assert writer.scalars == [
         ("run/failed", 1.0, 3),
-        ("run/glance/error", math.inf, 3),
+        ("run/quick_round_trip/error", math.inf, 3),
         ("run/coefficient", 0.5, 3),
     ]
 
