@@ -105,7 +105,7 @@ def measure(config: Config, run: Run) -> Iterator[Row]:
         checks=[SPECTRUM],
         every=config.steer_every,
         samples=None,
-        actions=[ig.AdaptCoefficient(adaptive)],
+        actions=[ig.actions.AdaptCoefficient(adaptive)],
     )
     optimizer = torch.optim.Adam(net.parameters(), lr=config.learning_rate)
     training = steering = 0.0
