@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from inn_guard.core.layer_jacobian import INEXACT, ROUNDING, LayerJacobian, Map, probes
+from inn_guard.core.layer_jacobian import INEXACT, ROUNDING, LayerJacobian, Map, random_vectors
 from inn_guard.jacobian.network import NetworkJacobian
 from inn_guard.layers.coupling import CouplingJacobian
 from inn_guard.layers.linear import ChannelMixingJacobian, PermutationJacobian
@@ -44,7 +44,7 @@ def agrees(tangent: LayerJacobian, forward: Map, x: Tensor) -> bool:
         z = forward(leaf)
     if z.shape != tangent.output.shape or not z.requires_grad:
         return False
-    (u,) = probes(tangent.output)
+    (u,) = random_vectors(tangent.output)
     (pulled,) = torch.autograd.grad(z, leaf, u)
     return _close(tangent.output, z.detach()) and _close(tangent.vjp(u), pulled)
 

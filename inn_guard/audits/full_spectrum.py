@@ -13,7 +13,7 @@ from inn_guard.audits.context import AuditContext
 from inn_guard.audits.cost_model import Cost, Passes, Task
 from inn_guard.audits.level import Level
 from inn_guard.audits.spec import audit_check
-from inn_guard.core.layer_jacobian import AutogradJacobian, NotApplicable, is_adjoint_pair, probes
+from inn_guard.core.layer_jacobian import AutogradJacobian, NotApplicable, is_adjoint_pair, random_vectors
 from inn_guard.execution.parallel import WorkSharing
 from inn_guard.jacobian.dense import composed_jacobian, is_composable
 from inn_guard.jacobian.singular_values import Spectrum, full_jacobian, resolution, spectrum
@@ -128,7 +128,7 @@ def _jacobian(model: AuditedModel, x: Tensor, parallel: WorkSharing) -> Tensor:
 
 def _agrees(model: AuditedModel, x: Tensor, J: Tensor) -> bool:
     whole = AutogradJacobian(model.forward, model.inverse, x)
-    v, w = probes(x, whole.output)
+    v, w = random_vectors(x, whole.output)
     image = torch.einsum("ij,bj->bi", J, v.flatten(1)).reshape(w.shape)
     return is_adjoint_pair(image, w, v, whole.vjp(w))
 

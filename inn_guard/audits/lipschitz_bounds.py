@@ -174,7 +174,7 @@ def _sampled(
     line = Linearization(model.select(few).to_dtype(torch.float64), x[few].double())
     generator = torch.Generator().manual_seed(0)
     result = []
-    for tangent, state in zip(line.tangents, line.states, strict=False):
+    for tangent, state in zip(line.jacobians, line.states, strict=False):
         most, least = 0.0, math.inf
         v = torch.randn(state.shape, generator=generator, device="cpu", dtype=torch.float64)
         for _ in range(probes):

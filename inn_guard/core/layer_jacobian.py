@@ -117,7 +117,7 @@ class _Recorded:
             def push(v: Tensor) -> Tensor:
                 return torch.autograd.grad(image, u, v, retain_graph=True)[0]
 
-            v, w = probes(self.leaf, self.value)
+            v, w = random_vectors(self.leaf, self.value)
             self.is_adjoint_pair = is_adjoint_pair(push(v), w, v, self.pull(w))
             return push if self.is_adjoint_pair else None
         except RuntimeError:  # NotApplicable among them: forward mode then says what is missing
@@ -133,7 +133,7 @@ class _Recorded:
         return tangent.detach()
 
 
-def probes(*like: Tensor) -> list[Tensor]:
+def random_vectors(*like: Tensor) -> list[Tensor]:
     """Standard normal vectors of these shapes, dtypes and devices, the same at every call."""
     generator = torch.Generator().manual_seed(0)
     return [

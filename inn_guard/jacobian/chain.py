@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from inn_guard.core.invertible import Invertible
-from inn_guard.core.layer_jacobian import AutogradJacobian, LayerJacobian, Selectable, probes
+from inn_guard.core.layer_jacobian import AutogradJacobian, LayerJacobian, Selectable, random_vectors
 from inn_guard.jacobian.allocator import retain_freed_memory
 from inn_guard.jacobian.checks import check_inverse, check_inverse_jvp, check_jvp
 from inn_guard.jacobian.network import is_unpatched

@@ -139,7 +139,7 @@ def _dense(model: Invertible, points: Tensor) -> tuple[Witness | None, Witness |
     """The best of all singular vectors."""
     J = largest = torch.eye(points[0].numel(), dtype=torch.float64).expand(len(points), -1, -1)
     line = Linearization(model, points)
-    for tangent, state in zip(line.tangents, line.states, strict=False):
+    for tangent, state in zip(line.jacobians, line.states, strict=False):
         factor = dense_jacobian(tangent, state)
         J, largest = factor @ J, factor.abs() @ largest
     finite = J.flatten(1).isfinite().all(1)
@@ -150,7 +150,7 @@ def _dense(model: Invertible, points: Tensor) -> tuple[Witness | None, Witness |
     top, bottom = int(values[:, 0].argmax()), int(values[:, -1].argmin())
     shape = points.shape[1:]
     # of entries that nearly cancel in the product of the factors nothing but rounding may be left
-    rounding = len(line.tangents) * J.shape[2] * 2 * UNIT * largest.flatten(1).norm(dim=1)
+    rounding = len(line.jacobians) * J.shape[2] * 2 * UNIT * largest.flatten(1).norm(dim=1)
     stretched = float(values[top, 0] - rounding[top])
     shrunk = float((J[bottom] @ V[bottom, -1]).norm() + rounding[bottom])
     stretch = Witness(points[top], V[top, 0].reshape(shape), stretched) if stretched > 0 else None
