@@ -1,7 +1,7 @@
 """The four linear maps of one differentiable layer at one batch, by autograd.
 
-Every sample b of a batch x (B, *data) has its own Jacobian J_b. A tangent applies it, its
-transpose, its inverse and its inverse transpose to one vector per sample, without forming a matrix.
+Every sample b of a batch x (B, *data) has its own Jacobian J_b. A LayerJacobian multiplies it, its
+transpose, its inverse and its inverse transpose with one vector per sample, and forms no matrix.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from inn_guard.core.tensors import finite_rows
 
 Map = Callable[[Tensor], Tensor]
 
-ROUNDING = 100.0  #: errors of a product allowed, in units of eps
-INEXACT = 1e-3  #: deviation allowed in any case: derivatives of maps that iterate with a loose stopping rule
+ROUNDING = 100.0  #: accepted error of a product, in units of eps
+INEXACT = 1e-3  #: always accepted: derivatives of maps that iterate with a loose stopping rule
 
 
 @runtime_checkable
@@ -52,23 +52,23 @@ class LayerJacobian(Protocol):
 
 @runtime_checkable
 class Selectable(Protocol):
-    """A tangent that can be had for some samples of its batch only."""
+    """A LayerJacobian that can be restricted to some samples of its batch."""
 
     def select(self, rows: Tensor) -> Any:
-        """The tangent of these rows (indices or a mask); None where a part of it cannot be taken apart."""
+        """The Jacobian of these rows (indices or a mask); None where a part cannot be selected."""
         ...
 
 
 @runtime_checkable
 class SelfChecking(Protocol):
-    """A tangent that measures by itself whether its products are transposes of each other, when it first uses them."""
+    """A LayerJacobian that checks its own products when it first uses them."""
 
     def forward_transposes(self) -> bool:
-        """Whether J v and J^T u, as far as they have been used."""
+        """Whether J v and J^T u, as far as they have been used, are transposes of each other."""
         ...
 
     def inverse_transposes(self) -> bool:
-        """Whether J^-1 u and J^-T v, as far as they have been used."""
+        """The same of J^-1 u and J^-T v."""
         ...
 
 
@@ -79,17 +79,17 @@ class _Recorded:
         self.function = function
         self.leaf = point.detach().clone().requires_grad_()
         with torch.enable_grad():
-            self.value = function(
-                self.leaf.clone()
-            )  # a map that writes into its input may not write into a leaf
-        self._pushing: Map | None = None
+            # a copy: a map that writes into its input may not write into a leaf
+            self.value = function(self.leaf.clone())
+        self._jvp: Map | None = None
         self.is_adjoint_pair = False  #: whether J v was measured to be the transpose of J^T u
 
-    def pull(self, u: Tensor) -> Tensor:
-        """J^T u; with one more leading dimension than the value, all of its rows in one batched call."""
+    def vjp(self, u: Tensor) -> Tensor:
+        """J^T u. Where u has one leading dimension more than the value: of all its rows at once."""
         if not self.value.requires_grad:
             raise NotApplicable(
-                "the map has no derivative: its output does not depend on its input through autograd"
+                "the map has no derivative: "
+                "its output does not depend on its input through autograd"
             )
         batched = u.dim() > self.value.dim()
         (gradient,) = torch.autograd.grad(
@@ -101,27 +101,29 @@ class _Recorded:
             )
         return gradient
 
-    def push(self, v: Tensor) -> Tensor:
-        """J v: by transposing J^T u, which is linear in u, where that proves right; else by forward mode."""
-        if self._pushing is None:
-            self._pushing = self._transposed() or self._forward_mode
-        return self._pushing(v)
+    def jvp(self, v: Tensor) -> Tensor:
+        """J v: by transposing u -> J^T u, a linear map, if that is right; else by forward mode."""
+        if self._jvp is None:
+            self._jvp = self._transposed() or self._forward_mode
+        return self._jvp(v)
 
     def _transposed(self) -> Map | None:
-        """v -> J v as the derivative of u -> J^T u; None where some operation has no, or a wrong, second derivative."""
+        """The derivative of u -> J^T u; None if a second derivative is missing or wrong."""
         u = torch.zeros_like(self.value).requires_grad_()
         try:
             with torch.enable_grad():
                 (image,) = torch.autograd.grad(self.value, self.leaf, u, create_graph=True)
 
-            def push(v: Tensor) -> Tensor:
+            def jvp(v: Tensor) -> Tensor:
                 return torch.autograd.grad(image, u, v, retain_graph=True)[0]
 
             v, w = random_vectors(self.leaf, self.value)
-            self.is_adjoint_pair = is_adjoint_pair(push(v), w, v, self.pull(w))
-            return push if self.is_adjoint_pair else None
-        except RuntimeError:  # NotApplicable among them: forward mode then says what is missing
+            self.is_adjoint_pair = is_adjoint_pair(jvp(v), w, v, self.vjp(w))
+        except RuntimeError:  # also NotApplicable: forward mode then says what is missing
             return None
+        if not self.is_adjoint_pair:
+            return None
+        return jvp
 
     def _forward_mode(self, v: Tensor) -> Tensor:
         with forward_ad.dual_level(), torch.enable_grad():
@@ -143,11 +145,11 @@ def random_vectors(*like: Tensor) -> list[Tensor]:
 
 
 def is_adjoint_pair(u: Tensor, w: Tensor, v: Tensor, back: Tensor) -> bool:
-    """Whether u = A v and back = A^T w belong to one A per sample: <u, w> = <v, back>, for standard normal v and w.
+    """Whether u = A v and back = A^T w belong to the same A: <u, w> = <v, back> for every sample.
 
-    Samples with entries that are not finite are left out. Both sides are sums with random signs, of
-    the size of |u| and not of |u| |w|, which is what rounding and a loosely iterated derivative are
-    measured against.
+    v and w are standard normal. Samples with entries that are not finite are left out. Both sides
+    are sums with random signs, of the size of |u| rather than |u| |w|: deviations are compared with
+    |u|, in units of rounding errors and of loosely iterated derivatives.
     """
     eps = torch.finfo(u.dtype).eps
     if _pair(u, w, v, back, eps=eps):
@@ -162,17 +164,16 @@ def _pair(u: Tensor, w: Tensor, v: Tensor, back: Tensor, *, eps: float) -> bool:
         t.flatten(1).to(torch.promote_types(t.dtype, torch.float32)) for t in (u, w, v, back)
     )
     gap = ((u * w).sum(1) - (v * back).sum(1)).abs()
-    allowed = max(ROUNDING * eps * math.sqrt(size), INEXACT) * torch.maximum(
-        u.norm(dim=1), back.norm(dim=1)
-    )
+    tolerance = max(ROUNDING * eps * math.sqrt(size), INEXACT)
+    allowed = tolerance * torch.maximum(u.norm(dim=1), back.norm(dim=1))
     return bool(((gap <= allowed) & allowed.isfinite()).all())
 
 
 class AutogradJacobian:
-    """The four maps of a layer given as two callables: forward at x, and inverse at the stored output F(x).
+    """The four maps of a layer that is given as two callables: its forward map and its inverse.
 
-    The inverse is evaluated at most once per call, at F(x) of this one layer, never at a state that
-    came out of a numerical inverse further down the chain.
+    The inverse is evaluated at most once, at F(x) of this layer: never at a state that the
+    numerical inverse of later layers has computed.
     """
 
     def __init__(self, forward: Map, inverse: Map, x: Tensor) -> None:
@@ -182,7 +183,7 @@ class AutogradJacobian:
         self.output = self._forward.value.detach()
 
     def forward_transposes(self) -> bool:
-        """Whether J v has been measured to belong to J^T u: <J v, w> = <v, J^T w> on random vectors."""
+        """Whether J v was measured to belong to J^T u: <J v, w> = <v, J^T w> on random vectors."""
         return self._forward.is_adjoint_pair
 
     def inverse_transposes(self) -> bool:
@@ -197,16 +198,16 @@ class AutogradJacobian:
 
     def jvp(self, v: Tensor) -> Tensor:
         """J v by transposing J^T u, or by forward mode."""
-        return self._forward.push(v)
+        return self._forward.jvp(v)
 
     def vjp(self, u: Tensor) -> Tensor:
         """J^T u by reverse mode; u may carry one leading dimension of rows."""
-        return self._forward.pull(u)
+        return self._forward.vjp(u)
 
     def inverse_jvp(self, u: Tensor) -> Tensor:
         """J^-1 u through the inverse, by transposing its reverse mode or by forward mode."""
-        return self._backward.push(u)
+        return self._backward.jvp(u)
 
     def inverse_vjp(self, v: Tensor) -> Tensor:
         """J^-T v by reverse mode through the inverse."""
-        return self._backward.pull(v)
+        return self._backward.vjp(v)

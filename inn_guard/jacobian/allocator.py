@@ -1,4 +1,4 @@
-"""Memory that many products of one size take and free again."""
+"""Memory of many products of the same size, kept by the process between them."""
 
 from __future__ import annotations
 
@@ -6,13 +6,14 @@ import torch
 
 __all__ = ["retain_freed_memory"]
 
-LARGE = 2**25 - 2**16  #: bytes: just below the largest block from which glibc learns
+LARGE = 2**25 - 2**16  #: bytes: just below the largest block to which glibc adapts
 
 
 def retain_freed_memory() -> None:
-    """Have glibc keep what products free for the next ones, instead of handing it back and faulting it in again.
+    """Make glibc keep the memory that a product frees for the next one.
 
-    It does so from the first large block on that it sees freed (mallopt(3), M_TRIM_THRESHOLD), up to twice that size;
-    one is, untouched. Elsewhere this does nothing.
+    Otherwise it returns large blocks to the system, and every product faults them in again. glibc
+    keeps blocks up to twice the size of the first large one that it sees freed (mallopt(3),
+    M_TRIM_THRESHOLD). This allocates and frees one. Other allocators are not affected.
     """
     torch.UntypedStorage(LARGE, device="cpu")

@@ -1,8 +1,9 @@
-"""Linearization: one forward pass with every layer's state kept, then Jacobian products chained at those states.
+"""Linearization: Jacobian products of a chain of layers at the states of one forward pass.
 
-J = J_n ... J_1 and J^-1 = J_1^-1 ... J_n^-1 with every factor taken where the *forward* pass was. The numerical
-inverse of the whole chain is never run, so J^-1 v stays right where F^-1(F(x)) is already NaN. Products of many
-layers leave the range of floats; each is therefore carried as a unit vector and the logarithm of its length.
+J = J_n ... J_1 and J^-1 = J_1^-1 ... J_n^-1, with every factor at the state of the *forward* pass.
+The numerical inverse of the whole chain never runs, so J^-1 v is right even where F^-1(F(x)) is
+NaN. Products of many layers exceed the range of floats. A product is therefore stored as a unit
+vector and the logarithm of its length.
 """
 
 from __future__ import annotations
@@ -17,101 +18,106 @@ import torch
 from torch import Tensor
 
 from inn_guard.core.invertible import Invertible
-from inn_guard.core.layer_jacobian import AutogradJacobian, LayerJacobian, Selectable, random_vectors
+from inn_guard.core.layer_jacobian import (
+    AutogradJacobian,
+    LayerJacobian,
+    Selectable,
+    random_vectors,
+)
+from inn_guard.core.tensors import finite_rows, nonzero_or_one, peak, per_sample
 from inn_guard.jacobian.allocator import retain_freed_memory
 from inn_guard.jacobian.checks import check_inverse, check_inverse_jvp, check_jvp
 from inn_guard.jacobian.network import is_unpatched
 
-__all__ = ["Linearization", "LogScaledVector"]
+__all__ = ["Linearization", "LogScaledVector", "log_scaled"]
 
-Step = Callable[[Tensor], Tensor]
-Check = Callable[
-    ..., LayerJacobian
-]  #: (tangent, x, name, *, draw) -> the tangent itself, or a better one
+Product = Callable[[Tensor], Tensor]
+#: (jacobian, x, name, *, draw) -> the Jacobian itself, or one that is right
+Check = Callable[..., LayerJacobian]
 
-FEW = 4  #: samples whose products are compared for a layer that treats every sample alike
+FEW = 4  #: samples with which the products of a layer are checked
 
 
 @dataclass(frozen=True)
 class LogScaledVector:
-    """vector * exp(log_scale) per sample: vector (B, *) of unit or zero length, log_scale (B,) float64, in nats."""
+    """vector * exp(log_scale) for each sample.
+
+    Attributes:
+        vector: (B, *), of length one or zero.
+        log_scale: natural logarithm of the length, (B,) float64.
+    """
 
     vector: Tensor
     log_scale: Tensor
 
     @classmethod
     def from_vector(cls, vector: Tensor) -> LogScaledVector:
-        """``vector`` (B, *) split into direction and logarithm of its length."""
-        return cls(
-            vector, torch.zeros(len(vector), dtype=torch.float64, device=vector.device)
-        ).normalized()
+        """Split ``vector`` (B, *) into directions and logarithms of lengths."""
+        zero = torch.zeros(len(vector), dtype=torch.float64, device=vector.device)
+        return cls(vector, zero).normalized()
 
     def renormalized(self) -> LogScaledVector:
-        """The same vectors with entries far inside the range of their dtype, what was beyond moved into the logarithm.
+        """The same vectors with a largest entry of one where an entry nears the limits of floats.
 
-        Nothing is done where all largest entries are in range already, which costs one pass. Zero and non-finite
-        vectors stay as they are.
+        Where no sample does, this costs one pass and changes nothing. Zero and non-finite vectors
+        stay as they are.
         """
-        peak = torch.linalg.vector_norm(
-            self.vector, ord=torch.inf, dim=tuple(range(1, self.vector.dim()))
-        )
-        if bool(_in_range(peak).all()):
+        largest = peak(self.vector)
+        if bool(_far_from_limits(largest).all()):
             return self
-        peak = torch.where((peak > 0) & peak.isfinite(), peak, torch.ones_like(peak))
-        return LogScaledVector(
-            self.vector / _broadcast(peak, self.vector), self.log_scale + peak.double().log()
-        )
+        return self._divided(nonzero_or_one(largest))
 
     def normalized(self) -> LogScaledVector:
-        """The same vectors, lengths moved into the logarithm; zero and non-finite vectors stay as they are."""
+        """The same vectors with directions of length one; zero and non-finite ones stay."""
         # the largest entry first: the square of a float32 above 1e19 is infinite
         scaled = self.renormalized()
-        length = scaled.vector.flatten(1).norm(dim=1)
-        length = torch.where((length > 0) & length.isfinite(), length, torch.ones_like(length))
-        vector = scaled.vector / _broadcast(length, scaled.vector)
-        return LogScaledVector(vector, scaled.log_scale + length.double().log())
+        return scaled._divided(nonzero_or_one(scaled.vector.flatten(1).norm(dim=1)))
 
     def log_norm(self) -> Tensor:
-        """Natural logarithm of the length, (B,) float64: -inf for a zero vector, nan for a non-finite one."""
+        """Natural logarithm of the length, (B,) float64: -inf for zero, NaN for non-finite ones."""
         return self.log_scale + self.vector.flatten(1).double().norm(dim=1).log()
 
     def value(self) -> Tensor:
-        """The vectors themselves, in float64; entries beyond its range are 0 or inf."""
-        return self.vector.double() * _broadcast(self.log_scale.exp(), self.vector)
+        """The vectors themselves, in float64; entries beyond its range are 0 or infinite."""
+        return self.vector.double() * per_sample(self.log_scale.exp(), self.vector)
+
+    def _divided(self, size: Tensor) -> LogScaledVector:
+        vector = self.vector / per_sample(size, self.vector)
+        return LogScaledVector(vector, self.log_scale + size.double().log())
+
+
+def log_scaled(product: Product) -> Callable[[Tensor], LogScaledVector]:
+    """The same product with its result as a LogScaledVector."""
+    return lambda v: LogScaledVector.from_vector(product(v))
 
 
 class Linearization:
-    """The layers of a model linearised along one forward pass over x.
+    """The layers of a model, linearised at the states of one forward pass over x.
 
     Args:
-        model: the map; a model without layers() is one layer.
+        model: the map; a model without layers() counts as one layer.
         x: data, (B, *data).
 
     Attributes:
-        layers: the layers, first one first.
-        states: the layers' inputs and last the output, n + 1 tensors, detached.
-        tangents: the layers' linear maps at ``states``.
+        layers: the layers, first layer first.
+        states: the layers' inputs and then the output, n + 1 tensors, detached.
+        jacobians: the layers' Jacobians at ``states``.
     """
 
     def __init__(self, model: Invertible, x: Tensor) -> None:
         retain_freed_memory()
         self.layers = model.layers() or (model,)
         self.states = [x.detach()]
-        self.tangents: list[LayerJacobian] = []
-        self._leaves_range = False
+        self.jacobians: list[LayerJacobian] = []
+        self._needs_renormalizing = False
         self._drawn: dict[Any, list[Tensor]] = {}
         self._forward_checked: set[int] = set()
-        self._returning_checked: set[int] = set()
+        self._inverse_jvp_checked: set[int] = set()
         self._inverse_checked: set[int] = set()
         for layer in self.layers:
-            x = self.states[-1]
-            tangent = (
-                layer.linearize(x)
-                if is_unpatched(layer.block)
-                else AutogradJacobian(layer, layer.inverse, x)
-            )
-            self.tangents.append(tangent)
-            self.states.append(tangent.output)
+            jacobian = _linearize(layer, self.states[-1])
+            self.jacobians.append(jacobian)
+            self.states.append(jacobian.output)
 
     @property
     def output(self) -> Tensor:
@@ -122,128 +128,140 @@ class Linearization:
         """J v for one v (B, *data) per sample.
 
         Raises:
-            NotApplicable: if a layer has no correct forward-mode derivative and is too large to do without.
+            NotApplicable: if a layer has no correct forward-mode derivative and is too large for a
+                dense Jacobian.
         """
-        return self._chain(v, [self.forward_checked(k).jvp for k in range(len(self.tangents))])
+        return self._chain(v, [self.forward_checked(k).jvp for k in self._numbers()])
 
     def vjp(self, u: Tensor | LogScaledVector) -> LogScaledVector:
         """J^T u for one u (B, *latent) per sample."""
-        return self._chain(u, [tangent.vjp for tangent in reversed(self.tangents)])
+        return self._chain(u, [jacobian.vjp for jacobian in reversed(self.jacobians)])
 
     def inverse_jvp(self, u: Tensor | LogScaledVector) -> LogScaledVector:
         """J^-1 u for one u (B, *latent) per sample.
 
         Raises:
-            NotApplicable: if a layer's inverse has no correct derivative (measured: J^-1 J v is not v).
+            NotApplicable: if the inverse of a layer has no correct derivative: J^-1 J v is not v.
         """
-        return self._chain(
-            u, [self.inverse_checked(k).inverse_jvp for k in reversed(range(len(self.tangents)))]
-        )
+        backwards = reversed(self._numbers())
+        return self._chain(u, [self.inverse_checked(k).inverse_jvp for k in backwards])
 
     def inverse_vjp(self, v: Tensor | LogScaledVector) -> LogScaledVector:
         """J^-T v for one v (B, *data) per sample.
 
         Raises:
-            NotApplicable: if a layer's inverse has no correct derivative (measured: J^-1 J v is not v).
+            NotApplicable: if the inverse of a layer has no correct derivative: J^-1 J v is not v.
         """
-        return self._chain(
-            v, [self.inverse_checked(k).inverse_vjp for k in range(len(self.tangents))]
-        )
+        return self._chain(v, [self.inverse_checked(k).inverse_vjp for k in self._numbers()])
 
     def forward_checked(self, k: int) -> LayerJacobian:
-        """Layer k's tangent, its J v having been checked once against its J^T u."""
+        """The Jacobian of layer k; its J v has been checked once against its J^T u."""
         if k not in self._forward_checked:
-            self.tangents[k] = self._checked(k, check_jvp)
+            self.jacobians[k] = self._checked(k, check_jvp)
             self._forward_checked.add(k)
-        return self.tangents[k]
+        return self.jacobians[k]
 
     def inverse_jvp_checked(self, k: int) -> LayerJacobian:
-        """Layer k's tangent, its J^-1 u having been checked once against its J v; its J^-T v is not looked at."""
-        if k not in self._returning_checked:
+        """The Jacobian of layer k; its J^-1 u has been checked once against its J v."""
+        if k not in self._inverse_jvp_checked:
             self.forward_checked(k)
-            self.tangents[k] = self._checked(k, check_inverse_jvp)
-            self._returning_checked.add(k)
-        return self.tangents[k]
+            self.jacobians[k] = self._checked(k, check_inverse_jvp)
+            self._inverse_jvp_checked.add(k)
+        return self.jacobians[k]
 
-    def inverse_product(self, k: int) -> Step:
+    def inverse_product(self, k: int) -> Product:
         """u -> J^-1 u of layer k, checked once."""
         return self.inverse_jvp_checked(k).inverse_jvp
 
     def inverse_checked(self, k: int) -> LayerJacobian:
-        """Layer k's tangent, its inverse maps having been checked once against its forward maps."""
+        """The Jacobian of layer k; both inverse products have been checked once."""
         if k not in self._inverse_checked:
             self.forward_checked(k)
-            self.tangents[k] = self._checked(k, check_inverse)
+            self.jacobians[k] = self._checked(k, check_inverse)
             self._inverse_checked.add(k)
-            self._returning_checked.add(k)
-        return self.tangents[k]
+            self._inverse_jvp_checked.add(k)
+        return self.jacobians[k]
 
     def select(self, rows: Tensor) -> Linearization | None:
-        """The same linearization of these samples only; None where a layer's tangent cannot be taken apart."""
-        tangents = [
-            tangent.select(rows) if isinstance(tangent, Selectable) else None
-            for tangent in self.tangents
-        ]
-        chosen = [tangent for tangent in tangents if tangent is not None]
-        if len(chosen) < len(tangents):
-            return None
-        twin = copy.copy(self)
-        twin.tangents, twin.states = chosen, [state[rows] for state in self.states]
-        # what was checked for all samples was checked for these
-        twin._forward_checked, twin._returning_checked = (
-            set(self._forward_checked),
-            set(self._returning_checked),
-        )
-        twin._inverse_checked = set(self._inverse_checked)
-        return twin
+        """The linearization of these samples only; None where a layer cannot select them."""
+        chosen = []
+        for jacobian in self.jacobians:
+            part = None
+            if isinstance(jacobian, Selectable):
+                part = jacobian.select(rows)
+            if part is None:
+                return None
+            chosen.append(part)
+        clone = copy.copy(self)
+        clone.jacobians = chosen
+        clone.states = [state[rows] for state in self.states]
+        # what has been checked for all samples has been checked for these
+        clone._forward_checked = set(self._forward_checked)
+        clone._inverse_jvp_checked = set(self._inverse_jvp_checked)
+        clone._inverse_checked = set(self._inverse_checked)
+        return clone
+
+    def _numbers(self) -> range:
+        return range(len(self.jacobians))
 
     def _checked(self, k: int, check: Check) -> LayerJacobian:
-        """What ``check`` makes of layer k's tangent; of one that can be taken apart a few samples speak for all."""
-        tangent, x, name = self.tangents[k], self.states[k], self._label(k)
-        few = (
-            tangent.select(self._few) if isinstance(tangent, Selectable) and len(x) > FEW else None
-        )
-        if few is not None and check(few, x[self._few], name, draw=self._probes) is few:
-            return tangent
-        return check(tangent, x, name, draw=self._probes)
+        """What ``check`` returns for layer k. If a few samples pass, the others are not checked."""
+        jacobian, x = self.jacobians[k], self.states[k]
+        name = f"layer {k} ({self.layers[k].name})"
+        few = None
+        if isinstance(jacobian, Selectable) and len(x) > FEW:
+            few = jacobian.select(self._few)
+        if few is not None:
+            checked = check(few, x[self._few], name, draw=self._random_vectors)
+            if checked is few:
+                return jacobian
+        return check(jacobian, x, name, draw=self._random_vectors)
 
     @functools.cached_property
     def _few(self) -> Tensor:
-        """Samples from all over the batch, of those that stay finite if there are any."""
-        finite = self.output.flatten(1).isfinite().all(1)
-        rows = (finite if bool(finite.any()) else torch.ones_like(finite)).nonzero()[:, 0]
+        """Evenly spaced samples, of those that are finite if there are any."""
+        finite = finite_rows(self.output)
+        if not bool(finite.any()):
+            finite = torch.ones_like(finite)
+        rows = finite.nonzero()[:, 0]
         return rows[torch.linspace(0, len(rows) - 1, FEW, device=rows.device).round().long()]
 
-    def _chain(self, v: Tensor | LogScaledVector, steps: Sequence[Step]) -> LogScaledVector:
-        scaled = v if isinstance(v, LogScaledVector) else LogScaledVector.from_vector(v)
-        if not self._leaves_range:
+    def _chain(self, v: Tensor | LogScaledVector, products: Sequence[Product]) -> LogScaledVector:
+        scaled = _as_log_scaled(v)
+        if not self._needs_renormalizing:
             vector, lengths = scaled.vector, []
-            for step in steps:
-                vector = step(vector)
+            for product in products:
+                vector = product(vector)
                 lengths.append(torch.linalg.vector_norm(vector, dim=tuple(range(1, vector.dim()))))
-            if bool(_in_range(torch.stack(lengths)).all()):
+            if bool(_far_from_limits(torch.stack(lengths)).all()):
                 return LogScaledVector(vector, scaled.log_scale).normalized()
-            self._leaves_range = True
-        for step in steps:
-            scaled = LogScaledVector(step(scaled.vector), scaled.log_scale).renormalized()
+            self._needs_renormalizing = True
+        for product in products:
+            scaled = LogScaledVector(product(scaled.vector), scaled.log_scale).renormalized()
         return scaled.normalized()
 
-    def _probes(self, *like: Tensor) -> list[Tensor]:
-        """Those of `probes`, drawn once for all layers of the same shapes."""
+    def _random_vectors(self, *like: Tensor) -> list[Tensor]:
+        """`random_vectors`, drawn once for all layers of the same shapes."""
         key = tuple((tensor.shape, tensor.dtype, tensor.device) for tensor in like)
         if key not in self._drawn:
-            self._drawn[key] = probes(*like)
+            self._drawn[key] = random_vectors(*like)
         return self._drawn[key]
 
-    def _label(self, k: int) -> str:
-        return f"layer {k} ({self.layers[k].name})"
+
+def _as_log_scaled(v: Tensor | LogScaledVector) -> LogScaledVector:
+    if isinstance(v, LogScaledVector):
+        return v
+    return LogScaledVector.from_vector(v)
 
 
-def _in_range(size: Tensor) -> Tensor:
-    """Whether vectors of this length, or largest entry, are far from the ends of their dtype's range."""
-    far = torch.finfo(size.dtype).max ** 0.25
-    return (size > 1 / far) & (size < far)
+def _linearize(layer: Invertible, x: Tensor) -> LayerJacobian:
+    if is_unpatched(layer.block):
+        return layer.linearize(x)
+    # hooks and methods of this instance change the map, which only autograd through it can tell
+    return AutogradJacobian(layer, layer.inverse, x)
 
 
-def _broadcast(per_sample: Tensor, like: Tensor) -> Tensor:
-    return per_sample.to(like.device).reshape(-1, *[1] * (like.dim() - 1))
+def _far_from_limits(size: Tensor) -> Tensor:
+    """Whether lengths or largest entries are far from the limits of the range of their dtype."""
+    limit = torch.finfo(size.dtype).max ** 0.25
+    return (size > 1 / limit) & (size < limit)

@@ -1,7 +1,8 @@
-"""Dense Jacobians composed layer by layer: J = J_n ... J_1, every factor multiplied with the product so far.
+"""Dense Jacobians of a chain: J = J_n ... J_1, each factor multiplied with the product so far.
 
-A coupling layer's factor is the identity but for one dense block, a permutation moves rows, a 1x1 convolution mixes
-them: for deep nets this takes a fraction of the operations of one pass through the net per row.
+The factor of a coupling layer is the identity but for one dense block, a permutation moves rows, a
+1x1 convolution mixes them. For deep nets this needs a fraction of the operations of one pass
+through the net per row.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ __all__ = ["DenseFactor", "composed_jacobian", "is_composable"]
 
 @runtime_checkable
 class DenseFactor(Protocol):
-    """A tangent at one sample that multiplies its Jacobian with a whole matrix."""
+    """A LayerJacobian of one sample that multiplies J with a whole matrix."""
 
     def multiply(self, matrix: Tensor) -> Tensor:
         """J M: (dim x, K) -> (dim z, K); M may be overwritten."""
@@ -32,47 +33,50 @@ class DenseFactor(Protocol):
 def composed_jacobian(
     model: Invertible, x: Float[Tensor, "batch *data"], *, columns: range | None = None
 ) -> Float[Tensor, "batch latent columns"]:
-    """The Jacobian of every sample, (B, dim z, dim x), in the dtype of x.
+    """The Jacobian of every sample, (B, dim z, len(columns)), in the dtype of x.
 
-    Layers whose tangent cannot multiply a matrix are differentiated row by row on their own and multiplied as dense
-    matrices. Takes O(D^3) operations per layer at most.
+    A layer that cannot multiply a matrix is differentiated row by row and multiplied as a dense
+    matrix. Takes O(D^3) operations per layer at most.
 
     Args:
-        model: the map; a model without layers() is one layer.
-        x: where.
-        columns: these alone, (B, dim z, len(columns)); all of them unless given.
+        model: the map; a model without layers() counts as one layer.
+        x: where, (B, *data).
+        columns: the columns to be computed. Default: all of them.
+
+    Raises:
+        ValueError: if x has no samples.
     """
+    if not len(x):
+        raise ValueError(f"expected at least one sample, got x of shape {tuple(x.shape)}")
     retain_freed_memory()
-    columns = range(math.prod(x.shape[1:])) if columns is None else columns
+    if columns is None:
+        columns = range(math.prod(x.shape[1:]))
     jacobians = []
     for b in range(len(x)):
         row = torch.tensor([b], device=x.device)
-        jacobians.append(_of_one(model.select(row), x[b : b + 1].detach(), columns))
-    if not jacobians:
-        raise ValueError(f"expected at least one sample, got {tuple(x.shape)}")
+        jacobians.append(_of_one_sample(model.select(row), x[b : b + 1].detach(), columns))
     return torch.stack(jacobians)
 
 
 def is_composable(model: Invertible, x: Float[Tensor, "batch *data"]) -> bool:
-    """Whether every layer multiplies its Jacobian with a matrix by itself, so that composing is the faster way."""
+    """Whether every layer multiplies J with a matrix itself, which makes composing faster."""
     for layer in model.layers() or (model,):
-        tangent = layer.linearize(x)
-        if not isinstance(tangent, DenseFactor):
+        jacobian = layer.linearize(x)
+        if not isinstance(jacobian, DenseFactor):
             return False
-        x = tangent.output
+        x = jacobian.output
     return True
 
 
-def _of_one(model: Invertible, x: Tensor, columns: range) -> Tensor:
+def _of_one_sample(model: Invertible, x: Tensor, columns: range) -> Tensor:
     J = x.new_zeros(math.prod(x.shape[1:]), len(columns))
     J[columns, range(len(columns))] = 1
     for layer in model.layers() or (model,):
-        tangent = layer.linearize(x)
+        jacobian = layer.linearize(x)
         with torch.no_grad():
-            J = (
-                tangent.multiply(J)
-                if isinstance(tangent, DenseFactor)
-                else dense_jacobian(tangent, x)[0] @ J
-            )
-        x = tangent.output
+            if isinstance(jacobian, DenseFactor):
+                J = jacobian.multiply(J)
+            else:
+                J = dense_jacobian(jacobian, x)[0] @ J
+        x = jacobian.output
     return J

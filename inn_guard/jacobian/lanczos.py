@@ -1,4 +1,4 @@
-"""The largest singular value of one linear map per sample, from products alone: batched Golub-Kahan-Lanczos."""
+"""sigma_max of one linear map per sample from products alone: batched Golub-Kahan-Lanczos."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
+from inn_guard.core.tensors import finite_rows
 from inn_guard.jacobian.chain import LogScaledVector
 
 __all__ = [
@@ -23,22 +24,16 @@ __all__ = [
 
 Self = TypeVar("Self", bound="Bidiagonalization")
 Product = Callable[[Tensor], LogScaledVector]
-Narrow = Callable[[Tensor], tuple[Product, Product] | None]
+Restrict = Callable[[Tensor], tuple[Product, Product] | None]
 
 LIKELY = 0.1  #: probability with which the error that ends the iteration may be exceeded
 ALMOST_NEVER = 0.01  #: probability with which the wide error bar may be exceeded
-WITHIN = (
-    3.0  #: multiple of the tolerance below which the probable error must be when the iteration ends
-)
+WITHIN = 3.0  #: the iteration ends when the probable error is below this multiple of the tolerance
 HISTORY = 3  #: steps before the last one from whose growth the rest is extrapolated
 RATIOS = (0.3, 0.95)  #: range of the ratio of successive growths that is extrapolated
 ROUNDS, POINTS = 3, 32  #: refinements of the error's bracket, and the points that each one compares
-NEGLIGIBLE = (
-    8.0  #: a new direction shorter than this many eps of the largest value is rounding noise
-)
-NARROWING = (
-    0.7  #: share of unfinished samples below which the finished ones are left out of the products
-)
+NEGLIGIBLE = 8.0  #: in eps of the largest value: a shorter new direction is rounding noise
+DROPPING = 0.7  #: finished samples are dropped when no more than this share is unfinished
 
 
 @dataclass(frozen=True)
@@ -46,11 +41,12 @@ class LargestSingularValue:
     """sigma_1 of every sample's map.
 
     Attributes:
-        log_value: natural logarithm of sigma_1, (B,) float64; nan where a product was not finite.
-        relative_error: relative error that is exceeded with a probability of 10 % at most over the random start,
-            whatever the spectrum (`probable_error`), (B,) float64.
-        gap_free_error: the same for 1 %, (B,) float64; inf while it says nothing.
-        steps: products with the map and with its transpose, each, until the sample's error was small, (B,).
+        log_value: natural logarithm of sigma_1, (B,) float64; NaN where a product was not finite.
+        relative_error: error bar, exceeded with a probability of at most 10 % over the random
+            start, for any spectrum (`probable_error`), (B,) float64.
+        gap_free_error: the same for 1 %, (B,) float64; infinite where there is no bound yet.
+        steps: products with the map, and as many with its transpose, until the error was small,
+            (B,).
         right: the right singular vector, (B, *shape), unit length.
     """
 
@@ -68,34 +64,35 @@ def largest_singular_value(
     *,
     tolerance: float = 1e-3,
     max_steps: int = 60,
-    narrow: Narrow | None = None,
+    restrict: Restrict | None = None,
 ) -> LargestSingularValue:
-    """sigma_1 of A_b for every sample b, from the products A v and A^T u of one vector per sample.
+    """sigma_1 of A_b for every sample b, from products A v and A^T u with one vector per sample.
 
-    A Krylov space of A^T A is built from ``start``, every new vector orthogonalised twice against all before it.
-    sigma_1 is the largest singular value of the bidiagonal projection; it never exceeds the true one. A sample is
-    done when the last steps' growth, extrapolated as a geometric series, would add less than ``tolerance``, and the
-    error that is exceeded with a probability of 10 % is below three times ``tolerance``, whatever the spectrum; the
-    iteration ends when all are. Coefficients are float64 numbers relative to the first product's length, so maps
-    beyond the range of floats are no matter.
+    A Krylov space of A^T A is built from ``start``; every new vector is orthogonalised twice
+    against all before it. The estimate is the largest singular value of the bidiagonal projection,
+    which never exceeds the true one. A sample is finished when two conditions hold: the growth of
+    the last steps, extrapolated as a geometric series, would add less than ``tolerance``; and the
+    error that is exceeded with a probability of 10 %, for any spectrum, is below three times
+    ``tolerance``. Coefficients are float64 numbers relative to the length of the first product, so
+    that maps beyond the range of floats are possible.
 
     Args:
         product: v (B, *shape) -> A v as LogScaledVector (B, *other).
         adjoint: u (B, *other) -> A^T u as LogScaledVector (B, *shape).
-        start: vectors drawn from a rotation-invariant distribution, (B, *shape); their dtype and device are those of
-            the products.
+        start: vectors from a rotation-invariant distribution, (B, *shape), in the dtype and on the
+            device of the products.
         tolerance: relative error to reach.
-        max_steps: bound of the number of steps.
-        narrow: rows of the batch -> both products for these samples only, or None if they cannot be had; it lets
-            samples that are done drop out.
+        max_steps: largest number of steps.
+        restrict: rows of the batch -> both products of these samples only, or None where that is
+            not possible; it lets finished samples drop out.
 
     Returns:
-        a LargestSingularValue.
+        the value of every sample, with error bars.
 
     References:
         Calculating the singular values and pseudo-inverse of a matrix (Golub, Kahan, 1965).
-        Computing probabilistic bounds for extreme eigenvalues of symmetric matrices with the Lanczos method
-        (Van Dorsselaer, Hochstenbach, Van der Vorst, 2000).
+        Computing probabilistic bounds for extreme eigenvalues of symmetric matrices with the
+        Lanczos method (Van Dorsselaer, Hochstenbach, Van der Vorst, 2000).
 
     >>> A = torch.diag(torch.tensor([3.0, 2.0, 1.0], dtype=torch.float64))
     >>> times = lambda v: LogScaledVector.from_vector(v @ A)
@@ -116,26 +113,27 @@ def largest_singular_value(
         left = steps == 0
         if not bool(left.any()):
             break
-        narrowed = (
-            narrow(rows[left]) if narrow and int(left.sum()) <= NARROWING * len(rows) else None
-        )
-        if narrowed is not None:
+        if restrict is None or int(left.sum()) > DROPPING * len(rows):
+            continue
+        products = restrict(rows[left])
+        if products is not None:
             parts.append((rows[~left], _result(space.select(~left), steps[~left])))
-            space, rows, steps = space.select(left, *narrowed), rows[left], steps[left]
+            space, rows, steps = space.select(left, *products), rows[left], steps[left]
             values = [value[left] for value in values]
     steps = torch.where(steps == 0, torch.full_like(steps, space.size), steps)
     return _joined([*parts, (rows, _result(space, steps))])
 
 
 def gap_free_error(steps: int, dimension: int, *, failure: float = 0.01) -> float:
-    """Relative error of sigma_1 after ``steps`` steps from a random start, exceeded with probability ``failure``.
+    """Relative error of sigma_1 after ``steps`` steps, exceeded with probability ``failure``.
 
-    Whatever the spectrum: P(theta^2 < (1 - e) sigma_1^2) <= 1.648 sqrt(D) exp(-sqrt(e) (2 steps - 1)). Solved for e;
-    the relative error of sigma_1 is then 1 / sqrt(1 - e) - 1, and inf where e >= 1.
+    For a random start and any spectrum, P(theta^2 < (1 - e) sigma_1^2) <= 1.648 sqrt(D)
+    exp(-sqrt(e) (2 steps - 1)). This is solved for e. The relative error of sigma_1 is then
+    1 / sqrt(1 - e) - 1; it is infinite where e >= 1.
 
     References:
-        Estimating the largest eigenvalue by the power and Lanczos algorithms with a random start (Kuczynski,
-        Wozniakowski, 1992), Theorem 4.2.
+        Estimating the largest eigenvalue by the power and Lanczos algorithms with a random start
+        (Kuczynski, Wozniakowski, 1992), Theorem 4.2.
 
     >>> round(gap_free_error(33, 3072), 3), gap_free_error(3, 3072)
     (0.01, inf)
@@ -143,21 +141,26 @@ def gap_free_error(steps: int, dimension: int, *, failure: float = 0.01) -> floa
     if steps >= dimension:
         return 0.0
     e = (math.log(1.648 * math.sqrt(dimension) / failure) / (2 * steps - 1)) ** 2
-    return math.inf if e >= 1 else 1 / math.sqrt(1 - e) - 1
+    if e >= 1:
+        return math.inf
+    return 1 / math.sqrt(1 - e) - 1
 
 
 class Bidiagonalization:
-    """A V = U B with V, U orthonormal and B upper bidiagonal, one per sample, grown step by step.
+    """A V = U B with orthonormal V, U and upper bidiagonal B, for every sample, step by step.
 
-    Basis vectors are kept in the dtype of the start vectors (float32 at least), B in float64.
+    Basis vectors are in the dtype of the start vectors (float32 at least), B is in float64.
 
     Attributes:
-        size: steps done: B is size x size.
-        capacity: steps that are possible.
-        dimension: of the space of v.
-        reference: natural logarithm of the unit of B's entries, (B,).
-        exhausted: samples whose Krylov space is complete: B has exact singular values of A, (B,) bool.
-        broken: samples for which a product was not finite, (B,) bool.
+        size: number of steps taken: B is size x size.
+        capacity: largest possible number of steps.
+        dimension: dimension of the space of v.
+        alpha: diagonal of B, (B, capacity).
+        beta: what the next vector of V had left, (B, capacity): the entries above the diagonal.
+        reference: natural logarithm of the unit of alpha and beta, (B,).
+        converged_exactly: samples whose Krylov space is complete, so that B has singular values of
+            A, (B,) bool.
+        non_finite: samples for which a product was not finite, (B,) bool.
     """
 
     def __init__(self, product: Product, adjoint: Product, start: Tensor, max_steps: int) -> None:
@@ -172,55 +175,63 @@ class Bidiagonalization:
         self.alpha = torch.zeros(len(flat), self.capacity, dtype=torch.float64, device=flat.device)
         self.beta = torch.zeros_like(self.alpha)
         self.reference = torch.zeros_like(self.alpha[:, 0])
-        self.broken = torch.zeros(len(flat), dtype=torch.bool, device=flat.device)
-        self.exhausted = self.broken.clone()
+        self.non_finite = torch.zeros(len(flat), dtype=torch.bool, device=flat.device)
+        self.converged_exactly = self.non_finite.clone()
+
+    @property
+    def finished(self) -> Tensor:
+        """Samples that further steps do not change, (B,) bool."""
+        return self.converged_exactly | self.non_finite
 
     def extend(self) -> None:
         """One step: one product with A and one with its transpose."""
-        k, right = self.size, self._right
-        image = self._product(right[:, k].to(self._dtype).unflatten(1, self._shape))
+        k, left, right = self.size, self._left, self._right
+        v = right[:, k].to(self._dtype).unflatten(1, self._shape)
+        image = self._product(v)
         if k == 0:
             self._begin(image)
-        u = self._relative(image)
-        self.alpha[:, k], self._left[:, k] = self._normalized(u, self._left[:, :k])
-        back = self._relative(
-            self._adjoint(self._left[:, k].to(self._dtype).unflatten(1, self._other_shape))
-        )
-        self.beta[:, k], right[:, k + 1] = self._normalized(back, right[:, : k + 1])
-        self.exhausted |= self.beta[:, k] == 0
+            left = self._left
+        self.alpha[:, k], left[:, k] = self._orthogonalized(self._relative(image), left[:, :k])
+        u = left[:, k].to(self._dtype).unflatten(1, self._other_shape)
+        back = self._relative(self._adjoint(u))
+        self.beta[:, k], right[:, k + 1] = self._orthogonalized(back, right[:, : k + 1])
+        self.converged_exactly |= self.beta[:, k] == 0
         self.size += 1
 
     def select(
         self: Self, chosen: Tensor, product: Product | None = None, adjoint: Product | None = None
     ) -> Self:
-        """These samples only, with their own products if it is to grow further."""
-        twin = copy.copy(self)
-        twin._product, twin._adjoint = product or self._product, adjoint or self._adjoint
-        for name in ("_right", "_left", "alpha", "beta", "reference", "broken", "exhausted"):
-            setattr(twin, name, getattr(self, name)[chosen])
-        return twin
+        """These samples only. Further steps need their own products."""
+        clone = copy.copy(self)
+        clone._product, clone._adjoint = product or self._product, adjoint or self._adjoint
+        clone.converged_exactly = self.converged_exactly[chosen]
+        for name in ("_right", "_left", "alpha", "beta", "reference", "non_finite"):
+            setattr(clone, name, getattr(self, name)[chosen])
+        return clone
 
     def projection_svd(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Singular value decomposition of B: left vectors, values in descending order, right vectors transposed."""
+        """SVD of B: left vectors, values in descending order, right vectors transposed."""
         return torch.linalg.svd(self._matrix())
 
     def largest(self) -> Tensor:
-        """The largest singular value of A on the span of U, (B,): of B with its last coefficient as one more column."""
+        """The largest singular value of U^T A, (B,): of B with its last beta as one more column."""
         last = torch.zeros_like(self.alpha[:, : self.size])
         last[:, -1] = self.beta[:, self.size - 1]
         return torch.linalg.svdvals(torch.cat([self._matrix(), last.unsqueeze(2)], dim=2))[:, 0]
 
     def log_polynomial(self, sigma: Tensor) -> Tensor:
-        """log p_k(sigma^2) of the Lanczos polynomial p_k of A^T A at sigma (B, P) above all values of B, (B, P)."""
+        """log p_k(sigma^2), (B, P), of the Lanczos polynomial of A^T A; sigma (B, P) is above B."""
         t, total = sigma.square(), torch.zeros_like(sigma)
-        ratio, before = torch.ones_like(sigma), torch.zeros_like(sigma[:, :1])
         alpha, beta = self.alpha.unsqueeze(2), self.beta.unsqueeze(2)
+        # the ratio of two successive polynomials stays in range where they themselves do not
+        ratio, subdiagonal = torch.ones_like(sigma), torch.zeros_like(sigma[:, :1])
+        previous_beta = torch.zeros_like(beta[:, 0])
         for k in range(self.size):
-            diagonal = alpha[:, k].square() + (beta[:, k - 1].square() if k else 0)
-            beside = alpha[:, k] * beta[:, k]
-            # the ratio of two successive polynomials stays in range where they themselves do not
-            ratio = (t - diagonal - before / ratio) / beside
-            total, before = total + ratio.log(), beside
+            diagonal = alpha[:, k].square() + previous_beta.square()
+            superdiagonal = alpha[:, k] * beta[:, k]
+            ratio = (t - diagonal - subdiagonal / ratio) / superdiagonal
+            total = total + ratio.log()
+            subdiagonal, previous_beta = superdiagonal, beta[:, k]
         return total
 
     def combined(self, weights: Tensor) -> Tensor:
@@ -232,7 +243,9 @@ class Bidiagonalization:
     def _matrix(self) -> Tensor:
         k = self.size
         matrix = torch.diag_embed(self.alpha[:, :k])
-        return matrix if k == 1 else matrix + torch.diag_embed(self.beta[:, : k - 1], offset=1)
+        if k == 1:
+            return matrix
+        return matrix + torch.diag_embed(self.beta[:, : k - 1], offset=1)
 
     def _begin(self, image: LogScaledVector) -> None:
         self._other_shape = image.vector.shape[1:]
@@ -241,17 +254,19 @@ class Bidiagonalization:
         self.reference = torch.where(length.isfinite(), length, torch.zeros_like(length))
 
     def _relative(self, scaled: LogScaledVector) -> Tensor:
+        """The vector in units of the reference; 0 where it is not finite."""
         scale = (scaled.log_scale - self.reference).exp().to(self._right.dtype)
         vector = scaled.vector.flatten(1).to(self._right.dtype) * scale.unsqueeze(1)
-        good = vector.isfinite().all(1)
-        self.broken |= ~good
+        good = finite_rows(vector)
+        self.non_finite |= ~good
         return torch.where(good.unsqueeze(1), vector, torch.zeros_like(vector))
 
-    def _normalized(self, vector: Tensor, basis: Tensor) -> tuple[Tensor, Tensor]:
-        """Length and direction of what is left of ``vector`` outside the basis; both 0 if that is rounding noise."""
+    def _orthogonalized(self, vector: Tensor, basis: Tensor) -> tuple[Tensor, Tensor]:
+        """Length and direction of ``vector`` outside the basis; both 0 for rounding noise."""
         rest = vector.unsqueeze(2)
-        for _ in range(2 if basis.shape[1] else 0):  # once is not enough: Kahan, Parlett
-            rest = torch.baddbmm(rest, basis.mT, torch.bmm(basis, rest), alpha=-1)
+        if basis.shape[1]:
+            for _ in range(2):  # once is not enough: Kahan, Parlett
+                rest = torch.baddbmm(rest, basis.mT, torch.bmm(basis, rest), alpha=-1)
         rest = rest.squeeze(2)
         length = rest.norm(dim=1).double()
         unit = NEGLIGIBLE * torch.finfo(self._dtype).eps
@@ -262,15 +277,16 @@ class Bidiagonalization:
 
 
 def probable_error(space: Bidiagonalization, value: Tensor, *, failure: float) -> Tensor:
-    """Relative error of ``value`` as sigma_1 that is exceeded with probability ``failure`` at most, (B,).
+    """Relative error of ``value`` as sigma_1, exceeded with probability ``failure`` at most, (B,).
 
-    With p_k the Lanczos polynomial of A^T A, the start's component c along the first right singular vector satisfies
-    |c p_k(sigma_1^2)| <= 1, because p_k(A^T A) v_1 has unit length; |c| is below d = sqrt(2/D) erfinv(failure) with
-    that probability at most. So sigma_1^2 is below the point beyond all roots where p_k = 1 / d. inf beyond e^4.
+    Let p_k be the Lanczos polynomial of A^T A, and c the component of the start along the first
+    right singular vector. Then |c p_k(sigma_1^2)| <= 1, because p_k(A^T A) v_1 has unit length, and
+    |c| is below d = sqrt(2/D) erfinv(failure) with that probability at most. So sigma_1^2 is below
+    the point beyond all roots where p_k = 1 / d. Infinite beyond e^4.
 
     References:
-        Computing probabilistic bounds for extreme eigenvalues of symmetric matrices with the Lanczos method
-        (Van Dorsselaer, Hochstenbach, Van der Vorst, 2000), theorem 3.
+        Computing probabilistic bounds for extreme eigenvalues of symmetric matrices with the
+        Lanczos method (Van Dorsselaer, Hochstenbach, Van der Vorst, 2000), theorem 3.
     """
     low, high = torch.full_like(value, -40.0), torch.full_like(value, 4.0)
     beyond = ~_exceeds(space, value, high.exp().unsqueeze(1), failure).squeeze(1)
@@ -281,32 +297,28 @@ def probable_error(space: Bidiagonalization, value: Tensor, *, failure: float) -
         first = short.clamp(1, POINTS - 1)
         low, high = points.gather(1, first - 1).squeeze(1), points.gather(1, first).squeeze(1)
     error = torch.where(beyond, torch.inf, high.exp())
-    return torch.where(space.exhausted, torch.zeros_like(error), error)
+    return torch.where(space.converged_exactly, torch.zeros_like(error), error)
 
 
 def _exceeds(space: Bidiagonalization, value: Tensor, errors: Tensor, failure: float) -> Tensor:
-    """Whether sigma_1 exceeds (1 + error) value with probability ``failure`` at most, for errors (B, P)."""
-    weight = math.log(
-        math.sqrt(2 / space.dimension) * torch.special.erfinv(torch.tensor(failure)).item()
-    )
+    """Whether sigma_1 > (1 + error) value has probability ``failure`` at most; errors (B, P)."""
+    quantile = torch.special.erfinv(torch.tensor(failure)).item()
+    weight = math.log(math.sqrt(2 / space.dimension) * quantile)
     return space.log_polynomial(value.unsqueeze(1) * (1 + errors)) >= -weight
 
 
 def _is_done(space: Bidiagonalization, values: list[Tensor], tolerance: float) -> Tensor:
-    """Which samples' values are right to ``tolerance``, probably, or cannot become any better."""
+    """The samples whose values are probably right to ``tolerance``, or will not change any more."""
     if len(values) <= HISTORY:
-        return space.exhausted | space.broken
+        return space.finished
     allowed = torch.full_like(values[-1], WITHIN * tolerance).unsqueeze(1)
     likely = _exceeds(space, values[-1], allowed, LIKELY).squeeze(1)
-    return (
-        space.exhausted
-        | space.broken
-        | ((_still_to_come(values) <= tolerance * values[-1]) & likely)
-    )
+    settled = _still_to_come(values) <= tolerance * values[-1]
+    return space.finished | (settled & likely)
 
 
 def _still_to_come(values: list[Tensor]) -> Tensor:
-    """What all further steps would add if each added the same share of the one before, (B,)."""
+    """What all further steps would add if their growths were a geometric series, (B,)."""
     last, before = values[-1] - values[-2], values[-3] - values[-4]
     ratio = (last.clamp(min=0) / before).sqrt().nan_to_num(RATIOS[0]).clamp(*RATIOS)
     return last * ratio / (1 - ratio)
@@ -314,14 +326,14 @@ def _still_to_come(values: list[Tensor]) -> Tensor:
 
 def _result(space: Bidiagonalization, steps: Tensor) -> LargestSingularValue:
     value = space.largest()
-    nan = torch.full_like(value, math.nan)
     right = space.projection_svd()[2]
-    whatever = gap_free_error(space.size, space.dimension, failure=ALMOST_NEVER)
-    wide = probable_error(space, value, failure=ALMOST_NEVER).clamp(max=whatever)
+    error = probable_error(space, value, failure=LIKELY)
+    for_any_spectrum = gap_free_error(space.size, space.dimension, failure=ALMOST_NEVER)
+    wide = probable_error(space, value, failure=ALMOST_NEVER).clamp(max=for_any_spectrum)
     return LargestSingularValue(
-        log_value=torch.where(space.broken, nan, value.log() + space.reference),
-        relative_error=torch.where(space.broken, nan, probable_error(space, value, failure=LIKELY)),
-        gap_free_error=torch.where(space.broken, nan, wide),
+        log_value=(value.log() + space.reference).masked_fill(space.non_finite, math.nan),
+        relative_error=error.masked_fill(space.non_finite, math.nan),
+        gap_free_error=wide.masked_fill(space.non_finite, math.nan),
         steps=steps,
         right=space.combined(right[:, 0]),
     )
@@ -329,8 +341,11 @@ def _result(space: Bidiagonalization, steps: Tensor) -> LargestSingularValue:
 
 def _joined(parts: list[tuple[Tensor, LargestSingularValue]]) -> LargestSingularValue:
     """Results of several subsets of the batch, in the order of the batch."""
-    order = torch.cat([rows for rows, _ in parts]).argsort()
-    fields = ("log_value", "relative_error", "gap_free_error", "steps", "right")
-    return LargestSingularValue(
-        *(torch.cat([getattr(part, name) for _, part in parts])[order] for name in fields)
-    )
+    rows, results = zip(*parts, strict=True)
+    order = torch.cat(rows).argsort()
+
+    def joined(name: str) -> Tensor:
+        return torch.cat([getattr(result, name) for result in results])[order]
+
+    names = ("log_value", "relative_error", "gap_free_error", "steps", "right")
+    return LargestSingularValue(*map(joined, names))

@@ -1,13 +1,15 @@
-"""First-order forecast of the rounding error of a round trip x -> z -> x, from one linearisation.
+"""First-order forecast of the rounding error of a round trip x -> z -> x, from one linearization.
 
-Every layer rounds what it computes, once on the way forward and once on the way back. Rounding the state h_i by
-delta_i moves the reconstruction by A_i delta_i, with A_i the Jacobian of (F_i o ... o F_1)^-1 at h_i, so to first order
+Every layer rounds its result, once in the forward pass and once in the inverse. Rounding the state
+h_i by delta_i moves the reconstruction by A_i delta_i, with A_i the Jacobian of
+(F_i o ... o F_1)^-1 at h_i. To first order
 
-    e = sum_i A_i delta_i,   delta_i ~ U(-u |h_i|, u |h_i|) elementwise,   u the unit roundoff of the dtype.
+    e = sum_i A_i delta_i,   delta_i ~ U(-u |h_i|, u |h_i|) elementwise,   u: unit roundoff.
 
-All A_i are applied at once: one sweep of inverse Jacobian products from the last layer to the first, into which each
-layer's errors are injected. u is a common factor: one set of sweeps serves every dtype. The products come from a
-``Linearization``, or more cheaply, and from no derivative at all, from ``InverseDifferences`` in float64.
+One sweep of inverse Jacobian products from the last layer to the first applies all A_i: the errors
+of each layer are added on the way. u is a common factor, so one set of sweeps serves every dtype.
+The products come from a ``Linearization``, or at a lower cost and without derivatives from
+``InverseDifferences`` in float64.
 """
 
 from __future__ import annotations
@@ -22,50 +24,52 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
+from inn_guard.core.tensors import per_sample
 from inn_guard.jacobian.chain import LogScaledVector
+
+__all__ = ["RoundingForecast", "rounding_forecast", "unit_roundoff"]
 
 Product = Callable[[Tensor], Tensor]
 
 
 @runtime_checkable
 class LinearizedModel(Protocol):
-    """Layers, the states between them, and every layer's J^-1 u at its states."""
+    """Layers, the states between them, and J^-1 u of every layer at its state."""
 
     @property
     def layers(self) -> Sequence[Any]:
-        """First one first."""
+        """The layers, first layer first."""
         ...
 
     @property
     def states(self) -> Sequence[Tensor]:
-        """The layers' inputs and last the output, (B, *) each."""
+        """The layers' inputs and then the output."""
         ...
 
     def inverse_product(self, k: int) -> Product:
-        """u -> J^-1 u of layer k, known to be right."""
+        """u -> J^-1 u of layer k."""
         ...
 
 
 @runtime_checkable
 class ErrorPropagator(Protocol):
-    """What adds up all errors by itself where that is cheaper."""
+    """A LinearizedModel that can also propagate the errors of all states at once."""
 
-    def carried(self, errors: Sequence[Tensor]) -> Tensor | None:
-        """sum_i A_i e_i for errors given from the last state to the first; None where that cannot be had this way."""
+    def propagate_errors(self, errors: Sequence[Tensor]) -> Tensor | None:
+        """sum_i A_i e_i of errors given from the last state to the first; None where it fails."""
         ...
-
-
-__all__ = ["RoundingForecast", "rounding_forecast", "unit_roundoff"]
 
 
 @dataclass(frozen=True)
 class RoundingForecast:
-    """Forecast errors of the round trip per sample, for a unit roundoff of 1.
+    """Forecast error of the round trip of every sample, for a unit roundoff of 1.
 
     Attributes:
-        log_error: natural logarithm of the root mean square over probes of ||e||_2, (B,) float64.
-        largest_state: the largest entry of any layer's state, (B,) float64: what a dtype must be able to hold.
-        smallest_scale: the smallest non-zero root mean square of any state, (B,) float64.
+        log_error: natural logarithm of the root mean square of ||e||_2 over the probes, (B,)
+            float64.
+        largest_state: largest magnitude in any layer's state, (B,) float64: a dtype must be able to
+            represent it.
+        smallest_scale: smallest non-zero root mean square of any state, (B,) float64.
         probes: number of sweeps.
     """
 
@@ -75,7 +79,7 @@ class RoundingForecast:
     probes: int
 
     def error(self, roundoff: float) -> Tensor:
-        """Forecast l2 error of the reconstruction, (B,) float64, in a dtype of this unit roundoff."""
+        """Forecast l2 error of the reconstruction for this unit roundoff, (B,) float64."""
         return (self.log_error + math.log(roundoff)).exp()
 
 
@@ -98,48 +102,51 @@ def rounding_forecast(
     """Forecast the rounding error of F^-1(F(x)) for every sample of the linearised batch.
 
     Args:
-        linearization: of the model at x, in any dtype that is finer than the ones asked about: a ``Linearization``, or
-            ``InverseDifferences`` for a few inverse passes.
-        probes: sweeps, each about as dear as one inverse and its Jacobian-vector product.
+        linearization: of the model at x, in a dtype finer than those in question: a
+            ``Linearization``, or ``InverseDifferences``, which costs a few inverse passes.
+        probes: number of sweeps, each about as expensive as one inverse and its Jacobian-vector
+            product.
         generator: of the random errors, on the CPU.
-        layer_roundoff: each layer's unit roundoff relative to the one asked about; 1 for all of them unless given.
+        layer_roundoff: unit roundoff of each layer relative to the common one. Default: all 1.
 
     Returns:
         the forecast for a unit roundoff of 1; scale it by ``error(unit_roundoff(dtype))``.
 
     Raises:
-        NotApplicable: if a layer's inverse has no correct derivative.
+        NotApplicable: if the inverse of a layer has no correct derivative.
 
     References:
-        Accuracy and Stability of Numerical Algorithms (Higham, 2002), sections 1.6 and 3.1: forward error as the
-        backward error amplified by the inverse's Jacobian.
+        Accuracy and Stability of Numerical Algorithms (Higham, 2002), sections 1.6 and 3.1: forward
+        error as the backward error amplified by the inverse's Jacobian.
     """
-    amplitudes = _amplitudes(linearization, layer_roundoff or [1.0] * len(linearization.layers))
-    logs = torch.stack(
-        [_sweep(linearization, amplitudes, generator).log_norm() for _ in range(probes)]
-    )
-    alike = list(_stacked_by_size(linearization.states))
-    scales = torch.cat([_root_mean_square(states) for states in alike])
+    if layer_roundoff is None:
+        layer_roundoff = [1.0] * len(linearization.layers)
+    amplitudes = _amplitudes(linearization, layer_roundoff)
+    sweeps = [_sweep(linearization, amplitudes, generator) for _ in range(probes)]
+    logs = torch.stack([error.log_norm() for error in sweeps])
+    stacks = _stacked_by_size(linearization.states)
+    largest = torch.stack([states.abs().amax((0, 2)) for states in stacks]).amax(0)
+    scales = torch.cat([_root_mean_square(states) for states in stacks])
     return RoundingForecast(
         log_error=(torch.logsumexp(2 * logs, dim=0) - math.log(probes)) / 2,
-        largest_state=torch.stack([states.abs().amax((0, 2)) for states in alike]).amax(0),
+        largest_state=largest,
         smallest_scale=torch.where(scales > 0, scales, math.inf).amin(0),
         probes=probes,
     )
 
 
-def _stacked_by_size(states: Iterable[Tensor]) -> Iterable[Tensor]:
-    """States of one size together, (n, B, D) float64: one operation for all instead of one for each."""
+def _stacked_by_size(states: Iterable[Tensor]) -> list[Tensor]:
+    """States of the same size together, (n, B, D) float64, to be handled by one operation."""
     groups: dict[int, list[Tensor]] = defaultdict(list)
     for state in states:
         groups[state[0].numel()].append(state.flatten(1))
-    return (torch.stack(group).double() for group in groups.values())
+    return [torch.stack(group).double() for group in groups.values()]
 
 
 def _root_mean_square(states: Tensor) -> Tensor:
-    """(n, B, D) -> (n, B), also where a square leaves the range of float64."""
-    peak = states.abs().amax(2).clamp(min=math.ulp(0.0))
-    return peak * (states / peak[..., None]).square().mean(2).sqrt()
+    """(n, B, D) -> (n, B), also where a square exceeds the range of float64."""
+    largest = states.abs().amax(2).clamp(min=math.ulp(0.0))
+    return largest * (states / largest[..., None]).square().mean(2).sqrt()
 
 
 def _sweep(
@@ -147,23 +154,23 @@ def _sweep(
 ) -> LogScaledVector:
     """One realisation of sum_i A_i delta_i for u = 1."""
     errors = _errors(amplitudes, generator)[::-1]
-    total = linearization.carried(errors) if isinstance(linearization, ErrorPropagator) else None
-    if total is not None and bool(total.isfinite().all()):
-        return LogScaledVector.from_vector(total)
-    products = [
-        linearization.inverse_product(k) for k in reversed(range(len(linearization.layers)))
-    ]
+    if isinstance(linearization, ErrorPropagator):
+        total = linearization.propagate_errors(errors)
+        if total is not None and bool(total.isfinite().all()):
+            return LogScaledVector.from_vector(total)
+    backwards = reversed(range(len(linearization.layers)))
+    products = [linearization.inverse_product(k) for k in backwards]
     error = errors[0]
     for product, extra in zip(products, errors[1:], strict=True):
         error = product(error) + extra
-    # nothing is lost to underflow, beside errors of the states' size; what has overflown is not finite at the end
+    # underflow loses nothing next to errors of the states' size; overflow is not finite at the end
     if bool(error.isfinite().all()):
         return LogScaledVector.from_vector(error)
-    return _careful_sweep(products, errors)
+    return _scaled_sweep(products, errors)
 
 
-def _careful_sweep(products: Sequence[Product], errors: list[Tensor]) -> LogScaledVector:
-    """The same beyond the range of floats."""
+def _scaled_sweep(products: Sequence[Product], errors: list[Tensor]) -> LogScaledVector:
+    """The same for errors beyond the range of floats."""
     error = LogScaledVector.from_vector(errors[0])
     for product, extra in zip(products, errors[1:], strict=True):
         error = _plus(LogScaledVector(product(error.vector), error.log_scale).normalized(), extra)
@@ -174,31 +181,30 @@ def _errors(amplitudes: list[Tensor], generator: torch.Generator) -> list[Tensor
     """One uniform error for every entry of every state, in [-amplitude, amplitude)."""
     like = amplitudes[0]
     count = sum(amplitude.numel() for amplitude in amplitudes)
-    noise = (2 * torch.rand(count, generator=generator, device="cpu", dtype=torch.float64) - 1).to(
-        like
-    )
-    parts = noise.split([amplitude.numel() for amplitude in amplitudes])
-    return [
-        part.view_as(amplitude) * amplitude
-        for part, amplitude in zip(parts, amplitudes, strict=True)
-    ]
+    uniform = torch.rand(count, generator=generator, device="cpu", dtype=torch.float64)
+    noise = (2 * uniform - 1).to(like)
+    errors = []
+    for amplitude in amplitudes:
+        part, noise = noise.tensor_split([amplitude.numel()])
+        errors.append(part.view_as(amplitude) * amplitude)
+    return errors
 
 
 def _plus(error: LogScaledVector, extra: Tensor) -> LogScaledVector:
     """The sum of both, on the scale of the larger one."""
     scale = error.log_scale.clamp(min=0)
-    shape = (-1, *[1] * (extra.dim() - 1))
-    old = error.vector.double() * (error.log_scale - scale).exp().reshape(shape)
-    new = extra.double() * (-scale).exp().reshape(shape)
+    old = error.vector.double() * per_sample((error.log_scale - scale).exp(), extra)
+    new = extra.double() * per_sample((-scale).exp(), extra)
     return LogScaledVector((old + new).to(extra.dtype), scale).normalized()
 
 
 def _amplitudes(linearization: LinearizedModel, roundoff: Sequence[float]) -> list[Tensor]:
-    """For every state |h| times the root of how often each entry is rounded: by the layer before, by the inverse after.
+    """|h| times the square root of the number of roundings, for every entry of every state.
 
-    A layer of another roundoff counts by the square of it: variances add up, and so w independent errors of one size
-    are one error of sqrt(w) times the size. An entry that a layer copies, as a coupling does with half of them and a
-    permutation with all, is not rounded.
+    A state is rounded by the layer before it and by the inverse of the layer after it. Variances
+    add up: w independent errors of one size are one error of sqrt(w) times the size, and a layer
+    of roundoff r counts r^2 times. An entry that a layer copies is not rounded: a coupling copies a
+    part of them, a permutation all.
     """
     states = linearization.states
     counts = [torch.zeros_like(state) for state in states]
@@ -207,20 +213,24 @@ def _amplitudes(linearization: LinearizedModel, roundoff: Sequence[float]) -> li
         if changed is None:
             continue
         rounded = roundoff[k] ** 2 * changed
-        counts[k] += (
-            rounded.reshape(before.shape) if rounded.numel() == before.numel() else roundoff[k] ** 2
-        )
         counts[k + 1] += rounded.reshape(after.shape)
+        if rounded.numel() == before.numel():
+            counts[k] += rounded.reshape(before.shape)
+        else:
+            counts[k] += roundoff[k] ** 2
     return [count.sqrt() * state.abs() for count, state in zip(counts, states, strict=True)]
 
 
 def _changed(before: Tensor, after: Tensor) -> Tensor | None:
-    """Which entries of the output a layer computed, (B, D) of 0 and 1; None where it only moved them about."""
+    """The entries that a layer has computed, (B, D) of 0 and 1; None if it has only moved them."""
     before, after = before.flatten(1), after.flatten(1)
     if before.shape != after.shape:
         return torch.ones_like(after)
-    # one sample tells for nearly every layer that computes, and is sorted faster than all
-    moved = all(
-        torch.equal(before[:n].sort(1).values, after[:n].sort(1).values) for n in (1, len(before))
-    )
-    return None if moved else (before != after).to(after)
+    # one sample is sorted faster than all, and settles it for nearly every layer that computes
+    if _same_entries(before[:1], after[:1]) and _same_entries(before, after):
+        return None
+    return (before != after).to(after)
+
+
+def _same_entries(a: Tensor, b: Tensor) -> bool:
+    return torch.equal(a.sort(1).values, b.sort(1).values)

@@ -1,4 +1,4 @@
-"""Jacobians per sample: their extreme singular values from products alone, and dense with the whole spectrum."""
+"""Singular values of Jacobians: the extreme ones from products alone, or all of a dense one."""
 
 from __future__ import annotations
 
@@ -14,8 +14,14 @@ from torch import Tensor
 
 from inn_guard.core.layer_jacobian import AutogradJacobian
 from inn_guard.core.random import Noise, as_noise
+from inn_guard.core.tensors import finite_rows
 from inn_guard.jacobian.chain import Linearization
-from inn_guard.jacobian.lanczos import LargestSingularValue, Narrow, Product, largest_singular_value
+from inn_guard.jacobian.lanczos import (
+    LargestSingularValue,
+    Product,
+    Restrict,
+    largest_singular_value,
+)
 
 __all__ = [
     "ExtremeSingularValues",
@@ -26,16 +32,18 @@ __all__ = [
     "spectrum",
 ]
 
-CHUNKS = (64, 32, 128)  #: rows per backward pass that are tried; the fastest one does the rest
+Products = Callable[[Linearization], tuple[Product, Product]]
+
+CHUNKS = (64, 32, 128)  #: rows per backward pass that are tried; the fastest does the rest
 
 
 @dataclass(frozen=True)
 class ExtremeSingularValues:
-    """Largest and smallest singular value of J and the condition number, per sample, as natural logarithms.
+    """Extreme singular values of J and its condition number per sample, as natural logarithms.
 
     Attributes:
-        forward: sigma_max(J), with its error estimates.
-        backward: sigma_max(J^-1) = 1 / sigma_min(J), with its error estimates.
+        forward: sigma_max(J), with error bars.
+        backward: sigma_max(J^-1) = 1 / sigma_min(J), with error bars.
     """
 
     forward: LargestSingularValue
@@ -64,49 +72,51 @@ def extreme_singular_values(
     tolerance: float = 1e-3,
     max_steps: int = 60,
 ) -> ExtremeSingularValues:
-    """sigma_max and sigma_min of every sample's Jacobian: Lanczos on J and on J^-1, chained at the forward states.
+    """sigma_max and sigma_min of every sample's Jacobian, by Lanczos iterations on J and J^-1.
 
-    The numerical inverse of the chain is never run and no Jacobian is formed, so sigma_min is right also where a
-    dense singular value decomposition has lost it and where F^-1(F(x)) is not finite.
+    Products are chained at the states of the forward pass: the numerical inverse of the chain never
+    runs, and no Jacobian is formed. So sigma_min is right even where a dense singular value
+    decomposition has lost it, and where F^-1(F(x)) is not finite.
 
     Args:
         linearization: of the model at x.
-        generator: of the random start vectors, on the CPU; or what draws them itself.
+        generator: of the random start vectors, on the CPU, or a function that draws them.
         tolerance: relative error to reach.
-        max_steps: bound of the number of steps, each one product with J or J^-1 and one with its transpose.
+        max_steps: largest number of steps; each is one product with J or J^-1 and one with its
+            transpose.
 
     Raises:
-        NotApplicable: if a layer's inverse has no correct derivative, or the map is not square.
+        NotApplicable: if the inverse of a layer has no correct derivative, or the map is not
+            square.
     """
     x, z = linearization.states[0], linearization.output
     lanczos = functools.partial(largest_singular_value, tolerance=tolerance, max_steps=max_steps)
-    forward = lanczos(
-        *_ahead(linearization), _random(x, generator), narrow=_narrowed(linearization, _ahead)
-    )
-    return ExtremeSingularValues(
-        forward,
-        lanczos(
-            *_back(linearization), _random(z, generator), narrow=_narrowed(linearization, _back)
-        ),
-    )
+
+    def extreme(products: Products, like: Tensor) -> LargestSingularValue:
+        start = _random(like, generator)
+        restrict = _restricted(linearization, products)
+        return lanczos(*products(linearization), start, restrict=restrict)
+
+    jacobian = extreme(_of_jacobian, x)
+    return ExtremeSingularValues(jacobian, extreme(_of_inverse, z))
 
 
-def _ahead(linearization: Linearization) -> tuple[Product, Product]:
+def _of_jacobian(linearization: Linearization) -> tuple[Product, Product]:
     return linearization.jvp, linearization.vjp
 
 
-def _back(linearization: Linearization) -> tuple[Product, Product]:
+def _of_inverse(linearization: Linearization) -> tuple[Product, Product]:
     return linearization.inverse_jvp, linearization.inverse_vjp
 
 
-def _narrowed(
-    linearization: Linearization, products: Callable[[Linearization], tuple[Product, Product]]
-) -> Narrow:
-    def narrow(rows: Tensor) -> tuple[Product, Product] | None:
-        chosen = linearization.select(rows)
-        return None if chosen is None else products(chosen)
+def _restricted(linearization: Linearization, products: Products) -> Restrict:
+    def restrict(rows: Tensor) -> tuple[Product, Product] | None:
+        part = linearization.select(rows)
+        if part is None:
+            return None
+        return products(part)
 
-    return narrow
+    return restrict
 
 
 def full_jacobian(
@@ -115,25 +125,27 @@ def full_jacobian(
     *,
     rows: range | None = None,
 ) -> Tensor:
-    """The Jacobian of ``function`` at every sample, (B, dim z, dim x), in the dtype of x, by reverse mode.
+    """The Jacobian of ``function`` at every sample, (B, len(rows), dim x), by reverse mode.
 
-    Rows are computed in chunks, every chunk with one backward pass; several sizes are timed and the fastest is kept.
-    Where a function cannot be differentiated in chunks, its rows are computed one by one.
+    Rows are computed in chunks, each with one backward pass. Several sizes are timed, and the
+    fastest is used from then on. Where an operation has no batching rule, rows are computed one by
+    one. The dtype is that of x.
 
     Args:
         function: (B, *data) -> (B, *latent), samples independent of one another.
-        x: where.
-        rows: these alone, (B, len(rows), dim x); all of them unless given.
+        x: where, (B, *data).
+        rows: the rows to be computed. Default: all dim z.
 
     Raises:
         NotApplicable: if the output does not depend on x through autograd.
     """
-    tangent = AutogradJacobian(function, function, x)
-    rows = range(tangent.output[0].numel()) if rows is None else rows
-    jacobian = x.new_empty(len(x), len(rows), x[0].numel())
+    jacobian = AutogradJacobian(function, function, x)
+    if rows is None:
+        rows = range(jacobian.output[0].numel())
+    J = x.new_empty(len(x), len(rows), x[0].numel())
     for part in _chunks(len(rows)):
-        jacobian[:, part.start : part.stop] = _pulled(tangent, rows[part.start : part.stop])
-    return jacobian
+        J[:, part.start : part.stop] = _rows_of(jacobian, rows[part.start : part.stop])
+    return J
 
 
 @dataclass(frozen=True)
@@ -142,7 +154,7 @@ class Spectrum:
 
     Attributes:
         values: (B, min(dim z, dim x)), float64.
-        resolved: whether a value is above what rounding of the dense J leaves readable, same shape, bool.
+        resolved: whether a value is above the rounding noise of the dense J, same shape, bool.
     """
 
     values: Tensor
@@ -150,19 +162,19 @@ class Spectrum:
 
 
 def spectrum(jacobian: Float[Tensor, "batch latent data"]) -> Spectrum:
-    """Singular values of dense Jacobians by a float64 decomposition; which of them mean anything is said with them.
+    """Singular values of dense Jacobians by a decomposition in float64; NaN for non-finite ones.
 
     >>> spectrum(torch.diag(torch.tensor([2.0, 1e-12])).unsqueeze(0)).resolved.tolist()
     [[True, False]]
     """
     values = torch.full((len(jacobian), min(jacobian.shape[1:])), math.nan, dtype=torch.float64)
-    finite = jacobian.flatten(1).isfinite().all(1).cpu()
+    finite = finite_rows(jacobian).cpu()
     values[finite] = torch.linalg.svdvals(jacobian.cpu()[finite].double())
     return Spectrum(values, values >= resolution(jacobian.dtype) * values[:, :1])
 
 
 def resolution(dtype: torch.dtype) -> float:
-    """sigma / sigma_max below which the singular values of a Jacobian stored in ``dtype`` are rounding noise."""
+    """sigma / sigma_max below which singular values of a J in ``dtype`` are rounding noise."""
     return {torch.float64: 1e-14, torch.float32: 1e-7}.get(dtype, torch.finfo(dtype).eps)
 
 
@@ -172,11 +184,15 @@ def _random(like: Tensor, generator: torch.Generator | Noise) -> Tensor:
 
 def _chunks(size: int) -> Iterator[range]:
     """Ranges of rows; the first ones differ in length to find the fastest."""
+    untried = []
+    if size > 4 * max(CHUNKS):
+        untried = list(CHUNKS)
     speeds: dict[int, float] = {}
     begin = 0
     while begin < size:
-        untried = [chunk for chunk in CHUNKS if chunk not in speeds and size > 4 * max(CHUNKS)]
-        chunk = untried[0] if untried else max(speeds, key=speeds.__getitem__, default=CHUNKS[0])
+        chunk = max(speeds, key=speeds.__getitem__, default=CHUNKS[0])
+        if untried:
+            chunk = untried.pop(0)
         rows = range(begin, min(begin + chunk, size))
         start = time.perf_counter()
         yield rows
@@ -184,14 +200,14 @@ def _chunks(size: int) -> Iterator[range]:
         begin = rows.stop
 
 
-def _pulled(tangent: AutogradJacobian, rows: range) -> Tensor:
+def _rows_of(jacobian: AutogradJacobian, rows: range) -> Tensor:
     """These rows of the Jacobian, (B, len(rows), dim x)."""
-    batch, size = len(tangent.output), tangent.output[0].numel()
-    basis = tangent.output.new_zeros(len(rows), batch, size)
+    output = jacobian.output
+    basis = output.new_zeros(len(rows), len(output), output[0].numel())
     basis[range(len(rows)), :, rows] = 1
-    basis = basis.reshape(len(rows), *tangent.output.shape)
+    basis = basis.reshape(len(rows), *output.shape)
     try:
-        pulled = tangent.vjp(basis)
-    except RuntimeError:  # no batching rule for some operation
-        pulled = torch.stack([tangent.vjp(row) for row in basis])
-    return pulled.reshape(len(rows), batch, -1).transpose(0, 1)
+        products = jacobian.vjp(basis)
+    except RuntimeError:  # some operation has no batching rule
+        products = torch.stack([jacobian.vjp(row) for row in basis])
+    return products.reshape(len(rows), len(output), -1).transpose(0, 1)

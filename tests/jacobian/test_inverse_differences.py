@@ -80,7 +80,7 @@ def test_errors_carried_at_once_are_the_sum_of_products():
         for j in reversed(range(k)):
             error = slow.inverse_product(j)(error)
         expected = expected + error
-    assert ((fast.carried(errors) - expected).norm(dim=1) < 2e-3 * expected.norm(dim=1)).all()
+    assert ((fast.propagate_errors(errors) - expected).norm(dim=1) < 2e-3 * expected.norm(dim=1)).all()
 
 
 @pytest.mark.parametrize(("factor", "off"), [(1e-10, 0.0), (2.0, 1e-14)])
@@ -90,7 +90,7 @@ def test_errors_are_not_carried_at_once_through_what_explodes_or_is_off(factor, 
             return super().inverse(z) + off
 
     fast = InverseDifferences(Chain(Off([factor] * 3), Shifted()), torch.randn(4, 3))
-    assert fast.carried(scattered_errors(fast.states)) is None
+    assert fast.propagate_errors(scattered_errors(fast.states)) is None
 
 
 def test_errors_carried_at_once_leave_out_samples_that_are_not_finite():
@@ -98,7 +98,7 @@ def test_errors_carried_at_once_leave_out_samples_that_are_not_finite():
     x[1, 2] = math.nan
     fast = InverseDifferences(Diagonal([2.0, 2.0, 2.0]), x)
     errors = scattered_errors(fast.states)
-    got, expected = fast.carried(errors), errors[0] / 2 + errors[1]
+    got, expected = fast.propagate_errors(errors), errors[0] / 2 + errors[1]
     torch.testing.assert_close(got[[0, 2, 3]], expected[[0, 2, 3]], rtol=1e-3, atol=1e-3)
 
 
