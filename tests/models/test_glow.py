@@ -9,6 +9,7 @@ import torch
 
 from inn_guard.layers.coupling import AdditiveCoupling, AffineCoupling
 from inn_guard.layers.linear import LULinear
+from inn_guard.layers.multiscale import OnRemaining
 from inn_guard.layers.permutation import Permutation
 from inn_guard.layers.scales import squashed_sigmoid
 from inn_guard.models.glow import (
@@ -94,7 +95,7 @@ def test_finished_latents_of_the_flow_do_not_see_later_levels():
     changed = torch.cat([z[:, :finished], torch.randn_like(z[:, finished:])], dim=1)
     again = model(model.inverse(changed))
     assert torch.allclose(again, changed, atol=1e-10)
-    level = [layer for layer in model.layers() if hasattr(layer, "layer")]
+    level = [layer for layer in model.layers() if isinstance(layer, OnRemaining)]
     assert level
     assert all(layer.size == finished for layer in level)
 
