@@ -1,11 +1,12 @@
-# On a machine with only Python: `make demo` runs the main job on real data, `make test` runs every check;
-# `make thorough` also runs what takes long: further cases of a kind, longer searches for counterexamples.
+# On a machine with only Python: `make demo` runs the main job on real data, `make test` runs every
+# check, `make thorough` also what takes long: further cases of a kind, longer searches.
 
 PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.installed
 JOBS   ?= 2
+SELECT ?=
 
 .PHONY: demo test thorough lint docs clean
 
@@ -22,11 +23,16 @@ $(VENV)/.demo: pyproject.toml constraints.txt
 	$(VENV)/demo/bin/pip install --quiet -c constraints.txt --no-deps nflows UMNN
 	touch $@
 
-test: lint
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) -m "not slow"
+# what is left of the tests: tests/README.md
+test: $(READY)
+	@echo "Linters, types, doctests and every feature once, with coverage: about 5 minutes on two cores."
+	@$(MAKE) --no-print-directory lint
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --cov --cov-report=term:skip-covered
 
+# SELECT=thorough: only what `make test` leaves out
 thorough: $(READY)
-	OMP_NUM_THREADS=1 HYPOTHESIS_PROFILE=thorough $(BIN)/python -m pytest -n $(JOBS)
+	@echo "Every test on every case, longer searches for counterexamples: about 20 minutes on two cores."
+	OMP_NUM_THREADS=1 HYPOTHESIS_PROFILE=thorough $(BIN)/python -m pytest -n $(JOBS) -m "$(SELECT)"
 
 lint: $(READY)
 	$(BIN)/ruff check .

@@ -32,6 +32,4 @@ def oldest(session: nox.Session) -> None:
 
 def _test(session: nox.Session) -> None:
     session.install("--no-deps", "memcnn")
-    session.run(
-        "python", "-m", "pytest", "-m", "not slow", *session.posargs, env={"OMP_NUM_THREADS": "1"}
-    )
+    session.run("python", "-m", "pytest", *session.posargs, env={"OMP_NUM_THREADS": "1"})
