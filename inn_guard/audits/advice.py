@@ -2,13 +2,173 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
+from torch import Tensor
+
 from inn_guard.audits.context import AuditContext
+from inn_guard.core.tensors import finite_rows
 from inn_guard.report.audit_report import AuditReport
+from inn_guard.report.verdict import Verdict
 
 __all__ = ["advise"]
 
+#: Features are far from standardised if a deviation or a mean is above this, or a deviation below
+#: its inverse.
+UNUSUAL_SCALE = 30.0
+
+INITIALISE = (
+    "Initialise the model first, on one batch of training data: flow.train(); flow(x); flow.eval()"
+)
+STANDARDISE = "Standardise the data, {what}: train and audit on (x - x.mean(0)) / x.std(0) instead."
+FORMULA = "Derive the log-determinant again: training by likelihood follows this number."
+DENSITY_FLOAT64 = (
+    "Evaluate log p in float64, against which it was measured: flow.double().log_prob(x.double())"
+)
+BOUND_SAMPLING = (
+    "If the flow will be trained again, bound the scales of {layer}: exp(s) becomes exp(tanh(s)), "
+    "or a sigmoid that stays above 1/2."
+)
+REPAIR_SAMPLING = (
+    "Else fine-tune for 100 steps with ig.RegularizerHook and this penalty; raise the coefficient "
+    "by 3 while draws are lost:\n"
+    'ig.FiniteDifferences(0.1, direction="inverse", at="prior", form="log")'
+)
+SAMPLING_FLOAT64 = (
+    "Draw in float64, where the lost draws were measured to come back: flow.double()."
+)
+RECONSTRUCTION_FLOAT64 = (
+    "Invert in float64, where the round trips were measured to come back: flow.double()."
+)
+PENALISE_INVERSE = (
+    "Train on with a penalty of the inverse alone, bounding the scales of {layer} if it can be "
+    "changed:\n"
+    'ig.RegularizerHook(flow, [ig.FiniteDifferences(1.0, direction="inverse")], every=5)'
+)
+WRONG_INVERSE = (
+    "Compare the inverse with the forward formula; if it iterates, compare the error at twice the "
+    "iterations before raising them."
+)
+STORED = (
+    "Train with stored activations, or let wrong layers be noticed and recomputed: "
+    "ig.memory_saving(flow, guard=1e-3)"
+)
+DENSITY_HOLDS = (
+    "Densities are right: only the inverse is lost. Use log_prob; do not use samples, "
+    "reconstructions or memory-saving gradients."
+)
+
 
 def advise(report: AuditReport, context: AuditContext) -> tuple[str, ...]:
-    """Advice for the counted uses that fail."""
-    found = [result.advice for result in report.results if result.verdict.failed and result.advice]
-    return tuple(dict.fromkeys(found))
+    """Advice for the counted uses that fail; () where none fails.
+
+    Which advice follows from what, in this order: a model that was never initialised; data that are
+    far from standardised; a wrong log-determinant; log p(x) that float32 cannot hold; lost draws,
+    by their cause; round trips, by theirs; gradients; and that densities hold where only the
+    inverse is lost.
+    """
+    if not report.verdict.failed and not _never_initialised(report):
+        return ()
+    return tuple(dict.fromkeys(_advice(report, context)))
+
+
+def _advice(report: AuditReport, context: AuditContext) -> Iterator[str]:
+    failing = {use.use for use in report.failed}
+    if _never_initialised(report):
+        yield INITIALISE
+    unusual = _unusual_scale(context.x)
+    if unusual:
+        yield STANDARDISE.format(what=unusual)
+    if "density" in failing:
+        yield from _density(report)
+    if "sampling" in failing:
+        yield from _sampling(report)
+    if "reconstruction" in failing:
+        yield from _reconstruction(report)
+    if "gradients" in failing:
+        yield STORED
+    lost = failing - {"density"}
+    density = report.uses.get("density")
+    if lost and density is not None and density.verdict.passed:
+        yield DENSITY_HOLDS
+    yield from _other(report)
+
+
+def _density(report: AuditReport) -> Iterator[str]:
+    if _failed(report, "log_det"):
+        yield FORMULA
+    elif _failed(report, "density") and report["density"].settings["reference"] == "float64 copy":
+        yield DENSITY_FLOAT64
+
+
+def _sampling(report: AuditReport) -> Iterator[str]:
+    cause = report["sampling"].settings.get("cause")
+    if cause == "rounding":
+        yield SAMPLING_FLOAT64
+        return
+    yield BOUND_SAMPLING.format(layer=_layer(report))
+    yield REPAIR_SAMPLING
+
+
+def _reconstruction(report: AuditReport) -> Iterator[str]:
+    cause = report["reconstruction"].settings.get("cause")
+    if cause == "wrong inverse":
+        yield WRONG_INVERSE
+        return
+    if cause == "rounding":
+        yield RECONSTRUCTION_FLOAT64
+    yield PENALISE_INVERSE.format(layer=_layer(report))
+
+
+def _other(report: AuditReport) -> Iterator[str]:
+    """What checks advise that decide no use above, or whose model raised."""
+    known = ("preflight", "density", "log_det", "sampling", "reconstruction", "gradient_angle")
+    for result in report.results:
+        explains = not result.uses and result.name not in (report.asked or ())
+        if result.verdict.failed and result.name not in known and not explains:
+            counted = not result.uses or any(
+                use in report.uses and report.uses[use].counted for use in result.uses
+            )
+            if counted and result.advice:
+                yield result.advice
+
+
+def _failed(report: AuditReport, check: str) -> bool:
+    return check in report and report[check].verdict.failed
+
+
+def _never_initialised(report: AuditReport) -> bool:
+    if "preflight" not in report:
+        return False
+    reason = report["preflight"].reason
+    return "never initialised" in reason or "in eval mode rewrites" in reason
+
+
+def _layer(report: AuditReport) -> str:
+    """The layer to bound, by name if one was found."""
+    if "layer_blame" in report and report["layer_blame"].verdict is not Verdict.NOT_APPLICABLE:
+        worst = report["layer_blame"].settings.get("worst_layer")
+        if worst:
+            return str(worst).partition(":")[0]
+    if "sampling" in report and report["sampling"].settings.get("layer"):
+        return str(report["sampling"].settings["layer"]).removeprefix("the inverse of ")
+    return "the layers"
+
+
+def _unusual_scale(x: Tensor) -> str:
+    """What is unusual about the scale of the features of a table; "" if nothing, or if x is no table."""
+    if x.dim() != 2 or len(x) < 2:
+        return ""
+    rows = x[finite_rows(x)].double()
+    if len(rows) < 2:
+        return ""
+    deviation, mean = rows.std(0), rows.mean(0)
+    varying = deviation[deviation > 0]
+    if not len(varying):
+        return ""
+    least, most = varying.min().item(), varying.max().item()
+    if most > UNUSUAL_SCALE or least < 1 / UNUSUAL_SCALE:
+        return f"whose features deviate by {least:.2g} to {most:.2g}"
+    if (mean.abs() / deviation.clamp(min=least)).max().item() > UNUSUAL_SCALE:
+        return "whose means are far from 0"
+    return ""

@@ -36,7 +36,8 @@ class AuditedModel(InvertibleWrapper):
 
     Attributes:
         data_shape: what the inverse must return, per sample; None where it is not known.
-        is_opaque: whether ``layers()`` is hidden, because the layers were measured to compose to another map.
+        is_opaque: whether ``layers()`` is hidden, because the layers were measured to compose to
+            another map.
     """
 
     data_shape: torch.Size | None = None

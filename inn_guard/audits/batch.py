@@ -22,8 +22,8 @@ def as_batch(model: Invertible, x: Any) -> Any:
 
     Args:
         model: whose data it is.
-        x: a batch (B, *data); a tuple of tensors for a model with several inputs; a DataLoader or a Dataset, of which
-            the first 256 samples are used.
+        x: a batch (B, *data); a tuple of tensors for a model with several inputs; a DataLoader or a
+            Dataset, of which the first 256 samples are used.
 
     Raises:
         TypeError: if x is a tuple and the model takes one tensor, or items of x are no tensors.
@@ -99,7 +99,8 @@ def checked_batch(model: nn.Module, x: Any) -> Tensor:
 
     Raises:
         TypeError: if x is not a real floating-point tensor.
-        ValueError: if x has no samples, no data dimension, or another dtype or device than the model.
+        ValueError: if x has no samples, no data dimension, or another dtype or device than the
+            model.
     """
     weights = [p for p in model.parameters() if p.is_floating_point()]
     dtypes = {p.dtype for p in weights}

@@ -35,7 +35,8 @@ class AuditContext:
         model: the map under audit; its inputs are cloned and its exceptions named.
         x: data, (B, *data), checked; NaN and Inf in it are allowed.
         limits: up to which figure the model is fit for a use.
-        base: where latents are drawn from; ``declared`` tells whether the model or the caller named it.
+        base: where latents are drawn from; ``declared`` tells whether the model or the caller named
+            it.
         loss: z -> scalar, for the check that needs one; None: its default.
         seed: of everything random.
         parallel: with which processes samples are shared, and within how much memory.

@@ -13,7 +13,7 @@ from inn_guard.audits.audited_model import AuditedModel, ModelError
 from inn_guard.audits.context import AuditContext
 from inn_guard.audits.cost_model import Cost, Passes, Task
 from inn_guard.audits.level import Level
-from inn_guard.audits.rates import rate_interval
+from inn_guard.audits.rates import percent, rate_interval
 from inn_guard.audits.spec import audit_check
 from inn_guard.audits.thresholds import worst
 from inn_guard.core.missing import Missing, NotApplicable
@@ -24,10 +24,11 @@ from inn_guard.report.verdict import Verdict
 __all__ = ["density"]
 
 BATCH = 256  #: samples in one call
-#: Relative size of the random change of x and weights by which the error of a float64 model is estimated: far above
-#: its rounding, far below what changes the map.
+#: Relative size of the random change of x and weights by which the error of a float64 model is
+#: estimated: far above its rounding, far below what changes the map.
 PERTURBATION = 2.0**-36
-#: Two calls on the same x may differ by the order of sums: so many roundings of the largest |log p(x)|.
+#: Two calls on the same x may differ by the order of sums: so many roundings of the largest |log
+#: p(x)|.
 SAME = 1000.0
 
 
@@ -47,19 +48,22 @@ def density(context: AuditContext) -> AuditResult:
 
         error_b = |log p(x_b) - log p_64(x_b)|
 
-    log p is the model's own, with its own base (N(0, I) where it has none), in its own dtype; log p_64 is that of a
-    float64 copy of the same weights. The verdict holds the largest error against ``limits.density``. The share of
-    samples above the limit has a Clopper-Pearson interval: a maximum over few samples is luck near the limit.
+    log p is the model's own, with its own base (N(0, I) where it has none), in its own dtype; log
+    p_64 is that of a float64 copy of the same weights. The verdict holds the largest error against
+    ``limits.density``. The share of samples above the limit has a Clopper-Pearson interval: a
+    maximum over few samples is luck near the limit.
 
-    Whether the formula of the log-determinant is right is asked by ``log_det``; whether the inverse works, which log p
-    does not need, by ``reconstruction``.
+    Whether the formula of the log-determinant is right is asked by ``log_det``; whether the inverse
+    works, which log p does not need, by ``reconstruction``.
 
-    A model that is in float64 already is held against itself in another way: its error is estimated from a float32
-    copy, whose error is scaled by the ratio of the two rounding units; where float32 gives no finite number, from the
-    change that a random relative change of x and weights by 2^-36 makes, scaled likewise.
+    A model that is in float64 already is held against itself in another way: its error is estimated
+    from a float32 copy, whose error is scaled by the ratio of the two rounding units; where float32
+    gives no finite number, from the change that a random relative change of x and weights by 2^-36
+    makes, scaled likewise.
 
     Returns:
-        max_error and median_error in nats, bits_per_dimension, share_above_limit; per sample log_prob and error.
+        max_error and median_error in nats, bits_per_dimension, share_above_limit; per sample
+        log_prob and error.
 
     Raises:
         NotApplicable: if the model has no log-determinant.
@@ -254,7 +258,7 @@ def _reason(context: AuditContext, measured: _Measured, figure: float) -> str:
     low, high = rate_interval(above, count, confidence=context.limits.confidence)
     return (
         f"log p(x) of {above} of {count} samples is off by more than {limit:g} nats "
-        f"({100 * low:.2g} to {100 * high:.2g} % of all), by up to {figure:.1e}"
+        f"({percent(low)} to {percent(high)} % of all), by up to {figure:.1e}"
     )
 
 

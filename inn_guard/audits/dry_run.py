@@ -33,10 +33,11 @@ def dry_run(
 ) -> AuditResult:
     """Estimated time in seconds and memory in bytes of each check, of which none is run.
 
-    One forward, one inverse, one linearization and its products are timed on a few samples, their memory is metered
-    on one and two. Time is the number of passes that a check declares, times the time of a pass per sample: an
-    estimate, too high where large batches run faster, and blind to what iterations depend on. Where the memory is
-    bounded, or processes share the work, that is taken into account.
+    One forward, one inverse, one linearization and its products are timed on a few samples, their
+    memory is metered on one and two. Time is the number of passes that a check declares, times the
+    time of a pass per sample: an estimate, too high where large batches run faster, and blind to
+    what iterations depend on. Where the memory is bounded, or processes share the work, that is
+    taken into account.
 
     Args:
         context: model and data.

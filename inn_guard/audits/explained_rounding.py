@@ -26,7 +26,8 @@ class Explanation:
 
     Attributes:
         log_condition: natural logarithm of sigma_max / sigma_min, (B,) float64 on the CPU.
-        log_amplified: ln of (|z| + sigma_max |x|) / sigma_min: one relative rounding of x or z, seen in x; (B,).
+        log_amplified: ln of (|z| + sigma_max |x|) / sigma_min: one relative rounding of x or z,
+            seen in x; (B,).
         forecast: what rounding every layer's state does.
     """
 
@@ -37,8 +38,9 @@ class Explanation:
     def error(self, dtype: torch.dtype) -> Tensor:
         """Largest l2 error that rounding to ``dtype`` explains, (B,) float64 on the CPU; inf where it explains any.
 
-        ROUNDING_FACTOR times the sum of eps (|z| + sigma_max |x|) / sigma_min and of the forecast over all layers: a
-        chain can be worse than its condition number where one layer undoes what another one does.
+        ROUNDING_FACTOR times the sum of eps (|z| + sigma_max |x|) / sigma_min and of the forecast
+        over all layers: a chain can be worse than its condition number where one layer undoes what
+        another one does.
         """
         log_eps = math.log(torch.finfo(dtype).eps)
         whole = (self.log_amplified + log_eps).exp()

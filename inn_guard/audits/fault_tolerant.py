@@ -51,9 +51,10 @@ class Failures:
 class Guarded:
     """Forward and inverse of a model, sample by sample as far as failures go, without a graph.
 
-    Only finite samples are handed to the model: some loop forever on NaN, others raise for the whole batch. Where a
-    batch raises, it is halved until the samples that raise are alone; where a call takes longer than ``seconds``, its
-    samples fail together. What a sample did not return is NaN.
+    Only finite samples are handed to the model: some loop forever on NaN, others raise for the
+    whole batch. Where a batch raises, it is halved until the samples that raise are alone; where a
+    call takes longer than ``seconds``, its samples fail together. What a sample did not return is
+    NaN.
 
     Args:
         model: the map, as `AuditedModel`.

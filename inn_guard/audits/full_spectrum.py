@@ -13,7 +13,12 @@ from inn_guard.audits.context import AuditContext
 from inn_guard.audits.cost_model import Cost, Passes, Task
 from inn_guard.audits.level import Level
 from inn_guard.audits.spec import audit_check
-from inn_guard.core.layer_jacobian import AutogradJacobian, NotApplicable, is_adjoint_pair, random_vectors
+from inn_guard.core.layer_jacobian import (
+    AutogradJacobian,
+    NotApplicable,
+    is_adjoint_pair,
+    random_vectors,
+)
 from inn_guard.execution.parallel import WorkSharing
 from inn_guard.jacobian.dense import composed_jacobian, is_composable
 from inn_guard.jacobian.singular_values import Spectrum, full_jacobian, resolution, spectrum
@@ -42,9 +47,10 @@ def _cost(task: Task) -> Cost:
 def full_spectrum(context: AuditContext, *, samples: int = 2) -> AuditResult:
     """All singular values of J = dF/dx of a few samples, no unit.
 
-    J is composed layer by layer where all layers can and autograd agrees, else formed row by row, in the model's dtype;
-    it is decomposed in float64. Values below `resolution` of the largest one are rounding noise of the dense J; they
-    are counted as not resolved, not printed: jacobian_spectrum measures the smallest one without a dense Jacobian.
+    J is composed layer by layer where all layers can and autograd agrees, else formed row by row,
+    in the model's dtype; it is decomposed in float64. Values below `resolution` of the largest one
+    are rounding noise of the dense J; they are counted as not resolved, not printed:
+    jacobian_spectrum measures the smallest one without a dense Jacobian.
 
     Args:
         context: model and data.
@@ -88,7 +94,8 @@ def full_spectrum(context: AuditContext, *, samples: int = 2) -> AuditResult:
 def _spectra(context: AuditContext, rows: Tensor) -> tuple[Tensor, Tensor]:
     """Singular values and whether they are resolved, (samples, D) each.
 
-    All processes form one sample's Jacobian after the other together; then each decomposes one of them.
+    All processes form one sample's Jacobian after the other together; then each decomposes one of
+    them.
     """
     parallel = context.parallel
     found: list[Spectrum] = []

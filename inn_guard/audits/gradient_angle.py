@@ -107,30 +107,33 @@ def gradient_angle(context: AuditContext, *, batch_size: int = 64) -> AuditResul
 
         angle = arccos( <g, h> / (|g| |h|) ),    length = | |g| - |h| | / |h|
 
-    g is what ``memory_saving(model)`` computes from z, h plain backpropagation; both at the same minibatches, with the
-    same randomness. The loss is ``context.loss``, which takes (z) or (z, log_det) and returns one number; by default
-    the negative log-likelihood under a standard normal, or the mean square of z where there is no log-determinant.
-    Angles come from the difference of the unit vectors, which small angles survive.
+    g is what ``memory_saving(model)`` computes from z, h plain backpropagation; both at the same
+    minibatches, with the same randomness. The loss is ``context.loss``, which takes (z) or (z,
+    log_det) and returns one number; by default the negative log-likelihood under a standard normal,
+    or the mean square of z where there is no log-determinant. Angles come from the difference of
+    the unit vectors, which small angles survive.
 
-    The verdict holds the worst minibatch against ``limits.gradient_angle`` and ``limits.gradient_length``. Where
-    rounding x moves the true gradient by as much as the two gradients differ, the true gradient is not determined at
-    this precision, and the verdict is undecided.
+    The verdict holds the worst minibatch against ``limits.gradient_angle`` and
+    ``limits.gradient_length``. Where rounding x moves the true gradient by as much as the two
+    gradients differ, the true gradient is not determined at this precision, and the verdict is
+    undecided.
 
     Args:
-        context: a chain of layers with parameters, and data; the parameters that require grad count, or all if none
-            does.
+        context: a chain of layers with parameters, and data; the parameters that require grad
+            count, or all if none does.
         batch_size: samples per gradient.
 
     Returns:
-        mean and largest angle, length and distance |g - h| / |h|, a row per minibatch, a row per layer with parameters.
+        mean and largest angle, length and distance |g - h| / |h|, a row per minibatch, a row per
+        layer with parameters.
 
     Raises:
         NotApplicable: if the model has no layers() or no parameters.
         ValueError: if the loss returns anything but one differentiable number.
 
     References:
-        Understanding and Mitigating Exploding Inverses in Invertible Neural Networks (Behrmann, Vicol, Wang, Grosse,
-        Jacobsen, 2021), section 4 and figure 18.
+        Understanding and Mitigating Exploding Inverses in Invertible Neural Networks (Behrmann,
+        Vicol, Wang, Grosse, Jacobsen, 2021), section 4 and figure 18.
     """
     model, x, loss = context.model, context.x, context.loss
     parameters = _parameters(model)

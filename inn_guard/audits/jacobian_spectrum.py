@@ -50,13 +50,14 @@ def jacobian_spectrum(
 ) -> AuditResult:
     """sigma_max and sigma_min of J = dF/dx and cond = sigma_max / sigma_min, per sample, no unit.
 
-    Lanczos on J and on J^-1, both chained layer by layer at the states of one forward pass: neither is a Jacobian
-    formed nor the inverse run, so the smallest value is right also where a dense decomposition cannot resolve it and
-    where the round trip is not finite. A map that is injective only has two rectangular Jacobians, the encoder's
-    (d x D) and the decoder's (D x d); both are formed and decomposed densely.
+    Lanczos on J and on J^-1, both chained layer by layer at the states of one forward pass: neither
+    is a Jacobian formed nor the inverse run, so the smallest value is right also where a dense
+    decomposition cannot resolve it and where the round trip is not finite. A map that is injective
+    only has two rectangular Jacobians, the encoder's (d x D) and the decoder's (D x d); both are
+    formed and decomposed densely.
 
-    The verdict is unstable where one rounding, eps cond, exceeds ``limits.reconstruction`` in the worst direction. It
-    explains; no use depends on it.
+    The verdict is unstable where one rounding, eps cond, exceeds ``limits.reconstruction`` in the
+    worst direction. It explains; no use depends on it.
 
     Args:
         context: model and data.
@@ -65,12 +66,14 @@ def jacobian_spectrum(
         max_steps: bound of the steps of the iteration.
 
     Returns:
-        the values as powers of ten (log10_...), which fit where the numbers do not; per sample sigma_max, sigma_min
-        and condition_number, error estimates, and the gap-free error bar that holds with 99 % probability.
+        the values as powers of ten (log10_...), which fit where the numbers do not; per sample
+        sigma_max, sigma_min and condition_number, error estimates, and the gap-free error bar that
+        holds with 99 % probability.
 
     References:
-        Understanding and Mitigating Exploding Inverses in Invertible Neural Networks (Behrmann, Vicol, Wang, Grosse,
-        Jacobsen, 2021), section 4. This differs from the paper in: no Jacobian is formed.
+        Understanding and Mitigating Exploding Inverses in Invertible Neural Networks (Behrmann,
+        Vicol, Wang, Grosse, Jacobsen, 2021), section 4. This differs from the paper in: no Jacobian
+        is formed.
     """
     x = context.x
     rows = context.usable_rows()[:samples]

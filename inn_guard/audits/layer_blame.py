@@ -46,17 +46,18 @@ def _cost(task: Task) -> Cost:
 def layer_blame(context: AuditContext, *, samples: int = 32, probes: int = 8) -> AuditResult:
     """Decimal digits that the inverse loses in each layer, and what each layer adds to the error of x.
 
-    For layer k with input h_k: its condition number; the gain ||J_1^-1 ... J_{k-1}^-1||_F / sqrt(D) with which an
-    error made there reaches x; the local error |F_k^-1(F_k(h_k)) - h_k|, measured; and their product, its part of the
-    error of x. Errors of different layers add up as squares. A layer's digits are log10 of the error over the error
-    that would be left if this layer only rounded and did not amplify what comes from behind it; its share is its part
-    of all digits. A change of unit, which amplifies absolute but not relative errors, costs none. |x| is that of the
+    For layer k with input h_k: its condition number; the gain ||J_1^-1 ... J_{k-1}^-1||_F / sqrt(D)
+    with which an error made there reaches x; the local error |F_k^-1(F_k(h_k)) - h_k|, measured;
+    and their product, its part of the error of x. Errors of different layers add up as squares. A
+    layer's digits are log10 of the error over the error that would be left if this layer only
+    rounded and did not amplify what comes from behind it; its share is its part of all digits. A
+    change of unit, which amplifies absolute but not relative errors, costs none. |x| is that of the
     sample, or of its batch's median sample where that is larger (``data_scale``).
 
     Args:
         context: a bijective model, and data.
-        samples: how many of the samples with finite latents are measured, the first ones; the worst one's layers are
-            reported.
+        samples: how many of the samples with finite latents are measured, the first ones; the worst
+            one's layers are reported.
         probes: sweeps that estimate the gains; exact if there are as many as dimensions.
 
     Returns:
@@ -119,13 +120,15 @@ def digits_lost(
 ) -> Tensor:
     """Digits lost per layer, (n, B): log10 of the total error over the error that a harmless layer would leave.
 
-    The total is sqrt(base^2 + sum_k contribution_k^2). A harmless layer k errs by rounding its input only, and does
-    not amplify the errors of the layers behind it, which pass through it on their way to x.
+    The total is sqrt(base^2 + sum_k contribution_k^2). A harmless layer k errs by rounding its
+    input only, and does not amplify the errors of the layers behind it, which pass through it on
+    their way to x.
 
     Args:
         contribution: ln of each layer's part of the error of x, (n, B).
         unavoidable: ln of the part that rounding the layer's input alone would make, (n, B).
-        amplification: ln of the growth of a relative error on its way back through each layer, (n, B).
+        amplification: ln of the growth of a relative error on its way back through each layer, (n,
+            B).
         base: ln of the error that remains in any case, (B,).
     """
     total = _log_root_sum_squares(torch.cat([contribution, base[None]]))

@@ -50,23 +50,25 @@ def lipschitz_bounds(
 ) -> AuditResult:
     """Certified upper and witnessed lower bounds of sup ||J|| and sup ||J^-1||, dimensionless, over a box.
 
-    Stable: the product of both upper bounds, which bounds the condition number at every point of the box, times the
-    rounding unit of x's dtype stays below ``limits.reconstruction``. Unstable: a witnessed lower bound alone exceeds
-    that. Undecided: neither is proved, because the certificate is too loose, or no finite bound is known. It explains;
-    no use depends on it.
+    Stable: the product of both upper bounds, which bounds the condition number at every point of
+    the box, times the rounding unit of x's dtype stays below ``limits.reconstruction``. Unstable: a
+    witnessed lower bound alone exceeds that. Undecided: neither is proved, because the certificate
+    is too loose, or no finite bound is known. It explains; no use depends on it.
 
     Args:
         context: model and data; the witnesses' search begins at x.
         domain: the box. Default: the smallest one that holds the finite samples of x.
         margin: widens that box on every side, in units of its largest width.
-        seconds: by the clock on the wall, roughly: a time budget. Bounds are as tight as it allows on this machine.
+        seconds: by the clock on the wall, roughly: a time budget. Bounds are as tight as it allows
+            on this machine.
 
     Returns:
-        values: upper and lower bounds, their ratios, Table 3's product; per_layer: the same for every layer.
+        values: upper and lower bounds, their ratios, Table 3's product; per_layer: the same for
+        every layer.
 
     References:
-        Understanding and Mitigating Exploding Inverses in Invertible Neural Networks (Behrmann, Vicol, Wang, Grosse,
-        Jacobsen, 2021), Table 3.
+        Understanding and Mitigating Exploding Inverses in Invertible Neural Networks (Behrmann,
+        Vicol, Wang, Grosse, Jacobsen, 2021), Table 3.
     """
     # certified bounds are a large part of the package: they are loaded where they are asked for
     from inn_guard.lipschitz.bounds import lipschitz_bounds as certify

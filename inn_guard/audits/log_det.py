@@ -61,20 +61,21 @@ def log_det(context: AuditContext, *, samples: int | None = None) -> AuditResult
 
         error_b = | log_det(x_b) - log|det dF/dx(x_b)| |
 
-    Up to 512 dimensions the reference is exact: slogdet of every layer's Jacobian by autograd, added up, in a float64
-    copy where there is one. Layer by layer matters: one Jacobian of a whole chain loses digits with its condition. The
-    model's side is the copy's, too, so that this is the formula's error; what float32 adds is asked by ``density``.
-    Beyond 512 dimensions the reference is stochastic Lanczos quadrature, with a standard error: an error is only called
-    one if it exceeds the limit by four standard errors. A log-determinant that is random itself (Hutchinson's
+    Up to 512 dimensions the reference is exact: slogdet of every layer's Jacobian by autograd,
+    added up, in a float64 copy where there is one. Layer by layer matters: one Jacobian of a whole
+    chain loses digits with its condition. The model's side is the copy's, too, so that this is the
+    formula's error; what float32 adds is asked by ``density``. Beyond 512 dimensions the reference
+    is stochastic Lanczos quadrature, with a standard error: an error is only called one if it
+    exceeds the limit by four standard errors. A log-determinant that is random itself (Hutchinson's
     estimator) is averaged.
 
-    The inverse's own log-determinant ought to be the negative at the same point. It matters for the density of draws,
-    not for that of data: it is reported, and decides nothing here.
+    The inverse's own log-determinant ought to be the negative at the same point. It matters for the
+    density of draws, not for that of data: it is reported, and decides nothing here.
 
     Args:
         context: a bijective model, and data.
-        samples: how many of the samples with finite latents are compared, the first ones. Default: 4096 entries,
-            at least 8 and at most 256 samples.
+        samples: how many of the samples with finite latents are compared, the first ones. Default:
+            4096 entries, at least 8 and at most 256 samples.
 
     Returns:
         max_error, forward_plus_inverse; per sample log_det, reference and error.
@@ -211,7 +212,8 @@ def _reference(
         value, error = stochastic_log_det(
             linearization, steps=QUADRATURE_STEPS, generator=context.generator()
         )
-        # with the same probes: what half of the steps change bounds the bias that is left, as far as it is known
+        # with the same probes: what half of the steps change bounds the bias that is left, as far
+        # as it is known
         coarse, _ = stochastic_log_det(
             linearization, steps=QUADRATURE_STEPS // 2, generator=context.generator()
         )

@@ -17,8 +17,8 @@ Answer = TypeVar("Answer")
 def count_operations(call: Callable[[], Answer]) -> tuple[Answer, int]:
     """What ``call()`` returns and its operations, backward passes included.
 
-    Products and convolutions count their multiplications and additions; any other operation that computes something
-    counts one per number it returns. Views are free.
+    Products and convolutions count their multiplications and additions; any other operation that
+    computes something counts one per number it returns. Views are free.
 
     >>> import torch
     >>> count_operations(lambda: torch.ones(2, 3) @ torch.ones(3, 4))[1]  # 48, and 18 ones

@@ -24,8 +24,8 @@ __all__ = ["preflight"]
 
 SAMPLES = 8
 SAME = 100.0  #: eps relative to the largest entry: two runs of the same computation may differ by the order of sums
-#: Relative difference up to which samples may depend on each other, as they do in adaptive solvers: a tenth of the
-#: usual limit of a reconstruction.
+#: Relative difference up to which samples may depend on each other, as they do in adaptive solvers:
+#: a tenth of the usual limit of a reconstruction.
 COUPLED = 1e-3
 ALL_USES = tuple(USES)
 INITIALISE = "Initialise the model before an audit: call it once, in training mode, on a batch of training data."
@@ -35,7 +35,8 @@ INITIALISE = "Initialise the model before an audit: call it once, in training mo
 class _Findings:
     """What was found, with advice, worst first; remarks do not decide the verdict.
 
-    ``unmeasurable`` holds the uses whose figures mean nothing, because calls are not of one and the same map.
+    ``unmeasurable`` holds the uses whose figures mean nothing, because calls are not of one and the
+    same map.
     """
 
     serious: list[tuple[str, str]] = field(default_factory=list)
@@ -80,11 +81,12 @@ def _cost(task: Task) -> Cost:
 def preflight(context: AuditContext) -> AuditResult:
     """Findings about how the model behaves when it is called, on a few samples; nothing has a unit.
 
-    Measured, never recognised by a class name: a call in eval mode that rewrites parameters or buffers
-    (uninitialised data-dependent layers, running statistics), a forward that differs from call to call, an output
-    that depends on the other samples of the batch, an input written in place, an inverse that is missing or raises,
-    layers that do not compose to the model, parameters of several dtypes or devices. Where calls are not of one and the
-    same map, the uses that other checks measure are undecided.
+    Measured, never recognised by a class name: a call in eval mode that rewrites parameters or
+    buffers (uninitialised data-dependent layers, running statistics), a forward that differs from
+    call to call, an output that depends on the other samples of the batch, an input written in
+    place, an inverse that is missing or raises, layers that do not compose to the model, parameters
+    of several dtypes or devices. Where calls are not of one and the same map, the uses that other
+    checks measure are undecided.
 
     Raises:
         InputRejected: if the model's forward refuses every batch of this shape and dtype.

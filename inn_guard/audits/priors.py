@@ -21,9 +21,9 @@ def base_of(model: Invertible, x: Tensor, *, prior: Any = None) -> BaseDistribut
     Args:
         model: the map.
         x: data, (B, *data); tells shape, dtype and device of latents where nothing else does.
-        prior: what the caller named: a `BaseDistribution`, an object with ``sample((n,))`` as torch's distributions
-            have it or ``sample(n)``, or a function n -> latents (n, *latent). None: the model's own base, or N(0, I)
-            where it has none.
+        prior: what the caller named: a `BaseDistribution`, an object with ``sample((n,))`` as
+            torch's distributions have it or ``sample(n)``, or a function n -> latents (n, *latent).
+            None: the model's own base, or N(0, I) where it has none.
 
     Raises:
         TypeError: if ``prior`` is none of these.

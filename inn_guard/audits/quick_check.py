@@ -22,8 +22,8 @@ NAME = "quick_round_trip"
 def quick_round_trip(context: AuditContext, *, samples: int = 8) -> AuditResult:
     """Largest error of F^-1(F(x)) - x in units of its features: cheap enough for every training run.
 
-    What ``reconstruction`` measures, without its explanation: no float64 copy, no layer, no condition number. A map
-    that is injective only is judged by F(F^-1(z)) - z at z = F(x).
+    What ``reconstruction`` measures, without its explanation: no float64 copy, no layer, no
+    condition number. A map that is injective only is judged by F(F^-1(z)) - z at z = F(x).
 
     Args:
         context: model and data.

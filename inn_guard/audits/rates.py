@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["MOST_DRAWS", "draws_that_decide", "rate_interval"]
+__all__ = ["MOST_DRAWS", "draws_that_decide", "percent", "rate_interval"]
 
 MOST_DRAWS = 2**20  #: beyond which no number of draws is recommended
 
@@ -13,8 +13,8 @@ def rate_interval(count: int, of: int, *, confidence: float = 0.95) -> tuple[flo
     It holds the true rate with at least this probability, whatever the rate is.
 
     References:
-        C. J. Clopper, E. S. Pearson: The use of confidence or fiducial limits illustrated in the case of the binomial.
-        Biometrika 26, 1934.
+        C. J. Clopper, E. S. Pearson: The use of confidence or fiducial limits illustrated in the
+        case of the binomial. Biometrika 26, 1934.
 
     >>> low, high = rate_interval(0, 3688)
     >>> low, round(high, 6)
@@ -26,6 +26,18 @@ def rate_interval(count: int, of: int, *, confidence: float = 0.95) -> tuple[flo
     low = float(betaincinv(count, of - count + 1, tail)) if count else 0.0
     high = float(betaincinv(count + 1, of - count, 1 - tail)) if count < of else 1.0
     return low, high
+
+
+def percent(rate: float) -> str:
+    """A rate in per cent, with two digits, or as many as it takes to tell it from 0 and 100.
+
+    >>> percent(0.0005), percent(0.996), percent(1.0), percent(0.0)
+    ('0.05', '99.6', '100', '0')
+    """
+    share = 100 * rate
+    if share > 90:
+        return f"{share:.4g}"
+    return f"{share:.2g}"
 
 
 def draws_that_decide(count: int, of: int, limit: float, *, confidence: float = 0.95) -> int | None:

@@ -34,8 +34,11 @@ __all__ = ["reconstruction"]
 EXPLAINED_SAMPLES = (
     8  #: the worst ones, whose condition number is measured where the round trip fails
 )
+#: An error that rounding explains is known to first order up to this share of the data's scale.
+LINEAR = 0.1
 SHOWN = 8  #: images kept for the report, the worst ones
-#: A float64 round trip whose error is above this share of the float32 one is limited by the inverse, not by rounding.
+#: A float64 round trip whose error is above this share of the float32 one is limited by the
+#: inverse, not by rounding.
 FLOOR_SHARE = 0.1
 
 
@@ -57,20 +60,22 @@ def reconstruction(context: AuditContext, *, batch_size: int = 128) -> AuditResu
 
         error_b = max_j |F^-1(F(x_b))_j - x_bj| / max(deviation of feature j, |x_bj|)
 
-    The verdict is that of the largest error against ``limits.reconstruction`` (at least what the dtype can hold), and
-    non_finite where NaN or Inf comes back. A map that is injective only is judged by z -> x -> z from z = F(x); its
-    x -> z -> x is a projection.
+    The verdict is that of the largest error against ``limits.reconstruction`` (at least what the
+    dtype can hold), and non_finite where NaN or Inf comes back. A map that is injective only is
+    judged by z -> x -> z from z = F(x); its x -> z -> x is a projection.
 
-    A float64 copy runs the same round trip. Where the model fails, its error tells the cause: float64 comes back
-    (rounding: more precision helps); float64 fails, too, by no more than ten times its rounding and condition explain
-    (no precision helps much); or by more (the inverse is another map).
+    A float64 copy runs the same round trip. Where the model fails, its error tells the cause:
+    float64 comes back (rounding: more precision helps); float64 fails, too, by no more than ten
+    times its rounding and condition explain (no precision helps much); or by more (the inverse is
+    another map).
 
     Args:
         context: model and data.
         batch_size: samples in one call.
 
     Returns:
-        per sample max_error and l2_error (units of x), relative_error (of the feature), latent_error (z -> x -> z).
+        per sample max_error and l2_error (units of x), relative_error (of the feature),
+        latent_error (z -> x -> z).
     """
     rows = context.finite_rows()
     if not len(rows):
@@ -194,6 +199,8 @@ def _with_cause(context: AuditContext, measured: _Measured, limit: float) -> _Me
     if explained is None or isinstance(precise, Missing):
         return _Measured(*parts, explained, worst_rows, cause="unknown")
     allowed = explained.error(torch.float64) / data_scale(measured.deciding.start).cpu()[worst_rows]
+    # where rounding moves a sample so far, the derivative at the sample no longer tells how far
+    allowed = torch.where(allowed > LINEAR, torch.inf, allowed)
     beyond = precise[worst_rows].nan_to_num(math.inf) > allowed.nan_to_num(math.inf)
     cause = "wrong inverse" if bool(beyond.any()) else "condition"
     return _Measured(*parts, explained, worst_rows, cause=cause)

@@ -181,8 +181,8 @@ class GuardedRoundTrip:
         x: the data side; where it ended, if it began with data.
         end: what came back.
         error: largest entry of end - start over the start's scale; inf where not finite.
-        bits: |log|det J| + log|det J^-1||, which ought to be 0, in bits per dimension; inf where not finite, None
-            where the model has no log-determinants.
+        bits: |log|det J| + log|det J^-1||, which ought to be 0, in bits per dimension; inf where
+            not finite, None where the model has no log-determinants.
         log_det: the forward log-determinant in nats, None likewise.
     """
 

@@ -62,40 +62,46 @@ def audit(
 ) -> AuditReport:
     """Measure what a model may be used for: density, sampling, reconstruction, memory-saving gradients, other inputs.
 
-    The model is run in eval mode and comes out bit for bit as it went in, also after an error. What NaN, Inf or
-    exceptions the model produces is found and reported, never raised.
+    The model is run in eval mode and comes out bit for bit as it went in, also after an error. What
+    NaN, Inf or exceptions the model produces is found and reported, never raised.
 
     Args:
         model: anything ``wrap`` accepts.
-        x: data: a batch (B, *data); a tuple of tensors for a model with several inputs; or a DataLoader or Dataset, of
-            which the first 256 samples are used (the first entry of each item, if it yields tuples).
-        uses: which uses the verdict counts. Default: those that the model declares, which are density, reconstruction
-            and gradients, and sampling if it has a base distribution or ``prior`` is given. The others are measured and
-            shown.
+        x: data: a batch (B, *data); a tuple of tensors for a model with several inputs; or a
+            DataLoader or Dataset, of which the first 256 samples are used (the first entry of each
+            item, if it yields tuples).
+        uses: which uses the verdict counts. Default: those that the model declares, which are
+            density, reconstruction and gradients, and sampling if it has a base distribution or
+            ``prior`` is given. The others are measured and shown.
         level: which checks run: "quick", "standard" or "full".
-        checks: names in AUDITS, or checks themselves, in place of those of the level; preflight runs before them.
-            A check that decides no use counts in the verdict if it is named here.
+        checks: names in AUDITS, or checks themselves, in place of those of the level; preflight
+            runs before them. A check that decides no use counts in the verdict if it is named here.
         context: what the model is conditioned on, one row for each sample.
-        prior: where latents are drawn from for sampling: a distribution with ``sample((n,))``, or a function
-            n -> latents (n, *latent). Default: the model's own base, else N(0, I).
+        prior: where latents are drawn from for sampling: a distribution with ``sample((n,))``, or a
+            function n -> latents (n, *latent). Default: the model's own base, else N(0, I).
         limits: up to which figure the model is fit for a use. Default: ``Limits()``.
-        loss: z -> scalar or (z, log_det) -> scalar, whose gradient is compared. Default: the negative log-likelihood.
+        loss: z -> scalar or (z, log_det) -> scalar, whose gradient is compared. Default: the
+            negative log-likelihood.
         name: what the report calls the model. Default: its class.
         seed: of everything random.
-        memory: bytes that a check may hold at once on top of model, data and what has the data's size; samples are
-            then measured in micro-batches that fit, and where a check takes samples all at once, fewer of them.
-        group: a torch.distributed group, as ``torch.distributed.group.WORLD``, whose processes all make this call with
-            the same model and data; they share the work, and each gets the whole report.
-        dry_run: measure nothing, but estimate time and memory of every check from one timed pass of each kind.
-        progress: whether to show a progress bar. Default: after three seconds, in terminals and notebooks.
+        memory: bytes that a check may hold at once on top of model, data and what has the data's
+            size; samples are then measured in micro-batches that fit, and where a check takes
+            samples all at once, fewer of them.
+        group: a torch.distributed group, as ``torch.distributed.group.WORLD``, whose processes all
+            make this call with the same model and data; they share the work, and each gets the
+            whole report.
+        dry_run: measure nothing, but estimate time and memory of every check from one timed pass of
+            each kind.
+        progress: whether to show a progress bar. Default: after three seconds, in terminals and
+            notebooks.
 
     Returns:
         an AuditReport; print it.
 
     Raises:
         TypeError: if x is no floating-point tensor, tuple of tensors, DataLoader or Dataset.
-        ValueError: if x is empty, has the wrong shape, dtype or device, or a use, check or level is unknown; or
-            processes of the group hold different data or weights.
+        ValueError: if x is empty, has the wrong shape, dtype or device, or a use, check or level is
+            unknown; or processes of the group hold different data or weights.
     """
     start = time.perf_counter()
     level = _level(level)

@@ -14,7 +14,7 @@ from inn_guard.audits.cost_model import Cost, Passes, Task
 from inn_guard.audits.fault_tolerant import Guarded, patience
 from inn_guard.audits.level import Level
 from inn_guard.audits.operation_count import count_operations
-from inn_guard.audits.rates import draws_that_decide, rate_interval
+from inn_guard.audits.rates import draws_that_decide, percent, rate_interval
 from inn_guard.audits.round_trip import first_non_finite
 from inn_guard.audits.spec import audit_check
 from inn_guard.core.missing import Missing, NotApplicable
@@ -27,8 +27,8 @@ __all__ = ["sampling"]
 
 BLOCK = 1024  #: draws of one seed, and the first number at which a verdict is tried
 LOOKS = {Level.QUICK: (1024, 4096), Level.STANDARD: (1024, 4096), Level.FULL: (1024, 4096, 16384)}
-#: What draws and their round trips may cost together, in forward passes of one row: an autoregressive inverse costs as
-#: many as there are dimensions.
+#: What draws and their round trips may cost together, in forward passes of one row: an
+#: autoregressive inverse costs as many as there are dimensions.
 BUDGET = {Level.QUICK: 2**19, Level.STANDARD: 2**19, Level.FULL: 2**22}
 LEAST_DRAWS = 256  #: however dear
 PROBED = 4  #: rows from which the cost of an inverse is counted
@@ -52,27 +52,29 @@ def _cost(task: Task) -> Cost:
 def sampling(context: AuditContext, *, draws: int | None = None) -> AuditResult:
     """Rate of lost draws from the base, with its 95 % Clopper-Pearson interval.
 
-    Latents z are drawn from the model's own base at temperature 1 (from ``prior`` if the caller gives one; from N(0, I)
-    where there is neither, which is said). A draw x = F^-1(z) is lost if it is not finite, or if F(x) is off from z by
-    more than ``limits.draw``:
+    Latents z are drawn from the model's own base at temperature 1 (from ``prior`` if the caller
+    gives one; from N(0, I) where there is neither, which is said). A draw x = F^-1(z) is lost if it
+    is not finite, or if F(x) is off from z by more than ``limits.draw``:
 
         sqrt( mean_j ((F(x)_j - z_j) / deviation_j)^2 ) > 0.01
 
-    Of draws 1,024, then 4,096, at level full then 16,384 are looked at, until the interval excludes the limit. Draws
-    come in blocks of 1,024, each with a seed of its own, so that fewer draws are the first ones of more. Where an
-    inverse is dear (it is counted in operations, not timed), fewer are made, at least 256, and the verdict may stay
-    undecided; the reason then says how many draws would decide.
+    Of draws 1,024, then 4,096, at level full then 16,384 are looked at, until the interval excludes
+    the limit. Draws come in blocks of 1,024, each with a seed of its own, so that fewer draws are
+    the first ones of more. Where an inverse is dear (it is counted in operations, not timed), fewer
+    are made, at least 256, and the verdict may stay undecided; the reason then says how many draws
+    would decide.
 
-    Of up to 64 lost draws it is found whether a float64 copy sends them to the same place (then the model itself does
-    it, and no precision helps), how far from the data they lie, and in which layer the first one is lost.
+    Of up to 64 lost draws it is found whether a float64 copy sends them to the same place (then the
+    model itself does it, and no precision helps), how far from the data they lie, and in which
+    layer the first one is lost.
 
     Args:
         context: model and data.
         draws: how many at most. Default: what the level and the cost of an inverse allow.
 
     Returns:
-        rate, its bounds, counts of draws that are lost, not finite, far from the data although they come back, or whose
-        two log-determinants differ by more than ``limits.density`` nats.
+        rate, its bounds, counts of draws that are lost, not finite, far from the data although they
+        come back, or whose two log-determinants differ by more than ``limits.density`` nats.
 
     Raises:
         ValueError: if ``draws`` is not positive.
@@ -173,7 +175,8 @@ class _Draws:
             return Verdict.UNSTABLE
         if high >= limits.sampling:
             return Verdict.UNDECIDED
-        # at rate 0 the upper bound is far above a tenth of the limit; only what was seen makes it marginal
+        # at rate 0 the upper bound is far above a tenth of the limit; only what was seen makes it
+        # marginal
         return Verdict.MARGINAL if low > limits.marginal * limits.sampling else Verdict.STABLE
 
 
@@ -426,12 +429,12 @@ def _finding(context: AuditContext, drawn: _Draws, lost: _Lost) -> Finding:
     confidence = f"{100 * context.limits.confidence:g} %"
     if drawn.lost:
         reason = (
-            f"{drawn.lost:,} of {drawn.seen:,} draws are lost: {100 * low:.2g} to {100 * high:.2g} % "
+            f"{drawn.lost:,} of {drawn.seen:,} draws are lost: {percent(low)} to {percent(high)} % "
             f"({confidence}), limit {100 * limit:g} %{lost.sentence()}"
         )
     else:
         reason = (
-            f"none of {drawn.seen:,} draws is lost: at most {100 * high:.2g} % ({confidence}), "
+            f"none of {drawn.seen:,} draws is lost: at most {percent(high)} % ({confidence}), "
             f"limit {100 * limit:g} %"
         )
     if verdict is Verdict.UNDECIDED:

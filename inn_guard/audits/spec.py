@@ -48,7 +48,8 @@ class AuditSpec:
         uses: the uses that its findings decide; () for one that explains.
         level: the first level that runs it; None: only by name.
         cost: from what is audited, the passes that it takes; None: unknown.
-        shares_samples: from the settings, whether processes share its samples; else one process runs it whole.
+        shares_samples: from the settings, whether processes share its samples; else one process
+            runs it whole.
         settings: given to the function.
     """
 
@@ -77,7 +78,8 @@ class AuditSpec:
         Args:
             model: the map.
             x: data, (B, *data).
-            settings: the check's own, and limits, prior, loss, seed, parallel and level, as ``audit`` has them.
+            settings: the check's own, and limits, prior, loss, seed, parallel and level, as
+                ``audit`` has them.
 
         Raises:
             TypeError: if a setting is unknown, or x is no real floating-point tensor.
@@ -101,9 +103,9 @@ class AuditSpec:
     def run(self, context: AuditContext) -> AuditResult:
         """Run this check within an audit; the model comes out as it went in, also after an error.
 
-        Autocast, inference mode and no_grad of the caller are set aside: the model itself is measured. A question that
-        the model cannot answer is not applicable. An exception of the model is a finding that names it. An exception of
-        the check itself is raised.
+        Autocast, inference mode and no_grad of the caller are set aside: the model itself is
+        measured. A question that the model cannot answer is not applicable. An exception of the
+        model is a finding that names it. An exception of the check itself is raised.
         """
         model = context.model
         plain = torch.autocast(context.x.device.type, enabled=False)

@@ -20,7 +20,8 @@ __all__ = [
     "worst",
 ]
 
-#: How far above the first-order estimate, eps times the condition of the inverse's computation, rounding may reach.
+#: How far above the first-order estimate, eps times the condition of the inverse's computation,
+#: rounding may reach.
 ROUNDING_FACTOR = 10.0
 
 #: With fewer values a deviation is too uncertain to be the unit of a feature.
@@ -39,10 +40,10 @@ def max_usable_error(dtype: torch.dtype) -> float:
 def data_scale(x: Float[Tensor, "batch *data"]) -> Float[Tensor, "batch"]:
     """One unit for each sample: its root mean square, at least the batch's median one; (B,) float64.
 
-    A sample that is nearly zero is thereby held to the size of its neighbours, and one huge sample is not held
-    against the others. Non-finite samples and a batch of zeros have scale 1.
+    A sample that is nearly zero is thereby held to the size of its neighbours, and one huge sample
+    is not held against the others. Non-finite samples and a batch of zeros have scale 1.
 
-    >>> data_scale(torch.tensor([[3.0, 3.0], [1.0, 1.0], [0.0, 0.0]])).tolist()
+    >>> data_scale(torch.tensor([[3.0, 3.0], [1.0, 1.0], [0.0, 0.0]])).round(decimals=6).tolist()
     [3.0, 1.0, 1.0]
     """
     own = norms(x.detach()) / math.sqrt(x[0].numel())
@@ -54,10 +55,10 @@ def data_scale(x: Float[Tensor, "batch *data"]) -> Float[Tensor, "batch"]:
 def feature_scale(x: Float[Tensor, "batch *data"]) -> Float[Tensor, "batch *data"]:
     """One unit for each entry: its feature's deviation or its own size, whichever is larger; float64, shape of x.
 
-    A feature is a column of a table; in a batch with more than one data dimension (images, sequences) it is a channel,
-    that is an index along dimension 1. With fewer than eight values the feature's root mean square takes the place of
-    its deviation. A feature that never varies has its largest magnitude as its scale, one that is always 0 the median
-    scale of the other features.
+    A feature is a column of a table; in a batch with more than one data dimension (images,
+    sequences) it is a channel, that is an index along dimension 1. With fewer than eight values the
+    feature's root mean square takes the place of its deviation. A feature that never varies has its
+    largest magnitude as its scale, one that is always 0 the median scale of the other features.
 
     >>> feature_scale(torch.tensor([[1.0, -100.0], [1.0, 100.0]])).tolist()
     [[1.0, 100.0], [1.0, 100.0]]

@@ -55,10 +55,11 @@ class AuditReport:
     Attributes:
         results: one per check, in the order in which they ran.
         model: the model's name.
-        settings: what was audited: library, dimensions, shape, dtype and device of x, samples, level, seed, versions,
-            checksum of the weights, date, seconds.
+        settings: what was audited: library, dimensions, shape, dtype and device of x, samples,
+            level, seed, versions, checksum of the weights, date, seconds.
         counted: use -> why the verdict counts it; None counts every use that was measured.
-        asked: checks that the caller named; a named check that decides no use counts by itself. None: all of them.
+        asked: checks that the caller named; a named check that decides no use counts by itself.
+            None: all of them.
         advice: what to do, the most effective first; each can be followed as it stands.
     """
 
@@ -289,14 +290,14 @@ class AuditReport:
     def _remarks(self) -> list[str]:
         lines = []
         if self.worst_layer is not None:
-            lines += _row("weakest layer", "", self.worst_layer)
+            lines += _row("weakest layer", None, self.worst_layer)
         lowest = [
             result.settings["lowest"] for result in self.results if "lowest" in result.settings
         ]
         if lowest:
-            lines += _row("lowest precision", "", str(lowest[0]))
+            lines += _row("lowest precision", None, str(lowest[0]))
         for number, text in enumerate(self.advice, start=1):
-            lines += _row("what to do" if number == 1 else "", "", f"{number}. {text}")
+            lines += _row("what to do" if number == 1 else "", None, f"{number}. {text}")
         return lines
 
 
@@ -311,26 +312,25 @@ def _title(left: str, right: str) -> str:
     return f"{left}{right:>{WIDTH - len(left)}}"
 
 
-def _row(label: str, word: str, text: str) -> list[str]:
-    """Label, word and text in columns, the text wrapped; lines of code in it stay as they are."""
-    if word or not label:
-        head = f"  {label:<{_LABEL - 2}} {word:<{_WORD}}"
-    else:
-        head = f"  {label:<{_LABEL - 2}} "
+def _row(label: str, word: str | None, text: str) -> list[str]:
+    """Label, word and text in columns; the text is wrapped, further lines in it are code and stay.
+
+    Without a word the text begins in the word's column.
+    """
+    head = f"  {label:<{_LABEL - 2}} "
+    if word is not None:
+        head += f"{word:<{_WORD}}"
     indent = " " * len(head)
-    lines = []
-    for paragraph in text.split("\n"):
-        first = indent if lines else head
-        wrapped = textwrap.wrap(
-            paragraph,
-            WIDTH,
-            initial_indent=first,
-            subsequent_indent=indent,
-            break_long_words=False,
-            break_on_hyphens=False,
-        )
-        lines += wrapped or [first.rstrip()]
-    return lines
+    prose, *code = text.split("\n")
+    lines = textwrap.wrap(
+        prose,
+        WIDTH,
+        initial_indent=head,
+        subsequent_indent=indent,
+        break_long_words=False,
+        break_on_hyphens=False,
+    )
+    return [*(lines or [head.rstrip()]), *(indent + line for line in code)]
 
 
 def _use_lines(use: UseVerdict) -> list[str]:

@@ -38,7 +38,8 @@ def layer_frame(report: AuditReport) -> pandas.DataFrame:
         report: with its results.
 
     Returns:
-        Columns audit, position (0 is the first layer), then those of the audits' rows; empty if no audit has layers.
+        Columns audit, position (0 is the first layer), then those of the audits' rows; empty if no
+        audit has layers.
     """
     rows = [
         {"audit": result.name, "position": position, **row}

@@ -37,7 +37,8 @@ def render_history(rows: Iterable[Row], *, name: str = "Training run") -> str:
         write_history((record.row() for record in records), "stability.html")
 
     Args:
-        rows: one per audit, with the columns step and verdict, as ``Record.row`` and ``read_csv`` give them.
+        rows: one per audit, with the columns step and verdict, as ``Record.row`` and ``read_csv``
+            give them.
         name: heading of the page.
 
     Raises:

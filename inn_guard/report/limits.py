@@ -11,8 +11,8 @@ from inn_guard.report.verdict import Verdict
 
 __all__ = ["Limits"]
 
-#: A stored number of p bits holds no better than half of this many units in its last place after a few operations: a
-#: bfloat16 round trip cannot come back to 1 %.
+#: A stored number of p bits holds no better than half of this many units in its last place after a
+#: few operations: a bfloat16 round trip cannot come back to 1 %.
 RESOLUTION = 8.0
 
 
@@ -21,14 +21,17 @@ class Limits:
     """The largest figure with which a model is still fit for each use.
 
     Attributes:
-        density: error of log p(x) of one sample, in nats. 0.1 nats changes an importance weight by 10 %.
-        sampling: rate of lost draws. One draw in a thousand spoils an average that few people would look at twice.
-        draw: a draw x = F^-1(z) is lost if F(x) is off from z by more than this, as the root mean square over the
-            latent's entries in units of the base's deviation, or if it is not finite.
-        reconstruction: error of one entry of a round trip x -> z -> x, relative to the deviation of its feature or to
-            its own size, whichever is larger. 1 % is what one sees in a plot.
-        gradient_angle: between the memory-saving gradient and the true one, in degrees. Minibatch noise turns a
-            gradient by far more than 1 degree.
+        density: error of log p(x) of one sample, in nats. 0.1 nats changes an importance weight by
+            10 %.
+        sampling: rate of lost draws. One draw in a thousand spoils an average that few people would
+            look at twice.
+        draw: a draw x = F^-1(z) is lost if F(x) is off from z by more than this, as the root mean
+            square over the latent's entries in units of the base's deviation, or if it is not
+            finite.
+        reconstruction: error of one entry of a round trip x -> z -> x, relative to the deviation of
+            its feature or to its own size, whichever is larger. 1 % is what one sees in a plot.
+        gradient_angle: between the memory-saving gradient and the true one, in degrees. Minibatch
+            noise turns a gradient by far more than 1 degree.
         gradient_length: relative error of the gradient's length.
         other_inputs: share of the families of other inputs that may fail. None may.
         marginal: a figure above this share of its limit is marginal, not stable.

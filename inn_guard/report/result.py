@@ -24,18 +24,23 @@ class AuditResult:
         name: the check, as in AUDITS ("reconstruction").
         verdict: on the check's own question.
         reason: one sentence with the figures that decided the verdict.
-        uses: use -> what this check found about it; empty for a check that explains but decides no use.
+        uses: use -> what this check found about it; empty for a check that explains but decides no
+            use.
         headline: names of the values that decided the verdict; the printed report shows these.
         values: named numbers; NaN and Inf stay as they are.
         units: unit of each value that has one ("nats", "degrees", "x eps").
         per_sample: named tensors (B,), on the CPU.
-        measured_mask: for quantities in per_sample that were taken from some samples only: which, (B,) bool; the
-            others' entries are NaN and no finding.
-        per_layer: one row per layer, first layer first; every row has the layer's ``index`` and ``name``.
-        tables: further named tables, each a tuple of rows (name -> number or text): one row per dtype, family, attack.
-        settings: everything needed to repeat the measurement: dtype, device, samples, limits, seeds.
+        measured_mask: for quantities in per_sample that were taken from some samples only: which,
+            (B,) bool; the others' entries are NaN and no finding.
+        per_layer: one row per layer, first layer first; every row has the layer's ``index`` and
+            ``name``.
+        tables: further named tables, each a tuple of rows (name -> number or text): one row per
+            dtype, family, attack.
+        settings: everything needed to repeat the measurement: dtype, device, samples, limits,
+            seeds.
         advice: what to do about it; empty if nothing is wrong.
-        images: named tensors worth seeing, (n, C, H, W), on the CPU: original, reconstruction, difference.
+        images: named tensors worth seeing, (n, C, H, W), on the CPU: original, reconstruction,
+            difference.
     """
 
     name: str

@@ -57,32 +57,35 @@ def dequantization_attack(
 ) -> AuditResult:
     """Largest |x' - F^-1(F(x'))|_2 found among the dequantized samples x' of every image, in units of x.
 
-    An image of integers n becomes a continuous sample by adding noise: every x' in the cube low + (high - low)
-    [n, n + 1) / 2^bits is a valid training sample. The cubes are searched for the points that come back worst; each is
-    checked to lie in its cube in the model's own dtype, and its round trip is run once more. Unstable: the largest
-    entry of the error over the sample's scale exceeds ``limits.reconstruction``, or is not finite. It explains; no use
-    depends on it.
+    An image of integers n becomes a continuous sample by adding noise: every x' in the cube low +
+    (high - low) [n, n + 1) / 2^bits is a valid training sample. The cubes are searched for the
+    points that come back worst; each is checked to lie in its cube in the model's own dtype, and
+    its round trip is run once more. Unstable: the largest entry of the error over the sample's
+    scale exceeds ``limits.reconstruction``, or is not finite. It explains; no use depends on it.
     Processes share the starts of ``Restarts``.
 
     Args:
-        context: a bijective model, and data (B, *data), dequantized or on the grid; the cube is that of the integers
-            they came from.
-        quantization: how integers became inputs. Default: 8 bits over the range that x seems to have.
-        strategy: how to search, and for how much. Default: ``SpectralAscent()``, or ``GradientFree()`` where the
-            derivative of the inverse is measured to be wrong. ``ProjectedGradient()`` is the paper's attack.
+        context: a bijective model, and data (B, *data), dequantized or on the grid; the cube is
+            that of the integers they came from.
+        quantization: how integers became inputs. Default: 8 bits over the range that x seems to
+            have.
+        strategy: how to search, and for how much. Default: ``SpectralAscent()``, or
+            ``GradientFree()`` where the derivative of the inverse is measured to be wrong.
+            ``ProjectedGradient()`` is the paper's attack.
         samples: how many of the finite samples are attacked, the first ones.
 
     Returns:
-        max_error, at the centres and at the worst points; the samples broken; per sample; the attack's curve (errors
-        against forward-equivalents); the worst points as images.
+        max_error, at the centres and at the worst points; the samples broken; per sample; the
+        attack's curve (errors against forward-equivalents); the worst points as images.
 
     Raises:
         NotApplicable: if the map is injective only, or its dtype has no number in some cube.
         ValueError: if x lies outside of the quantization's range.
 
     References:
-        Understanding and Mitigating Exploding Inverses in Invertible Neural Networks (Behrmann, Vicol, Wang, Grosse,
-        Jacobsen, 2021), appendix E. This differs from the paper in: the default strategy (see ``SpectralAscent``).
+        Understanding and Mitigating Exploding Inverses in Invertible Neural Networks (Behrmann,
+        Vicol, Wang, Grosse, Jacobsen, 2021), appendix E. This differs from the paper in: the
+        default strategy (see ``SpectralAscent``).
     """
     if not context.model.bijective:
         raise NotApplicable(

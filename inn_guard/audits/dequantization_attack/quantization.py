@@ -22,12 +22,13 @@ SLACK = 16.0  #: rounding units by which a value may lie below its grid line and
 class Quantization:
     """How integers 0 ... 2^bits - 1 became model inputs: low + (high - low) (n + u) / 2^bits, u uniform in [0, 1).
 
-    Any affine normalisation is of this form: x = (v - mean) / std with v in [0, 1] has low = -mean / std and
-    high = (1 - mean) / std, per channel if need be.
+    Any affine normalisation is of this form: x = (v - mean) / std with v in [0, 1] has low = -mean
+    / std and high = (1 - mean) / std, per channel if need be.
 
     Attributes:
         bits: of the integers.
-        low: what v = 0 becomes: one number, one per channel (dimension 1 of the batch), or a tensor like one sample.
+        low: what v = 0 becomes: one number, one per channel (dimension 1 of the batch), or a tensor
+            like one sample.
         high: what v = 1 becomes.
     """
 
@@ -85,7 +86,8 @@ class Cubes:
         lower, upper: smallest and largest number in it, (B, *data), of the dtype.
         centre: its middle, rounded.
         half: half its width.
-        span: high - low of the normalisation, broadcastable to x: what a step of 1 in [0, 1] is for the model.
+        span: high - low of the normalisation, broadcastable to x: what a step of 1 in [0, 1] is for
+            the model.
     """
 
     def __init__(self, lower: Tensor, upper: Tensor, span: Tensor, dtype: torch.dtype) -> None:

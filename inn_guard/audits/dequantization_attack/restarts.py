@@ -16,8 +16,8 @@ __all__ = ["Restarts"]
 class Restarts:
     """The same search several times, each with random numbers of its own; of every sample the worst point is kept.
 
-    No search knows of another one, so that processes which run the attack together each take some of them and find
-    what one process finds.
+    No search knows of another one, so that processes which run the attack together each take some
+    of them and find what one process finds.
 
     Attributes:
         count: how many.

@@ -76,8 +76,9 @@ class AttackResult:
 class Search:
     """The state of one attack on a batch.
 
-    Every point whose true error is measured is remembered if it is the worst of its sample. A sample for which
-    something that is not finite came back is broken: it is done, and later calls leave it out.
+    Every point whose true error is measured is remembered if it is the worst of its sample. A
+    sample for which something that is not finite came back is broken: it is done, and later calls
+    leave it out.
 
     Attributes:
         model: the map.
@@ -86,7 +87,8 @@ class Search:
         parallel: processes that may share independent searches.
         points: the worst point of every sample, (B, *data).
         error: its error |F^-1(F(x)) - x|, (B,) float64; inf where broken.
-        spent: forward-equivalents per sample: operations of all calls over those of one forward pass.
+        spent: forward-equivalents per sample: operations of all calls over those of one forward
+            pass.
         curve: (spent, error) after every call that improved some sample.
         price: forward-equivalents of a call of each kind, counted once.
     """
@@ -186,8 +188,8 @@ class Search:
     def implicit_gradient(self, x: Tensor) -> ErrorGradient:
         """The same without differentiating the inverse: (r - J(x)^T J(y)^-T r) / |r|, r = y - x, y = F^-1(F(x)).
 
-        J(y)^-T is taken from the linearisation at y: by the implicit function theorem the derivative of the inverse,
-        whatever iteration found y.
+        J(y)^-T is taken from the linearisation at y: by the implicit function theorem the
+        derivative of the inverse, whatever iteration found y.
         """
         pulled = self._pulled(
             "implicit gradient", x, lambda rows: self._by_implicit_function(rows, x[rows])

@@ -19,11 +19,12 @@ EVERY = 5  #: steps between two measurements of the true error
 class SpectralAscent(SignAscent):
     """Ascends sigma_max(J^-1) by the growth of one latent nudge w: |F^-1(F(x) + a w) - x| / a, jointly in x and w.
 
-    One backward pass gives both: its gradient with respect to the nudge is J^-T J^-1 w, the next step of a power
-    iteration, and its gradient with respect to x is that of the gain. The nudge is long enough to stand out above
-    rounding and short enough to stay within the cube's neighbourhood, and vanishes where the errors themselves are
-    that long; then this is the ascent on the error. Every fifth step the true error is measured. What is left of
-    the budget is drawn around the end, as in Ascent.
+    One backward pass gives both: its gradient with respect to the nudge is J^-T J^-1 w, the next
+    step of a power iteration, and its gradient with respect to x is that of the gain. The nudge is
+    long enough to stand out above rounding and short enough to stay within the cube's
+    neighbourhood, and vanishes where the errors themselves are that long; then this is the ascent
+    on the error. Every fifth step the true error is measured. What is left of the budget is drawn
+    around the end, as in Ascent.
 
     Attributes:
         reach: length of the nudge's image in units of |x|.

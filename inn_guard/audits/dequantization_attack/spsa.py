@@ -23,7 +23,8 @@ class GradientFree(SignAscent):
         spread: c, in half-widths.
 
     References:
-        Multivariate Stochastic Approximation Using a Simultaneous Perturbation Gradient Approximation (Spall, 1992).
+        Multivariate Stochastic Approximation Using a Simultaneous Perturbation Gradient
+        Approximation (Spall, 1992).
     """
 
     momentum: float | int = 0.95

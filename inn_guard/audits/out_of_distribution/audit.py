@@ -76,30 +76,33 @@ def out_of_distribution(
 ) -> AuditResult:
     """Round-trip errors, shares that are not finite, log-determinants and spectra off the data.
 
-    Inputs: ``others``; noise, constants, blurred, inverted and shuffled data within the range of x; the same data with
-    more contrast or scale, beyond it; the latents of x, and hot draws from the base. A family fails if some round trip
-    is off by more than ``limits.reconstruction`` of the input's root mean square, or not finite, or if the forward and
-    the inverse log-determinant leave more than 0.1 bits per dimension: then the change of variables means nothing
-    there. The verdict is that of ``others``, of what lies within the data's range, and of the latents of x; the rest is
-    reported. Draws from the base itself are the matter of ``sampling``. Whatever the model does on an input (raise,
-    loop, return NaN) is its answer.
+    Inputs: ``others``; noise, constants, blurred, inverted and shuffled data within the range of x;
+    the same data with more contrast or scale, beyond it; the latents of x, and hot draws from the
+    base. A family fails if some round trip is off by more than ``limits.reconstruction`` of the
+    input's root mean square, or not finite, or if the forward and the inverse log-determinant leave
+    more than 0.1 bits per dimension: then the change of variables means nothing there. The verdict
+    is that of ``others``, of what lies within the data's range, and of the latents of x; the rest
+    is reported. Draws from the base itself are the matter of ``sampling``. Whatever the model does
+    on an input (raise, loop, return NaN) is its answer.
 
-    The radius search goes from the batch's mean along random directions, in units of the data's distance from it,
-    to the first radius where an inverse or a likelihood fails.
+    The radius search goes from the batch's mean along random directions, in units of the data's
+    distance from it, to the first radius where an inverse or a likelihood fails.
 
     Args:
-        context: model and data. For a map that is injective only, z -> x -> z is measured from the latents of each
-            family.
-        others: further inputs by name, shaped like x, with contexts of their own if the model has any left out.
+        context: model and data. For a map that is injective only, z -> x -> z is measured from the
+            latents of each family.
+        others: further inputs by name, shaped like x, with contexts of their own if the model has
+            any left out.
         samples: of x and of each of ``others``, how many finite ones, the first ones.
 
     Returns:
-        one row per family in the table ``families``; at level full with the extreme singular values of 4 samples;
-        invertible_radius and likelihood_radius, inf if nothing failed up to the largest tried.
+        one row per family in the table ``families``; at level full with the extreme singular values
+        of 4 samples; invertible_radius and likelihood_radius, inf if nothing failed up to the
+        largest tried.
 
     References:
-        Understanding and Mitigating Exploding Inverses in Invertible Neural Networks (Behrmann, Vicol, Wang, Grosse,
-        Jacobsen, 2021), section 4.1 and appendix D.
+        Understanding and Mitigating Exploding Inverses in Invertible Neural Networks (Behrmann,
+        Vicol, Wang, Grosse, Jacobsen, 2021), section 4.1 and appendix D.
     """
     size = 8 * context.x[0].numel()
     model, x = context.model, context.x

@@ -20,8 +20,10 @@ class Radii:
     """Where something first fails along each direction, in units of the data's radius.
 
     Attributes:
-        holds: the largest radius up to which it was seen to hold, (n,) float64; 0 if it failed everywhere.
-        fails: the smallest radius at which it was seen to fail, (n,); inf where it held up to ``limit``.
+        holds: the largest radius up to which it was seen to hold, (n,) float64; 0 if it failed
+            everywhere.
+        fails: the smallest radius at which it was seen to fail, (n,); inf where it held up to
+            ``limit``.
         limit: the largest radius tried.
     """
 

@@ -69,37 +69,40 @@ def precision(
 ) -> AuditResult:
     """Relative error |F^-1(F(x)) - x| / |x| of the round trip in each number format, forecast and measured.
 
-    |x| is the sample's own length, at least the median one of the batch: a sample that is nearly zero is held to the
-    size of its neighbours (`data_scale`).
+    |x| is the sample's own length, at least the median one of the batch: a sample that is nearly
+    zero is held to the size of its neighbours (`data_scale`).
 
-    The forecast says works if its 95 % quantile over the samples is below usable / 5, breaks if it exceeds |x| or a
-    state leaves the range of the dtype, uncertain in between. For all dtypes together it costs one forward pass and
-    ``probes`` sweeps, each about one inverse pass, in a float64 copy (more where there is no such copy or its inverse
-    does not come back: then the sweeps are products with derivatives). Under autocast a state is rounded to the dtype
-    of the layer that made it, but a coarser rounding inside a sub-network may come out otherwise in the inverse, whose
-    input differs in the last bits: works is said only if every layer could round to the coarse dtype, breaks only if
-    the finer roundings do it alone; the larger forecast is printed. The measurement runs the model; a
-    round trip that takes longer than 50 times the model's own, and 10 s, is given up and counts as broken: an adaptive
-    solver may never reach its tolerance in a coarse dtype. Data that a dtype cannot hold to ``usable`` count as an
-    error of the size of what is lost. The verdict is that of the model's own dtype.
+    The forecast says works if its 95 % quantile over the samples is below usable / 5, breaks if it
+    exceeds |x| or a state leaves the range of the dtype, uncertain in between. For all dtypes
+    together it costs one forward pass and ``probes`` sweeps, each about one inverse pass, in a
+    float64 copy (more where there is no such copy or its inverse does not come back: then the
+    sweeps are products with derivatives). Under autocast a state is rounded to the dtype of the
+    layer that made it, but a coarser rounding inside a sub-network may come out otherwise in the
+    inverse, whose input differs in the last bits: works is said only if every layer could round to
+    the coarse dtype, breaks only if the finer roundings do it alone; the larger forecast is
+    printed. The measurement runs the model; a round trip that takes longer than 50 times the
+    model's own, and 10 s, is given up and counts as broken: an adaptive solver may never reach its
+    tolerance in a coarse dtype. Data that a dtype cannot hold to ``usable`` count as an error of
+    the size of what is lost. The verdict is that of the model's own dtype.
 
-    The round trip of a map that is injective only is a projection: it starts from F^-1(F(x)), which lies on the
-    manifold, and there is no forecast. Samples with NaN or Inf are left out.
+    The round trip of a map that is injective only is a projection: it starts from F^-1(F(x)), which
+    lies on the manifold, and there is no forecast. Samples with NaN or Inf are left out.
 
-    In each format the figures of the uses are measured, too: the error of log p(x) against the float64 copy, of round
-    trips by feature, and the lost of 256 draws from the base. ``settings["lowest"]`` names the coarsest format that
-    passes each use.
+    In each format the figures of the uses are measured, too: the error of log p(x) against the
+    float64 copy, of round trips by feature, and the lost of 256 draws from the base.
+    ``settings["lowest"]`` names the coarsest format that passes each use.
 
     Args:
         context: model and data.
         candidates: what to try, at least one. Default: ``number_formats(x.device)``.
-        usable: error in units of |x| up to which an inverse is usable. Default: ``limits.reconstruction``, at least
-            what the coarsest dtype of the format can hold, which is 6 per cent for bfloat16.
+        usable: error in units of |x| up to which an inverse is usable. Default:
+            ``limits.reconstruction``, at least what the coarsest dtype of the format can hold,
+            which is 6 per cent for bfloat16.
         probes: sweeps of the forecast. Default: 1 for 128 samples or more, 2 for fewer.
 
     Returns:
-        AuditResult with the table ``number format``, one row each, and per_sample errors of the format judged: the
-        model's own dtype, or the first candidate if it is not among them.
+        AuditResult with the table ``number format``, one row each, and per_sample errors of the
+        format judged: the model's own dtype, or the first candidate if it is not among them.
 
     Raises:
         ValueError: if there is no candidate, or ``usable`` or ``probes`` is not positive.
@@ -249,8 +252,8 @@ def _relative(
 ) -> _Measured:
     """Measured |F^-1(F(x)) - x| / |x| per sample, and what came instead, '' if the model ran.
 
-    It may have refused (no such operation in this dtype: nan), raised (its own check of its numbers failed: inf) or not
-    returned (a solver that cannot reach its tolerance in this dtype: inf).
+    It may have refused (no such operation in this dtype: nan), raised (its own check of its numbers
+    failed: inf) or not returned (a solver that cannot reach its tolerance in this dtype: inf).
     """
     cast = x.to(number_format.storage)
     lost = _ratio(cast.double() - x.double(), x).cpu()

@@ -95,7 +95,8 @@ def lowest_by_use(context: AuditContext, table: Sequence[Mapping[str, Any]]) -> 
 
     Args:
         context: for its limits.
-        table: one row per number format, with the figures of `figures_by_use` and its unit roundoff.
+        table: one row per number format, with the figures of `figures_by_use` and its unit
+            roundoff.
     """
     limits = context.limits
     allowed = {

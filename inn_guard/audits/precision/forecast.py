@@ -25,7 +25,8 @@ __all__ = ["NUMERIC", "DtypeCopies", "RoundingForecaster", "batch_length"]
 
 HALF = (torch.bfloat16, torch.float16)
 
-#: what numbers that left their range make a model raise; anything else is an operation that the dtype does not have
+#: what numbers that left their range make a model raise; anything else is an operation that the
+#: dtype does not have
 NUMERIC = (ValueError, AssertionError, ArithmeticError, torch.linalg.LinAlgError)
 
 
@@ -83,8 +84,8 @@ class RoundingForecaster:
     def relative(self, number_format: NumberFormat) -> tuple[Tensor, Tensor] | None:
         """Forecast error in units of |x|, least and most, (B,) each, inf where a state overflows; None without one.
 
-        Where a state is so small that the dtype resolves it worse than its roundoff says, or the forecast itself is
-        not finite although the states are, anything is possible: 0 and inf.
+        Where a state is so small that the dtype resolves it worse than its roundoff says, or the
+        forecast itself is not finite although the states are, anything is possible: 0 and inf.
         """
         if self._linearized is None or self._plain is None:
             return None

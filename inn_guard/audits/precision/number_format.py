@@ -58,7 +58,8 @@ def tf32(number_format: NumberFormat) -> Iterator[None]:
 
 def autocast(device: str, number_format: NumberFormat) -> Any:
     """Autocast inside the block if the format wants it."""
-    # no cache: weights cast without a graph, kept in it, would lose their gradients in a training step around this
+    # no cache: weights cast without a graph, kept in it, would lose their gradients in a training
+    # step around this
     if number_format.autocast is None:
         return nullcontext()
     return torch.autocast(device, dtype=number_format.autocast, cache_enabled=False)

@@ -20,7 +20,8 @@ def history(
 ) -> Drawing:
     """The values against the step, those of audits with findings marked, logarithmic where the numbers ask for it.
 
-    Steps whose value is NaN or Inf, or has no place on a logarithmic axis, are drawn as lines over the whole height.
+    Steps whose value is NaN or Inf, or has no place on a logarithmic axis, are drawn as lines over
+    the whole height.
 
     Args:
         name: the quantity.

@@ -19,13 +19,15 @@ def histogram(
 ) -> Drawing:
     """A histogram of one number per sample, logarithmic where the numbers ask for it.
 
-    Numbers that have no place on the axis (NaN, Inf, and zeros on a logarithmic one) are counted in the caption.
+    Numbers that have no place on the axis (NaN, Inf, and zeros on a logarithmic one) are counted in
+    the caption.
 
     Args:
         name: the quantity, as in `AuditResult.per_sample`.
         values: one number per sample, shape (B,).
         unit: of the numbers.
-        measured_mask: the samples that have a number, (B,) bool; None: all. The others are counted as not examined.
+        measured_mask: the samples that have a number, (B,) bool; None: all. The others are counted
+            as not examined.
     """
     numbers = to_numpy(values if measured_mask is None else values[measured_mask]).ravel()
     scale = scale_for(numbers)

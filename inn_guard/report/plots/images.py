@@ -29,11 +29,13 @@ _NON_FINITE = (
 def pictures(images: Mapping[str, Tensor]) -> Drawing:
     """One row of images per entry, all but differences on the grey or colour scale of the first entry.
 
-    A name that contains "difference" is drawn red where positive and blue where negative. Pixels that are not finite
-    are drawn in magenta, and the caption counts them; it also says where values were cut at the ends of the scale.
+    A name that contains "difference" is drawn red where positive and blue where negative. Pixels
+    that are not finite are drawn in magenta, and the caption counts them; it also says where values
+    were cut at the ends of the scale.
 
     Args:
-        images: names to tensors (n, C, H, W); of other than 1 or 3 channels the first 3 or 1 are shown.
+        images: names to tensors (n, C, H, W); of other than 1 or 3 channels the first 3 or 1 are
+            shown.
     """
     arrays = {name: to_numpy(tensor) for name, tensor in images.items()}
     reference = next(

@@ -35,8 +35,8 @@ __all__ = [
     "svg",
 ]
 
-# Okabe and Ito's palette, safe for colour-blind readers. A page replaces each by the CSS variable named here, so that
-# the same figure is readable on a dark screen and on paper.
+# Okabe and Ito's palette, safe for colour-blind readers. A page replaces each by the CSS variable
+# named here, so that the same figure is readable on a dark screen and on paper.
 HIGH, LOW, BAD = "#d55e00", "#0072b2", "#a02c6f"
 INK, MUTED, GRID = "#1b1f24", "#5b6470", "#d9dde3"
 _VARIABLES = {
@@ -84,7 +84,8 @@ def axes(width: float = 5.2, height: float = 2.9) -> tuple[Figure, Axes]:
 def decades(axis: Axis) -> None:
     """Label an axis, already drawn on, that shows log10 of the values by the values themselves: 10⁻³, 1, 10³.
 
-    Drawing the logarithm on a linear axis reaches where a float64, and matplotlib's own logarithmic axis, cannot.
+    Drawing the logarithm on a linear axis reaches where a float64, and matplotlib's own logarithmic
+    axis, cannot.
     """
     low, high = axis.get_view_interval()
     axis.set_major_locator(FixedLocator(_powers(low, high)))
