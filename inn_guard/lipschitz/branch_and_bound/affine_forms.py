@@ -1,10 +1,10 @@
-"""Affine forms: numbers known up to linear terms in a box's coordinates, and a rest rounded upwards.
+"""Affine forms: numbers known up to linear terms in a box's coordinates and a rounded-up rest.
 
-q = middle + sum_i slopes_i e_i + rho with |e_i| <= 1 and |rho| <= rest. All forms of a box share the
-e_i: first-order terms cancel, so that an enclosure errs by the square of the box's width.
+q = middle + sum_i slopes_i e_i + rho with |e_i| <= 1 and |rho| <= rest. All forms of a box share
+the e_i: first-order terms cancel, so that an enclosure errs by the square of the box's width.
 
-Rounding: an operation's exact middle and slopes differ from the computed ones by at most a few units
-in the last place of the products of the operands' sizes. The rest includes this difference.
+Rounding: an operation's exact middle and slopes differ from the computed ones by at most a few
+units in the last place of the products of the operands' sizes. The rest includes this difference.
 
 References:
     Affine Arithmetic: Concepts and Applications (de Figueiredo, Stolfi, 2004).
@@ -39,7 +39,7 @@ class AffineForm:
 
     Attributes:
         middle: (*shape).
-        slopes: by coordinate of the box, (m, *shape); each is the change from the box's middle to its side.
+        slopes: the change from the box's middle to its side, by coordinate, (m, *shape).
         rest: (*shape), not negative; infinite or NaN where nothing is known.
     """
 
@@ -96,14 +96,15 @@ class AffineForm:
         )
 
     def map(self, function: Callable[[Tensor], Tensor]) -> AffineForm:
-        """A map that moves entries (index, reshape, expand), applied to every coordinate's slopes."""
+        """A map that moves entries (index, reshape, expand)."""
         slopes = torch.stack([function(slope) for slope in self.slopes])
         return AffineForm(function(self.middle), slopes, function(self.rest))
 
     def __getitem__(self, index: Any) -> AffineForm:
         if not isinstance(index, tuple):
             index = (index,)
-        return AffineForm(self.middle[index], self.slopes[(slice(None), *index)], self.rest[index])
+        every_slope = (slice(None), *index)
+        return AffineForm(self.middle[index], self.slopes[every_slope], self.rest[index])
 
     def replaced(self, index: Tensor, part: AffineForm, dim: int = 1) -> AffineForm:
         """Other entries at some places of a dimension."""
@@ -131,18 +132,20 @@ class AffineForm:
 
     def __mul__(self, other: AffineForm | Tensor | float) -> AffineForm:
         if not isinstance(other, AffineForm):
-            rest = (self.rest + ROUNDED * self.size) * abs(other) + TINY
+            size: Any = abs(other)
+            rest = (self.rest + ROUNDED * self.size) * size + TINY
             return AffineForm(self.middle * other, self.slopes * other, rest * UPWARDS)
         self._comparable(other)
         a, b = self, other
         slopes = torch.addcmul(b.middle * a.slopes, a.middle, b.slopes)
-        # |xy - (the linear part)| with x = a + la + ra, y = b + lb + rb: la lb + (|a| + |la|) rb + ra (|b| + |lb| + rb)
+        # x = a + la + ra, y = b + lb + rb: xy less its linear part is at most
+        # la lb + (|a| + |la|) rb + ra (|b| + |lb| + rb)
         rest = torch.addcmul(a.linear * b.linear, a.size, b.rest).addcmul(a.rest, b.size)
         rest = rest.addcmul(a.size, b.size, value=ROUNDED) + TINY
         return AffineForm(a.middle * b.middle, slopes, rest * UPWARDS)
 
     def _comparable(self, other: AffineForm) -> None:
-        # the first dimension of the slopes is that of the coordinates: broadcasting would mistake it
+        # the slopes' first dimension is that of the coordinates: broadcasting would mistake it
         if self.slopes.dim() != other.slopes.dim():
             raise ValueError(
                 "expected two forms with as many dimensions, "

@@ -1,4 +1,4 @@
-"""Couplings on small boxes, in affine forms: to first order where the transformer's curvature is known.
+"""Couplings on small boxes, in affine forms: to first order where h'' is known.
 
 z = h(x; theta(u)) with dz/du = sum_k diag(dh/dtheta_k) dtheta_k/du.
 """
@@ -25,7 +25,9 @@ __all__ = ["ByParameters", "CoupledEntries", "CouplingOnBoxes", "evaluated", "lo
 
 
 class CoupledEntries(NamedTuple):
-    """z = h(x; theta(u)) over boxes of the kept u (B, k) and the changed x (B, e), in coordinates of u, then of x.
+    """z = h(x; theta(u)) over boxes of the kept u (B, k) and of the changed x (B, e).
+
+    The coordinates of the forms are those of u, then those of x.
 
     Attributes:
         value: z, (B, e).
@@ -42,7 +44,7 @@ class CoupledEntries(NamedTuple):
     log_partials: AffineForm
 
 
-#: a coupling: boxes of its kept entries (B, k) and of its changed ones (B, e) -> what happens to these
+#: a coupling: boxes of kept entries (B, k), of changed entries (B, e) -> images of the latter
 CouplingOnBoxes = Callable[[Interval, Interval], CoupledEntries]
 
 

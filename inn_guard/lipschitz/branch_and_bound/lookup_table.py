@@ -1,4 +1,4 @@
-"""Tables of a scalar function's values, derivatives and second derivatives, looked up for affine forms."""
+"""Tables of a scalar function's values and derivatives, looked up for affine forms."""
 
 from __future__ import annotations
 
@@ -34,9 +34,9 @@ class Table:
     """A function of one input, evaluated once on the cells of a grid.
 
     With the middle m of the cell that holds the box's middle, and q'' = b +- r over all the cells
-    that the box touches, q(u) = q(m) + q'(m) (u - m) + b (u - m)^2 / 2 and q'(u) = q'(m) + b (u - m),
-    up to r |u - m|^2 / 2 and r |u - m|. Where q' jumps, as with ReLU, q' = b +- r over the cells, and
-    q(u) = q(m) + b (u - m) up to r |u - m|.
+    that the box touches, q(u) = q(m) + q'(m) (u - m) + b (u - m)^2 / 2 up to r |u - m|^2 / 2 and
+    q'(u) = q'(m) + b (u - m) up to r |u - m|. Where q' jumps, as with ReLU, q' = b +- r over the
+    cells, and q(u) = q(m) + b (u - m) up to r |u - m|.
 
     Args:
         jet: the function over boxes (B, 1).
@@ -129,7 +129,7 @@ def _over_cells(
 
 
 def _windows(cells: Interval) -> tuple[Interval, Tensor]:
-    """Hulls of every cell with the next 0, 1, 2, 4, ... cells, one after the other, and those numbers."""
+    """Hulls of every cell with the next 0, 1, 2, 4, ... cells, concatenated, and those numbers."""
     count, index = len(cells.lo), torch.arange(len(cells.lo))
     windows, lengths, length = [cells], [0], 1
     while 4 * length <= count:

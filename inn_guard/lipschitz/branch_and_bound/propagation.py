@@ -21,7 +21,6 @@ from inn_guard.lipschitz.branch_and_bound.lookup_table import Table
 from inn_guard.lipschitz.branch_and_bound.splines import SplineKnots, SplineOnBoxes
 from inn_guard.lipschitz.branch_and_bound.taylor import NetworkOnBoxes
 from inn_guard.lipschitz.maps.base import BoundedMap
-from inn_guard.lipschitz.maps.composition import Composition
 from inn_guard.lipschitz.maps.coupling import Coupling
 from inn_guard.lipschitz.maps.elementary import (
     Diagonal,
@@ -102,12 +101,6 @@ def step_of_shape_dependent(bounded: ShapeDependent, domain: Interval) -> Step:
 
 
 @step_of.register
-def step_of_composition(bounded: Composition, domain: Interval) -> Step:
-    """None: every part needs the domain that the parts before it leave."""
-    raise Unbounded("a composition is flattened before its steps are made")
-
-
-@step_of.register
 def step_of_rearrangement(bounded: Rearrangement, domain: Interval) -> Step:
     """Rows of J and columns of K in another order."""
     order = bounded.order(domain)
@@ -170,7 +163,7 @@ def step_of_linear(bounded: LinearMap, domain: Interval) -> Step:
 
 @step_of.register
 def step_of_coupling(bounded: Coupling, domain: Interval) -> Step:
-    """[[I, 0], [M, D]] J and K [[I, 0], [-D^-1 M, D^-1]], in the coordinates of the layer's own box."""
+    """[[I, 0], [M, D]] J and K [[I, 0], [-D^-1 M, D^-1]]."""
     K_matrix, S = bounded.split.matrices()
     keep, change = K_matrix.any(0).nonzero().flatten(), S.any(0).nonzero().flatten()
     order, count = torch.cat([keep, change]), len(keep)

@@ -1,9 +1,9 @@
 """Branch and bound on boxes of a few dimensions with Jacobians as affine forms, rounded outwards.
 
-Every box carries its image and J, or J^-1, through all layers: linear in the box's coordinates up to
-a rest of second order in its width. The norm of such a matrix is at most its norm at the worst corner
-plus that of its rest. The boxes with the largest bounds are split until the bound meets the witnessed
-lower bound.
+Every box carries its image and J, or J^-1, through all layers: linear in the box's coordinates up
+to a rest of second order in its width. The norm of such a matrix is at most its norm at the worst
+corner plus that of its rest. The boxes with the largest bounds are split until the bound meets the
+witnessed lower bound.
 """
 
 from __future__ import annotations
@@ -110,7 +110,7 @@ def form_norm(J: AffineForm) -> Tensor:
 
 
 def matrix_norms(A: Tensor) -> Tensor:
-    """An upper bound of the spectral norms of matrices (B, m, n) of up to a few dozen rows, (B,)."""
+    """Upper bounds of the spectral norms of matrices (B, m, n) of up to a few dozen rows, (B,)."""
     scale = A.abs().amax((1, 2)).clamp(1e-300, 1e300)
     A = A / scale[:, None, None]
     if A.shape[1:] != (2, 2):
@@ -152,8 +152,12 @@ class _Direction:
         """Upper bounds, per box, (B,)."""
         start = State.of(Interval(lo, hi))
         if self.of_inverse:
-            return form_norm(self._after(State(start.x, None, start.K)).K)
-        return form_norm(self._after(State(start.x, start.J, None)).J)
+            jacobian = self._after(State(start.x, None, start.K)).K
+        else:
+            jacobian = self._after(State(start.x, start.J, None)).J
+        if jacobian is None:
+            return torch.full((len(lo),), math.inf, dtype=torch.float64)
+        return form_norm(jacobian)
 
     def lower_bound(self, points: Tensor) -> float:
         """The lower bound after a measurement at some points."""

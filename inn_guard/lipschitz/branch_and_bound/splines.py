@@ -1,12 +1,14 @@
-"""Rational-quadratic spline couplings of one kept entry on small boxes: knots by a table, the spline in affine forms.
+"""Rational-quadratic spline couplings of one kept entry on small boxes.
+
+The knots come from a table, and the spline is evaluated in affine forms.
 
 With the knots q = (x_k, y_k, w_k, h_k, d_k, d_{k+1}) as functions of the kept entry u,
 
-    df/du = y' + alpha h' + h (alpha_s s' + alpha_d0 d0' + alpha_d1 d1') - f_x (x_k' + xi w'),   s = h / w
+    df/du = y' + alpha h' + h (alpha_s s' + alpha_d0 d0' + alpha_d1 d1') - f_x (x_k' + xi w')
 
-has six terms, where the sum over the network's raw outputs has one for every parameter and loses what
-cancels in the softmax. A box that touches several bins takes the hull of what each bin's formula,
-continued beyond the bin, gives.
+with s = h / w has six terms, where the sum over the network's raw outputs has one for every
+parameter and loses what cancels in the softmax. A box that touches several bins takes the hull of
+what each bin's formula, continued beyond the bin, gives.
 """
 
 from __future__ import annotations
@@ -56,7 +58,7 @@ class _Curve:
 
 
 class SplineKnots:
-    """A spline's knots as functions of the network's one input: x, y, w, h, d_k and d_{k+1} of every bin.
+    """A spline's knots as functions of the network's input: x, y, w, h, d_k and d_{k+1} by bin.
 
     Args:
         network: gives the raw parameters.
@@ -145,9 +147,9 @@ def _softmax(u: list[_Curve]) -> tuple[list[_Curve], list[_Curve]]:
         each.append(_Curve(p, first, first * a + p * (part.second - mean_rate)))
     zero = softmax.before[0] * 0.0
     before = [_Curve(softmax.before[0], zero, zero)]
-    for total, p in zip(softmax.before[1:], each, strict=True):
+    for total, share in zip(softmax.before[1:], each, strict=True):
         last = before[-1]
-        before.append(_Curve(total, last.first + p.first, last.second + p.second))
+        before.append(_Curve(total, last.first + share.first, last.second + share.second))
     # all shares together are one
     before[-1] = _Curve(softmax.before[-1], zero, zero)
     return each, before
@@ -164,8 +166,9 @@ def _sum(parts: list[Interval]) -> Interval:
 
 
 class _Bin:
-    """The spline in one bin at xi = (x - x_k) / w, knots and their derivatives in u being rows of forms (6, B).
+    """The spline in one bin at xi = (x - x_k) / w.
 
+    Knots and their derivatives in u are rows of forms (6, B).
     f = y + h alpha, alpha = (s xi^2 + d0 xi eta) / D, D = s + (d0 + d1 - 2 s) xi eta, eta = 1 - xi.
     """
 
@@ -243,7 +246,7 @@ class SplineOnBoxes:
         )
 
     def _at(self, u: AffineForm, x: AffineForm, first: Tensor) -> AffineForm:
-        """Rows (5, B), for the bin of the middle and for those that the box touches to its left and right."""
+        """Rows (5, B), for the bin of the middle and for those that the box touches next to it."""
         start = self._bin(u.middle, x.middle, first)
         found, xi = self._in_bin(u, x, first + start)
         for step, beyond in ((-1, _left_of), (1, _right_of)):
@@ -296,7 +299,7 @@ def _right_of(xi: Interval) -> tuple[Tensor, Tensor]:
 
 
 def _joined(whole: AffineForm, rows: Tensor, part: AffineForm, *, only: Tensor) -> AffineForm:
-    """Hulls of some rows with another part; the part itself where the box is nowhere else so far."""
+    """Hulls of some rows with another part; the part itself where the box is only in there."""
     both = whole[:, rows].hull(part)
     return whole.replaced(rows, part.where(only, both))
 

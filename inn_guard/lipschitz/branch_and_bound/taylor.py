@@ -1,4 +1,7 @@
-"""Enclosures of a network's values and derivatives on many small boxes, with second derivatives for scalar inputs."""
+"""Enclosures of a network's values and derivatives on many small boxes.
+
+For scalar inputs there are second derivatives too.
+"""
 
 from __future__ import annotations
 
@@ -56,7 +59,7 @@ def _if_known(
 
 
 class JetInterpreter:
-    """A network on boxes: every value by the mean-value form too, every scalar derivative by Taylor's.
+    """A network on boxes: values by the mean-value form too, scalar derivatives by Taylor's.
 
     Args:
         radius: r of the boxes, (B, k).

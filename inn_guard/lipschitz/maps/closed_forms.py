@@ -95,10 +95,13 @@ def affine_coupling(off_diagonal: Pair, scale: Pair, *, paper: bool = False) -> 
     1.618034
     """
     if paper:
-        forward = Upper(max(1.0, scale.forward)) + off_diagonal.forward
-        return Pair(forward, Upper(max(1.0, scale.inverse)) + off_diagonal.inverse)
-    forward = triangular_norm(off_diagonal.forward, scale.forward)
-    return Pair(forward, triangular_norm(off_diagonal.inverse, scale.inverse))
+        larger = scale.at_least(1.0)
+        forward = Upper(larger.forward) + off_diagonal.forward
+        return Pair(forward, Upper(larger.inverse) + off_diagonal.inverse)
+    return Pair(
+        triangular_norm(off_diagonal.forward, scale.forward),
+        triangular_norm(off_diagonal.inverse, scale.inverse),
+    )
 
 
 def invertible_residual(

@@ -35,7 +35,7 @@ class Composition(BoundedMap):
         forward, inverse = Upper(1.0), Upper(1.0)
         is_global, reason, proofs = True, "", {}
         for k, part in enumerate(self.parts):
-            own = part.bounds(box, effort.within(1 / (len(self.parts) - k)))
+            own = part.bounds(box, effort.fraction(1 / (len(self.parts) - k)))
             forward, inverse = forward * own.forward, inverse * own.inverse
             is_global, reason = is_global and own.is_global, reason or own.reason
             for name, proof in own.proofs.items():

@@ -120,7 +120,7 @@ class ByChannel:
 
 @dataclass(frozen=True)
 class ByMask:
-    """Entries where ``mask`` (the shape of a sample) is true are kept; both parts have that shape."""
+    """Entries where ``mask`` (of a sample's shape) is true are kept; both parts have that shape."""
 
     mask: Tensor
 
@@ -264,7 +264,7 @@ class Coupling(BoundedMap):
         return self._assembled(builder, x, d.network, d.slope, at_centre)
 
     def comparison_matrices(self, box: Interval, bounds: BlockBounds) -> tuple[Tensor, Tensor]:
-        """[[I, 0], [M, D]] and [[I, 0], [-D^-1 M, D^-1]]; blocks of M are bounded by proofs of M too."""
+        """[[I, 0], [M, D]] and [[I, 0], [-D^-1 M, D^-1]], with the proofs' bounds of M."""
         d = self.derivatives(box)
         entries = d.network.entries()
         forward = self._comparison(d.slope, d.sensitivities, entries, bounds.proofs.get("M"))
@@ -365,7 +365,7 @@ class Coupling(BoundedMap):
             if d.is_additive:
                 proof = bound_chain(forward, effort)
                 return {"M": proof, "M*": proof}
-            first = bound_chain(forward, effort.within(0.5))
+            first = bound_chain(forward, effort.fraction(0.5))
             return {"M": first, "M*": bound_chain(inverse, effort)}
         except Unbounded:
             return {}
@@ -412,12 +412,12 @@ class Coupling(BoundedMap):
 
 
 def blocked_rows(entries: int, parameters: int) -> Sequence[Tensor]:
-    """Channels of parameter p of entry i if the network gives all p = 0 first: p * entries + i."""
+    """Channels of parameter p of entry i where parameters are outermost: p * entries + i."""
     return torch.arange(parameters * entries).split(entries)
 
 
 def interleaved_rows(entries: int, parameters: int) -> Sequence[Tensor]:
-    """Channels of parameter p of entry i if the network gives all i = 0 first: i * parameters + p."""
+    """Channels of parameter p of entry i where entries are outermost: i * parameters + p."""
     return [torch.arange(entries) * parameters + p for p in range(parameters)]
 
 

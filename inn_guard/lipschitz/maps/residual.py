@@ -34,7 +34,7 @@ class Residual(BoundedMap):
         """1 / (1 - L) for the inverse; for the forward map the recursion on x + g(x), or 1 + L."""
         try:
             L = subnetwork_lipschitz(
-                self.network, box, effort=effort.within(0.5), context=self.context
+                self.network, box, effort=effort.fraction(0.5), context=self.context
             )
         except Unbounded as error:
             return BlockBounds.none(str(error))

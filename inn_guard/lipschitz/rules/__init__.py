@@ -17,7 +17,7 @@ its first annotation. Beneath a class of one's own it can stand anywhere:
     >>> @bounded_map.register
     ... def bound_doubling(block: Doubling, layer: ig.Invertible) -> BoundedMap:
     ...     return Diagonal(scale=torch.tensor(2.0), shift=torch.tensor(0.0))
-    >>> bounds = ig.lipschitz_bounds(Doubling(), ig.Box(torch.zeros(3), torch.ones(3)), seconds=0)
+    >>> bounds = ig.lipschitz_bounds(Doubling(), ig.Box(torch.zeros(3), torch.ones(3)), seconds=1.0)
     >>> round(bounds.forward, 6), round(bounds.inverse, 6)
     (2.0, 0.5)
 
@@ -45,7 +45,7 @@ LIBRARIES = {
 
 
 def load() -> None:
-    """Register the rules of this package's layers, its models, and every library imported so far."""
+    """Register the rules of inn_guard's layers and models and of every library imported so far."""
     names = ["layers", "models"]
     for library, rules in LIBRARIES.items():
         if library in sys.modules:

@@ -1,4 +1,4 @@
-"""What several libraries' rules share: networks joined into one, splines in the layout of nflows."""
+"""What the rules of several libraries share: joined networks, splines in the layout of nflows."""
 
 from __future__ import annotations
 

@@ -79,7 +79,7 @@ def _autoregressive(block: Any, layer: Any, transformer: Transformer) -> Bounded
 
 
 def _temperature_of_vectors(network: Any) -> float:
-    """nflows divides the parameters of quadratic splines only if a network on vectors gives them."""
+    """The divisor of a quadratic spline's parameters: 1 unless a network on vectors gives them."""
     return math.sqrt(getattr(network, "hidden_features", 1))
 
 

@@ -77,7 +77,8 @@ def bound_masked_affine(block: nf.MaskedAffineFlow, layer: Any) -> BoundedMap:
         return NoRule(
             "a masked affine flow whose mask is not of zeros and ones, or without a translation"
         )
-    network, transformer = parts["t"], ShiftedBack()
+    network = parts["t"]
+    transformer: Transformer = ShiftedBack()
     if "s" in parts:
         network = SideBySide(parts["t"], parts["s"])
         transformer = ShiftedBackThenScaled(ExpScale(falling=True))

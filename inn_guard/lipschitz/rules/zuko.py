@@ -65,7 +65,7 @@ def _coupling(block: Any, layer: Any, split: ByChannel) -> BoundedMap:
 
 
 def _transformer(block: Any) -> Transformer | None:
-    """The transformer of an additive, affine or spline map, a class or a partial of it; else None."""
+    """The transformer of an additive, affine or spline class, or of a partial of it; else None."""
     univariate: Any = block.univariate
     options: dict[str, Any] = {}
     if isinstance(univariate, functools.partial) and not univariate.args:

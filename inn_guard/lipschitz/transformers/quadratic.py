@@ -182,7 +182,7 @@ class _Bin:
         return heights, widths
 
     def _by_height(self, j: int) -> Interval:
-        """A d(G / A)/de_j = G_j - (G / A) A_j, G_j the integral to u of the hat at knot j, A_j all."""
+        """A d(G / A)/de_j = G_j - (G / A) A_j, A_j the area of the hat at knot j, G_j that to u."""
         d, k = self.density, self.k
         whole = _weights(d.w)[j]
         zero = Interval.of(torch.zeros_like(self.xi.lo))

@@ -1,4 +1,4 @@
-"""Affine forms: thousands of sampled members inside every result, exact rationals inside every rounded one."""
+"""Affine forms: sampled members inside every result, exact rationals inside every rounded one."""
 
 from __future__ import annotations
 

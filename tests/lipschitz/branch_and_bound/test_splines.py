@@ -1,4 +1,4 @@
-"""Splines of one kept entry on small boxes: thousands of sampled values and derivatives inside their enclosures."""
+"""Splines of one kept entry on small boxes: sampled values and derivatives inside enclosures."""
 
 from __future__ import annotations
 

@@ -89,8 +89,11 @@ LOCAL = {
 }
 
 FRAGILE = {
-    "linear spline", "affine autoregressive", "quadratic autoregressive", "rational quadratic autoregressive",
-}  # fmt: skip
+    "linear spline",
+    "affine autoregressive",
+    "quadratic autoregressive",
+    "rational quadratic autoregressive",
+}
 
 
 def shaken(transform: torch.nn.Module, std: float) -> torch.nn.Module:
@@ -108,7 +111,8 @@ def test_vectors_on_boxes(name):
         layer = ig.wrap(shaken(LOCAL[name](), 0.1 + 0.2 * trial))
         size = 1.5 if trial % 2 else 3.0
         box = Box(-size * torch.ones(4), 0.7 * size * torch.ones(4))
-        # intervals of large networks are wide: a softmax without floors, or an M-matrix, may then prove nothing
+        # intervals of large networks are wide: a softmax without floors, or an M-matrix, may
+        # then prove nothing
         assert_sound(layer, box, finite=trial == 0 or name not in FRAGILE)
 
 
@@ -200,7 +204,7 @@ def test_what_has_no_rule_is_unknown_with_a_reason(make):
 
 @pytest.mark.parametrize("tails", [True, False])
 def test_enclosures_of_quadratic_splines(tails):
-    """Values and derivatives in x and in every raw parameter against automatic differentiation of nflows's own."""
+    """Values and derivatives in x and in every raw parameter against autograd through nflows."""
     torch.manual_seed(int(tails))
     for bins in (2, 3, 5):
         spline = QuadraticSpline(bins, -2.0, 2.0, tails=tails, temperatures=(1.5, 0.7))
