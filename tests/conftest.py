@@ -11,6 +11,8 @@ import pytest
 import torch
 from hypothesis import settings
 
+from tests.execution import hanging
+
 settings.register_profile("ci", max_examples=25, deadline=None, derandomize=True)
 settings.register_profile("thorough", max_examples=400, deadline=None)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
@@ -40,6 +42,12 @@ def counted_clock():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("inn_guard.execution.deadline.now", clock)
         yield clock
+
+
+@pytest.fixture
+def only_hangs_time_out(monkeypatch):
+    """Time limits end what calls ``hanging.hangs``, whatever the seconds are."""
+    monkeypatch.setattr("inn_guard.execution.time_limit._Timer._expires", hanging.expires)
 
 
 @pytest.fixture(autouse=True)

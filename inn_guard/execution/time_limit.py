@@ -88,7 +88,7 @@ class _Timer:
             pass
 
     def _run(self, seconds: float | int) -> None:
-        while not self._over.wait(seconds):
+        while self._expires(seconds):
             with self._lock:
                 leaving = self._leaving()
                 if not self._over.is_set() and not leaving:
@@ -97,6 +97,10 @@ class _Timer:
             seconds = RETRY_AFTER
             if leaving:
                 seconds = EXIT_TIME
+
+    def _expires(self, seconds: float | int) -> bool:
+        """Wait for ``seconds``; False as soon as the block is left."""
+        return not self._over.wait(seconds)
 
     def _leaving(self) -> bool:
         """Whether the target thread is leaving the block already, where an interruption is lost."""

@@ -138,7 +138,7 @@ def test_links_in_archives_are_not_followed(tmp_path):
 
 KILLED = """
 import sys, time
-from inn_guard.files import atomic_write
+from inn_guard.execution.files import atomic_write
 with atomic_write(sys.argv[1]) as partial:
     partial.write_text("half")
     print("half", flush=True)

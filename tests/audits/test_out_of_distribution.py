@@ -27,6 +27,7 @@ from inn_guard.layers.chain import Chain
 from inn_guard.layers.coupling import AffineCoupling
 from inn_guard.layers.networks import MLP
 from inn_guard.report.result import Verdict
+from tests.execution.hanging import hangs
 
 
 class Scale(Invertible):
@@ -277,7 +278,7 @@ class Hanging(Scale):
 
     def inverse(self, z):
         while bool((z.abs() > 100).any()):
-            time.sleep(0.001)
+            hangs()
         return z / 2
 
 
@@ -298,7 +299,7 @@ def test_a_loop_is_interrupted_in_any_thread():
     watched(found)
     thread = threading.Thread(target=watched, args=(found,))
     thread.start()
-    thread.join(10)
+    thread.join()
     assert found == [True, True]
 
 
@@ -335,21 +336,18 @@ def test_exceptions_of_the_code_itself_pass():
         raise KeyError("mine")
 
 
-def test_a_call_that_hangs_is_given_up_and_the_others_are_not():
+def test_a_call_that_hangs_is_given_up_and_the_others_are_not(only_hangs_time_out):
     guarded = Guarded(AuditedModel(Hanging()), data(), seconds=0.2)
     z = torch.ones(3, 5)
     assert torch.equal(guarded.inverse(z), z / 2)
     z[1] = 1e3
-    start = time.perf_counter()
     assert guarded.inverse(z).isnan().all()
-    assert time.perf_counter() - start < 5
     assert guarded.outcome.reasons == {"interrupted after 0.2 s": 3}
     z[1] = math.nan
     assert guarded.inverse(z).isnan().any(1).tolist() == [False, True, False]
 
 
-def test_an_audit_of_a_map_that_hangs_ends(monkeypatch):
-    monkeypatch.setattr("inn_guard.audits.fault_tolerant.LEAST", 0.3)
+def test_an_audit_of_a_map_that_hangs_ends(only_hangs_time_out):
     result = out_of_distribution(Hanging(), data())
     assert rows(result)["scale x 100"]["verdict"] == "not finite"
     assert rows(result)["data"]["verdict"] == "passes"

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import math
-import os
 import signal
 import subprocess
 import sys
-import time
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -17,6 +16,7 @@ from torch import nn
 from benchmarks.common.checkpoint import load_checkpoint, save_checkpoint
 from benchmarks.common.fit import Batch, FitSettings, fit
 
+ROOT = Path(__file__).parents[2]
 SETTINGS = FitSettings(steps=40, batch_size=8, checkpoint_every=7, validate_every=10, clip=1.0)
 
 
@@ -67,33 +67,41 @@ def test_an_interrupted_run_ends_with_the_weights_of_an_uninterrupted_one(tmp_pa
     assert resumed_history == history
 
 
+#: a run that stands still, and says so, as soon as there is a checkpoint
 KILLED = """
-import sys, time, pathlib, test_training
-from test_training import *
-from inn_guard.training import fit
+import pathlib, sys, torch
+from benchmarks.common.fit import fit
+from test_fit import SETTINGS, make_data, make_model
 torch.set_default_dtype(torch.float64)
 torch.set_num_threads(1)
 model = make_model()
 def loss(batch):
-    time.sleep(0.05)
+    if batch.step == 20:
+        print("step 20", flush=True)
+        sys.stdin.read()
     noise = torch.randn(batch.x.shape, generator=batch.generator)
     return (model(batch.x + 0.1 * noise) - batch.tensors[1]).square().mean()
-fit(model, loss, make_data(), settings=SETTINGS, validate=lambda step: 1 / step, checkpoint=pathlib.Path(sys.argv[1]))
+path = pathlib.Path(sys.argv[1])
+fit(model, loss, make_data(), settings=SETTINGS, validate=lambda step: 1 / step, checkpoint=path)
 """
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="SIGKILL")
 def test_a_killed_process_resumes_to_the_same_weights(tmp_path):
     path = tmp_path / "run.safetensors"
-    here = os.path.dirname(__file__)
+    here = pathlib.Path(__file__).parent
+    folders = os.pathsep.join([str(here), str(here.parents[1])])
     process = subprocess.Popen(
-        [sys.executable, "-c", KILLED, str(path)], env={**os.environ, "PYTHONPATH": here}
+        [sys.executable, "-c", KILLED, str(path)],
+        env={**os.environ, "PYTHONPATH": folders},
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
     )
-    deadline = time.monotonic() + 60
-    while not path.exists() and time.monotonic() < deadline:
-        time.sleep(0.02)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    with process:
+        # it waits in the middle of step 20, after the checkpoint of step 14
+        assert process.stdout.readline() == "step 20\n"
+        process.send_signal(signal.SIGKILL)
     assert path.exists()
     assert_same_state(run(SETTINGS)[0], run(SETTINGS, path)[0])
 
