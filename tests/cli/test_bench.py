@@ -101,7 +101,6 @@ def test_an_installed_package_finds_the_clone_in_the_current_folder(tmp_path):
         cwd=clone,
         capture_output=True,
         text=True,
-        timeout=60,
         check=False,
     )
     assert done.returncode == 0, done.stderr

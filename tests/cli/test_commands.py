@@ -115,7 +115,7 @@ def test_torchrun_gives_one_report_and_the_verdict_as_its_exit_code(factory, cod
     ]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     done = subprocess.run(
-        [*torchrun, *words, *options], capture_output=True, text=True, env=environment, timeout=300
+        [*torchrun, *words, *options], capture_output=True, text=True, env=environment
     )
     assert done.returncode == code, done.stderr
     assert done.stdout.count("reconstruction ") == 1

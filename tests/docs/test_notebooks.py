@@ -37,7 +37,7 @@ def test_there_are_three():
 @by_name
 def test_runs_and_draws_as_often_as_its_committed_copy(path, tmp_path):
     committed, notebook = nbformat.read(path, 4), nbformat.read(path, 4)
-    NotebookClient(notebook, timeout=300, kernel_name="python3").execute(cwd=str(tmp_path))
+    NotebookClient(notebook, timeout=None, kernel_name="python3").execute(cwd=str(tmp_path))
     assert len(pictures(notebook)) == len(pictures(committed)) > 0
 
 

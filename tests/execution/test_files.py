@@ -82,7 +82,7 @@ def test_a_pipe_is_written_to_not_replaced(tmp_path):
     reader.start()
     with atomic_write(pipe) as partial:
         partial.write_text("through")
-    reader.join(timeout=5)
+    reader.join()
     assert received == ["through"]
     assert stat.S_ISFIFO(pipe.stat().st_mode)
 

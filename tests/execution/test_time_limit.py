@@ -49,7 +49,7 @@ def forever():
 
 def test_traced_code_runs_after_a_time_limit():
     # in a process of its own: what this guards against is an endless loop of the interpreter
-    subprocess.run([sys.executable, "-c", AFTERWARDS], check=True, timeout=120)
+    subprocess.run([sys.executable, "-c", AFTERWARDS], check=True)
 
 
 def test_what_hangs_is_ended_and_what_ends_is_left_alone():

@@ -198,7 +198,7 @@ def test_absent_libraries_are_named_with_the_remedy():
         "import sys, importlib.util as u; f = u.find_spec; "
         "u.find_spec = lambda n, *a: None if n == 'jinja2' else f(n, *a); import inn_guard.report"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert (
         done.stderr.splitlines()[-1]
         == "ImportError: reports need jinja2; type: pip install inn_guard[report]"
