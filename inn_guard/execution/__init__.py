@@ -1,1 +1,1 @@
-"""Execution."""
+"""How a computation runs: state, memory, time limits and several processes."""

@@ -1,1 +1,1 @@
-"""Jacobian."""
+"""Jacobians of chains of layers: products, singular values, determinants, rounding errors."""

@@ -1,8 +1,9 @@
-"""J v and J^T u of a feed-forward network at one input, from one forward pass whose slopes are kept.
+"""J v and J^T u of a feed-forward network, from the slopes of one forward pass.
 
-A network that is a Sequential of linear maps, convolutions and elementwise activations needs no autograd graph: its
-tangent is the same chain with every activation replaced by its slope. Anything else is differentiated by autograd.
-Vectors may carry leading dimensions more than the input: so many products in one call.
+A Sequential of linear maps, convolutions and elementwise activations needs no autograd graph: its
+Jacobian is the same chain with every activation replaced by its slope. Other networks are
+differentiated by autograd. Vectors may have more leading dimensions than the input: one call then
+computes several products.
 """
 
 from __future__ import annotations
@@ -28,38 +29,42 @@ __all__ = [
     "NetworkJacobian",
     "PointwiseConvolution",
     "SequentialJacobian",
-    "linearize_elementwise",
     "is_unpatched",
+    "linearize_elementwise",
+    "linearize_module",
     "linearize_network",
     "select_rows_of",
-    "linearize_module",
 ]
 
 T = TypeVar("T")
 
 ACTIVATIONS = (
-    *(
-        nn.LeakyReLU,
-        nn.ELU,
-        nn.SELU,
-        nn.CELU,
-        nn.SiLU,
-        nn.GELU,
-        nn.Mish,
-        nn.Tanh,
-        nn.Sigmoid,
-        nn.LogSigmoid,
-    ),
-    *(nn.Softplus, nn.Softsign, nn.Hardtanh, nn.Hardswish, nn.Hardsigmoid, nn.ReLU6, nn.Tanhshrink),
-)  #: elementwise modules, differentiated by autograd
+    nn.CELU,
+    nn.ELU,
+    nn.GELU,
+    nn.Hardsigmoid,
+    nn.Hardswish,
+    nn.Hardtanh,
+    nn.LeakyReLU,
+    nn.LogSigmoid,
+    nn.Mish,
+    nn.ReLU6,
+    nn.SELU,
+    nn.SiLU,
+    nn.Sigmoid,
+    nn.Softplus,
+    nn.Softsign,
+    nn.Tanh,
+    nn.Tanhshrink,
+)  #: elementwise modules, whose slopes come from autograd
 
 
 @runtime_checkable
 class NetworkJacobian(Protocol):
-    """The two products with the Jacobian J of a network at a batch.
+    """The products with the Jacobian J of a network at a batch.
 
     Attributes:
-        output: the network's value, detached.
+        output: the output of the network, detached.
     """
 
     output: Tensor
@@ -74,45 +79,45 @@ class NetworkJacobian(Protocol):
 
 
 def linearize_network(network: nn.Module, x: Tensor) -> NetworkJacobian:
-    """The tangent of ``network`` at x, (B, *in)."""
+    """The Jacobian of ``network`` at x, (B, *in)."""
     with torch.no_grad():
         return linearize_module(network, x.detach())
 
 
 @functools.singledispatch
 def linearize_module(module: nn.Module, x: Tensor) -> NetworkJacobian:
-    """The tangent of one module, by its class: a class is taught with ``linearize_module.register``."""
+    """The Jacobian of one module, by its class; ``linearize_module.register`` adds a class."""
     return AutogradNetwork(module, x)
 
 
 class AutogradNetwork:
-    """The products of any differentiable map, by autograd."""
+    """The Jacobian of any differentiable map, by autograd."""
 
     def __init__(self, function: Map, x: Tensor) -> None:
-        self._tangent = AutogradJacobian(function, _no_inverse, x.detach())
-        self.output = self._tangent.output
+        self._jacobian = AutogradJacobian(function, _no_inverse, x.detach())
+        self.output = self._jacobian.output
         self._dims = x.dim()
 
     def jvp(self, v: Tensor) -> Tensor:
         """J v by forward mode, one pass per leading entry."""
         if v.dim() == self._dims:
-            return self._tangent.jvp(v)
+            return self._jacobian.jvp(v)
         return torch.stack([self.jvp(row) for row in v])
 
     def vjp(self, u: Tensor) -> Tensor:
         """J^T u by reverse mode."""
         if u.dim() <= self.output.dim() + 1:
-            return self._tangent.vjp(u)
+            return self._jacobian.vjp(u)
         return torch.stack([self.vjp(row) for row in u])
 
 
 class InputSliceJacobian:
-    """The products of a network with respect to the first channels of its input alone.
+    """The Jacobian of a network with respect to the first channels of its input.
 
     Args:
-        whole: the tangent with respect to all channels.
-        channels: how many come first; the others are held fixed.
-        held: how many are held.
+        whole: the Jacobian with respect to all channels.
+        channels: number of the first channels.
+        held: number of the other channels, which are held fixed.
     """
 
     def __init__(self, whole: NetworkJacobian, *, channels: int, held: int) -> None:
@@ -121,76 +126,84 @@ class InputSliceJacobian:
         self._dim = 1 - whole.output.dim()
 
     def jvp(self, v: Tensor) -> Tensor:
-        """J v."""
+        """J v, (..., B, *out)."""
         shape = list(v.shape)
         shape[self._dim] = self._held
         return self._whole.jvp(torch.cat([v, v.new_zeros(shape)], dim=self._dim))
 
     def vjp(self, u: Tensor) -> Tensor:
-        """J^T u."""
+        """J^T u, (..., B, *in)."""
         return self._whole.vjp(u).narrow(self._dim, 0, self._channels)
 
 
 class SequentialJacobian:
-    """The chain of several tangents."""
+    """The Jacobian of a Sequential: the chain of those of its modules."""
 
     def __init__(self, modules: nn.Sequential, x: Tensor) -> None:
         self.steps: list[NetworkJacobian] = []
         for module in modules:
             step = linearize_module(module, x)
             x = step.output
-            self.steps.append(_hollow(step))
+            self.steps.append(_without_output(step))
         self.output = x
 
     def select(self, rows: Tensor) -> SequentialJacobian | None:
-        """The chain of these rows."""
-        steps = [select_rows_of(step, rows) for step in self.steps]
-        chosen = [step for step in steps if step is not None]
-        if len(chosen) < len(steps):
-            return None
-        twin = copy.copy(self)
-        twin.steps, twin.output = [_hollow(step) for step in chosen], self.output[rows]
-        return twin
+        """The chain for these rows; None where a step cannot select them."""
+        chosen = []
+        for step in self.steps:
+            part = select_rows_of(step, rows)
+            if part is None:
+                return None
+            chosen.append(_without_output(part))
+        clone = copy.copy(self)
+        clone.steps, clone.output = chosen, self.output[rows]
+        return clone
 
     def jvp(self, v: Tensor) -> Tensor:
-        """J v."""
-        ours = False
+        """J v, (..., B, *out)."""
+        owned = False  # whether v is a new tensor, which may be overwritten
         for step in self.steps:
-            v = step.scale_(v) if ours and isinstance(step, DiagonalJacobian) else step.jvp(v)
-            ours = ours or isinstance(step, _MAKES_NEW)
+            product = step.jvp
+            if owned and isinstance(step, DiagonalJacobian):
+                product = step.scale_
+            v = product(v)
+            owned = owned or isinstance(step, _RETURNS_NEW)
         return v
 
     def vjp(self, u: Tensor) -> Tensor:
-        """J^T u."""
-        ours = False
+        """J^T u, (..., B, *in)."""
+        owned = False
         for step in reversed(self.steps):
-            u = step.scale_(u) if ours and isinstance(step, DiagonalJacobian) else step.vjp(u)
-            ours = ours or isinstance(step, _MAKES_NEW)
+            product = step.vjp
+            if owned and isinstance(step, DiagonalJacobian):
+                product = step.scale_
+            u = product(u)
+            owned = owned or isinstance(step, _RETURNS_NEW)
         return u
 
 
 class LinearJacobian:
-    """Multiplication with ``weight``, (out, in), of a module that has one and a ``bias``."""
+    """Multiplication with the ``weight`` (out, in) of a module that also has a ``bias``."""
 
     def __init__(self, module: Any, x: Tensor) -> None:
         self.weight = module.weight.detach()
         self.output = functional.linear(x, self.weight, module.bias)
 
     def select(self, rows: Tensor) -> LinearJacobian:
-        """The same products; the output of these rows."""
+        """The Jacobian at these rows."""
         return _with_output(self, self.output[rows])
 
     def jvp(self, v: Tensor) -> Tensor:
-        """J v."""
+        """J v, (..., B, *out)."""
         return functional.linear(v, self.weight)
 
     def vjp(self, u: Tensor) -> Tensor:
-        """J^T u."""
+        """J^T u, (..., B, *in)."""
         return u @ self.weight
 
 
 class PointwiseConvolution:
-    """A 1x1 convolution: ``weight`` (out, in) applied to the channels at the speed of a matrix product."""
+    """A 1x1 convolution as a product of ``weight`` (out, in) with the channels, which is faster."""
 
     def __init__(self, module: nn.Conv2d, x: Tensor) -> None:
         self.weight = module.weight.detach().flatten(1)
@@ -198,20 +211,23 @@ class PointwiseConvolution:
         self.output = output.movedim(-1, -3)
 
     def select(self, rows: Tensor) -> PointwiseConvolution:
-        """The same products; the output of these rows."""
+        """The Jacobian at these rows."""
         return _with_output(self, self.output[rows])
 
     def jvp(self, v: Tensor) -> Tensor:
-        """J v."""
+        """J v, (..., B, *out)."""
         return functional.linear(v.movedim(-3, -1), self.weight).movedim(-1, -3)
 
     def vjp(self, u: Tensor) -> Tensor:
-        """J^T u."""
+        """J^T u, (..., B, *in)."""
         return (u.movedim(-3, -1) @ self.weight).movedim(-1, -3)
 
 
 class Convolution:
-    """A zero-padded convolution with ``weight`` (out, in, k, k); ``geometry``: stride, padding, dilation, groups."""
+    """A zero-padded convolution with ``weight`` (out, in, k, k).
+
+    ``geometry`` is (stride, padding, dilation, groups).
+    """
 
     def __init__(self, module: nn.Conv2d, x: Tensor) -> None:
         self.weight = module.weight.detach().contiguous(memory_format=torch.channels_last)
@@ -220,18 +236,18 @@ class Convolution:
         self.output = functional.conv2d(_channels_last(x), self.weight, module.bias, *self.geometry)
 
     def select(self, rows: Tensor) -> Convolution:
-        """The same products; the output of these rows."""
+        """The Jacobian at these rows."""
         return _with_output(self, self.output[rows])
 
     def jvp(self, v: Tensor) -> Tensor:
-        """J v."""
+        """J v, (..., B, *out)."""
         if v.dim() > 4:
             v, leading = _merged(v)
             return self.jvp(v).unflatten(0, leading)
         return functional.conv2d(_channels_last(v), self.weight, None, *self.geometry)
 
     def vjp(self, u: Tensor) -> Tensor:
-        """J^T u."""
+        """J^T u, (..., B, *in)."""
         if u.dim() > 4:
             u, leading = _merged(u)
             return self.vjp(u).unflatten(0, leading)
@@ -243,7 +259,7 @@ class Convolution:
 
     @functools.cached_property
     def _flipped(self) -> tuple[Tensor, list[int]] | None:
-        """Kernel and padding of the convolution that is the transpose, where it is one of stride 1."""
+        """Kernel and padding of the transpose, where it is a convolution of stride 1; else None."""
         stride, before, dilation, groups = self.geometry
         padding = [k - 1 - p for k, p in zip(self.weight.shape[2:], before, strict=True)]
         if {*stride, *dilation, groups} != {1} or min(padding) < 0:
@@ -258,113 +274,127 @@ class DiagonalJacobian:
         self.output, self.slope = output, slope
 
     def select(self, rows: Tensor) -> DiagonalJacobian:
-        """The slopes of these rows."""
+        """The Jacobian at these rows."""
         return DiagonalJacobian(self.output[rows], self.slope[rows])
 
     def jvp(self, v: Tensor) -> Tensor:
-        """J v."""
+        """J v, (..., B, *out)."""
         return v * self.slope
 
     vjp = jvp
 
     def scale_(self, v: Tensor) -> Tensor:
-        """The product in place of v, which is the caller's own: it saves a pass over fresh memory."""
+        """J v in place of v, which must be the caller's own: saves a pass over new memory."""
         return v.mul_(self.slope)
 
 
 class IdentityJacobian:
-    """The identity."""
+    """The Jacobian of a module that returns its input."""
 
     def __init__(self, x: Tensor) -> None:
         self.output = x
 
     def select(self, rows: Tensor) -> IdentityJacobian:
-        """The same products; the output of these rows."""
+        """The Jacobian at these rows."""
         return _with_output(self, self.output[rows])
 
     def jvp(self, v: Tensor) -> Tensor:
-        """J v."""
+        """J v, (..., B, *out)."""
         return v
 
     vjp = jvp
 
 
-def select_rows_of(tangent: NetworkJacobian, rows: Tensor) -> Any:
-    """The tangent of these rows of the batch; None where it cannot be taken apart."""
-    return tangent.select(rows) if isinstance(tangent, Selectable) else None
+def select_rows_of(jacobian: NetworkJacobian, rows: Tensor) -> Any:
+    """The Jacobian at these rows of the batch; None where it cannot select them."""
+    if not isinstance(jacobian, Selectable):
+        return None
+    return jacobian.select(rows)
 
 
-def _hollow(step: NetworkJacobian) -> NetworkJacobian:
-    """The step with an output of its shape and dtype that holds no memory: only the next step needed the values."""
+def _without_output(step: NetworkJacobian) -> NetworkJacobian:
+    """The step with an output of the same shape that needs no memory: the values are not needed."""
     return _with_output(step, step.output.new_empty(()).expand(step.output.shape))
 
 
-def _with_output(tangent: T, output: Tensor) -> T:
-    twin = copy.copy(tangent)
-    vars(twin)["output"] = output
-    return twin
+def _with_output(jacobian: T, output: Tensor) -> T:
+    clone = copy.copy(jacobian)
+    vars(clone)["output"] = output
+    return clone
 
 
-_MAKES_NEW = (LinearJacobian, PointwiseConvolution, Convolution, DiagonalJacobian)
+_RETURNS_NEW = (LinearJacobian, PointwiseConvolution, Convolution, DiagonalJacobian)
 
 
 def is_unpatched(module: nn.Module) -> bool:
-    """Whether calling the module runs its class's methods and nothing else: no hooks, no methods of its own."""
+    """Whether a call of the module runs the methods of its class only: no hooks, none replaced."""
     hooked = module._forward_hooks or module._forward_pre_hooks
     return not hooked and not {"forward", "inverse", "linearize"} & vars(module).keys()
 
 
 def _is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
-    """Whether calling the module does what its class says: no forward of its own, no hooks."""
+    """Whether a call of the module runs the forward method of ``kind`` and no hooks."""
     return type(module).forward is kind.forward and is_unpatched(module)
 
 
 @linearize_module.register
-def _(module: nn.Sequential, x: Tensor) -> NetworkJacobian:
-    return (
-        SequentialJacobian(module, x)
-        if _is_plain(module, nn.Sequential)
-        else AutogradNetwork(module, x)
-    )
+def linearize_sequential(module: nn.Sequential, x: Tensor) -> NetworkJacobian:
+    """Module by module."""
+    if not _is_plain(module, nn.Sequential):
+        return AutogradNetwork(module, x)
+    return SequentialJacobian(module, x)
 
 
 @linearize_module.register
-def _(module: nn.Linear, x: Tensor) -> NetworkJacobian:
-    return LinearJacobian(module, x) if _is_plain(module, nn.Linear) else AutogradNetwork(module, x)
+def linearize_linear(module: nn.Linear, x: Tensor) -> NetworkJacobian:
+    """By its weight."""
+    if not _is_plain(module, nn.Linear):
+        return AutogradNetwork(module, x)
+    return LinearJacobian(module, x)
 
 
 @linearize_module.register
-def _(module: nn.Conv2d, x: Tensor) -> NetworkJacobian:
+def linearize_convolution(module: nn.Conv2d, x: Tensor) -> NetworkJacobian:
+    """By its weight, where padding is with zeros; else by autograd."""
     zero_padded = module.padding_mode == "zeros" and not isinstance(module.padding, str)
     if not zero_padded or x.dim() != 4 or not _is_plain(module, nn.Conv2d):
         return AutogradNetwork(module, x)
-    ones = {*module.kernel_size, *module.stride, module.groups} == {1} and not any(module.padding)
-    return PointwiseConvolution(module, x) if ones else Convolution(module, x)
+    ones = {*module.kernel_size, *module.stride, module.groups} == {1}
+    if ones and not any(module.padding):
+        return PointwiseConvolution(module, x)
+    return Convolution(module, x)
 
 
 @linearize_module.register
-def _(module: nn.ReLU, x: Tensor) -> NetworkJacobian:
+def linearize_relu(module: nn.ReLU, x: Tensor) -> NetworkJacobian:
+    """By its slope, without autograd."""
     if not _is_plain(module, nn.ReLU):
         return AutogradNetwork(module, x)
     return DiagonalJacobian(x.relu(), torch.gt(x, 0, out=torch.empty_like(x)))
 
 
 @linearize_module.register
-def _(module: nn.Identity, x: Tensor) -> NetworkJacobian:
-    return IdentityJacobian(x) if _is_plain(module, nn.Identity) else AutogradNetwork(module, x)
+def linearize_identity(module: nn.Identity, x: Tensor) -> NetworkJacobian:
+    """As the identity."""
+    if not _is_plain(module, nn.Identity):
+        return AutogradNetwork(module, x)
+    return IdentityJacobian(x)
 
 
 @linearize_module.register
-def _(module: nn.Dropout, x: Tensor) -> NetworkJacobian:
-    idle = _is_plain(module, nn.Dropout) and (not module.training or module.p == 0)
-    return IdentityJacobian(x) if idle else AutogradNetwork(module, x)
+def linearize_dropout(module: nn.Dropout, x: Tensor) -> NetworkJacobian:
+    """As the identity where it drops nothing; else by autograd."""
+    drops = module.training and module.p > 0
+    if drops or not _is_plain(module, nn.Dropout):
+        return AutogradNetwork(module, x)
+    return IdentityJacobian(x)
 
 
 def linearize_elementwise(module: nn.Module, x: Tensor) -> NetworkJacobian:
-    """The tangent of an elementwise module, its slope by autograd."""
+    """The Jacobian of an elementwise module, its slope by autograd."""
     leaf = x.detach().clone().requires_grad_()
     with torch.enable_grad():
-        # a copy: an activation that works in place must not do so on a leaf
+        # a copy: an activation that works in place must not write into a leaf
         output = module(leaf.clone())
     (slope,) = torch.autograd.grad(output, leaf, torch.ones_like(output))
     return DiagonalJacobian(output.detach(), slope)
@@ -375,7 +405,7 @@ for _kind in ACTIVATIONS:
 
 
 def _merged(v: Tensor) -> tuple[Tensor, list[int]]:
-    """All leading dimensions of (..., C, H, W) as one, and their sizes."""
+    """(..., C, H, W) with its leading dimensions merged into one, and their sizes."""
     return v.flatten(0, -4), list(v.shape[:-3])
 
 
@@ -383,5 +413,5 @@ def _channels_last(v: Tensor) -> Tensor:
     return v.contiguous(memory_format=torch.channels_last)
 
 
-def _no_inverse(_: Tensor) -> Tensor:
+def _no_inverse(output: Tensor) -> Tensor:
     raise NotApplicable("a network has no inverse")

@@ -1,4 +1,4 @@
-"""The dense Jacobian of a feed-forward network at one sample, by matrix products instead of one product per column."""
+"""The dense Jacobian of a feed-forward network at one sample, by products of matrices."""
 
 from __future__ import annotations
 
@@ -20,30 +20,32 @@ from inn_guard.jacobian.network import (
 
 __all__ = ["add_product_", "dense_network"]
 
-ENTRIES = 2**21  #: that are multiplied at once: memory of this size is used again when it is freed
-CHUNK = 64  #: columns at once where the products are computed one by one
+ENTRIES = 2**21  #: multiplied at once: memory of this size is reused after it has been freed
+CHUNK = 64  #: columns of the identity at once
+
+_MATRICES = (LinearJacobian, DiagonalJacobian, IdentityJacobian)
 
 
 def dense_network(
     network: NetworkJacobian, shape: Sequence[int], *, gain: Tensor | None = None
 ) -> Tensor:
-    """J of shape (dim out, dim in), of a network linearised at one sample.
+    """The Jacobian of a network at one sample, (dim out, dim in).
 
-    A chain of dense layers is a product of matrices. A chain of convolutions that keep the image's size is local: the
-    derivative of one output pixel reaches a window of the input only, and those windows are composed, all pixels in
-    one batch of matrix products per layer. Anything else is multiplied with the columns of the identity.
+    For a chain of dense layers it is a product of matrices. A chain of convolutions that keep the
+    size of the image is local: an output pixel depends on a window of the input only. These windows
+    are composed, with one batch of matrix products over all pixels per layer. Other networks are
+    multiplied with the columns of the identity.
 
     Args:
-        network: its tangent, at a batch of one.
-        shape: of one input.
-        gain: where the output is [t, s] along its channels, t + gain * s is differentiated in its place, gain fixed.
+        network: the network's Jacobian at a batch of one.
+        shape: shape of one input.
+        gain: s, if the output is [t, h] along its channels and t + s h is to be differentiated
+            instead, with s fixed. Default: the output itself is differentiated.
     """
-    steps = list(_flat(network))
+    steps = _flat(network)
     if len(shape) == 3 and _are_local(steps):
         return _scattered(_windows(steps, shape, gain), shape)
-    if len(shape) == 1 and all(
-        isinstance(step, (LinearJacobian, DiagonalJacobian, IdentityJacobian)) for step in steps
-    ):
+    if len(shape) == 1 and all(isinstance(step, _MATRICES) for step in steps):
         J = _product(steps, network.output, shape[0])
     else:
         J = _by_columns(network, shape)
@@ -61,12 +63,19 @@ def add_product_(
     shape: Sequence[int],
     gain: Tensor | None = None,
 ) -> None:
-    """Add J M to ``target``, (dim out, K), for a matrix M, (dim in, K); J, shape and gain as in `dense_network`.
+    """Add J M to ``target``, with the J of `dense_network`.
 
-    Where one row of the output image depends on a few rows of the input image only, J is never formed: each row is
-    multiplied with what it depends on.
+    Where a row of the output image depends on a few rows of the input image only, J is not formed:
+    each row is multiplied with those.
+
+    Args:
+        target: (dim out, K), changed in place.
+        network: the network's Jacobian at a batch of one.
+        matrix: M, (dim in, K).
+        shape: shape of one input.
+        gain: as in `dense_network`.
     """
-    steps = list(_flat(network))
+    steps = _flat(network)
     if len(shape) == 3 and _are_local(steps):
         T = _windows(steps, shape, gain)
         if T.shape[3] < shape[1]:
@@ -78,12 +87,12 @@ def add_product_(
 
 
 def _add_rows_(target: Tensor, T: Tensor, matrix: Tensor) -> None:
-    """Image row by image row, and some columns at a time; ``matrix`` is (channels * H * W, K)."""
+    """Image row by image row, some columns at a time; ``matrix`` is (channels * H * W, K)."""
     height, width, out, _, _, channels = T.shape
     blocks = _row_blocks(T)
     columns = max(1, ENTRIES // len(matrix))
     for part, sums in zip(matrix.split(columns, dim=1), target.split(columns, dim=1), strict=True):
-        # an image row's channels side by side, so that neighbouring image rows are one block of the matrix
+        # the channels of an image row together, so that neighbouring image rows form one block
         rows = part.unflatten(0, (channels, height, width)).transpose(0, 1).contiguous()
         products = part.new_empty(height, out * width, part.shape[1])
         for product, (begin, end, block) in zip(products, blocks, strict=True):
@@ -94,19 +103,18 @@ def _add_rows_(target: Tensor, T: Tensor, matrix: Tensor) -> None:
 
 
 def _row_blocks(T: Tensor) -> list[tuple[int, int, Tensor]]:
-    """For every row of the output image the rows of the input image that it depends on, [begin, end), and how."""
+    """For each row of the output image: the input rows [begin, end) it depends on, and J there."""
     (height, width, out, window), blocks = T.shape[:4], []
     for y, band in enumerate(_bands(T)):
         begin, end = max(0, y - window // 2), min(height, y + window // 2 + 1)
         first = begin - (y - window // 2)
-        blocks.append(
-            (begin, end, band[:, :, first : first + end - begin].reshape(out * width, -1))
-        )
+        block = band[:, :, first : first + end - begin].reshape(out * width, -1)
+        blocks.append((begin, end, block))
     return blocks
 
 
 def _bands(T: Tensor) -> Tensor:
-    """d out[c, y, x] / d in[c', y + i, x'] as (y, c, x, i, c', x'): windows along the width written out."""
+    """d out[c, y, x] / d in[c', y + i, x'] as (y, c, x, i, c', x'): dense along the width."""
     height, width, out, window, columns, channels = T.shape
     canvas = T.new_zeros(height, out, width, window, channels, width + columns - 1)
     s = canvas.stride()
@@ -122,14 +130,14 @@ def _flat(network: NetworkJacobian) -> list[NetworkJacobian]:
 
 
 def _are_local(steps: Sequence[NetworkJacobian]) -> bool:
-    """Whether all are, and one does something."""
-    return all(_is_local(step) for step in steps) and not all(
-        isinstance(step, IdentityJacobian) for step in steps
-    )
+    """Whether all steps are local, and not all are the identity."""
+    if all(isinstance(step, IdentityJacobian) for step in steps):
+        return False
+    return all(map(_is_local, steps))
 
 
 def _is_local(step: NetworkJacobian) -> bool:
-    """Whether it is elementwise, or a convolution that keeps height and width."""
+    """Whether a step is elementwise, or a convolution that keeps height and width."""
     if isinstance(step, Convolution):
         (rows, columns), geometry = step.weight.shape[2:], step.geometry
         same = tuple(geometry[1]) == (rows // 2, columns // 2) and rows % 2 == columns % 2 == 1
@@ -156,34 +164,34 @@ def _windows(steps: Sequence[NetworkJacobian], shape: Sequence[int], gain: Tenso
     steps = [step for step in steps if not isinstance(step, IdentityJacobian)]
     eye = torch.eye(channels, dtype=steps[0].output.dtype, device=steps[0].output.device)
     T = eye.reshape(1, 1, channels, 1, 1, channels).expand(height, width, -1, -1, -1, -1)
-    pending = gain
+    pending = gain  # a last convolution applies it at a lower cost
     for k, step in enumerate(steps):
         if isinstance(step, DiagonalJacobian):
-            T = T * step.slope.reshape(-1, height, width).permute(1, 2, 0)[..., None, None, None]
+            T = T * _per_pixel(step.slope, height, width)
         elif isinstance(step, PointwiseConvolution):
-            product = torch.bmm(
-                step.weight.expand(height * width, -1, -1),
-                T.reshape(height * width, T.shape[2], -1),
-            )
+            pixels = height * width
+            weights = step.weight.expand(pixels, -1, -1)
+            product = torch.bmm(weights, T.reshape(pixels, T.shape[2], -1))
             T = product.reshape(height, width, len(step.weight), *T.shape[3:])
         elif isinstance(step, Convolution) and k == 0:
             T = step.weight.permute(0, 2, 3, 1).expand(height, width, -1, -1, -1, -1)
+        elif isinstance(step, Convolution) and k == len(steps) - 1:
+            T, pending = _convolved(step.weight, T, gain), None
         elif isinstance(step, Convolution):
-            last = k == len(steps) - 1
-            T, pending = (
-                _convolved(step.weight, T, pending if last else None),
-                None if last else pending,
-            )
+            T = _convolved(step.weight, T, None)
     if pending is None:
         return T
     shift, h = T.chunk(2, dim=2)
-    return torch.addcmul(
-        shift, pending.reshape(-1, height, width).permute(1, 2, 0)[..., None, None, None], h
-    )
+    return torch.addcmul(shift, _per_pixel(pending, height, width), h)
+
+
+def _per_pixel(values: Tensor, height: int, width: int) -> Tensor:
+    """One number per channel and pixel, in a shape that broadcasts with the windows."""
+    return values.reshape(-1, height, width).permute(1, 2, 0)[..., None, None, None]
 
 
 def _convolved(weight: Tensor, T: Tensor, gain: Tensor | None) -> Tensor:
-    """A convolution after T: each pixel's contribution to the pixels that read it, shifted and summed."""
+    """A convolution of T: each pixel's contributions to the pixels that read it, summed."""
     (rows, columns), (height, width, hidden, *window, channels) = weight.shape[2:], T.shape
     weights = _at_every_pixel(weight, gain, height, width).unflatten(1, (rows * columns, -1))
     out, T = weights.shape[2], T.reshape(height * width, hidden, -1)
@@ -195,37 +203,33 @@ def _convolved(weight: Tensor, T: Tensor, gain: Tensor | None) -> Tensor:
         parts = torch.bmm(weights[:, begin : begin + at_once].flatten(1, 2), T)
         parts = parts.reshape(height, width, len(some), out, *window, channels)
         for k, (i, j) in enumerate(some):
-            (to_y, from_y), (to_x, from_x) = (
-                _shifted(height, i - rows // 2),
-                _shifted(width, j - columns // 2),
-            )
+            to_y, from_y = _shifted(height, i - rows // 2)
+            to_x, from_x = _shifted(width, j - columns // 2)
             target = grown[to_y, to_x, :, i : i + window[0], j : j + window[1]]
             target += parts[from_y, from_x, k]
     return grown
 
 
 def _at_every_pixel(weight: Tensor, gain: Tensor | None, height: int, width: int) -> Tensor:
-    """(pixels, window * out, in): what a pixel is multiplied with on its way to each pixel that reads it."""
+    """(pixels, window * out, in): the factors of a pixel for each pixel that reads it."""
     rows, columns = weight.shape[2:]
     kernel = weight.permute(2, 3, 0, 1)
     if gain is None:
         return kernel.reshape(-1, weight.shape[1]).expand(height * width, -1, -1)
     shift, h = kernel.chunk(2, dim=2)
     gain = gain.reshape(-1, height, width)
-    # the pixel p reaches p - offset, whose gain counts
+    # pixel p contributes to p - offset, whose gain applies
     moved = gain.new_zeros(height, width, rows, columns, len(gain))
     for i in range(rows):
         for j in range(columns):
-            (to_y, from_y), (to_x, from_x) = (
-                _shifted(height, rows // 2 - i),
-                _shifted(width, columns // 2 - j),
-            )
+            to_y, from_y = _shifted(height, rows // 2 - i)
+            to_x, from_x = _shifted(width, columns // 2 - j)
             moved[to_y, to_x, i, j] = gain[:, from_y, from_x].permute(1, 2, 0)
     return torch.addcmul(shift, moved[..., None], h).reshape(height * width, -1, weight.shape[1])
 
 
 def _shifted(size: int, offset: int) -> tuple[slice, slice]:
-    """The pixels p for which p + offset is in the image, and those p + offset."""
+    """The pixels p for which p + offset is in the image, and the pixels p + offset."""
     begin, end = max(0, -offset), min(size, size - offset)
     return slice(begin, max(begin, end)), slice(begin + offset, max(begin, end) + offset)
 
@@ -245,7 +249,7 @@ def _scattered(T: Tensor, shape: Sequence[int]) -> Tensor:
 def _by_columns(network: NetworkJacobian, shape: Sequence[int]) -> Tensor:
     size = math.prod(shape)
     eye = torch.eye(size, dtype=network.output.dtype, device=network.output.device)
-    columns = [
-        network.jvp(part.reshape(-1, 1, *shape)).reshape(len(part), -1) for part in eye.split(CHUNK)
-    ]
+    columns = []
+    for part in eye.split(CHUNK):
+        columns.append(network.jvp(part.reshape(-1, 1, *shape)).reshape(len(part), -1))
     return torch.cat(columns).T

@@ -80,7 +80,8 @@ def test_errors_carried_at_once_are_the_sum_of_products():
         for j in reversed(range(k)):
             error = slow.inverse_product(j)(error)
         expected = expected + error
-    assert ((fast.propagate_errors(errors) - expected).norm(dim=1) < 2e-3 * expected.norm(dim=1)).all()
+    difference = fast.propagate_errors(errors) - expected
+    assert (difference.norm(dim=1) < 2e-3 * expected.norm(dim=1)).all()
 
 
 @pytest.mark.parametrize(("factor", "off"), [(1e-10, 0.0), (2.0, 1e-14)])
@@ -134,7 +135,7 @@ def test_a_condition_stays_with_its_sample():
 
 @pytest.mark.parametrize("off", [1e-3, 1e-9])
 def test_an_inverse_that_is_off_is_refused(off):
-    """The nudge is 1.5e-8 of the state: an iterative inverse that stops at 1e-9 would be 7 % of the answer."""
+    """The step is 1.5e-8 of the state: an iterative inverse that stops at 1e-9 is off by 7 %."""
 
     class Off(Shifted):
         def inverse(self, z):

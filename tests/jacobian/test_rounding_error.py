@@ -40,7 +40,7 @@ def forecast(model, x, probes=4):
 
 
 def precise_forecast(model, x, copies=4000):
-    """The error for a unit roundoff of 1 with a small sampling error: each sample many times in one batch."""
+    """The error for a unit roundoff of 1; each sample is repeated to make sampling errors small."""
     errors = forecast(model, x.repeat_interleave(copies, dim=0)).error(1.0)
     return errors.square().reshape(len(x), copies).mean(1).sqrt()
 
@@ -57,7 +57,7 @@ def couplings(dim, depth, gain, seed=0):
 
 
 def dense_forecast(model, x):
-    """The slow twin: sqrt(sum_i m_i |A_i diag(h_i)|_F^2 / 3) from dense Jacobians of every partial inverse."""
+    """sqrt(sum_i m_i |A_i diag(h_i)|_F^2 / 3) from dense Jacobians of every partial inverse."""
     states = Linearization(model, x).states
     layers = model.layers()
     total = torch.zeros(len(x))
@@ -93,7 +93,7 @@ def test_agrees_with_the_dense_twin():
 
 
 def test_one_diagonal_layer_in_closed_form():
-    """z = d x rounds z once and x once; both move x by U(-u |x|, u |x|), so the variance is 2 u^2 x^2 / 3."""
+    """z = d x rounds z and x once each, by U(-u |x|, u |x|): a variance of 2 u^2 x^2 / 3."""
     x = torch.tensor([[3.0, -4.0]])
     got = precise_forecast(Diagonal([7.0, 0.1]), x) * unit_roundoff(torch.float32)
     assert got.item() == pytest.approx(2.0**-24 * math.sqrt(2 * 25 / 3), rel=0.02)
@@ -106,7 +106,7 @@ def test_an_error_made_before_a_contraction_is_amplified_by_its_inverse():
 
 
 class AdditiveCouplingOfOne(Invertible):
-    """z = x + 1: after a layer that maps 1 to 1e-6, z is 1 and its rounding is a million times the signal's."""
+    """z = x + 1 after a layer that maps 1 to 1e-6: rounding of z = 1 is a million times larger."""
 
     def forward(self, x):
         return x + 1
