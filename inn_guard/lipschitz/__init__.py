@@ -1,4 +1,4 @@
-"""Certified Lipschitz bounds: never below the truth, in both directions of an invertible network."""
+"""Certified Lipschitz bounds of an invertible network, in both directions."""
 
 from inn_guard.lipschitz.bounds import LipschitzBounds, lipschitz_bounds
 from inn_guard.lipschitz.certificate import Certificate

@@ -1,4 +1,4 @@
-"""lipschitz_bounds: certified upper and witnessed lower bounds of a model's bi-Lipschitz constants, within a time."""
+"""lipschitz_bounds: certified upper and witnessed lower bounds of bi-Lipschitz constants."""
 
 from __future__ import annotations
 
@@ -6,13 +6,16 @@ import math
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from inn_guard.adapters import wrap
 from inn_guard.core.invertible import Invertible
-from inn_guard.core.layer_jacobian import NotApplicable
+from inn_guard.core.missing import NotApplicable
 from inn_guard.execution.deadline import Deadline
+from inn_guard.lipschitz import rules
 from inn_guard.lipschitz.branch_and_bound.search import branch_and_bound
 from inn_guard.lipschitz.certificate import Certificate, weights_hash
 from inn_guard.lipschitz.maps.base import BoundedMap, NoRule, bounded_map
@@ -22,40 +25,52 @@ from inn_guard.lipschitz.networks.graph import Unbounded
 from inn_guard.lipschitz.whole_network import (
     Factor,
     LayerBound,
+    LayerBounds,
+    bound_layers,
+    forward_factors,
+    inverse_factors,
     product,
-    stack,
-    whole_forward,
-    whole_inverse,
 )
-from inn_guard.lipschitz.witness import Witness, better, measure, search, starting_points
+from inn_guard.lipschitz.witness import (
+    Witness,
+    larger,
+    measure,
+    search,
+    smaller,
+    starting_points,
+)
 from inn_guard.numerics.intervals import Box, Interval
 
 __all__ = ["LipschitzBounds", "lipschitz_bounds"]
 
 Progress = Callable[[str, float], None]
 BRANCHING = 4  #: dimensions up to which a box is branched
+LOOSE = 1e3  #: an upper bound this many times above the witnessed lower bound is called loose
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class LipschitzBounds:
-    """What is known about Lip(F) and Lip(F^-1).
+    """What is known about Lip(F) and Lip(F^-1), dimensionless.
 
-    ``scope`` says where: on all of R^d, or on a box. On a box, ``inverse`` bounds sup ||J(x)^-1|| over x in the box.
-    That is the Lipschitz constant of F^-1 on the image of the box only where that image is convex; otherwise it is one
-    along images of straight paths.
+    ``scope`` says where: on all of R^d, or on a box. On a box, ``inverse`` bounds sup ||J(x)^-1||
+        over x in the box.
+    That is the Lipschitz constant of F^-1 on the image of the box only where that image is convex;
+    otherwise it is one along images of straight paths.
 
     Attributes:
         forward: certified upper bound of sup ||J||.
         inverse: certified upper bound of sup ||J^-1||.
         lower_forward: witnessed lower bound of sup ||J||.
         lower_inverse: witnessed lower bound of sup ||J^-1||.
-        method: what gave ``forward`` and ``inverse``.
+        method: names of the methods that gave ``forward`` and ``inverse``.
         scope: "global", or the box.
         per_layer: every layer with its box, its bounds and Table 3's.
-        printed: the product of what Table 3 prints, with norm products for subnetworks; NaN if time ran out.
+        paper_bound: the product of Table 3's formulas, with norm products for subnetworks; NaN if
+            time ran out.
         reason: why a bound is infinite; empty where both are finite.
-        certificate: what proves the bounds; ``certificate.save(path)``.
-        witnesses: (most stretched, most shrunk) points and directions, each None where there is none.
+        certificate: the proof of the bounds; ``certificate.save(path)``.
+        witnesses: (most stretched, most shrunk) points and directions, each None where there is
+            none.
     """
 
     forward: float
@@ -65,144 +80,222 @@ class LipschitzBounds:
     method: tuple[str, str]
     scope: str
     per_layer: tuple[LayerBound, ...]
-    printed: Pair
+    paper_bound: Pair
     reason: str
     certificate: Certificate
     witnesses: tuple[Witness | None, Witness | None]
 
+    @property
+    def looseness(self) -> Pair:
+        """Upper bound / lower bound of each direction; inf where one of them says nothing."""
+        return Pair(
+            _quotient(self.forward, self.lower_forward), _quotient(self.inverse, self.lower_inverse)
+        )
+
     def __str__(self) -> str:
+        forward = f"{self.lower_forward:.4g} <= Lip(F) <= {self.forward:.4g}"
+        inverse = f"{self.lower_inverse:.4g} <= Lip(F^-1) <= {self.inverse:.4g}"
         lines = [
-            f"{self.lower_forward:.4g} <= Lip(F) <= {self.forward:.4g}  ({self.method[0]}, {self.scope})",
-            f"{self.lower_inverse:.4g} <= Lip(F^-1) <= {self.inverse:.4g}  ({self.method[1]}, {self.scope})",
+            f"{forward}  ({self.method[0]}, {self.scope}){_remark(self.looseness.forward)}",
+            f"{inverse}  ({self.method[1]}, {self.scope}){_remark(self.looseness.inverse)}",
         ]
-        return "\n".join([*lines, self.reason] if self.reason else lines)
+        if self.reason:
+            lines.append(self.reason)
+        return "\n".join(lines)
+
+    def __repr__(self) -> str:
+        forward = f"[{self.lower_forward:.4g}, {self.forward:.4g}]"
+        inverse = f"[{self.lower_inverse:.4g}, {self.inverse:.4g}]"
+        return f"LipschitzBounds(forward={forward}, inverse={inverse}, scope={self.scope!r})"
+
+
+def _quotient(upper: float, lower: float) -> float:
+    if lower <= 0:
+        return math.inf
+    return upper / lower
+
+
+def _remark(looseness: float) -> str:
+    if looseness < LOOSE:
+        return ""
+    if math.isinf(looseness):
+        return "; proves nothing"
+    return f"; loose: the upper bound is {looseness:.2g} times the largest value found"
 
 
 def lipschitz_bounds(
-    model: Invertible,
-    domain: Box,
+    model: Any,
+    domain: Box | Tensor,
     *,
     data: Tensor | None = None,
     seconds: float = 60.0,
     effort: SearchBudget | None = None,
     progress: Progress | None = None,
 ) -> LipschitzBounds:
-    """Certified upper and witnessed lower bounds of the Lipschitz constants of a model and of its inverse.
+    """Certified upper and witnessed lower bounds of a model's bi-Lipschitz constants.
 
-    Layer by layer; then, within the time, runs of layers as one chain, or as a product of comparison matrices; and in
-    up to four dimensions, on a bounded box, branch and bound. The least bound is kept.
+    First layer by layer; then, within the time, runs of layers as one chain, or as a product of
+    comparison matrices; and in up to four dimensions, on a bounded box, branch and bound. The least
+    bound is kept.
 
     Args:
-        model: the map.
-        domain: where: ``Box(lo, hi)`` of the shape of one sample, or ``Box.everywhere(shape)`` for global bounds.
-        data: samples (B, *shape) to begin the search for witnesses with; random ones unless given.
-        seconds: for everything together, by the clock on the wall: a time budget, so that a busy or slow machine proves
-            less, never something wrong. What is foreseen to take longer than what is left is replaced by something
-            cheaper, or left out; a single operation that takes longer than foreseen is not interrupted.
-        effort: per chain; derived from ``seconds`` unless given.
-        progress: called with a sentence and the share that is done.
+        model: an Invertible, or any model that ``wrap`` accepts.
+        domain: where the bounds hold: ``Box(lo, hi)`` of the shape of one sample,
+            ``Box.everywhere(shape)`` for global bounds, or samples (B, *shape), around which the
+            smallest box is taken.
+        data: samples (B, *shape) at which the search for witnesses begins; default: the samples of
+            ``domain``, or random points of the box.
+        seconds: wall-clock budget for everything together. A slow machine gives looser bounds,
+            never wrong ones: work that is expected to take longer is left out or replaced. A single
+            operation is not interrupted.
+        effort: budget per chain; default: derived from ``seconds``.
+        progress: called with a sentence and the fraction that is done.
 
     Returns:
         The bounds; infinite ones with the reason.
 
     Raises:
-        ValueError: if ``seconds`` is negative or not a number, or the data are no samples of the domain's shape.
+        TypeError: if ``domain`` is neither a Box nor a tensor.
+        ValueError: if ``seconds`` is negative or not a number, if samples are not finite, or if
+            ``data`` have not the shape of the domain.
+
+    >>> import torch
+    >>> bounds = lipschitz_bounds(torch.nn.Identity(), torch.zeros(1, 2), seconds=1.0)
+    >>> bounds.scope
+    'on the box within [0, 0]^2'
 
     References:
-        Understanding and Mitigating Exploding Inverses in Invertible Neural Networks (Behrmann, Vicol, Wang, Grosse,
-        Jacobsen, 2021), Table 3, Remark 3.
+        Understanding and Mitigating Exploding Inverses in Invertible Neural Networks (Behrmann,
+        Vicol, Wang, Grosse, Jacobsen, 2021), Table 3, Remark 3.
     """
     if not seconds >= 0:
         raise ValueError(f"expected a time of at least 0 seconds, got {seconds}")
-    if data is not None and (len(data) == 0 or data.shape[1:] != domain.lo.shape):
-        wanted = ", ".join(["B >= 1", *map(str, domain.lo.shape)])
+    if data is None and isinstance(domain, Tensor):
+        data = domain
+    box = _as_box(domain)
+    if data is not None and (len(data) == 0 or data.shape[1:] != box.shape):
+        wanted = ", ".join(["B >= 1", *map(str, box.shape)])
         raise ValueError(
             f"expected data of the domain's shape, ({wanted}), got {tuple(data.shape)}"
         )
-    from inn_guard.lipschitz.rules import load
+    model = wrap(model)
+    rules.load()
+    return _Run(model, box, data, Deadline.after(seconds), seconds, effort, progress).bounds()
 
-    load()
-    deadline, report = Deadline.after(seconds), progress or (lambda sentence, share: None)
-    exact = model.to_dtype(torch.float64)
-    layers = exact.layers() or (exact,)
-    report("layer by layer", 0.0)
-    effort_per_layer = effort or SearchBudget(
-        steps=30, seconds=min(10.0, 0.4 * seconds / len(layers))
-    )
-    described = [(layer.name, _rule(model, layer)) for layer in layers]
-    branching = domain.bounded and domain.lo.numel() <= BRANCHING and domain.lo.dim() == 1
-    bounds = stack(
-        described,
-        domain,
-        replace(effort_per_layer, deadline=deadline.fraction(0.2 if branching else 0.4)),
-    )
-    report("whole network", 0.2)
-    whole = effort or SearchBudget(steps=400, seconds=(0.05 if branching else 0.3) * seconds)
-    ahead = whole_forward(
-        bounds, replace(whole, deadline=deadline.fraction(0.1 if branching else 0.4))
-    )
-    back = whole_inverse(
-        bounds, replace(whole, deadline=deadline.fraction(0.1 if branching else 0.6))
-    )
-    certificate = Certificate(tuple(ahead), tuple(back), weights=weights_hash(model.state_dict()))
-    best = Pair(product([f.bound for f in ahead]), product([f.bound for f in back]))
-    method = (_method(ahead), _method(back))
-    report("witnesses", 0.6)
-    found = _Found(exact)
-    found.searched(domain, data, deadline.fraction(0.2 if branching else 0.8))
-    if branching:
-        report("branch and bound", 0.7)
-        try:
-            branched = branch_and_bound(
-                [m for _, m in described],
-                domain,
-                lower=found.lower,
-                probe=found.at,
-                deadline=deadline,
-            )
-            certificate = replace(certificate, leaves=branched.leaves)
-            smaller = [new < old for new, old in zip(branched.pair, best, strict=True)]
-            names = [
-                "branch and bound" if less else name
-                for less, name in zip(smaller, method, strict=True)
-            ]
-            method = (names[0], names[1])
-            best = Pair(*map(min, branched.pair, best))
-        except Unbounded:
-            pass
-    lower, witnesses = found.lower, (found.stretch, found.shrink)
-    report("done", 1.0)
-    if model.bijective:
-        # Remark 3: every upper bound of one direction is a lower bound of the other
-        lower = Pair(
-            max(lower.forward, _over(best.inverse)), max(lower.inverse, _over(best.forward))
+
+def _as_box(domain: Any) -> Box:
+    if isinstance(domain, Box):
+        return domain
+    if not isinstance(domain, Tensor):
+        raise TypeError(
+            "expected a domain as inn_guard.Box(lo, hi) or as a tensor of samples (B, *shape), "
+            f"got {type(domain).__name__}"
         )
-    else:
-        # what the forward map shrinks most are directions that it forgets: they say nothing of the inverse
-        lower, witnesses = Pair(lower.forward, 0.0), (found.stretch, None)
-    is_global = all(layer.bounds.is_global for layer in bounds) and "branch and bound" not in method
-    printed = Pair(
-        *(
-            _printed([getattr(layer.printed, side) for layer in bounds])
-            for side in ("forward", "inverse")
+    if not bool(domain.isfinite().all()):
+        raise ValueError("expected finite samples as the domain, got NaN or Inf; leave those out")
+    return Box.around(domain)
+
+
+class _Run:
+    """One computation of bounds: the model, the box and the time."""
+
+    def __init__(  # noqa: PLR0913 - the arguments of lipschitz_bounds
+        self,
+        model: Invertible,
+        box: Box,
+        data: Tensor | None,
+        deadline: Deadline,
+        seconds: float,
+        effort: SearchBudget | None,
+        progress: Progress | None,
+    ) -> None:
+        self.model, self.box, self.data = model, box, data
+        self.deadline, self.seconds, self.effort = deadline, seconds, effort
+        self.progress = progress or (lambda sentence, share: None)
+        self.branches = box.bounded and box.lo.dim() == 1 and box.lo.numel() <= BRANCHING
+
+    def bounds(self) -> LipschitzBounds:
+        """The best bounds by all methods."""
+        self.progress("layer by layer", 0.0)
+        exact = self.model.to_dtype(torch.float64)
+        layers = exact.layers() or (exact,)
+        maps = [(layer.name, _rule(self.model, layer)) for layer in layers]
+        per_layer = self._per_layer(maps)
+        self.progress("whole network", 0.2)
+        forward, inverse = self._whole_network(per_layer)
+        best = Pair(product([f.bound for f in forward]), product([f.bound for f in inverse]))
+        method = [_method(forward), _method(inverse)]
+        weights = weights_hash(self.model.state_dict())
+        certificate = Certificate(tuple(forward), tuple(inverse), weights=weights)
+        self.progress("witnesses", 0.6)
+        witnesses = _Witnesses(exact)
+        witnesses.search(self.box, self.data, self._fraction(0.2, 0.8))
+        if self.branches:
+            self.progress("branch and bound", 0.7)
+            with suppress(Unbounded):
+                branched = branch_and_bound(
+                    [described for _, described in maps],
+                    self.box,
+                    lower=witnesses.lower,
+                    probe=witnesses.measure,
+                    deadline=self.deadline,
+                )
+                certificate = replace(certificate, leaves=branched.leaves)
+                for k, bound in enumerate(branched.pair):
+                    if bound < best[k]:
+                        method[k] = "branch and bound"
+                best = Pair(*map(min, branched.pair, best))
+        self.progress("done", 1.0)
+        lower, found = _lower_bounds(self.model, witnesses, best)
+        scope = f"on the {_text_of(self.box)}"
+        is_global = all(layer.bounds.is_global for layer in per_layer)
+        if is_global and "branch and bound" not in method:
+            scope = "global"
+        reason = ""
+        if math.inf in best:
+            reason = _first_reason(per_layer)
+        return LipschitzBounds(
+            float(best.forward),
+            float(best.inverse),
+            lower.forward,
+            lower.inverse,
+            (method[0], method[1]),
+            scope,
+            tuple(per_layer),
+            _paper_bound(per_layer),
+            reason,
+            certificate,
+            found,
         )
-    )
-    reason = next(
-        (
-            f"layer {k} ({b.name}): {b.bounds.reason}"
-            for k, b in enumerate(bounds)
-            if b.bounds.reason
-        ),
-        "",
-    )
-    return LipschitzBounds(
-        *best, *lower, method, "global" if is_global else f"on the {_described(domain)}", tuple(bounds), printed,
-        reason if math.inf in best else "", certificate, witnesses,
-    )  # fmt: skip
+
+    def _fraction(self, branching: float, otherwise: float) -> Deadline:
+        """A share of the time left, which is smaller if branch and bound still has to run."""
+        if self.branches:
+            return self.deadline.fraction(branching)
+        return self.deadline.fraction(otherwise)
+
+    def _per_layer(self, maps: list[tuple[str, BoundedMap]]) -> LayerBounds:
+        effort = self.effort
+        if effort is None:
+            seconds = min(10.0, 0.4 * self.seconds / len(maps))
+            effort = SearchBudget(steps=30, seconds=seconds)
+        return bound_layers(maps, self.box, replace(effort, deadline=self._fraction(0.2, 0.4)))
+
+    def _whole_network(self, per_layer: LayerBounds) -> tuple[list[Factor], list[Factor]]:
+        effort = self.effort
+        if effort is None:
+            share = 0.3
+            if self.branches:
+                share = 0.05
+            effort = SearchBudget(steps=400, seconds=share * self.seconds)
+        effort = replace(effort, deadline=self._fraction(0.1, 0.4))
+        forward = forward_factors(per_layer, effort)
+        effort = replace(effort, deadline=self._fraction(0.1, 0.6))
+        return forward, inverse_factors(per_layer, effort)
 
 
-class _Found:
-    """The best witnesses so far."""
+class _Witnesses:
+    """The most stretched and the most shrunk direction found so far."""
 
     def __init__(self, model: Invertible) -> None:
         self.model = model
@@ -211,79 +304,106 @@ class _Found:
 
     @property
     def lower(self) -> Pair:
-        """What they prove, forward and inverse."""
-        return Pair(
-            self.stretch.ratio if self.stretch else 0.0,
-            1 / self.shrink.ratio if self.shrink else 0.0,
-        )
+        """The lower bounds that they prove."""
+        forward = inverse = 0.0
+        if self.stretch is not None:
+            forward = self.stretch.ratio
+        if self.shrink is not None:
+            inverse = 1 / self.shrink.ratio
+        return Pair(forward, inverse)
 
-    def searched(self, domain: Box, data: Tensor | None, deadline: Deadline) -> None:
-        """From data, or random points, uphill."""
-        self._keep(*_witnesses(self.model, domain, data, deadline))
+    def search(self, box: Box, data: Tensor | None, deadline: Deadline) -> None:
+        """Search uphill from the data, or from random points of the box."""
+        generator = torch.Generator().manual_seed(0)
+        if data is None:
+            count = 4
+            if box.lo.numel() <= 64:
+                count = 256
+            data = starting_points(box, count, generator)
+        with suppress(NotApplicable, RuntimeError, ValueError):
+            found = search(self.model, data, box, deadline=deadline, generator=generator)
+            self._keep(*found)
 
-    def at(self, points: Tensor) -> Pair:
-        """The lower bounds after a look at some points."""
+    def measure(self, points: Tensor) -> Pair:
+        """The lower bounds after a measurement at some points."""
         with suppress(NotApplicable, RuntimeError, ValueError):
             self._keep(*measure(self.model, points))
         return self.lower
 
     def _keep(self, stretch: Witness | None, shrink: Witness | None) -> None:
-        self.stretch = better(self.stretch, stretch, largest=True)
-        self.shrink = better(self.shrink, shrink, largest=False)
+        self.stretch = larger(self.stretch, stretch)
+        self.shrink = smaller(self.shrink, shrink)
 
 
-def _printed(factors: list[float]) -> float:
-    return math.nan if any(map(math.isnan, factors)) else product(factors)
+def _lower_bounds(
+    model: Invertible, witnesses: _Witnesses, upper: Pair
+) -> tuple[Pair, tuple[Witness | None, Witness | None]]:
+    lower = witnesses.lower
+    if not model.bijective:
+        # directions that the forward map forgets say nothing about the inverse
+        return Pair(lower.forward, 0.0), (witnesses.stretch, None)
+    # Remark 3: the reciprocal of an upper bound of one direction is a lower bound of the other
+    forward = max(lower.forward, _reciprocal(upper.inverse))
+    inverse = max(lower.inverse, _reciprocal(upper.forward))
+    return Pair(forward, inverse), (witnesses.stretch, witnesses.shrink)
 
 
-def _over(bound: float) -> float:
-    return math.nextafter(1 / bound, 0.0) if 0 < bound < math.inf else 0.0
+def _reciprocal(bound: float) -> float:
+    if not 0 < bound < math.inf:
+        return 0.0
+    return math.nextafter(1 / float(bound), 0.0)
+
+
+def _paper_bound(layers: LayerBounds) -> Pair:
+    forward = [layer.paper_bound.forward for layer in layers]
+    inverse = [layer.paper_bound.inverse for layer in layers]
+    if any(map(math.isnan, forward + inverse)):
+        return Pair(math.nan, math.nan)
+    return Pair(float(product(forward)), float(product(inverse)))
+
+
+def _first_reason(layers: LayerBounds) -> str:
+    for k, layer in enumerate(layers):
+        if layer.bounds.reason:
+            return f"layer {k} ({layer.name}): {layer.bounds.reason}"
+    return ""
 
 
 def _method(factors: list[Factor]) -> str:
     longest = max(factors, key=lambda f: f.last - f.first)
-    count, total = longest.last - longest.first, max(f.last for f in factors)
+    count, total = longest.last - longest.first, factors[-1].last
     if count == 1:
         return "product of layers"
-    if count == total:
-        return "comparison matrices" if longest.compared else "whole-network recursion"
-    kind = "comparison matrices" if longest.compared else "recursion"
-    return f"{kind} over runs of up to {count} of {total} layers"
-
-
-def _witnesses(
-    model: Invertible, domain: Box, data: Tensor | None, deadline: Deadline
-) -> tuple[Witness | None, Witness | None]:
-    generator = torch.Generator().manual_seed(0)
-    points = (
-        starting_points(domain, 256 if domain.lo.numel() <= 64 else 4, generator)
-        if data is None
-        else data
-    )
-    try:
-        return search(model, points, domain, deadline=deadline, generator=generator)
-    except (NotApplicable, RuntimeError, ValueError):
-        return None, None
+    kind = "recursion"
+    if longest.compared:
+        kind = "comparison matrices"
+    if count < total:
+        return f"{kind} over runs of up to {count} of {total} layers"
+    if longest.compared:
+        return kind
+    return "whole-network recursion"
 
 
 def _rule(model: Invertible, layer: Invertible) -> BoundedMap:
-    """What is known of a layer; nothing where a call runs more than the classes of its modules say."""
+    """The bounded map of a layer; NoRule where hooks may change the computation of its classes."""
     altered = _altered(model.block, *layer.block.modules())
-    return NoRule(altered) if altered else bounded_map(layer.block, layer)
+    if altered:
+        return NoRule(altered)
+    return bounded_map(layer.block, layer)
 
 
 def _altered(*modules: nn.Module) -> str:
-    """Which module has hooks or a forward of its own, '' if none; reparametrisations of torch.nn.utils are known."""
+    """Which module has hooks or its own forward, "" if none; those of torch.nn.utils are known."""
     for module in modules:
         hooks = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
         foreign = [hook for hook in hooks if not type(hook).__module__.startswith("torch.nn.utils")]
         if foreign or "forward" in vars(module):
-            return f"{type(module).__name__} has hooks or a forward of its own, which may change what it computes"
+            name = type(module).__name__
+            return f"{name} has hooks or its own forward, which may change what it computes"
     return ""
 
 
-def _described(box: Interval) -> str:
+def _text_of(box: Interval) -> str:
     if not box.bounded:
         return "unbounded box"
-    low, high = float(box.lo.min()), float(box.hi.max())
-    return f"box within [{low:.4g}, {high:.4g}]^{box.lo.numel()}"
+    return f"box within [{box.inf():.4g}, {box.sup():.4g}]^{box.lo.numel()}"

@@ -1,27 +1,40 @@
-"""Whole networks: boxes and bounds layer by layer, their product, and runs of layers bounded as one chain."""
+"""Whole networks: boxes and bounds of the layers, their product, runs of layers as one chain."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
+import torch
 from torch import Tensor
 
 from inn_guard.execution.deadline import Deadline
 from inn_guard.lipschitz.lipsdp.chain import Chain
 from inn_guard.lipschitz.maps.base import BlockBounds, BoundedMap
 from inn_guard.lipschitz.maps.closed_forms import Pair
-from inn_guard.lipschitz.networks.chain_builder import ChainBuilder, Linear
+from inn_guard.lipschitz.networks.chain_builder import ChainBuilder, Linear, Torus
 from inn_guard.lipschitz.networks.conditioner import Proof, SearchBudget, bound_chain, torus_of
 from inn_guard.lipschitz.networks.graph import Unbounded
-from inn_guard.lipschitz.reachability import Reach
+from inn_guard.lipschitz.reachability import ReachableSet
 from inn_guard.numerics.intervals import Interval
-from inn_guard.numerics.rounding import gamma, up
+from inn_guard.numerics.rounding import TINY, Upper, enlarged
 from inn_guard.numerics.spectral_norm import norm_operations, spectral_norm
 
-__all__ = ["Factor", "cheapest", "product"]
+__all__ = [
+    "Factor",
+    "LayerBound",
+    "LayerBounds",
+    "bound_layers",
+    "cheapest",
+    "comparison_factors",
+    "forward_factors",
+    "inverse_factors",
+    "product",
+]
+
+WIDE = 256  #: channels up to which comparison matrices are multiplied
+SHARE = 0.1  #: of the time left that one layer may take, or twice its equal share if that is more
 
 
 @dataclass(frozen=True)
@@ -31,9 +44,9 @@ class Factor:
     Attributes:
         first: index of the first layer.
         last: index after the last layer.
-        bound: certified.
+        bound: certified bound of the layers' Jacobian (or inverse Jacobian).
         proof: the chain and its multipliers, where a chain gave the bound.
-        compared: whether it is the norm of a product of comparison matrices.
+        compared: whether the bound is the norm of a product of comparison matrices.
     """
 
     first: int
@@ -43,16 +56,16 @@ class Factor:
     compared: bool = False
 
 
-def product(bounds: Sequence[float]) -> float:
+def product(bounds: Sequence[float]) -> Upper:
     """The product, rounded up; inf if one is."""
-    total = 1.0
+    total = Upper(1.0)
     for bound in bounds:
-        total = up(total * bound)
-    return math.inf if math.isnan(total) else total
+        total = total * bound
+    return total
 
 
 def cheapest(count: int, factors: Sequence[Factor]) -> list[Factor]:
-    """The factors, one after the other from layer 0 to ``count``, whose product is least: a shortest path.
+    """The factors that lead from layer 0 to ``count`` with the least product: a shortest path.
 
     Raises:
         ValueError: if no factors lead there.
@@ -61,26 +74,22 @@ def cheapest(count: int, factors: Sequence[Factor]) -> list[Factor]:
     for factor in sorted(factors, key=lambda f: (f.last, f.first)):
         if factor.first not in costs:
             continue
-        cost = costs[factor.first] + math.log(max(factor.bound, 1e-300))
-        if factor.last not in costs or cost < costs[factor.last]:
-            costs[factor.last], paths[factor.last] = cost, [*paths[factor.first], factor]
+        cost = costs[factor.first] + math.log(max(factor.bound, TINY))
+        if cost < costs.get(factor.last, math.inf) or factor.last not in costs:
+            costs[factor.last] = cost
+            paths[factor.last] = [*paths[factor.first], factor]
     if count not in paths:
         raise ValueError(f"expected factors that lead from layer 0 to layer {count}")
     return paths[count]
 
 
-__all__ = ["comparison_factors"]
-
-UNDERFLOW = 1e-300  #: more than what products of a row lose by underflow
-WIDE = 256  #: channels up to which matrices are multiplied
-
-
 def comparison_factors(matrices: Sequence[Tensor | None], deadline: Deadline) -> list[Factor]:
-    """Every run of two and more layers whose comparison matrices are known, as a factor, as long as time lasts.
+    """Every run of two and more layers with known comparison matrices, as a factor.
 
     Args:
-        matrices: N_k of the layers in the order in which they are applied, nonnegative, (C', C); None where unknown.
-        deadline: after which no run is begun.
+        matrices: N_k of the layers in the order in which they are applied, nonnegative, (C', C);
+            None where unknown.
+        deadline: runs that would take longer are left out.
 
     Returns:
         Factors whose proofs are the products, as chains without layers.
@@ -94,152 +103,181 @@ def comparison_factors(matrices: Sequence[Tensor | None], deadline: Deadline) ->
                 break
             if not deadline.can_afford(norm_operations(*step.shape)):
                 return found
-            total = (step @ total) * (1 + 2 * gamma(step.shape[1] + 2)) + UNDERFLOW
+            # TINY: zeros may be products that underflowed
+            total = enlarged(step @ total, step.shape[1]) + TINY
             bound = spectral_norm(total)
             if not math.isfinite(bound):
                 break
-            found.append(
-                Factor(
-                    first,
-                    last + 1,
-                    bound,
-                    Proof(bound, Chain(total.shape[1], (), total[None]), ()),
-                    compared=True,
-                )
-            )
+            proof = Proof(bound, Chain(total.shape[1], (), total[None]), ())
+            found.append(Factor(first, last + 1, bound, proof, compared=True))
     return found
-
-
-__all__ = ["Factor", "LayerBound", "Stack", "product", "stack", "whole_forward", "whole_inverse"]
 
 
 @dataclass(frozen=True)
 class LayerBound:
-    """One layer with its box.
+    """One layer with its box and its bounds.
 
     Attributes:
-        name: the layer's.
-        map: what it is.
-        box: of its inputs.
-        bounds: certified.
-        printed: what Table 3 prints; NaN where there was no time to compute it.
+        name: name of the layer.
+        map: the bounded map that it is.
+        box: box of its inputs.
+        bounds: certified bounds on that box.
+        paper_bound: bounds by the formula of Table 3; NaN where time ran out.
     """
 
     name: str
     map: BoundedMap
     box: Interval
     bounds: BlockBounds
-    printed: Pair
+    paper_bound: Pair
 
 
-Stack = Sequence[LayerBound]
-SHARE = 0.1  #: of the time left that one layer may take, or twice what is its own if that is more
+LayerBounds = Sequence[LayerBound]
 
 
-def stack(layers: Sequence[tuple[str, BoundedMap]], box: Interval, effort: SearchBudget) -> Stack:
+def bound_layers(
+    layers: Sequence[tuple[str, BoundedMap]], box: Interval, effort: SearchBudget
+) -> LayerBounds:
     """Every layer's bounds on the box that the layers before it make of ``box``.
 
-    Boxes are what intervals leave and, from a bounded box on, the reach of differences from its centre. Table 3's
-    bounds are NaN where time ran out: they are shown, never needed.
+    Boxes are the intersection of interval bounds and, if ``box`` is bounded, of the reachable set
+    of differences from its centre. Table 3's bounds are NaN where time ran out; they are only
+    shown.
     """
     result = []
-    reach = Reach.around(box) if box.bounded else None
+    reach = None
+    if box.bounded:
+        reach = ReachableSet.around(box)
     for k, (name, described) in enumerate(layers):
-        own = effort.within(min(1.0, max(SHARE, 2 / (len(layers) - k))))
-        moved = _moved(reach, [m for _, m in layers[k:]], box, own.within(0.7))
-        bounds = described.bounds(box, own.within(0.7))
-        printed = (
-            Pair(math.nan, math.nan) if own.deadline.passed else described.paper_formula(box, own)
-        )
-        result.append(LayerBound(name, described, box, bounds, printed))
+        own = effort.fraction(min(1.0, max(SHARE, 2 / (len(layers) - k))))
+        following = [m for _, m in layers[k:]]
+        moved = _moved(reach, following, box, own.fraction(0.7))
+        bounds = described.bounds(box, own.fraction(0.7))
+        paper_bound = Pair(math.nan, math.nan)
+        if not own.deadline.passed:
+            paper_bound = described.paper_formula(box, own)
+        result.append(LayerBound(name, described, box, bounds, paper_bound))
         reach = moved or _stretched(reach, result[-1])
         box = described.image(box)
-        box = box if reach is None else reach.within(box)
+        if reach is not None:
+            box = reach.intersect(box)
     return tuple(result)
 
 
 def _moved(
-    reach: Reach | None, following: Sequence[BoundedMap], box: Interval, effort: SearchBudget
-) -> Reach | None:
-    """The reach behind the first of the following maps; None where the recursion does not say."""
+    reach: ReachableSet | None, following: Sequence[BoundedMap], box: Interval, effort: SearchBudget
+) -> ReachableSet | None:
+    """The reachable set after the first of the following maps; None where the recursion fails."""
     if reach is None:
         return None
     shape = tuple(reach.centre.shape)
     try:
         if reach.torus is None or reach.torus.size != shape[1:]:
-            reach = replace(
-                reach, torus=torus_of([net for m in following for net in m.subnetworks()], shape)
-            )
+            reach = replace(reach, torus=_common_torus(following, shape))
         return reach.through(following[0], box, effort)
     except Unbounded:
         return None
 
 
-def _stretched(reach: Reach | None, layer: LayerBound) -> Reach | None:
+def _common_torus(maps: Sequence[BoundedMap], shape: tuple[int, ...]) -> Torus | None:
+    return torus_of([network for m in maps for network in m.subnetworks()], shape)
+
+
+def _stretched(reach: ReachableSet | None, layer: LayerBound) -> ReachableSet | None:
+    if reach is None:
+        return None
     try:
-        return None if reach is None else reach.stretched(layer.map, layer.bounds.forward)
+        return reach.stretched(layer.map, layer.bounds.forward)
     except Unbounded:
         return None
 
 
-def whole_forward(layers: Stack, effort: SearchBudget) -> list[Factor]:
-    """Factors of a bound of the forward map: among chains, comparison matrices and single layers the least product."""
-    return _factors(
-        layers,
-        effort,
-        _Direction("forward", lambda m, *args: m.lipsdp_jacobian(*args), lambda b: b.forward, 0),
-    )
+def forward_factors(layers: LayerBounds, effort: SearchBudget) -> list[Factor]:
+    """Factors of least product that bound the forward map: chains, comparison matrices, layers."""
+    return _factors(layers, effort, _Forward())
 
 
-def whole_inverse(layers: Stack, effort: SearchBudget) -> list[Factor]:
-    """The same for the inverse map; the last layer comes first."""
-    backward = _Direction(
-        "inverse", lambda m, *args: m.lipsdp_inverse(*args), lambda b: b.inverse, 1
-    )
-    turned = _factors(tuple(reversed(layers)), effort, backward)
+def inverse_factors(layers: LayerBounds, effort: SearchBudget) -> list[Factor]:
+    """The same for the inverse map, whose first layer is the last of the forward map."""
+    reversed_factors = _factors(tuple(reversed(layers)), effort, _Inverse())
     n = len(layers)
-    return [replace(f, first=n - f.last, last=n - f.first) for f in reversed(turned)]
+    return [replace(f, first=n - f.last, last=n - f.first) for f in reversed(reversed_factors)]
 
 
-@dataclass(frozen=True)
-class _Direction:
-    name: str
-    trace: Any
-    bound: Any
-    compared: int
+class _Forward:
+    """The bounds, comparison matrices and chains of J."""
+
+    name = "forward"
+
+    def bound(self, layer: LayerBound) -> float:
+        return layer.bounds.forward
+
+    def comparison_matrix(self, layer: LayerBound) -> Tensor:
+        return layer.map.comparison_matrices(layer.box, layer.bounds)[0]
+
+    def append(self, layer: LayerBound, builder: ChainBuilder, x: Linear) -> Linear:
+        return layer.map.lipsdp_jacobian(builder, x, layer.box)
+
+    def input_shape(self, layer: LayerBound) -> torch.Size:
+        return layer.box.shape
 
 
-def _factors(layers: Stack, effort: SearchBudget, way: _Direction) -> list[Factor]:
-    factors, start = _single(layers, way), 0
-    factors += comparison_factors(
-        _matrices(layers, way, effort.deadline), effort.deadline.fraction(0.1)
-    )
+class _Inverse(_Forward):
+    """Those of J^-1."""
+
+    name = "inverse"
+
+    def bound(self, layer: LayerBound) -> float:
+        return layer.bounds.inverse
+
+    def comparison_matrix(self, layer: LayerBound) -> Tensor:
+        return layer.map.comparison_matrices(layer.box, layer.bounds)[1]
+
+    def append(self, layer: LayerBound, builder: ChainBuilder, x: Linear) -> Linear:
+        return layer.map.lipsdp_inverse(builder, x, layer.box)
+
+    def input_shape(self, layer: LayerBound) -> torch.Size:
+        return layer.map.image(layer.box).shape
+
+
+def _factors(layers: LayerBounds, effort: SearchBudget, direction: _Forward) -> list[Factor]:
+    factors = []
+    for k, layer in enumerate(layers):
+        proof = layer.bounds.proofs.get(direction.name)
+        factors.append(Factor(k, k + 1, direction.bound(layer), proof))
+    matrices = _comparison_matrices(layers, direction, effort.deadline)
+    factors += comparison_factors(matrices, effort.deadline.fraction(0.1))
+    start = 0
     while start < len(layers):
-        chain, stop = _longest(layers, start, way, effort)
-        own = effort.within((stop - start) / (len(layers) - start))
-        proof = _proved(chain, own) if chain is not None and stop - start > 1 else None
-        if proof is not None:
-            factors.append(Factor(start, stop, proof.bound, proof))
+        chain, stop = _longest_chain(layers, start, direction, effort)
+        if chain is not None and stop - start > 1:
+            share = (stop - start) / (len(layers) - start)
+            proof = _proved(chain, effort.fraction(share))
+            if proof is not None:
+                factors.append(Factor(start, stop, proof.bound, proof))
         start = stop
     return cheapest(len(layers), factors)
 
 
-def _matrices(layers: Stack, way: _Direction, deadline: Deadline) -> list[Tensor | None]:
+def _comparison_matrices(
+    layers: LayerBounds, direction: _Forward, deadline: Deadline
+) -> list[Tensor | None]:
     """The comparison matrices of all layers; None where there is none, or no time."""
-    matrices: list[Tensor | None] = []
-    for layer in layers:
+    matrices: list[Tensor | None] = [None] * len(layers)
+    for k, layer in enumerate(layers):
+        if deadline.passed:
+            break
         try:
-            if deadline.passed:
-                raise Unbounded("time ran out")
-            found = layer.map.comparison_matrices(layer.box, layer.bounds)[way.compared]
-            matrices.append(found if bool(found.isfinite().all()) else None)
+            found = direction.comparison_matrix(layer)
         except Unbounded:
-            matrices.append(None)
+            continue
+        if bool(found.isfinite().all()):
+            matrices[k] = found
     return matrices
 
 
 def _proved(chain: Chain, effort: SearchBudget) -> Proof | None:
-    if max((len(layer.lower) for layer in chain.layers), default=0) > effort.width:
+    if chain.width > effort.width:
         return None
     try:
         return bound_chain(chain, effort)
@@ -247,44 +285,33 @@ def _proved(chain: Chain, effort: SearchBudget) -> Proof | None:
         return None
 
 
-def _single(layers: Stack, way: _Direction) -> list[Factor]:
-    return [
-        Factor(k, k + 1, way.bound(layer.bounds), layer.bounds.proofs.get(way.name))
-        for k, layer in enumerate(layers)
-    ]
-
-
-def _longest(
-    layers: Stack, start: int, way: _Direction, effort: SearchBudget
+def _longest_chain(
+    layers: LayerBounds, start: int, direction: _Forward, effort: SearchBudget
 ) -> tuple[Chain | None, int]:
-    """The chain of as many layers from ``start`` as can be traced in one state, and the index after them."""
-    shape = tuple(
-        (layers[start].box if way.name == "forward" else _output_box(layers[start])).shape
-    )
+    """The chain of as many layers from ``start`` as fit into one, and the index after them."""
+    shape = tuple(direction.input_shape(layers[start]))
+    if shape[0] > effort.width or effort.deadline.passed:
+        return None, start + 1
     same = [layer.map for layer in layers[start:] if len(layer.box.shape) == len(shape)]
     try:
-        if shape[0] > effort.width or effort.deadline.passed:
-            return None, start + 1
-        builder = ChainBuilder(
-            shape[0], torus_of([net for m in same for net in m.subnetworks()], shape)
-        )
+        builder = ChainBuilder(shape[0], _common_torus(same, shape))
     except Unbounded:
         return None, start + 1
     x: Linear = builder.start()
     stop = start
     for layer in layers[start:]:
+        changes_size = tuple(layer.box.shape[1:]) != shape[1:]
+        if changes_size or effort.deadline.passed:
+            break
         parts, count = builder.parts, len(builder.layers)
         try:
-            if tuple(layer.box.shape[1:]) != shape[1:] or effort.deadline.passed:
-                raise Unbounded("the image size changes, or time ran out")
-            x = builder.reset_state(way.trace(layer.map, builder, x, layer.box))
+            x = builder.reset_state(direction.append(layer, builder, x))
         except Unbounded:
+            # a layer that fails may have appended a part of its chain
             builder.parts = parts
             del builder.layers[count:]
             break
         stop += 1
-    return (builder.finish(x), stop) if stop > start else (None, start + 1)
-
-
-def _output_box(layer: LayerBound) -> Interval:
-    return layer.map.image(layer.box)
+    if stop == start:
+        return None, start + 1
+    return builder.finish(x), stop

@@ -1,37 +1,38 @@
-"""Lower bounds that can be replayed: a point and a direction that the map stretches, or shrinks, so much."""
+"""Lower bounds that can be replayed: a point, a direction and how much the map stretches it."""
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from inn_guard.core.invertible import Invertible
+from inn_guard.core.tensors import finite_rows
 from inn_guard.execution.deadline import Deadline
 from inn_guard.jacobian.chain import Linearization, LogScaledVector
 from inn_guard.jacobian.checks import dense_jacobian
 from inn_guard.numerics.intervals import Interval
 from inn_guard.numerics.rounding import UNIT
 
-__all__ = ["Witness", "better", "measure", "search", "starting_points"]
+__all__ = ["Witness", "larger", "measure", "search", "smaller", "starting_points"]
 
 DENSE = 64  #: dimensions up to which whole Jacobians are taken
-FEW = 4  #: points that are measured however little time there is
+FEW = 4  #: points that are measured even if there is no time
 POWERS = 20  #: power iterations
-EDGE = 1e-9  #: of the box's width that points keep from its faces
-EVALUATION = 1e-9  #: relative error allowed to the evaluation of a ratio in float64
+EDGE = 1e-9  #: distance of points from the faces of the box, in widths of the box
 
 
 @dataclass(frozen=True)
 class Witness:
-    """||J(x) v|| / ||v|| = forward, hence Lip(F) >= forward and Lip(F^-1) >= 1 / forward.
+    """||J(x) v|| / ||v|| = ratio, hence Lip(F) >= ratio and Lip(F^-1) >= 1 / ratio.
 
     Attributes:
         x: the point, of the shape of one sample, float64.
         v: the direction, of the same shape, of length one.
-        ratio: ||J(x) v|| as it was found. Where whole Jacobians are taken, less what rounding in their product may have
-            added where v is stretched most, and more by what it may have hidden where v is shrunk most.
+        ratio: ||J(x) v||. From whole Jacobians it includes the rounding error of their product:
+            subtracted for the most stretched direction, added for the most shrunk one.
     """
 
     x: Tensor
@@ -40,63 +41,66 @@ class Witness:
 
     def replay(self, model: Invertible) -> float:
         """||J(x) v|| / ||v||, computed again in float64."""
-        stretched = Linearization(model.to_dtype(torch.float64), self.x[None]).jvp(
-            LogScaledVector.from_vector(self.v[None])
-        )
-        return float(stretched.log_norm().exp())
+        line = Linearization(model.to_dtype(torch.float64), self.x[None])
+        return float(line.jvp(_unit(self.v[None])).log_norm().exp())
+
+
+Found = tuple[Witness | None, Witness | None]
 
 
 def search(
-    model: Invertible, points: Tensor, box: Interval, *, deadline: Deadline | None = None,
+    model: Invertible,
+    points: Tensor,
+    box: Interval,
+    *,
+    deadline: Deadline | None = None,
     generator: torch.Generator | None = None,
-) -> tuple[Witness | None, Witness | None]:  # fmt: skip
-    """The points and directions that stretch most and shrink most: data first, then a local random search in the box.
+) -> Found:
+    """The directions that are stretched and shrunk most: at the points, then by a random search.
 
     Args:
         model: the map, in float64.
-        points: where to begin, (B, *data); those outside the box are moved onto it.
+        points: where the search begins, (B, *data); points outside the box are moved onto it.
         box: where to search, of the shape of one sample.
-        deadline: after which no round is begun; 5 seconds unless given.
-        generator: of the random steps.
+        deadline: no round begins after it; default: in 5 seconds.
+        generator: source of the random steps; default: seed 0.
 
     Returns:
         (most stretched, most shrunk), each None where nothing finite was found.
     """
     generator = generator or torch.Generator().manual_seed(0)
     deadline, points = deadline or Deadline.after(5.0), _inside(points.double(), box)
-    stretch = shrink = None
     left = deadline.left
-    first, last = measure(model, points, deadline.fraction(0.5))
+    stretch, shrink = measure(model, points, deadline.fraction(0.5))
     radius = 0.1 * _extent(points, box)
-    while True:
-        stretch, shrink = better(stretch, first, largest=True), better(shrink, last, largest=False)
+    while stretch is not None and shrink is not None:
         took, left = left - deadline.left, deadline.left
-        if stretch is None or shrink is None or left < min(took, 1e9) or float(radius.max()) < 1e-9:
-            return stretch, shrink
-        near = [
-            w.x + radius * torch.randn(32, *w.x.shape, generator=generator, dtype=torch.float64)
-            for w in (stretch, shrink)
-        ]
+        # an infinite deadline gives no duration; the radius ends the search then
+        if left < min(took, 1e9) or float(radius.max()) < 1e-9:
+            break
+        near = []
+        for witness in (stretch, shrink):
+            steps = torch.randn(32, *witness.x.shape, generator=generator, dtype=torch.float64)
+            near.append(witness.x + radius * steps)
         first, last = measure(model, _inside(torch.cat(near), box), deadline)
+        stretch, shrink = larger(stretch, first), smaller(shrink, last)
         radius = radius * 0.8
+    return stretch, shrink
 
 
 def starting_points(box: Interval, count: int, generator: torch.Generator) -> Tensor:
     """Points (count, *shape): uniform in a bounded box, standard normal in unbounded directions."""
-    lo, hi = box.lo, box.hi
-    unit = torch.rand(count, *lo.shape, generator=generator, device="cpu", dtype=torch.float64)
-    normal = torch.randn(count, *lo.shape, generator=generator, device="cpu", dtype=torch.float64)
-    finite = lo.isfinite() & hi.isfinite()
-    points = torch.where(
-        finite,
-        lo.nan_to_num(0, 0, 0) + (hi.nan_to_num(0, 0, 0) - lo.nan_to_num(0, 0, 0)) * unit,
-        normal,
-    )
-    return _inside(points, box)
+    lo, hi = box.lo.nan_to_num(0, 0, 0), box.hi.nan_to_num(0, 0, 0)
+    shape = (count, *lo.shape)
+    unit = torch.rand(shape, generator=generator, device="cpu", dtype=torch.float64)
+    normal = torch.randn(shape, generator=generator, device="cpu", dtype=torch.float64)
+    is_bounded = box.lo.isfinite() & box.hi.isfinite()
+    return _inside(torch.where(is_bounded, lo + (hi - lo) * unit, normal), box)
 
 
 def _inside(points: Tensor, box: Interval) -> Tensor:
-    # not onto its faces: where a spline ends with the box, libraries clamp, and the derivative there is that of a clamp
+    # off the faces: where a spline ends with the box, libraries clamp, and the derivative there is
+    # that of the clamp
     edge = EDGE * (box.hi - box.lo).nan_to_num(0, 0, 0)
     return torch.minimum(torch.maximum(points, box.lo + edge), box.hi - edge)
 
@@ -106,95 +110,102 @@ def _extent(points: Tensor, box: Interval) -> Tensor:
     return torch.where(width.isfinite(), width, points.std(0, unbiased=False) + 0.1)
 
 
-def measure(
-    model: Invertible, points: Tensor, deadline: Deadline | None = None
-) -> tuple[Witness | None, Witness | None]:
-    """The most stretched and the most shrunk direction at some points: singular vectors, or power iterations.
+def measure(model: Invertible, points: Tensor, deadline: Deadline | None = None) -> Found:
+    """The most stretched and the most shrunk direction at some points.
 
-    The first few points are measured in any case, the others while there is time.
+    By singular vectors, or by power iterations where Jacobians are large. The first few points are
+    always measured, the others while there is time.
     """
     deadline = deadline or Deadline()
     if points[0].numel() > DENSE:
-        return _iterated(model, points[:FEW], deadline)
+        return _by_power_iteration(model, points[:FEW], deadline)
     stretch = shrink = None
     done, count = 0, FEW
     while done < len(points):
         left = deadline.left
-        first, last = _dense(model, points[done : done + count])
-        stretch, shrink = better(stretch, first, largest=True), better(shrink, last, largest=False)
+        first, last = _by_singular_vectors(model, points[done : done + count])
+        stretch, shrink = larger(stretch, first), smaller(shrink, last)
         done, count = done + count, 4 * count
         if deadline.left < 4 * min(left - deadline.left, 1e9):
             break
     return stretch, shrink
 
 
-def better(best: Witness | None, found: Witness | None, **goal: bool) -> Witness | None:
-    """The one with the larger ratio, or with the smaller one unless ``largest``."""
-    if best is None or found is None:
-        return best or found
-    return max((best, found), key=lambda w: w.ratio if goal["largest"] else -w.ratio)
+def larger(a: Witness | None, b: Witness | None) -> Witness | None:
+    """The witness of the larger ratio."""
+    if a is None or b is None:
+        return a or b
+    return max((a, b), key=lambda witness: witness.ratio)
 
 
-def _dense(model: Invertible, points: Tensor) -> tuple[Witness | None, Witness | None]:
-    """The best of all singular vectors."""
-    J = largest = torch.eye(points[0].numel(), dtype=torch.float64).expand(len(points), -1, -1)
+def smaller(a: Witness | None, b: Witness | None) -> Witness | None:
+    """The witness of the smaller ratio."""
+    if a is None or b is None:
+        return a or b
+    return min((a, b), key=lambda witness: witness.ratio)
+
+
+def _by_singular_vectors(model: Invertible, points: Tensor) -> Found:
+    J = size = torch.eye(points[0].numel(), dtype=torch.float64).expand(len(points), -1, -1)
     line = Linearization(model, points)
-    for tangent, state in zip(line.jacobians, line.states, strict=False):
-        factor = dense_jacobian(tangent, state)
-        J, largest = factor @ J, factor.abs() @ largest
-    finite = J.flatten(1).isfinite().all(1)
+    for jacobian, state in zip(line.jacobians, line.states, strict=False):
+        factor = dense_jacobian(jacobian, state)
+        J, size = factor @ J, factor.abs() @ size
+    finite = finite_rows(J)
     if not bool(finite.any()):
         return None, None
-    points, J, largest = points[finite], J[finite], largest[finite]
+    points, J, size = points[finite], J[finite], size[finite]
     values, V = torch.linalg.svd(J, full_matrices=False)[1:]
     top, bottom = int(values[:, 0].argmax()), int(values[:, -1].argmin())
-    shape = points.shape[1:]
-    # of entries that nearly cancel in the product of the factors nothing but rounding may be left
-    rounding = len(line.jacobians) * J.shape[2] * 2 * UNIT * largest.flatten(1).norm(dim=1)
+    # entries that nearly cancel in the product of the factors may be nothing but rounding
+    rounding = len(line.jacobians) * J.shape[2] * 2 * UNIT * size.flatten(1).norm(dim=1)
     stretched = float(values[top, 0] - rounding[top])
     shrunk = float((J[bottom] @ V[bottom, -1]).norm() + rounding[bottom])
-    stretch = Witness(points[top], V[top, 0].reshape(shape), stretched) if stretched > 0 else None
-    return stretch, Witness(
-        points[bottom], V[bottom, -1].reshape(shape), shrunk
-    ) if shrunk > 0 else None
-
-
-def _iterated(
-    model: Invertible, points: Tensor, deadline: Deadline
-) -> tuple[Witness | None, Witness | None]:
-    """Power iteration with J and, where the model has it, with J^-1: unconverged directions are witnesses as well."""
-    line = Linearization(model, points)
-    start = torch.randn(
-        points.shape, generator=torch.Generator().manual_seed(0), device="cpu", dtype=torch.float64
+    shape = points.shape[1:]
+    return (
+        _witness(points[top], V[top, 0].reshape(shape), stretched),
+        _witness(points[bottom], V[bottom, -1].reshape(shape), shrunk),
     )
-    v = w = LogScaledVector.from_vector(start)
-    inverse = True
+
+
+def _witness(x: Tensor, v: Tensor, ratio: float) -> Witness | None:
+    if not ratio > 0:
+        return None
+    return Witness(x, v, ratio)
+
+
+def _by_power_iteration(model: Invertible, points: Tensor, deadline: Deadline) -> Found:
+    """Power iteration with J and, if the model has it, J^-1; it need not have converged."""
+    line = Linearization(model, points)
+    generator = torch.Generator().manual_seed(0)
+    start = torch.randn(points.shape, generator=generator, device="cpu", dtype=torch.float64)
+    v = w = _unit(start)
+    has_inverse = True
     for _ in range(POWERS):
         if deadline.passed:
             break
-        v = LogScaledVector.from_vector(
-            line.vjp(
-                LogScaledVector.from_vector(line.jvp(LogScaledVector.from_vector(v.vector)).vector)
-            ).vector
-        )
-        if inverse:
-            try:
-                w = LogScaledVector.from_vector(
-                    line.inverse_jvp(
-                        LogScaledVector.from_vector(
-                            line.inverse_vjp(LogScaledVector.from_vector(w.vector)).vector
-                        )
-                    ).vector
-                )
-            except (NotImplementedError, RuntimeError, ValueError):
-                inverse = False
-    return _pick(line, v, points, largest=True), _pick(line, w, points, largest=False)
+        v = _unit(line.vjp(_unit(line.jvp(v).vector)).vector)
+        if not has_inverse:
+            continue
+        try:
+            w = _unit(line.inverse_jvp(_unit(line.inverse_vjp(w).vector)).vector)
+        except (NotImplementedError, RuntimeError, ValueError):
+            has_inverse = False
+    stretched, shrunk = _measured(line, v, points), _measured(line, w, points)
+    stretch = max(stretched, key=lambda witness: witness.ratio, default=None)
+    return stretch, min(shrunk, key=lambda witness: witness.ratio, default=None)
 
 
-def _pick(line: Linearization, v: LogScaledVector, points: Tensor, **goal: bool) -> Witness | None:
-    ratios = line.jvp(LogScaledVector.from_vector(v.vector)).log_norm().exp()
-    finite = (ratios.isfinite() & (ratios > 0)).nonzero().flatten()
-    if not len(finite):
-        return None
-    k = int(finite[ratios[finite].argmax() if goal["largest"] else ratios[finite].argmin()])
-    return Witness(points[k], v.vector[k], float(ratios[k]))
+def _unit(vector: Tensor) -> LogScaledVector:
+    return LogScaledVector.from_vector(vector)
+
+
+def _measured(line: Linearization, v: LogScaledVector, points: Tensor) -> list[Witness]:
+    """||J v|| at every point where it is finite and not zero."""
+    v = _unit(v.vector)
+    ratios = line.jvp(v).log_norm().exp().tolist()
+    witnesses = []
+    for x, direction, ratio in zip(points, v.vector, ratios, strict=True):
+        if 0 < ratio < math.inf:
+            witnesses.append(Witness(x, direction, ratio))
+    return witnesses

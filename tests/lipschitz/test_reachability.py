@@ -19,13 +19,13 @@ from inn_guard.layers.permutation import Permutation
 from inn_guard.layers.reshape import Squeeze
 from inn_guard.layers.scales import squashed_sigmoid
 from inn_guard.lipschitz.lipsdp.multipliers import ROWS, fast_multipliers, optimise
-from inn_guard.lipschitz.lipsdp.recursion import covering
+from inn_guard.lipschitz.lipsdp.recursion import covering_factor
 from inn_guard.lipschitz.maps.base import bounded_map
 from inn_guard.lipschitz.networks.chain_builder import Torus
 from inn_guard.lipschitz.networks.conditioner import SearchBudget
 from inn_guard.lipschitz.networks.graph import Unbounded
-from inn_guard.lipschitz.reachability import Reach
-from inn_guard.lipschitz.whole_network import Stack, stack
+from inn_guard.lipschitz.reachability import ReachableSet
+from inn_guard.lipschitz.whole_network import LayerBounds, bound_layers
 from inn_guard.numerics.convolution_norm import multiplicities, symbol
 from inn_guard.numerics.intervals import Box, Interval
 from tests.lipschitz.lipsdp.test_recursion import random_chain
@@ -34,8 +34,8 @@ from tests.lipschitz.soundness import sample
 EFFORT = SearchBudget(steps=3, seconds=0.2)
 
 
-def bounded_layers(model: Chain, box: Interval) -> Stack:
-    return stack(
+def bounded_layers(model: Chain, box: Interval) -> LayerBounds:
+    return bound_layers(
         [(layer.name, bounded_map(layer.block, layer)) for layer in model.layers()], box, EFFORT
     )
 
@@ -137,10 +137,10 @@ def test_the_reach_alone_holds_every_state():
         shape = (4,) if seed < 2 else (1, 6, 6)
         centre = 0.5 * torch.randn(shape)
         layers = bounded_layers(model, Box(centre - 0.1, centre + 0.1))
-        reach, z = Reach.around(layers[0].box), sample(layers[0].box, 200)
+        reach, z = ReachableSet.around(layers[0].box), sample(layers[0].box, 200)
         for layer, bounded in zip(model.layers(), layers, strict=True):
             torus = Torus((3, 3), 1) if bounded.box.lo.dim() == 3 else None
-            reach = Reach(reach.centre, reach.ball, reach.factor, torus)
+            reach = ReachableSet(reach.centre, reach.ball, reach.factor, torus)
             try:
                 reach = reach.through(bounded.map, bounded.box, EFFORT)
             except Unbounded:
@@ -165,7 +165,7 @@ def test_a_factor_covers_every_slope_vertex(frequencies):
     for trial in range(16):
         chain = random_chain(generator, frequencies)
         multipliers = optimise(chain, steps=6, goal=ROWS) if trial % 2 else fast_multipliers(chain)
-        factor = covering(chain, multipliers)
+        factor = covering_factor(chain, multipliers)
         assert factor is not None
         for _ in range(12):
             slopes = [

@@ -1,12 +1,14 @@
-"""The search for multipliers of a chain: an ordinary, differentiable evaluation of the recursion, and Adam.
+"""The search for multipliers of a chain: Adam on an ordinary evaluation of the recursion.
 
-Nothing here is trusted: what a search returns is a proof only after ``recursion.certify``. The state's matrix is kept
-as Q = B + F F^H with F of as many columns as the chain has inputs. With N_B = D - W B W^H, E = N_B^-1 W F and
-G = F^H W^H E, Woodbury's identity gives the same form again: B goes on as Q did, and
+Nothing here is trusted: what a search returns is a proof only after ``recursion.certify``. The
+state's matrix is kept as Q = B + F F^H with F of as many columns as the chain has inputs. With N_B
+= D - W B W^H, E = N_B^-1 W F and G = F^H W^H E, Woodbury's identity gives the same form again: B
+goes on as Q did, and
 
     F' = ([K F; 0] + V_B^H E) (I - G)^{-1/2}
 
-so that hidden layers of a convolutional flow, of which only B is large and shared by all frequencies, cost little.
+so that hidden layers of a convolutional flow, of which only B is large and shared by all
+frequencies, cost little.
 """
 
 from __future__ import annotations
@@ -20,24 +22,23 @@ from torch import Tensor
 
 from inn_guard.execution.deadline import Deadline
 from inn_guard.lipschitz.lipsdp.chain import Chain, Layer, Multipliers, product
+from inn_guard.numerics.rounding import TINY
 
 __all__ = ["NORM", "ROWS", "Goal", "fast_multipliers", "optimise"]
 
-Progress = Callable[[str, float], None]
-WORST = (
-    8  #: frequencies that are optimised at first, and that are added at each look at all of them
-)
+WORST = 8  #: frequencies that are optimised at first, and that each look at all of them may add
 LOOK = 25  #: steps between two looks at all frequencies
-RATE = 0.1  #: of Adam
+RATE = 0.1  #: learning rate of Adam
 POWERS = 12  #: power iterations for the size of a layer's S on many frequencies
 CERTIFICATE = 6.0  #: times an evaluation at all frequencies that a certificate takes
 
 
 def fast_multipliers(chain: Chain) -> Multipliers:
-    """D = 2 lmax(S) I for every layer: a valid choice without optimisation, the one of ECLipsE-Fast.
+    """D = 2 lmax(S) I for every layer, as in ECLipsE-Fast: valid without optimisation.
 
     References:
-        ECLipsE: Efficient Compositional Lipschitz Constant Estimation for Deep Neural Networks (Xu, Sivaranjani, 2024).
+        ECLipsE: Efficient Compositional Lipschitz Constant Estimation for Deep Neural Networks (Xu,
+            Sivaranjani, 2024).
     """
     with torch.no_grad():
         return _evaluate(chain, _start(chain))[1]
@@ -45,12 +46,12 @@ def fast_multipliers(chain: Chain) -> Multipliers:
 
 @dataclass(frozen=True)
 class Goal:
-    """What multipliers are to make small.
+    """The quantity that multipliers minimise.
 
     Attributes:
-        of_matrix: from Q (frequencies, n, n) to one number per frequency, (frequencies,).
-        of_all: from those to one.
-        chosen: from those to the indices of the frequencies that are differentiated first.
+        of_matrix: Q (frequencies, n, n) -> one number per frequency, (frequencies,).
+        of_all: those numbers -> the quantity.
+        chosen: those numbers -> the indices of the frequencies that are differentiated first.
     """
 
     of_matrix: Callable[[Tensor], Tensor]
@@ -76,20 +77,18 @@ ROWS = Goal(lambda Q: Q.diagonal(dim1=1, dim2=2).real.mean(1), torch.mean, _spre
 
 @torch.enable_grad()
 def optimise(
-    chain: Chain, *, deadline: Deadline | None = None, steps: int = 150, goal: Goal = NORM,
-    progress: Progress | None = None,
-) -> Multipliers:  # fmt: skip
+    chain: Chain, *, deadline: Deadline | None = None, steps: int = 150, goal: Goal = NORM
+) -> Multipliers:
     """Multipliers that make a chain's bound small, by Adam on log of the bound.
 
-    D = e^v (1 + e^c) lmax(e^{-v/2} S e^{-v/2}) is feasible for every v and c. Of many frequencies only the worst are
-    differentiated; now and then all are looked at.
+    D = e^v (1 + e^c) lmax(e^{-v/2} S e^{-v/2}) is feasible for every v and c. Of many frequencies
+    only the worst are differentiated; now and then all are looked at.
 
     Args:
-        chain: what is bounded.
-        deadline: when a certificate should be there too: no step is begun that would leave too little time for it.
-        steps: at most so many.
-        goal: what the bound is of.
-        progress: called with a sentence and the share that is done.
+        chain: the chain to bound.
+        deadline: no step begins that would leave too little time for the certificate.
+        steps: the largest number of steps.
+        goal: the quantity to minimise.
 
     Returns:
         The best multipliers found, at least as good as ``fast_multipliers``.
@@ -98,10 +97,6 @@ def optimise(
     for step in range(steps):
         if not search.goes_on() or not search.step():
             break
-        if progress is not None:
-            progress(
-                f"multipliers: bound {math.sqrt(search.candidate_bound):.4g}", (step + 1) / steps
-            )
         if step % LOOK == LOOK - 1:
             search.look()
     search.look()
@@ -120,7 +115,7 @@ class _Search:
         left = deadline.left
         with torch.no_grad():
             bounds, self.best = self.evaluated(chain, self.free)
-        self.looking = max(left - deadline.left, 0.0) if math.isfinite(left) else 0.0
+        self.looking = _elapsed(left, deadline)
         self.stepping = 0.0
         self.least = float(goal.of_all(bounds))
         self.chosen = goal.chosen(bounds)
@@ -131,21 +126,19 @@ class _Search:
         self.optimiser = torch.optim.Adam(parameters, lr=RATE)
 
     def evaluated(self, chain: Chain, free: Free) -> tuple[Tensor, Multipliers]:
-        """What the goal is of, per frequency, and the multipliers."""
+        """The goal's numbers per frequency, and the multipliers."""
         Q, multipliers = _evaluate(chain, free)
         return self.goal.of_matrix(Q), multipliers
 
     def goes_on(self) -> bool:
         """Whether there is time for a step, a look and the certificate."""
-        free = any(len(v) for v, _ in self.free)
-        return (
-            free
-            and math.isfinite(self.least)
-            and self.deadline.left > self.stepping + (1 + CERTIFICATE) * self.looking
-        )
+        neurons = sum(len(v) for v, _ in self.free)
+        if neurons == 0 or not math.isfinite(self.least):
+            return False
+        return self.deadline.left > self.stepping + (1 + CERTIFICATE) * self.looking
 
     def step(self) -> bool:
-        """One step; False where the multipliers stopped being feasible."""
+        """One step; False if the multipliers are no longer feasible."""
         left = self.deadline.left
         self.optimiser.zero_grad()
         try:
@@ -157,14 +150,12 @@ class _Search:
             self.candidate = [(v.detach().clone(), c.detach().clone()) for v, c in self.free]
         loss.log().backward()
         self.optimiser.step()
-        self.stepping = (
-            max(self.stepping, left - self.deadline.left) if math.isfinite(left) else 0.0
-        )
+        self.stepping = max(self.stepping, _elapsed(left, self.deadline))
         return True
 
     @torch.no_grad()
     def look(self) -> None:
-        """The best candidate at all frequencies; the worst of them are optimised from now on."""
+        """Evaluate the best candidate at all frequencies; from now on optimise their worst."""
         if self.candidate is None:
             return
         try:
@@ -180,11 +171,19 @@ class _Search:
             self.candidate_bound = math.inf
 
 
+def _elapsed(left: float, deadline: Deadline) -> float:
+    """Seconds since ``left`` seconds were left; 0 without a deadline."""
+    if math.isinf(left):
+        return 0.0
+    return max(left - deadline.left, 0.0)
+
+
 def _start(chain: Chain) -> Free:
-    zero = torch.zeros((), dtype=torch.float64)
-    return [
-        (torch.zeros(len(layer.lower), dtype=torch.float64), zero.clone()) for layer in chain.layers
-    ]
+    free = []
+    for layer in chain.layers:
+        v = torch.zeros(len(layer.lower), dtype=torch.float64)
+        free.append((v, torch.zeros((), dtype=torch.float64)))
+    return free
 
 
 @dataclass(frozen=True)
@@ -208,7 +207,9 @@ class _State:
 
     def through(self, A: Tensor) -> _State:
         """A Q A^H."""
-        base = None if self.base is None else product(product(A, self.base), A.mH)
+        base = self.base
+        if base is not None:
+            base = product(product(A, base), A.mH)
         return _State(base, product(A, self.factor))
 
     def folded(self) -> _State:
@@ -217,19 +218,20 @@ class _State:
         if m > 2 * r or (self.base is None and m >= r):
             return self
         Q = self.matrix()
-        size = Q.detach().diagonal(dim1=1, dim2=2).real.amax(1).clamp_min(1e-300)
+        size = Q.detach().diagonal(dim1=1, dim2=2).real.amax(1).clamp_min(TINY)
         eye = torch.eye(m, dtype=Q.dtype)
         return _State(None, torch.linalg.cholesky(Q + 1e-13 * size[:, None, None] * eye))
 
     def matrix(self) -> Tensor:
         """Q, Hermitian."""
         Q = product(self.factor, self.factor.mH)
-        Q = Q if self.base is None else Q + self.base
+        if self.base is not None:
+            Q = Q + self.base
         return (Q + Q.mH) / 2
 
 
 def _evaluate(chain: Chain, free: Free) -> tuple[Tensor, Multipliers]:
-    """Q >= J J^H per frequency for free parameters (v, c), differentiable, and the multipliers they mean."""
+    """Q >= J J^H per frequency for free parameters (v, c), differentiable, and the multipliers."""
     state, multipliers = _State(None, torch.eye(chain.size, dtype=torch.float64)[None]), []
     for layer, (v, c) in zip(chain.layers, free, strict=True):
         state, D = _step(state, layer, v, c)
@@ -242,36 +244,38 @@ def _step(state: _State, layer: Layer, v: Tensor, c: Tensor) -> tuple[_State, Te
     T = state.through(layer.joint)
     if not len(v):
         return T.folded(), v
-    KF, WF = T.factor[:, :k], T.factor[:, k:]
-    S = None if T.base is None else T.base[:, k:, k:]
+    kept, WF = T.factor[:, :k], T.factor[:, k:]
+    S = None
+    if T.base is not None:
+        S = T.base[:, k:, k:]
     # a layer without weights still needs a positive multiplier
     D = v.exp() * _largest(S, WF, v).clamp_min(1e-14 * state.size()) * (1 + c.exp())
-    inverse = None if S is None else _inverse(torch.diag(D) - (S + S.mH) / 2)
-    E = WF / D[:, None] if inverse is None else product(inverse, WF)
+    if T.base is None or S is None:
+        E = WF / D[:, None]
+        zeros = torch.zeros(k, dtype=torch.float64)
+        base = torch.diag(torch.cat([zeros, layer.half_width**2 * D]))[None]
+    else:
+        inverse = _inverse(torch.diag(D) - (S + S.mH) / 2)
+        E = product(inverse, WF)
+        kept = kept + product(T.base[:, k:, :k].mH, E)
+        base = _next_base(T.base, inverse, layer, D)
     G = product(WF.mH, E)
     L = torch.linalg.cholesky(torch.eye(G.shape[-1], dtype=G.dtype) - (G + G.mH) / 2)
-    DM = (D * layer.mean)[:, None]
-    C = None if T.base is None else T.base[:, k:, :k]
-    kept = KF if C is None else KF + product(C.mH, E)
-    Z = torch.cat([kept, DM * E], 1)
+    Z = torch.cat([kept, (D * layer.mean)[:, None] * E], 1)
     factor = torch.linalg.solve_triangular(L.mH, Z, upper=True, left=False)
-    return _State(_base(T.base, inverse, layer, D), factor).folded(), D
+    return _State(base, factor).folded(), D
 
 
-def _base(base: Tensor | None, inverse: Tensor | None, layer: Layer, D: Tensor) -> Tensor:
+def _next_base(base: Tensor, inverse: Tensor, layer: Layer, D: Tensor) -> Tensor:
     """[[P, 0], [0, R^2 D - M D M]] + V^H N^-1 V with V = [C, D M]."""
-    k, M = layer.keep.shape[1], layer.mean
-    if base is None or inverse is None:
-        return torch.diag(
-            torch.cat([torch.zeros(k, dtype=torch.float64), layer.half_width**2 * D])
-        )[None]
-    C, DM = base[:, k:, :k], D * M
+    k, DM = layer.keep.shape[1], D * layer.mean
+    C = base[:, k:, :k]
     X = inverse @ C
+    kept = base[:, :k, :k] + C.mH @ X
     cross = DM[:, None] * X
-    hidden = DM[:, None] * inverse * DM + torch.diag(layer.half_width**2 * D - DM * M)
-    return torch.cat(
-        [torch.cat([base[:, :k, :k] + C.mH @ X, cross.mH], 2), torch.cat([cross, hidden], 2)], 1
-    )
+    hidden = DM[:, None] * inverse * DM + torch.diag(layer.half_width**2 * D - DM * layer.mean)
+    upper, lower = torch.cat([kept, cross.mH], 2), torch.cat([cross, hidden], 2)
+    return torch.cat([upper, lower], 1)
 
 
 def _inverse(N: Tensor) -> Tensor:
@@ -282,31 +286,36 @@ def _inverse(N: Tensor) -> Tensor:
 
 
 def _largest(S: Tensor | None, F: Tensor, v: Tensor) -> Tensor:
-    """lmax of e^{-v/2} (S + F F^H) e^{-v/2}, the largest over the frequencies; estimated from below where many."""
+    """lmax of e^{-v/2} (S + F F^H) e^{-v/2} over the frequencies; an estimate for many."""
     root = (-v / 2).exp()[:, None]
     F = root * F
-    S = None if S is None else root * S * root.mT
+    if S is not None:
+        S = root * S * root.mT
     count, n, r = F.shape
     if count == 1 or (S is None and r <= 32) or n <= 8:
-        A = product(F.mH, F) if S is None and r < n else _State(S, F).matrix()
+        A = _State(S, F).matrix()
+        if S is None and r < n:
+            A = product(F.mH, F)
         return torch.linalg.eigvalsh((A + A.mH) / 2)[:, -1].max()
+    # power iterations find the worst frequency and its vector, which alone are differentiated
     with torch.no_grad():
         u = F.sum(2, keepdim=True) + F.abs().sum(2, keepdim=True)
         for _ in range(POWERS):
-            u = u / torch.linalg.vector_norm(u, dim=1, keepdim=True).clamp_min(1e-300)
+            u = u / torch.linalg.vector_norm(u, dim=1, keepdim=True).clamp_min(TINY)
             y = _applied(S, F, u)
             value = torch.linalg.vecdot(u, y, dim=1).real
             missing = torch.linalg.vector_norm(y - value[:, None] * u, dim=1)
             u = y
         worst = int((value + missing).argmax())
-        u = u[worst] / torch.linalg.vector_norm(u[worst]).clamp_min(1e-300)
-    S = None if S is None else S[worst if len(S) > 1 else 0][None]
-    return (
-        torch.linalg.vecdot(u, _applied(S, F[worst][None], u[None])[0], dim=0).real.sum()
-        + missing[worst].sum()
-    )
+        u = u[worst] / torch.linalg.vector_norm(u[worst]).clamp_min(TINY)
+    if S is not None and len(S) > 1:
+        S = S[worst][None]
+    y = _applied(S, F[worst][None], u[None])[0]
+    return torch.linalg.vecdot(u, y, dim=0).real.sum() + missing[worst].sum()
 
 
 def _applied(S: Tensor | None, F: Tensor, u: Tensor) -> Tensor:
     y = product(F, product(F.mH, u))
-    return y if S is None else y + product(S, u)
+    if S is None:
+        return y
+    return y + product(S, u)

@@ -1,8 +1,7 @@
-"""Building chains: a network, or a whole flow, read as layers of linear maps and slopes, dense or on a torus."""
+"""Networks, or whole flows, as chains of linear maps and slopes, dense or on a torus."""
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -14,12 +13,12 @@ from inn_guard.lipschitz.networks.activations import Activation
 from inn_guard.lipschitz.networks.graph import LinearRearrangement, Unbounded
 from inn_guard.numerics.convolution_norm import is_transposed, kernels, paddings, symbol
 from inn_guard.numerics.intervals import Interval
-from inn_guard.numerics.rounding import UNIT, up
+from inn_guard.numerics.rounding import Upper, frobenius_norm, gamma, gamma_of, is_finite
 from inn_guard.numerics.spectral_norm import exact
 
-__all__ = ["ChainBuilder", "ChainReading", "Linear", "Torus"]
+__all__ = ["ChainBuilder", "ChainInterpreter", "Linear", "Torus"]
 
-DERIVED = 64 * UNIT  #: relative error of weights that are products of stored numbers
+DERIVED = 64  #: roundings allowed to weights that were computed from stored numbers
 
 
 @dataclass(frozen=True)
@@ -48,7 +47,8 @@ class Linear:
         blocks: state part -> matrix (1 or frequencies, channels, size of the part).
         channels: number of rows.
         error: Frobenius norm of what is not known about each frequency's matrix.
-        zero_outside: whether it is zero outside the image; False after a convolution of a zero-padded image.
+        zero_outside: whether it is zero outside the image; False after a convolution of a
+            zero-padded image.
     """
 
     blocks: dict[int, Tensor]
@@ -57,20 +57,28 @@ class Linear:
     zero_outside: bool = True
 
     def mapped(self, weight: Tensor, error: float = 0.0) -> Linear:
-        """weight @ value, (1 or frequencies, rows, channels), known up to ``error``."""
-        size, own = _norm(weight), self.norm()
-        blocks = {part: _product(weight, block) for part, block in self.blocks.items()}
-        total = up((size + error) * self.error + error * own + DERIVED * size * own, 8)
+        """weight @ value; weight (1 or frequencies, rows, channels) is known up to ``error``."""
+        size, own = frobenius_norm(weight), self.norm()
+        blocks = {}
+        rounding = gamma(DERIVED)
+        for part, block in self.blocks.items():
+            blocks[part] = _product(weight, block)
+            rounding = Upper.max(rounding, gamma_of(blocks[part], DERIVED + weight.shape[2]))
+        total = (size + error) * self.error + own * error + rounding * size * own
         return Linear(blocks, weight.shape[1], total, self.zero_outside)
 
     def rows(self, index: Tensor) -> Linear:
-        """Some channels."""
+        """The channels of an index."""
         blocks = {part: block[:, index] for part, block in self.blocks.items()}
         return replace(self, blocks=blocks, channels=len(index))
 
-    def norm(self) -> float:
+    def norm(self) -> Upper:
         """A bound of the Frobenius norm."""
-        return up(math.sqrt(sum(_norm(block) ** 2 for block in self.blocks.values())), 8)
+        square = Upper(0.0)
+        for block in self.blocks.values():
+            norm = frobenius_norm(block)
+            square = square + norm * norm
+        return square.sqrt()
 
 
 class ChainBuilder:
@@ -88,13 +96,13 @@ class ChainBuilder:
         self.size = size
 
     def start(self) -> Linear:
-        """The input."""
+        """The input of the chain."""
         return Linear({0: torch.eye(self.size, dtype=torch.float64)[None]}, self.size)
 
     def activated(self, x: Linear, lower: Tensor, upper: Tensor) -> Linear:
-        """sigma(x) with slopes in [lower, upper], (channels,); on a torus it is zero outside the image."""
+        """sigma(x) with slopes in [lower, upper], (channels,); zero outside an image."""
         lower, upper = self.slopes(x, lower, upper)
-        if not bool((lower.isfinite() & upper.isfinite()).all()):
+        if not is_finite(lower) or not is_finite(upper):
             raise Unbounded("a slope is not finite")
         state = sum(size for _, size in self.parts)
         keep = torch.eye(state, dtype=torch.float64)[None]
@@ -102,13 +110,13 @@ class ChainBuilder:
         return replace(self._named(x, self.parts), zero_outside=True)
 
     def slopes(self, x: Linear, lower: Tensor, upper: Tensor) -> tuple[Tensor, Tensor]:
-        """Slopes with zero among them where x must be set to zero outside the image; what is zero stays so anyhow."""
-        if x.zero_outside or self.torus is None or not self.torus.margin:
+        """The slopes, with zero among them where x must be set to zero outside the image."""
+        if self._is_masked(x):
             return lower, upper
         return lower.clamp_max(0), upper.clamp_min(0)
 
     def reset_state(self, x: Linear) -> Linear:
-        """x as the whole state: everything else is forgotten."""
+        """x as the whole state; everything else is dropped."""
         matrix = self._matrix(x)
         none = torch.zeros(0, dtype=torch.float64)
         self.layers.append(Layer(matrix, matrix[:1, :0], none, none, x.error))
@@ -124,47 +132,48 @@ class ChainBuilder:
         )
 
     def masked(self, x: Linear) -> Linear:
-        """x, set to zero outside the image: a layer of slopes 0 or 1 where that is not so already."""
-        if x.zero_outside or self.torus is None or not self.torus.margin:
+        """x, set to zero outside the image by a layer of slopes 0 or 1 where needed."""
+        if self._is_masked(x):
             return replace(x, zero_outside=True)
-        return self.activated(
-            x,
-            torch.zeros(x.channels, dtype=torch.float64),
-            torch.ones(x.channels, dtype=torch.float64),
-        )
+        zeros = torch.zeros(x.channels, dtype=torch.float64)
+        return self.activated(x, zeros, zeros + 1)
+
+    def _is_masked(self, x: Linear) -> bool:
+        return x.zero_outside or self.torus is None or not self.torus.margin
 
     def finish(self, x: Linear) -> Chain:
-        """The chain whose result is x, without neurons that x does not depend on."""
+        """The chain of output x, without neurons that x does not depend on."""
         return _pruned(Chain(self.size, tuple(self.layers), self._matrix(x), x.error))
 
     def _matrix(self, x: Linear) -> Tensor:
-        frequencies = max([len(block) for block in x.blocks.values()], default=1)
-        dtype = (
-            torch.complex128
-            if any(block.is_complex() for block in x.blocks.values())
-            else torch.float64
-        )
+        frequencies, dtype = 1, torch.float64
+        for block in x.blocks.values():
+            frequencies = max(frequencies, len(block))
+            dtype = torch.promote_types(dtype, block.dtype)
         columns = []
         for part, size in self.parts:
-            block = x.blocks.get(part, torch.zeros(1, x.channels, size, dtype=torch.float64))
-            columns.append(block.to(dtype).expand(frequencies, -1, -1))
+            zeros = torch.zeros(1, x.channels, size, dtype=dtype)
+            block = x.blocks.get(part, zeros).to(dtype)
+            columns.append(block.expand(frequencies, -1, -1))
         return torch.cat(columns, 2)
 
 
-class ChainReading:
+class ChainInterpreter:
     """A network's operations as layers of a builder.
 
     Args:
-        builder: where the layers go.
-        seen: what goes into each activation, for local slopes; empty for global ones.
+        builder: the layers are appended to it.
+        preactivations: the input of each activation, for local slopes; empty for global ones.
     """
 
-    def __init__(self, builder: ChainBuilder, seen: dict[str, Interval] | None = None) -> None:
+    def __init__(
+        self, builder: ChainBuilder, preactivations: dict[str, Interval] | None = None
+    ) -> None:
         self.builder = builder
-        self.seen = seen or {}
+        self.preactivations = preactivations or {}
 
     def linear(self, x: Linear, weight: Tensor, bias: Tensor | None) -> Linear:
-        """W x."""
+        """W x, on vectors."""
         if self.builder.torus is not None:
             raise Unbounded("a dense layer on an image")
         return x.mapped(exact(weight)[None])
@@ -175,101 +184,88 @@ class ChainReading:
         if torus is None:
             raise Unbounded("a convolution on a vector")
         before, after = _checked_geometry(module, torus)
-        parts = kernels(module)
-        weights = [symbol(part, torus.grid, before) for part in parts]
-        if len(parts) > 1:
-            weights = [
-                (
-                    _block_diagonal([w for w, _ in weights]),
-                    math.sqrt(len(weights)) * max(e for _, e in weights),
-                )
-            ]
-        matrix, error = weights[0]
-        spreads = max(*before, *after) > 0
-        x = self.builder.masked(x) if spreads else x
-        y = x.mapped(matrix, error)
-        return replace(y, zero_outside=False) if spreads and torus.margin else y
+        blocks, error = [], Upper(0.0)
+        for kernel in kernels(module):
+            block, own = symbol(kernel, torus.grid, before)
+            blocks.append(block)
+            error = error + own
+        matrix = blocks[0]
+        if len(blocks) > 1:
+            matrix = _block_diagonal(blocks)
+        if max(*before, *after) == 0:
+            return x.mapped(matrix, error)
+        y = self.builder.masked(x).mapped(matrix, error)
+        if torus.margin:
+            return replace(y, zero_outside=False)
+        return y
 
-    def activate(self, x: Linear, function: Activation, place: str) -> Linear:
-        """A layer with slopes over the box that was seen, or global ones."""
-        if place in self.seen:
-            slopes = function.slope(self.seen[place])
-            flat = slopes.map(lambda t: t.reshape(x.channels, -1))
+    def activate(self, x: Linear, function: Activation, node: str) -> Linear:
+        """A layer with slopes over the preactivations' box, or over the real line."""
+        if node in self.preactivations:
+            slopes = function.slope(self.preactivations[node])
+            flat = slopes.map(lambda end: end.reshape(x.channels, -1))
             return self.builder.activated(x, flat.lo.amin(1), flat.hi.amax(1))
         low, high = function.slopes()
         ones = torch.ones(x.channels, dtype=torch.float64)
         return self.builder.activated(x, low * ones, high * ones)
 
     def rescale(self, x: Linear, scale: Tensor, shift: Tensor) -> Linear:
-        """diag(scale) x."""
+        """diag(scale) x; a shift does not change the Jacobian."""
         values = exact(scale) * torch.ones(x.channels, dtype=torch.float64)
         return x.mapped(torch.diag(values)[None])
 
     def add(self, x: Linear, y: Linear) -> Linear:
-        """x + y."""
+        """The sum of two values."""
         if x.channels != y.channels:
             raise Unbounded("a sum that broadcasts channels")
         blocks = dict(x.blocks)
         for part, block in y.blocks.items():
             blocks[part] = blocks[part] + block if part in blocks else block
-        rounding = DERIVED * (x.norm() + y.norm())
-        return Linear(
-            blocks,
-            x.channels,
-            up(x.error + y.error + rounding, 2),
-            x.zero_outside and y.zero_outside,
-        )
+        error = Upper(x.error) + y.error + gamma(DERIVED) * (x.norm() + y.norm())
+        return Linear(blocks, x.channels, error, x.zero_outside and y.zero_outside)
 
     def concatenate(self, parts: list[Linear]) -> Linear:
-        """One above the other."""
+        """The channels of all parts."""
         names = {name for part in parts for name in part.blocks}
         sizes = dict(self.builder.parts)
-        blocks = {
-            name: torch.cat(
-                _filled([part.blocks.get(name) for part in parts], parts, sizes[name]), 1
-            )
-            for name in names
-        }
-        error = up(math.sqrt(sum(part.error**2 for part in parts)), 4)
-        return Linear(
-            blocks,
-            sum(part.channels for part in parts),
-            error,
-            all(part.zero_outside for part in parts),
-        )
+        blocks = {name: _stacked(name, parts, sizes[name]) for name in names}
+        channels, square, zero_outside = 0, Upper(0.0), True
+        for part in parts:
+            channels += part.channels
+            square = square + Upper(part.error) * part.error
+            zero_outside = zero_outside and part.zero_outside
+        return Linear(blocks, channels, square.sqrt(), zero_outside)
 
     def flatten(self, x: Linear) -> Linear:
-        """The same, on vectors only."""
+        """The same value, on vectors only."""
         if self.builder.torus is not None:
             raise Unbounded("an image is flattened")
         return x
 
     def rearrange(self, x: Linear, move: LinearRearrangement) -> Linear:
-        """Not in a chain."""
+        """Not in a chain: that would need a matrix over pixels."""
         raise Unbounded("entries are moved, repeated or averaged")
 
     def constant(self, value: Tensor, like: Linear) -> Linear:
-        """No dependence on the state."""
+        """No blocks: the value does not depend on the state."""
         return Linear({}, value.shape[1])
 
 
 def _checked_geometry(module: Any, torus: Torus) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """The paddings before and after, of a convolution that keeps the size of the torus's images."""
     before, after = paddings(module)
-    same = all(
-        a + b == d * (k - 1)
-        for a, b, k, d in zip(before, after, module.kernel_size, module.dilation, strict=True)
-    )
-    if (
-        is_transposed(module)
-        or set(module.stride) != {1}
-        or not same
-        or len(before) != len(torus.size)
-    ):
+    if is_transposed(module) or set(module.stride) != {1} or len(before) != len(torus.size):
         raise Unbounded("a convolution that changes the image size")
-    wanted = "zeros" if torus.margin else "circular"
-    if max(*before, *after) > 0 and module.padding_mode != wanted:
+    for axis, (left, right) in enumerate(zip(before, after, strict=True)):
+        if left + right != module.dilation[axis] * (module.kernel_size[axis] - 1):
+            raise Unbounded("a convolution that changes the image size")
+    wanted = "circular"
+    if torus.margin:
+        wanted = "zeros"
+    largest = max(*before, *after)
+    if largest > 0 and module.padding_mode != wanted:
         raise Unbounded(f"{module.padding_mode} padding")
-    if torus.margin and max(*before, *after) > torus.margin:
+    if torus.margin and largest > torus.margin:
         raise Unbounded("a padding larger than the torus's margin")
     return before, after
 
@@ -278,17 +274,19 @@ def _block_diagonal(blocks: list[Tensor]) -> Tensor:
     return torch.stack([torch.block_diag(*parts) for parts in zip(*blocks, strict=True)])
 
 
-def _filled(blocks: list[Tensor | None], parts: list[Linear], size: int) -> list[Tensor]:
-    """Every part's block, zeros where it has none, all with as many frequencies and of one type."""
-    present = [block for block in blocks if block is not None]
-    frequencies, dtype = max(len(block) for block in present), present[0].dtype
-    for block in present:
-        dtype = torch.promote_types(dtype, block.dtype)
-    full = [
-        torch.zeros(1, part.channels, size, dtype=dtype) if block is None else block.to(dtype)
-        for block, part in zip(blocks, parts, strict=True)
-    ]
-    return [block.expand(frequencies, -1, -1) for block in full]
+def _stacked(name: int, parts: list[Linear], size: int) -> Tensor:
+    """The rows of all parts that depend on one part of the state, zeros where a part does not."""
+    frequencies, dtype = 1, torch.float64
+    for part in parts:
+        if name in part.blocks:
+            frequencies = max(frequencies, len(part.blocks[name]))
+            dtype = torch.promote_types(dtype, part.blocks[name].dtype)
+    rows = []
+    for part in parts:
+        zeros = torch.zeros(1, part.channels, size, dtype=dtype)
+        block = part.blocks.get(name, zeros).to(dtype)
+        rows.append(block.expand(frequencies, -1, -1))
+    return torch.cat(rows, 1)
 
 
 def _product(weight: Tensor, block: Tensor) -> Tensor:
@@ -296,16 +294,8 @@ def _product(weight: Tensor, block: Tensor) -> Tensor:
     return weight.to(dtype) @ block.to(dtype)
 
 
-def _norm(matrix: Tensor) -> float:
-    return (
-        up(float(torch.linalg.matrix_norm(matrix).max()) * (1 + 1e-12), 2)
-        if matrix.numel()
-        else 0.0
-    )
-
-
 def _pruned(chain: Chain) -> Chain:
-    """Without neurons, and inputs, that nothing depends on, and without layers that do nothing."""
+    """Without neurons and inputs that nothing depends on, and without layers that do nothing."""
     needed = _columns(chain.output)
     output, layers = chain.output[:, :, needed], []
     for layer in reversed(chain.layers):
@@ -316,12 +306,12 @@ def _pruned(chain: Chain) -> Chain:
         keep, weight = keep[:, :, used], weight[:, :, used]
         layers.append(Layer(keep, weight, layer.lower[hidden], layer.upper[hidden], layer.error))
         needed = used
-    live = [
-        layer
-        for layer in reversed(layers)
-        if len(layer.lower) or layer.error or not _is_identity(layer.keep)
-    ]
+    live = [layer for layer in reversed(layers) if not _does_nothing(layer)]
     return Chain(len(needed), tuple(live), output, chain.error)
+
+
+def _does_nothing(layer: Layer) -> bool:
+    return not len(layer.lower) and not layer.error and _is_identity(layer.keep)
 
 
 def _is_identity(matrix: Tensor) -> bool:
@@ -329,8 +319,10 @@ def _is_identity(matrix: Tensor) -> bool:
 
 
 def _columns(*matrices: Tensor) -> Tensor:
-    """Indices of the columns with a nonzero entry in one of them; the first where there is none."""
-    used = (
-        torch.stack([(matrix != 0).any(0).any(0) for matrix in matrices]).any(0).nonzero().flatten()
-    )
-    return used if len(used) else torch.zeros(1, dtype=torch.long)
+    """Indices of the columns with a nonzero entry in a matrix; the first if there is none."""
+    used = torch.zeros(matrices[0].shape[2], dtype=torch.bool)
+    for matrix in matrices:
+        used |= (matrix != 0).any(0).any(0)
+    if not bool(used.any()):
+        return torch.zeros(1, dtype=torch.long)
+    return used.nonzero().flatten()

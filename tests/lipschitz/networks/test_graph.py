@@ -12,7 +12,7 @@ from nflows.nn.nets import ResidualNet
 from nflows.transforms.made import MADE
 from torch import nn
 
-from inn_guard.lipschitz.networks.conditioner import SearchBudget, read, subnetwork_lipschitz
+from inn_guard.lipschitz.networks.conditioner import SearchBudget, analyse, subnetwork_lipschitz
 from inn_guard.lipschitz.networks.graph import Unbounded
 from inn_guard.numerics.intervals import Box
 
@@ -51,7 +51,7 @@ def test_dense_networks_global_and_local(activation):
         inside = box.lo + (box.hi - box.lo) * torch.rand(100, sizes[0])
         local = subnetwork_lipschitz(net, box, effort=EFFORT)
         assert jacobian_norms(net, inside).max() <= local
-        reading = read(net, box)
+        reading = analyse(net, box)
         values = net(inside)
         assert ((reading.output.lo <= values) & (values <= reading.output.hi)).all()
 
@@ -72,7 +72,7 @@ def test_convolutional_networks(mode):
         x = torch.randn(10, 2, 5, 4)
         bound = subnetwork_lipschitz(net, Box.everywhere((2, 5, 4)), effort=EFFORT)
         assert jacobian_norms(net, x).max() <= bound
-        assert bound < 0.9 * read(net, Box.everywhere((2, 5, 4))).product()
+        assert bound < 0.9 * analyse(net, Box.everywhere((2, 5, 4))).product()
         box = Box.around(0.1 * x)
         assert jacobian_norms(net, 0.1 * x).max() <= subnetwork_lipschitz(net, box, effort=EFFORT)
 
@@ -113,7 +113,7 @@ def test_dense_concatenation():
     net = DenselyConcatenated()
     bound = subnetwork_lipschitz(net, Box.everywhere((3,)), effort=EFFORT)
     assert jacobian_norms(net, torch.randn(200, 3)).max() <= bound
-    assert bound < read(net, Box.everywhere((3,))).product()
+    assert bound < analyse(net, Box.everywhere((3,))).product()
 
 
 @pytest.mark.parametrize("batch_norm", [False, True])

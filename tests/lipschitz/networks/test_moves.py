@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from inn_guard.lipschitz.networks.conditioner import SearchBudget, read, subnetwork_lipschitz
+from inn_guard.lipschitz.networks.conditioner import SearchBudget, analyse, subnetwork_lipschitz
 from inn_guard.lipschitz.networks.graph import Unbounded
 from inn_guard.models.aef.networks import big_nets, small_nets
 from inn_guard.numerics.intervals import Box
@@ -45,7 +45,7 @@ def test_constants_and_boxes(name):
     x = sample(box, 24)
     J = torch.func.vmap(torch.func.jacrev(lambda t: net(t[None])[0].flatten()))(x).flatten(2)
     assert float(torch.linalg.matrix_norm(J, 2).max().detach()) <= bound * ROUNDING
-    output = read(net, box).output
+    output = analyse(net, box).output
     with torch.no_grad():
         y = net(x)
     assert bool(((output.lo <= y + 1e-12) & (y - 1e-12 <= output.hi)).all())
@@ -57,4 +57,4 @@ def test_constants_and_boxes(name):
 def test_what_is_no_such_move_is_not_guessed(net):
     shape = (2,) if isinstance(net, Chosen) else (1, 4, 4)
     with pytest.raises(Unbounded):
-        read(net, Box(-torch.ones(shape), torch.ones(shape)))
+        analyse(net, Box(-torch.ones(shape), torch.ones(shape)))
