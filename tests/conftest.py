@@ -6,6 +6,7 @@ HYPOTHESIS_PROFILE=thorough searches longer, and elsewhere at every run.
 from __future__ import annotations
 
 import os
+from importlib.util import find_spec
 
 import pytest
 import torch
@@ -17,6 +18,19 @@ settings.register_profile("ci", max_examples=25, deadline=None, derandomize=True
 settings.register_profile("thorough", max_examples=400, deadline=None)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
 torch.set_num_threads(1)
+
+
+def pytest_collection_modifyitems(config, items):
+    """Tests of a library that is in no extra of the developers are not collected without it."""
+    kept, without = [], []
+    for item in items:
+        libraries = [mark.args[0] for mark in item.iter_markers("library")]
+        if all(find_spec(name) for name in libraries):
+            kept.append(item)
+        else:
+            without.append(item)
+    config.hook.pytest_deselected(items=without)
+    items[:] = kept
 
 
 class CountedClock:

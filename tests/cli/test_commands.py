@@ -245,7 +245,7 @@ def test_crashes_are_code_three_never_a_verdict(monkeypatch, data, capsys):
 
 def test_python_m_inn_guard():
     done = subprocess.run(
-        [sys.executable, "-m", "inn_guard", "--version"], capture_output=True, text=True, timeout=60
+        [sys.executable, "-m", "inn_guard", "--version"], capture_output=True, text=True
     )
     assert done.returncode == 0
     assert done.stdout.startswith("inn_guard ")
@@ -314,8 +314,6 @@ def test_exit_codes_are_in_help():
 )
 def test_without_its_extra_the_command_says_what_to_install(module, package):
     code = f"import sys; sys.modules[{module!r}] = None; from inn_guard.cli import main; main()"
-    done = subprocess.run(
-        [sys.executable, "-c", code, "--help"], capture_output=True, text=True, timeout=60
-    )
+    done = subprocess.run([sys.executable, "-c", code, "--help"], capture_output=True, text=True)
     assert done.returncode == 3
     assert done.stderr == f"inn-guard needs {package}: pip install '.[cli]'\n"

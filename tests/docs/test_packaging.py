@@ -1,4 +1,4 @@
-"""What is shipped: a wheel and an sdist that hold the package; the wheel needs no optional library."""
+"""What is shipped: a wheel and an sdist with the package; the wheel needs no optional library."""
 
 from __future__ import annotations
 
@@ -69,7 +69,6 @@ OPTIONAL = (
 @pytest.fixture(scope="module")
 def built(tmp_path_factory):
     """The wheel and the sdist of a copy of the sources: builds leave folders behind."""
-    pytest.importorskip("setuptools.build_meta")
     folder = tmp_path_factory.mktemp("package")
     source, out = folder / "source", folder / "out"
     out.mkdir()
