@@ -141,8 +141,8 @@ class WorkSharing:
             return
         for what, tensors in (("data x", [x]), ("model", [*model.parameters(), *model.buffers()])):
             own = [_fingerprint(tensor) for tensor in tensors]
-            first, *others = self.all_gather(functools.partial(list, own))
-            if any(other != first for other in others):
+            gathered = self.all_gather(functools.partial(list, own))
+            if any(other != gathered[0] for other in gathered):
                 raise ValueError(
                     f"expected the same {what} in every process of the group, got different ones: "
                     "use the same seed, load the same file, or broadcast from one process; a "

@@ -163,7 +163,7 @@ class SequentialJacobian:
         """J v, (..., B, *out)."""
         owned = False  # whether v is a new tensor, which may be overwritten
         for step in self.steps:
-            product = step.jvp
+            product: Map = step.jvp
             if owned and isinstance(step, DiagonalJacobian):
                 product = step.scale_
             v = product(v)
@@ -174,7 +174,7 @@ class SequentialJacobian:
         """J^T u, (..., B, *in)."""
         owned = False
         for step in reversed(self.steps):
-            product = step.vjp
+            product: Map = step.vjp
             if owned and isinstance(step, DiagonalJacobian):
                 product = step.scale_
             u = product(u)
