@@ -1,4 +1,4 @@
-"""Every audit on every case leaves the model, its gradients, the input and all random states bit for bit as they were.
+"""Every audit leaves model, gradients, input and random states bit for bit as they were.
 
 Checked by its own photograph, not by the code that restores.
 """
@@ -35,7 +35,7 @@ ONE_OF_EACH_LIBRARY = frozenset(
         "zuko-NSF-context",
     }
 )
-#: every product with the Jacobian of such a case is one more differential equation: minutes for all audits
+#: every product with the Jacobian of such a case is a differential equation: minutes for all audits
 SOLVED_ADAPTIVELY = {"zuko-CNF-context", "zuko-FFJTransform"}
 
 
@@ -50,7 +50,7 @@ def bits(t: Tensor) -> tuple[object, ...]:
 
 
 def plain(value: object, depth: int = 4) -> object:
-    """What can be compared of an attribute: numbers, texts, containers of them; an object's class otherwise."""
+    """What can be compared: numbers, texts, containers of them; otherwise an object's class."""
     if isinstance(value, Tensor):
         return bits(value)
     if isinstance(value, (bool, int, float, str, type(None), torch.dtype)):

@@ -1,6 +1,7 @@
-"""CASES: every model of the contract, merged from the files of this folder that have a CASES of their own.
+"""CASES: every model of the contract, merged from the files of this folder.
 
-``make test`` runs tests over cases on REPRESENTATIVE ones only; ``make thorough`` runs them on all (tests/README.md).
+``make test`` runs tests over cases on REPRESENTATIVE ones only; ``make thorough`` runs them on all
+(tests/README.md).
 """
 
 from __future__ import annotations
@@ -31,8 +32,9 @@ CASES: list[Case] = [
     case for name in MODULES for case in importlib.import_module(f"tests.cases.{name}").CASES
 ]
 
-#: Of every library one case of each kind of layer, and one of each way in which its adapter takes a model apart:
-#: with a context, on images, nested, inverted, split into scales, with an iterative inverse.
+#: Of every library one case of each kind of layer, and one of each way in which its adapter takes a
+#: model apart: with a context, on images, nested, inverted, split into scales, with an iterative
+#: inverse.
 REPRESENTATIVE = frozenset(
     {
         "aef/masked autoregressive",
@@ -140,7 +142,7 @@ REPRESENTATIVE = frozenset(
 
 
 def one_of_each_kind(cases: Iterable[Case], fast: frozenset[str] = REPRESENTATIVE) -> list[Any]:
-    """Parameters of a test over cases; all whose id is not in ``fast`` are left to ``make thorough``."""
+    """Parameters over cases; ids that are not in ``fast`` are left to ``make thorough``."""
     parameters = []
     for case in cases:
         marks = [] if case.id in fast else [pytest.mark.thorough]

@@ -1,4 +1,4 @@
-"""Case: one model with data, and what it can do. Files of cases (tests/cases/*.py) import from here."""
+"""Case: one model with data, and what it can do."""
 
 from __future__ import annotations
 
@@ -18,9 +18,10 @@ from inn_guard.core.invertible import Invertible
 class Case(NamedTuple):
     """One entry of the contract.
 
-    ``make()`` returns a fresh model in eval mode and a batch x (B >= 3, *data), both float64, the same at every call,
-    with the global random number generators left alone (use ``seeded``). Parameters must not be trivial (an identity
-    would pass every test): fill them with ``randomize`` where a library starts at zero.
+    ``make()`` returns a fresh model in eval mode and a batch x (B >= 3, *data), both float64, the
+    same at every call, with the global random number generators left alone (use ``seeded``).
+    Parameters must not be trivial (an identity would pass every test): fill them with ``randomize``
+    where a library starts at zero.
     """
 
     id: str
@@ -29,7 +30,8 @@ class Case(NamedTuple):
     has_inverse_log_det: bool = True
     has_layers: bool = False
     bijective: bool = True
-    #: measured absolute error of the round trip that stays in float64: an iterative inverse, constants in float32
+    #: measured absolute error of the round trip that stays in float64: an iterative inverse,
+    #: constants in float32
     float64_floor: float = 0.0
     #: measured error of log-determinants that stays in float64 (float32 constants), in nats
     log_det_floor: float = 0.0
@@ -40,7 +42,7 @@ class Case(NamedTuple):
 
     @property
     def has_parameters(self) -> bool:
-        """Whether there is anything to train: found out by making the model, which takes milliseconds."""
+        """Whether there is anything to train: the model is made, which takes milliseconds."""
         return bool(trainable(self.make()[0]))
 
 
@@ -50,10 +52,10 @@ def trainable(module: torch.nn.Module) -> list[torch.nn.Parameter]:
 
 @contextmanager
 def seeded(seed: int = 0, dtype: torch.dtype = torch.float64) -> Iterator[None]:
-    """Everything random inside the block comes from ``seed``; afterwards the global generators are as before.
+    """Everything random inside the block comes from ``seed``; the global generators are restored.
 
-    ``dtype`` is the default dtype inside. Foreign libraries are built with float32 and made ``.double()`` afterwards,
-    as users do, so that constants which a library bakes in float32 show.
+    ``dtype`` is the default dtype inside. Foreign libraries are built with float32 and made
+    ``.double()`` afterwards, as users do, so that constants which a library bakes in float32 show.
     """
     default = torch.get_default_dtype()
     numpy_state, python_state = np.random.get_state(), random.getstate()

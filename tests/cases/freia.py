@@ -1,7 +1,7 @@
-"""Cases of FrEIA: every module; and the table of what cannot keep the contract. Nets are in cases_freia_nets.py.
+"""Cases of FrEIA: every module, and what cannot keep the contract. Nets are in freia_nets.py.
 
-Models are built in float32, as users build them, and converted: constants that the library rounds at construction stay
-rounded, which is where the floors below come from.
+Models are built in float32, as users build them, and converted: constants that the library rounds
+at construction stay rounded, which is where the floors below come from.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def conv_subnet(inputs: int, outputs: int) -> nn.Module:
 
 @contextlib.contextmanager
 def as_users_build(seed: int = 0) -> Iterator[None]:
-    """Seeded, float32, and what the library prints or warns about at construction kept off the screen."""
+    """Seeded, float32, without what the library prints or warns about at construction."""
     with (
         seeded(seed, torch.float32),
         warnings.catch_warnings(),
@@ -49,7 +49,7 @@ def as_users_build(seed: int = 0) -> Iterator[None]:
 
 
 def learned_noise(module: nn.Module, scale: float = 0.3) -> None:
-    """Normal noise on what is learned; permutations and other constants are parameters too in this library."""
+    """Normal noise on what is learned; in this library constants are parameters too."""
     with torch.no_grad():
         for parameter in module.parameters():
             if parameter.requires_grad:
@@ -178,7 +178,8 @@ def elementwise() -> Iterator[Case]:
         plain(Fm.LearnedElementwiseScaling, IMAGE),
         IMAGE,
         skips={
-            "test_log_dets_of_the_two_directions_cancel": "its reverse log-det has the sign of the forward one"
+            "test_log_dets_of_the_two_directions_cancel": "its reverse log-det has the sign of "
+            "the forward one"
         },
     )
     yield freia("ActNorm", initialised(VECTOR))
@@ -205,9 +206,11 @@ def linear() -> Iterator[Case]:
         plain(Fm.HouseholderPerm, n_reflections=3, fixed=True),
         float64_floor=3e-6,
         log_det_floor=1e-6,
-        floor_reason="the orthogonal matrix is computed in float32 at construction and inverted by its transpose",
+        floor_reason="the orthogonal matrix is computed in float32 at construction and inverted "
+        "by its transpose",
         skips={
-            "test_gradients_reach_the_parameters": "its reflections still claim a gradient but nothing depends on them"
+            "test_gradients_reach_the_parameters": "its reflections still claim a gradient but "
+            "nothing depends on them"
         },
     )
     yield freia(
@@ -272,14 +275,15 @@ def topology() -> Iterator[Case]:
 
 
 def others() -> Iterator[Case]:
-    wrong_derivative = "the inverse runs without autograd, its last step is detached: its derivative is the identity"
+    wrong_derivative = "the inverse runs without autograd: its derivative is the identity"
     for name, shape in {"": VECTOR, "-image": (1, 4, 4)}.items():
         yield freia(
             f"IResNetLayer{name}",
             lambda shape=shape: (contractive(shape), None),
             shape,
             noise=0.0,
-            has_log_det=False,  # one Hutchinson sample: two calls differ; compared in distribution in test_freia.py
+            # one Hutchinson sample: two calls differ; compared in distribution in test_freia.py
+            has_log_det=False,
             skips={
                 "test_gradients_reach_the_parameters": wrong_derivative,
                 "test_gradients_reach_the_input_of_the_inverse": wrong_derivative,
@@ -308,7 +312,7 @@ CASES: list[Case] = [
 
 
 class Exempt(NamedTuple):
-    """A model that cannot be a case: the tests of the contract that it fails, each with the reason why."""
+    """A model that cannot be a case, and the tests of the contract that it fails, with reasons."""
 
     case: Case
     fails: Mapping[str, str]
@@ -341,13 +345,15 @@ def sigmoid_of_an_image_in_a_net() -> tuple[nn.Module, None]:
 
 ROUND_TRIPS = ("test_inverse_of_forward_is_the_identity", "test_forward_of_inverse_is_the_identity")
 
-#: What the library calls an invertible module and what cannot keep the contract; test_freia.py checks that it does not.
+#: What the library calls an invertible module and what cannot keep the contract; test_freia.py
+#: checks that it does not.
 EXCEPTIONS: list[Exempt] = [
     Exempt(
         freia("InvAutoFC", plain(Fm.InvAutoFC)),
         dict.fromkeys(
             ROUND_TRIPS,
-            "its inverse is the transpose, which is not the inverse before training (perhaps after)",
+            "its inverse is the transpose, which is not the inverse before training (perhaps "
+            "after)",
         )
         | {"test_log_det_is_that_of_the_autograd_jacobian": "the log-det is the constant 0"},
     ),
@@ -368,21 +374,25 @@ EXCEPTIONS: list[Exempt] = [
     Exempt(
         freia("ActNorm-fresh", plain(Fm.ActNorm)),
         {
-            "test_a_call_changes_neither_input_nor_model": "the first call, in any mode and direction, sets parameters"
+            "test_a_call_changes_neither_input_nor_model": "the first call, in any mode and "
+            "direction, sets parameters"
         },
     ),
     Exempt(
         freia("InvertibleSigmoid-image-in-a-net", sigmoid_of_an_image_in_a_net, (4, BATCH, BATCH)),
         {
-            "test_log_det_is_that_of_the_autograd_jacobian": "its log-det sums over channels only, (B, H, W); the net "
+            "test_log_det_is_that_of_the_autograd_jacobian": "its log-det sums over channels "
+            "only, (B, H, W); the net "
             "adds that to the (B,) of the others, which broadcasts to a wrong number"
         },
     ),
     Exempt(
         freia("IResNetLayer-log-det", lambda: (contractive(VECTOR), None), noise=0.0),
         {
-            "test_log_det_is_that_of_the_autograd_jacobian": "one Hutchinson sample of a truncated series",
-            "test_log_dets_of_the_two_directions_cancel": "the reverse log-det is taken at z instead of at x",
+            "test_log_det_is_that_of_the_autograd_jacobian": "one Hutchinson sample of a "
+            "truncated series",
+            "test_log_dets_of_the_two_directions_cancel": "the reverse log-det is taken at z "
+            "instead of at x",
         },
     ),
     Exempt(

@@ -1,4 +1,4 @@
-"""Cases of FrEIA's nets: sequences, nested ones, graphs with branches, conditions and several inputs and outputs."""
+"""Cases of FrEIA's nets: sequences, graphs with branches, conditions, several inputs."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ def chain_graph(kind: type[Ff.GraphINN] = Ff.GraphINN) -> tuple[nn.Module, Tenso
 
 
 def branching_graph() -> tuple[nn.Module, list[Tensor]]:
-    """Two inputs (an image and a vector), two conditions, branches that meet again, a nested net, three outputs."""
+    """Two inputs, two conditions, branches that meet again, a nested net, three outputs."""
     image, vector = Ff.InputNode(1, 4, 4, name="image"), Ff.InputNode(3, name="vector")
     local, common = Ff.ConditionNode(2, name="local"), Ff.ConditionNode(CONDITION, name="common")
     haar = Ff.Node(image, Fm.HaarDownsampling, {}, name="haar")

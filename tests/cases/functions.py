@@ -1,4 +1,4 @@
-"""Cases of callables, of modules with forward and inverse methods, and of torch.distributions transforms."""
+"""Cases of callables, of modules with both methods, and of torch.distributions transforms."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ BATCH, FEATURES = 4, 6
 
 
 class Coupling(nn.Module):
-    """An affine coupling in the usual hand-written style: forward(x) -> (z, log_det), inverse(z) -> (x, log_det)."""
+    """A hand-written affine coupling: forward(x) -> (z, log_det), inverse(z) -> (x, log_det)."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -182,8 +182,11 @@ CASES = [
 EXCEPTIONS = {
     "AbsTransform": "not injective",
     "SoftmaxTransform": "not injective: softmax(x + c) = softmax(x)",
-    "StickBreakingTransform": "maps R^n onto a simplex in R^(n+1): forward is not onto the space its tensor lies in",
+    "StickBreakingTransform": "maps R^n onto a simplex in R^(n+1): forward is not onto the space "
+    "its tensor lies in",
     "CorrCholeskyTransform": "maps R^n into matrices with more entries",
-    "LowerCholeskyTransform": "maps n x n matrices onto triangular ones: the upper triangle is lost",
-    "PositiveDefiniteTransform": "maps n x n matrices onto symmetric ones: the upper triangle is lost",
+    "LowerCholeskyTransform": "maps n x n matrices onto triangular ones: the upper triangle is "
+    "lost",
+    "PositiveDefiniteTransform": "maps n x n matrices onto symmetric ones: the upper triangle is "
+    "lost",
 }

@@ -122,7 +122,8 @@ def exact_iresnet() -> Invertible:
 DISCRETISED = {
     "float64_floor": 2e-8,
     "log_det_floor": 5e-8,
-    "floor_reason": "8 steps of Runge-Kutta, error of order 8^-4; backward they are not the exact inverse",
+    "floor_reason": "8 steps of Runge-Kutta, error of order 8^-4; backward they are not the exact "
+    "inverse",
 }
 
 CASES = [

@@ -1,4 +1,4 @@
-"""Cases of MemCNN 1.5: its couplings, bare and wrapped, nested and in chains; and what cannot keep the contract."""
+"""Cases of MemCNN 1.5: couplings, wrapped, nested, in chains; what cannot keep the contract."""
 
 from __future__ import annotations
 
@@ -102,10 +102,13 @@ CASES = [
     case("chain", lambda: nn.Sequential(*[wrapped(affine()) for _ in range(3)]), has_layers=True),
 ]
 
-#: what of MemCNN 1.5 cannot keep the contract -> why; every entry is shown to fail in tests/adapters/test_memcnn.py
+#: what of MemCNN 1.5 cannot keep the contract -> why; every entry is shown to fail in
+#: tests/adapters/test_memcnn.py
 EXCEPTIONS = {
-    "InvertibleModuleWrapper as it is": "a call frees its input's storage, in eval mode too; what is inside is called",
-    "InvertibleModuleWrapper under torch.autograd.grad": "it differentiates by .backward() alone, and once",
+    "InvertibleModuleWrapper as it is": "a call frees its input's storage, in eval mode too; what "
+    "is inside is called",
+    "InvertibleModuleWrapper under torch.autograd.grad": "it differentiates by .backward() alone, "
+    "and once",
     "couplings' log-determinants": "the library computes none",
     "modules of several tensors": "wrap(encode=..., decode=...) with one tensor each",
 }

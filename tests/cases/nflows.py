@@ -1,6 +1,7 @@
-"""Cases of nflows 0.14: every transform of the library, its flows, its containers; and what cannot keep the contract.
+"""Cases of nflows 0.14: transforms, flows, containers; what cannot keep the contract.
 
-Models are built under a float32 default and converted, as at home, so that constants baked in float32 show as floors.
+Models are built under a float32 default and converted, as at home, so that constants baked in
+float32 show as floors.
 """
 
 from __future__ import annotations
@@ -104,7 +105,7 @@ def multiscale(shape: tuple[int, ...], split_dim: int = 1) -> nn.Module:
 
 
 def multiscale_of_vectors() -> nn.Module:
-    """Odd sizes: 5 features are cut into 3 finished and 2 remaining; an inverted transform inside."""
+    """Odd sizes: 5 features are cut into 3 finished and 2 others; an inverted transform inside."""
     module = transforms.MultiscaleCompositeTransform(2)
     (rest,) = module.add_transform(transforms.LULinear(5, identity_init=False), (5,))
     inner = transforms.CompositeTransform(
@@ -130,7 +131,7 @@ def nested() -> nn.Module:
 
 
 def flow_in_context() -> nn.Module:
-    """Coupling and autoregressive layers, an embedding net, and a base distribution that depends on the context."""
+    """Two kinds of layers, an embedding net, and a base distribution, all with the context."""
     layers = [
         coupling("AffineCouplingTransform", subnet_in_context),
         transforms.ReversePermutation(FEATURES),
@@ -174,11 +175,15 @@ def splines(kind: str, **abilities: Any) -> list[Case]:
     return [
         case(f"{name}-tails", lambda: coupling(name, **tails), **abilities),
         case(name, lambda: coupling(name, num_bins=5), unit, **abilities),
-        case(f"{name}-unconditional", lambda: coupling(name, num_bins=5, apply_unconditional_transform=True), unit,
-             **abilities),
+        case(
+            f"{name}-unconditional",
+            lambda: coupling(name, num_bins=5, apply_unconditional_transform=True),
+            unit,
+            **abilities,
+        ),
         case(f"Piecewise{kind}CDF-tails", lambda: cdf([FEATURES], **tails), **abilities),
         case(f"Piecewise{kind}CDF", lambda: cdf([FEATURES], num_bins=5), unit, **abilities),
-    ]  # fmt: skip
+    ]
 
 
 CASES = [
@@ -349,11 +354,17 @@ CASES = [
     ),
 ]
 
-#: what of nflows 0.14 cannot keep the contract -> why; every entry is shown to fail in tests/adapters/test_nflows.py
+#: what of nflows 0.14 cannot keep the contract -> why; every entry is shown to fail in
+#: tests/adapters/test_nflows.py
 EXCEPTIONS = {
-    "NaiveLinear": "its inverse calls torch.solve, which torch no longer has; forward, log-det, J v work",
-    "Linear(using_cache=True) in float64": "LU, QR and SVD build the cached inverse from a float32 identity",
-    "BatchNorm in training mode": "the library refuses to invert it: batch statistics; call model.eval()",
-    "SqueezeTransform(factor=3)": "its inverse accepts channels that are multiples of 4 only, whatever the factor",
-    "GatedLinearUnit with several features": "its log-determinant has one entry per gate, not one per sample",
+    "NaiveLinear": "its inverse calls torch.solve, which torch no longer has; forward, log-det, J "
+    "v work",
+    "Linear(using_cache=True) in float64": "LU, QR and SVD build the cached inverse from a "
+    "float32 identity",
+    "BatchNorm in training mode": "the library refuses to invert it: batch statistics; call "
+    "model.eval()",
+    "SqueezeTransform(factor=3)": "its inverse accepts channels that are multiples of 4 only, "
+    "whatever the factor",
+    "GatedLinearUnit with several features": "its log-determinant has one entry per gate, not one "
+    "per sample",
 }

@@ -1,6 +1,7 @@
-"""Cases of normflows 1.7: every flow of the library and its models; and what cannot keep the contract.
+"""Cases of normflows 1.7: every flow, its models, and what cannot keep the contract.
 
-x is data here: the library's inverse is our forward. Models are built under a float32 default and converted.
+x is data here: the library's inverse is our forward. Models are built under a float32 default and
+converted.
 """
 
 from __future__ import annotations
@@ -22,15 +23,18 @@ IMAGE = (4, 4, 4)
 
 SUMMED_IN_FLOAT32 = {
     "log_det_floor": 1e-5,
-    "floor_reason": "log-determinants are summed in the default dtype, float32, whatever the model's",
+    "floor_reason": "log-determinants are summed in the default dtype, float32, whatever the "
+    "model's",
 }
 FIXED_POINT = {
     "float64_floor": 1e-4,
     "skips": {
-        "test_gradients_reach_the_parameters": "LipschitzMLP divides its weights by a factor rounded to float32, "
+        "test_gradients_reach_the_parameters": "LipschitzMLP divides its weights by a factor "
+        "rounded to float32, "
         "too coarse for central differences of 1e-6"
     },
-    "floor_reason": "the fixed-point iteration stops at steps of 3e-3, and takes its log-determinant there",
+    "floor_reason": "the fixed-point iteration stops at steps of 3e-3, and takes its "
+    "log-determinant there",
 }
 
 
@@ -186,9 +190,8 @@ def case(
             model = wrap(built.double().eval())
             x = data()
             if name.startswith("Residual"):
-                model(
-                    x
-                )  # every call writes the buffers ``scale`` anew, here in float64 for the first time
+                # every call writes the buffers ``scale``, here in float64 for the first time
+                model(x)
             return (model if context is None else wrap(model, context=context())), x
 
     return Case(f"normflows-{name}", make, **abilities)
@@ -319,19 +322,27 @@ CASES = [
     ),
 ]
 
-#: what of normflows 1.7 cannot keep the contract -> why; each is shown to fail in tests/adapters/test_normflows.py
+#: what of normflows 1.7 cannot keep the contract -> why; each is shown to fail in
+#: tests/adapters/test_normflows.py
 EXCEPTIONS = {
-    "Planar(act='tanh')": "the library has no algebraic inverse of it: data cannot be encoded; sampling works",
+    "Planar(act='tanh')": "the library has no algebraic inverse of it: data cannot be encoded; "
+    "sampling works",
     "Radial": "the library has no algebraic inverse of it: data cannot be encoded; sampling works",
-    "BatchNorm": "no inverse, batch statistics in every mode, and a log-det that leaves their derivatives out",
-    "Residual(exact_trace=False)": "one Hutchinson sample of a random number of terms: two calls disagree by 0.1 nats",
+    "BatchNorm": "no inverse, batch statistics in every mode, and a log-det that leaves their "
+    "derivatives out",
+    "Residual(exact_trace=False)": "one Hutchinson sample of a random number of terms: two calls "
+    "disagree by 0.1 nats",
     "PeriodicWrap outside its bound": "several data points have the same latent",
     "ActNorm-fresh": "the first call, in any mode and direction, sets parameters",
     "MetropolisHastings": "stochastic; its inverse is another forward step",
     "HamiltonianMonteCarlo": "stochastic; its inverse is another forward step",
-    "Split, Merge and AffineCoupling alone": "they map lists; parts of MultiscaleFlow and AffineCouplingBlock",
+    "Split, Merge and AffineCoupling alone": "they map lists; parts of MultiscaleFlow and "
+    "AffineCouplingBlock",
     "Flow": "the abstract base class: forward raises NotImplementedError",
-    "NormalizingFlowVAE": "a variational autoencoder: data is not the latents' image under its flows",
-    "AffineCouplingBlock in a ConditionalNormalizingFlow": "it takes no argument context, which the model hands to all",
-    "LULinearPermute.linear.using_cache": "its cached inverse calls torch.trtrs, which torch no longer has",
+    "NormalizingFlowVAE": "a variational autoencoder: data is not the latents' image under its "
+    "flows",
+    "AffineCouplingBlock in a ConditionalNormalizingFlow": "it takes no argument context, which "
+    "the model hands to all",
+    "LULinearPermute.linear.using_cache": "its cached inverse calls torch.trtrs, which torch no "
+    "longer has",
 }

@@ -1,4 +1,4 @@
-"""Audits whose default effort is for one model, not for a hundred: the same code on less, for tests over all cases."""
+"""Audits whose default effort is for one model: the same code on less, for tests over cases."""
 
 from __future__ import annotations
 

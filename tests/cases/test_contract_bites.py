@@ -11,7 +11,9 @@ from torch import nn
 from inn_guard.core.invertible import Invertible
 from tests.cases.case import Case
 from tests.core import test_invertible as contract
-from tests.core.test_invertible import _default_dtype_as_at_home  # noqa: F401  (the contract's own fixture)
+
+# the contract's own fixture
+from tests.core.test_invertible import _default_dtype_as_at_home  # noqa: F401
 
 
 class Scale(Invertible):

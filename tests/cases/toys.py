@@ -32,7 +32,7 @@ class Linear(Invertible):
 
 
 class Warp(Invertible):
-    """z = x + a tanh(W x) with a small: a bijection whose inverse is a fixed point, without a log-determinant."""
+    """z = x + a tanh(W x), a small: its inverse is a fixed point; no log-determinant."""
 
     def __init__(self, dimension: int, seed: int = 0, iterations: int = 80) -> None:
         super().__init__()
@@ -52,7 +52,7 @@ class Warp(Invertible):
 
 
 class Detached(Warp):
-    """Its inverse is right, but its derivative is that of the identity, as where a library iterates under no_grad."""
+    """The derivative of its inverse is the identity's, as where an iteration runs in no_grad."""
 
     def inverse(self, z: Tensor) -> Tensor:
         return z + (super().inverse(z) - z).detach()
@@ -72,7 +72,7 @@ class NoForwardMode(torch.autograd.Function):
 
 
 class WrongTwice(torch.autograd.Function):
-    """Doubling; reverse and forward mode are right, the derivative of the reverse mode is silently 0."""
+    """Doubling; the derivative of its reverse mode is silently 0."""
 
     @staticmethod
     def forward(ctx, x):
@@ -121,7 +121,7 @@ class Embedding(Invertible):
 
 
 def random_chain(depth: int = 5, dimension: int = 6, spread: float = 1.0, seed: int = 0) -> Chain:
-    """Alternating warps and linear maps whose singular values are spread over so many decades each."""
+    """Alternating warps and linear maps, with singular values over ``spread`` decades each."""
     generator = torch.Generator().manual_seed(seed)
     steps: list[Invertible] = []
     for k in range(depth):

@@ -1,4 +1,4 @@
-"""Cases of zuko 1.6: every lazy transformation and flow, every transformation; and what cannot keep the contract.
+"""Cases of zuko 1.6: lazy transformations, flows, transformations; what cannot keep the contract.
 
 Parameters are drawn in float32 and converted, as at home.
 """
@@ -36,19 +36,23 @@ INTEGRATED = MappingProxyType(
     {
         "float64_floor": 1e-3,
         "log_det_floor": 1e-2,
-        "floor_reason": "the adaptive solver stops at relative errors of 1e-5, and shares its steps over the batch",
+        "floor_reason": "the adaptive solver stops at relative errors of 1e-5, and shares its "
+        "steps over the batch",
     }
 )
 SOLVED = MappingProxyType(
     {
-        "test_gradients_reach_the_parameters": "in eval mode the solver gives no gradient to the field's parameters",
-        "test_samples_do_not_depend_on_the_batch": "the solver's steps follow the worst sample of the batch",
+        "test_gradients_reach_the_parameters": "in eval mode the solver gives no gradient to the "
+        "field's parameters",
+        "test_samples_do_not_depend_on_the_batch": "the solver's steps follow the worst sample of "
+        "the batch",
         "test_float32_agrees_with_float64": "forward and inverse are each solved up to 1e-5 only",
     }
 )
 FROZEN = MappingProxyType(
     {
-        "test_gradients_reach_the_parameters": "in eval mode the integrand's parameters get no gradient"
+        "test_gradients_reach_the_parameters": "in eval mode the integrand's parameters get no "
+        "gradient"
     }
 )
 
@@ -251,17 +255,24 @@ CASES = [
     ),
 ]
 
-#: what of zuko 1.6 cannot keep the contract -> why; every entry is shown to fail in tests/adapters/test_zuko.py
+#: what of zuko 1.6 cannot keep the contract -> why; every entry is shown to fail in
+#: tests/adapters/test_zuko.py
 EXCEPTIONS = {
-    "CNF and FFJTransform": "a sample's value depends on the others in its batch: the worst error sets the steps",
-    "FFJTransform(exact=False)": "one Hutchinson sample as log-det: two calls disagree, and both directions do",
-    "FFJTransform, MNN and UMNN in eval mode": "no gradient reaches their parameters through a solver or a bisection",
-    "MonotonicTransform beyond its bound": "the bisection answers with the bound for every latent from outside",
+    "CNF and FFJTransform": "a sample's value depends on the others in its batch: the worst error "
+    "sets the steps",
+    "FFJTransform(exact=False)": "one Hutchinson sample as log-det: two calls disagree, and both "
+    "directions do",
+    "FFJTransform, MNN and UMNN in eval mode": "no gradient reaches their parameters through a "
+    "solver or a bisection",
+    "MonotonicTransform beyond its bound": "the bisection answers with the bound for every latent "
+    "from outside",
     "CircularShiftTransform beyond its bound": "several data points have the same latent",
     "SignedPowerTransform at 0": "its slope there is 0 or infinite",
-    "AutoregressiveTransform, CouplingTransform, FreeFormJacobianTransform": "their networks hide in functions; "
+    "AutoregressiveTransform, CouplingTransform, FreeFormJacobianTransform": "their networks hide "
+    "in functions; "
     "wrap the lazy object that builds them, with context=c",
-    "NormalizingFlow, the distribution": "built from a lazy flow, in one context; wrap the flow itself",
+    "NormalizingFlow, the distribution": "built from a lazy flow, in one context; wrap the flow "
+    "itself",
     "GMM": "a mixture, no transformation",
     "BayesianModel": "a distribution over models; wrap one that it samples",
 }

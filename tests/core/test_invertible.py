@@ -1,9 +1,11 @@
 """The contract: what every Invertible keeps, over the cases of tests/cases.
 
-A test is collected for the cases that have the abilities it needs and that do not declare that they cannot pass it.
+A test is collected for the cases that have the abilities it needs and that do not declare that they
+cannot pass it.
 
-Thresholds: rounding errors grow with the condition number, so every threshold is SLACK * eps(dtype) * condition times
-the size of the quantity, plus the floor that the case documents (iterative inverse, constants kept in float32).
+Thresholds: rounding errors grow with the condition number, so every threshold is SLACK * eps(dtype)
+* condition times the size of the quantity, plus the floor that the case documents (iterative
+inverse, constants kept in float32).
 """
 
 from __future__ import annotations
@@ -41,7 +43,7 @@ class Made(NamedTuple):
         return self.sigma[:, 0] / self.sigma[:, -1]
 
     def x_error(self, eps: float, floor: float = 0.0) -> Tensor:
-        """Rounding error expected of F^-1(F(x)), per sample: of x itself, and of z seen through the inverse."""
+        """Rounding error of F^-1(F(x)), per sample: of x, and of z seen through the inverse."""
         size = norms(self.x) + (norms(self.z) + 1) / self.sigma[:, -1]
         return SLACK * eps * size + floor * math.sqrt(self.x[0].numel())
 
@@ -56,7 +58,7 @@ class Made(NamedTuple):
 
 @pytest.fixture(autouse=True)
 def _default_dtype_as_at_home(_float64):
-    """Users run float64 models under a float32 default: constants that a library creates in a call are float32."""
+    """As for users: constants that a library creates in a call of a float64 model are float32."""
     torch.set_default_dtype(torch.float32)
 
 
@@ -148,7 +150,7 @@ def test_inverse_of_forward_is_the_identity(case):
 
 @needs("float64_floor")
 def test_the_floor_of_the_inverse_is_a_measured_one(case):
-    """A floor is what this very case shows: more than rounding explains, and not far more than is there."""
+    """A floor is more than rounding explains, and not far more than this case shows."""
     m = made(case)
     z = other_latents(case)
     in_x, in_z = reference.round_trip(m.model, m.x), norms(m.model(m.model.inverse(z).detach()) - z)

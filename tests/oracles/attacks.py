@@ -1,4 +1,4 @@
-"""Slow twins of the attacks: one sample, one step and one number at a time, as the paper states them."""
+"""The attacks as the paper states them: one sample, one step and one number at a time."""
 
 from __future__ import annotations
 

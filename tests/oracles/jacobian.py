@@ -22,9 +22,10 @@ def layer_jacobians(model: Invertible, x: Tensor) -> list[Tensor]:
 
 
 def log_extreme_singular_values(factors: list[Tensor]) -> tuple[list[float], list[float]]:
-    """ln sigma_max and ln sigma_min of the product of float64 factors, multiplied with 400 digits, per sample.
+    """ln sigma_max and ln sigma_min of a product of float64 factors with 400 digits, per sample.
 
-    The smallest one is the reciprocal of the largest one of the inverse, which is multiplied with 400 digits as well.
+    The smallest one is the reciprocal of the largest one of the inverse, which is multiplied with
+    400 digits as well.
     """
     with mpmath.workdps(DIGITS):
         tops, bottoms = [], []
@@ -49,7 +50,7 @@ def _log_norm(matrix: mpmath.matrix) -> mpmath.mpf:
 
 
 def inverse_gains(factors: list[Tensor]) -> tuple[Tensor, Tensor]:
-    """||P_k||_F / sqrt(D) and ||P_k||_2 of P_k = J_1^-1 ... J_k^-1, k = 0 ... n, each (n + 1, B)."""
+    """||P_k||_F / sqrt(D) and ||P_k||_2, P_k = J_1^-1 ... J_k^-1, k = 0 ... n, each (n + 1, B)."""
     product = torch.eye(factors[0].shape[1], dtype=torch.float64).expand(factors[0].shape)
     products = [product]
     for factor in factors:

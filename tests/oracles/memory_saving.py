@@ -1,4 +1,4 @@
-"""Slow twin of memory-saving backpropagation: the walk written out, storing z (and x) alone, and the true gradient."""
+"""Memory-saving backpropagation written out, storing z (and x) alone, and the true gradient."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def true_gradients(model: Invertible, x: Tensor, loss: Loss) -> list[Tensor]:
 def memory_saving_gradients(
     model: Invertible, x: Tensor, loss: Loss, *, first: Tensor | None = None
 ) -> list[Tensor]:
-    """The same from z = F(x) alone: every layer's input by its inverse, every layer differentiated on its own.
+    """The same from z = F(x) alone: each layer's input by its inverse, each differentiated alone.
 
     ``first``, if given, is the input of the first layer, known instead of rebuilt.
     """

@@ -11,9 +11,10 @@ from inn_guard.core.invertible import Invertible
 
 
 def jacobian(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-    """(B, dim z, dim x), sample by sample and row by row: one backward pass for every single entry of z.
+    """(B, dim z, dim x), by rows: one backward pass for every entry of z of every sample.
 
-    The whole batch is evaluated, so that batch-coupled layers and contexts see what they see otherwise.
+    The whole batch is evaluated, so that batch-coupled layers and contexts see what they see
+    otherwise.
     """
     x = x.detach().clone().requires_grad_()
     z = function(x).flatten(1)

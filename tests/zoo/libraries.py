@@ -1,6 +1,7 @@
-"""Small models of every library with the two directions as the library itself calls them: nothing here is inn_guard's.
+"""Small models of every library and their two directions by the library itself, not inn_guard.
 
-Weights are drawn in float32 from a seed; ``strength`` multiplies them, which is what makes a net break.
+Weights are drawn in float32 from a seed; ``strength`` multiplies them, which is what makes a net
+break.
 """
 
 from __future__ import annotations
@@ -181,8 +182,12 @@ def _nflows_flow() -> nn.Module:
 
 
 LIBRARIES: dict[str, Library] = {
-    "nflows affine": _of_nflows(nflows_chain(lambda k: transforms.AffineCouplingTransform(mask(k), residual))),
-    "nflows additive": _of_nflows(nflows_chain(lambda k: transforms.AdditiveCouplingTransform(mask(k), residual))),
+    "nflows affine": _of_nflows(
+        nflows_chain(lambda k: transforms.AffineCouplingTransform(mask(k), residual))
+    ),
+    "nflows additive": _of_nflows(
+        nflows_chain(lambda k: transforms.AdditiveCouplingTransform(mask(k), residual))
+    ),
     "nflows spline": _of_nflows(nflows_chain(nflows_spline)),
     "nflows autoregressive": _of_nflows(nflows_chain(nflows_autoregressive)),
     "nflows LU": Library(
@@ -204,7 +209,7 @@ LIBRARIES: dict[str, Library] = {
     "MemCNN additive": _of_memcnn(memcnn_coupling("additive")),
     "MemCNN affine": _of_memcnn(memcnn_coupling("affine")),
     "by hand": _of_nflows(ByHand),
-}  # fmt: skip
+}
 
 
 def built(name: str, strength: float) -> nn.Module:

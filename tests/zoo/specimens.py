@@ -1,4 +1,4 @@
-"""SPECIMENS: every model of the zoo, as it is audited, and its two directions as the library itself computes them."""
+"""SPECIMENS: every model of the zoo, and its two directions as the library computes them."""
 
 from __future__ import annotations
 
@@ -25,7 +25,8 @@ class Specimen:
         make: dtype -> (what is handed to wrap, encode, decode); the same weights in either dtype.
         dtype: of the audit.
         scale: of x, a standard normal batch.
-        broken_layer: number of the layer that is known to cost the inverse its digits, in wrap's ``layers=``.
+    broken_layer: number of the layer that is known to cost the inverse its digits, in wrap's
+    ``layers=``.
     """
 
     id: str
@@ -97,7 +98,7 @@ def altered(name: str, what: str, **changes: Callable[[Tensor], Tensor]) -> Spec
 
 
 def ill_conditioned(name: str, condition: float, dtype: torch.dtype) -> Specimen:
-    """A library's net, then Q diag(1 ... 1/condition) P with rotations Q and P, then the net again."""
+    """A net, then Q diag(1 ... 1/condition) P with rotations Q and P, then the net again."""
     generator = torch.Generator().manual_seed(3)
     Q, P = (
         torch.linalg.qr(torch.randn(D, D, generator=generator, dtype=torch.float64))[0]

@@ -1,4 +1,4 @@
-"""Every audit's verdict on every model of the zoo against what is known of it: misses and false alarms, check by check.
+"""Verdicts of every audit on every model of the zoo against the truth: misses, false alarms.
 
 ``python -m tests.zoo.test_zoo`` prints the table.
 """
@@ -12,12 +12,12 @@ import warnings
 import mpmath
 import pytest
 import torch
+from inn_guard.audits.reconstruction.audit import reconstruction
 
 import inn_guard as ig
 from inn_guard.audits.jacobian_spectrum import jacobian_spectrum
 from inn_guard.audits.layer_blame import layer_blame
 from inn_guard.audits.log_det import log_det
-from inn_guard.audits.reconstruction.audit import reconstruction
 from tests.zoo import truth
 from tests.zoo.specimens import SPECIMENS, Specimen
 from tests.zoo.truth import Truth
@@ -90,7 +90,7 @@ def test_the_zoo_is_large_and_every_name_is_its_own():
     "specimen", [s for s in SPECIMENS if "around" in s.id and "float32" in s.id], ids=lambda s: s.id
 )
 def test_condition_numbers_are_those_of_forty_digits(specimen):
-    """The dense float64 Jacobian's extremes by mpmath, and so the truth that the audits are held to."""
+    """The dense float64 Jacobian's extremes by mpmath: the truth that the audits are held to."""
     J = truth.jacobian(specimen)
     with mpmath.workdps(40):
         sigma = [mpmath.svd_r(mpmath.matrix(matrix.tolist()), compute_uv=False) for matrix in J]

@@ -1,8 +1,9 @@
-"""What is true of a specimen, by plain formulas on the library's own functions; no line of inn_guard is run.
+"""What is true of a specimen, by plain formulas on the library's functions, without inn_guard.
 
-Every quantity is compared with a threshold that is part of the question, not of the answer: an inverse is usable up to
-1 % of the data's scale, a log-determinant right up to 1e-3 nats per dimension. What lies within MARGIN of its threshold
-is decided by rounding and by which samples are looked at: it is counted for neither side.
+Every quantity is compared with a threshold that is part of the question, not of the answer: an
+inverse is usable up to 1 % of the data's scale, a log-determinant right up to 1e-3 nats per
+dimension. What lies within MARGIN of its threshold is decided by rounding and by which samples are
+looked at: it is counted for neither side.
 """
 
 from __future__ import annotations
@@ -40,14 +41,14 @@ def worst(truths: list[Truth]) -> Truth:
 
 
 def relative(difference: Tensor, start: Tensor) -> float:
-    """Largest root mean square error over the sample's own, or over the batch's median one where that is larger."""
+    """Largest RMS error over the sample's own RMS, or over the batch's median if that is larger."""
     size = start.double().square().mean(1).sqrt()
     error = difference.double().square().mean(1).sqrt() / torch.maximum(size, size.median())
     return float(error.nan_to_num(math.inf).max())
 
 
 def reconstruction(specimen: Specimen) -> Truth:
-    """Both round trips come back in the audit's dtype; and in float64, where rounding does not excuse it, to 1e-4."""
+    """Both round trips come back in the audit's dtype, and to 1e-4 in float64."""
     x = specimen.x(specimen.dtype)
     try:
         back, z, again = round_trips(specimen, specimen.dtype)
@@ -69,7 +70,7 @@ def round_trips(specimen: Specimen, dtype: torch.dtype) -> tuple[Tensor, Tensor,
 
 
 def log_det(specimen: Specimen) -> Truth | None:
-    """Both directions' against the slogdet of the dense float64 Jacobian, where z is finite; None without any."""
+    """Both directions against slogdet of the dense float64 Jacobian where z is finite, or None."""
     _, encode, decode = specimen.made(specimen.dtype)
     rows = finite_rows(specimen)
     with torch.no_grad():
@@ -93,7 +94,7 @@ def spectrum(specimen: Specimen) -> Truth:
 
 
 def condition(specimen: Specimen) -> float:
-    """Largest condition number of the dense float64 Jacobians where z is finite, by singular values."""
+    """Largest condition number of the dense float64 Jacobians where z is finite."""
     J = jacobian(specimen)[finite_rows(specimen)]
     if not len(J) or not bool(J.isfinite().all()):
         return math.inf
