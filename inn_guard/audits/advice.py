@@ -1,4 +1,4 @@
-"""What to do, in one list over all checks: the most effective first, nothing twice, each to be followed as it stands."""
+"""What to do, in one list over all checks: the most effective first, nothing twice."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from torch import Tensor
 from inn_guard.audits.context import AuditContext
 from inn_guard.core.tensors import finite_rows
 from inn_guard.report.audit_report import AuditReport
+from inn_guard.report.uses import UseVerdict
 from inn_guard.report.verdict import Verdict
 
 __all__ = ["advise"]
@@ -18,7 +19,8 @@ __all__ = ["advise"]
 UNUSUAL_SCALE = 30.0
 
 INITIALISE = (
-    "Initialise the model first, on one batch of training data: flow.train(); flow(x); flow.eval()"
+    "Initialise the model first, on one batch of training data:\n"
+    "flow.train(); ig.wrap(flow)(x); flow.eval()"
 )
 STANDARDISE = "Standardise the data, {what}: train and audit on (x - x.mean(0)) / x.std(0) instead."
 FORMULA = "Derive the log-determinant again: training by likelihood follows this number."
@@ -73,7 +75,11 @@ def advise(report: AuditReport, context: AuditContext) -> tuple[str, ...]:
 
 
 def _advice(report: AuditReport, context: AuditContext) -> Iterator[str]:
-    failing = {use.use for use in report.failed}
+    failing = {use.use for use in report.failed if _is_measured(report, use)}
+    for use in report.failed:
+        # the model raised, or there was nothing to measure: the check itself says what to do
+        if use.use not in failing and use.check and report[use.check].advice:
+            yield report[use.check].advice
     if _never_initialised(report):
         yield INITIALISE
     unusual = _unusual_scale(context.x)
@@ -87,7 +93,7 @@ def _advice(report: AuditReport, context: AuditContext) -> Iterator[str]:
         yield from _reconstruction(report)
     if "gradients" in failing:
         yield STORED
-    lost = failing - {"density"}
+    lost = failing & {"sampling", "reconstruction", "gradients"}
     density = report.uses.get("density")
     if lost and density is not None and density.verdict.passed:
         yield DENSITY_HOLDS
@@ -97,7 +103,9 @@ def _advice(report: AuditReport, context: AuditContext) -> Iterator[str]:
 def _density(report: AuditReport) -> Iterator[str]:
     if _failed(report, "log_det"):
         yield FORMULA
-    elif _failed(report, "density") and report["density"].settings["reference"] == "float64 copy":
+        return
+    reference = report["density"].settings.get("reference")
+    if reference == "float64 copy":
         yield DENSITY_FLOAT64
 
 
@@ -137,6 +145,10 @@ def _failed(report: AuditReport, check: str) -> bool:
     return check in report and report[check].verdict.failed
 
 
+def _is_measured(report: AuditReport, use: UseVerdict) -> bool:
+    return use.check != "" and len(report[use.check].values) > 0
+
+
 def _never_initialised(report: AuditReport) -> bool:
     if "preflight" not in report:
         return False
@@ -156,7 +168,7 @@ def _layer(report: AuditReport) -> str:
 
 
 def _unusual_scale(x: Tensor) -> str:
-    """What is unusual about the scale of the features of a table; "" if nothing, or if x is no table."""
+    """What is unusual about the features of a table; "" if nothing is, or if x is no table."""
     if x.dim() != 2 or len(x) < 2:
         return ""
     rows = x[finite_rows(x)].double()

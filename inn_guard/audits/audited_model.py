@@ -27,7 +27,7 @@ class InputRejected(ValueError):
 
 
 class AuditedModel(InvertibleWrapper):
-    """``inner`` as a check sees it: every call gets a clone of its input, every exception says whose it is.
+    """``inner`` as a check sees it: calls get clones of their input, exceptions say whose they are.
 
     Args:
         inner: the map.
@@ -134,6 +134,10 @@ class AuditedModel(InvertibleWrapper):
         except (NotApplicable, ModelError):
             raise
         except NotImplementedError as error:
+            if "not implemented for" in str(error):
+                # torch has no such operation for this dtype: the model has the method, and it fails
+                message = f"{what} of {self.label} raises {_described(error)}"
+                raise ModelError(message) from error
             raise NotApplicable(f"{self.label} has no {what}: {_described(error)}") from error
         except Exception as error:  # whatever a foreign library raises is a finding about the model
             raise ModelError(f"{what} of {self.label} raises {_described(error)}") from error

@@ -129,7 +129,8 @@ def checked_batch(model: nn.Module, x: Any) -> Tensor:
         wanted = ", ".join(sorted(map(str, dtypes)))
         wanted = wanted if len(dtypes) == 1 else f"one of {wanted}"
         raise ValueError(
-            f"expected x in the dtype of the model's parameters, {wanted}; got {x.dtype}: pass x.to({usual})"
+            f"expected x in the dtype of the model's parameters, {wanted}; got {x.dtype}: pass "
+            f"x.to({usual})"
         )
     if weights and x.device not in devices:
         where = next(iter(devices))
@@ -157,10 +158,11 @@ def _advice(x: Any, dtype: torch.dtype) -> str:
 def _check_values(model: nn.Module, x: Tensor) -> None:
     if any(tensor.is_meta for tensor in (*model.parameters(), *model.buffers())):
         raise ValueError(
-            "expected a model with values; some of its parameters are on the meta device, which has "
-            "none: call model.to_empty(device=...) and load its weights"
+            "expected a model with values; some of its parameters are on the meta device, which "
+            "has none: call model.to_empty(device=...) and load its weights"
         )
     if x.is_meta:
         raise ValueError(
-            "expected x with values; got one on the meta device, which has none: load data and weights"
+            "expected x with values; got one on the meta device, which has none: load data and "
+            "weights"
         )

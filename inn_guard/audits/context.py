@@ -67,11 +67,11 @@ class AuditContext:
         return self.model.select(rows), self.x[rows]
 
     def max_batch(self, footprint: Callable[[float], Footprint]) -> float | int:
-        """How many samples a measurement of that footprint may take at once; inf without a bound of memory."""
+        """How many samples a measurement may take at once; inf where memory has no bound."""
         return self.parallel.max_batch(footprint)
 
     def max_linearized(self, vectors: int) -> float | int:
-        """How many samples may be linearized at once, with so many vectors of their size held next to each."""
+        """How many samples may be linearized at once, with this many vectors held for each."""
         model, x = self.model, self.x
         return self.max_batch(
             lambda within: linearized_footprint(model, x, within=within, vectors=vectors)
@@ -91,10 +91,9 @@ class AuditContext:
         return self._once("usable rows", self._usable_rows)
 
     def linearization(self, rows: Tensor) -> Linearization:
-        """The model linearized at these rows; that of a further check at the same rows, or at some of them, is shared."""
-        if (
-            self.parallel.memory is not None
-        ):  # a graph that is kept would count against every later check
+        """The model linearized at these rows, shared by all checks that ask for the same rows."""
+        if self.parallel.memory is not None:
+            # a graph that is kept would count against every later check
             return Linearization(*self.at(rows))
         known = self.shared.get(self._key("linearization"))
         if known is not None and known[0].tolist() == rows.tolist():
@@ -123,7 +122,7 @@ class AuditContext:
         return self.shared[key]
 
     def _key(self, name: str) -> tuple[str, int]:
-        """Processes that share their work must all compute a result, or none: each way has results of its own."""
+        """Of a result: processes that share their work must all compute it, or none."""
         return name, self.parallel.size
 
 

@@ -27,8 +27,8 @@ BATCH = 256  #: samples in one call
 #: Relative size of the random change of x and weights by which the error of a float64 model is
 #: estimated: far above its rounding, far below what changes the map.
 PERTURBATION = 2.0**-36
-#: Two calls on the same x may differ by the order of sums: so many roundings of the largest |log
-#: p(x)|.
+#: Two calls on the same x may differ by this many float32 roundings of the largest |log p(x)|: by
+#: the order of sums.
 SAME = 1000.0
 
 
@@ -188,12 +188,11 @@ def _estimated_error(
     coarse = _attempt(lambda: _float32_log_prob(context, rows))
     if coarse is not None and bool(coarse[own.isfinite()].isfinite().all()):
         ratio = eps / torch.finfo(torch.float32).eps
-        return (coarse - own).abs() * ratio, "float32 copy, scaled to float64"
+        return (coarse - own).abs() * ratio, "estimated from a float32 copy"
     moved = _attempt(lambda: _perturbed_log_prob(context, rows))
     if moved is not None:
-        return (moved - own).abs() * (
-            eps / PERTURBATION
-        ), "random changes by 2^-36, scaled to float64"
+        error = (moved - own).abs() * (eps / PERTURBATION)
+        return error, "estimated from random changes by 2^-36"
     return Missing("neither a float32 nor a perturbed copy could be measured")
 
 
@@ -238,7 +237,10 @@ def _finding(context: AuditContext, measured: _Measured) -> Finding:
         reason = f"log p(x) could not be checked: {measured.reference}"
     elif measured.is_random:
         verdict = Verdict.UNDECIDED
-        reason = f"log p(x) is random: two calls on the same x differ by up to {measured.repeats:.1e} nats"
+        reason = (
+            "log p(x) is random: two calls on the same x differ by up to "
+            f"{measured.repeats:.1e} nats"
+        )
     else:
         verdict = context.limits.verdict(figure, limit)
         reason = _reason(context, measured, figure)
@@ -251,10 +253,8 @@ def _reason(context: AuditContext, measured: _Measured, figure: float) -> str:
     limit, count = context.limits.density, len(measured.own)
     above = int((measured.error > limit).sum())
     if not above:
-        about = "" if measured.reference == "float64 copy" else f", {measured.reference}"
-        return (
-            f"log p(x) of all {count} samples right to {figure:.1e} nats (limit {limit:g}){about}"
-        )
+        text = f"log p(x) of all {count} samples right to {figure:.1e} nats (limit {limit:g})"
+        return text if measured.reference == "float64 copy" else f"{text}, {measured.reference}"
     low, high = rate_interval(above, count, confidence=context.limits.confidence)
     return (
         f"log p(x) of {above} of {count} samples is off by more than {limit:g} nats "

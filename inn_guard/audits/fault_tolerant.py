@@ -86,6 +86,12 @@ class Guarded:
         clone.model = self.model.select(rows)
         return clone
 
+    def of(self, model: Invertible) -> Guarded:
+        """The same for another model with the same shapes."""
+        clone = copy.copy(self)
+        clone.model = model
+        return clone
+
     def fresh_copy(self) -> Guarded:
         """The same without failures so far."""
         clone = copy.copy(self)

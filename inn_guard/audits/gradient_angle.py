@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -55,7 +56,10 @@ class GradientComparison:
         return cls(a, b, apart, together, _norm(g.double() - h.double() for g, h in pairs))
 
     def row(self) -> dict[str, float]:
-        """Angle in degrees, by the unit vectors' difference and sum, which small angles survive; distance; lengths."""
+        """Angle in degrees, distance and lengths.
+
+        The angle is that of the unit vectors' difference and sum, which small angles survive.
+        """
         if self.g == self.h == 0:
             angle, distance, length = 0.0, 0.0, 0.0
         elif self.h == 0:
@@ -103,7 +107,7 @@ def _cost(task: Task) -> Cost:
     shares_samples=True,
 )
 def gradient_angle(context: AuditContext, *, batch_size: int = 64) -> AuditResult:
-    """Angle in degrees between the memory-saving gradient g and the true gradient h, over all parameters.
+    """Angle in degrees between memory-saving gradient g and true gradient h, over all parameters.
 
         angle = arccos( <g, h> / (|g| |h|) ),    length = | |g| - |h| | / |h|
 
@@ -114,7 +118,7 @@ def gradient_angle(context: AuditContext, *, batch_size: int = 64) -> AuditResul
     the unit vectors, which small angles survive.
 
     The verdict holds the worst minibatch against ``limits.gradient_angle`` and
-    ``limits.gradient_length``. Where rounding x moves the true gradient by as much as the two
+    ``limits.gradient_length``; samples with NaN or Inf are left out. Where rounding x moves the true gradient by as much as the two
     gradients differ, the true gradient is not determined at this precision, and the verdict is
     undecided.
 
@@ -140,7 +144,11 @@ def gradient_angle(context: AuditContext, *, batch_size: int = 64) -> AuditResul
     measure = _default_loss(model, x) if loss is None else _scalar(loss)
     groups = _groups(model, parameters)
     at_once = int(min(batch_size, context.max_linearized(0)))
-    batches = torch.arange(len(x), device=x.device).split(at_once)
+    usable = context.finite_rows()
+    if not len(usable):
+        reason = "every sample of x contains NaN or Inf already: the true gradient is not finite"
+        return gradient_angle.without_answer(Verdict.NON_FINITE, reason, advice=CLEAN)
+    batches = usable.split(at_once)
     saving = memory_saving(model)
 
     def compare(rows: Tensor) -> tuple[GradientComparison, list[GradientComparison]]:
@@ -152,7 +160,8 @@ def gradient_angle(context: AuditContext, *, batch_size: int = 64) -> AuditResul
     compared = context.parallel.map_items(batches, compare)
     minibatches = tuple(whole.row() for whole, _ in compared)
     rounding = _rounding(model.select(batches[0]), x[batches[0]], measure, parameters, context.seed)
-    finding = _finding(minibatches, rounding, context.limits, len(x))
+    finding = _finding(minibatches, rounding, context.limits)
+    finding = dataclasses.replace(finding, samples=len(usable), of=len(x))
     return AuditResult(
         "gradient_angle",
         finding.verdict,
@@ -215,9 +224,11 @@ def _layer_rows(
     return tuple(rows)
 
 
+CLEAN = "Remove NaN and Inf from the data, then audit again."
 _ADVICE = (
-    "Train with memory_saving(model, guard=1e-3), which notices and repairs wrong gradients, or with stored "
-    "activations; keep the inverse stable with a regularizer (FiniteDifferences, NormalizingFlowLoss)."
+    "Train with memory_saving(model, guard=1e-3), which notices and repairs wrong gradients, or "
+    "with stored activations; keep the inverse stable with a regularizer (FiniteDifferences, "
+    "NormalizingFlowLoss)."
 )
 
 
@@ -239,11 +250,8 @@ def _rounding(
     model: Invertible, x: Tensor, measure: Measured, parameters: list[Tensor], seed: int
 ) -> float:
     """|h(x') - h(x)| / |h(x)| with every entry of x moved by one rounding unit, up or down."""
-    sign = (
-        torch.randint(2, x.shape, generator=torch.Generator().manual_seed(seed), device="cpu").to(x)
-        * 2
-        - 1
-    )
+    generator = torch.Generator().manual_seed(seed)
+    sign = 2 * torch.randint(2, x.shape, generator=generator, device="cpu").to(x) - 1
     moved = x * (1 + torch.finfo(x.dtype).eps * sign)
     return GradientComparison.of(_pairs((model, moved), (model, x), measure, parameters)).row()[
         "distance"
@@ -269,7 +277,8 @@ def _gradients(loss: Any, parameters: list[Tensor]) -> list[Tensor]:
     if not isinstance(loss, Tensor) or loss.numel() != 1 or not loss.requires_grad:
         got = f"shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
         raise ValueError(
-            f"expected loss to return one differentiable number, got {got}: add .mean(), do not detach"
+            f"expected loss to return one differentiable number, got {got}: add .mean(), do not "
+            "detach"
         )
     found = torch.autograd.grad(loss, parameters, allow_unused=True)
     return [torch.zeros_like(p) if g is None else g for p, g in zip(parameters, found, strict=True)]
@@ -346,20 +355,23 @@ def _groups(model: Invertible, parameters: list[Tensor]) -> list[_Group]:
 
 
 def _finding(
-    minibatches: Sequence[Mapping[str, float]], rounding: float, limits: Limits, samples: int
+    minibatches: Sequence[Mapping[str, float]], rounding: float, limits: Limits
 ) -> Finding:
     count = len(minibatches)
     angle = _worst([row["angle"] for row in minibatches])
     length = _worst([row["length_error"] for row in minibatches])
     distance = _worst([row["distance"] for row in minibatches])
-    unit = "degrees"
+    # whichever is further beyond, or nearer to, its limit is the figure that decides
+    figure, limit, unit = angle, limits.gradient_angle, "degrees"
+    if length / limits.gradient_length > angle / limits.gradient_angle:
+        figure, limit, unit = length, limits.gradient_length, "of |h|"
     broken = sum(not math.isfinite(row["memory_saving_norm"]) for row in minibatches)
     if not all(math.isfinite(row["true_norm"]) for row in minibatches):
         reason = "the true gradient itself is not finite"
-        verdict, angle = Verdict.NON_FINITE, math.inf
+        verdict, figure = Verdict.NON_FINITE, math.inf
     elif broken:
         reason = f"the memory-saving gradient is not finite in {broken} of {count} minibatches"
-        verdict, angle = Verdict.NON_FINITE, math.inf
+        verdict, figure = Verdict.NON_FINITE, math.inf
     else:
         by_angle = limits.verdict(angle, limits.gradient_angle)
         verdict = Verdict.worst([by_angle, limits.verdict(length, limits.gradient_length)])
@@ -375,7 +387,7 @@ def _finding(
                 f"; rounding x moves the true gradient by {rounding:.1e} of its length, so that it "
                 "is not determined at this precision"
             )
-    return Finding(verdict, angle, limits.gradient_angle, unit, reason, samples, samples)
+    return Finding(verdict, figure, limit, unit, reason, 0, 0)
 
 
 def _mean(values: list[float]) -> float:

@@ -40,7 +40,7 @@ def _standard_normal(model: Invertible, x: Tensor) -> BaseDistribution:
     def sample(n: int, context: Context) -> Tensor:
         return torch.randn(n, *_latent_shape(model, x), dtype=x.dtype, device=x.device)
 
-    return BaseDistribution(sample, x, model.context, None, False, "N(0, I)")
+    return BaseDistribution(sample, x, context=model.context, declared=False, description="N(0, I)")
 
 
 def _latent_shape(model: Invertible, x: Tensor) -> torch.Size:
@@ -69,4 +69,4 @@ def _from_caller(prior: Any, x: Tensor) -> BaseDistribution:
         return drawn
 
     name = getattr(prior, "__name__", type(prior).__name__)
-    return BaseDistribution(sample, x, None, None, True, f"prior {name}")
+    return BaseDistribution(sample, x, description=f"prior {name}")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 __all__ = ["MOST_DRAWS", "draws_that_decide", "percent", "rate_interval"]
 
 MOST_DRAWS = 2**20  #: beyond which no number of draws is recommended
@@ -61,5 +63,7 @@ def draws_that_decide(count: int, of: int, limit: float, *, confidence: float = 
 
 
 def _decides(rate: float, draws: int, limit: float, confidence: float) -> bool:
-    low, high = rate_interval(round(rate * draws), draws, confidence=confidence)
-    return low > limit or high < limit
+    """Whether the limit lies outside, the count rounded towards the limit."""
+    if rate < limit:
+        return rate_interval(math.ceil(rate * draws), draws, confidence=confidence)[1] < limit
+    return rate_interval(math.floor(rate * draws), draws, confidence=confidence)[0] > limit

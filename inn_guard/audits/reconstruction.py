@@ -1,4 +1,4 @@
-"""reconstruction: does x -> z -> x come back, and if not, is it rounding or is the inverse another map."""
+"""reconstruction: does x -> z -> x come back, and if not, why."""
 
 from __future__ import annotations
 
@@ -31,9 +31,8 @@ from inn_guard.report.verdict import Verdict
 
 __all__ = ["reconstruction"]
 
-EXPLAINED_SAMPLES = (
-    8  #: the worst ones, whose condition number is measured where the round trip fails
-)
+#: The worst ones, whose condition number is measured where the round trip fails.
+EXPLAINED_SAMPLES = 8
 #: An error that rounding explains is known to first order up to this share of the data's scale.
 LINEAR = 0.1
 SHOWN = 8  #: images kept for the report, the worst ones
@@ -99,9 +98,7 @@ def reconstruction(context: AuditContext, *, batch_size: int = 128) -> AuditResu
             "of": len(context.x),
             "limit": finding.limit,
             "batch_size": batch_size,
-            "float64": "measured"
-            if isinstance(measured.precise, Tensor)
-            else measured.precise.reason,
+            "float64": measured.float64,
             "cause": measured.cause,
             "seed": context.seed,
         },
@@ -128,9 +125,8 @@ class _Measured:
         data: x -> z -> x.
         encoded: z -> x -> z from the latents of the data.
         bijective: whether x -> z -> x ought to be the identity.
-        precise: the deciding round trip's error in a float64 copy, (B,), or why there is none.
+        precise: the deciding round trip in a float64 copy, or why there is none.
         explained: for the worst samples of a failing model, what rounding explains; None else.
-        explained_rows: positions of these samples among ``rows``.
         cause: "rounding", "condition", "wrong inverse", "unknown", or "" where nothing fails.
     """
 
@@ -138,9 +134,8 @@ class _Measured:
     data: RoundTrip
     encoded: RoundTrip
     bijective: bool
-    precise: Tensor | Missing
+    precise: RoundTrip | Missing
     explained: Explanation | None = None
-    explained_rows: Tensor | None = None
     cause: str = ""
 
     @property
@@ -152,6 +147,16 @@ class _Measured:
     def start(self) -> str:
         """What it starts from, in words."""
         return "" if self.bijective else " of encoded latents"
+
+    @property
+    def float64(self) -> str:
+        """Whether the float64 copy was measured, in words."""
+        return "measured" if isinstance(self.precise, RoundTrip) else self.precise.reason
+
+    @property
+    def float64_error(self) -> Tensor | None:
+        """Error of the float64 copy by feature, (B,); None where it was not measured."""
+        return self.precise.by_feature if isinstance(self.precise, RoundTrip) else None
 
 
 def _measure(context: AuditContext, rows: Tensor, batch_size: int) -> _Measured:
@@ -174,36 +179,36 @@ def _measure(context: AuditContext, rows: Tensor, batch_size: int) -> _Measured:
     return _with_cause(context, measured, limit)
 
 
-def _in_float64(context: AuditContext, measured: _Measured, batch_size: int) -> Tensor | Missing:
+def _in_float64(context: AuditContext, measured: _Measured, batch_size: int) -> RoundTrip | Missing:
     start = measured.deciding.start
     if start.dtype == torch.float64:
-        return measured.deciding.by_feature
+        return measured.deciding
     go = round_trip if measured.bijective else latent_round_trip
     try:
         model, _ = context.at(measured.rows)
         copy = model.to_dtype(torch.float64)
-        precise = go(copy, start.double(), batch_size=batch_size, parallel=context.parallel)
+        return go(copy, start.double(), batch_size=batch_size, parallel=context.parallel)
     except (ModelError, NotApplicable) as error:
         return Missing(str(error))
-    return precise.by_feature
 
 
 def _with_cause(context: AuditContext, measured: _Measured, limit: float) -> _Measured:
     """The same with the reason why a round trip fails."""
     parts = (measured.rows, measured.data, measured.encoded, measured.bijective, measured.precise)
     precise = measured.precise
-    if isinstance(precise, Tensor) and worst(precise) <= limit:
+    if isinstance(precise, RoundTrip) and worst(precise.by_feature) <= limit:
         return _Measured(*parts, cause="rounding")
     worst_rows = _worst_rows(context, measured)
     explained = _explain(context, measured.rows[worst_rows.to(measured.rows.device)])
     if explained is None or isinstance(precise, Missing):
-        return _Measured(*parts, explained, worst_rows, cause="unknown")
-    allowed = explained.error(torch.float64) / data_scale(measured.deciding.start).cpu()[worst_rows]
-    # where rounding moves a sample so far, the derivative at the sample no longer tells how far
-    allowed = torch.where(allowed > LINEAR, torch.inf, allowed)
-    beyond = precise[worst_rows].nan_to_num(math.inf) > allowed.nan_to_num(math.inf)
+        return _Measured(*parts, explained, cause="unknown")
+    allowed = explained.error(torch.float64)
+    size = data_scale(measured.deciding.start).cpu()[worst_rows]
+    # where rounding moves a sample this far, the derivative at the sample no longer tells how far
+    allowed = torch.where(allowed > LINEAR * size, torch.inf, allowed)
+    beyond = precise.l2[worst_rows].nan_to_num(math.inf) > allowed.nan_to_num(math.inf)
     cause = "wrong inverse" if bool(beyond.any()) else "condition"
-    return _Measured(*parts, explained, worst_rows, cause=cause)
+    return _Measured(*parts, explained, cause=cause)
 
 
 def _worst_rows(context: AuditContext, measured: _Measured) -> Tensor:
@@ -255,7 +260,10 @@ _ADVICE = {
     "": "",
     "rounding": "Run the inverse in float64: it was measured to come back there.",
     "condition": "Bound the scales of the layers, or train with a RegularizerHook.",
-    "wrong inverse": "Compare the inverse with the forward formula. An iterative inverse may need more iterations.",
+    "wrong inverse": (
+        "Compare the inverse with the forward formula. An iterative inverse may need more "
+        "iterations."
+    ),
     "unknown": "Bound the scales of the layers, or train with a RegularizerHook.",
 }
 
@@ -272,18 +280,19 @@ def _first_place(context: AuditContext, measured: _Measured, lost: Tensor) -> st
 
 
 def _because(measured: _Measured, limit: float) -> str:
-    if measured.cause == "rounding":
-        return f"; in float64 they come back to {worst(_precise(measured)):.1e}"
+    precise = measured.float64_error
     if not measured.cause:
         return ""
     text = ""
-    if isinstance(measured.precise, Tensor) and measured.cause == "wrong inverse":
+    if precise is not None and measured.cause == "rounding":
+        return f"; in float64 they come back to {worst(precise):.1e}"
+    if precise is not None and measured.cause == "wrong inverse":
         text = (
             f"; the inverse is another map, not an inexact one: in float64 it is off by "
-            f"{worst(measured.precise):.1e}, more than rounding explains"
+            f"{worst(precise):.1e}, more than rounding explains"
         )
-    elif isinstance(measured.precise, Tensor):
-        text = f"; float64 is off by {worst(measured.precise):.1e}, too"
+    elif precise is not None and measured.deciding.start.dtype != torch.float64:
+        text = f"; float64 is off by {worst(precise):.1e}, too"
     if measured.explained is not None:
         condition = measured.explained.log_condition.nan_to_num(math.inf).max().item()
         count = len(measured.explained.log_condition)
@@ -296,7 +305,7 @@ def _because(measured: _Measured, limit: float) -> str:
 
 def _floor(measured: _Measured) -> str:
     """What is said of an inverse that is inexact in float64, too, as iterations and solvers are."""
-    error, precise = worst(measured.deciding.by_feature), _precise(measured)
+    error, precise = worst(measured.deciding.by_feature), measured.float64_error
     if measured.cause or measured.deciding.start.dtype == torch.float64 or precise is None:
         return ""
     floor = worst(precise)
@@ -304,10 +313,6 @@ def _floor(measured: _Measured) -> str:
     if floor <= max(FLOOR_SHARE * error, eps) or not math.isfinite(floor):
         return ""
     return f"; the inverse itself is exact to {floor:.1e} only, in float64, too"
-
-
-def _precise(measured: _Measured) -> Tensor | None:
-    return measured.precise if isinstance(measured.precise, Tensor) else None
 
 
 def _open_ended(context: AuditContext, measured: _Measured) -> str:
@@ -326,7 +331,7 @@ def _values(measured: _Measured) -> dict[str, float]:
         "latent_error": measured.encoded.relative.max().item(),
         "non_finite_samples": float((~measured.deciding.finite).sum()),
     }
-    precise = _precise(measured)
+    precise = measured.float64_error
     if precise is not None:
         values["float64_error"] = worst(precise)
     if measured.explained is not None:
@@ -342,19 +347,19 @@ def _by_sample(measured: _Measured, batch: int) -> dict[str, Any]:
         "l2_error": measured.data.l2,
         "latent_error": measured.encoded.relative,
     }
-    precise = _precise(measured)
+    precise = measured.float64_error
     if precise is not None:
         named["float64_error"] = precise
     return to_full_batch(named, measured.rows, batch)
 
 
-def _images(trip: RoundTrip) -> dict[str, Tensor]:
+def _images(data: RoundTrip) -> dict[str, Tensor]:
     """The worst samples with their reconstructions, if they are images."""
-    start = trip.start
+    start = data.start
     if start.dim() != 4 or start.shape[1] not in (1, 3) or min(start.shape[2:]) < 2:
         return {}
-    order = trip.largest.nan_to_num(math.inf).argsort(descending=True)
+    order = data.largest.nan_to_num(math.inf).argsort(descending=True)
     rows = order[:SHOWN].to(start.device)
     original = start[rows].detach().cpu()
-    returned = trip.end[rows].detach().cpu()
+    returned = data.end[rows].detach().cpu()
     return {"original": original, "reconstruction": returned, "difference": returned - original}

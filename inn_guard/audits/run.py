@@ -6,6 +6,7 @@ import dataclasses
 import datetime
 import functools
 import hashlib
+import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
 from importlib.metadata import PackageNotFoundError, version
@@ -42,7 +43,7 @@ DECLARED = "every model declares it"  #: why density, reconstruction and gradien
 Check = AuditSpec | Callable[..., AuditResult]
 
 
-def audit(
+def audit(  # noqa: PLR0913
     model: Any,
     x: Any,
     *,
@@ -60,7 +61,9 @@ def audit(
     dry_run: bool = False,
     progress: bool | None = None,
 ) -> AuditReport:
-    """Measure what a model may be used for: density, sampling, reconstruction, memory-saving gradients, other inputs.
+    """Measure what a model may be used for.
+
+    Uses are density, sampling, reconstruction, memory-saving gradients and other inputs.
 
     The model is run in eval mode and comes out bit for bit as it went in, also after an error. What
     NaN, Inf or exceptions the model produces is found and reported, never raised.
@@ -127,9 +130,11 @@ def audit(
     if dry_run:
         results = _estimated(audit_context, chosen)
     else:
-        results = _run(audit_context, _with_deciding(chosen, counted_uses, checks), progress)
+        results = _run(
+            audit_context, _with_deciding(chosen, counted_uses, checks), progress=progress
+        )
     counted = _counted(audit_context, counted_uses)
-    settings = _settings(model, wrapped, audit_context, checks is not None)
+    settings = _settings(wrapped, audit_context, named=checks is not None)
     settings["seconds"] = round(time.perf_counter() - start, 2)
     asked = () if checks is None else tuple(check.name for check in chosen)
     report = AuditReport(results, name or wrapped.name, settings, counted, asked)
@@ -166,7 +171,7 @@ def _named_checks(checks: Iterable[str | Check]) -> list[AuditSpec]:
 def _with_deciding(
     chosen: list[AuditSpec], uses: tuple[str, ...] | None, checks: object
 ) -> list[AuditSpec]:
-    """The checks of a level, and those that decide a use which is named; named checks stay as they are."""
+    """The checks of a level with those that decide a named use; named checks stay as they are."""
     if checks is not None or uses is None:
         return chosen
     names = {check.name for check in chosen}
@@ -192,7 +197,7 @@ def _seed(seed: int) -> int:
 
 
 def _inner_map(model: Invertible) -> Invertible:
-    """Of a memory-saving model the one inside, else its gradients would be compared to themselves."""
+    """The map inside a memory-saving model, whose gradients would be compared to themselves."""
     return model.inner if isinstance(model, MemorySaving) else model
 
 
@@ -214,17 +219,20 @@ def _estimated(context: AuditContext, checks: Sequence[AuditSpec]) -> tuple[Audi
 
 
 def _run(
-    context: AuditContext, checks: Sequence[AuditSpec], progress: bool | None
+    context: AuditContext, checks: Sequence[AuditSpec], *, progress: bool | None
 ) -> tuple[AuditResult, ...]:
-    """The checks' results in their order: those that share samples by all processes, each of the others by one."""
+    """The checks' results in their order.
+
+    All processes run together the checks that share samples; each of the others runs in one.
+    """
     parallel = context.parallel
-    hidden = parallel.rank > 0 or progress is False
+    hidden = parallel.rank > 0 or not (_is_watched() if progress is None else progress)
     delay = 0.0 if progress else PATIENCE
     results: dict[int, AuditResult] = {}
     with tqdm(total=len(checks), desc="audit", delay=delay, disable=hidden, leave=False) as bar:
 
         def one(k: int, within: AuditContext) -> AuditResult:
-            bar.set_postfix_str(checks[k].name)
+            bar.set_postfix_str(checks[k].name, refresh=False)
             result = checks[k].run(within)
             bar.update()
             return result
@@ -242,9 +250,12 @@ def _run(
     return tuple(results[k] for k in range(len(checks)))
 
 
-def _settings(
-    model: Any, wrapped: Invertible, context: AuditContext, named: bool
-) -> dict[str, Any]:
+def _is_watched() -> bool:
+    """Whether somebody sees a progress bar: in a terminal or a notebook."""
+    return sys.stderr.isatty() or "ipykernel" in sys.modules
+
+
+def _settings(wrapped: Invertible, context: AuditContext, *, named: bool) -> dict[str, Any]:
     x = context.x
     settings = {
         "library": _library(wrapped),

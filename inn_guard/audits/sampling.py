@@ -19,6 +19,7 @@ from inn_guard.audits.round_trip import first_non_finite
 from inn_guard.audits.spec import audit_check
 from inn_guard.core.missing import Missing, NotApplicable
 from inn_guard.core.tensors import finite_rows, nonzero_or_one, norms
+from inn_guard.execution.time_limit import TimedOut, time_limit
 from inn_guard.report.result import AuditResult
 from inn_guard.report.uses import Finding
 from inn_guard.report.verdict import Verdict
@@ -34,6 +35,7 @@ LEAST_DRAWS = 256  #: however dear
 PROBED = 4  #: rows from which the cost of an inverse is counted
 FAR = 1e3  #: radii of the data beyond which a draw that comes back is mentioned
 EXPLAINED = 64  #: lost draws that a float64 copy repeats
+NEAR = 10.0  #: radii of the data within which a lost draw may be right
 AGREES = 0.01  #: relative distance up to which the float64 copy sends a latent to the same place
 
 
@@ -66,10 +68,10 @@ def sampling(context: AuditContext, *, draws: int | None = None) -> AuditResult:
 
     Of up to 64 lost draws it is found whether a float64 copy sends them to the same place (then the
     model itself does it, and no precision helps), how far from the data they lie, and in which
-    layer the first one is lost.
+    layer the first one is lost. A float64 model has no finer copy to be compared with.
 
     Args:
-        context: model and data.
+        context: model and data, which give the shapes and the radius of the data.
         draws: how many at most. Default: what the level and the cost of an inverse allow.
 
     Returns:
@@ -81,10 +83,10 @@ def sampling(context: AuditContext, *, draws: int | None = None) -> AuditResult:
     """
     if draws is not None and (isinstance(draws, bool) or int(draws) != draws or draws < 1):
         raise ValueError(f"expected a positive number of draws; got {draws!r}")
-    try:
-        drawn = _draw(context, draws)
-    except NotApplicable as error:
-        return sampling.without_answer(Verdict.NOT_APPLICABLE, str(error))
+    if not len(context.finite_rows()):
+        reason = "no sample of x is finite: the shape of the latents could not be measured"
+        return sampling.without_answer(Verdict.UNDECIDED, reason)
+    drawn = _draw(context, draws)
     lost = _explained(context, drawn)
     finding = _finding(context, drawn, lost)
     low, high = drawn.interval(context)
@@ -128,7 +130,10 @@ def sampling(context: AuditContext, *, draws: int | None = None) -> AuditResult:
 
 _ADVICE = {
     "": "",
-    "model": "Bound the scales of the layers, or fine-tune with FiniteDifferences(0.1, direction='inverse', at='prior', form='log').",
+    "model": (
+        "Bound the scales of the layers, or fine-tune with "
+        "FiniteDifferences(0.1, direction='inverse', at='prior', form='log')."
+    ),
     "rounding": "Draw in float64: the lost draws were measured to come back there.",
     "unknown": "Bound the scales of the layers.",
 }
@@ -209,7 +214,7 @@ def _allowance(context: AuditContext, draws: int | None) -> tuple[int, str]:
 
 
 def _inverse_cost(context: AuditContext) -> float:
-    """Operations of an inverse in units of those of a forward pass; 1 where they cannot be counted."""
+    """Operations of an inverse over those of a forward pass; 1 where they cannot be counted."""
     rows = context.usable_rows()[:PROBED]
     if not len(rows):
         return 1.0
@@ -228,9 +233,7 @@ class _Measure:
 
     def __init__(self, context: AuditContext) -> None:
         self.context = context
-        parallel = context.parallel
-        seconds = max(parallel.all_gather(lambda: patience(context.model, context.x)))
-        self.guarded = Guarded(context.model, context.x, seconds=seconds)
+        self.guarded = _guarded(context)
         self.with_log_det = self._has_log_dets()
         self.radius = data_radius(context)
         self.deviation = context.base.deviation.double()
@@ -262,12 +265,13 @@ class _Measure:
     def _draws(self, block: int) -> Tensor:
         """All latents of one block, (1024, *latent)."""
         base = self.context.base
-        z = base.draw(BLOCK, seed=self.context.seed * 1_000_003 + block)
+        z = base.draw(BLOCK, seed=(self.context.seed * 1_000_003 + block) % 2**63)
         expected = self.guarded.latent_shape
         if z.shape[1:] != expected:
             raise ValueError(
-                f"expected latents of shape {tuple(expected)} per draw from the {base.description}; "
-                f"got {tuple(z.shape[1:])}"
+                f"expected latents of shape {tuple(expected)} per draw from the "
+                f"{base.description}; got {tuple(z.shape[1:])}: pass prior=lambda n: ..., which "
+                f"returns {('n', *expected)} numbers"
             )
         return z
 
@@ -277,7 +281,7 @@ class _Measure:
         return "; ".join(dict.fromkeys(reason for reason in reasons if reason))
 
     def _round_trips(self, z: Tensor, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Error in units of the base's deviation, |x|, and what the log-determinants leave in nats."""
+        """Errors in units of the base's deviation, |x|, and what log-determinants leave in nats."""
         guarded = self.guarded.select(context_rows(self.context, rows))
         gap = torch.zeros(len(z), dtype=torch.float64, device=z.device)
         if self.with_log_det:
@@ -297,21 +301,38 @@ class _Measure:
         rows = context.usable_rows()[:PROBED]
         model, x = context.at(rows)
         try:
-            with torch.no_grad():
+            with torch.no_grad(), time_limit(self.guarded.seconds):
                 z, _ = model.forward_and_log_det(x)
                 model.inverse_and_log_det(z)
-        except (ModelError, NotApplicable):
+        except (ModelError, NotApplicable, TimedOut):
             return False
         return bool(len(rows))
 
 
+def _guarded(context: AuditContext) -> Guarded:
+    """The model behind a time limit, which all processes share, tried on the finite samples."""
+    rows = context.finite_rows()
+    model, x = context.at(rows)
+    seconds = max(context.parallel.all_gather(lambda: patience(model, x)))
+    return Guarded(model, x, seconds=seconds).of(context.model)
+
+
 def context_rows(context: AuditContext, rows: Tensor) -> Tensor:
-    """The rows of the batch whose context these draws of a block have: the base repeats them in turn."""
+    """The rows of the batch whose context these draws of a block have, repeated in turn."""
     return rows % len(context.x)
 
 
 def draw_error(z: Tensor, again: Tensor, deviation: Tensor) -> Tensor:
-    """Root mean square of F(F^-1(z)) - z in units of the base's deviation, (B,) float64; inf where not finite."""
+    """Root mean square of F(F^-1(z)) - z in units of the base's deviation.
+
+    Args:
+        z: latents, (B, *latent).
+        again: F(F^-1(z)), (B, *latent).
+        deviation: of the base, (*latent).
+
+    Returns:
+        (B,) float64, infinite where it is not finite.
+    """
     scaled = (again.double() - z.double()) / nonzero_or_one(deviation)
     off = norms(scaled) / math.sqrt(z[0].numel())
     return off.nan_to_num(nan=math.inf, posinf=math.inf)
@@ -366,8 +387,8 @@ class _Lost:
             text = f"; float64 agrees on {self.agreeing} of {self.repeated}: the model does it"
         elif self.cause == "rounding":
             text = f"; in float64 {self.returning} of {self.repeated} come back"
-        if math.isfinite(self.radii) and self.radii > 10:
-            text += f"; they lie {self.radii:.1g} data radii away"
+        if math.isfinite(self.radii) and self.radii > NEAR:
+            text += f"; their median lies {self.radii:.1g} data radii away"
         if self.layer:
             text += f"; first lost in {self.layer}"
         return text
@@ -379,13 +400,13 @@ def _explained(context: AuditContext, drawn: _Draws) -> _Lost:
     z = torch.cat([latents for latents, _ in drawn.lost_z])
     rows = torch.cat([rows for _, rows in drawn.lost_z])
     model = context.model.select(context_rows(context, rows))
-    guarded = Guarded(context.model, context.x, seconds=patience(context.model, context.x))
+    guarded = _guarded(context)
     x = guarded.select(context_rows(context, rows)).inverse(z)
     radius = data_radius(context)
     sizes = norms(x[finite_rows(x)]) / radius
     radii = sizes.median().item() if len(sizes) else math.nan
     layer = _layer(model, z)
-    precise = _in_float64(context, z, rows)
+    precise = _in_float64(context, guarded.seconds, z, rows)
     if isinstance(precise, Missing):
         return _Lost(radii=radii, layer=layer, cause="unknown")
     there, error = precise
@@ -396,21 +417,29 @@ def _explained(context: AuditContext, drawn: _Draws) -> _Lost:
     agreeing = int((same | nowhere | beyond).sum())
     returning = int((error <= context.limits.draw).sum())
     cause = "unknown"
-    if 2 * agreeing >= len(z):
+    # near the data a draw that both copies agree on is right; only its way back is rounded
+    near = radii <= NEAR
+    if 2 * agreeing >= len(z) and not (near and 2 * returning >= len(z)):
         cause = "model"
     elif 2 * returning >= len(z):
         cause = "rounding"
     return _Lost(len(z), agreeing, returning, radii, layer, cause)
 
 
-def _in_float64(context: AuditContext, z: Tensor, rows: Tensor) -> tuple[Tensor, Tensor] | Missing:
+def _in_float64(
+    context: AuditContext, seconds: float, z: Tensor, rows: Tensor
+) -> tuple[Tensor, Tensor] | Missing:
     """F^-1(z) of a float64 copy, and the error of its round trip."""
+    if z.dtype == torch.float64:
+        return Missing("the model is in float64 itself")
+    some = context.finite_rows()
     try:
         copy = context.model.to_dtype(torch.float64)
-        guarded = Guarded(copy, context.x.double(), seconds=patience(copy, context.x.double()))
+        # float64 takes longer: at most ten times as long on any device in use
+        guarded = Guarded(copy.select(some), context.x[some].double(), seconds=10 * seconds)
     except (ModelError, NotApplicable) as error:
         return Missing(str(error))
-    guarded = guarded.select(context_rows(context, rows))
+    guarded = guarded.of(copy).select(context_rows(context, rows))
     x = guarded.inverse(z.double())
     return x, draw_error(z, guarded.forward(x), context.base.deviation.double())
 

@@ -187,7 +187,9 @@ def audit_check(
     cost: Callable[[Task], Cost] | None = None,
     shares_samples: bool | Callable[[Mapping[str, Any]], bool] = False,
 ) -> Callable[[Function], AuditSpec]:
-    """Make a check of a function (context, **settings) -> AuditResult. It is run by its name once AUDITS lists it.
+    """Make a check of a function (context, **settings) -> AuditResult.
+
+    AUDITS lists the checks that are run by name.
 
     Args:
         question: what the check asks, in one sentence.
