@@ -15,6 +15,7 @@ from inn_guard.audits import AUDITS
 from inn_guard.audits.lipschitz_bounds import lipschitz_bounds
 from inn_guard.layers.actnorm import ActNorm, Diagonal
 from inn_guard.layers.chain import Chain
+from inn_guard.lipschitz import rules
 from inn_guard.lipschitz.maps.base import bounded_map
 from inn_guard.lipschitz.networks.conditioner import SearchBudget
 from inn_guard.models.aef.flow import AutoencoderConfig, ResidualScale, no_flow
@@ -420,6 +421,7 @@ def test_memory_saving_backpropagation_gives_the_same_gradients(kind):
 
 
 def test_certified_bounds_of_the_residual_scale_and_the_arrangement_are_exact():
+    rules.load()
     layer = ResidualScale(3)
     randomize(layer, 1.0)
     bounds = bounded_map(layer, layer).bounds(
