@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Iterable
+import os
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from inn_guard.adapters.callables import Functions
 from inn_guard.core.invertible import Context, Invertible
@@ -14,7 +15,7 @@ from inn_guard.layers.chain import Chain
 
 __all__ = ["ADAPTERS", "wrap"]
 
-#: Module name in which a model's class (or one of its bases) is defined -> adapter; each has adapt(model, context).
+#: module that defines the model's class, or one of its bases -> adapter with adapt(model, context)
 ADAPTERS: dict[str, str] = {
     "nflows": "inn_guard.adapters.nflows.adapter",
     "FrEIA": "inn_guard.adapters.freia.adapter",
@@ -23,6 +24,7 @@ ADAPTERS: dict[str, str] = {
     "memcnn": "inn_guard.adapters.memcnn.adapter",
     "sbi": "inn_guard.adapters.sbi",
     "torch.distributions.transforms": "inn_guard.adapters.torch_transforms",
+    "torch.distributions.transformed_distribution": "inn_guard.adapters.torch_transforms",
 }
 
 
@@ -35,13 +37,14 @@ def wrap(
     log_det: Callable[..., Any] | None = None,
     context: Context = None,
 ) -> Invertible:
-    """The model as an Invertible: forward is data x -> latent z, inverse is z -> x, log-determinants are (B,) in nats.
+    """The model as an Invertible: forward is data x -> latent z, inverse is z -> x.
 
-    Nothing is copied and nothing is changed in the model: the result shares its parameters and its modes.
+    Log-determinants are (B,) in nats. Nothing is copied and nothing in the model is changed: the
+    result shares its parameters and its modes.
 
-    Taken are an Invertible (returned as it is, with ``context`` if one is given), a model of a library in ADAPTERS,
-    a module whose ``forward`` and ``inverse`` return a tensor or (tensor, log_det), and any pair of callables.
-    Conventions met in the wild::
+    ``model`` may be an Invertible (returned as it is, with ``context`` if one is given), a model of
+    a library in ADAPTERS, or a module whose ``forward`` and ``inverse`` return a tensor or (tensor,
+    log_det). Anything else is given by two callables. Common conventions::
 
         # forward(x, reverse=False): one method and a flag
         model = wrap(encode=net, decode=functools.partial(net, reverse=True))
@@ -56,82 +59,135 @@ def wrap(
         model = wrap(encode=net, decode=net.inverse, log_det=lambda x: -net(x, zero)[1])
         audit(model, x)
 
-    Modules that the callables use are found and registered, also in closures (see ``closures.Closure``).
+    Modules that the callables use are found and registered, also in closures (see
+    ``captured_modules.Closure``).
 
     >>> import torch
     >>> model = wrap(encode=lambda x: 2 * x, decode=lambda z: z / 2)
-    >>> model(torch.tensor([[1.0, 3.0]])).tolist(), model.inverse(torch.tensor([[1.0, 3.0]])).tolist()
+    >>> x = torch.tensor([[1.0, 3.0]])
+    >>> model(x).tolist(), model.inverse(x).tolist()
     ([[2.0, 6.0]], [[0.5, 1.5]])
 
     Args:
-        model: the model; leave it out when giving callables.
+        model: the model. Default: given by the callables or layers.
         encode: x -> z or x -> (z, log_det); with a context it is called as encode(x, context).
         decode: z -> x or z -> (x, log_det of the inverse); with a context, decode(z, context).
-        layers: the chain whose composition is ``encode``: Invertibles, (encode, decode) pairs or anything that
-            ``wrap`` accepts. Alone, they are the model.
-        log_det: x -> log|det d encode(x)/dx|, where ``encode`` does not return it.
-        context: a tensor (B, ...) or a nested tuple, list or dict of tensors, row-aligned with x.
+        layers: the chain whose composition is ``encode``: Invertibles, (encode, decode) pairs or
+            anything that ``wrap`` accepts. Without ``encode`` and ``decode`` they are the model.
+        log_det: x -> log|det d encode(x)/dx|, if ``encode`` does not return it.
+        context: a tensor (B, ...) or a nested tuple, list or dict of tensors, one row per sample.
 
     Raises:
         TypeError: if the model is of an unknown kind, or the arguments do not describe one.
     """
-    callables = (encode, decode, layers, log_det)
     if model is None:
-        return _of_callables(encode, decode, layers, log_det, context)
-    if any(given is not None for given in callables):
+        return _from_callables(encode, decode, layers, log_det, context)
+    if any(given is not None for given in (encode, decode, layers, log_det)):
         raise TypeError(
-            "expected either a model or callables, got both; type wrap(model) or wrap(encode=..., decode=...) instead"
+            "expected either a model or callables, got both; "
+            "call wrap(model) or wrap(encode=..., decode=...)"
         )
     if isinstance(model, Invertible):
         return model if context is None else model.with_context(context)
-    return importlib.import_module(_adapter_of(model)).adapt(model, context)
+    adapter = _adapter_of(model)
+    if adapter is None:
+        raise TypeError(_refusal(model))
+    return importlib.import_module(adapter).adapt(model, context)
 
 
-def _of_callables(
+def _from_callables(
     encode: Any, decode: Any, layers: Any, log_det: Any, context: Context
 ) -> Invertible:
-    chain = None if layers is None else [_layer(layer) for layer in layers]
+    chain: list[Invertible] = []
+    if layers is not None:
+        chain = [_layer(layer) for layer in layers]
     if encode is not None and decode is not None:
-        return Functions(encode, decode, layers=chain or (), log_det=log_det, context=context)
+        return Functions(encode, decode, layers=chain, log_det=log_det, context=context)
     if chain and encode is None and decode is None and log_det is None:
         return Chain(*chain).with_context(context)
-    given = [
-        name
-        for name, value in (("encode", encode), ("decode", decode), ("layers", layers))
-        if value is not None
-    ]
+    arguments = {"encode": encode, "decode": decode, "layers": layers}
+    given = [name for name, value in arguments.items() if value is not None]
     raise TypeError(
         f"expected both directions of a map, got {' and '.join(given) or 'nothing'}; "
-        "type wrap(model), wrap(encode=f, decode=g) or wrap(layers=[...]) instead"
+        "call wrap(model), wrap(encode=f, decode=g) or wrap(layers=[...])"
     )
 
 
 def _layer(layer: Any) -> Invertible:
-    if (
-        isinstance(layer, tuple)
-        and len(layer) == 2
-        and all(callable(function) for function in layer)
-    ):
+    if isinstance(layer, tuple) and len(layer) == 2 and all(callable(part) for part in layer):
         return Functions(*layer)
     return wrap(layer)
 
 
-def _adapter_of(model: Any) -> str:
-    """The adapter's module path, by the names of the modules that define the model's class and its bases."""
+def _adapter_of(model: Any) -> str | None:
+    """The adapter's module, by the modules that define the model's class and its bases."""
     for base in type(model).__mro__:
         for package, adapter in ADAPTERS.items():
             if base.__module__ == package or base.__module__.startswith(f"{package}."):
                 return adapter
     if isinstance(model, nn.Module) and callable(getattr(model, "inverse", None)):
-        holds_memcnn = any(type(part).__module__.startswith("memcnn.") for part in model.modules())
-        return ADAPTERS["memcnn"] if holds_memcnn else "inn_guard.adapters.callables"
-    for wrapper in ("module", "_orig_mod"):  # DataParallel, torch.compile
-        if isinstance(getattr(model, wrapper, None), nn.Module):
-            raise TypeError(
-                f"expected the model inside {type(model).__name__}; type wrap(model.{wrapper}) instead"
-            )
-    raise TypeError(
-        f"expected an Invertible, a model of {', '.join(ADAPTERS)}, or a module with forward and inverse; got "
-        f"{type(model).__module__}.{type(model).__qualname__}; type wrap(encode=f, decode=g) with its two directions "
-        "instead"
+        for part in model.modules():
+            if type(part).__module__.startswith("memcnn."):
+                return ADAPTERS["memcnn"]
+        return "inn_guard.adapters.callables"
+    return None
+
+
+def _refusal(model: Any) -> str:
+    """Why a model is not accepted, and what to pass instead."""
+    name = f"{type(model).__module__}.{type(model).__qualname__}"
+    if isinstance(model, (list, tuple, nn.Sequential, nn.ModuleList)):
+        return _refusal_of_a_list(model, name)
+    if isinstance(model, nn.Module):
+        return _refusal_of_a_module(model, name)
+    if isinstance(model, type):
+        return f"expected a model, got the class {model.__name__}; pass an instance of it"
+    if isinstance(model, (str, os.PathLike)):
+        return (
+            f"expected a model, got the path {os.fspath(model)!r}; build the model, load its "
+            "weights with model.load_state_dict(torch.load(path)), and pass the model"
+        )
+    if isinstance(model, Mapping) and any(isinstance(part, Tensor) for part in model.values()):
+        return (
+            "expected a model, got a state_dict (names and tensors); build the model, call "
+            "model.load_state_dict(state_dict), and pass the model"
+        )
+    if isinstance(model, Tensor):
+        return (
+            f"expected a model, got a tensor of shape {tuple(model.shape)} ({name}); "
+            "pass the model first and the data second: audit(model, x)"
+        )
+    return _unknown(name)
+
+
+def _unknown(name: str) -> str:
+    return (
+        f"expected an Invertible, a model of {', '.join(ADAPTERS)}, or a module with forward and "
+        f"inverse; got {name}; call wrap(encode=f, decode=g) with its two directions"
     )
+
+
+def _refusal_of_a_module(model: nn.Module, name: str) -> str:
+    for wrapper in ("module", "_orig_mod"):  # of DataParallel and torch.compile
+        if isinstance(getattr(model, wrapper, None), nn.Module):
+            return (
+                f"expected the model inside {type(model).__name__}; "
+                f"pass its attribute: wrap(model.{wrapper})"
+            )
+    for part, child in model.named_children():
+        if isinstance(child, Invertible) or _adapter_of(child) is not None:
+            return f"{_unknown(name)}, or pass its invertible part: wrap(model.{part})"
+    return _unknown(name)
+
+
+def _refusal_of_a_list(model: Iterable[Any], name: str) -> str:
+    """Layers are accepted by wrap(layers=...), if each of them has both directions."""
+    for k, part in enumerate(model):
+        known = isinstance(part, (Invertible, tuple)) or _adapter_of(part) is not None
+        if not known:
+            return (
+                f"expected an Invertible or a model, got {name}, whose part {k} is a "
+                f"{type(part).__name__} without an inverse; call wrap(encode=f, decode=g) with "
+                "the two directions of the whole"
+            )
+    return f"expected one model, got {name} of layers; call wrap(layers=model)"

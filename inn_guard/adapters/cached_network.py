@@ -1,16 +1,19 @@
-"""CachedNetwork: a network that has been evaluated already, in a coupling that is inverted and differentiated at once."""
+"""CachedNetwork: a network that has been evaluated already, for couplings that need it twice."""
 
 from __future__ import annotations
 
-from typing import Any
+import copy
+from typing import Any, TypeVar
 
 from torch import Tensor, nn
 
-__all__ = ["CachedNetwork"]
+__all__ = ["CachedNetwork", "with_modules"]
+
+Module = TypeVar("Module", bound=nn.Module)
 
 
 class CachedNetwork(nn.Module):
-    """A network whose output is known already; all its other attributes are the network's own.
+    """A network whose output is known; all its other attributes are the network's own.
 
     Args:
         network: what was evaluated; its parameters stay registered.
@@ -22,8 +25,9 @@ class CachedNetwork(nn.Module):
         self.network, self.output = network, output
 
     def forward(self, *_: Any) -> Tensor:
-        """The value, whatever is asked."""
-        return self.output.clone()  # spline couplings divide it in place
+        """The known output for every input."""
+        # a clone: spline couplings divide it in place
+        return self.output.clone()
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -31,4 +35,12 @@ class CachedNetwork(nn.Module):
         except AttributeError:
             if name.startswith("_") or name == "network":
                 raise
-            return getattr(self.network, name)  # spline couplings scale by its hidden_features
+            # spline couplings scale by the network's hidden_features
+            return getattr(self.network, name)
+
+
+def with_modules(module: Module, modules: dict[str, nn.Module]) -> Module:
+    """A shallow copy of ``module`` with these submodules in place of its own, by name."""
+    clone = copy.copy(module)
+    vars(clone)["_modules"] = {**module._modules, **modules}
+    return clone

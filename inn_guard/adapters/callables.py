@@ -16,20 +16,23 @@ __all__ = ["ForwardAndInverse", "Functions", "adapt"]
 
 
 def adapt(model: nn.Module, context: Context = None) -> Invertible:
-    """A module whose ``forward`` and ``inverse`` return a tensor or (tensor, log_det) as an Invertible."""
+    """A module whose ``forward`` and ``inverse`` return a tensor or (tensor, log_det)."""
     return ForwardAndInverse(model, context)
 
 
 class ForwardAndInverse(Adapted):
-    """A module with ``forward(x)`` and ``inverse(z)``; with a context, ``forward(x, context)`` and so on."""
+    """A module with ``forward(x)`` and ``inverse(z)``; with a context, ``forward(x, context)``."""
 
     missing_log_det = "forward and inverse of the module return no log-determinant"
 
     def _encode(self, x: Tensor) -> tuple[Tensor, Any]:
-        return _split(self.module(*_arguments(x, self.context)), "forward")
+        result = self.module(*_arguments(x, self.context))
+        return value_and_log_det(result, "forward")
 
     def _decode(self, z: Tensor) -> tuple[Tensor, Any]:
-        return _split(self.module.inverse(*_arguments(z, self.context)), "inverse")  # type: ignore[operator]
+        inverse: Any = self.module.inverse
+        result = inverse(*_arguments(z, self.context))
+        return value_and_log_det(result, "inverse")
 
 
 class Functions(Adapted):
@@ -39,12 +42,12 @@ class Functions(Adapted):
         encode: x -> z or x -> (z, log_det).
         decode: z -> x or z -> (x, log_det of the inverse).
         layers: the chain whose composition is ``encode``; () if it is not known.
-        log_det: x -> log|det d encode(x)/dx|, where ``encode`` does not return it.
-        context: handed to every callable as a second argument, unless None.
+        log_det: x -> log|det d encode(x)/dx|, if ``encode`` does not return it.
+        context: passed to every callable as a second argument. Default: none is passed.
     """
 
     missing_log_det = (
-        "the callables return no log-determinant: return (z, log_det) or give log_det=... to wrap"
+        "the callables return no log-determinant: return (z, log_det) or pass log_det=... to wrap"
     )
 
     def __init__(
@@ -56,63 +59,86 @@ class Functions(Adapted):
         log_det: Callable[..., Any] | None = None,
         context: Context = None,
     ) -> None:
-        closures = [
-            Closure(function) for function in (encode, decode, log_det) if function is not None
-        ]
+        encoder, decoder = Closure(encode), Closure(decode)
+        closures = [encoder, decoder]
+        log_det_closure = None
+        if log_det is not None:
+            log_det_closure = Closure(log_det)
+            closures.append(log_det_closure)
         super().__init__(_registered(closures), context)
-        self._encoder, self._decoder, *rest = closures
-        self._log_det = rest[0] if rest else None
+        self._encoder, self._decoder, self._log_det = encoder, decoder, log_det_closure
         self._chain = Chain(*layers)
 
     def _encode(self, x: Tensor) -> tuple[Tensor, Any]:
-        return _split(self._encoder(*_arguments(x, self.context)), "encode")
+        return value_and_log_det(self._encoder(*_arguments(x, self.context)), "encode")
 
     def _decode(self, z: Tensor) -> tuple[Tensor, Any]:
-        return _split(self._decoder(*_arguments(z, self.context)), "decode")
+        return value_and_log_det(self._decoder(*_arguments(z, self.context)), "decode")
 
     def forward_and_log_det(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """z and its log-determinant (B,): what ``encode`` returns with z, else what ``log_det`` returns."""
+        """z and its log-determinant, (B,): by ``log_det`` if it was given, else by ``encode``."""
         if self._log_det is None:
             return super().forward_and_log_det(x)
-        return self.forward(x), self._as_log_det(
-            self._log_det(*_arguments(x.clone(), self.context)), x
-        )
+        log_det = self._log_det(*_arguments(x.clone(), self.context))
+        return self.forward(x), self._as_log_det(log_det, x)
 
     def layers(self) -> tuple[Invertible, ...]:
-        """The chain given, flat, in this map's context; () if none was given."""
-        return (
-            self._chain.layers()
-            if self.context is None
-            else self._chain.with_context(self.context).layers()
-        )
+        """The given chain, flat, in this map's context; () if none was given."""
+        if self.context is None:
+            return self._chain.layers()
+        return self._chain.with_context(self.context).layers()
 
     @property
     def block(self) -> nn.Module:
-        """Itself: the callables are all there is."""
+        """Itself: there is no foreign module."""
         return self
 
 
-def _arguments(x: Tensor, context: Context) -> tuple[Any, ...]:
-    return (x,) if context is None else (x, context)
+def value_and_log_det(result: Any, direction: str) -> tuple[Tensor, Any]:
+    """A callable's result as (tensor, log_det or None).
 
-
-def _split(result: Any, name: str) -> tuple[Tensor, Any]:
-    """A callable's result as (tensor, log_det or None)."""
+    Raises:
+        TypeError: if it is neither a tensor nor (tensor, log_det) with one number per sample.
+    """
     if isinstance(result, Tensor):
         return result, None
-    if isinstance(result, (tuple, list)) and len(result) == 2 and isinstance(result[0], Tensor):
-        return result[0], result[1]
-    got = type(result).__name__ + (
-        f" of {len(result)}" if isinstance(result, (tuple, list)) else ""
-    )
+    if isinstance(result, (tuple, list)):
+        if _looks_like_several_latents(result):
+            shapes = ", ".join(str(tuple(part.shape)) for part in result)
+            raise TypeError(
+                f"expected {direction} to return one tensor or (tensor, log_det) with log_det of "
+                f"shape (B,), got tensors of shapes {shapes}: it looks like several latents: "
+                "concatenate them, torch.cat([z.flatten(1) for z in latents], dim=1), and split "
+                "them again in the inverse"
+            )
+        if len(result) == 2 and isinstance(result[0], Tensor):
+            return result[0], result[1]
+    got = type(result).__name__
+    if isinstance(result, (tuple, list)):
+        got += f" of {len(result)}"
     raise TypeError(
-        f"expected {name} to return one tensor or (tensor, log_det), got a {got}; "
-        f"type wrap(encode=lambda x: ..., decode=lambda z: ...) that picks those out instead"
+        f"expected {direction} to return one tensor or (tensor, log_det), got a {got}; "
+        "pass wrap(encode=..., decode=...) two functions that return only those"
     )
+
+
+def _looks_like_several_latents(result: Sequence[Any]) -> bool:
+    """Whether these are tensors with several numbers per sample; a log-determinant has one."""
+    if len(result) < 2 or not all(isinstance(part, Tensor) for part in result):
+        return False
+    return any(part.dim() > 1 and part.shape[1:].numel() > 1 for part in result[1:])
+
+
+def _arguments(x: Tensor, context: Context) -> tuple[Any, ...]:
+    if context is None:
+        return (x,)
+    return (x, context)
 
 
 def _registered(closures: Sequence[Closure]) -> nn.ModuleList:
-    found = {id(module): module for closure in closures for module in closure.modules()}
+    found: dict[int, nn.Module] = {}
+    for closure in closures:
+        found.update((id(module), module) for module in closure.modules())
     modules = nn.ModuleList(found.values())
     modules.training = any(module.training for module in found.values())
     return modules

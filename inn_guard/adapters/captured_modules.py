@@ -1,4 +1,4 @@
-"""Closure: a callable whose modules can be seen and copied with it."""
+"""Closure: a callable whose modules can be found, and copied with it."""
 
 from __future__ import annotations
 
@@ -17,24 +17,29 @@ __all__ = ["Closure"]
 class Closure:
     """A callable together with the modules it uses.
 
-    Seen are: the callable itself, the object of a bound method, the function and arguments of a ``functools.partial``,
-    the attributes of a callable object, and the variables of the enclosing scopes and globals that a function or
-    lambda names; also inside lists, tuples and dicts, and through other functions of the same file. A deep copy is
-    bound to copies of those modules.
+    Modules are found in: the callable itself, the object of a bound method, the function and
+    arguments of a ``functools.partial``, the attributes of a callable object, and the variables of
+    enclosing scopes and globals that a function or lambda names; also inside lists, tuples and
+    dicts, and through other functions of the same file. A deep copy is bound to copies of those
+    modules.
+
+    Raises:
+        TypeError: if ``function`` is not callable.
     """
 
     def __init__(self, function: Any) -> None:
         if not callable(function):
             raise TypeError(
-                f"expected a callable, got {type(function).__name__}; type encode=f, decode=g instead"
+                f"expected a callable, got {type(function).__name__}; "
+                "pass two functions, encode=f and decode=g"
             )
         self.function = function
 
     def __call__(self, *arguments: Any) -> Any:
-        """What the callable returns."""
+        """Call the function."""
         return self.function(*arguments)
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> Closure:
+    def __deepcopy__(self, memo: dict[Any, Any]) -> Closure:
         return Closure(_rebound(self.function, memo))
 
     def modules(self) -> list[nn.Module]:
@@ -72,41 +77,40 @@ def _parts(value: Any) -> list[Any]:
 
 
 def _variables(function: types.FunctionType) -> dict[str, Any]:
-    """Variables of the enclosing scopes and globals that the function names, those that exist so far."""
+    """Existing variables of enclosing scopes and globals that the function names."""
     closure = inspect.getclosurevars(function)
     return {**closure.globals, **closure.nonlocals}
 
 
 def _same_file(value: Any, function: types.FunctionType) -> bool:
-    return (
-        not isinstance(value, types.FunctionType)
-        or value.__code__.co_filename == function.__code__.co_filename
-    )
+    if not isinstance(value, types.FunctionType):
+        return True
+    return value.__code__.co_filename == function.__code__.co_filename
 
 
-def _rebound(value: Any, memo: dict[int, Any]) -> Any:
+def _rebound(value: Any, memo: dict[Any, Any]) -> Any:
     """A deep copy in which functions, too, refer to the copies of their modules."""
     if not isinstance(value, types.FunctionType):
         return copy.deepcopy(value, memo)
     if id(value) in memo:
         return memo[id(value)]
-    variables = {
-        name: part for name, part in _variables(value).items() if any(_modules(part, set()))
-    }
+    named = _variables(value).items()
+    variables = {name: part for name, part in named if any(_modules(part, set()))}
     if not variables:
         return value
     cells = tuple(types.CellType() for _ in value.__closure__ or ())
-    twin = types.FunctionType(
+    copied = types.FunctionType(
         value.__code__, dict(value.__globals__), value.__name__, value.__defaults__, cells
     )
-    twin.__kwdefaults__ = value.__kwdefaults__
-    memo[id(value)] = twin
-    for name, cell, old in zip(
-        value.__code__.co_freevars, cells, value.__closure__ or (), strict=True
-    ):
-        cell.cell_contents = (
-            _rebound(old.cell_contents, memo) if name in variables else old.cell_contents
-        )
-    for name in variables.keys() & twin.__globals__.keys() - set(value.__code__.co_freevars):
-        twin.__globals__[name] = _rebound(variables[name], memo)
-    return twin
+    copied.__kwdefaults__ = value.__kwdefaults__
+    # before its cells are filled: a recursive function finds itself in them
+    memo[id(value)] = copied
+    free = value.__code__.co_freevars
+    for name, cell, old in zip(free, cells, value.__closure__ or (), strict=True):
+        content = old.cell_contents
+        if name in variables:
+            content = _rebound(content, memo)
+        cell.cell_contents = content
+    for name in variables.keys() & copied.__globals__.keys() - set(free):
+        copied.__globals__[name] = _rebound(variables[name], memo)
+    return copied

@@ -1,18 +1,20 @@
-"""sbi: density estimators and posteriors as Invertibles: parameters theta -> latent, given the observation.
+"""sbi: density estimators and posteriors as Invertibles, parameters theta -> latent.
 
-An estimator holds a flow of nflows or zuko in its attribute ``net``, and a net that embeds the observation: inside the
-flow for nflows, beside it for zuko.
+An estimator holds a flow of nflows or zuko in its attribute ``net``, and a net that embeds the
+observation: for nflows inside the flow, for zuko next to it.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 from torch import Tensor, nn
 
 from inn_guard.adapters import wrap
-from inn_guard.adapters.base import Adapted
-from inn_guard.core.invertible import Context, Invertible
+from inn_guard.core.base import BaseDistribution
+from inn_guard.core.invertible import Context, Invertible, InvertibleWrapper
+from inn_guard.core.missing import MissingContextError
 
 __all__ = ["SbiEstimator", "adapt"]
 
@@ -30,57 +32,71 @@ def adapt(model: Any, context: Context = None) -> Invertible:
     estimator = getattr(model, "posterior_estimator", model)
     if not isinstance(getattr(estimator, "net", None), nn.Module):
         raise TypeError(
-            f"expected a density estimator of sbi with a flow in its attribute net, got {type(model).__name__}; "
-            "type wrap(posterior.posterior_estimator, context=x) instead"
+            "expected a density estimator of sbi with a flow in its attribute net, "
+            f"got {type(model).__name__}; "
+            "call wrap(posterior.posterior_estimator, context=x)"
         )
     return SbiEstimator(estimator, context)
 
 
-class SbiEstimator(Adapted):
-    """A density estimator; its flow's layers are its layers, in the observation that is its context."""
+class SbiEstimator(InvertibleWrapper):
+    """A density estimator: its flow, in the observations that are its context.
+
+    Attributes:
+        module: the estimator itself, not a copy.
+    """
 
     def __init__(self, module: nn.Module, context: Context = None) -> None:
-        super().__init__(module, context)
-        wrap(module.net)  # raises for what is no flow
+        # not DerivedMap's: the inner map is made anew at every call, with the embedded observations
+        Invertible.__init__(self)
+        wrap(module.net)  # raises TypeError if it is not a flow
+        self.module = module
+        self.context = context
+        self.training = module.training
 
-    def forward(self, x: Tensor) -> Tensor:
-        """z = F(theta)."""
-        return self._flow()(x)
+    with_context = Invertible.with_context
+    select = Invertible.select
+    to_dtype = Invertible.to_dtype
+    with_cached_conditioner = Invertible.with_cached_conditioner
 
-    def inverse(self, z: Tensor) -> Tensor:
-        """theta = F^-1(z)."""
-        return self._flow().inverse(z)
+    @property
+    def inner(self) -> Invertible:  # type: ignore[override]
+        """The flow in the embedded observations.
 
-    def forward_and_log_det(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """F(theta) and log|det dF/dtheta|, (B,)."""
-        return self._flow().forward_and_log_det(x)
-
-    def inverse_and_log_det(self, z: Tensor) -> tuple[Tensor, Tensor]:
-        """F^-1(z) and its log-determinant, (B,)."""
-        return self._flow().inverse_and_log_det(z)
-
-    def log_prob(self, x: Tensor) -> Tensor:
-        """log p(theta | x) in nats, (B,)."""
-        return self._flow().log_prob(x)
-
-    def layers(self) -> tuple[Invertible, ...]:
-        """The flow's layers, flat."""
-        return self._flow().layers()
-
-    def _encode(self, x: Tensor) -> tuple[Tensor, Any]:
-        return self.forward_and_log_det(x)
-
-    def _decode(self, z: Tensor) -> tuple[Tensor, Any]:
-        return self.inverse_and_log_det(z)
-
-    def _flow(self) -> Invertible:
+        Raises:
+            MissingContextError: if there are no observations.
+        """
         if self.context is None:
-            raise ValueError(
-                "expected the observations that the estimator is conditioned on: type wrap(estimator, context=x), "
-                "one x for each theta, instead"
+            raise MissingContextError(
+                "expected the observations that the estimator is conditioned on, one x for each "
+                "theta; pass wrap(estimator, context=x)"
             )
+        return wrap(self.module.net, context=self._flow_context(self.context))
+
+    def base(self) -> BaseDistribution | None:
+        """The base distribution of the flow; its context are observations."""
+        inner = self.inner.base()
+        if inner is None:
+            return None
+
+        def sampler(n: int, observations: Context) -> Tensor:
+            return inner.sampler(n, self._flow_context(observations))
+
+        return dataclasses.replace(inner, sampler=sampler, context=self.context)
+
+    @property
+    def block(self) -> nn.Module:
+        """The estimator."""
+        return self.module
+
+    @property
+    def name(self) -> str:
+        """The class name of the estimator."""
+        return type(self.module).__name__
+
+    def _flow_context(self, observations: Context) -> Context:
         net: Any = self.module.net
-        embeds_itself = hasattr(net, "_embedding_net")
-        return wrap(
-            net, context=self.context if embeds_itself else self.module.embedding_net(self.context)
-        )  # type: ignore[operator]
+        if hasattr(net, "_embedding_net"):
+            return observations
+        embed: Any = self.module.embedding_net
+        return embed(observations)

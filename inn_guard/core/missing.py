@@ -1,10 +1,10 @@
-"""Two ways to say that there is no value: a result and an exception, each with the reason."""
+"""What says that something is not there: a value, an answer, a context; each with the reason."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-__all__ = ["Missing", "NotApplicable"]
+__all__ = ["Missing", "MissingContextError", "NotApplicable"]
 
 
 @dataclass(frozen=True)
@@ -23,3 +23,7 @@ class Missing:
 
 class NotApplicable(NotImplementedError):
     """A model cannot answer a question, for this reason. `audit()` reports it as a verdict."""
+
+
+class MissingContextError(ValueError):
+    """A conditional map was called without the context that it needs."""

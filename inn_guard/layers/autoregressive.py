@@ -258,5 +258,5 @@ class _SkipJacobian:
 
 
 @linearize_module.register
-def linearize_skip(module: _Skip, x: Tensor) -> NetworkJacobian:
+def _linearize_skip(module: _Skip, x: Tensor) -> NetworkJacobian:
     return _SkipJacobian(linearize_module(module.branch, x), x)

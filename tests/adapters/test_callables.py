@@ -143,7 +143,7 @@ def test_log_det_may_come_with_z_or_apart_or_not_at_all():
     expected = reference.log_abs_det(reference.jacobian(lambda x: net(x)[0], x))
     torch.testing.assert_close(together.forward_and_log_det(x)[1], expected)
     torch.testing.assert_close(apart.forward_and_log_det(x)[1], expected)
-    with pytest.raises(NotApplicable, match=r"return \(z, log_det\) or give log_det="):
+    with pytest.raises(NotApplicable, match=r"return \(z, log_det\) or pass log_det="):
         without.forward_and_log_det(x)
     with pytest.raises(NotApplicable):
         apart.inverse_and_log_det(x)

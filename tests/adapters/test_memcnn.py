@@ -9,7 +9,7 @@ from torch import nn
 
 import inn_guard as ig
 from inn_guard.adapters import wrap
-from inn_guard.adapters.memcnn.adapter import bare, switched_gradients
+from inn_guard.adapters.memcnn.adapter import switched_gradients, unwrapped
 from inn_guard.core.invertible import NotApplicable
 from inn_guard.execution.state import changed_state
 from inn_guard.memory_saving import memory_saving
@@ -38,7 +38,7 @@ def test_no_input_storage_is_freed(make, batch):
     before = x.clone()
     z = wrap(module)(x)
     kept = z.detach().clone()
-    assert torch.equal(wrap(module).inverse(z), wrap(bare(module)).inverse(z))
+    assert torch.equal(wrap(module).inverse(z), wrap(unwrapped(module)).inverse(z))
     assert torch.equal(x, before)
     assert torch.equal(z, kept)
 
@@ -65,12 +65,12 @@ def test_batch_statistics_are_those_of_the_users_module():
 
 def test_parts_without_wrappers_are_shared():
     module = Nested()
-    twin = bare(module)
-    assert twin is not module
-    assert twin.coupling is module.coupling._fn
-    assert bare(additive()).__class__ is memcnn.AdditiveCoupling
+    clone = unwrapped(module)
+    assert clone is not module
+    assert clone.coupling is module.coupling._fn
+    assert unwrapped(additive()).__class__ is memcnn.AdditiveCoupling
     plain = additive()
-    assert bare(plain) is plain
+    assert unwrapped(plain) is plain
     assert {id(p) for p in wrap(module).parameters()} == {id(p) for p in module.parameters()}
 
 
@@ -105,12 +105,12 @@ def test_modules_of_several_tensors_are_pointed_to_callables():
 
         inverse = forward
 
-    with pytest.raises(TypeError, match="got a tuple of 3"):
+    with pytest.raises(TypeError, match="several latents: concatenate them"):
         wrap(wrapped(Pairs()))(torch.randn(2, FEATURES))
 
 
 def test_what_has_no_inverse_is_refused():
-    with pytest.raises(TypeError, match=r"type wrap\(layers=\[...\]\)"):
+    with pytest.raises(TypeError, match=r"call wrap\(layers=\[...\]\)"):
         wrap(memcnn.AffineAdapterNaive(mlp()))
 
 

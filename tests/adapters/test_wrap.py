@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import pathlib
 import subprocess
 import sys
 
@@ -39,7 +40,10 @@ def test_every_adapter_exists_and_has_adapt():
 
 
 def test_importing_wrap_imports_no_foreign_library():
-    code = "import sys, inn_guard.adapters; print([m for m in ('nflows', 'FrEIA') if m in sys.modules])"
+    code = (
+        "import sys, inn_guard.adapters; "
+        "print([m for m in ('nflows', 'FrEIA') if m in sys.modules])"
+    )
     assert (
         subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip()
         == "[]"
@@ -65,13 +69,63 @@ def test_a_module_with_forward_and_inverse_is_taken_as_it_is():
     assert model.layers() == ()
 
 
-@pytest.mark.parametrize("model", [nn.Linear(2, 2), "flow", torch.zeros(2), lambda x: x])
+@pytest.mark.parametrize("model", [nn.Linear(2, 2), 3.0, lambda x: x, {"lr": 0.1}])
 def test_an_unknown_model_is_refused_with_the_way_out(model):
-    message = (
-        rf"expected an Invertible, .*got .*{type(model).__name__}; type wrap\(encode=f, decode=g\)"
-    )
+    name = type(model).__name__
+    message = rf"expected an Invertible, .*got .*{name}; call wrap\(encode=f, decode=g\)"
     with pytest.raises(TypeError, match=message):
         wrap(model)
+
+
+class Classifier(nn.Module):
+    """A head behind an invertible trunk."""
+
+    def __init__(self):
+        super().__init__()
+        self.trunk = Coupling()
+        self.head = nn.Linear(2, 2)
+
+
+@pytest.mark.parametrize(
+    ("model", "advice"),
+    [
+        (Coupling, "got the class Coupling; pass an instance of it"),
+        ("flow.pt", r"got the path 'flow.pt'; build the model, load its weights"),
+        (pathlib.Path("flow.pt"), "got the path"),
+        (nn.Linear(2, 2).state_dict(), r"call model.load_state_dict\(state_dict\)"),
+        (torch.zeros(5, 2), r"pass the model first and the data second: audit\(model, x\)"),
+        ([Coupling(), Coupling()], r"call wrap\(layers=model\)"),
+        (nn.Sequential(Coupling(), Coupling()), r"call wrap\(layers=model\)"),
+        (nn.Sequential(Coupling(), nn.Linear(2, 2)), "whose part 1 is a Linear without an inverse"),
+        (nn.DataParallel(nn.Linear(2, 2)), r"wrap\(model.module\)"),
+        (Classifier(), r"or pass its invertible part: wrap\(model.trunk\)"),
+    ],
+)
+def test_advice_fits_what_was_passed(model, advice):
+    with pytest.raises(TypeError, match=advice):
+        wrap(model)
+
+
+def test_the_advice_works():
+    parts = nn.Sequential(Coupling(), Coupling()).double()
+    assert len(wrap(layers=parts).layers()) == 2
+    assert wrap(Classifier().trunk).name == "Coupling"
+
+
+def test_several_latents_are_refused():
+    def encode(x):
+        return [x[:, :1].expand(-1, 3), x[:, 1:].expand(-1, 2)]
+
+    model = wrap(encode=encode, decode=lambda z: z)
+    with pytest.raises(TypeError, match=r"\(4, 3\), \(4, 2\): it looks like several latents: con"):
+        model(torch.zeros(4, 2))
+    three = wrap(encode=lambda x: (x, x, x), decode=lambda z: z)
+    with pytest.raises(TypeError, match="several latents: concatenate them"):
+        three(torch.zeros(4, 2))
+
+
+def test_a_compiled_model_is_reported_under_its_own_name():
+    assert wrap(torch.compile(Coupling())).name == "Coupling"
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,6 @@
 """FrEIA: InvertibleModule, SequenceINN and GraphINN as Invertibles, nested ones included.
 
-What is asked of the library is asked by feature, never by version: releases that differ carry the same number.
+The library is asked for features, never for its version: different releases carry the same number.
 """
 
 from __future__ import annotations
@@ -16,9 +16,10 @@ from FrEIA.modules import InvertibleModule
 from torch import Tensor, nn
 
 from inn_guard.adapters.base import Adapted
-from inn_guard.adapters.freia import jacobians as tangents_freia  # noqa: F401 - register bound rules and tangents
+from inn_guard.adapters.freia import jacobians  # noqa: F401 - registers them
 from inn_guard.adapters.freia.graph import Shapes, chain, pack, unpack
 from inn_guard.core.invertible import Context, Invertible
+from inn_guard.core.missing import MissingContextError
 
 __all__ = ["FreiaGraph", "FreiaModule", "FreiaSequence", "adapt"]
 
@@ -46,18 +47,19 @@ def _adapt(
     if isinstance(model, InvertibleModule):
         return FreiaModule(model, context, shapes)
     raise TypeError(
-        f"expected an InvertibleModule, SequenceINN or GraphINN of FrEIA; got {type(model).__qualname__}"
+        "expected an InvertibleModule, SequenceINN or GraphINN of FrEIA; "
+        f"got {type(model).__qualname__}"
     )
 
 
 class FreiaModule(Adapted):
-    """One InvertibleModule. Several inputs (or outputs) are one tensor: flattened and concatenated in their order.
+    """One InvertibleModule. Several inputs (or outputs) are flattened and concatenated in order.
 
     Attributes:
-        inputs: shapes of the module's inputs as the library stores them, without the batch; what takes x apart where
-            there are several.
-        outputs: the same of its outputs and z.
-        remarks: what the library warned about during calls, each message once.
+        inputs: shapes of the module's inputs as the library stores them, without the batch. They
+            split x if there are several.
+        outputs: shapes of its outputs, which split z.
+        remarks: the library's warnings during calls, each message once.
     """
 
     def __init__(
@@ -79,7 +81,8 @@ class FreiaModule(Adapted):
         got = tuple(tuple(tensor.shape[1:]) for tensor in inputs)
         if len(got) != len(self.inputs) or (len(got) > 1 and got != self.inputs):
             raise ValueError(
-                f"expected {len(self.inputs)} input(s) of {self.name} with shapes (B, ...) = {self.inputs}; got {got}"
+                f"expected {len(self.inputs)} input(s) of {self.name} "
+                f"with shapes (B, ...) = {self.inputs}; got {got}"
             )
         return pack(inputs)
 
@@ -95,15 +98,15 @@ class FreiaModule(Adapted):
         """x = F^-1(z) by the module's own code, without a log-determinant."""
         return pack(self._values(unpack(z, self.outputs), rev=True))
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> FreiaModule:
-        # a learned permutation leaves its latest matrix, graph and all, in an attribute; torch cannot copy graphs
+    def __deepcopy__(self, memo: dict[Any, Any]) -> FreiaModule:
+        # a learned permutation keeps its latest matrix with its graph, which torch cannot copy
         for module in self.modules():
             for value in vars(module).values():
                 if isinstance(value, Tensor) and not value.is_leaf:
                     memo[id(value)] = value.detach().clone()
-        twin = memo[id(self)] = type(self).__new__(type(self))
-        vars(twin).update(copy.deepcopy(vars(self), memo))
-        return twin
+        copied = memo[id(self)] = type(self).__new__(type(self))
+        vars(copied).update(copy.deepcopy(vars(self), memo))
+        return copied
 
     def _encode(self, x: Tensor) -> tuple[Tensor, Any]:
         outputs, log_det = self._with_log_det(unpack(x, self.inputs), rev=False)
@@ -113,55 +116,63 @@ class FreiaModule(Adapted):
         outputs, log_det = self._with_log_det(unpack(z, self.outputs), rev=True)
         return pack(outputs), log_det
 
-    def _values(self, tensors: tuple[Tensor, ...], **direction: bool) -> tuple[Tensor, ...]:
+    def _values(self, tensors: tuple[Tensor, ...], *, rev: bool) -> tuple[Tensor, ...]:
         try:
-            return self._called(tensors, **direction, jac=False)[0]
-        except (
-            ValueError,
-            TypeError,
-            RuntimeError,
-        ):  # some modules return None or no pair then; nets stumble over it
-            return self._with_log_det(tensors, **direction)[0]
+            return self._run(tensors, rev=rev, jac=False)[0]
+        except MissingContextError:
+            raise
+        except (ValueError, TypeError, RuntimeError):
+            # without log-determinants some modules return None or no pair, which nets cannot unpack
+            return self._with_log_det(tensors, rev=rev)[0]
 
     def _with_log_det(
-        self, tensors: tuple[Tensor, ...], **direction: bool
+        self, tensors: tuple[Tensor, ...], *, rev: bool
     ) -> tuple[tuple[Tensor, ...], Any]:
         try:
-            return self._called(tensors, **direction, jac=True)
+            return self._run(tensors, rev=rev, jac=True)
         except RuntimeError:
             if torch.is_grad_enabled():
                 raise
-            with torch.enable_grad():  # the log-determinant of IResNetLayer is made of gradients
-                outputs, log_det = self._called(tensors, **direction, jac=True)
-            log_det = log_det.detach() if isinstance(log_det, Tensor) else log_det
+            # the log-determinant of IResNetLayer is made of gradients
+            with torch.enable_grad():
+                outputs, log_det = self._run(tensors, rev=rev, jac=True)
+            if isinstance(log_det, Tensor):
+                log_det = log_det.detach()
             return tuple(output.detach() for output in outputs), log_det
 
-    def _called(self, tensors: tuple[Tensor, ...], **flags: bool) -> tuple[tuple[Tensor, ...], Any]:
+    def _run(
+        self, tensors: tuple[Tensor, ...], *, rev: bool, jac: bool
+    ) -> tuple[tuple[Tensor, ...], Any]:
         conditions = self._conditions()
-        given = {"c": conditions} if conditions else {}
+        optional = {"c": conditions} if conditions else {}
+        argument = self._argument([tensor.clone() for tensor in tensors])
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
-            result = self.module(
-                self._argument([tensor.clone() for tensor in tensors]), **given, **flags
-            )
-        self.remarks.update(dict.fromkeys(str(warning.message) for warning in caught))
-        outputs, log_det = result if len(result) == 2 else (result, None)
-        return ((outputs,) if isinstance(outputs, Tensor) else tuple(outputs)), log_det
+            result = self.module(argument, **optional, rev=rev, jac=jac)
+        for warning in caught:
+            self.remarks[str(warning.message)] = None
+        outputs, log_det = result, None
+        if len(result) == 2:
+            outputs, log_det = result
+        if isinstance(outputs, Tensor):
+            return (outputs,), log_det
+        return tuple(outputs), log_det
 
     def _argument(self, tensors: list[Tensor]) -> Any:
         return tensors
 
     def _conditions(self) -> list[Any]:
-        """The context as the list that the library wants, checked as far as the module says what it needs.
+        """The context as the list that the library takes.
 
         Raises:
-            ValueError: if conditions are missing, or given to a module that takes none.
+            MissingContextError: if conditions are missing.
+            ValueError: if conditions are given to a module that takes none.
         """
         conditions = _as_list(self.context)
         if len(conditions) < self._needed():
-            raise ValueError(
+            raise MissingContextError(
                 f"{self.name} expected {self._needed()} condition(s), got {len(conditions)}; "
-                "give them as context=[...], in the order of the library's argument c"
+                "pass context=[...], in the order of the library's argument c"
             )
         if conditions and not _takes_conditions(self.module):
             raise ValueError(
@@ -174,37 +185,39 @@ class FreiaModule(Adapted):
 
     def _shapes(self) -> tuple[Shapes, Shapes]:
         module: Any = self.module
-        stored = tuple(module.dims_in)
-        inputs = (
-            (stored,) if all(isinstance(size, int) for size in stored) else stored
-        )  # ActNorm keeps its only one
+        inputs = tuple(module.dims_in)
+        if all(isinstance(size, int) for size in inputs):
+            # ActNorm stores its only shape instead of a list of one
+            inputs = (inputs,)
         try:
             outputs = module.output_dims([tuple(shape) for shape in inputs])
         except (ValueError, NotImplementedError, TypeError, AssertionError):
-            outputs = inputs[
-                :1
-            ]  # upsampling layers keep the shape they make as their input; they have one output
+            # upsampling layers store their only output's shape as that of their input
+            outputs = inputs[:1]
         return _plain(inputs), _plain(outputs)
 
 
 class FreiaSequence(FreiaModule):
-    """A SequenceINN; its blocks, and those of nested nets, are the layers."""
+    """A SequenceINN; its blocks and those of nested nets are the layers."""
 
     def layers(self) -> tuple[Invertible, ...]:
         """The blocks in order, each with the condition that its index names."""
-        conditions, net = self._conditions(), self.module
+        conditions = self._conditions()
+        net: Any = self.module
         flat: list[Invertible] = []
-        for k, (module, index) in enumerate(zip(net.module_list, net.conditions, strict=True)):  # type: ignore
+        for k, (module, index) in enumerate(zip(net.module_list, net.conditions, strict=True)):
             context = None if index is None else [conditions[index]]
-            shapes = _plain(net.shapes[k : k + 1]), _plain(net.shapes[k + 1 : k + 2])  # type: ignore[index]
-            flat += _flat(_adapt(module, context, shapes))
+            before = _plain(net.shapes[k : k + 1])
+            after = _plain(net.shapes[k + 1 : k + 2])
+            flat += _flat(_adapt(module, context, (before, after)))
         return tuple(flat)
 
     def _argument(self, tensors: list[Tensor]) -> Any:
         return tensors[0]
 
     def _needed(self) -> int:
-        return max((index + 1 for index in self.module.conditions if index is not None), default=0)  # type: ignore
+        net: Any = self.module
+        return max((index + 1 for index in net.conditions if index is not None), default=0)
 
     def _shapes(self) -> tuple[Shapes, Shapes]:
         shapes: Any = self.module.shapes
@@ -212,22 +225,24 @@ class FreiaSequence(FreiaModule):
 
 
 class FreiaGraph(FreiaModule):
-    """A GraphINN with any number of inputs, outputs and conditions; x and z hold them in the order of the node list.
+    """A GraphINN with any number of inputs, outputs and conditions.
 
-    A graph whose conditions are computed by its own nodes is one opaque layer.
+    x and z hold them in the order of the node list. A graph whose conditions are computed by its
+    own nodes is one opaque layer.
     """
 
     def layers(self) -> tuple[Invertible, ...]:
-        """The nodes in order, each acting on the flattened concatenation of the edges alive there."""
-        conditions, graph = self._conditions(), self.module
+        """The nodes in order, each acting on the concatenation of the edges alive there."""
+        conditions = self._conditions()
+        graph: Any = self.module
 
         def expand(node: Any, inputs: Shapes, outputs: Shapes) -> tuple[Invertible, ...]:
-            sources = [
-                source[0] if isinstance(source, tuple) else source for source in node.conditions
-            ]
-            if any(source not in graph.condition_nodes for source in sources):  # type: ignore[operator]
-                return ()
-            context = [conditions[graph.condition_nodes.index(source)] for source in sources]  # type: ignore
+            context: list[Any] = []
+            for source in node.conditions:
+                source_node = source[0] if isinstance(source, tuple) else source
+                if source_node not in graph.condition_nodes:
+                    return ()
+                context.append(conditions[graph.condition_nodes.index(source_node)])
             return _flat(_adapt(node.module, context or None, (inputs, outputs)))
 
         return chain(graph, expand)
@@ -237,9 +252,8 @@ class FreiaGraph(FreiaModule):
 
     def _shapes(self) -> tuple[Shapes, Shapes]:
         graph: Any = self.module
-        return _plain(node.output_dims[0] for node in graph.in_nodes), _plain(
-            graph.global_out_shapes
-        )
+        inputs = _plain(node.output_dims[0] for node in graph.in_nodes)
+        return inputs, _plain(graph.global_out_shapes)
 
 
 def _flat(layer: FreiaModule) -> tuple[Invertible, ...]:
@@ -253,11 +267,12 @@ def _plain(shapes: Any) -> Shapes:
 def _as_list(context: Context) -> list[Any]:
     if context is None:
         return []
-    return list(context) if isinstance(context, (list, tuple)) else [context]
+    if isinstance(context, (list, tuple)):
+        return list(context)
+    return [context]
 
 
 def _takes_conditions(module: nn.Module) -> bool:
     parameters = inspect.signature(module.forward).parameters
-    return "c" in parameters or any(
-        p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values()
-    )
+    takes_anything = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
+    return "c" in parameters or takes_anything

@@ -1,7 +1,8 @@
 """MemCNN: couplings and modules with InvertibleModuleWrappers as Invertibles.
 
-A wrapper frees the storage of the tensor that it is given and differentiates by ``.backward()`` alone. So no wrapper is
-ever called here: what is inside it is, in a shallow copy of the model that shares every parameter and statistic.
+A wrapper frees the storage of the tensor that it is given, and only ``.backward()`` differentiates
+it. So no wrapper is called here: the modules inside are, in a shallow copy of the model that shares
+every parameter and statistic.
 """
 
 from __future__ import annotations
@@ -14,16 +15,16 @@ from memcnn import InvertibleModuleWrapper
 from torch import Tensor, nn
 
 from inn_guard.adapters.callables import ForwardAndInverse
-from inn_guard.adapters.memcnn import jacobians as tangents_memcnn  # noqa: F401 - register bound rules and tangents
+from inn_guard.adapters.memcnn import jacobians  # noqa: F401 - registers them
 from inn_guard.core.invertible import Context, Invertible
 
-__all__ = ["MemcnnModule", "adapt", "bare", "switched_gradients"]
+__all__ = ["MemcnnModule", "adapt", "switched_gradients", "unwrapped"]
 
 
 def adapt(model: nn.Module, context: Context = None) -> Invertible:
-    """A module of MemCNN, or one with ``forward`` and ``inverse`` that has such modules inside, as an Invertible.
+    """A module of MemCNN, or one with ``forward`` and ``inverse`` that holds such modules.
 
-    A Sequential of wrappers is ``wrap(layers=sequential)``.
+    For a Sequential of wrappers, call ``wrap(layers=sequential)``.
 
     Raises:
         TypeError: if the model has no inverse.
@@ -31,13 +32,13 @@ def adapt(model: nn.Module, context: Context = None) -> Invertible:
     if not callable(getattr(model, "inverse", None)):
         raise TypeError(
             f"expected a module with forward and inverse, got {type(model).__name__}; "
-            "type wrap(layers=[...]) with its invertible parts instead"
+            "call wrap(layers=[...]) with its invertible parts"
         )
     return MemcnnModule(model, context)
 
 
 class MemcnnModule(ForwardAndInverse):
-    """One module, called without its wrappers. MemCNN knows no log-determinants."""
+    """One module, called without its wrappers. MemCNN computes no log-determinants."""
 
     missing_log_det = "MemCNN computes no log-determinants"
 
@@ -49,34 +50,39 @@ class MemcnnModule(ForwardAndInverse):
 
     @property
     def block(self) -> nn.Module:
-        """What is inside the wrappers."""
-        return bare(self.module)
+        """The module without its wrappers."""
+        return unwrapped(self.module)
 
 
-def bare(module: nn.Module) -> nn.Module:
-    """The module without its wrappers and with the plain implementation of its couplings; itself if it has neither.
+def unwrapped(module: nn.Module) -> nn.Module:
+    """The module without its wrappers and with the plain implementation of its couplings.
 
-    Parameters, buffers and all parts without wrappers are shared; nothing in the module is changed.
+    The module itself if it has neither. Parameters, buffers and all parts without wrappers are
+    shared; nothing in the module is changed.
     """
     if isinstance(module, InvertibleModuleWrapper):
-        return bare(module._fn)
-    parts = {name: None if part is None else bare(part) for name, part in module._modules.items()}
-    switches = [
-        name
-        for name in ("implementation_fwd", "implementation_bwd")
-        if getattr(module, name, -1) != -1
-    ]
-    if not switches and all(parts[name] is part for name, part in module._modules.items()):
-        return module
-    twin = copy.copy(module)
-    vars(twin).update(dict.fromkeys(switches, -1), _modules=parts)
-    return twin
+        return unwrapped(module._fn)
+    parts: dict[str, nn.Module | None] = {}
+    changed = False
+    for name, part in module._modules.items():
+        parts[name] = part if part is None else unwrapped(part)
+        changed = changed or parts[name] is not part
+    clone = copy.copy(module)
+    vars(clone)["_modules"] = parts
+    for switch in ("implementation_fwd", "implementation_bwd"):
+        # -1 is the implementation by plain autograd
+        if getattr(module, switch, -1) != -1:
+            setattr(clone, switch, -1)
+            changed = True
+    return clone if changed else module
 
 
 def switched_gradients(
     model: nn.Module, x: Tensor, loss: Callable[[Tensor], Tensor]
 ) -> list[tuple[Tensor | None, Tensor | None]]:
-    """For every parameter, the gradient that MemCNN trains with and the true one, by its own switch ``disable``.
+    """For every parameter, the gradient that MemCNN trains with and the true one.
+
+    The true one is that of MemCNN with its own switch ``disable``.
 
     Args:
         model: a module with InvertibleModuleWrappers; a copy is differentiated.
@@ -84,19 +90,21 @@ def switched_gradients(
         loss: z -> scalar.
 
     Returns:
-        (memory-saving, true), in the order of ``model.parameters()``; None where a parameter has no gradient.
+        (memory-saving, true), in the order of ``model.parameters()``; None where a parameter has no
+        gradient.
     """
-    saving, true = (_gradients(model, x, loss, disable=disable) for disable in (False, True))
+    saving = _gradients(model, x, loss, disable=False)
+    true = _gradients(model, x, loss, disable=True)
     return list(zip(saving, true, strict=True))
 
 
 def _gradients(
     model: nn.Module, x: Tensor, loss: Callable[[Tensor], Tensor], *, disable: bool
 ) -> list[Tensor | None]:
-    twin = copy.deepcopy(model)
-    twin.zero_grad()
-    for part in twin.modules():
+    copied = copy.deepcopy(model)
+    copied.zero_grad()
+    for part in copied.modules():
         if isinstance(part, InvertibleModuleWrapper):
             part.disable = disable
-    loss(twin(x.clone())).backward()
-    return [parameter.grad for parameter in twin.parameters()]
+    loss(copied(x.clone())).backward()
+    return [parameter.grad for parameter in copied.parameters()]

@@ -1,54 +1,64 @@
-"""MemCNN: tangents of its two-sided couplings."""
+"""MemCNN: Jacobians of its two-sided couplings."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from memcnn import AdditiveCoupling, AffineCoupling, InvertibleModuleWrapper
 from torch import Tensor, nn
 
-from inn_guard.adapters.structured_jacobians import ChainJacobian, coupling_jacobian, known_jacobian
+from inn_guard.adapters.structured_jacobians import (
+    ChainJacobian,
+    coupling_jacobian,
+    known_jacobian,
+)
 from inn_guard.core.layer_jacobian import LayerJacobian
 from inn_guard.jacobian.network import AutogradNetwork, linearize_network
 from inn_guard.layers.coupling import CouplingJacobian
 from inn_guard.layers.partition import Halves
 
+HalfStep = Callable[[Tensor, nn.Module, Halves], CouplingJacobian]
+
 
 @known_jacobian.register
-def _(module: InvertibleModuleWrapper, x: Tensor, context: Any) -> LayerJacobian | None:
+def _wrapper(module: InvertibleModuleWrapper, x: Tensor, context: Any) -> LayerJacobian | None:
     return known_jacobian(module._fn, x, context)
 
 
 @known_jacobian.register
-def _(module: AdditiveCoupling, x: Tensor, context: Any) -> LayerJacobian | None:
-    def additive(x: Tensor, network: nn.Module, *, swapped: bool) -> CouplingJacobian:
-        partition = Halves(swapped=swapped)
-        kept = partition.split(x, dims=x.dim())[0]
-        return coupling_jacobian(x, linearize_network(network, kept), partition, None)
+def _additive(module: AdditiveCoupling, x: Tensor, context: Any) -> LayerJacobian | None:
+    def half(x: Tensor, network: nn.Module, partition: Halves) -> CouplingJacobian:
+        identity, _ = partition.split(x, dims=x.dim())
+        return coupling_jacobian(x, linearize_network(network, identity), partition, None)
 
-    return None if _special(module, x) else _two_sided(additive, module, x)
+    return _two_sided(half, module, x)
 
 
 @known_jacobian.register
-def _(module: AffineCoupling, x: Tensor, context: Any) -> LayerJacobian | None:
-    def affine(x: Tensor, network: nn.Module, *, swapped: bool) -> CouplingJacobian:
-        partition = Halves(swapped=swapped)
-        kept = partition.split(x, dims=x.dim())[0]
-        both = AutogradNetwork(lambda k: torch.cat(network(k)[::-1], 1), kept)
+def _affine(module: AffineCoupling, x: Tensor, context: Any) -> LayerJacobian | None:
+    def half(x: Tensor, network: nn.Module, partition: Halves) -> CouplingJacobian:
+        identity, _ = partition.split(x, dims=x.dim())
+
+        def shift_and_scale(identity: Tensor) -> Tensor:
+            scale, shift = network(identity)
+            return torch.cat([shift, scale], 1)
+
+        both = AutogradNetwork(shift_and_scale, identity)
         return coupling_jacobian(x, both, partition, lambda scale: scale)
 
-    return None if _special(module, x) else _two_sided(affine, module, x)
+    return _two_sided(half, module, x)
 
 
-def _two_sided(half: Any, module: Any, x: Tensor) -> ChainJacobian:
-    """The first half is changed given the second, then the second given the new first."""
-    first = half(x, module.Fm, swapped=True)
-    return ChainJacobian([first, half(first.output, module.Gm, swapped=False)])
+def _two_sided(half: HalfStep, module: Any, x: Tensor) -> LayerJacobian | None:
+    """The first half is transformed given the second, then the second given the new first."""
+    if module.split_dim != 1 or _holds_wrappers(module):
+        return None
+    first = half(x, module.Fm, Halves(swapped=True))
+    second = half(first.output, module.Gm, Halves())
+    return ChainJacobian([first, second])
 
 
-def _special(module: Any, x: Tensor) -> bool:
-    """Whether there is more to it than one evaluation of each network: wrappers inside, or another split."""
-    return module.split_dim != 1 or any(
-        isinstance(part, InvertibleModuleWrapper) for part in module.modules()
-    )
+def _holds_wrappers(module: nn.Module) -> bool:
+    return any(isinstance(part, InvertibleModuleWrapper) for part in module.modules())

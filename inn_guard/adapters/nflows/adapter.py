@@ -1,4 +1,4 @@
-"""nflows: transforms and flows as Invertibles. Its forward is data -> noise, as ours."""
+"""nflows: transforms and flows as Invertibles. Its forward is data -> noise, as here."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from nflows.distributions.normal import DiagonalNormal, StandardNormal
 from nflows.flows.base import Flow
 from nflows.transforms.base import (
     CompositeTransform,
@@ -23,9 +24,11 @@ from nflows.transforms.coupling import CouplingTransform
 from torch import Tensor, nn
 
 from inn_guard.adapters.base import Adapted
-from inn_guard.adapters.cached_network import CachedNetwork
-from inn_guard.adapters.nflows import jacobians as tangents_nflows  # noqa: F401 - register bound rules and tangents
-from inn_guard.core.invertible import Context, Invertible, NotApplicable
+from inn_guard.adapters.cached_network import CachedNetwork, with_modules
+from inn_guard.adapters.nflows import jacobians  # noqa: F401 - registers them
+from inn_guard.core.base import BaseDistribution
+from inn_guard.core.invertible import Context, Invertible
+from inn_guard.core.missing import NotApplicable
 from inn_guard.layers.inverted import InverseLayer
 from inn_guard.layers.multiscale import OnRemaining
 from inn_guard.layers.reshape import Flatten, Rearrangement
@@ -36,7 +39,11 @@ Shape = tuple[int, ...]
 
 
 def adapt(model: nn.Module, context: Context = None) -> Invertible:
-    """A Flow or a Transform of nflows as an Invertible; ``context`` is the raw one, before any embedding net.
+    """A Flow or a Transform of nflows as an Invertible.
+
+    Args:
+        model: the Flow or Transform.
+        context: the raw context, before any embedding net.
 
     Raises:
         TypeError: if it is something else of nflows.
@@ -47,12 +54,12 @@ def adapt(model: nn.Module, context: Context = None) -> Invertible:
         return NflowsTransform(model, context)
     raise TypeError(
         f"expected a Flow or a Transform of nflows, got {type(model).__name__}; "
-        "type wrap(flow) with the whole flow instead"
+        "call wrap(flow) with the whole flow"
     )
 
 
 class NflowsTransform(Adapted):
-    """One nflows transform; Composite, Inverse and Multiscale nesting is opened by ``layers()``."""
+    """One transform; ``layers()`` opens composite, inverse and multiscale ones."""
 
     def _encode(self, x: Tensor) -> tuple[Tensor, Tensor]:
         with _named_errors(self.name):
@@ -63,49 +70,54 @@ class NflowsTransform(Adapted):
             return self.module.inverse(z, self.context)  # type: ignore[operator]
 
     def layers(self) -> tuple[Invertible, ...]:
-        """The transforms inside containers, flat, in this map's context; () for a transform that is none."""
+        """The transforms inside a container, flat, in this map's context; () for a single one."""
         chain = _chain(self.module)
-        is_leaf = len(chain) == 1 and chain[0].block is self.module
-        return () if is_leaf else tuple(layer.with_context(self.context) for layer in chain)
+        if len(chain) == 1 and chain[0].block is self.module:
+            return ()
+        return tuple(layer.with_context(self.context) for layer in chain)
+
+    def _expects_context(self) -> bool:
+        for part in self.module.modules():
+            if getattr(part, "context_features", None) is not None or hasattr(
+                part, "context_layer"
+            ):
+                return True
+        return False
 
     def with_cached_conditioner(self, state: Tensor) -> NflowsTransform:
-        """A coupling with its network evaluated once, at the features of ``state`` that it leaves as they are."""
+        """A coupling with its network evaluated once, at the identity features of ``state``."""
         coupling: Any = self.module
-        if (
-            not isinstance(coupling, CouplingTransform)
-            or coupling.unconditional_transform is not None
-        ):
+        if not isinstance(coupling, CouplingTransform):
+            return self
+        if coupling.unconditional_transform is not None:
             return self
         parameters = coupling.transform_net(state[:, coupling.identity_features], self.context)
-        twin = copy.copy(coupling)
-        vars(twin)["_modules"] = {
-            **coupling._modules,
-            "transform_net": CachedNetwork(coupling.transform_net, parameters),
-        }
-        return NflowsTransform(twin, self.context)
+        network = CachedNetwork(coupling.transform_net, parameters)
+        return NflowsTransform(with_modules(coupling, {"transform_net": network}), self.context)
 
     def to_dtype(self, dtype: torch.dtype) -> NflowsTransform:
-        """A copy in ``dtype``; it computes what Linear(using_cache=True) keeps anew, which would stay in float32."""
-        twin = super().to_dtype(dtype)
-        for module in twin.modules():
+        """A copy in ``dtype``, without the cache of Linear(using_cache=True)."""
+        converted = super().to_dtype(dtype)
+        for module in converted.modules():
             if hasattr(module, "use_cache"):
+                # what is cached would stay in the old dtype
                 module.use_cache(mode=False)  # type: ignore[operator]
-        return twin
+        return converted
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> NflowsTransform:
-        # the weights that Linear(using_cache=True) keeps can neither be copied nor converted; a copy starts without
+    def __deepcopy__(self, memo: dict[Any, Any]) -> NflowsTransform:
+        # what Linear(using_cache=True) has cached can be neither copied nor converted
         for module in self.modules():
             cache = getattr(module, "cache", None)
             if hasattr(cache, "invalidate"):
                 memo.setdefault(id(cache), type(cache)())
-        twin = object.__new__(type(self))
-        memo[id(self)] = twin
-        vars(twin).update(copy.deepcopy(vars(self), memo))
-        return twin
+        copied = object.__new__(type(self))
+        memo[id(self)] = copied
+        vars(copied).update(copy.deepcopy(vars(self), memo))
+        return copied
 
 
 class NflowsFlow(NflowsTransform):
-    """A Flow: its transform in the context that its embedding net makes of the raw one, and its base distribution."""
+    """A Flow: its transform in the embedded context, and its base distribution."""
 
     def _encode(self, x: Tensor) -> tuple[Tensor, Tensor]:
         return self._transform()._encode(x)
@@ -114,10 +126,34 @@ class NflowsFlow(NflowsTransform):
         return self._transform()._decode(z)
 
     def log_prob(self, x: Tensor) -> Tensor:
-        """log p(x) in nats, (B,): the flow's own base distribution in its own context, and the log-determinant."""
+        """log p(x) in nats, (B,), with the flow's own base distribution in its own context."""
         z, log_det = self.forward_and_log_det(x)
-        embedded = self.module._embedding_net(self.context)  # type: ignore[operator]
-        return self.module._distribution.log_prob(z, embedded) + log_det  # type: ignore[operator,union-attr]
+        return self._base_log_prob(z) + log_det
+
+    def _base_log_prob(self, z: Tensor) -> Tensor:
+        flow: Any = self.module
+        return flow._distribution.log_prob(z, flow._embedding_net(self.context))
+
+    def base(self) -> BaseDistribution:
+        """The flow's own distribution of the noise, in its own context."""
+        flow: Any = self.module
+        distribution = flow._distribution
+
+        def sampler(n: int, context: Context) -> Tensor:
+            embedded = flow._embedding_net(context)
+            if embedded is None:
+                return distribution.sample(n)
+            # one draw for each row: (n, 1, *latent)
+            return distribution.sample(1, context=embedded).flatten(0, 1)
+
+        return BaseDistribution(
+            sampler,
+            like=self._like(),
+            context=self.context,
+            exact_deviation=_exact_deviation(distribution),
+            description=f"{type(distribution).__name__} of nflows",
+            log_density=self._base_log_prob,
+        )
 
     def layers(self) -> tuple[Invertible, ...]:
         """The transform's layers, flat, in the embedded context."""
@@ -125,16 +161,19 @@ class NflowsFlow(NflowsTransform):
         return transform.layers() or (transform,)
 
     def _transform(self) -> NflowsTransform:
-        embedded = self.module._embedding_net(self.context)  # type: ignore[operator]
-        return NflowsTransform(self.module._transform, embedded)  # type: ignore[arg-type]
+        flow: Any = self.module
+        return NflowsTransform(flow._transform, flow._embedding_net(self.context))
 
 
 class Chunk(Rearrangement):
-    """x (B, *shape) -> [first chunk, second chunk], each flat: the first is finished, the second remains.
+    """x (B, *shape) -> [first chunk, second chunk], both flat.
+
+    The first chunk is finished, the second remains.
 
     Args:
         shape: of one sample.
-        dim: dimension of the batch along which it is cut; of an odd size, the first chunk has one more.
+        dim: dimension of the batch along which it is cut. Of an odd size, the first chunk has one
+            more.
     """
 
     def __init__(self, shape: Shape, dim: int) -> None:
@@ -147,21 +186,28 @@ class Chunk(Rearrangement):
 
     def inverse(self, z: Tensor) -> Tensor:
         """The chunks back in their place."""
-        shapes = [_resized(self.shape, self.dim, size) for size in self._sizes()]
-        parts = z.split([math.prod(shape) for shape in shapes], dim=1)
-        return torch.cat(
-            [part.reshape(-1, *shape) for part, shape in zip(parts, shapes, strict=True)],
-            dim=self.dim,
-        )
-
-    def _sizes(self) -> tuple[int, int]:
         size = self.shape[self.dim - 1]
-        return (size + 1) // 2, size // 2
+        first_shape = _resized(self.shape, self.dim, (size + 1) // 2)
+        second_shape = _resized(self.shape, self.dim, size // 2)
+        first, second = z.split([math.prod(first_shape), math.prod(second_shape)], dim=1)
+        chunks = [first.reshape(-1, *first_shape), second.reshape(-1, *second_shape)]
+        return torch.cat(chunks, dim=self.dim)
+
+
+def _exact_deviation(distribution: nn.Module) -> Tensor | None:
+    if type(distribution) is StandardNormal:
+        return torch.ones(distribution._shape)
+    if type(distribution) is DiagonalNormal:
+        return distribution.log_std_.detach().exp().reshape(distribution._shape)
+    return None
 
 
 def _chain(transform: nn.Module) -> tuple[Invertible, ...]:
     if isinstance(transform, CompositeTransform):
-        return tuple(layer for part in transform._transforms for layer in _chain(part))
+        layers: list[Invertible] = []
+        for part in transform._transforms:
+            layers += _chain(part)
+        return tuple(layers)
     if isinstance(transform, InverseTransform):
         return tuple(InverseLayer(layer) for layer in reversed(_chain(transform._transform)))
     if isinstance(transform, MultiscaleCompositeTransform):
@@ -170,14 +216,14 @@ def _chain(transform: nn.Module) -> tuple[Invertible, ...]:
 
 
 def _scales(multiscale: MultiscaleCompositeTransform) -> tuple[Invertible, ...]:
-    """The layers of every scale, from the second scale on acting on the remaining part of the state only."""
+    """The layers of every scale; from the second on they act on the remaining part only."""
     dim = multiscale._split_dim
     latent_shapes = _latent_shapes(multiscale)
     layers: list[Invertible] = []
-    for k, (transform, latent) in enumerate(
-        zip(multiscale._transforms, latent_shapes, strict=True)
-    ):
-        cut = Chunk(latent, dim) if k < len(latent_shapes) - 1 else Flatten(latent)
+    for k, transform in enumerate(multiscale._transforms):
+        latent = latent_shapes[k]
+        is_last = k == len(latent_shapes) - 1
+        cut = Flatten(latent) if is_last else Chunk(latent, dim)
         steps = (*_chain(transform), cut)
         if k == 0:
             layers += steps
@@ -191,12 +237,14 @@ def _scales(multiscale: MultiscaleCompositeTransform) -> tuple[Invertible, ...]:
 def _latent_shapes(multiscale: MultiscaleCompositeTransform) -> list[Shape]:
     """Shape of one sample of every transform's output, before it is cut.
 
-    Only the shapes of the finished chunks are stored; what remains has as many entries as all later transforms put out.
+    The library stores the shapes of the finished chunks only. What remains has as many entries as
+    the outputs of all later transforms.
     """
-    dim, finished = multiscale._split_dim, [tuple(shape) for shape in multiscale._output_shapes]
+    dim = multiscale._split_dim
     shapes: list[Shape] = []
     remaining = 0
-    for shape in reversed(finished):
+    for stored in reversed(multiscale._output_shapes):
+        shape = tuple(stored)
         others = math.prod(shape) // shape[dim - 1]
         shapes.insert(0, _resized(shape, dim, shape[dim - 1] + remaining // others))
         remaining = math.prod(shapes[0])
@@ -204,7 +252,7 @@ def _latent_shapes(multiscale: MultiscaleCompositeTransform) -> list[Shape]:
 
 
 def _on_remaining(steps: tuple[Invertible, ...], shape: Shape) -> list[Invertible]:
-    """The steps acting on the remaining part; [] if the shapes between them cannot be told without running them."""
+    """The steps acting on the remaining part; [] if the shapes between them are not known."""
     lifted: list[Invertible] = []
     for step in steps:
         latent = _shape_after(step, shape)
@@ -225,8 +273,9 @@ def _shape_after(step: Invertible, shape: Shape) -> Shape | None:
         return (math.prod(shape),)
     if hasattr(step.block, "get_output_shape"):
         return tuple(step.block.get_output_shape(*shape))  # type: ignore[operator]
-    flips_shape = isinstance(step, InverseLayer) and _shape_after(step.inner, shape) != shape
-    return None if flips_shape else shape
+    if isinstance(step, InverseLayer) and _shape_after(step.inner, shape) != shape:
+        return None
+    return shape
 
 
 def _resized(shape: Shape, dim: int, size: int) -> Shape:
@@ -235,7 +284,7 @@ def _resized(shape: Shape, dim: int, size: int) -> Shape:
 
 @contextmanager
 def _named_errors(name: str) -> Iterator[None]:
-    """Errors that nflows raises without a message get one: which transform, and what it asked for."""
+    """Give errors of nflows a message: which transform raised it, and what it expected."""
     try:
         yield
     except InverseNotAvailable as error:
@@ -245,28 +294,22 @@ def _named_errors(name: str) -> Iterator[None]:
         ) from error
     except InputOutsideDomain as error:
         raise ValueError(
-            f"{name}: input outside the domain of {_culprit(error)} (InputOutsideDomain): expected "
-            f"{_condition(error)} to be false"
+            f"{name}: input outside the domain of {_culprit(error)} (InputOutsideDomain)"
         ) from error
     except AssertionError as error:
-        raise ValueError(
-            f"{name}: failed inside {_culprit(error)}: {str(error) or _condition(error)}"
-        ) from error
+        reason = str(error) or f"`{_failed_line(error)}`"
+        raise ValueError(f"{name}: failed inside {_culprit(error)}: {reason}") from error
 
 
 def _culprit(error: Exception) -> str:
     """Class name of the innermost transform on the way to the error."""
-    frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
-    owners = [frame.f_locals.get("self") for frame in frames]
-    names = [type(owner).__name__ for owner in owners if isinstance(owner, Transform)]
-    return names[-1] if names else "a transform"
+    name = "a transform"
+    for frame, _ in traceback.walk_tb(error.__traceback__):
+        owner = frame.f_locals.get("self")
+        if isinstance(owner, Transform):
+            name = type(owner).__name__
+    return name
 
 
-def _condition(error: Exception) -> str:
-    """The source line that was checked: an assertion itself, or the ``if`` before a ``raise``."""
-    last = traceback.extract_tb(error.__traceback__)[-1]
-    return (
-        f"`{last.line}`"
-        if isinstance(error, AssertionError)
-        else "its check of the range of values"
-    )
+def _failed_line(error: AssertionError) -> str | None:
+    return traceback.extract_tb(error.__traceback__)[-1].line

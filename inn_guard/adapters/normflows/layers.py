@@ -1,8 +1,7 @@
-"""normflows' flow layers as Invertibles, data -> latent: the library's inverse is our forward."""
+"""normflows' flow layers as Invertibles: the library's inverse, data -> latent, is forward here."""
 
 from __future__ import annotations
 
-import copy
 import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,42 +11,44 @@ from normflows.flows import AffineCouplingBlock, Composite, GlowBlock, MaskedAff
 from torch import Tensor, nn
 
 from inn_guard.adapters.base import Adapted
-from inn_guard.adapters.cached_network import CachedNetwork
-from inn_guard.adapters.normflows import jacobians as tangents_normflows  # noqa: F401 - register bound rules and tangents
-from inn_guard.core.invertible import Invertible, NotApplicable
+from inn_guard.adapters.cached_network import CachedNetwork, with_modules
+from inn_guard.adapters.normflows import jacobians  # noqa: F401 - registers them
+from inn_guard.core.invertible import Invertible
+from inn_guard.core.missing import NotApplicable
 from inn_guard.layers.inverted import InverseLayer
 
-__all__ = ["NormflowsLayer", "chain_of", "named_errors"]
+__all__ = ["NormflowsLayer", "chain_of", "chain_of_flows", "named_errors"]
 
 
 class NormflowsLayer(Adapted):
-    """One Flow of normflows; Composite, Reverse and GlowBlock are opened by ``layers()``."""
+    """One Flow of normflows; ``layers()`` opens Composite, Reverse and GlowBlock."""
 
     def _encode(self, x: Tensor) -> tuple[Tensor, Any]:
+        flow: Any = self.module
         with named_errors(self.name):
-            return self.module.inverse(x, *self._condition())  # type: ignore[operator]
+            return flow.inverse(x, *self._condition())
 
     def _decode(self, z: Tensor) -> tuple[Tensor, Any]:
         with named_errors(self.name):
             return self.module(z, *self._condition())
 
     def layers(self) -> tuple[Invertible, ...]:
-        """The flows inside a container, flat, from data to latent; () for a flow that is none."""
-        return (
-            chain_of(self.module)
-            if isinstance(self.module, (Composite, Reverse, GlowBlock))
-            else ()
-        )
+        """The flows inside a container, flat, from data to latent; () for a single flow."""
+        if isinstance(self.module, (Composite, Reverse, GlowBlock)):
+            return chain_of(self.module)
+        return ()
 
     def with_cached_conditioner(self, state: Tensor) -> NormflowsLayer:
-        """A coupling with its networks evaluated once, at the part of ``state`` that it leaves as it is."""
-        module = _primed(self.module, state)
-        return self if module is self.module else NormflowsLayer(module, self.context)
+        """A coupling with its networks evaluated once, at the identity part of ``state``."""
+        module = _with_cached_networks(self.module, state)
+        if module is self.module:
+            return self
+        return NormflowsLayer(module, self.context)
 
     def _condition(self) -> tuple[Any, ...]:
         if self.context is None:
             return ()
-        if not _takes_context(self.module):
+        if len(inspect.signature(self.module.forward).parameters) < 2:
             raise TypeError(f"{self.name} takes no context, but one was given; leave it out")
         return (self.context,)
 
@@ -56,52 +57,51 @@ def chain_of(flow: Any) -> tuple[Invertible, ...]:
     """The layers of one flow from data to latent, containers opened."""
     if isinstance(flow, Reverse):
         return tuple(InverseLayer(layer) for layer in reversed(chain_of(flow.flow)))
-    if isinstance(flow, (Composite, GlowBlock)):
-        parts: Any = flow._flows if isinstance(flow, Composite) else flow.flows
-        return tuple(layer for part in reversed(list(parts)) for layer in chain_of(part))
+    if isinstance(flow, Composite):
+        return chain_of_flows(flow._flows)
+    if isinstance(flow, GlowBlock):
+        return chain_of_flows(flow.flows)
     return (NormflowsLayer(flow),)
 
 
-def _takes_context(flow: nn.Module) -> bool:
-    return len(inspect.signature(flow.forward).parameters) > 1
+def chain_of_flows(flows: Any) -> tuple[Invertible, ...]:
+    """The layers of flows that are listed from latent to data, in the order data to latent."""
+    layers: list[Invertible] = []
+    for flow in reversed(list(flows)):
+        layers += chain_of(flow)
+    return tuple(layers)
 
 
-def _primed(flow: Any, state: Tensor) -> Any:
-    """A shallow copy of a coupling whose networks know their outputs; the flow itself if it is no such coupling."""
+def _with_cached_networks(flow: Any, state: Tensor) -> Any:
+    """A coupling whose networks know their outputs; the flow itself if it is no such coupling."""
     if isinstance(flow, AffineCouplingBlock):
         split, coupling, merge = flow.flows
-        (kept, _), _ = split(state)  # type: ignore[operator]
-        return _with_modules(
-            flow, flows=nn.ModuleList([split, _evaluated(coupling, ("param_map",), kept), merge])
-        )
+        (identity, _), _ = split(state)  # type: ignore[operator]
+        cached = _evaluated(coupling, ("param_map",), identity)
+        return with_modules(flow, {"flows": nn.ModuleList([split, cached, merge])})
     if isinstance(flow, MaskedAffineFlow):
         return _evaluated(flow, ("s", "t"), flow.b * state)
     return flow
 
 
-def _evaluated(flow: Any, names: tuple[str, ...], kept: Tensor) -> Any:
-    """The flow with the networks of these names evaluated at the kept part."""
-    networks = {name: flow._modules[name] for name in names if name in flow._modules}
-    return _with_modules(
-        flow, **{name: CachedNetwork(network, network(kept)) for name, network in networks.items()}
-    )
-
-
-def _with_modules(flow: nn.Module, **modules: nn.Module) -> nn.Module:
-    twin = copy.copy(flow)
-    vars(twin)["_modules"] = {**flow._modules, **modules}
-    return twin
+def _evaluated(flow: Any, names: tuple[str, ...], identity: Tensor) -> Any:
+    """The flow with its networks of these names evaluated at the identity part."""
+    cached: dict[str, nn.Module] = {}
+    for name in names:
+        if name in flow._modules:
+            network = flow._modules[name]
+            cached[name] = CachedNetwork(network, network(identity))
+    return with_modules(flow, cached)
 
 
 @contextmanager
 def named_errors(name: str) -> Iterator[None]:
-    """Errors that the library raises without saying of which flow get its name."""
+    """Give errors of the library that do not tell which flow raised them its name."""
     try:
         yield
     except NotImplementedError as error:
-        raise NotApplicable(
-            f"{name}: {str(error) or 'the library has not implemented this direction'}"
-        ) from error
+        reason = str(error) or "the library has not implemented this direction"
+        raise NotApplicable(f"{name}: {reason}") from error
     except AssertionError as error:
         raise ValueError(
             f"{name}: an assertion of the library failed (a spline without a real root)"

@@ -1,28 +1,30 @@
-"""zuko: lazy transformations and flows as Invertibles. Its forward is data -> latent, as ours.
+"""zuko: lazy transformations and flows as Invertibles. Its forward is data -> latent, as here.
 
-A lazy object builds its transformation anew from the context at every call, so that is what is wrapped, never the
-transformation that it built.
+A lazy object builds its transformation anew from the context at every call. So the lazy object is
+wrapped, never the transformation that it built.
 """
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.distributions import Distribution, Transform
+from zuko.flows.autoregressive import MaskedAutoregressiveTransform
 from zuko.flows.continuous import FFJTransform
 from zuko.flows.coupling import GeneralCouplingTransform
 from zuko.lazy import Flow, LazyComposedTransform, LazyInverse, LazyTransform
 from zuko.transforms import ComposedTransform
 
-from inn_guard.adapters import torch_transforms as distributions
+from inn_guard.adapters import torch_transforms
 from inn_guard.adapters.base import Adapted
-from inn_guard.adapters.cached_network import CachedNetwork
+from inn_guard.adapters.cached_network import CachedNetwork, with_modules
 from inn_guard.adapters.zuko import jacobians  # noqa: F401 - registers them
+from inn_guard.core.base import BaseDistribution
 from inn_guard.core.invertible import Context, Invertible, map_tensors
+from inn_guard.core.tensors import finite_rows
 from inn_guard.layers.chain import Chain
 from inn_guard.layers.inverted import InverseLayer
 
@@ -41,52 +43,56 @@ def adapt(model: Any, context: Context = None) -> Invertible:
     """
     if isinstance(model, Flow):
         return ZukoFlow(model, context)
+    if isinstance(model, FFJTransform):
+        return ZukoOde(model, context)
     if isinstance(model, LazyTransform):
-        return (
-            ZukoOde(model, context)
-            if isinstance(model, FFJTransform)
-            else ZukoTransform(model, context)
-        )
+        return ZukoTransform(model, context)
     if isinstance(model, Transform) and not _closes_over_networks(model):
         return _plain(model, context)
-    built = isinstance(model, (Transform, Distribution))
-    reason = "which was built from a lazy object" if built else "which transforms nothing"
+    reason = "which transforms nothing"
+    if isinstance(model, (Transform, Distribution)):
+        reason = "which was built from a lazy object"
     raise TypeError(
         f"expected a Flow or LazyTransform of zuko, got {type(model).__name__}, {reason}; "
-        "type wrap(flow, context=c) with the lazy flow itself instead"
+        "call wrap(flow, context=c) with the lazy flow itself"
     )
 
 
 class ZukoTransform(Adapted):
-    """One lazy transformation; composed and inverse ones are opened by ``layers()``."""
+    """One lazy transformation; ``layers()`` opens composed and inverse ones."""
 
     def _encode(self, x: Tensor) -> tuple[Tensor, Tensor]:
         if _solves_odes(self.module):
-            return _solved(self.layers() or (self,), x)
+            return _by_layer(self._own_layers(), x)
         return self._transform().call_and_ladj(x)  # type: ignore[attr-defined]
 
     def _decode(self, z: Tensor) -> tuple[Tensor, Tensor]:
         if _solves_odes(self.module):
-            return _solved([InverseLayer(layer) for layer in reversed(self.layers() or (self,))], z)
+            return _by_layer([InverseLayer(layer) for layer in reversed(self._own_layers())], z)
         return self._transform().inv.call_and_ladj(z)  # type: ignore[attr-defined]
 
+    def _expects_context(self) -> bool:
+        return any(_has_context_inputs(part) for part in self.module.modules())
+
     def layers(self) -> tuple[Invertible, ...]:
-        """The lazy transformations inside composed ones, flat, in this map's context; () for one that is single."""
+        """The transformations inside a composed one, flat, in this context; () for a single one."""
         if not isinstance(self.module, (LazyComposedTransform, LazyInverse)):
             return ()
         return tuple(layer.with_context(self.context) for layer in _chain(self.module))
 
+    def _own_layers(self) -> tuple[Invertible, ...]:
+        return self.layers() or (self,)
+
     def with_cached_conditioner(self, state: Tensor) -> ZukoTransform:
-        """A coupling with its network evaluated once, at the features of ``state`` that it leaves as they are."""
+        """A coupling with its network evaluated once, at the identity features of ``state``."""
         coupling = self.module
         if not isinstance(coupling, GeneralCouplingTransform):
             return self
-        kept = state[..., coupling.mask]
-        joined = kept if self.context is None else torch.cat([kept, self.context], dim=-1)
-        twin = copy.copy(coupling)
-        known = CachedNetwork(coupling.hyper, coupling.hyper(joined))
-        vars(twin)["_modules"] = {**coupling._modules, "hyper": known}
-        return ZukoTransform(twin, self.context)
+        inputs = state[..., coupling.mask]
+        if self.context is not None:
+            inputs = torch.cat([inputs, self.context], dim=-1)
+        network = CachedNetwork(coupling.hyper, coupling.hyper(inputs))
+        return ZukoTransform(with_modules(coupling, {"hyper": network}), self.context)
 
     def _transform(self) -> Transform:
         return self.module(self.context)
@@ -96,46 +102,80 @@ class ZukoFlow(ZukoTransform):
     """A Flow: its lazy transformation and its base distribution, both in the context."""
 
     def log_prob(self, x: Tensor) -> Tensor:
-        """log p(x) in nats, (B,), by the flow's own base distribution."""
+        """log p(x) in nats, (B,), with the flow's own base distribution in its own context."""
         z, log_det = self.forward_and_log_det(x)
-        return self.module.base(self.context).log_prob(z) + log_det  # type: ignore[operator]
+        return self._base_log_prob(z) + log_det
+
+    def _base_log_prob(self, z: Tensor) -> Tensor:
+        return self._distribution(self.context).base.log_prob(z)
+
+    def base(self) -> BaseDistribution:
+        """The flow's own distribution of z, in its own context."""
+
+        def sampler(n: int, context: Context) -> Tensor:
+            distribution = self._distribution(context).base
+            shape = (n,) if context is None else ()
+            if distribution.has_rsample:
+                # as the library itself samples: its sample() may round differently
+                return distribution.rsample(shape)
+            return distribution.sample(shape)
+
+        own = self._distribution(self.context).base
+        return BaseDistribution(
+            sampler,
+            like=self._like(),
+            context=self.context,
+            exact_deviation=_common_deviation(own),
+            description=f"{type(own).__name__} of zuko",
+            log_density=self._base_log_prob,
+        )
 
     def layers(self) -> tuple[Invertible, ...]:
         """The flow's lazy transformations, flat, in its context."""
-        return tuple(layer.with_context(self.context) for layer in _chain(self.module.transform))  # type: ignore[arg-type]
+        flow: Any = self.module
+        return tuple(layer.with_context(self.context) for layer in _chain(flow.transform))
 
     def _transform(self) -> Transform:
-        return self.module.transform(self.context)  # type: ignore[operator]
+        flow: Any = self.module
+        return flow.transform(self.context)
+
+    def _distribution(self, context: Context) -> Any:
+        return self.module(context)
 
 
 class ZukoOde(ZukoTransform):
-    """A free-form Jacobian transformation. The library's solver never returns from NaN or Inf; here they become NaN."""
+    """A free-form Jacobian transformation.
+
+    The library's solver never returns from NaN or Inf. Here such samples become NaN without being
+    solved.
+    """
 
     def _encode(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        return self._guarded(lambda part, rows: rows.call_and_ladj(part), x)
+        return self._solve(lambda rows, transform: transform.call_and_ladj(rows), x)
 
     def _decode(self, z: Tensor) -> tuple[Tensor, Tensor]:
-        return self._guarded(lambda part, rows: rows.inv.call_and_ladj(part), z)
+        return self._solve(lambda rows, transform: transform.inv.call_and_ladj(rows), z)
 
-    def _guarded(
+    def _solve(
         self, solve: Callable[[Tensor, Any], tuple[Tensor, Tensor]], x: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """The solution of the finite samples; NaN for the others, and for all if the field itself is not finite."""
-        finite = x.flatten(1).isfinite().all(1)
+        """The solution of the finite samples; NaN for the others, or for all."""
+        finite = finite_rows(x)
         inputs = x[finite]
         y, log_det = x * torch.nan, x[:, 0] * torch.nan
         if not len(inputs):
             return y, log_det
-        context = (
-            self.context if bool(finite.all()) else map_tensors(self.context, lambda c: c[finite])
-        )
+        all_finite = bool(finite.all())
+        context = self.context
+        if not all_finite:
+            context = map_tensors(context, lambda c: c[finite])
         transform = self.module(context)
         transform.f = _finite_only(transform.f)
         try:
             solution, inner = solve(inputs, transform)
         except _NotFiniteError:
             return y, log_det
-        if bool(finite.all()):
+        if all_finite:
             return solution, inner
         return y.index_put((finite,), solution), log_det.index_put((finite,), inner)
 
@@ -154,8 +194,8 @@ def _finite_only(field: Callable[..., Tensor]) -> Callable[..., Tensor]:
     return checked
 
 
-def _solved(layers: Any, x: Tensor) -> tuple[Tensor, Tensor]:
-    """Layer by layer, because a solver inside the library's own composition would not return from NaN."""
+def _by_layer(layers: Any, x: Tensor) -> tuple[Tensor, Tensor]:
+    """z and log_det, layer by layer: a solver inside the library's composition may never return."""
     total = x.new_zeros(len(x))
     for layer in layers:
         x, log_det = layer.forward_and_log_det(x)
@@ -165,30 +205,59 @@ def _solved(layers: Any, x: Tensor) -> tuple[Tensor, Tensor]:
 
 def _chain(transform: nn.Module) -> tuple[Invertible, ...]:
     if isinstance(transform, LazyComposedTransform):
-        return tuple(layer for part in transform.transforms for layer in _chain(part))
+        layers: list[Invertible] = []
+        for part in transform.transforms:
+            layers += _chain(part)
+        return tuple(layers)
     if isinstance(transform, LazyInverse):
         return tuple(InverseLayer(layer) for layer in reversed(_chain(transform.transform)))
-    return (
-        ZukoOde(transform) if isinstance(transform, FFJTransform) else ZukoTransform(transform),
-    )
+    if isinstance(transform, FFJTransform):
+        return (ZukoOde(transform),)
+    return (ZukoTransform(transform),)
 
 
 def _solves_odes(module: nn.Module) -> bool:
     return any(isinstance(part, FFJTransform) for part in module.modules())
 
 
+def _has_context_inputs(part: nn.Module) -> bool:
+    """Whether a transformation's network has more inputs than there are features for it."""
+    network = getattr(part, "hyper", None)
+    if not isinstance(network, nn.Module):
+        return False
+    widths = [layer.in_features for layer in network.modules() if hasattr(layer, "in_features")]
+    if not widths:
+        return False
+    if isinstance(part, GeneralCouplingTransform):
+        return int(widths[0]) > int(part.mask.sum())
+    if isinstance(part, MaskedAutoregressiveTransform):
+        return part.order is not None and int(widths[0]) > len(part.order)
+    # what is transformed elementwise has a network only if it has a context
+    return True
+
+
+def _common_deviation(base: Distribution) -> Tensor | None:
+    """Standard deviation of one draw, (*latent), if it is the same in every row of the context."""
+    deviation = torch_transforms.exact_deviation(base)
+    if deviation is None:
+        return None
+    rows = deviation.reshape(-1, *base.event_shape)
+    if not bool((rows == rows[:1]).all()):
+        return None
+    return rows[0]
+
+
 def _closes_over_networks(transform: Any) -> bool:
-    """Whether a transformation holds functions, whose modules nobody could see, copy or convert."""
-    parts = [
-        *getattr(transform, "transforms", ()),
-        *(vars(transform).get(name) for name in ("base", "_inv")),
-    ]
-    if any(isinstance(part, Transform) and _closes_over_networks(part) for part in parts):
-        return True
+    """Whether a transformation holds functions, whose modules could not be copied."""
+    parts = [*getattr(transform, "transforms", ())]
+    parts += [vars(transform).get(name) for name in ("base", "_inv")]
+    for part in parts:
+        if isinstance(part, Transform) and _closes_over_networks(part):
+            return True
     return any(callable(vars(transform).get(name)) for name in ("meta", "f", "g"))
 
 
 def _plain(transform: Transform, context: Context) -> Invertible:
     if isinstance(transform, ComposedTransform):
         return Chain(*[_plain(part, context) for part in transform.transforms])
-    return distributions.adapt(transform, context)
+    return torch_transforms.adapt(transform, context)

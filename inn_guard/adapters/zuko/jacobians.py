@@ -1,4 +1,4 @@
-"""zuko: tangents of its affine and additive couplings, its linear maps and its permutations."""
+"""zuko: Jacobians of its affine and additive couplings, its linear maps and its permutations."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from zuko.lazy import UnconditionalTransform
 from inn_guard.adapters.structured_jacobians import (
     Features,
     SelectedOutputs,
+    channel_mixing_jacobian,
     coupling_jacobian,
     known_jacobian,
-    channel_mixing_jacobian,
     permutation_jacobian,
 )
 from inn_guard.core.layer_jacobian import LayerJacobian
@@ -25,48 +25,44 @@ from inn_guard.jacobian.network import (
     InputSliceJacobian,
     LinearJacobian,
     NetworkJacobian,
-    linearize_network,
     linearize_module,
+    linearize_network,
 )
 
 
 @linearize_module.register
-def _(module: zuko.nn.Linear, x: Tensor) -> NetworkJacobian:
-    plain = type(module) is zuko.nn.Linear and not (
-        module._forward_hooks or module._forward_pre_hooks
-    )
-    return (
-        LinearJacobian(module, x)
-        if plain and module.weight.dim() == 2
-        else AutogradNetwork(module, x)
-    )  # type: ignore[arg-type]
+def _linearize_linear(module: zuko.nn.Linear, x: Tensor) -> NetworkJacobian:
+    has_hooks = module._forward_hooks or module._forward_pre_hooks
+    # zuko's Linear may hold a stack of matrices
+    if type(module) is zuko.nn.Linear and not has_hooks and module.weight.dim() == 2:
+        return LinearJacobian(module, x)  # type: ignore[arg-type]
+    return AutogradNetwork(module, x)
 
 
 @known_jacobian.register
-def _(module: GeneralCouplingTransform, x: Tensor, context: Any) -> LayerJacobian | None:
-    scale = _scale_of(module)
-    partition = Features(module.mask.nonzero().squeeze(-1), (~module.mask).nonzero().squeeze(-1))
-    kept = partition.split(x, dims=2)[0] if x.dim() == 2 else None
-    if scale is None or kept is None:
+def _coupling(module: GeneralCouplingTransform, x: Tensor, context: Any) -> LayerJacobian | None:
+    probe = _affine_or_additive(module)
+    if probe is None or x.dim() != 2:
         return None
-    network = _network(module.hyper, kept, context)
-    if isinstance(scale, transforms.AdditiveTransform):
+    partition = Features(module.mask.nonzero().squeeze(-1), (~module.mask).nonzero().squeeze(-1))
+    identity, _ = partition.split(x, dims=2)
+    network = _linearized(module.hyper, identity, context)
+    if isinstance(probe, transforms.AdditiveTransform):
         return coupling_jacobian(x, network, partition, None)
 
-    def g(h: Tensor) -> Tensor:
+    def scale(h: Tensor) -> Tensor:
         return module.univariate(torch.zeros_like(h), h).scale  # type: ignore[attr-defined]
 
-    return coupling_jacobian(x, SelectedOutputs.deinterleaved(network), partition, g)
+    return coupling_jacobian(x, SelectedOutputs.deinterleaved(network), partition, scale)
 
 
 @known_jacobian.register
-def _(module: UnconditionalTransform, x: Tensor, context: Any) -> LayerJacobian | None:
+def _unconditional(module: UnconditionalTransform, x: Tensor, context: Any) -> LayerJacobian | None:
     transform = module(context)
     if x.dim() != 2:
         return None
     if isinstance(transform, transforms.PermutationTransform):
-        order, back = transform.order, transform.order.argsort()
-        return permutation_jacobian(x, lambda v: v[..., order], lambda v: v[..., back])
+        return permutation_jacobian(x, transform.order)
     if isinstance(transform, transforms.RotationTransform):
         return channel_mixing_jacobian(x, transform.R.detach())
     if isinstance(transform, transforms.LULinearTransform):
@@ -74,17 +70,20 @@ def _(module: UnconditionalTransform, x: Tensor, context: Any) -> LayerJacobian 
     return None
 
 
-def _scale_of(module: GeneralCouplingTransform) -> Any:
-    """What the coupling's univariate map is for zero parameters, if that is affine or additive; else None."""
+def _affine_or_additive(module: GeneralCouplingTransform) -> Any:
+    """The coupling's univariate map for zero parameters if it is affine or additive, else None."""
     like = next(module.hyper.parameters())
     probe = module.univariate(*[like.new_zeros(shape) for shape in module.shapes])
-    known = [list(shape) for shape in module.shapes] in ([[], []], [[]])
-    affine = isinstance(probe, (transforms.MonotonicAffineTransform, transforms.AdditiveTransform))
-    return probe if known and affine else None
+    shapes = [list(shape) for shape in module.shapes]
+    if isinstance(probe, transforms.AdditiveTransform) and shapes == [[]]:
+        return probe
+    if isinstance(probe, transforms.MonotonicAffineTransform) and shapes == [[], []]:
+        return probe
+    return None
 
 
-def _network(hyper: Any, kept: Tensor, context: Any) -> NetworkJacobian:
+def _linearized(hyper: Any, identity: Tensor, context: Any) -> NetworkJacobian:
     if context is None:
-        return linearize_network(hyper, kept)
-    whole = linearize_network(hyper, torch.cat([kept, context], dim=-1))
-    return InputSliceJacobian(whole, channels=kept.shape[1], held=context.shape[-1])
+        return linearize_network(hyper, identity)
+    whole = linearize_network(hyper, torch.cat([identity, context], dim=-1))
+    return InputSliceJacobian(whole, channels=identity.shape[1], held=context.shape[-1])
