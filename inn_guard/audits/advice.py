@@ -47,9 +47,10 @@ PENALISE_INVERSE = (
     "changed:\n"
     'ig.RegularizerHook(flow, [ig.FiniteDifferences(1.0, direction="inverse")], every=5)'
 )
-WRONG_INVERSE = (
-    "Compare the inverse with the forward formula; if it iterates, compare the error at twice the "
-    "iterations before raising them."
+WRONG_INVERSE = "Compare the inverse with the forward formula: it is the inverse of another map."
+ITERATIONS = (
+    "Compare the error of the inverse at twice the iterations. If it falls, raise them; if it "
+    "grows, bound the Lipschitz constant of the iterated layers below 1."
 )
 STORED = (
     "Train with stored activations, or let wrong layers be noticed and recomputed: "
@@ -120,8 +121,8 @@ def _sampling(report: AuditReport) -> Iterator[str]:
 
 def _reconstruction(report: AuditReport) -> Iterator[str]:
     cause = report["reconstruction"].settings.get("cause")
-    if cause == "wrong inverse":
-        yield WRONG_INVERSE
+    if cause in ("wrong inverse", "unconverged"):
+        yield WRONG_INVERSE if cause == "wrong inverse" else ITERATIONS
         return
     if cause == "rounding":
         yield RECONSTRUCTION_FLOAT64

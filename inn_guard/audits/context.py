@@ -128,10 +128,11 @@ class AuditContext:
 
 def audited_model(model: Invertible, x: Tensor) -> AuditedModel:
     """The model as checks see it: with its layers if these compose to it, else opaque."""
-    trained = tuple(name for name, part in model.named_modules() if part.training)
-    audited = AuditedModel(model, trained=trained)
-    audited.data_shape = x.shape[1:]
+    # inside the block no audit in another thread has set its mode
     with torch.no_grad(), preserve_state(model):
+        trained = tuple(name for name, part in model.named_modules() if part.training)
+        audited = AuditedModel(model, trained=trained)
+        audited.data_shape = x.shape[1:]
         audited.eval()
         audited.is_opaque = not _composes(audited, x)
     return audited

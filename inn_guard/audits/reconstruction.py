@@ -33,6 +33,7 @@ __all__ = ["reconstruction"]
 
 #: The worst ones, whose condition number is measured where the round trip fails.
 EXPLAINED_SAMPLES = 8
+FIRST = 16  #: samples at which the iterations of an inverse are looked at
 #: An error that rounding explains is known to first order up to this share of the data's scale.
 LINEAR = 0.1
 SHOWN = 8  #: images kept for the report, the worst ones
@@ -66,7 +67,7 @@ def reconstruction(context: AuditContext, *, batch_size: int = 128) -> AuditResu
     A float64 copy runs the same round trip. Where the model fails, its error tells the cause:
     float64 comes back (rounding: more precision helps); float64 fails, too, by no more than ten
     times its rounding and condition explain (no precision helps much); or by more (the inverse is
-    another map).
+    another map, or an iteration that did not converge).
 
     Args:
         context: model and data.
@@ -127,7 +128,8 @@ class _Measured:
         bijective: whether x -> z -> x ought to be the identity.
         precise: the deciding round trip in a float64 copy, or why there is none.
         explained: for the worst samples of a failing model, what rounding explains; None else.
-        cause: "rounding", "condition", "wrong inverse", "unknown", or "" where nothing fails.
+        cause: "rounding", "condition", "unconverged", "wrong inverse", "unknown", or "" where
+            nothing fails.
     """
 
     rows: Tensor
@@ -207,7 +209,9 @@ def _with_cause(context: AuditContext, measured: _Measured, limit: float) -> _Me
     # where rounding moves a sample this far, the derivative at the sample no longer tells how far
     allowed = torch.where(allowed > LINEAR * size, torch.inf, allowed)
     beyond = precise.l2[worst_rows].nan_to_num(math.inf) > allowed.nan_to_num(math.inf)
-    cause = "wrong inverse" if bool(beyond.any()) else "condition"
+    cause = "condition"
+    if bool(beyond.any()):
+        cause = "unconverged" if _unconverged(context, measured.rows) else "wrong inverse"
     return _Measured(*parts, explained, cause=cause)
 
 
@@ -247,8 +251,8 @@ def _finding(context: AuditContext, measured: _Measured) -> tuple[Finding, str]:
         )
     reason += _because(measured, limit)
     reason += _floor(measured)
-    if not verdict.failed:
-        reason += _open_ended(context, measured)
+    if not verdict.failed or measured.cause == "unconverged":
+        reason += _unconverged(context, measured.rows)
     if left_out:
         reason += f"; {left_out} samples of x contain NaN or Inf and are left out"
     unit = "of the feature's deviation or size"
@@ -260,9 +264,12 @@ _ADVICE = {
     "": "",
     "rounding": "Run the inverse in float64: it was measured to come back there.",
     "condition": "Bound the scales of the layers, or train with a RegularizerHook.",
+    "unconverged": (
+        "Compare the error at twice the iterations. If it falls, raise them; if it grows, the "
+        "iteration does not converge: bound the Lipschitz constant below 1."
+    ),
     "wrong inverse": (
-        "Compare the inverse with the forward formula. An iterative inverse may need more "
-        "iterations."
+        "Compare the inverse with the forward formula."
     ),
     "unknown": "Bound the scales of the layers, or train with a RegularizerHook.",
 }
@@ -315,8 +322,9 @@ def _floor(measured: _Measured) -> str:
     return f"; the inverse itself is exact to {floor:.1e} only, in float64, too"
 
 
-def _open_ended(context: AuditContext, measured: _Measured) -> str:
-    model, x = context.at(measured.rows[: 2 * EXPLAINED_SAMPLES])
+def _unconverged(context: AuditContext, rows: Tensor) -> str:
+    """Which iterations of the inverse did not end at the first samples, in words."""
+    model, x = context.at(rows[:FIRST])
     found = unconverged(model, x)
     return "".join(
         f"; the inverse of {layer} did not converge: {how}" for layer, how in found.items()

@@ -56,7 +56,7 @@ def audit(  # noqa: PLR0913
     loss: Callable[..., Tensor] | None = None,
     name: str | None = None,
     seed: int = 0,
-    memory: float | None = None,
+    memory: float | int | None = None,
     group: Group | None = None,
     dry_run: bool = False,
     progress: bool | None = None,
@@ -180,7 +180,7 @@ def _with_deciding(
     return order
 
 
-def _memory(memory: float | None) -> float | None:
+def _memory(memory: float | int | None) -> float | int | None:
     if memory is None:
         return None
     if isinstance(memory, (str, bool)) or not memory > 0:

@@ -13,7 +13,7 @@ import inn_guard as ig
 from inn_guard.audits import AUDITS, LEVELS, Level
 from inn_guard.audits.cost_model import COSTS
 from inn_guard.audits.dry_run import dry_run
-from inn_guard.audits.reconstruction.audit import reconstruction
+from inn_guard.audits.reconstruction import reconstruction
 from inn_guard.core.layer_jacobian import AutogradJacobian
 from tests.cases.toys import Linear
 

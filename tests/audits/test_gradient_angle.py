@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch import nn
 
-from inn_guard.audits.gradient_angle import MAX_ANGLE, gradient_angle
+from inn_guard.audits.gradient_angle import gradient_angle
 from inn_guard.core.invertible import Invertible
 from inn_guard.layers.chain import Chain
-from inn_guard.report.result import Verdict
+from inn_guard.report.verdict import Verdict
 from tests.memory_saving import nets
 from tests.oracles import memory_saving as reference
 
@@ -102,7 +102,7 @@ def test_healthy_nets_are_stable_at_rounding():
 def test_exploding_inverses_are_found_layer_by_layer():
     result = gradient_angle(nets.exploding().float(), nets.vectors(10).float(), batch_size=5)
     assert result.verdict.failed
-    assert result.verdict is Verdict.NON_FINITE or result.values["max_angle"] > MAX_ANGLE
+    assert result.verdict is Verdict.NON_FINITE or result.values["max_angle"] > 1
     last, first = result.per_layer[-1], result.per_layer[0]
     assert last["distance"] < 1e-5
     assert not first["distance"] < 0.1
@@ -120,7 +120,63 @@ def test_nan_is_a_finding():
     assert math.isnan(result.values["max_angle"])
     result = gradient_angle(nets.flow(), nets.vectors() * math.inf)
     assert result.verdict is Verdict.NON_FINITE
+    assert "every sample of x contains NaN" in result.reason
+    with torch.no_grad():
+        broken = Chain(Scale(), Scale())
+        broken.layers()[0].w[0] = math.nan
+    result = gradient_angle(broken, torch.ones(3, 2))
+    assert result.verdict is Verdict.NON_FINITE
     assert "true gradient itself" in result.reason
+
+
+def test_samples_that_are_not_finite_are_left_out():
+    model, x = nets.flow(), nets.vectors(8)
+    poisoned = torch.cat([x[:3], torch.full_like(x[:1], math.nan), x[3:]])
+    result = gradient_angle(model, poisoned, batch_size=4)
+    assert result.verdict is Verdict.STABLE
+    assert result.tables == gradient_angle(model, x, batch_size=4).tables
+    assert (result.uses["gradients"].samples, result.uses["gradients"].of) == (8, 9)
+
+
+class Longer(Scale):
+    """Its inverse is right, and its gradient points where it should, but is too long."""
+
+    def __init__(self, factor: float) -> None:
+        super().__init__(factor)
+
+    def inverse(self, z):
+        return self.factor * z / self.w
+
+
+def test_a_wrong_length_decides_where_the_angle_is_right():
+    """z = w1 w2 x, the loss linear: only the first layer's gradient scales with the rebuilt x."""
+    model = Chain(Scale(), Scale(1.05))
+    with torch.no_grad():
+        model.layers()[0].w.fill_(1e6)  # the gradient of this layer is a millionth of the other's
+    result = gradient_angle(model, torch.ones(1, 2), loss=lambda z: z.sum())
+    finding = result.uses["gradients"]
+    assert result.verdict is Verdict.UNSTABLE
+    assert finding.unit == "of |h|"
+    assert finding.limit == 0.01
+    assert finding.figure == pytest.approx(0.05, rel=1e-3)
+
+
+def test_a_gradient_that_rounding_decides_is_undecided():
+    class Chaotic(Scale):
+        """Its gradient depends on the last bits of its input, which its inverse does not know."""
+
+        def forward(self, x):
+            return x + 1e-9 * self.w * torch.sin(1e18 * x.detach())
+
+        def inverse(self, z):
+            return z
+
+    model, x = Chain(Scale(), Chaotic(), Scale()), torch.rand(4, 2) + 0.5
+    model.layers()[0].requires_grad_(False)
+    model.layers()[2].requires_grad_(False)
+    result = gradient_angle(model, x, seed=1, loss=lambda z: z.sum())
+    assert result.verdict is Verdict.UNDECIDED
+    assert "not determined at this precision" in result.reason
 
 
 def test_small_angles_have_digits():

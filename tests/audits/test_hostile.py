@@ -23,11 +23,13 @@ from torch import Tensor, nn
 
 import inn_guard as ig
 from benchmarks.common.image_files import MissingData, read_cifar10, read_mnist
-from inn_guard.audits import AuditReport, AuditResult, Verdict
 from inn_guard.cli.models import load_weights
 from inn_guard.cli.usage import WrongUsage
 from inn_guard.execution.files import atomic_write
+from inn_guard.report.audit_report import AuditReport
 from inn_guard.report.from_json import from_json
+from inn_guard.report.result import AuditResult
+from inn_guard.report.verdict import Verdict
 from tests.cases.toys import random_chain
 from tests.cli.nets import Scale
 
@@ -216,7 +218,8 @@ def test_two_audits_in_two_threads_neither_disturb_each_other_nor_the_model():
     MODES.clear()
     alone = ig.audit(model, x, checks=["reconstruction", "jacobian_spectrum"])
     assert len(reports) == 3
-    assert together == 3 * MODES  # one after the other, none in a mode that another one has set
+    # checks of the threads take turns; none sees a mode that another one has set
+    assert sorted(together) == sorted(3 * MODES)
     for report in reports:
         assert [dict(r.values) for r in report.results] == [dict(r.values) for r in alone.results]
     assert model.training
@@ -227,7 +230,7 @@ def test_a_model_on_the_meta_device_is_refused_with_what_to_do():
     with torch.device("meta"):
         model = Slow()
     for x in (torch.randn(4, 4), torch.randn(4, 4, device="meta")):
-        with pytest.raises(ValueError, match=r"meta device, which has none: type model.to_empty"):
+        with pytest.raises(ValueError, match=r"meta device, which has none: call model.to_empty"):
             ig.audit(model, x)
     with pytest.raises(ValueError, match="meta device, which has none: load data"):
         ig.audit(

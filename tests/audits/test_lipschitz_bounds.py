@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from inn_guard.audits import Verdict
+from inn_guard.report.verdict import Verdict
 from inn_guard.audits.lipschitz_bounds import SAMPLED, lipschitz_bounds
 from inn_guard.layers import MLP, AffineCoupling, Chain, Conditional, Diagonal, InvertibleLinear
 

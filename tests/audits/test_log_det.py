@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from inn_guard.audits import Verdict
+from inn_guard.report.verdict import Verdict
 from inn_guard.audits.log_det import log_det
 from inn_guard.layers.chain import Chain
 from tests.cases.toys import Linear, Warp
@@ -52,7 +52,7 @@ def test_a_right_log_det_is_stable_and_its_value_known():
     ("claim", "error"),
     [
         (lambda true, x: -true, 2 * math.log(8)),
-        (lambda true, x: true + 0.05, 0.05),
+        (lambda true, x: true + 0.11, 0.11),
         (lambda true, x: 0 * true, math.log(8)),
     ],
 )
@@ -62,9 +62,9 @@ def test_a_wrong_formula_is_found_with_its_error(claim, error, dtype):
     assert result.values["max_error"] == pytest.approx(error, rel=1e-4)
 
 
-def test_an_inverse_that_does_not_cancel_is_found():
+def test_an_inverse_that_does_not_cancel_is_said_and_does_not_decide_the_density_of_data():
     result = log_det(Claim(inverse=lambda true, z: true), data())
-    assert result.verdict is Verdict.UNSTABLE
+    assert result.verdict is Verdict.STABLE
     assert result.values["forward_plus_inverse"] == pytest.approx(2 * math.log(8))
     assert "not 0" in result.reason
 
@@ -76,11 +76,37 @@ def test_a_wrong_shape_is_found(claim):
     assert "shape" in result.reason
 
 
+@pytest.mark.parametrize(("by", "verdict"), [(0.005, "stable"), (0.05, "marginal")])
+def test_errors_below_the_limit_are_stable_or_marginal(by, verdict):
+    result = log_det(Claim(lambda true, x: true + by), data())
+    assert result.verdict == verdict
+    assert result.uses["density"].figure == pytest.approx(by)
+
+
 def test_nan_is_a_finding():
-    assert log_det(Claim(lambda true, x: true * torch.nan), data()).verdict is Verdict.NON_FINITE
-    assert (
-        log_det(Claim(inverse=lambda true, z: true / 0 * 0), data()).verdict is Verdict.NON_FINITE
-    )
+    result = log_det(Claim(lambda true, x: true * torch.nan), data())
+    assert result.verdict is Verdict.NON_FINITE
+    assert "4 of 4 log-determinants are NaN" in result.reason
+
+
+def test_a_formula_on_a_singular_jacobian_is_undecided():
+    class Singular(Claim):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x) * 0.0
+
+    result = log_det(Singular(), data())
+    assert result.verdict is Verdict.UNDECIDED
+    assert "could not be checked" in result.reason
+
+
+def test_how_many_samples_are_compared_is_said():
+    result = log_det(Claim(), data(9), samples=5)
+    finding = result.uses["density"]
+    assert (finding.samples, finding.of) == (5, 9)
+    assert "of 5 samples" in result.reason
+    assert result.per_sample["error"].isnan().sum() == 4
+    with pytest.raises(ValueError, match="at least 1 sample"):
+        log_det(Claim(), data(), samples=0)
 
 
 def test_no_log_det_is_not_applicable():

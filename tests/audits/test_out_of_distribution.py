@@ -26,7 +26,7 @@ from inn_guard.execution.time_limit import TimedOut, time_limit
 from inn_guard.layers.chain import Chain
 from inn_guard.layers.coupling import AffineCoupling
 from inn_guard.layers.networks import MLP
-from inn_guard.report.result import Verdict
+from inn_guard.report.verdict import Verdict
 from tests.execution.hanging import hangs
 
 

@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from inn_guard.audits.reconstruction.audit import reconstruction
+from inn_guard.audits.reconstruction import reconstruction
 from torch import nn
 
 from inn_guard.audits import LEVELS, Level
@@ -15,7 +15,7 @@ from inn_guard.audits.audited_model import AuditedModel
 from inn_guard.audits.precision.audit import NumberFormat, arithmetics, precision
 from inn_guard.audits.thresholds import max_usable_error
 from inn_guard.core.invertible import Invertible, NotApplicable
-from inn_guard.report.result import Verdict
+from inn_guard.report.verdict import Verdict
 from tests.cases.all import CASES
 from tests.execution.hanging import hangs
 from tests.jacobian.test_rounding_error import Diagonal, couplings

@@ -7,9 +7,9 @@ import math
 import pytest
 import torch
 
-from inn_guard.audits import Verdict
+from inn_guard.report.verdict import Verdict
 from inn_guard.audits.quick_check import quick_round_trip
-from inn_guard.audits.reconstruction.audit import reconstruction
+from inn_guard.audits.reconstruction import reconstruction
 from inn_guard.core.invertible import Invertible
 from tests.oracles.regularizers import Embedding, TwoCouplings
 

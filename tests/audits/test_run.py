@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import inn_guard as ig
 from inn_guard.audits import AUDITS, LEVELS, AuditReport, AuditResult, Level, Verdict
-from inn_guard.audits.reconstruction.audit import reconstruction
+from inn_guard.audits.reconstruction import reconstruction
 from inn_guard.audits.run import audit
 from inn_guard.layers.chain import Chain
 from tests.cases.toys import Linear, Warp, random_chain

@@ -1,19 +1,20 @@
-"""Audits whose default effort is for one model: the same code on less, for tests over cases."""
+"""Checks whose default effort is for one model, not for a hundred: the same code on less."""
 
 from __future__ import annotations
 
-import functools
-
-from inn_guard.audits import Audit
+from inn_guard.audits import AuditSpec
 from inn_guard.audits.dequantization_attack import Ascent
 from inn_guard.audits.dequantization_attack.audit import dequantization_attack
 from inn_guard.audits.lipschitz_bounds import lipschitz_bounds
 from inn_guard.audits.out_of_distribution.audit import out_of_distribution
+from inn_guard.audits.sampling import sampling
 
-SHORTENED: dict[str, Audit] = {
-    "dequantization_attack": functools.partial(
-        dequantization_attack, strategy=Ascent(budget=20), samples=2
-    ),
-    "lipschitz_bounds": functools.partial(lipschitz_bounds, seconds=1.0),
-    "out_of_distribution": functools.partial(out_of_distribution, samples=2, spectrum_samples=1),
+SHORTENED: dict[str, AuditSpec] = {
+    check.name: check
+    for check in (
+        dequantization_attack.with_settings(strategy=Ascent(budget=20), samples=2),
+        lipschitz_bounds.with_settings(seconds=1.0),
+        out_of_distribution.with_settings(samples=2),
+        sampling.with_settings(draws=64),
+    )
 }

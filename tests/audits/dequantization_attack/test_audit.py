@@ -35,7 +35,7 @@ from inn_guard.layers.chain import Chain
 from inn_guard.layers.coupling import AffineCoupling
 from inn_guard.layers.networks import MLP
 from inn_guard.layers.permutation import Permutation
-from inn_guard.report.result import Verdict
+from inn_guard.report.verdict import Verdict
 from tests.oracles.attacks import projected_gradient, reconstruction_error
 
 STRATEGIES = {
@@ -168,7 +168,7 @@ def recorded(model, x, strategy):
         AuditedModel(model), cubes, budget=strategy.budget, generator=generator, seconds=30
     )
     search.errors(cubes.centre)
-    strategy.run_attack(search)
+    strategy.run(search)
     return search, cubes
 
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from inn_guard.audits.dequantization_attack import Quantization
 from inn_guard.audits.dequantization_attack.audit import dequantization_attack
 from inn_guard.layers.permutation import Permutation
-from inn_guard.report.result import Verdict
+from inn_guard.report.verdict import Verdict
 
 
 @given(
