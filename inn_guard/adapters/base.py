@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import abc
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, TypeVar
 
 import torch
@@ -85,6 +85,9 @@ class Adapted(Invertible):
         if log_det is None:
             raise NotApplicable(f"{self.name}: {self.missing_log_det}")
         return as_log_det(log_det, like)
+
+    def _in_context(self, layers: Iterable[Invertible]) -> tuple[Invertible, ...]:
+        return tuple(layer.with_context(self.context) for layer in layers)
 
     def _like(self) -> Tensor:
         """An empty tensor with the dtype and device of the module's parameters."""

@@ -138,7 +138,8 @@ def _arguments(x: Tensor, context: Context) -> tuple[Any, ...]:
 def _registered(closures: Sequence[Closure]) -> nn.ModuleList:
     found: dict[int, nn.Module] = {}
     for closure in closures:
-        found.update((id(module), module) for module in closure.modules())
+        for module in closure.modules():
+            found[id(module)] = module
     modules = nn.ModuleList(found.values())
     modules.training = any(module.training for module in found.values())
     return modules

@@ -15,7 +15,7 @@ from inn_guard.adapters.base import Adapted
 from inn_guard.core.base import BaseDistribution
 from inn_guard.core.invertible import Context, Invertible, InvertibleWrapper, as_log_det
 from inn_guard.layers.chain import Chain
-from inn_guard.layers.inverted import InverseLayer
+from inn_guard.layers.inverted import InverseLayer, inverse_chain
 
 __all__ = ["TorchDistribution", "TorchTransform", "adapt", "exact_deviation"]
 
@@ -39,8 +39,8 @@ def adapt(model: T.Transform | Distribution, context: Context = None) -> Inverti
     if isinstance(model, T._InverseTransform):
         return InverseLayer(adapt(model.inv))
     if isinstance(model, T.ComposeTransform):
-        return Chain(*[adapt(part) for part in model.parts])
-    return TorchTransform(model)
+        return Chain(*map(adapt, model.parts))
+    return TorchTransform(model)  # type: ignore[arg-type]
 
 
 class TorchTransform(Adapted):
@@ -107,8 +107,7 @@ class TorchDistribution(InvertibleWrapper):
     def __init__(self, distribution: TransformedDistribution) -> None:
         holder = _Holder(distribution)
         transforms: list[T.Transform] = holder.held.transforms
-        steps = [InverseLayer(adapt(transform)) for transform in reversed(transforms)]
-        super().__init__(Chain(*steps))
+        super().__init__(Chain(*inverse_chain([adapt(part) for part in transforms])))
         self.holder = holder
 
     @property
@@ -178,7 +177,8 @@ class _Holder(nn.Module):
         parameters = [t for t in _tensors(held) if isinstance(t, nn.Parameter)]
         self.tensors = nn.ParameterList(parameters)
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> _Holder:  # noqa: FBT001, FBT002
+    # the signature is that of torch
+    def _apply(self, fn: Any, recurse: bool = True) -> _Holder:  # noqa: FBT001, FBT002
         super()._apply(fn, recurse)
         if not isinstance(self.held, nn.Module):
 

@@ -28,6 +28,7 @@ __all__ = [
 ]
 
 Self = TypeVar("Self", bound="Invertible")
+Derived = TypeVar("Derived", bound="DerivedMap")
 
 
 class Invertible(nn.Module, abc.ABC):
@@ -155,7 +156,7 @@ class DerivedMap(Invertible):
         self.context = inner.context
         self.training = inner.training
 
-    def rewrapped(self: Self, inner: Invertible) -> Self:
+    def rewrapped(self: Derived, inner: Invertible) -> Derived:
         """The same derivation of another inner map; ``self`` if it is the same one."""
         if inner is self.inner:
             return self
@@ -167,15 +168,15 @@ class DerivedMap(Invertible):
         clone.training = inner.training
         return clone
 
-    def with_context(self: Self, context: Context) -> Self:
+    def with_context(self: Derived, context: Context) -> Derived:
         """The same derivation of the inner map in ``context``."""
         return self.rewrapped(self.inner.with_context(context))
 
-    def select(self: Self, rows: Tensor) -> Self:
+    def select(self: Derived, rows: Tensor) -> Derived:
         """The same derivation of the inner map for these rows of the batch."""
         return self.rewrapped(self.inner.select(rows))
 
-    def to_dtype(self: Self, dtype: torch.dtype) -> Self:
+    def to_dtype(self: Derived, dtype: torch.dtype) -> Derived:
         """The same derivation of a copy of the inner map in ``dtype``."""
         return self.rewrapped(self.inner.to_dtype(dtype))
 
@@ -223,7 +224,7 @@ class InvertibleWrapper(DerivedMap):
         """The four linear maps of the inner map at x."""
         return self.inner.linearize(x)
 
-    def with_cached_conditioner(self: Self, state: Tensor) -> Self:
+    def with_cached_conditioner(self: Derived, state: Tensor) -> Derived:
         """The inner map with its conditioner evaluated once, at ``state``."""
         return self.rewrapped(self.inner.with_cached_conditioner(state))
 

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 __all__ = [
+    "concatenate_flat",
     "dtype_name",
     "finite_rows",
     "log_norm",
@@ -13,6 +17,7 @@ __all__ = [
     "norms",
     "peak",
     "per_sample",
+    "split_flat",
     "standard_normal",
     "unit_vectors",
 ]
@@ -101,6 +106,26 @@ def unit_vectors(t: Tensor) -> Tensor:
     """
     length = nonzero_or_one(norms(t))
     return (t.double() / per_sample(length, t)).to(t.dtype)
+
+
+def concatenate_flat(parts: Sequence[Tensor]) -> Tensor:
+    """Tensors (B, ...) flattened and concatenated in their order: (B, D).
+
+    >>> concatenate_flat([torch.zeros(5, 2), torch.zeros(5, 3, 4)]).shape
+    torch.Size([5, 14])
+    """
+    return torch.cat([part.flatten(1) for part in parts], dim=1)
+
+
+def split_flat(t: Tensor, shapes: Sequence[Sequence[int]]) -> list[Tensor]:
+    """The tensors with these shapes of one sample that ``concatenate_flat`` made into t (B, D).
+
+    >>> [part.shape for part in split_flat(torch.zeros(5, 14), [(2,), (3, 4)])]
+    [torch.Size([5, 2]), torch.Size([5, 3, 4])]
+    """
+    sizes = [math.prod(shape) for shape in shapes]
+    pieces = t.split(sizes, dim=1)
+    return [piece.reshape(-1, *shape) for piece, shape in zip(pieces, shapes, strict=True)]
 
 
 def dtype_name(dtype: torch.dtype) -> str:

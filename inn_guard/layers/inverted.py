@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from inn_guard.core.invertible import DerivedMap, Invertible
 from inn_guard.core.layer_jacobian import LayerJacobian
 
-__all__ = ["InverseJacobian", "InverseLayer"]
+__all__ = ["InverseJacobian", "InverseLayer", "inverse_chain"]
 
 
 class InverseLayer(DerivedMap):
@@ -51,7 +53,7 @@ class InverseLayer(DerivedMap):
 
     def layers(self) -> tuple[Invertible, ...]:
         """The inner layers in reverse order, each inverted; () if the inner map is opaque."""
-        return tuple(InverseLayer(layer) for layer in reversed(self.inner.layers()))
+        return inverse_chain(self.inner.layers())
 
     def linearize(self, x: Tensor) -> LayerJacobian:
         """The Jacobian of the inner map at inner^-1(x), with the directions exchanged."""
@@ -65,6 +67,11 @@ class InverseLayer(DerivedMap):
     def name(self) -> str:
         """``inverse`` and the inner map's name."""
         return f"inverse {self.inner.name}"
+
+
+def inverse_chain(layers: Sequence[Invertible]) -> tuple[InverseLayer, ...]:
+    """The inverse of a chain of layers: the inverse of each, last one first."""
+    return tuple(InverseLayer(layer) for layer in reversed(layers))
 
 
 class InverseJacobian:

@@ -9,6 +9,7 @@ import torch
 
 from inn_guard.core.missing import Missing
 from inn_guard.core.tensors import (
+    concatenate_flat,
     dtype_name,
     finite_rows,
     log_norm,
@@ -16,6 +17,7 @@ from inn_guard.core.tensors import (
     norms,
     peak,
     per_sample,
+    split_flat,
     standard_normal,
     unit_vectors,
 )
@@ -89,6 +91,14 @@ def test_standard_normal_draws_the_same_numbers_in_every_dtype():
         for dtype in (torch.float32, torch.float64)
     )
     assert torch.equal(single, double.float())
+
+
+def test_flat_concatenations_are_split_again():
+    parts = [torch.randn(4, 3), torch.randn(4, 2, 5), torch.randn(4, 1, 1, 1)]
+    flat = concatenate_flat(parts)
+    assert flat.shape == (4, 14)
+    for part, back in zip(parts, split_flat(flat, [(3,), (2, 5), (1, 1, 1)]), strict=True):
+        assert torch.equal(part, back)
 
 
 def test_names_of_dtypes():

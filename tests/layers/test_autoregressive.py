@@ -22,6 +22,7 @@ from inn_guard.layers.autoregressive import (
 from inn_guard.layers.inverted import InverseLayer
 from inn_guard.layers.reshape import ZeroPadding
 from inn_guard.layers.scales import ExpScale, SoftplusScale
+from inn_guard.lipschitz import rules
 from inn_guard.numerics.intervals import Box
 from tests.cases.aef import CASES
 from tests.cases.case import randomize
@@ -213,6 +214,7 @@ def test_maf_has_actnorm_between_its_layers_and_starts_near_a_diagonal():
 def test_certified_bounds_hold_over_sampled_jacobians(name):
     (make,) = [case.make for case in CASES if case.id == f"aef/{name}"]
     flow, x = make()
+    rules.load()
     bounds = assert_sound(flow, Box(x.amin(0), x.amax(0)))
     assert bounds.forward < 20
     assert bounds.inverse < 1000

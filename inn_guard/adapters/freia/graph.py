@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
-import torch
 from torch import Tensor
 
 from inn_guard.core.invertible import DerivedMap, Invertible
+from inn_guard.core.tensors import concatenate_flat, split_flat
 
 __all__ = ["OnEdges", "Shape", "Shapes", "State", "chain", "pack", "packed_shape", "unpack"]
 
+Value = TypeVar("Value")
 Shape = tuple[int, ...]  #: of one tensor, without the batch
 Shapes = tuple[Shape, ...]
 Edge = tuple[int, int]  #: number of the node it leaves, and which of that node's outputs it is
@@ -24,12 +25,13 @@ Expand = Callable[[Any, Shapes, Shapes], "tuple[Invertible, ...]"]
 def pack(tensors: Sequence[Tensor]) -> Tensor:
     """Several tensors (B, *) flattened and concatenated, (B, D); a single one as it is.
 
+    >>> import torch
     >>> pack([torch.zeros(5, 2), torch.zeros(5, 3, 4)]).shape
     torch.Size([5, 14])
     """
     if len(tensors) == 1:
         return tensors[0]
-    return torch.cat([tensor.flatten(1) for tensor in tensors], dim=1)
+    return concatenate_flat(tensors)
 
 
 def unpack(packed: Tensor, shapes: Shapes) -> tuple[Tensor, ...]:
@@ -45,8 +47,7 @@ def unpack(packed: Tensor, shapes: Shapes) -> tuple[Tensor, ...]:
             f"expected a tensor (B, {packed_shape(shapes)[0]}), the flattened concatenation of "
             f"{', '.join(map(str, shapes))}; got {tuple(packed.shape)}"
         )
-    pieces = packed.split([math.prod(shape) for shape in shapes], dim=1)
-    return tuple(piece.reshape(-1, *shape) for piece, shape in zip(pieces, shapes, strict=True))
+    return tuple(split_flat(packed, shapes))
 
 
 def packed_shape(shapes: Shapes) -> Shape:
@@ -76,13 +77,13 @@ class State:
     def split(self, packed: Tensor) -> tuple[Tensor, dict[Edge, Tensor]]:
         """The touched edges, packed, and every edge by itself."""
         edges = dict(zip(self.alive, unpack(packed, tuple(self.alive.values())), strict=True))
-        return pack([edges[edge] for edge in self.touched]), edges
+        return pack(_chosen(edges, self.touched)), edges
 
     def join(self, result: Tensor, others: Mapping[Edge, Tensor]) -> Tensor:
         """The layer's result and the other edges, packed."""
-        made = unpack(result, tuple(self.alive[edge] for edge in self.touched))
+        made = unpack(result, _chosen(self.alive, self.touched))
         edges = {**others, **dict(zip(self.touched, made, strict=True))}
-        return pack([edges[edge] for edge in self.alive])
+        return pack(_chosen(edges, self.alive))
 
 
 class OnEdges(DerivedMap):
@@ -151,8 +152,8 @@ def chain(inn: Any, expand: Expand) -> tuple[Invertible, ...]:
         if not after:
             return ()
         if node is nodes[-1] and set(after) == set(final):
-            after = {edge: after[edge] for edge in final}
-        sublayers = expand(node, tuple(alive[edge] for edge in taken), tuple(made.values()))
+            after = dict(zip(final, _chosen(after, final), strict=True))
+        sublayers = expand(node, _chosen(alive, taken), tuple(made.values()))
         if not sublayers:
             return ()
         layers += _placed(sublayers, State(alive, taken), State(after, tuple(made)))
@@ -160,6 +161,10 @@ def chain(inn: Any, expand: Expand) -> tuple[Invertible, ...]:
     if tuple(alive) != final:
         return ()
     return tuple(layers)
+
+
+def _chosen(values: Mapping[Edge, Value], edges: Iterable[Edge]) -> tuple[Value, ...]:
+    return tuple(values[edge] for edge in edges)
 
 
 def _forward_order(inn: Any) -> Sequence[Any]:

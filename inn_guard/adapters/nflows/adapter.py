@@ -29,7 +29,8 @@ from inn_guard.adapters.nflows import jacobians  # noqa: F401 - registers them
 from inn_guard.core.base import BaseDistribution
 from inn_guard.core.invertible import Context, Invertible
 from inn_guard.core.missing import NotApplicable
-from inn_guard.layers.inverted import InverseLayer
+from inn_guard.core.tensors import concatenate_flat, split_flat
+from inn_guard.layers.inverted import InverseLayer, inverse_chain
 from inn_guard.layers.multiscale import OnRemaining
 from inn_guard.layers.reshape import Flatten, Rearrangement
 
@@ -74,7 +75,7 @@ class NflowsTransform(Adapted):
         chain = _chain(self.module)
         if len(chain) == 1 and chain[0].block is self.module:
             return ()
-        return tuple(layer.with_context(self.context) for layer in chain)
+        return self._in_context(chain)
 
     def _expects_context(self) -> bool:
         for part in self.module.modules():
@@ -182,19 +183,17 @@ class Chunk(Rearrangement):
 
     def forward(self, x: Tensor) -> Tensor:
         """[finished, remaining], (B, D)."""
-        return torch.cat([chunk.flatten(1) for chunk in x.chunk(2, self.dim)], dim=1)
+        return concatenate_flat(x.chunk(2, self.dim))
 
     def inverse(self, z: Tensor) -> Tensor:
         """The chunks back in their place."""
         size = self.shape[self.dim - 1]
         first_shape = _resized(self.shape, self.dim, (size + 1) // 2)
         second_shape = _resized(self.shape, self.dim, size // 2)
-        first, second = z.split([math.prod(first_shape), math.prod(second_shape)], dim=1)
-        chunks = [first.reshape(-1, *first_shape), second.reshape(-1, *second_shape)]
-        return torch.cat(chunks, dim=self.dim)
+        return torch.cat(split_flat(z, [first_shape, second_shape]), dim=self.dim)
 
 
-def _exact_deviation(distribution: nn.Module) -> Tensor | None:
+def _exact_deviation(distribution: Any) -> Tensor | None:
     if type(distribution) is StandardNormal:
         return torch.ones(distribution._shape)
     if type(distribution) is DiagonalNormal:
@@ -209,7 +208,7 @@ def _chain(transform: nn.Module) -> tuple[Invertible, ...]:
             layers += _chain(part)
         return tuple(layers)
     if isinstance(transform, InverseTransform):
-        return tuple(InverseLayer(layer) for layer in reversed(_chain(transform._transform)))
+        return inverse_chain(_chain(transform._transform))
     if isinstance(transform, MultiscaleCompositeTransform):
         return _scales(transform)
     return (NflowsTransform(transform),)

@@ -28,6 +28,7 @@ from inn_guard.adapters.normflows.layers import (
 from inn_guard.core.base import BaseDistribution
 from inn_guard.core.invertible import Context, Invertible
 from inn_guard.core.missing import MissingContextError, NotApplicable
+from inn_guard.core.tensors import concatenate_flat, split_flat
 from inn_guard.layers.inverted import InverseLayer
 from inn_guard.layers.multiscale import OnRemaining
 from inn_guard.layers.reshape import Flatten, Rearrangement
@@ -142,7 +143,7 @@ class NormflowsModel(Adapted):
         layers = chain_of_flows(self.module.flows)
         if not self._condition():
             return layers
-        return tuple(layer.with_context(self.context) for layer in layers)
+        return self._in_context(layers)
 
     def _condition(self) -> tuple[Any, ...]:
         if isinstance(self.module, ConditionalNormalizingFlow) and self.context is not None:
@@ -178,9 +179,7 @@ class NormflowsMultiscale(Adapted):
             NotApplicable: if the base distributions do not tell their shapes.
         """
         shapes = self._latent_shapes()
-        sizes = [math.prod(shape) for shape in shapes]
-        parts = z.split(sizes[::-1], dim=1)[::-1]
-        return [part.reshape(-1, *shape) for part, shape in zip(parts, shapes, strict=True)]
+        return split_flat(z, shapes[::-1])[::-1]
 
     def _encode(self, x: Tensor) -> tuple[Tensor, Any]:
         latents, log_det = self.module.inverse_and_log_det(x)
@@ -310,14 +309,13 @@ class SplitOff(Rearrangement):
 
     def inverse(self, z: Tensor) -> Tensor:
         """Both put together."""
-        finished, remaining = z.split([math.prod(self.finished), math.prod(self.remaining)], dim=1)
-        parts = [remaining.reshape(-1, *self.remaining), finished.reshape(-1, *self.finished)]
-        return self.merge(parts)[0]
+        finished, remaining = split_flat(z, [self.finished, self.remaining])
+        return self.merge([remaining, finished])[0]
 
 
 def _packed(latents: list[Tensor]) -> Tensor:
     """The library's list of latents as one flat tensor, (B, D)."""
-    return torch.cat([latent.flatten(1) for latent in reversed(latents)], dim=1)
+    return concatenate_flat(latents[::-1])
 
 
 def _merge_dim(merge: Any, shape: Shape) -> int:
@@ -364,18 +362,19 @@ def _shape_before(step: Invertible, shape: Shape) -> Shape:
 @contextmanager
 def _at_temperature_one(base: nn.Module) -> Iterator[None]:
     """Switch off the temperatures of a base distribution; restore them afterwards."""
-    parts = [part for part in base.modules() if hasattr(part, "temperature")]
-    temperatures = [part.temperature for part in parts]
-    for part in parts:
-        part.temperature = None  # type: ignore[assignment]
+    temperatures: dict[Any, Any] = {}
+    for part in base.modules():
+        if hasattr(part, "temperature"):
+            temperatures[part] = part.temperature
+            part.temperature = None  # type: ignore[assignment]
     try:
         yield
     finally:
-        for part, temperature in zip(parts, temperatures, strict=True):
+        for part, temperature in temperatures.items():
             part.temperature = temperature
 
 
-def _exact_deviation(base: nn.Module) -> Tensor | None:
+def _exact_deviation(base: Any) -> Tensor | None:
     """Standard deviation of each entry, (*latent), if the parameters tell it, else None."""
     if type(base) is DiagGaussian:
         return base.log_scale.detach()[0].exp()

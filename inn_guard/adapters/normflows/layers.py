@@ -15,7 +15,7 @@ from inn_guard.adapters.cached_network import CachedNetwork, with_modules
 from inn_guard.adapters.normflows import jacobians  # noqa: F401 - registers them
 from inn_guard.core.invertible import Invertible
 from inn_guard.core.missing import NotApplicable
-from inn_guard.layers.inverted import InverseLayer
+from inn_guard.layers.inverted import inverse_chain
 
 __all__ = ["NormflowsLayer", "chain_of", "chain_of_flows", "named_errors"]
 
@@ -56,7 +56,7 @@ class NormflowsLayer(Adapted):
 def chain_of(flow: Any) -> tuple[Invertible, ...]:
     """The layers of one flow from data to latent, containers opened."""
     if isinstance(flow, Reverse):
-        return tuple(InverseLayer(layer) for layer in reversed(chain_of(flow.flow)))
+        return inverse_chain(chain_of(flow.flow))
     if isinstance(flow, Composite):
         return chain_of_flows(flow._flows)
     if isinstance(flow, GlowBlock):

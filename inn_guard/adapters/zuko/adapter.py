@@ -26,7 +26,7 @@ from inn_guard.core.base import BaseDistribution
 from inn_guard.core.invertible import Context, Invertible, map_tensors
 from inn_guard.core.tensors import finite_rows
 from inn_guard.layers.chain import Chain
-from inn_guard.layers.inverted import InverseLayer
+from inn_guard.layers.inverted import inverse_chain
 
 __all__ = ["ZukoFlow", "ZukoTransform", "adapt"]
 
@@ -68,7 +68,7 @@ class ZukoTransform(Adapted):
 
     def _decode(self, z: Tensor) -> tuple[Tensor, Tensor]:
         if _solves_odes(self.module):
-            return _by_layer([InverseLayer(layer) for layer in reversed(self._own_layers())], z)
+            return _by_layer(inverse_chain(self._own_layers()), z)
         return self._transform().inv.call_and_ladj(z)  # type: ignore[attr-defined]
 
     def _expects_context(self) -> bool:
@@ -78,7 +78,7 @@ class ZukoTransform(Adapted):
         """The transformations inside a composed one, flat, in this context; () for a single one."""
         if not isinstance(self.module, (LazyComposedTransform, LazyInverse)):
             return ()
-        return tuple(layer.with_context(self.context) for layer in _chain(self.module))
+        return self._in_context(_chain(self.module))
 
     def _own_layers(self) -> tuple[Invertible, ...]:
         return self.layers() or (self,)
@@ -133,7 +133,7 @@ class ZukoFlow(ZukoTransform):
     def layers(self) -> tuple[Invertible, ...]:
         """The flow's lazy transformations, flat, in its context."""
         flow: Any = self.module
-        return tuple(layer.with_context(self.context) for layer in _chain(flow.transform))
+        return self._in_context(_chain(flow.transform))
 
     def _transform(self) -> Transform:
         flow: Any = self.module
@@ -210,7 +210,7 @@ def _chain(transform: nn.Module) -> tuple[Invertible, ...]:
             layers += _chain(part)
         return tuple(layers)
     if isinstance(transform, LazyInverse):
-        return tuple(InverseLayer(layer) for layer in reversed(_chain(transform.transform)))
+        return inverse_chain(_chain(transform.transform))
     if isinstance(transform, FFJTransform):
         return (ZukoOde(transform),)
     return (ZukoTransform(transform),)
@@ -220,18 +220,23 @@ def _solves_odes(module: nn.Module) -> bool:
     return any(isinstance(part, FFJTransform) for part in module.modules())
 
 
-def _has_context_inputs(part: nn.Module) -> bool:
+def _has_context_inputs(part: Any) -> bool:
     """Whether a transformation's network has more inputs than there are features for it."""
     network = getattr(part, "hyper", None)
     if not isinstance(network, nn.Module):
         return False
-    widths = [layer.in_features for layer in network.modules() if hasattr(layer, "in_features")]
+    # zuko's own linear maps are no nn.Linear
+    widths: list[int] = []
+    for layer in network.modules():
+        if hasattr(layer, "in_features"):
+            widths.append(layer.in_features)  # type: ignore[arg-type]
     if not widths:
         return False
+    inputs = widths[0]
     if isinstance(part, GeneralCouplingTransform):
-        return int(widths[0]) > int(part.mask.sum())
+        return inputs > int(part.mask.sum())
     if isinstance(part, MaskedAutoregressiveTransform):
-        return part.order is not None and int(widths[0]) > len(part.order)
+        return part.order is not None and inputs > len(part.order)
     # what is transformed elementwise has a network only if it has a context
     return True
 
