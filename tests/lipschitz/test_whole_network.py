@@ -1,4 +1,4 @@
-"""Whole networks: never below a sampled ratio, in any method, and tighter in the order that theory says."""
+"""Whole networks: no bound below a sampled ratio; methods as tight as theory orders them."""
 
 from __future__ import annotations
 
@@ -35,6 +35,7 @@ from inn_guard.lipschitz.whole_network import (
 )
 from inn_guard.lipschitz.witness import Witness, measure
 from inn_guard.numerics.intervals import Box, Interval
+from tests.cases.trials import first
 from tests.lipschitz.soundness import ROUNDING, jacobians, sample
 
 EFFORT = SearchBudget(steps=25, seconds=2.0)
@@ -73,7 +74,7 @@ def ratios(model: Chain, box: Interval, count: int = 200) -> Pair:
 
 
 @pytest.mark.parametrize("affine", [False, True])
-@pytest.mark.parametrize("trial", range(6))
+@pytest.mark.parametrize("trial", first(1, range(6)))
 def test_recursion_over_whole_networks(affine, trial):
     torch.manual_seed(trial)
     model = dense(affine)
@@ -180,6 +181,42 @@ def test_remark_3_turns_upper_bounds_into_lower_ones():
     assert bounds.scope == "global"
 
 
+def test_a_batch_as_the_domain_means_its_box_and_any_model_is_wrapped():
+    torch.manual_seed(0)
+    library_model = AffineCouplingTransform(
+        torch.tensor([0, 1]), lambda inner, outer: MLPOfNflows([inner], [outer], [8])
+    ).eval()
+    x = torch.rand(16, 2)
+    by_batch = lipschitz_bounds(library_model, x, seconds=3.0)
+    by_box = lipschitz_bounds(ig.wrap(library_model), Box.around(x), seconds=3.0)
+    assert by_batch.scope == by_box.scope
+    assert by_batch.lower_forward <= by_batch.forward < math.inf
+
+
+def test_other_domains_are_refused():
+    model = Chain(Diagonal(2))
+    with pytest.raises(TypeError, match="expected a domain as inn_guard.Box.*got ndarray"):
+        lipschitz_bounds(model, np.zeros((3, 2)))
+    with pytest.raises(ValueError, match="finite samples"):
+        lipschitz_bounds(model, torch.tensor([[0.0, math.nan]]))
+    for shape in [(0, 2), ()]:
+        with pytest.raises(ValueError, match="expected a batch"):
+            lipschitz_bounds(model, torch.zeros(shape))
+    with pytest.raises(ValueError, match="does not accept samples of the domain's shape"):
+        lipschitz_bounds(Chain(InvertibleLinear(2)), torch.zeros(4, 3))
+
+
+def test_a_loose_bound_says_so():
+    bounds = lipschitz_bounds(Chain(Diagonal(2)), Box.everywhere((2,)), seconds=1.0)
+    assert "loose" not in str(bounds)
+    assert "proves nothing" not in str(bounds)
+    assert len(repr(bounds)) < 120
+    loose = replace(bounds, inverse=1e46, forward=math.inf)
+    assert "proves nothing" in str(loose)
+    assert "loose: the upper bound is 1e+46 times the largest value found" in str(loose)
+    assert loose.looseness.forward == math.inf
+
+
 def test_progress_and_text():
     said = []
     bounds = lipschitz_bounds(
@@ -225,7 +262,7 @@ def linear_pair(first, second):
 
 @pytest.mark.parametrize("a", [1e3, 1e7, 1e9, 1e12])
 def test_witnesses_of_two_shears_are_not_above_the_truth(a):
-    """J = [[1, a], [a, a^2 + 1]] has determinant 1, and no more of it is left in float64 than of a^2."""
+    """J = [[1, a], [a, a^2 + 1]] has determinant 1; float64 keeps as little of it as of a^2."""
     model = linear_pair(torch.tensor([[1.0, a], [0.0, 1.0]]), torch.tensor([[1.0, 0.0], [a, 1.0]]))
     stretch, shrink = measure(model, torch.randn(5, 2))
     largest = (
@@ -238,9 +275,9 @@ def test_witnesses_of_two_shears_are_not_above_the_truth(a):
         assert 1 / shrink.ratio == pytest.approx(largest, rel=1e-2)
 
 
-@pytest.mark.parametrize("seed", range(8))
+@pytest.mark.parametrize("seed", first(2, range(8)))
 def test_witnesses_are_not_above_the_truth_where_two_layers_nearly_cancel(seed):
-    """A of condition number 1e16 and its inverse in float64, against their product in rational numbers."""
+    """A of condition number 1e16 and its inverse, against their product in rational numbers."""
     generator = torch.Generator().manual_seed(seed)
     U, V = (torch.linalg.qr(torch.randn(2, 2, generator=generator)).Q for _ in range(2))
     A = U @ torch.diag(torch.tensor([1e8, 1e-8])) @ V

@@ -1,4 +1,4 @@
-"""Convolution norms against dense matrices: random kernels, every padding, stride, dilation, groups, transposed."""
+"""Convolution norms against dense matrices: random kernels, every kind of geometry."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from inn_guard.numerics.convolution_norm import convolution_norm, riesz_norm, torus_norm
+from tests.cases.trials import trials
 
 
 def dense(module: nn.Module, channels: int, size: tuple[int, ...]) -> torch.Tensor:
@@ -36,10 +37,11 @@ def draw(generator: torch.Generator, low: int, high: int) -> int:
     return int(torch.randint(low, high + 1, (), generator=generator))
 
 
+@trials(40, 300)
 @pytest.mark.parametrize("transposed", [False, True])
-def test_zero_padding_stride_dilation_groups(transposed):
+def test_zero_padding_stride_dilation_groups(transposed, trials):
     generator = torch.Generator().manual_seed(int(transposed))
-    for trial in range(300):
+    for trial in range(trials):
         groups, k, stride = draw(generator, 1, 2), draw(generator, 1, 4), draw(generator, 1, 3)
         dilation = draw(generator, 1, 2) if stride == 1 else 1
         padding = draw(generator, 0, k)
@@ -68,10 +70,11 @@ def test_zero_padding_stride_dilation_groups(transposed):
         assert truth(module, inner, (n, n)) <= convolution_norm(module, (n, n)) * (1 + 1e-12)
 
 
+@trials(15, 60)
 @pytest.mark.parametrize("mode", ["circular", "reflect", "replicate"])
-def test_other_padding_modes(mode):
+def test_other_padding_modes(mode, trials):
     generator = torch.Generator().manual_seed(7)
-    for trial in range(60):
+    for trial in range(trials):
         k, stride = (3, 5)[trial % 2], 1 + trial % 2
         module = nn.Conv2d(
             2, 3, k, stride, k // 2, padding_mode=mode, bias=False, dtype=torch.float64
@@ -108,9 +111,10 @@ def test_output_padding_of_a_transposed_convolution():
     assert truth(module, 2, (4, 4)) <= convolution_norm(module, (4, 4)) * (1 + 1e-12)
 
 
-def test_size_free_bound_holds_for_every_size():
+@trials(15, 60)
+def test_size_free_bound_holds_for_every_size(trials):
     generator = torch.Generator().manual_seed(11)
-    for trial in range(60):
+    for trial in range(trials):
         stride = 1 + trial % 2
         module = nn.Conv2d(2, 2, 3, stride, 1, bias=False, dtype=torch.float64)
         fill(module, generator, trial)

@@ -10,6 +10,7 @@ import torch
 
 from inn_guard.numerics.rounding import gamma, largest_eigenvalue
 from inn_guard.numerics.spectral_norm import inverse_norm, spectral_norm
+from tests.cases.trials import trials
 
 mpmath.mp.dps = 40
 
@@ -32,8 +33,9 @@ def random_matrices(count: int, seed: int):
         yield A * 10.0 ** float(torch.empty(()).uniform_(-6, 6, generator=generator))
 
 
-def test_spectral_norm_is_never_below_40_digits():
-    for A in random_matrices(400, 0):
+@trials(60, 400)
+def test_spectral_norm_is_never_below_40_digits(trials):
+    for A in random_matrices(trials, 0):
         truth = true_norm(A)
         bound = spectral_norm(A)
         assert truth <= bound <= truth * (1 + mpmath.mpf(10) ** -12)
@@ -48,18 +50,20 @@ def test_power_iteration_and_svd_are_below_where_the_certificate_is_not():
     assert all(spectral_norm(A) >= true_norm(A) for A in random_matrices(100, 1))
 
 
-def test_complex_norm_equals_that_of_the_real_embedding():
+@trials(10, 100)
+def test_complex_norm_equals_that_of_the_real_embedding(trials):
     generator = torch.Generator().manual_seed(2)
-    for _ in range(100):
+    for _ in range(trials):
         A = torch.randn(3, 4, 5, generator=generator, dtype=torch.complex128)
         real = torch.cat([torch.cat([A.real, -A.imag], 2), torch.cat([A.imag, A.real], 2)], 1)
         truth = max(true_norm(block) for block in real)
         assert truth <= spectral_norm(A) <= truth * (1 + mpmath.mpf(10) ** -11)
 
 
-def test_inverse_norm_is_never_below_40_digits():
+@trials(30, 150)
+def test_inverse_norm_is_never_below_40_digits(trials):
     generator = torch.Generator().manual_seed(3)
-    for trial in range(150):
+    for trial in range(trials):
         n = int(torch.randint(1, 6, (), generator=generator))
         W = torch.randn(n, n, generator=generator, dtype=torch.float64)
         if trial % 3 == 0 and n > 1:

@@ -30,6 +30,7 @@ from inn_guard.lipschitz.maps.base import NoRule, bounded_map
 from inn_guard.lipschitz.rules import nflows as bounds_nflows  # noqa: F401 - registers the rules
 from inn_guard.lipschitz.transformers.quadratic import QuadraticSpline
 from inn_guard.numerics.intervals import Box, Interval
+from tests.cases.trials import trials
 from tests.lipschitz.soundness import assert_sound
 
 MASK = [1, 0, 1, 0]
@@ -105,9 +106,10 @@ def shaken(transform: torch.nn.Module, std: float) -> torch.nn.Module:
     return transform.eval()
 
 
+@trials(1, 4)
 @pytest.mark.parametrize("name", LOCAL)
-def test_vectors_on_boxes(name):
-    for trial in range(4):
+def test_vectors_on_boxes(name, trials):
+    for trial in range(trials):
         layer = ig.wrap(shaken(LOCAL[name](), 0.1 + 0.2 * trial))
         size = 1.5 if trial % 2 else 3.0
         box = Box(-size * torch.ones(4), 0.7 * size * torch.ones(4))
