@@ -205,7 +205,8 @@ def register_fsdp_methods(model: nn.Module) -> nn.Module:
 
 def _fingerprint(tensor: Tensor) -> tuple[Any, ...]:
     content = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
-    return tuple(tensor.shape), str(tensor.dtype), zlib.crc32(memoryview(content))  # type: ignore[arg-type]
+    checksum = zlib.crc32(memoryview(content))  # type: ignore[arg-type]
+    return tuple(tensor.shape), str(tensor.dtype), checksum
 
 
 def _sendable(error: Exception | None) -> Exception | None:

@@ -165,6 +165,7 @@ class _Differentiable(torch.autograd.Function):
         ctx: Any, forward_pass: ForwardPass, x: Tensor, *dependencies: Tensor
     ) -> tuple[Tensor, ...]:
         outputs, tape = forward_pass.run(x)
+        # a chain that only moves or copies entries may return x itself
         if outputs[0].untyped_storage().data_ptr() == x.untyped_storage().data_ptr():
             outputs = (outputs[0].clone(), *outputs[1:])
         ctx.forward_pass, ctx.checkpoints = forward_pass, list(tape.checkpoints)
@@ -222,5 +223,5 @@ def _recorded_gradients(
         found = torch.autograd.grad(
             values, wanted, value_gradients, create_graph=True, allow_unused=True
         )
-    positions = {id(tensor): gradient for tensor, gradient in zip(wanted, found, strict=True)}
-    return [positions.get(id(tensor)) for tensor in inputs]
+    gradient_of = dict(zip(map(id, wanted), found, strict=True))
+    return [gradient_of.get(id(tensor)) for tensor in inputs]

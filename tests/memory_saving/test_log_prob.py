@@ -10,6 +10,7 @@ from torch import nn
 
 from inn_guard.adapters import wrap
 from inn_guard.memory_saving import memory_saving
+from tests.cases.all import CASES, one_of_each_kind
 from tests.cases.case import randomize, seeded
 
 FEATURES, HIDDEN, BLOCKS, BATCH = 4, 32, 6, 16
@@ -125,6 +126,16 @@ def test_log_prob_keeps_no_activations_and_has_the_plain_gradient(make):
     gradients = torch.autograd.grad(found.mean(), parameters)
     for a, b in zip(gradients, torch.autograd.grad(expected.mean(), parameters), strict=True):
         assert (a - b).norm() <= 1e-6 * b.norm() + 1e-12
+
+
+WITH_DENSITY = [case for case in CASES if case.has_layers and case.has_log_det]
+
+
+@pytest.mark.parametrize("case", one_of_each_kind(WITH_DENSITY))
+def test_log_prob_is_that_of_every_model(case):
+    model, x = case.make()
+    found = memory_saving(model).log_prob(x)
+    assert torch.allclose(found, model.log_prob(x), rtol=1e-5, atol=1e-4)
 
 
 def test_disabled_it_is_the_models_own_log_prob():
