@@ -56,10 +56,14 @@ STORED = (
     "Train with stored activations, or let wrong layers be noticed and recomputed: "
     "ig.memory_saving(flow, guard=1e-3)"
 )
-DENSITY_HOLDS = (
-    "Densities are right: only the inverse is lost. Use log_prob; do not use samples, "
-    "reconstructions or memory-saving gradients."
-)
+DENSITY_HOLDS = "Densities are right: only the inverse is lost. Use log_prob; do not use {lost}."
+#: use -> what it gives
+GIVES = {
+    "sampling": "samples",
+    "reconstruction": "reconstructions",
+    "gradients": "memory-saving gradients",
+    "other_inputs": "the inverse outside of the data",
+}
 
 
 def advise(report: AuditReport, context: AuditContext) -> tuple[str, ...]:
@@ -97,7 +101,7 @@ def _advice(report: AuditReport, context: AuditContext) -> Iterator[str]:
     lost = failing & {"sampling", "reconstruction", "gradients"}
     density = report.uses.get("density")
     if lost and density is not None and density.verdict.passed:
-        yield DENSITY_HOLDS
+        yield DENSITY_HOLDS.format(lost=" or ".join(lost))
     yield from _other(report)
 
 
