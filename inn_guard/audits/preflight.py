@@ -13,7 +13,7 @@ from inn_guard.audits.context import AuditContext, same_up_to_rounding
 from inn_guard.audits.cost_model import Cost, Passes, Task
 from inn_guard.audits.level import Level
 from inn_guard.audits.spec import audit_check
-from inn_guard.core.missing import NotApplicable
+from inn_guard.core.missing import MissingContextError, NotApplicable
 from inn_guard.core.tensors import finite_rows
 from inn_guard.execution.state import changed_state, preserve_state
 from inn_guard.report.result import AuditResult
@@ -182,6 +182,9 @@ def _names(changed: list[str]) -> str:
 
 def _refused(model: AuditedModel, x: Tensor, error: ModelError) -> None:
     """Raise if no batch of this shape is accepted by a model whose parameters are sound."""
+    if isinstance(error.__cause__, (MissingContextError, TypeError)):
+        # says itself what is wrong, which is not the shape of x
+        raise InputRejected(str(error)) from error
     if any(
         not bool(p.detach().isfinite().all()) for p in model.parameters() if p.is_floating_point()
     ):

@@ -11,6 +11,7 @@ from nflows.nn.nets import ResidualNet
 from torch import nn
 from torch.distributions import AffineTransform, LogNormal, Normal, TransformedDistribution
 
+import inn_guard as ig
 from inn_guard.adapters import wrap
 from inn_guard.core.invertible import Invertible
 from inn_guard.core.missing import MissingContextError, NotApplicable
@@ -283,6 +284,13 @@ def test_a_missing_context_is_named(library):
     x = torch.randn(N, FEATURES, dtype=torch.float32)
     with pytest.raises(MissingContextError, match=f"no context; pass context=c .* {N} samples"):
         wrap(library.float())(x)
+
+
+def test_an_audit_names_the_missing_context_and_not_the_shape():
+    flow = nflows_flow(context=True).eval()
+    message = "^forward of the model raises MissingContextError: Flow is conditional"
+    with pytest.raises(ValueError, match=message):
+        ig.audit(flow, torch.randn(N, FEATURES), level="quick")
 
 
 def test_other_errors_are_the_librarys():

@@ -1,4 +1,4 @@
-"""Callables: which modules are seen, what a copy is bound to, and what results are accepted. Torch transforms too."""
+"""Callables: modules found, copies, accepted results; and transforms of torch.distributions."""
 
 from __future__ import annotations
 
@@ -82,23 +82,23 @@ def test_a_deep_copy_is_bound_to_the_copied_modules(bind):
     net, x = nn.Linear(2, 2), torch.randn(3, 2)
     original = Closure(bind(net))
     memo = {}
-    twin = copy.deepcopy(original, memo)
-    assert torch.equal(twin(x), original(x))
-    (copied,) = twin.modules()
+    closure_copy = copy.deepcopy(original, memo)
+    assert torch.equal(closure_copy(x), original(x))
+    (copied,) = closure_copy.modules()
     assert copied is not net
     with torch.no_grad():
         copied.weight.zero_()
-    assert not torch.equal(twin(x), original(x))
+    assert not torch.equal(closure_copy(x), original(x))
     assert torch.equal(original(x), net(x))
 
 
 def test_a_deep_copy_of_a_function_of_globals_leaves_the_globals_alone():
-    twin = copy.deepcopy(Closure(through_another_function))
-    (copied,) = twin.modules()
+    closure_copy = copy.deepcopy(Closure(through_another_function))
+    (copied,) = closure_copy.modules()
     assert copied is not GLOBAL_NET
-    assert copy.deepcopy(twin).modules()[0] is not copied
+    assert copy.deepcopy(closure_copy).modules()[0] is not copied
     assert modules_of(through_another_function) == [GLOBAL_NET]
-    assert torch.equal(twin(torch.ones(1, 2)), through_another_function(torch.ones(1, 2)))
+    assert torch.equal(closure_copy(torch.ones(1, 2)), through_another_function(torch.ones(1, 2)))
 
 
 def test_a_recursive_closure_can_be_copied():
@@ -107,9 +107,9 @@ def test_a_recursive_closure_can_be_copied():
     def countdown(x, depth=2):
         return net(x) if depth == 0 else countdown(x, depth - 1)
 
-    twin = copy.deepcopy(Closure(countdown))
-    assert torch.equal(twin(torch.ones(1, 1)), countdown(torch.ones(1, 1)))
-    assert twin.modules()[0] is not net
+    closure_copy = copy.deepcopy(Closure(countdown))
+    assert torch.equal(closure_copy(torch.ones(1, 1)), countdown(torch.ones(1, 1)))
+    assert closure_copy.modules()[0] is not net
 
 
 def test_untouched_restores_modules_inside_closures():
@@ -245,11 +245,11 @@ def test_parameters_of_a_transform_are_registered_and_follow_a_copy():
     scale = nn.Parameter(torch.tensor([2.0, 3.0]))
     model = wrap(T.ComposeTransform([T.AffineTransform(0.0, scale), T.ExpTransform()]))
     assert [id(p) for p in model.parameters()] == [id(scale)]
-    twin = copy.deepcopy(model)
+    closure_copy = copy.deepcopy(model)
     with torch.no_grad():
         scale.fill_(1.0)
     x = torch.ones(1, 2)
-    torch.testing.assert_close(twin(x).log(), torch.tensor([[2.0, 3.0]]))
+    torch.testing.assert_close(closure_copy(x).log(), torch.tensor([[2.0, 3.0]]))
     torch.testing.assert_close(model(x).log(), x)
     assert next(model.float().parameters()) is scale
     assert model(x.float()).dtype == torch.float32

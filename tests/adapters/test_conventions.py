@@ -1,4 +1,4 @@
-"""Conventions of other code bases through wrap(encode=..., decode=...): the lines that the README shows."""
+"""Conventions of other code bases through wrap(encode=..., decode=...)."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class GlowStyle(nn.Module):
 
 
 class ResidualFlowStyle(nn.Module):
-    """residual-flows' chain: a running log-likelihood (B, 1) from which every layer takes its log-determinant."""
+    """residual-flows' chain: every layer subtracts its log-determinant from a running sum."""
 
     def __init__(self) -> None:
         super().__init__()

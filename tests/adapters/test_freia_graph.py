@@ -107,8 +107,8 @@ def test_layers_follow_the_context():
     with_context = [layer for layer in model.layers() if layer.context is not None]
     assert with_context
     for layer in with_context:
-        twin = layer.with_context([condition + 1 for condition in layer.context])
-        assert layer.with_context(layer.context).name == twin.name == layer.name
+        copied = layer.with_context([condition + 1 for condition in layer.context])
+        assert layer.with_context(layer.context).name == copied.name == layer.name
 
 
 def test_wrong_conditions_and_inputs_are_named():

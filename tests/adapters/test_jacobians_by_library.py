@@ -1,4 +1,4 @@
-"""Tangents of normflows', zuko's and MemCNN's layers against autograd, to 1e-12."""
+"""Jacobians of normflows', zuko's and MemCNN's layers against autograd, to 1e-12."""
 
 from __future__ import annotations
 
@@ -81,17 +81,33 @@ CASES = {
     "zuko additive": (lambda: coupling(univariate=T.AdditiveTransform, shapes=[()]), (5,), ()),
     "zuko mask": (lambda: coupling(mask=[True, True, False, True, False]), (5,), ()),
     "zuko permutation": (
-        lambda: UnconditionalTransform(T.PermutationTransform, torch.randperm(5), buffer=True), (5,), ()
+        lambda: UnconditionalTransform(T.PermutationTransform, torch.randperm(5), buffer=True),
+        (5,),
+        (),
     ),
-    "zuko rotation": (lambda: UnconditionalTransform(T.RotationTransform, torch.randn(5, 5)), (5,), ()),
+    "zuko rotation": (
+        lambda: UnconditionalTransform(T.RotationTransform, torch.randn(5, 5)),
+        (5,),
+        (),
+    ),
     "zuko LU": (lambda: UnconditionalTransform(T.LULinearTransform, torch.eye(5)), (5,), ()),
     "MemCNN additive": (lambda: memcnn.AdditiveCoupling(half(), half()), (6,), ()),
-    "MemCNN naive": (lambda: memcnn.AffineCoupling(half(), half(), adapter=memcnn.AffineAdapterNaive), (6,), ()),
-    "MemCNN sigmoid": (
-        lambda: memcnn.AffineCoupling(half(6), half(6), adapter=memcnn.AffineAdapterSigmoid), (6,), ()
+    "MemCNN naive": (
+        lambda: memcnn.AffineCoupling(half(), half(), adapter=memcnn.AffineAdapterNaive),
+        (6,),
+        (),
     ),
-    "MemCNN wrapped": (lambda: memcnn.InvertibleModuleWrapper(memcnn.AdditiveCoupling(half(), half())), (6,), ()),
-}  # fmt: skip
+    "MemCNN sigmoid": (
+        lambda: memcnn.AffineCoupling(half(6), half(6), adapter=memcnn.AffineAdapterSigmoid),
+        (6,),
+        (),
+    ),
+    "MemCNN wrapped": (
+        lambda: memcnn.InvertibleModuleWrapper(memcnn.AdditiveCoupling(half(), half())),
+        (6,),
+        (),
+    ),
+}
 
 
 @pytest.fixture(params=CASES)
@@ -129,12 +145,16 @@ DIFFERENT = {
     "normflows checkerboard": lambda: (image_block("checkerboard"), (2, 2, 2)),
     "normflows uninitialised": lambda: (nf.flows.ActNorm(5), (5,)),
     "normflows half-open mask": lambda: (
-        nf.flows.MaskedAffineFlow(torch.tensor([1.0, 0.5, 0.0, 1.0, 0.0]), mlp(), mlp()), (5,)
+        nf.flows.MaskedAffineFlow(torch.tensor([1.0, 0.5, 0.0, 1.0, 0.0]), mlp(), mlp()),
+        (5,),
     ),
-    "zuko spline": lambda: (coupling(univariate=T.MonotonicRQSTransform, shapes=[(4,), (4,), (3,)]), (5,)),
+    "zuko spline": lambda: (
+        coupling(univariate=T.MonotonicRQSTransform, shapes=[(4,), (4,), (3,)]),
+        (5,),
+    ),
     "zuko autoregressive": lambda: (zuko.flows.MaskedAutoregressiveTransform(5), (5,)),
     "MemCNN wrapper inside": lambda: (memcnn.AdditiveCoupling(wrapper(), nn.Linear(4, 4)), (8,)),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", DIFFERENT)

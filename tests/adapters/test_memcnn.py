@@ -1,4 +1,4 @@
-"""What the contract cannot see of the MemCNN adapter: freed storages, its own switch, what is shared."""
+"""The MemCNN adapter beyond the contract: freed storages, its own switch, what is shared."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the contract cannot see of the nflows adapter: its errors, its exceptions, caches, flows and their contexts."""
+"""The nflows adapter beyond the contract: errors, exceptions, caches, flows and contexts."""
 
 from __future__ import annotations
 
@@ -182,8 +182,14 @@ def test_scales_are_finished_first_and_the_rest_comes_last():
     x = normal(3, 4, 4, 4)
     layers = wrap(module.eval()).layers()
     assert [layer.name for layer in layers] == [
-        "OneByOneConvolution", "Chunk", "SqueezeTransform", "ActNorm", "Chunk", "ActNorm", "Flatten",
-    ]  # fmt: skip
+        "OneByOneConvolution",
+        "Chunk",
+        "SqueezeTransform",
+        "ActNorm",
+        "Chunk",
+        "ActNorm",
+        "Flatten",
+    ]
     finished_first = module._transforms[0](x)[0].chunk(2, 1)[0].flatten(1)
     state = layers[1](layers[0](x))
     assert torch.equal(state[:, : finished_first.shape[1]], finished_first)
@@ -266,8 +272,8 @@ def test_filled_caches_do_not_follow_a_copy(linear, default_float32):
     assert module.cache.weight is not None
     double = model.to_dtype(torch.float64)
     torch.testing.assert_close(double(x.double()), z.double(), rtol=1e-5, atol=1e-5)
-    twin = copy.deepcopy(model)
-    assert torch.equal(twin(x), z)
+    copied = copy.deepcopy(model)
+    assert torch.equal(copied(x), z)
     assert module.using_cache
     assert module.cache.weight is not None
 
@@ -318,7 +324,7 @@ def test_a_transform_that_writes_into_its_input_leaves_ours_alone():
 
 
 def test_the_scale_activation_of_newer_versions_is_used_as_it_is():
-    """Master has a scale_activation argument; the adapter asks the module itself, so either version is measured."""
+    """Newer versions take a scale_activation; the adapter asks the module itself."""
 
     class Exponential(transforms.AffineCouplingTransform):
         def _scale_and_shift(self, transform_params):
@@ -342,7 +348,7 @@ SPLINES = {
 
 
 def spline_coupling(kind):
-    """A coupling whose network has ``hidden_features``, by which the splines scale its output, in place."""
+    """A coupling whose network has ``hidden_features``, by which splines scale its output."""
     torch.manual_seed(0)
     options = {"tails": "linear", "tail_bound": 3.0}
     coupling = SPLINES[kind](

@@ -1,4 +1,4 @@
-"""What the contract cannot see of the normflows adapter: directions, its exceptions, multiscale latents, contexts."""
+"""The normflows adapter beyond the contract: directions, exceptions, multiscale, contexts."""
 
 from __future__ import annotations
 

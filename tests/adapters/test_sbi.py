@@ -1,4 +1,4 @@
-"""Density estimators of sbi: with sbi itself where it is installed, and with stand-ins of the same structure."""
+"""Density estimators of sbi itself, where it is installed, and of stand-ins."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the contract cannot see of the zuko adapter: laziness, its exceptions, NaN in solvers, memory saving."""
+"""The zuko adapter beyond the contract: laziness, exceptions, NaN in solvers, memory saving."""
 
 from __future__ import annotations
 

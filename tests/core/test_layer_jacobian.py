@@ -1,4 +1,4 @@
-"""AutogradJacobian against the dense Jacobian; dense tangents where a library's derivative is missing or wrong."""
+"""AutogradJacobian against the dense Jacobian; what replaces missing or wrong derivatives."""
 
 from __future__ import annotations
 
@@ -19,20 +19,20 @@ def applied(matrix: Tensor, v: Tensor) -> Tensor:
     return torch.einsum("bij,bj->bi", matrix, v)
 
 
-def assert_four_products(tangent, model, x, tolerance=1e-12):
+def assert_four_products(products, model, x, tolerance=1e-12):
     J = jacobian(model.forward, x)
     J_inverse = torch.linalg.inv(J)
-    torch.testing.assert_close(tangent.output, model(x).detach())
+    torch.testing.assert_close(products.output, model(x).detach())
     for product, matrix in (
-        (tangent.jvp, J),
-        (tangent.vjp, J.mT),
-        (tangent.inverse_jvp, J_inverse),
-        (tangent.inverse_vjp, J_inverse.mT),
+        (products.jvp, J),
+        (products.vjp, J.mT),
+        (products.inverse_jvp, J_inverse),
+        (products.inverse_vjp, J_inverse.mT),
     ):
         torch.testing.assert_close(product(V), applied(matrix, V), rtol=tolerance, atol=tolerance)
 
 
-def test_autograd_tangent_is_the_jacobian():
+def test_autograd_jacobian_is_the_jacobian():
     model = Warp(5)
     assert_four_products(model.linearize(X), model, X)
 
@@ -49,23 +49,23 @@ def test_an_input_written_in_place_is_a_copy():
         return x.mul_(2)
 
     x = X.clone()
-    tangent = AutogradJacobian(doubling, lambda z: z.div_(2), x)
-    torch.testing.assert_close(tangent.vjp(V), 2 * V)
-    torch.testing.assert_close(tangent.jvp(V), 2 * V)
-    torch.testing.assert_close(tangent.inverse_jvp(V), V / 2)
-    torch.testing.assert_close(tangent.inverse_vjp(V), V / 2)
+    jacobian = AutogradJacobian(doubling, lambda z: z.div_(2), x)
+    torch.testing.assert_close(jacobian.vjp(V), 2 * V)
+    torch.testing.assert_close(jacobian.jvp(V), 2 * V)
+    torch.testing.assert_close(jacobian.inverse_jvp(V), V / 2)
+    torch.testing.assert_close(jacobian.inverse_vjp(V), V / 2)
     assert torch.equal(x, X)
 
 
 def test_a_map_outside_autograd_has_no_derivative():
-    tangent = AutogradJacobian(lambda x: x.detach() * 2, lambda z: z / 2, X)
+    jacobian = AutogradJacobian(lambda x: x.detach() * 2, lambda z: z / 2, X)
     with pytest.raises(NotApplicable, match="no derivative"):
-        tangent.vjp(V)
+        jacobian.vjp(V)
 
 
 def test_a_right_inverse_derivative_is_trusted():
-    tangent = Warp(5).linearize(X)
-    assert check_inverse(tangent, X, "warp") is tangent
+    jacobian = Warp(5).linearize(X)
+    assert check_inverse(jacobian, X, "warp") is jacobian
 
 
 def test_a_wrong_inverse_derivative_is_replaced_by_a_solve():
@@ -102,18 +102,18 @@ def test_a_rectangular_layer_with_a_wrong_inverse_has_no_answer():
 
 def test_forward_mode_is_replaced_where_there_is_none():
     model = ReverseOnly()
-    tangent = model.linearize(X)
+    jacobian = model.linearize(X)
     with pytest.raises((RuntimeError, NotImplementedError)):
-        tangent.jvp(V)
-    replaced = check_jvp(tangent, X, "reverse only")
+        jacobian.jvp(V)
+    replaced = check_jvp(jacobian, X, "reverse only")
     assert isinstance(replaced, FromRows)
     torch.testing.assert_close(replaced.jvp(V), 2 * V)
 
 
 def test_a_wrong_second_derivative_is_found_and_forward_mode_used():
-    tangent = AutogradJacobian(WrongTwice.apply, lambda z: z / 2, X)
-    torch.testing.assert_close(tangent.vjp(V), 2 * V)
-    torch.testing.assert_close(tangent.jvp(V), 2 * V)
+    jacobian = AutogradJacobian(WrongTwice.apply, lambda z: z / 2, X)
+    torch.testing.assert_close(jacobian.vjp(V), 2 * V)
+    torch.testing.assert_close(jacobian.jvp(V), 2 * V)
 
 
 def test_a_wrong_forward_mode_is_found():
@@ -134,13 +134,13 @@ def test_ill_conditioned_but_right_layers_are_trusted(condition):
     Q = torch.linalg.qr(torch.randn(5, 5, generator=generator)).Q
     model = Linear(Q @ torch.diag(torch.logspace(0, -torch.tensor(condition).log10().item(), 5)))
     for dtype in (torch.float64, torch.float32) if condition < 1e6 else (torch.float64,):
-        twin, x = model.to_dtype(dtype), X.to(dtype)
-        tangent = twin.linearize(x)
-        assert check_inverse(check_jvp(tangent, x, "linear"), x, "linear") is tangent
+        copied, x = model.to_dtype(dtype), X.to(dtype)
+        jacobian = copied.linearize(x)
+        assert check_inverse(check_jvp(jacobian, x, "linear"), x, "linear") is jacobian
 
 
 def test_non_finite_samples_do_not_hide_a_wrong_derivative():
     x = torch.cat([X, torch.full((1, 5), torch.nan)])
     assert isinstance(check_inverse(Detached(5).linearize(x), x, "detached"), FromLU)
-    tangent = Warp(5).linearize(x)
-    assert check_inverse(check_jvp(tangent, x, "warp"), x, "warp") is tangent
+    jacobian = Warp(5).linearize(x)
+    assert check_inverse(check_jvp(jacobian, x, "warp"), x, "warp") is jacobian

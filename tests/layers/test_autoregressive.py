@@ -1,4 +1,4 @@
-"""Autoregressive layers: who depends on whom, their Jacobians, their inverses, and nflows as a second opinion."""
+"""Autoregressive layers: dependences, Jacobians, inverses, and nflows as a second opinion."""
 
 from __future__ import annotations
 

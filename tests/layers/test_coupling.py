@@ -1,4 +1,4 @@
-"""Couplings beyond the contract: the structure that one network evaluation serves all, contexts, partitions."""
+"""Couplings beyond the contract: one network evaluation serves all, contexts, partitions."""
 
 from __future__ import annotations
 

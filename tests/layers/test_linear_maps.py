@@ -42,10 +42,10 @@ def test_actnorm_is_not_initialised_in_evaluation_nor_by_the_inverse_nor_by_one_
 def test_actnorm_keeps_its_initialisation_in_the_state():
     layer = ActNorm(3).train()
     layer(3 + torch.randn(8, 3))
-    twin = ActNorm(3).train()
-    twin.load_state_dict(layer.state_dict())
+    copied = ActNorm(3).train()
+    copied.load_state_dict(layer.state_dict())
     x = torch.randn(8, 3)
-    assert torch.equal(twin(x), layer(x))
+    assert torch.equal(copied(x), layer(x))
 
 
 def test_a_constant_channel_is_finite():

@@ -148,8 +148,8 @@ def test_conditioned_copies_share_the_record():
     layer = residual()
     layer.with_context(None).inverse(torch.randn(2, 4))
     assert layer.convergence.iterations > 0
-    twin = copy.deepcopy(layer)
-    twin.inverse(torch.randn(5, 4))
+    copied = copy.deepcopy(layer)
+    copied.inverse(torch.randn(5, 4))
     assert len(layer.convergence.converged) == 2
 
 
@@ -227,9 +227,9 @@ def test_estimators_repeat_in_evaluation_move_on_in_training_and_resume():
     drawn = [layer.forward_and_log_det(x)[1] for _ in range(2)]
     assert not torch.equal(drawn[0], drawn[1])
     assert torch.equal(torch.get_rng_state(), state)
-    twin = residual(log_det=RussianRoulette(seed=5))
-    twin.load_state_dict(layer.state_dict())
-    assert torch.equal(twin.train().forward_and_log_det(x)[1], layer.forward_and_log_det(x)[1])
+    copied = residual(log_det=RussianRoulette(seed=5))
+    copied.load_state_dict(layer.state_dict())
+    assert torch.equal(copied.train().forward_and_log_det(x)[1], layer.forward_and_log_det(x)[1])
 
 
 def test_bad_settings_are_named():
