@@ -1,13 +1,13 @@
-"""Autoencoders within flows against architecturally identical VAEs: bits per dimension, Frechet distance, grids.
+"""Autoencoders within flows against identical VAEs: bits per dimension, Fréchet distance, images.
 
-    python -m benchmarks.aef.against_vae --preset cpu                   # digits, minutes on one core
-    python -m benchmarks.aef.against_vae --preset paper --root FOLDER   # MNIST as in Table 1
+    inn-guard bench aef.against_vae --preset cpu  # digits, minutes on one core
+    inn-guard bench aef.against_vae --preset paper --root FOLDER  # MNIST as in Table 1
 
 A small version of the latter, minutes on one core:
 
-    python -m benchmarks.aef.against_vae --dataset mnist --root FOLDER --models "VAE,AEF linear,AEF spread" \
-        --latents 2 --seeds 0,1 --spreads 0.1 --steps 400 --test-images 100 --draws 64 --classifier-steps 250 \
-        --out benchmarks/results/mnist
+    inn-guard bench aef.against_vae --dataset mnist --root FOLDER \
+        --models "VAE,AEF linear,AEF spread" --latents 2 --seeds 0,1 --spreads 0.1 --steps 400 \
+        --test-images 100 --draws 64 --classifier-steps 250 --out benchmarks/results/mnist
 
 and with --latents 32 --seeds 0 what is in results/mnist_32; ``curves.py`` trains longer.
 
@@ -23,7 +23,7 @@ from __future__ import annotations
 import enum
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
@@ -34,10 +34,11 @@ import torch
 from torch import Tensor
 
 import inn_guard as ig
-from benchmarks.aef.drawing import IMAGES, draw, image_file  # noqa: F401
+from benchmarks.aef.drawing import draw
 from benchmarks.aef.laplace import laplace_log_prob
+from benchmarks.aef.training import Case, ModelConfig, fit_images, fresh, keep_images
 from benchmarks.common.features import classifier_features
-from benchmarks.common.fit import Batch, FitSettings, fit
+from benchmarks.common.fit import FitSettings
 from benchmarks.common.metrics import (
     FeatureExtractor,
     bits_per_dimension,
@@ -45,15 +46,16 @@ from benchmarks.common.metrics import (
     frechet_distance,
     reconstruction_error,
 )
-from benchmarks.common.quantized_images import QuantizedImages, mnist, quantized_digits
+from benchmarks.common.quantized_images import QuantizedImages, by_parts, mnist, quantized_digits
 from benchmarks.common.runner import Row, collect, main
 from inn_guard.core.invertible import Invertible
-from inn_guard.layers.autoregressive import maf
 from inn_guard.models.aef.expanded import ExpandedAutoencoder
 from inn_guard.models.aef.flow import AutoencoderConfig
+from inn_guard.models.aef.importance_sampling import ImportanceEstimate
 from inn_guard.models.aef.model import LinearAEF, PartitionAEF, center_core, corner_core
-from inn_guard.models.aef.networks import small_nets
 from inn_guard.models.aef.vae import VAE
+
+__all__ = ["PRESETS", "Config", "draw", "run"]
 
 Model = ExpandedAutoencoder | PartitionAEF
 Bits = Callable[[Tensor], Tensor]  #: log p(x) in nats -> bits per dimension
@@ -75,46 +77,25 @@ class Dataset(enum.Enum):
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(ModelConfig):
     """What is trained and how it is measured.
 
-    Attributes:
-        dataset: digits or mnist.
-        root: folder of MNIST's files.
-        train_files: MNIST: train on its training files; else on 7,200 of its 10,000 test images.
-        models: of MODELS.
-        latents: dimensions d.
-        seeds: of weights, batches and noise.
-        spreads: of "AEF spread", a linear AEF trained on cores of that deviation around h(x); the
-            one of the highest likelihood of validation images is kept. "AEF linear" is the paper's,
-            without.
-        steps: of Adam at 1e-3, the gradient clipped at 200.
-        batch_size: images per step.
-        channels: of encoder and decoder.
-        hidden: width of the flows' MADE layers.
-        test_images: how many are scored by importance sampling.
-        draws: K.
-        repetitions: A; the estimate uses A K draws.
-        classifier_steps: of the net whose features the Frechet distance uses.
-        audit_samples: test images at which the condition number of the flow is measured.
+    "AEF spread" is a linear AEF trained on cores with a standard deviation around h(x); the one of
+    the highest likelihood of validation images counts. "AEF linear" is the paper's, without.
     """
 
-    dataset: str = "digits"
-    root: str = "data"
+    dataset: str = "digits"  # digits or mnist
+    root: str = "data"  # folder of MNIST's files
+    # MNIST: train on its training files; else on 7,200 of its 10,000 test images
     train_files: bool = False
     models: tuple[str, ...] = ("VAE", "AEF linear", "AEF spread", "AEF center")
     latents: tuple[int, ...] = (2, 16)
-    seeds: tuple[int, ...] = (0,)
-    spreads: tuple[float, ...] = (0.1, 0.3)
-    steps: int = 500
-    batch_size: int = 128
-    channels: tuple[int, ...] = (16, 32)
-    hidden: int = 64
-    test_images: int = 200
-    draws: int = 128
-    repetitions: int = 4
-    classifier_steps: int = 400
-    audit_samples: int = 4
+    spreads: tuple[float, ...] = (0.1, 0.3)  # deviations of "AEF spread"
+    batch_size: int = 128  # images per step
+    test_images: int = 200  # number of images for importance sampling
+    draws: int = 128  # K
+    repetitions: int = 4  # A; the estimate uses A K draws
+    audit_samples: int = 4  # test images at which the condition number of the flow is measured
 
 
 PRESETS = {
@@ -135,28 +116,20 @@ PRESETS = {
 
 
 @dataclass(frozen=True)
-class Case:
-    """One trained model."""
-
-    model: str
-    latent: int
-    seed: int
-
-
-@dataclass(frozen=True)
-class Looks:
-    """At the model during training.
+class Evaluations:
+    """Of a model during its training.
 
     Attributes:
         count: how many, evenly spaced; the last one at the end.
-        look: (model in eval mode, step) -> a number to keep.
+        evaluate: (model in eval mode, step) -> a number for the history.
     """
 
     count: int
-    look: Callable[[Model, int], float]
+    evaluate: Callable[[Model, int], float]
 
 
 def cases(config: Config) -> dict[str, Case]:
+    """Every model of every latent dimension under every seed."""
     return {
         f"{config.dataset} d={latent} {model} seed={seed}": Case(model, latent, seed)
         for latent in config.latents
@@ -166,6 +139,7 @@ def cases(config: Config) -> dict[str, Case]:
 
 
 def run(config: Config) -> pd.DataFrame:
+    """All models."""
     return collect(config, cases(config), measure)
 
 
@@ -181,8 +155,10 @@ def measure(config: Config, case: Case) -> Iterator[Row]:
     with torch.no_grad():
         generated = model.sample(len(test), temperature=TEMPERATURE, generator=noise).clamp(0, 1)
         exact_samples = model.sample(len(test), generator=noise).clamp(0, 1)
-        reconstructed = torch.cat([model.reconstruct(part).clamp(0, 1) for part in test.split(256)])
-    _keep_images(config, case, test, reconstructed, generated)
+        reconstructed = by_parts(model.reconstruct, test, 256).clamp(0, 1)
+    if case.seed == config.seeds[0]:
+        images = {"test": test, "reconstructed": reconstructed, "generated": generated}
+        keep_images(config.dataset, case, images)
     yield {
         "dataset": data.name,
         "model": case.model,
@@ -202,23 +178,18 @@ def measure(config: Config, case: Case) -> Iterator[Row]:
 
 
 def chosen(config: Config, case: Case, data: QuantizedImages) -> tuple[Model, float]:
-    """The trained model; of several spreads the one that gives validation images the highest likelihood bound."""
+    """The trained model; of several spreads that of the highest bound on validation images."""
     if case.model != "AEF spread":
         return trained(config, case, data)
     noise = torch.Generator().manual_seed(2000 + case.seed)
-    validation = dequantize(
-        data.validation[: config.test_images], generator=noise, levels=data.levels
-    )
+    x = validation_images(config, data, noise)
 
     def score(candidate: tuple[Model, float]) -> float:
         model = candidate[0]
         assert isinstance(model, LinearAEF)
-        model.tune(validation, draws=config.draws, generator=noise)
-        return (
-            model.importance(validation, draws=config.draws, repetitions=1, generator=noise)
-            .lower_bound.mean()
-            .item()
-        )
+        model.tune(x, draws=config.draws, generator=noise)
+        estimate = model.importance(x, draws=config.draws, repetitions=1, generator=noise)
+        return estimate.lower_bound.mean().item()
 
     return max((trained(config, case, data, spread=spread) for spread in config.spreads), key=score)
 
@@ -229,88 +200,107 @@ def trained(
     data: QuantizedImages,
     *,
     spread: float = 0.0,
-    looks: Looks | None = None,
+    evaluations: Evaluations | None = None,
 ) -> tuple[Model, float]:
-    """The model after ``config.steps``, in eval mode, and the mean of its last training losses in nats."""
-    recipe = AutoencoderConfig(
-        data.shape,
-        case.latent,
-        nets=partial(small_nets, channels=tuple(config.channels)),  # type: ignore[arg-type]
-        core_encoder=partial(maf, hidden=config.hidden),
-        prior=partial(maf, hidden=config.hidden),
-    )
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(case.seed)
-        model = LinearAEF(recipe, spread=spread) if spread else MODELS[case.model](recipe)
-
-    def loss(batch: Batch) -> Tensor:
-        x = dequantize(batch.x, generator=batch.generator, levels=data.levels)
-        return model.loss(x, generator=batch.generator)
-
-    every = config.steps // looks.count if looks else config.steps
+    """The model after ``config.steps``, in eval mode, and the mean of its last losses in nats."""
+    make = MODELS[case.model]
+    if spread:
+        make = partial(LinearAEF, spread=spread)
+    model = fresh(config, case, data.shape, make)
+    every, validate = config.steps, None
+    if evaluations is not None:
+        every = max(1, config.steps // evaluations.count)
+        validate = partial(evaluations.evaluate, model)
     settings = FitSettings(
         config.steps,
         batch_size=config.batch_size,
         clip=200.0,
         seed=case.seed,
-        validate_every=max(1, every),
+        validate_every=every,
     )
-    watch = partial(looks.look, model) if looks else None
-    history = fit(model, loss, (data.train,), settings=settings, validate=watch)
-    last = float(np.mean([value for _, value in history.losses[-20:]]))
-    return model.eval(), last
+    history = fit_images(model, data, settings, validate=validate)
+    return model, float(np.mean([value for _, value in history.losses[-20:]]))
+
+
+def validation_images(config: Config, data: QuantizedImages, noise: torch.Generator) -> Tensor:
+    """The first validation images, dequantized."""
+    pixels = data.validation[: config.test_images]
+    return dequantize(pixels, generator=noise, levels=data.levels)
+
+
+def tuned_importance(
+    config: Config,
+    model: ExpandedAutoencoder,
+    data: QuantizedImages,
+    x: Tensor,
+    noise: torch.Generator,
+    *,
+    rows: int,
+) -> Iterator[ImportanceEstimate]:
+    """Estimates of log p(x) by the paper's protocol, of that many rows at once.
+
+    The width of a linear AEF's proposal is tuned on validation images.
+    """
+    if isinstance(model, LinearAEF):
+        validation = validation_images(config, data, noise)
+        model.tune(validation, draws=config.draws, generator=noise)
+    for part in x.split(rows):
+        yield model.importance(
+            part, draws=config.draws, repetitions=config.repetitions, generator=noise
+        )
 
 
 def likelihood(
     config: Config, model: Model, data: QuantizedImages, x: Tensor, noise: torch.Generator
 ) -> Row:
-    """Bits per dimension, importance-sampled unless the density is exact, with the width tuned on validation data."""
+    """Bits per dimension: exact for partition AEFs, else by importance sampling."""
     bits = partial(bits_per_dimension, dims=x[0].numel(), levels=data.levels)
     if isinstance(model, PartitionAEF):
         with torch.no_grad():
             exact = bits(model.log_prob(x))
-        spread = exact.std().item() / math.sqrt(len(x))
         mean = exact.mean().item()
-        return {"bpd": mean, "bpd_upper": mean, "bpd_error": spread, "bpd_mode": mean}
-    if isinstance(model, LinearAEF):
-        validation = dequantize(
-            data.validation[: config.test_images], generator=noise, levels=data.levels
-        )
-        model.tune(validation, draws=config.draws, generator=noise)
-    estimates = [
-        model.importance(part, draws=config.draws, repetitions=config.repetitions, generator=noise)
-        for part in x.split(50)
-    ]
-    log_prob, bound, effective = (
-        torch.cat([getattr(estimate, name) for estimate in estimates])
-        for name in ("log_prob", "lower_bound", "effective_draws")
-    )
+        return {
+            "bpd": mean,
+            "bpd_upper": mean,
+            "bpd_error": standard_error(exact),
+            "bpd_mode": mean,
+        }
+    estimates = list(tuned_importance(config, model, data, x, noise, rows=50))
+    log_prob, bound = bits(joined(estimates, "log_prob")), bits(joined(estimates, "lower_bound"))
+    effective = joined(estimates, "effective_draws")
     return {
-        "bpd": bits(log_prob).mean().item(),
-        "bpd_upper": bits(bound).mean().item(),
-        "bpd_error": bits(log_prob).std().item() / math.sqrt(len(x)),
+        "bpd": log_prob.mean().item(),
+        "bpd_upper": bound.mean().item(),
+        "bpd_error": standard_error(log_prob),
         "effective_draws": effective.median().item(),
         **_at_the_mode(config, model, x, bits, noise),
         **_expansion(model, x),
     }
 
 
+def joined(estimates: Iterable[ImportanceEstimate], name: str) -> Tensor:
+    """One number per image, of estimates of parts of the images."""
+    return torch.cat([getattr(estimate, name) for estimate in estimates])
+
+
+def standard_error(values: Tensor) -> float:
+    """Of the mean."""
+    return values.std().item() / math.sqrt(len(values))
+
+
 def _at_the_mode(
     config: Config, model: ExpandedAutoencoder, x: Tensor, bits: Bits, noise: torch.Generator
 ) -> Row:
-    """The same likelihood from a proposal around the mode of p(z | x), which finds it in many dimensions too."""
+    """The same likelihood by a proposal around the mode of p(z | x), for many dimensions."""
     estimates = [
         laplace_log_prob(
             model, part, draws=config.draws, repetitions=config.repetitions, generator=noise
         )
         for part in x.split(100)
     ]
-    log_prob = torch.cat([estimate.log_prob for estimate in estimates])
     return {
-        "bpd_mode": bits(log_prob).mean().item(),
-        "effective_draws_mode": torch.cat([estimate.effective_draws for estimate in estimates])
-        .median()
-        .item(),
+        "bpd_mode": bits(joined(estimates, "log_prob")).mean().item(),
+        "effective_draws_mode": joined(estimates, "effective_draws").median().item(),
     }
 
 
@@ -328,7 +318,7 @@ def _expansion(model: ExpandedAutoencoder, x: Tensor) -> Row:
 
 
 def _stability(config: Config, model: Model, x: Tensor) -> Row:
-    """Condition number of the whole flow in the worst sample, and the audit's verdict on the round trip."""
+    """The worst condition number of the flow, and the verdict on its round trip."""
     x = x[: config.audit_samples]
     flow: Invertible = model
     if isinstance(model, ExpandedAutoencoder):
@@ -350,23 +340,8 @@ def load(dataset: str, root: str, train_files: bool) -> QuantizedImages:  # noqa
 
 @cache
 def _extractor(config: Config) -> FeatureExtractor:
-    return classifier_features(
-        load(config.dataset, config.root, config.train_files), steps=config.classifier_steps
-    )
-
-
-def _keep_images(
-    config: Config, case: Case, test: Tensor, reconstructed: Tensor, generated: Tensor
-) -> None:
-    """The first images of the first seed, for the grids."""
-    if case.seed != config.seeds[0]:
-        return
-    IMAGES.mkdir(parents=True, exist_ok=True)
-    kept = {"test": test, "reconstructed": reconstructed, "generated": generated}
-    np.savez(
-        image_file(config.dataset, case.model, case.latent),
-        **{name: part[:64].numpy() for name, part in kept.items()},
-    )
+    data = load(config.dataset, config.root, config.train_files)
+    return classifier_features(data, steps=config.classifier_steps)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
-"""Bits per dimension of autoencoders within flows and of identical VAEs against the steps of training.
+"""Bits per dimension of autoencoders within flows and of identical VAEs during training.
 
-    python -m benchmarks.aef.curves --preset cpu --root FOLDER     # MNIST's test images, 25 minutes on one core
+    inn-guard bench aef.curves --preset cpu --root FOLDER
 
 The likelihood of both is importance-sampled around the mode of p(z | x) (``laplace.py``); that
 proposal's effective draws are in the table beside those of the paper's protocol at the last look:
@@ -11,7 +11,6 @@ training images shows when a model begins to learn them by heart.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -22,21 +21,18 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from benchmarks.aef import against_vae
+from benchmarks.aef.against_vae import standard_error
 from benchmarks.aef.laplace import laplace_log_prob
+from benchmarks.aef.training import Case
 from benchmarks.common.metrics import bits_per_dimension, dequantize
 from benchmarks.common.quantized_images import QuantizedImages
 from benchmarks.common.runner import Row, collect, main
 from inn_guard.models.aef.expanded import ExpandedAutoencoder
-from inn_guard.models.aef.model import LinearAEF
 
 
 @dataclass(frozen=True)
 class Config(against_vae.Config):
-    """As for ``against_vae``, without partitions, whose likelihood is exact there.
-
-    Attributes:
-        looks: how many times each model is measured, the last time at the end of its training.
-    """
+    """As for ``against_vae``, without partitions, whose likelihood is exact there."""
 
     dataset: str = "mnist"
     models: tuple[str, ...] = ("VAE", "AEF linear", "AEF spread")
@@ -46,7 +42,7 @@ class Config(against_vae.Config):
     test_images: int = 100
     draws: int = 64
     repetitions: int = 8
-    looks: int = 4
+    looks: int = 4  # number of evaluations of each model, the last one at the end of its training
 
 
 PRESETS = {
@@ -64,7 +60,7 @@ PRESETS = {
 
 
 def cases(config: Config) -> dict[str, tuple[int, int]]:
-    """Every latent dimension under every seed: all models together, since they are compared image by image."""
+    """Every latent dimension under every seed; the models of a case share their test images."""
     return {
         f"{config.dataset} d={latent} seed={seed}": (latent, seed)
         for latent in config.latents
@@ -78,18 +74,23 @@ def run(config: Config) -> pd.DataFrame:
 
 
 def measure(config: Config, case: tuple[int, int]) -> Iterator[Row]:
-    """Rows of every look at every model of one latent dimension."""
+    """Rows of every evaluation of every model of one latent dimension."""
     latent, seed = case
     data = against_vae.load(config.dataset, config.root, config.train_files)
     first: dict[int, Tensor] = {}
     for model in config.models:
-        looks = Looking(config, data, seed)
-        one = against_vae.Case(model, latent, seed)
-        spread = config.spreads[0] if model == "AEF spread" else 0.0
+        evaluator = Evaluator(config, data, seed)
+        spread = 0.0
+        if model == "AEF spread":
+            spread = config.spreads[0]
         against_vae.trained(
-            config, one, data, spread=spread, looks=against_vae.Looks(config.looks, looks)
+            config,
+            Case(model, latent, seed),
+            data,
+            spread=spread,
+            evaluations=against_vae.Evaluations(config.looks, evaluator),
         )
-        for step, (row, bits) in looks.seen.items():
+        for step, (row, bits) in evaluator.found.items():
             difference = bits - first.setdefault(step, bits)
             yield {
                 "dataset": data.name,
@@ -99,12 +100,12 @@ def measure(config: Config, case: tuple[int, int]) -> Iterator[Row]:
                 "step": step,
                 **row,
                 f"less_than_{config.models[0]}": -difference.mean().item(),
-                "difference_error": difference.std().item() / math.sqrt(len(bits)),
+                "difference_error": standard_error(difference),
             }
 
 
-class Looking:
-    """Measures a model when it is called during training, and keeps what it saw.
+class Evaluator:
+    """Measures a model when it is called during training, and keeps the results.
 
     Args:
         config: how many images and draws.
@@ -114,13 +115,14 @@ class Looking:
 
     def __init__(self, config: Config, data: QuantizedImages, seed: int) -> None:
         self._config, self._data, self._seed = config, data, seed
-        self.seen: dict[int, tuple[Row, Tensor]] = {}
+        self.found: dict[int, tuple[Row, Tensor]] = {}
 
     def __call__(self, model: against_vae.Model, step: int) -> float:
         """Bits per dimension of the test images."""
         assert isinstance(model, ExpandedAutoencoder)
         config, data = self._config, self._data
-        noise, cells = (torch.Generator().manual_seed(base + self._seed) for base in (3000, 4000))
+        noise = torch.Generator().manual_seed(3000 + self._seed)
+        cells = torch.Generator().manual_seed(4000 + self._seed)
         row: Row = {}
         for name, pixels in (("train", data.train), ("test", data.test)):
             x = dequantize(pixels[: config.test_images], generator=cells, levels=data.levels)
@@ -128,29 +130,21 @@ class Looking:
                 model, x, draws=config.draws, repetitions=config.repetitions, generator=noise
             )
             bits = self._bits(estimate.log_prob)
-            row |= {
-                f"bpd_{name}": bits.mean().item(),
-                f"bpd_{name}_error": bits.std().item() / math.sqrt(len(bits)),
-            }
+            row |= {f"bpd_{name}": bits.mean().item(), f"bpd_{name}_error": standard_error(bits)}
         row |= {
             "bpd_test_upper": self._bits(estimate.lower_bound).mean().item(),
             "effective_draws": estimate.effective_draws.median().item(),
             "sigma": model.flow.sigma().log().mean().exp().item(),
-            **(self._by_the_paper(model, x, noise) if step == config.steps else {}),
         }
-        self.seen[step] = row, bits
+        if step == config.steps:
+            row |= self._by_the_paper(model, x, noise)
+        self.found[step] = row, bits
         return row["bpd_test"]
 
     def _by_the_paper(self, model: ExpandedAutoencoder, x: Tensor, noise: torch.Generator) -> Row:
-        """Bits and effective draws by the paper's protocol, the AEF's width tuned on validation images."""
-        config, data = self._config, self._data
-        if isinstance(model, LinearAEF):
-            validation = dequantize(
-                data.validation[: config.test_images], generator=noise, levels=data.levels
-            )
-            model.tune(validation, draws=config.draws, generator=noise)
-        estimate = model.importance(
-            x, draws=config.draws, repetitions=config.repetitions, generator=noise
+        """Bits and effective draws by the paper's protocol."""
+        (estimate,) = against_vae.tuned_importance(
+            self._config, model, self._data, x, noise, rows=len(x)
         )
         return {
             "bpd_paper": self._bits(estimate.log_prob).mean().item(),
@@ -162,7 +156,7 @@ class Looking:
 
 
 def draw(frame: pd.DataFrame) -> Figure:
-    """Bits per dimension of test images, and dashed of training images, against steps, a panel per d."""
+    """Bits per dimension of test and training images (dotted) against steps, a panel per d."""
     latents = sorted(frame["latent"].unique())
     figure = Figure(figsize=(4.6 * len(latents), 3.6), layout="constrained")
     panels = figure.subplots(1, len(latents), squeeze=False)[0]

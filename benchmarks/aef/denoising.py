@@ -1,6 +1,6 @@
-"""Denoising by models trained on noisy images only: AEF, VAE and a least-squares autoencoder of the same nets.
+"""Denoising by models trained on noisy images only: AEF, VAE and a least-squares autoencoder.
 
-    python -m benchmarks.aef.denoising --preset cpu
+    inn-guard bench aef.denoising --preset cpu
 
 Every model reconstructs noisy test images; what is measured is how far the features of the
 reconstruction are from those of the clean image (features of a small classifier, named in the
@@ -12,8 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import cache, partial
-from pathlib import Path
+from functools import cache
 
 import numpy as np
 import pandas as pd
@@ -21,9 +20,11 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from benchmarks.aef.drawing import COLUMNS, IMAGES, grid, image_file
+from benchmarks.aef import training
+from benchmarks.aef.drawing import COLUMNS, grid, image_file
+from benchmarks.aef.training import ModelConfig, fit_images, fresh, keep_images
 from benchmarks.common.features import classifier_features
-from benchmarks.common.fit import Batch, FitSettings, fit
+from benchmarks.common.fit import FitSettings
 from benchmarks.common.metrics import (
     FeatureExtractor,
     add_noise,
@@ -33,11 +34,9 @@ from benchmarks.common.metrics import (
 )
 from benchmarks.common.quantized_images import QuantizedImages, quantized_digits
 from benchmarks.common.runner import Row, collect, main
-from inn_guard.layers.autoregressive import maf
 from inn_guard.models.aef.expanded import ExpandedAutoencoder
 from inn_guard.models.aef.flow import AutoencoderConfig
 from inn_guard.models.aef.model import LinearAEF
-from inn_guard.models.aef.networks import small_nets
 from inn_guard.models.aef.vae import VAE, DenoisingAutoencoder
 
 Model = ExpandedAutoencoder | DenoisingAutoencoder
@@ -49,30 +48,14 @@ MODELS: dict[str, Callable[[AutoencoderConfig], Model]] = {
 
 
 @dataclass(frozen=True)
-class Config:
-    """What is trained and how it is measured.
-
-    Attributes:
-        models: of MODELS.
-        deviations: of the noise, images in [0, 1].
-        latents: dimensions d.
-        seeds: of weights, batches and noise.
-        steps: of Adam.
-        learning_rate: 1e-4 in the paper, for a thousand times as many steps.
-        channels: of encoder and decoder.
-        hidden: width of the flows' MADE layers.
-        classifier_steps: of the net whose features are compared.
-    """
+class Config(ModelConfig):
+    """What is trained and how it is measured."""
 
     models: tuple[str, ...] = tuple(MODELS)
-    deviations: tuple[float, ...] = (0.5,)
-    latents: tuple[int, ...] = (16,)
+    deviations: tuple[float, ...] = (0.5,)  # of the noise, images in [0, 1]
     seeds: tuple[int, ...] = (0, 1)
     steps: int = 300
-    learning_rate: float = 1e-3
-    channels: tuple[int, ...] = (16, 32)
-    hidden: int = 64
-    classifier_steps: int = 400
+    learning_rate: float = 1e-3  # 1e-4 in the paper, for a thousand times as many steps
 
 
 PRESETS = {
@@ -82,26 +65,24 @@ PRESETS = {
 
 
 @dataclass(frozen=True)
-class Case:
-    """One trained model."""
+class Case(training.Case):
+    """One trained model, and the standard deviation of the noise."""
 
-    model: str
     deviation: float
-    latent: int
-    seed: int
 
 
 def run(config: Config) -> pd.DataFrame:
-    grid_of_cases = {
+    """All models."""
+    cases = {
         f"digits d={latent} noise={deviation} {model} seed={seed}": Case(
-            model, deviation, latent, seed
+            model, latent, seed, deviation
         )
         for latent in config.latents
         for deviation in config.deviations
         for model in config.models
         for seed in config.seeds
     }
-    return collect(config, grid_of_cases, measure)
+    return collect(config, cases, measure)
 
 
 def measure(config: Config, case: Case) -> Iterator[Row]:
@@ -114,12 +95,8 @@ def measure(config: Config, case: Case) -> Iterator[Row]:
     with torch.no_grad():
         denoised = model.reconstruct(noisy).clamp(0, 1)
     if case.seed == config.seeds[0]:
-        IMAGES.mkdir(parents=True, exist_ok=True)
-        parts = {"clean": clean, "noisy": noisy, "denoised": denoised}
-        np.savez(
-            _file(case.model, case.deviation, case.latent),
-            **{k: v[:COLUMNS].numpy() for k, v in parts.items()},
-        )
+        images = {"clean": clean, "noisy": noisy, "denoised": denoised}
+        keep_images(f"denoising-{case.deviation}", case, images)
     yield {
         "model": case.model,
         "latent": case.latent,
@@ -136,51 +113,32 @@ def measure(config: Config, case: Case) -> Iterator[Row]:
 
 def trained(config: Config, case: Case, data: QuantizedImages) -> Model:
     """The model in eval mode."""
-    recipe = AutoencoderConfig(
-        data.shape,
-        case.latent,
-        nets=partial(small_nets, channels=tuple(config.channels)),  # type: ignore[arg-type]
-        core_encoder=partial(maf, hidden=config.hidden),
-        prior=partial(maf, hidden=config.hidden),
-    )
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(case.seed)
-        model = MODELS[case.model](recipe)
+    model = fresh(config, case, data.shape, MODELS[case.model])
 
-    def loss(batch: Batch) -> Tensor:
-        x = dequantize(batch.x, generator=batch.generator, levels=data.levels)
-        noisy = add_noise(x, deviation=case.deviation, generator=batch.generator)
-        return model.loss(noisy, generator=batch.generator)
+    def corrupt(x: Tensor, generator: torch.Generator) -> Tensor:
+        return add_noise(x, deviation=case.deviation, generator=generator)
 
     settings = FitSettings(
         config.steps, learning_rate=config.learning_rate, clip=200.0, seed=case.seed
     )
-    fit(model, loss, (data.train,), settings=settings)
-    return model.eval()
+    fit_images(model, data, settings, corrupt=corrupt)
+    return model
 
 
 def draw(frame: pd.DataFrame) -> Figure:
     """Clean, noisy and denoised test images of every model."""
-    settings = [
-        tuple(row) for row in frame[["model", "deviation", "latent"]].drop_duplicates().to_numpy()
-    ]
-    figure = Figure(figsize=(9, 2.1 * len(settings)), layout="constrained")
-    rows = figure.subplots(len(settings), squeeze=False)[:, 0]
-    for axes, (model, deviation, latent) in zip(rows, settings, strict=True):
-        path = _file(model, deviation, latent)
+    pictures = frame[["model", "deviation", "latent"]].drop_duplicates()
+    figure = Figure(figsize=(9, 2.1 * len(pictures)), layout="constrained")
+    rows = figure.subplots(len(pictures), squeeze=False)[:, 0]
+    for axes, one in zip(rows, pictures.itertuples(), strict=True):
+        path = image_file(f"denoising-{one.deviation}", one.model, one.latent)
         if path.exists():
             with np.load(path) as images:
-                grid(
-                    axes, np.concatenate([images[name] for name in ("clean", "noisy", "denoised")])
-                )
-        axes.set_title(
-            f"{model}, d = {latent}, noise {deviation}: clean, noisy, denoised", fontsize=9
-        )
+                parts = [images[name][:COLUMNS] for name in ("clean", "noisy", "denoised")]
+            grid(axes, np.concatenate(parts))
+        title = f"{one.model}, d = {one.latent}, noise {one.deviation}: clean, noisy, denoised"
+        axes.set_title(title, fontsize=9)
     return figure
-
-
-def _file(model: str, deviation: float, latent: int) -> Path:
-    return image_file(f"denoising-{deviation}", model, latent)
 
 
 @cache

@@ -1,4 +1,4 @@
-"""Figures of the AEF experiments: bits per dimension by model and latent dimension, and image grids."""
+"""Figures of the AEF experiments: bits per dimension, and grids of images."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def image_file(dataset: str, model: str, latent: int) -> Path:
 
 
 def draw(frame: pd.DataFrame) -> Figure:
-    """Bits per dimension on the left; test images, reconstructions and samples of every model on the right."""
+    """Bits per dimension; test images, reconstructions and samples of every model."""
     rows = [tuple(row) for row in frame[["model", "latent"]].drop_duplicates().to_numpy()]
     dataset = frame["case"].iloc[0].split(" ")[0]
     figure = Figure(figsize=(15, 1.6 + 0.9 * len(rows)), layout="constrained")
@@ -46,10 +46,8 @@ def draw(frame: pd.DataFrame) -> Figure:
 def grid(axes: Axes, images: np.ndarray) -> None:
     """Images (n, C, H, W) in [0, 1], ``COLUMNS`` a row, white on black, with a line between."""
     padded = np.pad(images, ((0, 0), (0, 0), (0, 1), (0, 1)), constant_values=0.5)
-    rows = [
-        np.concatenate(list(padded[k : k + COLUMNS]), axis=2)
-        for k in range(0, len(padded), COLUMNS)
-    ]
+    starts = range(0, len(padded), COLUMNS)
+    rows = [np.concatenate(padded[start : start + COLUMNS], axis=2) for start in starts]
     axes.imshow(
         np.concatenate(rows, axis=1).transpose(1, 2, 0).squeeze(), cmap="gray", vmin=0, vmax=1
     )

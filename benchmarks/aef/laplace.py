@@ -1,4 +1,4 @@
-r"""A proposal that finds where p(z | x) lies, for the marginal likelihood of AEFs and VAEs of many latent dimensions.
+r"""A proposal around the mode of p(z | x), for likelihoods of AEFs and VAEs in many dimensions.
 
 Both models have the same integral, p(x) = int p_0(z) N(x; f(z), diag(sigma^2)) dz: for the AEF by
 substituting z for w, for the VAE by definition. With u(z) the prior flow's latent, the residual
@@ -37,7 +37,7 @@ ROWS = 4096  #: decoded at once
 
 @dataclass(frozen=True)
 class LaplaceProposal(Proposal):
-    """q(z | x) = t(center, width^2 R R^T), Student's multivariate t with ``FREEDOM`` degrees of freedom.
+    """Student's t: q(z | x) = t(center, width^2 R R^T) with ``FREEDOM`` degrees of freedom.
 
     Attributes:
         root: R, (B, d, d), triangular.
@@ -118,7 +118,7 @@ class Posterior:
 
 
 def laplace(posterior: Posterior, *, steps: int = 12) -> LaplaceProposal:
-    """The proposal at the mode of p(z | x), found from the encoder's z by damped Gauss-Newton steps."""
+    """The proposal at the mode of p(z | x), by damped Gauss-Newton steps from the encoder's z."""
     z = posterior.start
     with torch.no_grad():
         value = posterior.log_joint(z)
@@ -147,7 +147,7 @@ def laplace_log_prob(
     generator: torch.Generator,
     widths: Iterable[float] = WIDTHS,
 ) -> ImportanceEstimate:
-    """log p(x) in nats; the width that gives these images the highest lower bound is drawn from anew.
+    """log p(x) in nats, with new draws of the width of the highest lower bound.
 
     Args:
         model: an AEF or VAE, in eval mode.

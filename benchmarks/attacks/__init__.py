@@ -1,1 +1,1 @@
-"""Searches of the cubes of dequantized samples for the worst reconstruction: what they find, and what they cost."""
+"""Searches for the worst reconstruction of dequantized samples: what they find and cost."""

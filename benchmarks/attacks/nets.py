@@ -1,4 +1,4 @@
-"""The nets that are attacked: classifiers of digits trained until their inverses suffer, and Glows on small images."""
+"""The nets under attack: classifiers of digits with inaccurate inverses, and small Glows."""
 
 from __future__ import annotations
 
@@ -34,30 +34,36 @@ class Subject:
     quantization: Quantization
 
 
+def digits() -> tuple[Tensor, Tensor]:
+    """Images (n, 1, 8, 8), grey values 0..16 as v / 8 - 1, and labels (n,)."""
+    pixels, labels = load_digits(return_X_y=True)
+    x = torch.as_tensor(pixels / 8 - 1, dtype=torch.float32).reshape(-1, 1, 8, 8)
+    return x, torch.as_tensor(labels)
+
+
 def digits_subject(
     kind: str, *, blocks: int, learning_rate: float, steps: int
 ) -> Callable[[Path, int], Subject]:
-    """A digits classifier, grey values 0..16 as v / 8 - 1; Adam, whose high rate makes the inverse suffer."""
+    """A digits classifier; the high learning rate makes its inverse less accurate."""
 
     def make(_: Path, seed: int) -> Subject:
-        pixels, labels = load_digits(return_X_y=True)
-        x = torch.as_tensor(pixels / 8 - 1, dtype=torch.float32).reshape(-1, 1, 8, 8)
-        y = torch.as_tensor(labels)
+        x, y = digits()
         torch.manual_seed(seed)
         classifier = Classifier(NETS[kind](blocks, 64))
-        train(
-            classifier, x[:-HELD_OUT], lambda part, rows: functional.cross_entropy(classifier(part), y[rows]),
-            steps=steps, learning_rate=learning_rate, seed=seed,
-        )  # fmt: skip
+
+        def loss(part: Tensor, rows: Tensor) -> Tensor:
+            return functional.cross_entropy(classifier(part), y[rows])
+
+        images = x[:-HELD_OUT]
+        train(classifier, images, loss, steps=steps, learning_rate=learning_rate, seed=seed)
         return Subject(classifier.inn.eval(), x[-HELD_OUT:], Quantization(5, -1.0, 3.0))
 
     return make
 
 
 def iresnet_subject(_: Path, seed: int) -> Subject:
-    """Six contractive residual layers (coefficient 0.9) on the digits, as initialised: a fixed-point inverse."""
-    pixels, _labels = load_digits(return_X_y=True)
-    x = torch.as_tensor(pixels / 8 - 1, dtype=torch.float32).reshape(-1, 1, 8, 8)
+    """Six untrained residual layers (coefficient 0.9) on digits: a fixed-point inverse."""
+    x, _ = digits()
     torch.manual_seed(seed)
     net = Chain(*(Residual(contractive_conv_net(1, 16, coefficient=0.9)) for _ in range(6)))
     return Subject(net.eval(), x[-HELD_OUT:], Quantization(5, -1.0, 3.0))
@@ -71,18 +77,15 @@ def glow(levels: int = 2, blocks: int = 8, hidden: int = 32) -> Invertible:
 def trained_glow(
     root: Path, seed: int, *, steps: int = 150, learning_rate: float = 3e-3
 ) -> Subject:
-    """The Glow after a short maximum-likelihood training on the images below ``root``, in [-0.5, 0.5]."""
-    train_pixels, test_pixels = (
-        torch.as_tensor(read_cifar10(root, train=split).pixels[:2000]).float()
-        for split in (True, False)
-    )
+    """The Glow after a short training on the images below ``root``, in [-0.5, 0.5]."""
+    train_pixels = torch.as_tensor(read_cifar10(root, train=True).pixels[:2000]).float()
+    test_pixels = torch.as_tensor(read_cifar10(root, train=False).pixels[:2000]).float()
     torch.manual_seed(seed)
     net = glow()
 
     def loss(x: Tensor, _: Tensor) -> Tensor:
-        noise = torch.rand(
-            x.shape, generator=torch.Generator().manual_seed(int(x.sum().item()) % 2**31)
-        )
+        generator = torch.Generator().manual_seed(int(x.sum().item()) % 2**31)
+        noise = torch.rand(x.shape, generator=generator)
         return -net.log_prob((x + noise) / 256 - 0.5).mean() / x[0].numel()
 
     train(net, train_pixels, loss, steps=steps, learning_rate=learning_rate, seed=seed, batch=16)

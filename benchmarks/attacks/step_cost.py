@@ -1,6 +1,8 @@
-"""What one step of the paper's attack costs in forward passes: F + F^-1 + two vector-Jacobian products, floor 4.
+"""What one step of the paper's attack costs in forward passes.
 
-    python -m benchmarks.attacks.step_cost --preset cpu        # about 3 minutes on one core
+A step is F, F^-1 and two vector-Jacobian products: at least 4.
+
+    inn-guard bench attacks.step_cost --preset cpu  # about 3 minutes on one core
 
 CPU time of one thread, forward passes and steps alternated, medians; and operations, counted. A
 step of the paper's public code measures the reconstruction once more for its log; a step here takes
@@ -10,14 +12,14 @@ the error from the pass it makes. Synthetic: random weights, random images.
 from __future__ import annotations
 
 import statistics
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import pandas as pd
 import torch
 
 from benchmarks.common.runner import Row, collect, main
+from benchmarks.performance.measurement import alternating_seconds
 from inn_guard.audits.audited_model import AuditedModel
 from inn_guard.audits.dequantization_attack import ProjectedGradient, Quantization, Search
 from inn_guard.models.glow import GlowConfig, glow_classifier
@@ -25,12 +27,12 @@ from inn_guard.models.glow import GlowConfig, glow_classifier
 
 @dataclass(frozen=True)
 class Config:
-    """Nets of 3 levels with so many blocks and hidden channels on 3 x 32 x 32, and batch sizes."""
+    """Nets of 3 levels on 3 x 32 x 32."""
 
-    blocks: tuple[int, ...] = (4, 16)
-    batches: tuple[int, ...] = (2, 8)
-    hidden: int = 128
-    repeats: int = 7
+    blocks: tuple[int, ...] = (4, 16)  # per level, of each net
+    batches: tuple[int, ...] = (2, 8)  # batch sizes
+    hidden: int = 128  # channels of the couplings' networks
+    repeats: int = 7  # of every timing
 
 
 PRESETS = {
@@ -78,15 +80,14 @@ def measure(config: Config, case: tuple[int, int]) -> Iterator[Row]:
         step()
         search.errors(x)
 
-    times = alternated(
-        {
-            "forward": forward,
-            "round trip": lambda: search.errors(x),
-            "step": step,
-            "logged": logged_step,
-        },
-        config.repeats,
-    )
+    calls = {
+        "forward": forward,
+        "round trip": lambda: search.errors(x),
+        "step": step,
+        "logged": logged_step,
+    }
+    seconds = alternating_seconds(calls, repeats=config.repeats)
+    times = {name: statistics.median(values) for name, values in seconds.items()}
     yield {
         "blocks": 3 * blocks,
         "batch": batch,
@@ -96,17 +97,6 @@ def measure(config: Config, case: tuple[int, int]) -> Iterator[Row]:
         "step_with_logging_in_forwards": times["logged"] / times["forward"],
         "step_operations_in_forwards": search.price["gradient"],
     }
-
-
-def alternated(calls: dict[str, Callable[[], object]], repeats: int) -> dict[str, float]:
-    """Median CPU seconds of each call, one after the other, ``repeats`` times round; the first round is left out."""
-    seconds: dict[str, list[float]] = {name: [] for name in calls}
-    for _ in range(repeats + 1):
-        for name, call in calls.items():
-            start = time.process_time()
-            call()
-            seconds[name].append(time.process_time() - start)
-    return {name: statistics.median(values[1:]) for name, values in seconds.items()}
 
 
 def run(config: Config) -> pd.DataFrame:

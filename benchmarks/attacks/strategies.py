@@ -1,6 +1,6 @@
-"""Which search finds the worst dequantized samples at equal cost: the paper's, or one of five others.
+"""Which search finds the worst dequantized samples at equal cost: the paper's or five others.
 
-    python -m benchmarks.attacks.strategies --preset cpu --data-root data       # about 8 minutes on one core
+    inn-guard bench attacks.strategies --preset cpu --data-root data  # about 8 minutes on one core
 
 Every strategy attacks the same held-out images with the same number of forward-equivalents
 (operations, counted) and the same seeds. ``found`` is the error over that of random search, per
@@ -12,6 +12,7 @@ layouts (the committed figures come from JPEG copies of it) and is left out with
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -39,21 +40,13 @@ from inn_guard.audits.dequantization_attack.search import run_attack
 
 @dataclass(frozen=True)
 class Config:
-    """How much is attacked.
+    """How much is attacked."""
 
-    Attributes:
-        subjects: which nets.
-        images: attacked per net.
-        budget: forward-equivalents per image.
-        seeds: searches of each strategy.
-        data_root: folder with the official CIFAR-10 files.
-    """
-
-    subjects: tuple[str, ...] = tuple(SUBJECTS)
-    images: int = 8
-    budget: int = 800
-    seeds: int = 1
-    data_root: str = "data"
+    subjects: tuple[str, ...] = tuple(SUBJECTS)  # which nets
+    images: int = 8  # attacked per net
+    budget: int = 800  # forward-equivalents per image
+    seeds: int = 1  # searches of each strategy
+    data_root: str = "data"  # folder with the official CIFAR-10 files
 
 
 PRESETS = {
@@ -78,11 +71,13 @@ def strategies(budget: int) -> dict[str, Attack]:
 
 
 def cases(config: Config) -> dict[str, tuple[str, str]]:
-    """Every strategy on every net; nets whose data are not there are left out."""
+    """Every strategy on every net whose data are there."""
     root = Path(config.data_root)
-    there = root.is_dir() and any(root.glob("cifar-10-*"))
-    names = [name for name in config.subjects if there or not name.startswith("CIFAR-10")]
-    return {f"{name} / {search}": (name, search) for name in names for search in strategies(1)}
+    names = list(config.subjects)
+    if not any(root.glob("cifar-10-*")):
+        names = [name for name in names if not name.startswith("CIFAR-10")]
+    pairs = itertools.product(names, strategies(1))
+    return {f"{name} / {search}": (name, search) for name, search in pairs}
 
 
 @functools.lru_cache(maxsize=1)
@@ -91,26 +86,25 @@ def subject(name: str, root: str) -> Subject:
 
 
 def measure(config: Config, case: tuple[str, str]) -> Iterator[Row]:
-    """One row per seed and image."""
+    """One row per seed and image; fewer of both, and half of the budget, for the large images."""
     name, search_name = case
-    who = subject(name, config.data_root)
-    images = min(config.images, 4) if name.startswith("CIFAR-10") else config.images
-    seeds, budget = (
-        (1, config.budget // 2) if name.startswith("CIFAR-10") else (config.seeds, config.budget)
-    )
-    x = who.x[:images]
-    cubes = who.quantization.cubes(x)
+    net = subject(name, config.data_root)
+    images, seeds, budget = config.images, config.seeds, config.budget
+    if name.startswith("CIFAR-10"):
+        images, seeds, budget = min(images, 4), 1, budget // 2
+    x = net.x[:images]
+    cubes = net.quantization.cubes(x)
     for seed in range(seeds):
-        generator = torch.Generator().manual_seed(seed)
         with torch.no_grad():
             found = run_attack(
-                AuditedModel(who.net),
+                AuditedModel(net.net),
                 cubes,
                 strategies(budget)[search_name],
-                generator=generator,
+                generator=torch.Generator().manual_seed(seed),
                 seconds=300.0,
             )
-        centre = found.curve[0][1]
+        centre, valid = found.curve[0][1], cubes.contain(found.points)
+        price = found.price.get("gradient", found.price.get("implicit gradient", math.nan))
         for k in range(len(x)):
             yield {
                 "net": name,
@@ -120,10 +114,8 @@ def measure(config: Config, case: tuple[str, str]) -> Iterator[Row]:
                 "centre_error": centre[k].item(),
                 "error": found.error[k].item(),
                 "spent": found.spent,
-                "steps_price": found.price.get(
-                    "gradient", found.price.get("implicit gradient", math.nan)
-                ),
-                "valid": bool(cubes.contain(found.points)[k]),
+                "steps_price": price,
+                "valid": bool(valid[k]),
             }
 
 
@@ -135,22 +127,22 @@ def run(config: Config) -> pd.DataFrame:
 
 
 def summary(frame: pd.DataFrame) -> pd.DataFrame:
-    """One line per net and strategy: error over random search's, its standard error, and images broken."""
+    """One line per net and strategy: error over random search's, and images broken."""
     index = ["net", "seed", "image"]
     random = frame[frame.strategy == "random search"].set_index(index).error
     rows = []
     for (net, name), group in frame.groupby(["net", "strategy"], sort=False):
-        mine = group.set_index(index).error
-        ratio = np.log(mine / random.reindex(mine.index))
+        error = group.set_index(index).error
+        ratio = np.log(error / random.reindex(error.index))
         ratio = ratio[np.isfinite(ratio)]
+        # without a finite ratio the mean is NaN
+        found = np.exp(ratio.mean())
         rows.append(
             {
                 "net": net,
                 "strategy": name,
-                "found": np.exp(ratio.mean()) if len(ratio) else np.nan,
-                "standard error": np.exp(ratio.mean()) * ratio.std() / np.sqrt(len(ratio))
-                if len(ratio)
-                else np.nan,
+                "found": found,
+                "standard error": found * ratio.sem(),
                 "compared": len(ratio),
                 "broken": int(np.isinf(group.error).sum()),
                 "broken at centre": int(np.isinf(group.centre_error).sum()),
@@ -162,31 +154,30 @@ def summary(frame: pd.DataFrame) -> pd.DataFrame:
 
 
 def draw(frame: pd.DataFrame) -> Figure:
-    """Error found over that of random search, per net; bars of one standard error; images broken in figures."""
+    """Error over that of random search, per net, with standard errors and broken images."""
     table = summary(frame)
     nets, names = list(dict.fromkeys(table.net)), list(dict.fromkeys(table.strategy))
     figure = Figure(figsize=(10, 1.2 + 0.95 * len(nets)), layout="constrained")
     axes = figure.subplots()
     for k, name in enumerate(names):
         group = table[table.strategy == name].set_index("net").reindex(nets)
-        at = np.arange(len(nets)) + (k - (len(names) - 1) / 2) * 0.13
+        heights = np.arange(len(nets)) + (k - (len(names) - 1) / 2) * 0.13
         axes.errorbar(
             group.found,
-            at,
+            heights,
             xerr=group["standard error"],
             fmt="o",
             markersize=5,
             capsize=2,
             label=name,
         )
-        for place, (found, broken, of) in zip(
-            at, zip(group.found, group.broken, group.of, strict=True), strict=True
-        ):
-            if broken:
-                axes.text(
-                    found * 1.02 if np.isfinite(found) else 1.0, place, f"  {broken}/{of} not finite",
-                    va="center", fontsize=7,
-                )  # fmt: skip
+        for height, row in zip(heights, group.itertuples(), strict=True):
+            if row.broken:
+                at = 1.0
+                if np.isfinite(row.found):
+                    at = row.found * 1.02
+                text = f"  {row.broken}/{row.of} not finite"
+                axes.text(at, height, text, va="center", fontsize=7)
     axes.axvline(1, color="black", linewidth=0.8)
     axes.set_yticks(range(len(nets)), labels=nets)
     axes.invert_yaxis()

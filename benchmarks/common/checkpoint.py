@@ -1,4 +1,4 @@
-"""Checkpoints of a training run in one safetensors file: weights, buffers, optimiser state and counters.
+"""Checkpoints in one safetensors file: weights, buffers, optimiser state and counters.
 
 A file is written whole or not at all, holds no pickles, and carries everything that an exact
 continuation needs: resuming from it gives, bit for bit, the weights of a run that was never
@@ -7,6 +7,7 @@ interrupted.
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -27,7 +28,7 @@ FORMAT = "inn_guard checkpoint 1"
 def save_checkpoint(
     path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, *, progress: Mapping[str, Any]
 ) -> None:
-    """Write model, optimiser and ``progress`` (counters, history: whatever JSON can hold) to ``path``, atomically.
+    """Write model, optimiser and ``progress`` (anything that JSON can hold) to ``path``.
 
     Args:
         path: the file; it is replaced only once the new one is complete.
@@ -40,15 +41,14 @@ def save_checkpoint(
             tensors.
     """
     state = optimizer.state_dict()
-    tensors = {
-        f"model.{name}": tensor.detach().cpu().clone().contiguous()
-        for name, tensor in _state(model).items()
-    }
+    tensors = {}
+    for name, tensor in _state(model).items():
+        tensors[f"model.{name}"] = _stored(tensor)
     scalars: dict[str, Any] = {}
     for index, entries in state["state"].items():
         for key, value in entries.items():
             if isinstance(value, Tensor):
-                tensors[f"optimizer.{index}.{key}"] = value.detach().cpu().clone().contiguous()
+                tensors[f"optimizer.{index}.{key}"] = _stored(value)
             else:
                 scalars[f"{index}.{key}"] = value
     header = {
@@ -61,8 +61,8 @@ def save_checkpoint(
         written = json.dumps(header)
     except TypeError as error:
         raise ValueError(
-            "expected progress and the optimizer's settings as numbers, strings, lists and dictionaries, such as "
-            f"lr=1e-3 and not a tensor: {error}"
+            "expected progress and the optimizer's settings as numbers, strings, lists and "
+            f"dictionaries, such as lr=1e-3 and not a tensor: {error}"
         ) from error
     with atomic_write(path) as partial:
         partial.write_bytes(save(tensors, metadata={"inn_guard": written}))
@@ -71,7 +71,7 @@ def save_checkpoint(
 def load_checkpoint(
     path: Path, model: nn.Module, optimizer: torch.optim.Optimizer
 ) -> dict[str, Any]:
-    """Put the state saved at ``path`` back into model and optimiser; nothing is changed if the file does not fit.
+    """Restore model and optimiser from ``path``; nothing is changed if the file does not fit.
 
     Returns:
         the ``progress`` that was saved.
@@ -102,17 +102,15 @@ def load_checkpoint(
         raise ValueError(
             f"{path} is not a complete checkpoint ({type(error).__name__}: {error})"
         ) from error
-    saved = {
-        name.removeprefix("model."): tensor
-        for name, tensor in tensors.items()
-        if name.startswith("model.")
-    }
+    saved = {}
+    for name, tensor in tensors.items():
+        if name.startswith("model."):
+            saved[name.removeprefix("model.")] = tensor
     _check_fit(path, model, saved)
     _check_moments(path, optimizer, moments)
     try:
-        optimizer.load_state_dict(
-            {"state": moments, "param_groups": groups}
-        )  # it checks before it changes anything
+        # it checks before it changes anything
+        optimizer.load_state_dict({"state": moments, "param_groups": groups})
     except (ValueError, TypeError, KeyError, AttributeError, RuntimeError) as error:
         raise ValueError(
             f"{path} belongs to another optimizer ({type(error).__name__}: {error})"
@@ -121,41 +119,51 @@ def load_checkpoint(
     return progress
 
 
+def _stored(tensor: Tensor) -> Tensor:
+    return tensor.detach().cpu().clone().contiguous()
+
+
 def _state(model: nn.Module) -> dict[str, Tensor]:
     return {name: value for name, value in model.state_dict().items() if isinstance(value, Tensor)}
 
 
 def _check_fit(path: Path, model: nn.Module, saved: dict[str, Tensor]) -> None:
-    here = {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in _state(model).items()}
-    there = {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in saved.items()}
-    different = sorted(
-        name for name in here.keys() | there.keys() if here.get(name) != there.get(name)
-    )
+    here, there = _kinds(_state(model)), _kinds(saved)
+    different = [name for name in here.keys() | there.keys() if here.get(name) != there.get(name)]
     if different:
-        name = different[0]
+        name = min(different)
         raise ValueError(
             f"{path} belongs to another model: {len(different)} tensors differ, first {name!r}: "
             f"expected {_described(here.get(name))}, got {_described(there.get(name))}"
         )
 
 
+def _kinds(tensors: dict[str, Tensor]) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+    return {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items()}
+
+
 def _described(tensor: tuple[tuple[int, ...], torch.dtype] | None) -> str:
-    return "none of that name" if tensor is None else f"shape {tensor[0]} of {tensor[1]}"
+    if tensor is None:
+        return "none of that name"
+    return f"shape {tensor[0]} of {tensor[1]}"
 
 
 def _check_moments(
     path: Path, optimizer: torch.optim.Optimizer, saved: dict[int, dict[str, Any]]
 ) -> None:
-    """What is kept for a parameter broadcasts to its shape: a number, a moment per entry, per row or per column."""
-    shapes = [p.shape for group in optimizer.param_groups for p in group["params"]]
+    """The state of a parameter must broadcast to its shape: per entry, row, column, or a number."""
+    parameters = itertools.chain.from_iterable(g["params"] for g in optimizer.param_groups)
+    shapes = {index: parameter.shape for index, parameter in enumerate(parameters)}
     for index, entries in saved.items():
         for key, value in entries.items():
-            wanted = shapes[index] if 0 <= index < len(shapes) else None
-            if wanted is None or (
-                isinstance(value, Tensor) and not _broadcasts(value.shape, wanted)
-            ):
+            wanted = shapes.get(index)
+            fits = wanted is not None
+            if fits and isinstance(value, Tensor):
+                fits = _broadcasts(value.shape, wanted)
+            if not fits:
                 raise ValueError(
-                    f"{path} belongs to another optimizer: {key!r} of parameter {index} does not fit its shape {wanted}"
+                    f"{path} belongs to another optimizer: {key!r} of parameter {index} does not "
+                    f"fit its shape {wanted}"
                 )
 
 
@@ -166,15 +174,13 @@ def _broadcasts(shape: torch.Size, wanted: torch.Size) -> bool:
 
 def _groups(optimizer: torch.optim.Optimizer, saved: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """The saved parameter groups, if they have the settings that the optimizer's own have."""
-    for mine, theirs in zip(optimizer.state_dict()["param_groups"], saved, strict=True):
-        for name in mine.keys() | theirs.keys():
-            if (
-                name not in mine
-                or name not in theirs
-                or _kind(mine[name]) is not _kind(theirs[name])
-            ):
+    for own, loaded in zip(optimizer.state_dict()["param_groups"], saved, strict=True):
+        for name in own.keys() | loaded.keys():
+            known = name in own and name in loaded
+            if not known or _kind(own[name]) is not _kind(loaded[name]):
                 raise ValueError(
-                    f"expected {name!r} of the optimizer as {mine.get(name)!r}, got {theirs.get(name)!r}"
+                    f"expected {name!r} of the optimizer as {own.get(name)!r}, "
+                    f"got {loaded.get(name)!r}"
                 )
     return saved
 
@@ -183,11 +189,9 @@ def _kind(setting: Any) -> type:
     """JSON has lists for tuples and may have 1 for 1.0; None stands for whatever is left out."""
     if isinstance(setting, (list, tuple)):
         return list
-    return (
-        float
-        if isinstance(setting, (int, float)) and not isinstance(setting, bool)
-        else type(setting)
-    )
+    if isinstance(setting, (int, float)) and not isinstance(setting, bool):
+        return float
+    return type(setting)
 
 
 def _optimizer_state(

@@ -40,6 +40,10 @@ def digits(*, held_out: float = 0.25, seed: int = 0) -> Digits:
     split = train_test_split(
         pixels / 2 - 4, labels, test_size=held_out, random_state=seed, stratify=labels
     )
-    images = [torch.as_tensor(part, dtype=torch.float32).reshape(SHAPE) for part in split[:2]]
-    train_labels, test_labels = (torch.as_tensor(part) for part in split[2:])
-    return Digits(images[0], train_labels, images[1], test_labels)
+    train, test, train_labels, test_labels = split
+    return Digits(
+        torch.as_tensor(train, dtype=torch.float32).reshape(SHAPE),
+        torch.as_tensor(train_labels),
+        torch.as_tensor(test, dtype=torch.float32).reshape(SHAPE),
+        torch.as_tensor(test_labels),
+    )

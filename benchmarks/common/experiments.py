@@ -1,4 +1,4 @@
-"""The table of experiments: the one source of ``inn-guard bench`` and of the table in this folder's README.
+"""The table of experiments, for ``inn-guard bench`` and the README of this folder.
 
 python -m benchmarks.common.experiments        # writes the table into README.md
 """
@@ -76,7 +76,7 @@ EXPERIMENTS = (
     ),
     Experiment(
         "exploding_inverses.gradient_angles",
-        "memory-saving gradients leave the true ones as training explodes the inverse; FD or NF keep them",
+        "memory-saving gradients deviate as training explodes the inverse; FD or NF prevent it",
         "Behrmann 2021, figure 18",
     ),
     Experiment(
@@ -106,7 +106,7 @@ EXPERIMENTS = (
     ),
     Experiment(
         "exploding_inverses.flowgan",
-        "Glow by likelihood, as a GAN's generator, and both: likelihood, samples, the inverse on data",
+        "Glow by likelihood, as a GAN's generator, and both: likelihood, samples, inverse on data",
         "Behrmann 2021, table 13",
         "flowgan_table13.csv",
     ),
@@ -124,7 +124,7 @@ EXPERIMENTS = (
     ),
     Experiment(
         "precision.rounding_forecast",
-        "the forecast of the round trip's error, in five arithmetics, over 128 stacks of three libraries",
+        "the forecast of the round-trip error in five number formats, 128 stacks of layers",
     ),
     Experiment(
         "attacks.strategies",
@@ -132,7 +132,7 @@ EXPERIMENTS = (
         "Behrmann 2021, appendix E",
     ),
     Experiment("attacks.step_cost", "what one step of the attack costs, in forward passes"),
-    Experiment("lipschitz.rigour", "certificates against 40-digit truth and dense matrices"),
+    Experiment("lipschitz.soundness", "certificates against 40-digit truth and dense matrices"),
     Experiment(
         "lipschitz.toys",
         "2-D flows of 16 blocks bracketed by branch and bound",
@@ -163,7 +163,7 @@ EXPERIMENTS = (
     Experiment("performance.scale", "audits within a memory budget, up to 196,608 dimensions"),
     Experiment(
         "performance.memory_saving",
-        "peak memory and time of a training step, against stored activations, checkpoints and MemCNN",
+        "peak memory and time of a training step; stored activations, checkpoints, MemCNN",
     ),
     Experiment(
         "performance.regularizer_cost",
@@ -198,15 +198,21 @@ EXPERIMENTS = (
 )
 
 
+NAMES = tuple(one.name for one in EXPERIMENTS)
+
+
 def find(name: str) -> Experiment:
     """The experiment of that name: folder.script, folder_script, or the script if it is unique.
 
     Raises:
         LookupError: if there is none or more than one.
     """
-    found = [one for one in EXPERIMENTS if name in (one.name, one.stem)]
-    if not found:
-        found = [one for one in EXPERIMENTS if one.name.endswith(f".{name}")]
+    found = []
+    for one in EXPERIMENTS:
+        if name in (one.name, one.stem):
+            return one
+        if one.name.endswith(f".{name}"):
+            found.append(one)
     if len(found) == 1:
         return found[0]
     expected = "the name of an experiment"
@@ -217,7 +223,7 @@ def find(name: str) -> Experiment:
 
 def listing() -> str:
     """All experiments with what they measure, as text."""
-    width = max(len(one.name) for one in EXPERIMENTS) + 2
+    width = max(map(len, NAMES)) + 2
     blocks = []
     for one in EXPERIMENTS:
         text = one.claim

@@ -1,4 +1,4 @@
-"""fit: minimise a loss over batches, with a progress bar, early stopping, and exact resume after a kill."""
+"""fit: minimise a loss, with a progress bar, early stopping, and exact resume after a kill."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ class Batch:
 
 @dataclass
 class History:
-    """What a run went through: losses (step, value), validations (step, value), and how it ended."""
+    """Losses (step, value) and validations (step, value) of a run, and how it ended."""
 
     losses: list[tuple[int, float]] = field(default_factory=list)
     validations: list[tuple[int, float]] = field(default_factory=list)
@@ -75,14 +75,15 @@ class History:
     @property
     def best(self) -> float:
         """The smallest validation value so far; inf if there is none."""
-        return min(
-            (value for _, value in self.validations if not math.isnan(value)), default=math.inf
-        )
+        finite = [value for _, value in self.validations if not math.isnan(value)]
+        return min(finite, default=math.inf)
 
     def since_best(self) -> int:
         """Validations made after the best one."""
         values = [value for _, value in self.validations]
-        return len(values) - 1 - values.index(self.best) if self.best in values else len(values)
+        if self.best not in values:
+            return len(values)
+        return len(values) - 1 - values.index(self.best)
 
 
 def fit(
@@ -117,20 +118,18 @@ def fit(
         FloatingPointError: if the loss is not finite; the checkpoint still holds the last good
             state.
     """
-    if len({len(tensor) for tensor in data}) != 1 or len(data[0]) < settings.batch_size:
+    lengths = [len(tensor) for tensor in data]
+    if len(set(lengths)) != 1 or lengths[0] < settings.batch_size:
         raise ValueError(
             f"expected tensors of one length of at least {settings.batch_size} (the batch size), "
-            f"got lengths {[len(tensor) for tensor in data]}"
+            f"got lengths {lengths}"
         )
     optimizer = torch.optim.Adam(
         [p for p in model.parameters() if p.requires_grad], lr=settings.learning_rate
     )
     history = _resumed(model, optimizer, checkpoint)
     model.train()
-    bar = tqdm(
-        total=settings.steps, initial=history.steps, unit="step", disable=None, dynamic_ncols=True
-    )
-    with bar:
+    with tqdm(total=settings.steps, initial=history.steps, unit="step", disable=None) as bar:
         for batch in _batches(data, settings, start=history.steps):
             if history.stopped_early:
                 break
@@ -192,8 +191,12 @@ def _resumed(
     if checkpoint is None or not checkpoint.exists():
         return History()
     progress: dict[str, Any] = load_checkpoint(checkpoint, model, optimizer)
-    pairs = {key: [tuple(pair) for pair in progress[key]] for key in ("losses", "validations")}
-    return History(steps=progress["steps"], stopped_early=progress["stopped_early"], **pairs)
+    return History(
+        losses=list(map(tuple, progress["losses"])),
+        validations=list(map(tuple, progress["validations"])),
+        steps=progress["steps"],
+        stopped_early=progress["stopped_early"],
+    )
 
 
 def _batches(data: tuple[Tensor, ...], settings: FitSettings, *, start: int) -> Iterator[Batch]:

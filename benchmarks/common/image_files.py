@@ -1,4 +1,4 @@
-"""CIFAR-10 and MNIST as their authors distribute them: folders or archives, read without running anything in them.
+"""CIFAR-10 and MNIST as their authors distribute them, read without running code in the files.
 
 Accepted below ``root``, in this order:
 
@@ -30,6 +30,15 @@ __all__ = ["Images", "MissingData", "file_checksums", "read_cifar10", "read_mnis
 
 LARGEST_FILE = 256 * 2**20  #: bytes; the largest official file is 177 MB
 RECORD = 1 + 3 * 32 * 32
+PICKLE_ERRORS = (
+    pickle.UnpicklingError,
+    EOFError,
+    KeyError,
+    TypeError,
+    ValueError,
+    AttributeError,
+    IndexError,
+)
 FETCH = {
     "CIFAR-10": "torchvision.datasets.CIFAR10",
     "MNIST": "torchvision.datasets.MNIST",
@@ -65,15 +74,16 @@ class Images:
 
 
 def read_cifar10(root: Path, *, train: bool) -> Images:
-    """The 50,000 training or 10,000 test images of CIFAR-10 below ``root``, or as many as its files hold.
+    """The training or test images of CIFAR-10 below ``root``, as many as its files hold.
 
     Raises:
         MissingData: with the command that fetches the data set, if no layout of it is below
             ``root``.
         ValueError: if a file is truncated or is not what its name says.
     """
-    numbered = [f"data_batch_{k}" for k in range(1, 6)]
-    stems = numbered if train else ["test_batch"]
+    stems = ["test_batch"]
+    if train:
+        stems = [f"data_batch_{k}" for k in range(1, 6)]
     for folder, suffix, archive, parse in (
         ("cifar-10-batches-bin", ".bin", "cifar-10-binary.tar.gz", _cifar_records),
         ("cifar-10-batches-py", "", "cifar-10-python.tar.gz", _cifar_pickle),
@@ -85,12 +95,13 @@ def read_cifar10(root: Path, *, train: bool) -> Images:
             contents = _archive(root / archive, names)
         else:
             continue
-        parts = [(name, data, *parse(name, data)) for name, data in contents]
-        return Images(
-            np.concatenate([pixels for *_, pixels, _ in parts]),
-            np.concatenate([labels for *_, labels in parts]),
-            {name: hashlib.sha256(data).hexdigest() for name, data, *_ in parts},
-        )
+        pixels, labels, checksums = [], [], {}
+        for name, data in contents:
+            some_pixels, some_labels = parse(name, data)
+            pixels.append(some_pixels)
+            labels.append(some_labels)
+            checksums[name] = _sha256(data)
+        return Images(np.concatenate(pixels), np.concatenate(labels), checksums)
     raise _missing("CIFAR-10", root)
 
 
@@ -102,19 +113,16 @@ def read_mnist(root: Path, *, train: bool) -> Images:
             ``root``.
         ValueError: if a file is truncated or is not what its name says.
     """
-    stem = "train" if train else "t10k"
+    stem = "t10k"
+    if train:
+        stem = "train"
     names = (f"{stem}-images-idx3-ubyte", f"{stem}-labels-idx1-ubyte")
-    folder = root / "MNIST" / "raw" if (root / "MNIST" / "raw").is_dir() else root
-    paths = []
-    for name in names:
-        found = [
-            folder / f"{name}{suffix}"
-            for suffix in ("", ".gz")
-            if (folder / f"{name}{suffix}").is_file()
-        ]
-        if not found:
-            raise _missing("MNIST", root)
-        paths.append(found[0])
+    folder = root
+    if (root / "MNIST" / "raw").is_dir():
+        folder = root / "MNIST" / "raw"
+    paths = [_plain_or_gzip(folder / name) for name in names]
+    if None in paths:
+        raise _missing("MNIST", root)
     raw = [_read(path) for path in paths]
     pixels = _idx(names[0], _gunzip(paths[0].name, raw[0]), dimensions=3)
     labels = _idx(names[1], _gunzip(paths[1].name, raw[1]), dimensions=1)
@@ -122,31 +130,40 @@ def read_mnist(root: Path, *, train: bool) -> Images:
         raise ValueError(
             f"expected as many labels as images, got {len(labels)} and {len(pixels)} in {folder}"
         )
-    checksums = {
-        path.name: hashlib.sha256(data).hexdigest() for path, data in zip(paths, raw, strict=True)
-    }
+    checksums = {path.name: _sha256(data) for path, data in zip(paths, raw, strict=True)}
     return Images(pixels[:, None], labels.astype(np.int64), checksums)
 
 
 def file_checksums(root: Path, name: str = "") -> dict[str, str]:
-    """File name -> sha256 of the official files below ``root``: those of cifar10 or mnist, or of both."""
-    patterns = [
-        pattern
-        for key, own in OFFICIAL.items()
-        if name.startswith(key) or not name
-        for pattern in own
-    ]
-    paths = {path for pattern in patterns for path in root.glob(pattern) if path.is_file()}
-    return {
-        str(path.relative_to(root)): hashlib.sha256(_read(path)).hexdigest()
-        for path in sorted(paths)
-    }
+    """File name -> sha256 of the official files of cifar10, mnist, or both, below ``root``."""
+    paths: set[Path] = set()
+    for key, patterns in OFFICIAL.items():
+        if name and not name.startswith(key):
+            continue
+        for pattern in patterns:
+            paths |= {path for path in root.glob(pattern) if path.is_file()}
+    checksums = {}
+    for path in sorted(paths):
+        checksums[str(path.relative_to(root))] = _sha256(_read(path))
+    return checksums
+
+
+def _plain_or_gzip(path: Path) -> Path | None:
+    for candidate in (path, path.with_name(f"{path.name}.gz")):
+        if candidate.is_file():
+            return candidate
+    return None
+
+
+def _sha256(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
 
 
 def _missing(name: str, root: Path) -> MissingData:
     return MissingData(
-        f"no {name} below {root}. Expected one of the official layouts; to fetch it, type\n"
-        f"    pip install torchvision && python -c \"import torchvision; {FETCH[name]}('{root}', download=True)\"\n"
+        f"no {name} below {root}. Expected one of the official layouts; to fetch it, run\n"
+        f'    pip install torchvision && python -c "import torchvision; '
+        f"{FETCH[name]}('{root}', download=True)\"\n"
         f"and give --data-root {root}"
     )
 
@@ -209,7 +226,8 @@ def _idx(name: str, data: bytes, *, dimensions: int) -> np.ndarray:
     expected = int(np.prod(shape, dtype=object))
     if len(data) - header != expected:
         raise ValueError(
-            f"{name}: its header promises {expected} bytes of data, the file holds {len(data) - header}"
+            f"{name}: its header promises {expected} bytes of data, "
+            f"the file holds {len(data) - header}"
         )
     return np.frombuffer(data, np.uint8, offset=header).reshape(shape)
 
@@ -226,15 +244,7 @@ def _cifar_pickle(name: str, data: bytes) -> tuple[np.ndarray, np.ndarray]:
         batch = _InertUnpickler(io.BytesIO(data), encoding="bytes").load()
         array, labels = batch[b"data"], batch[b"labels"]
         pixels = np.frombuffer(array.content, np.uint8).reshape(array.shape)
-    except (
-        pickle.UnpicklingError,
-        EOFError,
-        KeyError,
-        TypeError,
-        ValueError,
-        AttributeError,
-        IndexError,
-    ) as error:
+    except PICKLE_ERRORS as error:
         raise ValueError(
             f"{name}: not a batch of the python layout ({type(error).__name__}: {error})"
         ) from error
@@ -252,7 +262,7 @@ def _checked(name: str, pixels: np.ndarray, labels: np.ndarray) -> tuple[np.ndar
 
 
 class _Array:
-    """Stands in for numpy.ndarray while a pickle is read: keeps the shape and the bytes, calls nothing."""
+    """Replaces numpy.ndarray while a pickle is read: keeps shape and bytes, calls nothing."""
 
     shape: tuple[int, ...] = ()
     content: bytes = b""

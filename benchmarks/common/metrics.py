@@ -1,4 +1,4 @@
-"""Metrics of generative models: bits per dimension, Frechet distance of named features, errors of reconstructions."""
+"""Metrics of generative models: bits per dimension, Fréchet distance, reconstruction errors."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 from jaxtyping import Float, UInt8
-from torch import Tensor, nn
+from torch import Tensor
 
 __all__ = [
     "FeatureExtractor",
@@ -31,7 +31,7 @@ INCEPTION = "Inception-v3 pool3"
 def dequantize(
     pixels: UInt8[Tensor, "batch *data"], *, generator: torch.Generator, levels: int = LEVELS
 ) -> Float[Tensor, "batch *data"]:
-    """(pixels + u) / levels in [0, 1), u ~ U(0, 1) for every value: quantized images as continuous data, in float32.
+    """Quantized images as continuous data: (pixels + u) / levels in [0, 1), u ~ U(0, 1), float32.
 
     A density of the result integrates over each cell of width 1 / levels to a probability of the
     pixels, so that its mean log-likelihood bounds that of the images from below;
@@ -51,9 +51,8 @@ def dequantize(
     """
     if pixels.numel() and int(pixels.max()) >= levels:
         raise ValueError(f"expected pixels below {levels}, got {int(pixels.max())}")
-    noise = torch.rand(pixels.shape, generator=generator, device="cpu", dtype=torch.float32).to(
-        pixels.device
-    )
+    noise = torch.rand(pixels.shape, generator=generator, device="cpu", dtype=torch.float32)
+    noise = noise.to(pixels.device)
     # in float32, 255 + u rounds up to 256 once u is within 2^-17 of 1
     largest = 1 - torch.finfo(torch.float32).eps / 2
     return ((pixels + noise) / levels).clamp(max=largest)
@@ -62,7 +61,7 @@ def dequantize(
 def bits_per_dimension(
     log_prob: Float[Tensor, "batch"], *, dims: int, levels: int = LEVELS
 ) -> Float[Tensor, "batch"]:
-    """Bits per dimension of quantized data, from log p(x) in nats of their dequantized versions in [0, 1): (B,).
+    """Bits per dimension of quantized data, (B,), from log p(x) of their dequantized versions.
 
         bpd = -(log p(x) - D log levels) / (D log 2) = log2 levels - log p(x) / (D log 2)
 
@@ -71,7 +70,7 @@ def bits_per_dimension(
         dims: D, the number of values of one x.
         levels: number of values that one pixel can take.
 
-    >>> bits_per_dimension(torch.zeros(1), dims=784).item()  # the uniform density: every pixel costs its 8 bits
+    >>> bits_per_dimension(torch.zeros(1), dims=784).item()  # uniform: 8 bits per pixel
     8.0
     """
     if dims < 1 or levels < 2:
@@ -83,7 +82,7 @@ def bits_per_dimension(
 
 @dataclass(frozen=True)
 class FeatureExtractor:
-    """A function from images to feature vectors, and the name by which every number made with it is labelled.
+    """A function from images to feature vectors, and the name that labels its results.
 
     Attributes:
         name: architecture and the data it was trained on, such as "small CNN trained on digits".
@@ -97,26 +96,27 @@ class FeatureExtractor:
 
     @property
     def distance_name(self) -> str:
-        """What a Frechet distance of these features is called on a figure."""
-        return "FID" if self.name == INCEPTION else f"Frechet distance ({self.name})"
+        """What a Fréchet distance of these features is called on a figure."""
+        if self.name == INCEPTION:
+            return "FID"
+        return f"Fréchet distance ({self.name})"
 
     @torch.no_grad()
     def __call__(
         self, images: Float[Tensor, "batch channels height width"]
     ) -> Float[Tensor, "batch features"]:
         """The features of all images, batch by batch, on the CPU in float64."""
-        return torch.cat(
-            [self.features(part).cpu().double() for part in images.split(self.batch_size)]
-        )
+        parts = [self.features(part) for part in images.split(self.batch_size)]
+        return torch.cat(parts).cpu().double()
 
 
 @dataclass(frozen=True)
 class FrechetDistance:
-    """A Frechet distance with all that it depends on.
+    """A Fréchet distance with all that it depends on.
 
     Attributes:
         value: the distance, in squared units of the features.
-        name: "FID" for the features of Inception-v3, else "Frechet distance (name of the
+        name: "FID" for the features of Inception-v3, else "Fréchet distance (name of the
             extractor)".
         real: number of real images.
         generated: number of generated images.
@@ -133,7 +133,7 @@ def frechet_distance(
     real: Float[Tensor, "real channels height width"],
     generated: Float[Tensor, "generated channels height width"],
 ) -> FrechetDistance:
-    """Squared 2-Wasserstein distance between Gaussians fitted to the features of two sets of images.
+    """Squared 2-Wasserstein distance of Gaussians fitted to the features of two sets of images.
 
         d^2 = |m_1 - m_2|^2 + tr(C_1 + C_2 - 2 (C_1 C_2)^(1/2))
 
@@ -156,11 +156,10 @@ def frechet_distance(
         GANs Trained by a Two Time-Scale Update Rule Converge to a Local Nash Equilibrium (Heusel,
         Ramsauer, Unterthiner, Nessler, Hochreiter, 2017), equation 6.
     """
-    for images in (real, generated):
-        if len(images) < 2:
-            raise ValueError(
-                f"expected at least two images in each set, got {len(real)} and {len(generated)}"
-            )
+    if min(len(real), len(generated)) < 2:
+        raise ValueError(
+            f"expected at least two images in each set, got {len(real)} and {len(generated)}"
+        )
     value = gaussian_frechet_distance(extractor(real), extractor(generated))
     return FrechetDistance(value, extractor.distance_name, len(real), len(generated))
 
@@ -168,13 +167,13 @@ def frechet_distance(
 def gaussian_frechet_distance(
     first: Float[Tensor, "n features"], second: Float[Tensor, "m features"]
 ) -> float:
-    """The Frechet distance of two sets of feature vectors, see ``frechet_distance``; NaN if one is not finite."""
+    """The Fréchet distance of two sets of feature vectors; NaN if one is not finite."""
     if not bool(first.isfinite().all() & second.isfinite().all()):
         return math.nan
-    means, roots = zip(*(_moments(features.double()) for features in (first, second)), strict=True)
-    shift = (means[0] - means[1]).square().sum()
-    covariances = sum(root.square().sum() for root in roots)
-    overlap = torch.linalg.svdvals(roots[0] @ roots[1].T).sum()
+    (mean1, root1), (mean2, root2) = _moments(first.double()), _moments(second.double())
+    shift = (mean1 - mean2).square().sum()
+    covariances = root1.square().sum() + root2.square().sum()
+    overlap = torch.linalg.svdvals(root1 @ root2.T).sum()
     return max(0.0, float(shift + covariances - 2 * overlap))
 
 
@@ -183,10 +182,10 @@ def feature_error(
     clean: Float[Tensor, "batch channels height width"],
     reconstructed: Float[Tensor, "batch channels height width"],
 ) -> Float[Tensor, "batch"]:
-    """Mean squared difference of the features of clean images and of their reconstructions from noisy ones, (B,).
+    """Mean squared difference of features of clean images and of denoised ones, (B,).
 
     Args:
-        extractor: of the features; name it beside the number.
+        extractor: of the features; name it with the number.
         clean: images in [0, 1] without noise.
         reconstructed: row-aligned with them, in [0, 1].
 
@@ -223,7 +222,7 @@ def add_noise(
 
 
 def inception(weights: Path, *, batch_size: int = 64) -> FeatureExtractor:
-    """The 2048 pool3 features of Inception-v3 as torch-fidelity computes them; distances of these alone are an FID.
+    """The 2048 pool3 features of Inception-v3 by torch-fidelity; only their distances are an FID.
 
     Args:
         weights: torch-fidelity's file ``weights-inception-2015-12-05-6726825d.pth``, which the user
@@ -240,19 +239,16 @@ def inception(weights: Path, *, batch_size: int = 64) -> FeatureExtractor:
         )
     if importlib.util.find_spec("torch_fidelity") is None:
         raise ModuleNotFoundError(
-            "an FID needs the features of torch-fidelity; type: pip install torch-fidelity"
+            "an FID needs the features of torch-fidelity; pip install torch-fidelity"
         )
     from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
-    torch.load(
-        weights, map_location="cpu", weights_only=True
-    )  # refuses a file that is more than tensors
-    network: nn.Module = FeatureExtractorInceptionV3(
-        "inception-v3-compat", ["2048"], str(weights)
-    ).eval()
+    # refuses a file that holds more than tensors
+    torch.load(weights, map_location="cpu", weights_only=True)
+    network = FeatureExtractorInceptionV3("inception-v3-compat", ["2048"], str(weights)).eval()
 
     def features(images: Tensor) -> Tensor:
-        colour = images.expand(-1, 3, -1, -1) if images.shape[1] == 1 else images
+        colour = images.expand(-1, 3, -1, -1)
         return network((colour.clamp(0, 1) * 255).round().to(torch.uint8))[0]
 
     return FeatureExtractor(INCEPTION, features, batch_size)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,7 +12,14 @@ from torch import Tensor
 
 from benchmarks.common.image_files import read_cifar10, read_mnist
 
-__all__ = ["QuantizedImages", "cifar10", "mnist", "quantized_digits", "quantized_images"]
+__all__ = [
+    "QuantizedImages",
+    "by_parts",
+    "cifar10",
+    "mnist",
+    "quantized_digits",
+    "quantized_images",
+]
 
 
 @dataclass(frozen=True)
@@ -47,6 +55,11 @@ class QuantizedImages:
         return pixels.float() / (self.levels - 1)
 
 
+def by_parts(function: Callable[[Tensor], Tensor], x: Tensor, size: int) -> Tensor:
+    """``function(x)``, called on ``size`` rows at once."""
+    return torch.cat([function(part) for part in x.split(size)])
+
+
 def quantized_images(name: str, root: Path | None) -> QuantizedImages:
     """digits, mnist (its 10,000 test images), mnist_whole or cifar10.
 
@@ -69,7 +82,7 @@ def quantized_images(name: str, root: Path | None) -> QuantizedImages:
 
 
 def quantized_digits(*, seed: int = 0) -> QuantizedImages:
-    """scikit-learn's 1797 digits of 8 x 8 pixels with 17 grey values: 1200 to train, 147 to validate, 450 to test."""
+    """scikit-learn's 1797 digits, 8 x 8, 17 grey values: 1200 train, 147 validate, 450 test."""
     images, labels = load_digits(return_X_y=True)
     pixels = torch.as_tensor(images).to(torch.uint8).reshape(-1, 1, 8, 8)
     order = torch.randperm(len(pixels), generator=torch.Generator().manual_seed(seed))
@@ -98,7 +111,7 @@ def mnist(root: Path, *, train_files: bool) -> QuantizedImages:
 
 
 def cifar10(root: Path) -> QuantizedImages:
-    """CIFAR-10 from its official files below ``root``: 45,000 images to train, 5,000 to validate, the test images."""
+    """CIFAR-10 from its official files: 45,000 train, 5,000 validate, 10,000 test."""
     train, test = read_cifar10(root, train=True), read_cifar10(root, train=False)
     pixels = torch.cat([torch.as_tensor(part.pixels.copy()) for part in (train, test)])
     labels = torch.cat([torch.as_tensor(part.labels) for part in (train, test)])

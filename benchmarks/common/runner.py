@@ -39,7 +39,7 @@ from benchmarks.common.figures import save_figure
 from benchmarks.common.image_files import MissingData, file_checksums
 from inn_guard.execution.files import atomic_write
 
-__all__ = ["RESULTS", "Row", "collect", "main", "preset", "write_results"]
+__all__ = ["RESULTS", "Row", "collect", "keyed", "main", "preset", "write_results"]
 
 Row = dict[str, Any]
 BENCHMARKS = Path(__file__).parents[1]
@@ -56,7 +56,9 @@ def preset(script: ModuleType, name: str) -> Any:
 
 
 def collect(
-    config: Any, cases: Mapping[str, Any], measure: Callable[[Any, Any], Iterable[Row]]
+    config: Any,
+    cases: Mapping[str, Any] | Iterable[str],
+    measure: Callable[[Any, Any], Iterable[Row]],
 ) -> pd.DataFrame:
     """Rows of every case, one case after the other.
 
@@ -64,12 +66,15 @@ def collect(
 
     Args:
         config: the experiment's frozen dataclass; it determines the name of that file.
-        cases: key -> case. The keys must be the same in every run.
+        cases: key -> case, or cases that are their own keys. The keys must be the same in every
+            run.
         measure: (config, case) -> its rows.
 
     Returns:
         one line per row, in the order of the cases, with the key in the column ``case``.
     """
+    if not isinstance(cases, Mapping):
+        cases = {key: key for key in cases}
     name = _stem(type(config).__module__)
     path = UNFINISHED / f"{name}-{_digest(config)}.jsonl"
     finished = _read_finished(path)
@@ -84,6 +89,15 @@ def collect(
         rows += [{"case": key, **row} for row in finished[key]]
     path.unlink(missing_ok=True)
     return pd.DataFrame(rows)
+
+
+def keyed(form: str, cases: Iterable[Any]) -> dict[str, Any]:
+    """Cases with keys of one form.
+
+    >>> keyed("{} blocks", (1, 2))
+    {'1 blocks': 1, '2 blocks': 2}
+    """
+    return {form.format(case): case for case in cases}
 
 
 def write_results(name: str, frame: pd.DataFrame, config: Any, *, folder: Path = RESULTS) -> Path:

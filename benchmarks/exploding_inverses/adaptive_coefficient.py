@@ -1,13 +1,13 @@
-"""A coefficient that holds the condition number at its target, against a grid of fixed ones, on a digits classifier.
+"""A coefficient that holds the condition number at a target, against a grid of fixed ones.
 
-    python -m benchmarks.exploding_inverses.adaptive_coefficient --preset cpu      # about 2 minutes of one idle core
+    inn-guard bench exploding_inverses.adaptive_coefficient --preset cpu
 
 Claim measured: from any start, over four decades, the steered coefficient brings the condition
 number to its target and keeps it there, in one run and without a search, at the accuracy of the
-grid. Network: affine couplings with an inverse that has no bound and a linear head; Adam; the
-normalizing-flow loss every 10 steps. The coefficient is steered by what AuditHook measures on a few
-fixed training images every 25 steps; the table's condition numbers are the worst of held-out images
-that no run has seen, which lie somewhat above those of training images.
+grid. Network: a classifier of digits of affine couplings, whose inverse has no bound, with a linear
+head; Adam; the normalizing-flow loss every 10 steps. The coefficient is steered by what AuditHook
+measures on a few fixed training images every 25 steps; the condition numbers of the table are the
+worst of held-out images that no run has seen, which lie somewhat above those of training images.
 """
 
 from __future__ import annotations
@@ -35,35 +35,20 @@ SPECTRUM = functools.partial(ig.AUDITS["jacobian_spectrum"], tolerance=0.2, max_
 
 @dataclass(frozen=True)
 class Config:
-    """Which runs are made.
+    """Which runs are made."""
 
-    Attributes:
-        fixed: fixed coefficients, the grid.
-        starts: values at which the steered coefficient starts.
-        target: condition number to hold.
-        blocks: couplings.
-        width: of their networks.
-        steps: of Adam, batches of 128.
-        learning_rate: of Adam.
-        regularize_every: steps between two penalties.
-        steer_every: steps between two measurements that steer.
-        show_every: steps between two rows of the table.
-        samples: images per measurement.
-        seed: of weights and batches.
-    """
-
-    fixed: tuple[float, ...] = (0.0, 1e-5, 1e-4, 1e-3, 1e-2)
-    starts: tuple[float, ...] = (1e-6, 1e-4, 1e-2)
-    target: float = 100.0
-    blocks: int = 8
-    width: int = 64
-    steps: int = 1000
-    learning_rate: float = 1e-3
-    regularize_every: int = 10
-    steer_every: int = 25
-    show_every: int = 50
-    samples: int = 16
-    seed: int = 0
+    fixed: tuple[float, ...] = (0.0, 1e-5, 1e-4, 1e-3, 1e-2)  # fixed coefficients, the grid
+    starts: tuple[float, ...] = (1e-6, 1e-4, 1e-2)  # values at which the steered coefficient starts
+    target: float = 100.0  # condition number to hold
+    blocks: int = 8  # couplings
+    width: int = 64  # of their networks
+    steps: int = 1000  # of Adam, batches of 128
+    learning_rate: float = 1e-3  # of Adam
+    regularize_every: int = 10  # steps between two penalties
+    steer_every: int = 25  # steps between two measurements that steer
+    show_every: int = 50  # steps between two rows of the table
+    samples: int = 16  # images per measurement
+    seed: int = 0  # of weights and batches
 
 
 PRESETS = {

@@ -1,6 +1,6 @@
-"""What the dequantization attack finds in affine flows, against their depth and the steps of their training.
+"""What the dequantization attack finds in affine flows, against their depth and training.
 
-    python -m benchmarks.exploding_inverses.attack_growth --preset cpu --data-root FOLDER
+    inn-guard bench exploding_inverses.attack_growth --preset cpu --data-root FOLDER
 
 The flows of ``dequantization`` with scales in (0, 1), one for each number of blocks, attacked at
 several steps of their training by maximum likelihood, by the paper's search and by this package's
@@ -18,7 +18,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from benchmarks.common.figures import draw_grid_lines, plot_finite
-from benchmarks.common.runner import Row, collect, main
+from benchmarks.common.runner import Row, collect, keyed, main
 from benchmarks.exploding_inverses import dequantization
 from benchmarks.exploding_inverses.dequantization import PRICE, Flow
 from benchmarks.exploding_inverses.image_training import checkpoint_of, exact_float32
@@ -35,20 +35,15 @@ COLOURS = ("#56b4e9", "#0072b2", "#009e73", "#e69f00", "#d55e00")
 
 @dataclasses.dataclass(frozen=True)
 class Config(dequantization.Config):
-    """As in ``dequantization``; only affine flows with scales in (0, 1).
-
-    Attributes:
-        depths: blocks per level, a flow for each.
-        looks: number of attacks during a training.
-    """
+    """As in ``dequantization``; only affine flows with scales in (0, 1)."""
 
     flows: tuple[str, ...] = (FLOW,)
-    depths: tuple[int, ...] = (4, 8, 16)
-    looks: int = 20
+    depths: tuple[int, ...] = (4, 8, 16)  # blocks per level, a flow for each
+    looks: int = 20  # number of attacks during a training
 
 
 def preset(base: str, **changes: object) -> dict[str, object]:
-    """The fields of that preset of ``dequantization``, for affine flows only, with these changes."""
+    """That preset of ``dequantization``, for affine flows only, with these changes."""
     return {**dequantization.PRESETS[base], "flows": (FLOW,), **changes}
 
 
@@ -100,7 +95,7 @@ def measure(config: Config, depth: int) -> list[Row]:
 
 def run(config: Config) -> pd.DataFrame:
     """A flow per depth."""
-    return collect(config, {f"{depth} blocks": depth for depth in config.depths}, measure)
+    return collect(config, keyed("{} blocks", config.depths), measure)
 
 
 def draw(frame: pd.DataFrame) -> Figure:

@@ -1,4 +1,4 @@
-"""How the attacks on flows are shown: the errors they found against what they cost, and pictures."""
+"""How the attacks on flows are shown: the errors they found against what they cost."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """What audits during training cost: one audit against one training step, on digits classifiers.
 
-    python -m benchmarks.exploding_inverses.audit_hook_cost --preset cpu           # less than a minute on one core
+    inn-guard bench exploding_inverses.audit_hook_cost --preset cpu
 
 Claim measured: AuditHook's default check, every 100 steps, adds less than one per cent to the time
 of training. Processor time, medians; batches of 128 images of 8x8 pixels, Adam. These nets are as
@@ -32,17 +32,11 @@ SPECTRUM = functools.partial(ig.AUDITS["jacobian_spectrum"], tolerance=0.2, max_
 
 @dataclass(frozen=True)
 class Config:
-    """Which networks are timed.
+    """Which networks are timed."""
 
-    Attributes:
-        sizes: "blocks x width" of each.
-        repeats: of every timing.
-        every: steps between two audits.
-    """
-
-    sizes: tuple[str, ...] = ("8x64", "16x128")
-    repeats: int = 15
-    every: int = 100
+    sizes: tuple[str, ...] = ("8x64", "16x128")  # "blocks x width" of each
+    repeats: int = 15  # of every timing
+    every: int = 100  # steps between two audits
 
 
 PRESETS = {
@@ -52,7 +46,7 @@ PRESETS = {
 
 
 def measure(config: Config, case: tuple[str, str]) -> Iterator[Row]:
-    """Milliseconds of a step, of the default audit, and of one that adds the spectrum of four samples."""
+    """Milliseconds of a step, of the default audit, and of one of the spectrum of four samples."""
     torch.manual_seed(0)
     name, size = case
     blocks, width = (int(part) for part in size.split("x"))

@@ -1,6 +1,6 @@
-"""Three large flows of one checkerboard: where on the plane the inverse fails, densities, and certified bounds.
+"""Three large flows of one checkerboard: where the inverse fails, densities, certified bounds.
 
-    inn-guard bench exploding_inverses.checkerboard --preset cpu          # about 5 minutes on one core
+    inn-guard bench exploding_inverses.checkerboard --preset cpu  # about 5 minutes on one core
 
 Affine couplings with scales in (0, 1), affine couplings with scales in (0.5, 1) and a residual flow
 are trained by maximum likelihood. Rows: every point of a grid around the data (place "grid"), and
@@ -43,33 +43,19 @@ BOUNDS = ("witnessed", "certified", "table 3")  #: rows that bound the singular 
 
 @dataclass(frozen=True)
 class Config:
-    """What is trained; the defaults are the paper's.
+    """What is trained; the defaults are the paper's."""
 
-    Attributes:
-        nets: which of the three.
-        blocks: couplings.
-        residual_blocks: residual layers.
-        hidden: width of the four hidden layers.
-        steps: of Adam at 1e-3 with weight decay 1e-5.
-        residual_steps: of the residual flow.
-        batch_size: new samples at every step.
-        extent: the grid covers [-extent, extent]^2.
-        points: of the grid in each direction.
-        seconds: for the certified bounds of each net.
-        seed: of weights and samples.
-    """
-
-    nets: tuple[str, ...] = (AFFINE, HALF, RESIDUAL)
-    blocks: int = 100
-    residual_blocks: int = 100
-    hidden: int = 128
-    steps: int = 50_000
-    residual_steps: int = 50_000
-    batch_size: int = 500
-    extent: float = 8.0
-    points: int = 101
-    seconds: float = 600.0
-    seed: int = 0
+    nets: tuple[str, ...] = (AFFINE, HALF, RESIDUAL)  # which of the three
+    blocks: int = 100  # couplings
+    residual_blocks: int = 100  # residual layers
+    hidden: int = 128  # width of the four hidden layers
+    steps: int = 50_000  # of Adam at 1e-3 with weight decay 1e-5
+    residual_steps: int = 50_000  # of the residual flow
+    batch_size: int = 500  # new samples at every step
+    extent: float = 8.0  # the grid covers [-extent, extent]^2
+    points: int = 101  # of the grid in each direction
+    seconds: float = 600.0  # for the certified bounds of each net
+    seed: int = 0  # of weights and samples
 
 
 PRESETS = {
@@ -163,7 +149,7 @@ def worst_values(frame: pd.DataFrame) -> Row:
 
 
 def bounded(net: Chain, samples: Tensor, config: Config) -> list[tuple[str, float, float]]:
-    """(place, sigma_max, sigma_min) over the box of the data: certified, witnessed (from the data), Table 3."""
+    """(place, sigma_max, sigma_min) over the box of the data: certified, witnessed, Table 3."""
     corner = BOX * torch.ones(2, dtype=torch.float64)
     box = ig.Box(-corner, corner)
     bounds = ig.lipschitz_bounds(net, box, data=samples, seconds=config.seconds)
@@ -177,14 +163,14 @@ def bounded(net: Chain, samples: Tensor, config: Config) -> list[tuple[str, floa
 
 def run(config: Config) -> pd.DataFrame:
     """All nets."""
-    frame = collect(config, {name: name for name in config.nets}, measure)
+    frame = collect(config, config.nets, measure)
     print(summary(frame).to_string(index=False))
     return frame
 
 
 @np.errstate(divide="ignore")
 def summary(frame: pd.DataFrame) -> pd.DataFrame:
-    """One line per net: the data, the grid outside the box of the data, and the bounds on that box."""
+    """One line per net: the data, the grid outside of their box, and the bounds on the box."""
     lines = []
     for name, group in frame.groupby("net", sort=False):
         data, *bounds = (group[group.place == place].iloc[0] for place in ("data", *BOUNDS))
@@ -207,7 +193,7 @@ def summary(frame: pd.DataFrame) -> pd.DataFrame:
 
 
 def draw(frame: pd.DataFrame) -> Figure:
-    """The data and, per net, log-density, round-trip error and condition number; what is not finite is orange."""
+    """Per net log-density, round-trip error and condition number; orange where not finite."""
     nets = list(dict.fromkeys(frame.net))
     points = frame[frame.place == "grid"]
     points = points.assign(

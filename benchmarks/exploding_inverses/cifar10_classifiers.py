@@ -1,17 +1,18 @@
-r"""Training a classifier of CIFAR-10 explodes the inverse of an affine INN; FD or NF keep it at equal accuracy.
+r"""Training on CIFAR-10 explodes the inverse of an affine INN; FD or NF keep it.
 
-    python -m benchmarks.exploding_inverses.cifar10_classifiers --preset cpu --data-root FOLDER
+    inn-guard bench exploding_inverses.cifar10_classifiers --preset cpu --data-root FOLDER
 
 Two more committed tables, FD at every tenth step and a longer training, six and four minutes of one
 core:
 
-    python -m benchmarks.exploding_inverses.cifar10_classifiers --preset cpu --data-root FOLDER \
-        --runs "affine conv none,affine conv FD 1e-4,affine conv NF 1e-4" --train-images 8000 --test-images 1000 \
-        --batch-size 128 --epochs 6 --fd-every 10 --fd-fraction 0.25 --reconstructed 1000 \
+    inn-guard bench exploding_inverses.cifar10_classifiers --preset cpu --data-root FOLDER \
+        --runs "affine conv none,affine conv FD 1e-4,affine conv NF 1e-4" \
+        --train-images 8000 --test-images 1000 --batch-size 128 --epochs 6 \
+        --fd-every 10 --fd-fraction 0.25 --reconstructed 1000 \
         --out benchmarks/results/every_tenth_step
-    python -m benchmarks.exploding_inverses.cifar10_classifiers --preset cpu --data-root FOLDER \
-        --runs "affine shuffle none" --train-images 8000 --epochs 12 --looks 8 --spectra 32 --reconstructed 1000 \
-        --out benchmarks/results/longer
+    inn-guard bench exploding_inverses.cifar10_classifiers --preset cpu --data-root FOLDER \
+        --runs "affine shuffle none" --train-images 8000 --epochs 12 --looks 8 --spectra 32 \
+        --reconstructed 1000 --out benchmarks/results/longer
 
 Per evaluation during each training: accuracy, reconstruction errors and singular values on held-out
 images, and the angle between memory-saving and true gradients on training minibatches. The last
@@ -86,38 +87,25 @@ TABLE_10_RUNS = all_runs(TABLE_10)
 
 @dataclass(frozen=True)
 class Config(ImageConfig):
-    """Which nets are trained, how, and what is measured. The defaults are the paper's.
+    """Which nets are trained, how, and what is measured. The defaults are the paper's."""
 
-    Attributes:
-        runs: "coupling mixing regularizer coefficient" of each.
-        test_images: number of test images, for the accuracy.
-        epochs: of training.
-        decay_epochs: at which the learning rate of Adam is divided by ten.
-        shift: pixels of the random crop.
-        mirrored: whether images are mirrored at random, left to right.
-        fd_every: K, steps between two FD penalties; NF is part of every step.
-        fd_fraction: share of the batch that FD takes.
-        memory_saving: train the regularized and the additive nets without stored activations.
-        looks: number of evaluations during a training.
-        reconstructed: held-out images that are reconstructed.
-        spectra: held-out images whose singular values are measured.
-        angle_batches: training minibatches, of half the batch size, whose gradients are compared.
-    """
-
-    runs: tuple[str, ...] = all_runs(TABLE_9)
-    test_images: int = 10_000
-    epochs: int = 200
+    runs: tuple[str, ...] = all_runs(TABLE_9)  # "coupling mixing regularizer coefficient" of each
+    test_images: int = 10_000  # number of test images, for the accuracy
+    epochs: int = 200  # of training
     batch_size: int = 128
     learning_rate: float = 1e-4
+    # at which the learning rate of Adam is divided by ten
     decay_epochs: tuple[int, ...] = (60, 120, 160)
-    shift: int = 4
-    mirrored: bool = True
-    fd_every: int = 10
-    fd_fraction: float = 1.0
+    shift: int = 4  # pixels of the random crop
+    mirrored: bool = True  # whether images are mirrored at random, left to right
+    fd_every: int = 10  # K, steps between two FD penalties; NF is part of every step
+    fd_fraction: float = 1.0  # share of the batch that FD takes
+    # train the regularized and the additive nets without stored activations
     memory_saving: bool = True
-    looks: int = 20
-    reconstructed: int = 1000
-    spectra: int = 32
+    looks: int = 20  # number of evaluations during a training
+    reconstructed: int = 1000  # held-out images that are reconstructed
+    spectra: int = 32  # held-out images whose singular values are measured
+    # training minibatches, of half the batch size, whose gradients are compared
     angle_batches: int = 40
 
 

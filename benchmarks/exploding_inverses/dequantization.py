@@ -1,13 +1,14 @@
-r"""Valid training samples whose reconstruction fails: the dequantization attack on two affine flows and a residual one.
+r"""Valid training samples whose reconstruction fails, on two affine flows and a residual one.
 
-    python -m benchmarks.exploding_inverses.dequantization --preset cpu --data-root FOLDER
+    inn-guard bench exploding_inverses.dequantization --preset cpu --data-root FOLDER
 
 The committed table of larger and longer trained affine flows under a longer attack, five minutes of
 one core:
 
-    python -m benchmarks.exploding_inverses.dequantization --preset cpu --data-root FOLDER \
-        --flows "affine (0 1),affine (0.5 1)" --levels 3 --blocks 4 --hidden 32 --steps 1500 --images 8 \
-        --attack-steps 400 --grids benchmarks/results/longer --out benchmarks/results/longer
+    inn-guard bench exploding_inverses.dequantization --preset cpu --data-root FOLDER \
+        --flows "affine (0 1),affine (0.5 1)" --levels 3 --blocks 4 --hidden 32 --steps 1500 \
+        --images 8 --attack-steps 400 --grids benchmarks/results/longer \
+        --out benchmarks/results/longer
 
 Three flows are trained by maximum likelihood on images of 5 bits: affine couplings with scales in
 (0, 1), with scales in (0.5, 1), and a residual flow. Training images are then attacked within the
@@ -68,27 +69,18 @@ PRICE = 4.5  #: forward passes that a step of the paper's attack costs
 
 @dataclass(frozen=True)
 class Config(FlowConfig):
-    """Which flows are trained and how they are attacked. The defaults are the paper's.
+    """Which flows are trained and how they are attacked. The defaults are the paper's."""
 
-    Attributes:
-        flows: keys of FLOWS.
-        residual_blocks: per level of the residual flow; ``blocks`` are those of the affine nets.
-        coefficient: Lipschitz constant of the residual flow's convolutions.
-        residual_steps: of training of the residual flow, by Adam; the others have Adamax.
-        images: training images that are attacked.
-        attack_steps: of the paper's search.
-        step_size: of its steps, in [0, 1].
-        few_iterations: of the inverse in the second attack on the residual flow.
-    """
-
-    flows: tuple[str, ...] = ("affine (0 1)", "affine (0.5 1)", "residual")
+    flows: tuple[str, ...] = ("affine (0 1)", "affine (0.5 1)", "residual")  # keys of FLOWS
+    # per level of the residual flow; ``blocks`` are those of the affine nets
     residual_blocks: int = 16
-    coefficient: float = 0.98
+    coefficient: float = 0.98  # Lipschitz constant of the residual flow's convolutions
+    # of training of the residual flow, by Adam; the others have Adamax
     residual_steps: int = 78_100
-    images: int = 16
-    attack_steps: int = 200
-    step_size: float = 5e-4
-    few_iterations: int = 5
+    images: int = 16  # training images that are attacked
+    attack_steps: int = 200  # of the paper's search
+    step_size: float = 5e-4  # of its steps, in [0, 1]
+    few_iterations: int = 5  # of the inverse in the second attack on the residual flow
 
 
 PRESETS = {
@@ -276,7 +268,7 @@ def image_groups(flow: Flow, title: str, found: AuditResult) -> dict[str, Tensor
 
 def run(config: Config) -> pd.DataFrame:
     """All flows."""
-    return collect(config, {name: name for name in config.flows}, measure)
+    return collect(config, config.flows, measure)
 
 
 if __name__ == "__main__":

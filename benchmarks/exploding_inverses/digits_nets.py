@@ -1,4 +1,4 @@
-"""Three affine-coupling nets over 8x8 digits, and the classifier on top: ours, FrEIA's and nflows', of equal depth.
+"""Nets of affine couplings for 8x8 digits, ours, FrEIA's and nflows', and their classifier.
 
 A fixed random permutation before every coupling mixes the pixels, as the shuffle variants of the
 paper do.
@@ -31,7 +31,7 @@ CLASSES = 10
 
 
 def plain(blocks: int, width: int) -> Invertible:
-    """Affine couplings with Glow's scale sigmoid(h + 2) in (0, 1), its inverse unbounded, and learned diagonals."""
+    """Affine couplings with Glow's scale sigmoid(h + 2) in (0, 1), and learned diagonals."""
     steps: list[Invertible] = []
     for k in range(blocks):
         order = torch.randperm(SIZE, generator=torch.Generator().manual_seed(k))
@@ -44,7 +44,7 @@ def plain(blocks: int, width: int) -> Invertible:
 
 
 def freia(blocks: int, width: int) -> Invertible:
-    """FrEIA's GLOWCouplingBlock (two couplings each) as its tutorial stacks them; log-scales clamped to (-2, 2)."""
+    """FrEIA's GLOWCouplingBlock (two couplings each), log-scales clamped to (-2, 2)."""
     net = FrEIA.framework.SequenceINN(SIZE)
     for k in range(blocks // 2):
         net.append(FrEIA.modules.PermuteRandom, seed=k)

@@ -1,4 +1,4 @@
-"""How the digits experiment is shown: final table, curves over training, and a page that links the reports."""
+"""How the digits experiment is shown: table, curves, and a page that links the reports."""
 
 from __future__ import annotations
 
@@ -33,7 +33,8 @@ PAGE = """<!DOCTYPE html>
 <html lang="en"><head><meta charset="utf-8"><title>Digits: exploding inverses</title>
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <style>
-body {{ font: 16px/1.5 system-ui, sans-serif; max-width: 68rem; margin: 2rem auto; padding: 0 1rem; color: #1b1f24; }}
+body {{ font: 16px/1.5 system-ui, sans-serif; color: #1b1f24; }}
+body {{ max-width: 68rem; margin: 2rem auto; padding: 0 1rem; }}
 table {{ border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; }}
 th, td {{ padding: .35rem .6rem; text-align: right; border-bottom: 1px solid #d9dde3; }}
 th:nth-child(-n+2), td:nth-child(-n+2), th:last-child, td:last-child {{ text-align: left; }}
@@ -41,12 +42,14 @@ img {{ max-width: 100%; }}
 p {{ max-width: 46rem; }}
 </style></head><body>
 <h1>Exploding inverses on digits</h1>
-<p>Invertible classifiers of scikit-learn's digits after training, without a regularizer, with bi-directional finite
-differences (FD) and with the normalizing-flow loss (NF). Errors are the largest entry of F<sup>-1</sup>(F(x)) - x, in
-the data's units of two grey levels (x = grey / 2 - 4); condition number and singular values are of the Jacobian, each
-the worst over the held-out digits that were audited. Every net's name leads to its full report.</p>
+<p>Invertible classifiers of scikit-learn's digits after training, without a regularizer, with
+bi-directional finite differences (FD) and with the normalizing-flow loss (NF). Errors are the
+largest entry of F<sup>-1</sup>(F(x)) - x, in the data's units of two grey levels
+(x = grey / 2 - 4); condition number and singular values are of the Jacobian, each the worst over
+the held-out digits that were audited. Every net's name leads to its full report.</p>
 {table}
-<p><img alt="Condition number and reconstruction error during training" src="data:image/png;base64,{image}"></p>
+<p><img alt="Condition number and reconstruction error during training"
+src="data:image/png;base64,{image}"></p>
 </body></html>
 """
 
@@ -62,7 +65,7 @@ def final_table(frame: pd.DataFrame) -> pd.DataFrame:
 
 
 def draw(frame: pd.DataFrame) -> Figure:
-    """Condition number and reconstruction error over the steps of training, a column for each net."""
+    """Condition number and reconstruction error over training, a column for each net."""
     nets = list(dict.fromkeys(frame["net"]))
     figure = Figure(figsize=(3.4 * len(nets) + 0.6, 5.4), layout="constrained")
     panels = figure.subplots(len(CURVES), len(nets), sharex=True, sharey="row", squeeze=False)

@@ -1,11 +1,11 @@
-"""A Glow as the generator of a GAN, by likelihood, and by both (FlowGAN): likelihood, samples, and the inverse on data.
+"""A Glow trained as the generator of a GAN, by likelihood, and by both (FlowGAN).
 
-    inn-guard bench exploding_inverses.flowgan --preset cpu               # about 5 minutes on one core
+    inn-guard bench exploding_inverses.flowgan --preset cpu  # about 5 minutes on one core
     inn-guard bench exploding_inverses.flowgan --preset paper --data-root FOLDER
 
 Samples are F^-1(z), z from N(0, I). The discriminator is spectrally normalised, has a gradient
 penalty and the cross-entropy loss. Rows over training: bits per dimension of test images (inf where
-a likelihood is), the Frechet distance of samples between the features of a small classifier trained
+a likelihood is), the Fréchet distance of samples between the features of a small classifier trained
 on the same data (no FID: it compares within this table only), the worst round trips of test images
 and of samples, condition numbers of test images.
 
@@ -38,7 +38,7 @@ from benchmarks.common.metrics import (
     dequantize,
     frechet_distance,
 )
-from benchmarks.common.quantized_images import QuantizedImages
+from benchmarks.common.quantized_images import QuantizedImages, by_parts
 from benchmarks.common.runner import RESULTS, Row, collect, main
 from benchmarks.exploding_inverses.flow_report import grid
 from benchmarks.exploding_inverses.gan import discriminator, gradient_penalty
@@ -54,7 +54,7 @@ COLOURS = {"mle": "#0072b2", "gan": "#d55e00", "flowgan": "#009e73"}
 OTHER_WEIGHT = "#cc79a7"  #: of the likelihood in FlowGAN
 CURVES = {
     "bpd": "bits per dimension, test",
-    "distance": "Frechet distance of samples",
+    "distance": "Fréchet distance of samples",
     "condition_number": "worst condition number, test",
     "error": "worst round trip, test",
 }
@@ -70,48 +70,29 @@ class Objective:
 
 @dataclass(frozen=True)
 class Config:
-    """What is trained; the defaults are the paper's.
+    """What is trained; the defaults are the paper's."""
 
-    Attributes:
-        data: digits, mnist or cifar10.
-        data_root: folder of the official files; digits need none.
-        objectives: of mle, gan, flowgan, and flowgan with a weight of its own, such as "flowgan
-            0.048".
-        coupling: additive or affine.
-        levels: of Glow.
-        blocks: per level.
-        hidden: channels.
-        widths: of the discriminator's convolutions.
-        likelihood: weight of the likelihood in FlowGAN, in nats per image.
-        penalty: weight of the gradient penalty.
-        batch_size: of both players.
-        learning_rate: of Adam with betas (0.5, 0.99), both players.
-        steps: one of each player.
-        looks: number of evaluations, and rows, per objective.
-        images: for every Frechet distance, at most as many as there are test images.
-        looked_at: number of test images for round trips and condition numbers.
-        grids: folder for pictures of samples, from the repository's root; "" draws none.
-        seed: of weights, order and noise.
-    """
-
-    data: str = "cifar10"
-    data_root: str = ""
+    data: str = "cifar10"  # digits, mnist or cifar10
+    data_root: str = ""  # folder of the official files; digits need none
+    # of mle, gan, flowgan, and flowgan with a weight of its own, such as "flowgan 0.048"
     objectives: tuple[str, ...] = ("mle", "gan", "flowgan")
-    coupling: str = "additive"
-    levels: int = 3
-    blocks: int = 8
-    hidden: int = 128
+    coupling: str = "additive"  # additive or affine
+    levels: int = 3  # of Glow
+    blocks: int = 8  # per level
+    hidden: int = 128  # channels
+    # of the discriminator's convolutions
     widths: tuple[int, ...] = (64, 64, 128, 128, 256, 256, 512)
-    likelihood: float = 1e-3
-    penalty: float = 10.0
-    batch_size: int = 32
-    learning_rate: float = 5e-5
-    steps: int = 100_000
-    looks: int = 20
-    images: int = 10_000
-    looked_at: int = 64
+    likelihood: float = 1e-3  # weight of the likelihood in FlowGAN, in nats per image
+    penalty: float = 10.0  # weight of the gradient penalty
+    batch_size: int = 32  # of both players
+    learning_rate: float = 5e-5  # of Adam with betas (0.5, 0.99), both players
+    steps: int = 100_000  # one of each player
+    looks: int = 20  # number of evaluations, and rows, per objective
+    images: int = 10_000  # for every Fréchet distance, at most as many as there are test images
+    looked_at: int = 64  # number of test images for round trips and condition numbers
+    # folder for pictures of samples, from the repository's root; "" draws none
     grids: str = "benchmarks/results"
-    seed: int = 0
+    seed: int = 0  # of weights, order and noise
 
 
 PRESETS = {
@@ -180,7 +161,7 @@ class Players:
         return self.flow.inverse(torch.randn(count, self.images.dims, generator=generator))
 
     def step(self, objective: Objective) -> bool:
-        """One step of each player; False where a loss is not finite, and nothing was changed by it."""
+        """One step of each player; False if a loss is not finite, which then changes nothing."""
         x = self.real(self.config.batch_size)
         if objective.adversarial and not self._critic_step(x):
             return False
@@ -245,7 +226,7 @@ def evaluation(players: Players, config: Config) -> Row:
     images, extractor = loaded(config)
     generator = torch.Generator().manual_seed(config.seed + 1)
     x = centred(images, images.test, generator)
-    log_prob = torch.cat([players.flow.log_prob(part) for part in x.split(256)])
+    log_prob = by_parts(players.flow.log_prob, x, 256)
     bits = bits_per_dimension(log_prob, dims=images.dims, levels=images.levels)
     drawn = players.samples(min(config.images, len(x)), generator)
     real = images.scaled(images.test[: len(drawn)])
@@ -281,7 +262,7 @@ def save_grid(players: Players, path: Path) -> None:
 
 def run(config: Config) -> pd.DataFrame:
     """A generator per objective."""
-    return collect(config, {name: name for name in config.objectives}, measure)
+    return collect(config, config.objectives, measure)
 
 
 def compare_with_paper(frame: pd.DataFrame) -> pd.DataFrame:

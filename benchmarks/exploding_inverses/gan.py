@@ -14,7 +14,9 @@ __all__ = ["discriminator", "gradient_penalty"]
 
 
 def discriminator(shape: Sequence[int], widths: Sequence[int]) -> nn.Sequential:
-    """3x3 convolutions of these widths with LeakyReLU, every second one of stride 2 while the image allows it: -> (B,).
+    """Images -> (B,): 3x3 convolutions of these widths with LeakyReLU.
+
+    Every second one has stride 2 as long as the image is large enough.
 
     Every layer has spectral norm 1 as a matrix of (channels out, channels in x 9), as in the
     reference below.

@@ -1,6 +1,6 @@
-"""Glow by maximum likelihood: is its inverse there on data, on its own samples, and on images that are no data.
+"""Glow by maximum likelihood: its inverse on data, on its own samples, and on other images.
 
-    python -m benchmarks.exploding_inverses.glow_likelihood --preset cpu --data-root FOLDER
+    inn-guard bench exploding_inverses.glow_likelihood --preset cpu --data-root FOLDER
 
 Per look at the training of an affine and of an additive Glow: bits per dimension, squared Euclidean
 reconstruction errors in [-0.5, 0.5], condition numbers and samples. At the last look one row for
@@ -56,30 +56,19 @@ GRID = 10  #: images in a row
 
 @dataclass(frozen=True)
 class Config(FlowConfig):
-    """Which Glows, how they are trained, and what is measured. The defaults are the paper's.
+    """Which Glows, how they are trained, and what is measured. The defaults are the paper's."""
 
-    Attributes:
-        couplings: affine, additive.
-        weight_decay: of Adamax.
-        shift: pixels of the random translation.
-        memory_saving: train without stored activations.
-        looks: number of evaluations during a training.
-        evaluated: test images for likelihoods and reconstructions.
-        spectra: test images whose singular values are measured.
-        outside: inputs per family.
-    """
-
-    couplings: tuple[str, ...] = ("affine", "additive")
+    couplings: tuple[str, ...] = ("affine", "additive")  # affine, additive
     blocks: int = 32
     learning_rate: float = 5e-4
-    weight_decay: float = 5e-5
+    weight_decay: float = 5e-5  # of Adamax
     warmup: int = 3905
-    shift: int = 3
-    memory_saving: bool = False
-    looks: int = 20
-    evaluated: int = 1000
-    spectra: int = 16
-    outside: int = 32
+    shift: int = 3  # pixels of the random translation
+    memory_saving: bool = False  # train without stored activations
+    looks: int = 20  # number of evaluations during a training
+    evaluated: int = 1000  # test images for likelihoods and reconstructions
+    spectra: int = 16  # test images whose singular values are measured
+    outside: int = 32  # inputs per family
 
 
 PRESETS = {
@@ -225,7 +214,7 @@ def measure(config: Config, coupling: str) -> Iterator[Row]:
 
 def run(config: Config) -> pd.DataFrame:
     """All couplings."""
-    return collect(config, {coupling: coupling for coupling in config.couplings}, measure)
+    return collect(config, config.couplings, measure)
 
 
 if __name__ == "__main__":

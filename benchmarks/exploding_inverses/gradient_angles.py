@@ -1,6 +1,6 @@
-"""The memory-saving gradient of an affine INN leaves the true one as training explodes its inverse; FD or NF keep it.
+"""Memory-saving gradients deviate as training explodes the inverse; FD or NF prevent it.
 
-    python -m benchmarks.exploding_inverses.gradient_angles --preset cpu --data-root FOLDER
+    inn-guard bench exploding_inverses.gradient_angles --preset cpu --data-root FOLDER
 
 The classifiers of ``cifar10_classifiers`` with affine couplings and 1x1 convolutions: the
 unregularized one trained by plain backpropagation, the regularized ones with memory-saving

@@ -1,4 +1,4 @@
-"""INN classifiers of images: affine or additive couplings, shuffles or 1x1 convolutions, and their regularizers."""
+"""INN classifiers of images: couplings, shuffles or 1x1 convolutions, and regularizers."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ MIXINGS: dict[str, Callable[[int], MixingMaker]] = {
 
 @dataclass(frozen=True)
 class Run:
-    """One training: "affine conv FD 1e-4" has affine couplings, 1x1 convolutions, and FD with that coefficient.
+    """One training, named after couplings, mixing and regularizer, such as "affine conv FD 1e-4".
 
     Attributes:
         coupling: a key of COUPLINGS.

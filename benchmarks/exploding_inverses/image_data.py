@@ -85,22 +85,19 @@ def digits(_: Path) -> LabelledImages:
 def cifar10(root: Path) -> LabelledImages:
     """CIFAR-10 from its official files below ``root``: 50,000 images to train, 10,000 to test."""
     train, test = read_cifar10(root, train=True), read_cifar10(root, train=False)
-    parts = [
-        torch.as_tensor(array.copy())
-        for part in (train, test)
-        for array in (part.pixels, part.labels)
-    ]
-    together = "".join(
-        f"{name}{value}" for part in (train, test) for name, value in sorted(part.checksums.items())
-    )
-    return LabelledImages(256, *parts, checksum=hashlib.sha256(together.encode()).hexdigest())
+    parts, checksum = [], hashlib.sha256()
+    for part in (train, test):
+        parts += [torch.as_tensor(part.pixels.copy()), torch.as_tensor(part.labels.copy())]
+        for name, value in sorted(part.checksums.items()):
+            checksum.update(f"{name}{value}".encode())
+    return LabelledImages(256, *parts, checksum=checksum.hexdigest())
 
 
 DATA: dict[str, Callable[[Path], LabelledImages]] = {"digits": digits, "cifar10": cifar10}
 
 
 def shifted(pixels: Tensor, *, reach: int, mirrored: bool, generator: torch.Generator) -> Tensor:
-    """Every image moved by up to ``reach`` pixels in both directions, with zeros behind it, and maybe mirrored.
+    """Every image moved at random in both directions, with zeros behind it, and maybe mirrored.
 
     Args:
         pixels: (B, C, H, W).

@@ -1,4 +1,4 @@
-"""Flows of images by maximum likelihood: data, loss, and the nets of the exploding-inverses paper."""
+"""Flows of images by maximum likelihood: configuration, data and loss."""
 
 from __future__ import annotations
 
@@ -17,18 +17,12 @@ __all__ = ["FlowConfig", "FlowTraining"]
 
 @dataclass(frozen=True)
 class FlowConfig(ImageConfig):
-    """What all trainings of flows on images need. The defaults are the paper's.
-
-    Attributes:
-        steps: of the optimiser.
-        warmup: steps over which the learning rate rises.
-        grids: folder for a picture of every net's images; "" draws none.
-    """
+    """What all trainings of flows on images need. The defaults are the paper's."""
 
     hidden: int = 512
-    steps: int = 78_100
-    warmup: int = 1000
-    grids: str = "benchmarks/results"
+    steps: int = 78_100  # of the optimiser
+    warmup: int = 1000  # steps over which the learning rate rises
+    grids: str = "benchmarks/results"  # folder for a picture of every net's images; "" draws none
 
 
 @dataclass(frozen=True)
@@ -72,7 +66,7 @@ class FlowTraining:
 
     @torch.no_grad()
     def bits(self, net: Invertible, *, count: int) -> float:
-        """Bits per dimension of the first ``count`` test images, a bound with one draw of the noise."""
+        """Bits per dimension of the first ``count`` test images, with one draw of the noise."""
         generator = torch.Generator().manual_seed(0)
         parts = [
             net.log_prob(self.dequantized(pixels, generator))

@@ -63,37 +63,21 @@ class Plan:
 
 @dataclass(frozen=True)
 class ImageConfig:
-    """What all trainings on images need. The defaults are the paper's.
+    """What all trainings on images need. The defaults are the paper's."""
 
-    Attributes:
-        data: digits or cifar10.
-        data_root: folder of the official files.
-        data_name: name of the data in the results.
-        train_images: number of training images, the first of the data set.
-        levels: of the nets.
-        blocks: per level.
-        hidden: channels of the networks in couplings and residual layers.
-        batch_size: of training.
-        learning_rate: of the optimiser.
-        clip: largest norm of the gradient; the paper prints none.
-        device: cpu or cuda.
-        channels_last: memory format.
-        seed: of weights, batches and noise.
-    """
-
-    data: str = "cifar10"
-    data_root: str = "data"
-    data_name: str = "CIFAR-10"
-    train_images: int = 50_000
-    levels: int = 3
-    blocks: int = 16
-    hidden: int = 128
-    batch_size: int = 64
-    learning_rate: float = 1e-3
-    clip: float = math.inf
-    device: str = "cuda"
-    channels_last: bool = True
-    seed: int = 0
+    data: str = "cifar10"  # digits or cifar10
+    data_root: str = "data"  # folder of the official files
+    data_name: str = "CIFAR-10"  # name of the data in the results
+    train_images: int = 50_000  # number of training images, the first of the data set
+    levels: int = 3  # of the nets
+    blocks: int = 16  # per level
+    hidden: int = 128  # channels of the networks in couplings and residual layers
+    batch_size: int = 64  # of training
+    learning_rate: float = 1e-3  # of the optimiser
+    clip: float = math.inf  # largest norm of the gradient; the paper prints none
+    device: str = "cuda"  # cpu or cuda
+    channels_last: bool = True  # memory format
+    seed: int = 0  # of weights, batches and noise
 
     def load(self, *, test: int) -> LabelledImages:
         """The training images, and the first ``test`` test images."""

@@ -1,6 +1,6 @@
-"""What the finite-difference regularizer adds to an epoch of memory-saving training, applied every 1, 5 or 10 steps.
+"""What finite differences every 1, 5 or 10 steps add to an epoch of memory-saving training.
 
-    python -m benchmarks.exploding_inverses.regularizer_cost --preset cpu      # about 2 minutes on one core
+    inn-guard bench exploding_inverses.regularizer_cost --preset cpu  # about 2 minutes on one core
 
 The paper's net for this, additive couplings and 1x1 convolutions, with its classifier's loss and
 Adam. A step without and a step with the penalty are timed in turn; an epoch of K costs (K - 1) of
@@ -40,27 +40,17 @@ EPOCH = 50_000
 
 @dataclass(frozen=True)
 class Config:
-    """The net, the batch and the periods. The defaults are the paper's.
+    """The net, the batch and the periods. The defaults are the paper's."""
 
-    Attributes:
-        every: periods K.
-        fractions: shares of the batch that the penalty takes; the paper takes all of it.
-        blocks: per level, of three levels.
-        hidden: channels of the couplings' networks.
-        size: height and width of the images.
-        batch_size: of a step.
-        repeats: of every timing.
-        device: cpu or cuda.
-    """
-
-    every: tuple[int, ...] = (1, 5, 10)
+    every: tuple[int, ...] = (1, 5, 10)  # periods K
+    # shares of the batch that the penalty takes; the paper takes all of it
     fractions: tuple[float, ...] = (1.0, 0.25)
-    blocks: int = 16
-    hidden: int = 128
-    size: int = 32
-    batch_size: int = 128
-    repeats: int = 20
-    device: str = "cuda"
+    blocks: int = 16  # per level, of three levels
+    hidden: int = 128  # channels of the couplings' networks
+    size: int = 32  # height and width of the images
+    batch_size: int = 128  # of a step
+    repeats: int = 20  # of every timing
+    device: str = "cuda"  # cpu or cuda
 
 
 PRESETS = {
@@ -96,18 +86,27 @@ def measure(config: Config, mode: str) -> Iterator[Row]:
         steps[f"{fraction:g}"] = functools.partial(step, penalty)
     with exact_float32():
         seconds = alternating_seconds(steps, repeats=config.repeats)
-    without, epoch = statistics.median(seconds["without"]), EPOCH / config.batch_size
-    yield {"mode": mode, "every": 0, "fraction": 0.0, "step_seconds": without, "epoch_seconds": epoch * without,
-           "overhead": 1.0, **paper_columns(mode, "unregularized")}  # fmt: skip
+    without, steps_per_epoch = statistics.median(seconds["without"]), EPOCH / config.batch_size
+
+    def row(every: int, fraction: float, overhead: float) -> Row:
+        step_seconds = without * overhead
+        return {
+            "mode": mode,
+            "every": every,
+            "fraction": fraction,
+            "step_seconds": step_seconds,
+            "epoch_seconds": steps_per_epoch * step_seconds,
+            "overhead": overhead,
+        }
+
+    yield row(0, 0.0, 1.0) | paper_columns(mode, "unregularized")
     for fraction in config.fractions:
         ratio = median_ratio(seconds[f"{fraction:g}"], seconds["without"])
         for k in config.every:
-            overhead = (k - 1 + ratio) / k
-            printed = {}
+            measured = row(k, fraction, (k - 1 + ratio) / k)
             if fraction == 1:
-                printed = paper_columns(mode, f"fd_every_{k}")
-            yield {"mode": mode, "every": k, "fraction": fraction, "step_seconds": without * overhead,
-                   "epoch_seconds": epoch * without * overhead, "overhead": overhead, **printed}  # fmt: skip
+                measured |= paper_columns(mode, f"fd_every_{k}")
+            yield measured
 
 
 def training_step(config: Config, net: Classifier, inn: Invertible) -> Callable[[Term], None]:
@@ -144,7 +143,7 @@ def paper_columns(mode: str, method: str) -> Row:
 
 def run(config: Config) -> pd.DataFrame:
     """Both ways of training."""
-    return collect(config, {mode: mode for mode in MODES}, measure)
+    return collect(config, list(MODES), measure)
 
 
 def compare_with_paper(frame: pd.DataFrame) -> pd.DataFrame:

@@ -1,6 +1,6 @@
-"""Whether finite differences on a share of the batch stabilise as well as on all of it, on digits classifiers.
+"""Whether finite differences on a share of the batch stabilise as well as on all of it.
 
-    python -m benchmarks.exploding_inverses.share_of_batch --preset cpu      # about 6 minutes of one idle core
+    inn-guard bench exploding_inverses.share_of_batch --preset cpu
 
 The plain affine net of `digits_classifier`, trained without regularizer and with bi-directional
 finite differences on all, a quarter and an eighth of each penalised batch, from the same seeds,
@@ -23,16 +23,12 @@ from benchmarks.exploding_inverses import digits_classifier
 
 @dataclass(frozen=True)
 class Config:
-    """One training per share and seed; share 0 is the net without regularizer.
+    """One training per share and seed; share 0 is the net without regularizer."""
 
-    Attributes:
-        shares: of the batch.
-        seeds: of weights, batches, noise and the choice of held-out digits.
-        training: everything else.
-    """
-
-    shares: tuple[float, ...] = (0.0, 1 / 8, 1 / 4, 1.0)
+    shares: tuple[float, ...] = (0.0, 1 / 8, 1 / 4, 1.0)  # of the batch
+    # of weights, batches, noise and the choice of held-out digits
     seeds: tuple[int, ...] = (1, 2, 3)
+    # everything else
     training: digits_classifier.Config = field(default=digits_classifier.Config(checkpoints=1))
 
 

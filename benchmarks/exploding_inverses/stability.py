@@ -52,10 +52,12 @@ def singular_values(net: Invertible, x: Tensor) -> tuple[Tensor, Tensor]:
     sigma_min is 1 / sigma_max(J^-1), which loses fewer digits.
     """
     linearization = Linearization(net, x)
-    units = [unit.expand_as(x) for unit in torch.eye(2, dtype=x.dtype)]
-    jacobian = torch.stack([linearization.jvp(unit).value() for unit in units], dim=2)
-    inverse = torch.stack([linearization.inverse_jvp(unit).value() for unit in units], dim=2)
-    return _norms(jacobian), 1 / _norms(inverse)
+    jacobian, inverse = [], []
+    for unit in torch.eye(2, dtype=x.dtype):
+        direction = unit.expand_as(x)
+        jacobian.append(linearization.jvp(direction).value())
+        inverse.append(linearization.inverse_jvp(direction).value())
+    return _norms(torch.stack(jacobian, dim=2)), 1 / _norms(torch.stack(inverse, dim=2))
 
 
 def _norms(matrices: Tensor) -> Tensor:

@@ -51,8 +51,10 @@ class Conclusion:
 
     def counted(self, table: pd.DataFrame) -> str:
         """Number of pairs of which it is true, of those that were run."""
-        here = [(a, b) for a, b in self.pairs if {a, b} <= set(table.index)]
-        holds = [self.holds(table.loc[a], table.loc[b]) for a, b in here]
+        holds = []
+        for a, b in self.pairs:
+            if a in table.index and b in table.index:
+                holds.append(self.holds(table.loc[a], table.loc[b]))
         return f"{sum(holds)} of {len(holds)}"
 
 
@@ -124,9 +126,6 @@ def conclusions(frame: pd.DataFrame) -> pd.DataFrame:
     last = last[last["paper_test_accuracy"].notna()]
     paper = last[[f"paper_{name}" for name in COLUMNS]].set_axis(COLUMNS, axis=1)
     return pd.DataFrame(
-        {
-            "conclusion": [one.text for one in CONCLUSIONS],
-            "paper": [one.counted(paper) for one in CONCLUSIONS],
-            "ours": [one.counted(last) for one in CONCLUSIONS],
-        }
+        {"conclusion": one.text, "paper": one.counted(paper), "ours": one.counted(last)}
+        for one in CONCLUSIONS
     )

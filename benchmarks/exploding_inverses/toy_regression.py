@@ -1,6 +1,6 @@
-"""A regression onto a line that a bijection can only fit by flattening the plane; NF at 1e-8 keeps its inverse.
+"""A regression onto a line, which a bijection fits by flattening the plane; NF keeps the inverse.
 
-    inn-guard bench exploding_inverses.toy_regression --preset cpu        # about 2 minutes of one core
+    inn-guard bench exploding_inverses.toy_regression --preset cpu  # about 2 minutes of one core
 
 Inputs (x1, x2) are independent standard normal; targets (y1, y2) have y1 of variance 1e-24, that is
 nothing, and y2 = x2. Rows: mean squared error, worst round trip and worst condition number of the
@@ -34,29 +34,19 @@ CURVES = {
 
 @dataclass(frozen=True)
 class Config:
-    """What is trained; the defaults are the paper's.
+    """What is trained; the defaults are the paper's."""
 
-    Attributes:
-        coefficients: of the normalizing-flow loss; 0 is the unregularized net.
-        blocks: ActNorm, reverse permutation and affine coupling each; not printed in the paper.
-        hidden: width of the two hidden layers.
-        samples: all of them at every step.
-        steps: of Adam.
-        learning_rate: of Adam.
-        looks: number of evaluations per net, evenly spaced on the logarithm of the steps.
-        looked_at: number of inputs of an evaluation.
-        seed: of weights and samples.
-    """
-
+    # of the normalizing-flow loss; 0 is the unregularized net
     coefficients: tuple[float, ...] = (0.0, 1e-8)
+    # ActNorm, reverse permutation and affine coupling each; not printed in the paper
     blocks: int = 16
-    hidden: int = 128
-    samples: int = 10_000
-    steps: int = 40_000
-    learning_rate: float = 1e-4
-    looks: int = 40
-    looked_at: int = 1000
-    seed: int = 0
+    hidden: int = 128  # width of the two hidden layers
+    samples: int = 10_000  # all of them at every step
+    steps: int = 40_000  # of Adam
+    learning_rate: float = 1e-4  # of Adam
+    looks: int = 40  # number of evaluations per net, evenly spaced on the logarithm of the steps
+    looked_at: int = 1000  # number of inputs of an evaluation
+    seed: int = 0  # of weights and samples
 
 
 PRESETS = {
@@ -86,7 +76,7 @@ def measure(config: Config, coefficient: float) -> Iterator[Row]:
     with torch.random.fork_rng():
         torch.manual_seed(config.seed)
         net = regression_net(blocks=config.blocks, hidden=config.hidden)
-    penalties: list[ig.hooks.Regularizer] = []
+    penalties = []
     if coefficient:
         penalties.append(ig.NormalizingFlowLoss(coefficient))
     hook = ig.RegularizerHook(net, penalties, every=1)

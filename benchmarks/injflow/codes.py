@@ -1,4 +1,4 @@
-"""What a density fitted to codes misses: how Gaussian the codes are, and how far from them it draws.
+"""What a density fitted to codes misses: how Gaussian they are, and how far from them it draws.
 
 Everything is measured in coordinates in which the training codes have covariance I, so that no
 model gains by the scale or the shear of its codes.
@@ -15,12 +15,14 @@ from sklearn.mixture import GaussianMixture
 from torch import Tensor
 
 from benchmarks.common.metrics import FeatureExtractor
+from benchmarks.common.quantized_images import by_parts
 from benchmarks.common.runner import Row
 from inn_guard.models.autoencoder import Autoencoder
 
 __all__ = ["Codes", "fitted_mixture", "fitted_normal", "off_the_codes", "shape_of_codes"]
 
-FLOOR = 1e-12  #: of the covariance's eigenvalues, relative to the largest: a collapsed encoder's codes have rank 0
+#: of the eigenvalues, relative to the largest: codes of a collapsed encoder have rank 0
+FLOOR = 1e-12
 
 
 @dataclass(frozen=True)
@@ -119,5 +121,5 @@ def _from_images(
     model: Autoencoder, z: Tensor, features: FeatureExtractor, known: Tensor
 ) -> Tensor:
     """Distance of every decoded z from the nearest of the known features."""
-    decoded = torch.cat([model.inverse(part).clamp(0, 1) for part in z.split(512)])
+    decoded = by_parts(model.inverse, z, 512).clamp(0, 1)
     return torch.cdist(features(decoded), known).amin(1)

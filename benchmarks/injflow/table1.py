@@ -1,12 +1,13 @@
-r"""Table 1 of the InjFlow paper: Frechet distances of reconstructions, Gaussian and mixture samples, eight models.
+r"""Table 1 of the InjFlow paper: Fréchet distances of reconstructions and samples of eight models.
 
-    python -m benchmarks.injflow.table1 --preset cpu                                  # digits, minutes
-    python -m benchmarks.injflow.table1 --preset cpu --data mnist --data-root FOLDER  # MNIST
+    inn-guard bench injflow.table1 --preset cpu  # digits, minutes
+    inn-guard bench injflow.table1 --preset cpu --data mnist --data-root FOLDER  # MNIST
 
 MNIST's committed table, of its test images, ten minutes on one core:
 
-    python -m benchmarks.injflow.table1 --preset cpu --data mnist --data-root FOLDER --width 8 --steps 1200 \
-        --batch-size 64 --samples 2000 --models "VAE,AE,InjFlow_ln,InjFlow" --seeds 0,1,2 \
+    inn-guard bench injflow.table1 --preset cpu --data mnist --data-root FOLDER --width 8 \
+        --steps 1200 --batch-size 64 --samples 2000 \
+        --models "VAE,AE,InjFlow_ln,InjFlow" --seeds 0,1,2 \
         --out benchmarks/results/mnist
 
 All models share encoder, decoder, data order and number of steps. Distances are between the
@@ -22,8 +23,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import cache
-from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -33,14 +32,14 @@ from sklearn.mixture import GaussianMixture
 from torch import Tensor
 
 import inn_guard as ig
-from benchmarks.common.features import classifier_features
+from benchmarks.common.experiments import find
+from benchmarks.common.features import images_and_features
+from benchmarks.common.figures import image_grid, save_figure
 from benchmarks.common.fit import Batch, FitSettings, fit
-from benchmarks.common.image_grid import image_grid
 from benchmarks.common.metrics import FeatureExtractor, frechet_distance, reconstruction_error
-from benchmarks.common.quantized_images import QuantizedImages, quantized_images
+from benchmarks.common.quantized_images import QuantizedImages, by_parts
 from benchmarks.common.runner import RESULTS, Row, collect, main
 from benchmarks.injflow.codes import Codes, fitted_mixture, off_the_codes, shape_of_codes
-from inn_guard.execution.files import atomic_write
 from inn_guard.models.autoencoder import Autoencoder, decoder_jacobian
 from inn_guard.models.injflow import objectives as terms
 from inn_guard.models.injflow.networks import conv_decoder, conv_encoder
@@ -50,28 +49,17 @@ CODES = 128  #: encoded test images at which injectivity is measured
 
 @dataclass(frozen=True)
 class Config:
-    """What is trained.
+    """What is trained."""
 
-    Attributes:
-        data: digits, mnist or cifar10.
-        data_root: folder of the official files; digits need none.
-        latent: d; the paper has 32 for MNIST, 128 for CIFAR-10.
-        width: channels after the first convolution.
-        steps: of Adam at 1e-3; the paper has 100,000.
-        batch_size: images per step; the paper has 128.
-        samples: images per Frechet distance, at most as many as there are test images.
-        seeds: one run each.
-        models: rows of the table.
-    """
-
-    data: str = "digits"
-    data_root: str = ""
-    latent: int = 8
-    width: int = 16
-    steps: int = 1500
-    batch_size: int = 128
-    samples: int = 300
-    seeds: tuple[int, ...] = (0,)
+    data: str = "digits"  # digits, mnist or cifar10
+    data_root: str = ""  # folder of the official files; digits need none
+    latent: int = 8  # d; the paper has 32 for MNIST, 128 for CIFAR-10
+    width: int = 16  # channels after the first convolution
+    steps: int = 1500  # of Adam at 1e-3; the paper has 100,000
+    batch_size: int = 128  # images per step; the paper has 128
+    samples: int = 300  # images per Fréchet distance, at most as many as there are test images
+    seeds: tuple[int, ...] = (0,)  # one run each
+    # rows of the table
     models: tuple[str, ...] = (
         "VAE",
         "beta-VAE",
@@ -126,16 +114,14 @@ KINDS = {"rec": "reconstructions", "normal": "Gaussian samples", "gmm": "mixture
 
 
 def recipes(config: Config) -> dict[str, Recipe]:
-    """Every model; the penalties of the injective ones grow to what they are after the paper's 100,000 steps."""
+    """Every model; penalties of the injective ones grow as far as in the paper's 100,000 steps."""
     rate = PAPER_STEPS / config.steps
     return RECIPES | {name: Recipe(objective(rate)) for name, objective in INJECTIVE.items()}
 
 
-@cache
 def loaded(config: Config) -> tuple[QuantizedImages, FeatureExtractor]:
     """The images and the extractor trained on them."""
-    images = quantized_images(config.data, Path(config.data_root) if config.data_root else None)
-    return images, classifier_features(images, steps=min(600, 2 * config.steps))
+    return images_and_features(config.data, config.data_root, steps=config.steps)
 
 
 def cases(config: Config) -> dict[str, tuple[str, int]]:
@@ -180,7 +166,7 @@ def evaluated(config: Config, model: Autoencoder, name: str, seed: int) -> Row:
     """What the table says of a trained model."""
     images, extractor = loaded(config)
     real = images.scaled(images.test[: config.samples])
-    codes = Codes(*(encoded(model, images, pixels) for pixels in (images.train, images.test)))
+    codes = Codes(encoded(model, images, images.train), encoded(model, images, images.test))
     rebuilt = model.inverse(model(real)).clamp(0, 1)
     mixture = fitted_mixture(codes.train, seed)
     drawn_codes = {
@@ -188,6 +174,10 @@ def evaluated(config: Config, model: Autoencoder, name: str, seed: int) -> Row:
         "gmm": draw_mixture(mixture, len(real), seed),
     }
     drawn = {kind: model.inverse(z).clamp(0, 1) for kind, z in drawn_codes.items()}
+    distances = {
+        kind: frechet_distance(extractor, real, pictures).value
+        for kind, pictures in {"rec": rebuilt, **drawn}.items()
+    }
     audits = ig.audit(model, real[:32], checks=["reconstruction", "jacobian_spectrum"])
     spectrum = audits["jacobian_spectrum"].values
     if seed == config.seeds[0]:
@@ -196,11 +186,7 @@ def evaluated(config: Config, model: Autoencoder, name: str, seed: int) -> Row:
         "data": images.name,
         "model": name,
         "seed": seed,
-        "rec": frechet_distance(extractor, real, rebuilt).value,
-        **{
-            kind: frechet_distance(extractor, real, pictures).value
-            for kind, pictures in drawn.items()
-        },
+        **distances,
         "mse": reconstruction_error(real, rebuilt).mean().item(),
         **injectivity(model, model(real[:CODES]), seed),
         **shape_of_codes(codes, mixture),
@@ -214,7 +200,7 @@ def evaluated(config: Config, model: Autoencoder, name: str, seed: int) -> Row:
 
 
 def injectivity(model: Autoencoder, codes: Tensor, seed: int) -> Row:
-    """How far the decoder is from folding: its smallest singular values against eta, and what the hinge sees of them.
+    """How far the decoder is from folding: its smallest singular values against eta.
 
     The hinge measures |J_g v| / |v| for one random v a step: a number between the extreme singular
     values.
@@ -233,7 +219,7 @@ def injectivity(model: Autoencoder, codes: Tensor, seed: int) -> Row:
 
 def encoded(model: Autoencoder, images: QuantizedImages, pixels: Tensor) -> np.ndarray:
     """Codes of all images, (n, d), float64."""
-    return torch.cat([model(images.scaled(part)) for part in pixels.split(512)]).double().numpy()
+    return by_parts(model, images.scaled(pixels), 512).double().numpy()
 
 
 def draw_gaussian(codes: np.ndarray, count: int, seed: int) -> Tensor:
@@ -255,12 +241,11 @@ def samples_of(drawn: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def save_images(config: Config, name: str, groups: dict[str, Tensor]) -> None:
-    """Originals, reconstructions and samples as one picture beside the results."""
+    """Originals, reconstructions and samples as one picture in the folder of the results."""
     if config.steps < 100:
         return
     path = RESULTS / f"injflow_{config.data}_{name.replace('+', '_')}.png"
-    with atomic_write(path) as partial:
-        image_grid(groups).savefig(partial, dpi=80, bbox_inches="tight", format="png")
+    save_figure(image_grid(groups), path)
 
 
 def run(config: Config) -> pd.DataFrame:
@@ -274,14 +259,13 @@ def summary(frame: pd.DataFrame) -> pd.DataFrame:
     """Means over the seeds, their standard errors, and the paper's MNIST column."""
     columns = [*KINDS, "mse", "mixture_gain_nats", "off_codes_normal", "smallest_singular_value"]
     seeds = frame.groupby("model", sort=False)
-    path = Path(__file__).parent.parent / "reference" / "injflow_table1_fid.csv"
-    theirs = pd.read_csv(path).set_index("model")[["mnist_rec", "mnist_normal", "mnist_gmm"]]
+    paper = find("injflow.table1").published().set_index("model")
     ours = seeds[columns].mean().join(seeds[list(KINDS)].sem().add_suffix("_error"))
-    return ours.join(theirs.add_prefix("paper_"))
+    return ours.join(paper[["mnist_rec", "mnist_normal", "mnist_gmm"]].add_prefix("paper_"))
 
 
 def draw(frame: pd.DataFrame) -> Figure:
-    """The distances of every model, one point per seed; that of Gaussian samples against how Gaussian the codes are."""
+    """The distances of every model; that of Gaussian samples against how Gaussian the codes are."""
     figure = Figure(figsize=(12, 3.4), layout="constrained")
     tables, cloud = figure.subfigures(1, 2, width_ratios=[2.6, 1])
     panels = tables.subplots(1, 3, sharey=True)
@@ -300,7 +284,7 @@ def draw(frame: pd.DataFrame) -> Figure:
     )
     axes.legend(fontsize=6)
     axes.grid(alpha=0.3)
-    figure.suptitle(f"Frechet distance ({frame.extractor[0]}), lower is better")
+    figure.suptitle(f"Fréchet distance ({frame.extractor[0]}), lower is better")
     return figure
 
 

@@ -1,1 +1,1 @@
-"""Measured tightness and rigour of the Lipschitz bounds."""
+"""Measured tightness and soundness of the Lipschitz bounds."""

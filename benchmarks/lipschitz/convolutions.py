@@ -1,4 +1,4 @@
-"""Convolutional flows on 3x32x32: Table 3, products, and the whole-network recursion in the Fourier basis.
+"""Convolutional flows on 3x32x32: Table 3, products, and the recursion over the whole network.
 
 Additive couplings are bounded everywhere; affine ones on boxes around an image x, [x - radius, x +
 radius].
@@ -25,19 +25,19 @@ from inn_guard.lipschitz.bounds import lipschitz_bounds
 from inn_guard.lipschitz.maps.base import bounded_map
 from inn_guard.lipschitz.networks.conditioner import SearchBudget
 from inn_guard.lipschitz.whole_network import (
-    Stack,
-    product,
-    stack,
+    LayerBounds,
+    bound_layers,
     forward_factors,
     inverse_factors,
+    product,
 )
 from inn_guard.lipschitz.witness import search
 from inn_guard.numerics.intervals import Box
 from inn_guard.numerics.spectral_norm import spectral_norm
 
 SHAPE = (3, 32, 32)
-#: name -> whether the couplings are affine, with scales in (0.5, 1), the radius of the box around an image, and the
-#: most seconds that it gets
+#: name -> whether the couplings are affine, with scales in (0.5, 1); the radius of the box around
+#: an image; the most seconds that it gets
 FLOWS = {
     "additive": (False, math.inf, math.inf),
     "affine on an image +- 1e-5": (True, 1e-5, math.inf),
@@ -47,19 +47,15 @@ FLOWS = {
 
 @dataclass(frozen=True)
 class Config:
-    """How much is measured.
-
-    Seconds of the processor: ``seconds`` for the whole-network bound of one direction everywhere,
-    ``boxed`` for everything together on a box.
-    """
+    """How much is measured; seconds are of the processor."""
 
     kinds: tuple[str, ...] = tuple(FLOWS)
     blocks: int = 16
     hidden: int = 128
-    steps: int = 40
-    seconds: float = 200.0
-    boxed: float = 420.0
-    searching: float = 30.0
+    steps: int = 40  # of training
+    seconds: float = 200.0  # for the whole-network bound of one direction everywhere
+    boxed: float = 420.0  # for everything together on a box
+    searching: float = 30.0  # for witnesses
 
 
 PRESETS = {
@@ -69,25 +65,23 @@ PRESETS = {
 
 
 def reshaped_norm(net: nn.Module) -> float:
-    """The product that a reader of Table 3 computes: window size times the norm of the reshaped kernel, per layer."""
+    """Table 3 taken literally: per layer the window size times the norm of the reshaped kernel."""
     total = 1.0
     for module in net.modules():
         if isinstance(module, nn.Conv2d):
-            total *= math.sqrt(math.prod(module.kernel_size)) * spectral_norm(
-                module.weight.flatten(1)
-            )
+            window = math.sqrt(math.prod(module.kernel_size))
+            total *= window * spectral_norm(module.weight.flatten(1))
     return total
 
 
 def measure(config: Config, kind: str) -> list[Row]:
     """Upper bounds of both directions, from loose to tight, and the witnesses."""
-    affine, radius, enough = FLOWS[kind]
+    affine, radius, most = FLOWS[kind]
     flow = conv_flow(affine=affine, blocks=config.blocks, hidden=config.hidden, steps=config.steps)
-    rows = (
-        _everywhere(config, flow)
-        if math.isinf(radius)
-        else _boxed(flow, radius, seconds=min(config.boxed, enough))
-    )
+    if math.isinf(radius):
+        rows = _everywhere(config, flow)
+    else:
+        rows = _boxed(flow, radius, seconds=min(config.boxed, most))
     return [{"flow": kind, **row} for row in rows]
 
 
@@ -101,18 +95,20 @@ def _everywhere(config: Config, flow: Chain) -> list[Row]:
         rows.extend(_pair(name, bounds()))
         rows[-1]["CPU seconds"] = rows[-2]["CPU seconds"] = round(time.process_time() - begun, 1)
 
-    layers: Stack = ()
+    layers: LayerBounds = ()
 
     def printed() -> tuple[float, float]:
         nonlocal layers
         named = [(layer.name, bounded_map(layer.block, layer)) for layer in flow.layers()]
-        layers = stack(named, box, SearchBudget(steps=0, width=0))
+        layers = bound_layers(named, box, SearchBudget(steps=0, width=0))
         return _product(layers, "paper_bound")
 
-    nets = [layer.network for layer in flow.layers() if isinstance(layer, Coupling)]
-    record(
-        "Table 3, reshaped norms", lambda: (product([1 + reshaped_norm(net) for net in nets]),) * 2
-    )
+    def reshaped() -> tuple[float, float]:
+        couplings = [layer for layer in flow.layers() if isinstance(layer, Coupling)]
+        bound = product([1 + reshaped_norm(coupling.network) for coupling in couplings])
+        return bound, bound
+
+    record("Table 3, reshaped norms", reshaped)
     record("Table 3, certified torus norms", printed)
     record("closed forms, certified torus norms", lambda: _product(layers, "bounds"))
     record("whole-network recursion", lambda: _whole(layers, config.seconds))
@@ -133,7 +129,8 @@ def _boxed(flow: Chain, radius: float, *, seconds: float) -> list[Row]:
         *_pair("lipschitz_bounds", (bounds.forward, bounds.inverse), bounds.method),
         *_pair("witness", (bounds.lower_forward, bounds.lower_inverse)),
     ]
-    return [{**row, "CPU seconds": round(time.process_time() - begun, 1)} for row in rows]
+    seconds_spent = round(time.process_time() - begun, 1)
+    return [{**row, "CPU seconds": seconds_spent} for row in rows]
 
 
 def _pair(name: str, bounds: tuple[float, float], methods: tuple[str, str] = ("", "")) -> list[Row]:
@@ -144,15 +141,16 @@ def _pair(name: str, bounds: tuple[float, float], methods: tuple[str, str] = (""
     ]
 
 
-def _product(layers: Stack, part: str) -> tuple[float, float]:
-    forward, inverse = (
-        product([getattr(getattr(k, part), side) for k in layers])
-        for side in ("forward", "inverse")
-    )
-    return forward, inverse
+def _product(layers: LayerBounds, part: str) -> tuple[float, float]:
+    forward, inverse = [], []
+    for layer in layers:
+        bounds = getattr(layer, part)
+        forward.append(bounds.forward)
+        inverse.append(bounds.inverse)
+    return product(forward), product(inverse)
 
 
-def _whole(layers: Stack, seconds: float) -> tuple[float, float]:
+def _whole(layers: LayerBounds, seconds: float) -> tuple[float, float]:
     bounds = []
     for whole in (forward_factors, inverse_factors):
         factors = whole(
@@ -165,12 +163,17 @@ def _whole(layers: Stack, seconds: float) -> tuple[float, float]:
 def _witnessed(flow: Invertible, box: Box, seconds: float) -> tuple[float, float]:
     points = images(4, torch.Generator().manual_seed(1)).double() - 0.5
     stretch, shrink = search(flow, points, box, deadline=Deadline.after(seconds))
-    return (stretch.ratio if stretch else 0.0), (1 / shrink.ratio if shrink else 0.0)
+    forward = inverse = 0.0
+    if stretch:
+        forward = stretch.ratio
+    if shrink:
+        inverse = 1 / shrink.ratio
+    return forward, inverse
 
 
 def run(config: Config) -> pd.DataFrame:
     with processor_time():
-        frame = collect(config, {kind: kind for kind in config.kinds}, measure).drop(columns="case")
+        frame = collect(config, config.kinds, measure).drop(columns="case")
     witness = frame[frame["bound"] == "witness"].set_index(["flow", "direction"])["log10"]
     lower = frame.set_index(["flow", "direction"]).index.map(witness)
     return frame.assign(**{"upper/lower": 10 ** (frame["log10"] - lower)})

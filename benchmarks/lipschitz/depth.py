@@ -1,4 +1,4 @@
-"""Table 3, the certified bounds and the witnesses against depth, for the first blocks of trained 2-D flows."""
+"""Table 3, certified bounds and witnesses against depth: the first blocks of trained 2-D flows."""
 
 from __future__ import annotations
 
@@ -6,26 +6,24 @@ import math
 from dataclasses import dataclass
 
 import pandas as pd
-import torch
 from matplotlib.figure import Figure
 
-from benchmarks.common.runner import Row, collect, main
-from benchmarks.lipschitz.nets import BOX, Kind, processor_time, toy
+from benchmarks.common.runner import Row, main
+from benchmarks.lipschitz.nets import Kind, box, collect_by_kind, toy
 from inn_guard.layers.chain import Chain
 from inn_guard.lipschitz.bounds import lipschitz_bounds
 from inn_guard.lipschitz.networks.conditioner import SearchBudget
-from inn_guard.numerics.intervals import Box
 
 
 @dataclass(frozen=True)
 class Config:
-    """How much is measured. ``seconds`` of the processor are for both directions of one depth."""
+    """How much is measured."""
 
     kinds: tuple[str, ...] = ("ADDITIVE", "AFFINE")
-    depths: tuple[int, ...] = (1, 2, 4, 8, 16)
+    depths: tuple[int, ...] = (1, 2, 4, 8, 16)  # numbers of blocks
     hidden: int = 128
-    steps: int = 300
-    seconds: float = 25.0
+    steps: int = 300  # of training
+    seconds: float = 25.0  # of the processor, for both directions of one depth
 
 
 PRESETS = {
@@ -37,31 +35,32 @@ PRESETS = {
 def measure(config: Config, kind: Kind) -> list[Row]:
     """One flow's bounds at every depth, log10."""
     rows: list[Row] = []
-    box = Box(-BOX * torch.ones(2), BOX * torch.ones(2))
     flow = toy(kind, blocks=max(config.depths), hidden=config.hidden, steps=config.steps)
     for depth in config.depths:
         part = Chain(*flow.steps[: 2 * depth])
         bounds = lipschitz_bounds(
-            part, box, seconds=config.seconds, effort=SearchBudget(steps=20, seconds=0.2)
+            part, box(), seconds=config.seconds, effort=SearchBudget(steps=20, seconds=0.2)
         )
         for k, side in enumerate(("forward", "inverse")):
             closed = sum(math.log10(getattr(layer.bounds, side)) for layer in bounds.per_layer)
             rows.append(
                 {
-                    "flow": kind.value, "direction": side, "blocks": depth, "table 3": math.log10(bounds.paper_bound[k]),
-                    "closed forms": closed, "whole network": math.log10(bounds.certificate.bounds[k]),
+                    "flow": kind.value,
+                    "direction": side,
+                    "blocks": depth,
+                    "table 3": math.log10(bounds.paper_bound[k]),
+                    "closed forms": closed,
+                    "whole network": math.log10(bounds.certificate.bounds[k]),
                     "best": math.log10(getattr(bounds, side)),
                     "witness": math.log10(getattr(bounds, f"lower_{side}")),
                 }
-            )  # fmt: skip
+            )
     return rows
 
 
 def run(config: Config) -> pd.DataFrame:
-    with processor_time():
-        return collect(config, {name: Kind[name] for name in config.kinds}, measure).drop(
-            columns="case"
-        )
+    """All kinds of flows."""
+    return collect_by_kind(config, measure)
 
 
 def draw(frame: pd.DataFrame) -> Figure:
@@ -69,22 +68,15 @@ def draw(frame: pd.DataFrame) -> Figure:
     panels = list(frame.groupby(["flow", "direction"], sort=False))
     figure = Figure(figsize=(3.4 * len(panels), 3.4), layout="constrained")
     axes = figure.subplots(1, len(panels), squeeze=False)
-    styles = {
-        "table 3": "k--",
-        "closed forms": "C1-",
-        "whole network": "C2-",
-        "best": "C0o-",
-        "witness": "C3v:",
+    curves = {
+        "table 3": ("k--", "Table 3"),
+        "closed forms": ("C1-", "tightened, layer by layer"),
+        "whole network": ("C2-", "runs of layers at once"),
+        "best": ("C0o-", "branch and bound"),
+        "witness": ("C3v:", "witnessed lower"),
     }
-    names = [
-        "Table 3",
-        "tightened, layer by layer",
-        "runs of layers at once",
-        "branch and bound",
-        "witnessed lower",
-    ]
     for axis, ((flow, side), rows) in zip(axes[0], panels, strict=True):
-        for (column, style), name in zip(styles.items(), names, strict=True):
+        for column, (style, name) in curves.items():
             axis.plot(rows["blocks"], rows[column], style, label=name, markersize=4)
         axis.set(
             title=f"{flow}, {side}", xlabel="blocks", xscale="log", xticks=rows["blocks"].tolist()

@@ -1,18 +1,21 @@
-"""The networks that are bounded: 2-D flows trained on a checkerboard, and a convolutional flow on images."""
+"""The networks that are bounded: 2-D flows of a checkerboard, and a convolutional flow."""
 
 from __future__ import annotations
 
 import enum
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
+import pandas as pd
 import torch
 import torch.nn.functional as F
 from nflows.transforms import PiecewiseRationalQuadraticCouplingTransform
 from torch import Tensor, nn
 
 import inn_guard as ig
+from benchmarks.common.runner import Row, collect
 from inn_guard.core.invertible import Invertible
 from inn_guard.execution import deadline
 from inn_guard.layers.actnorm import Diagonal
@@ -22,6 +25,7 @@ from inn_guard.layers.networks import MLP, ConvNet
 from inn_guard.layers.permutation import Permutation
 from inn_guard.layers.reshape import Squeeze
 from inn_guard.layers.scales import SigmoidScale, squashed_sigmoid
+from inn_guard.numerics.intervals import Box
 
 BOX = 4.0
 
@@ -49,7 +53,7 @@ class Kind(enum.Enum):
 
 
 class SplineNet(MLP):
-    """An MLP as nflows calls it; raw widths and heights are divided by the root of ``hidden_features``."""
+    """An MLP for nflows, which divides widths and heights by the root of ``hidden_features``."""
 
     hidden_features = 16
 
@@ -59,24 +63,26 @@ class SplineNet(MLP):
 
 
 def block(kind: Kind, hidden: int) -> Invertible:
-    sizes = [1, hidden, hidden]
+    """One coupling of two dimensions."""
+    if kind is Kind.SPLINE:
+        return ig.wrap(
+            PiecewiseRationalQuadraticCouplingTransform(
+                [0, 1],
+                lambda n, m: _quiet(SplineNet([n, hidden, hidden, m], activation=nn.SiLU)),
+                num_bins=5,
+                tails="linear",
+                tail_bound=BOX + 0.5,
+            )
+        )
+    outputs = 2
     if kind is Kind.ADDITIVE:
-        return AdditiveCoupling(_quiet(MLP([*sizes, 1], activation=nn.SiLU)))
+        outputs = 1
+    net = _quiet(MLP([1, hidden, hidden, outputs], activation=nn.SiLU))
+    if kind is Kind.ADDITIVE:
+        return AdditiveCoupling(net)
     if kind is Kind.AFFINE:
-        return AffineCoupling(
-            _quiet(MLP([*sizes, 2], activation=nn.SiLU)),
-            scale=SigmoidScale(lower=1e-3, upper=1.001),
-        )
-    if kind is Kind.AFFINE_HALF:
-        return AffineCoupling(
-            _quiet(MLP([*sizes, 2], activation=nn.SiLU)), scale=squashed_sigmoid()
-        )
-    return ig.wrap(
-        PiecewiseRationalQuadraticCouplingTransform(
-            [0, 1], lambda n, m: _quiet(SplineNet([n, hidden, hidden, m], activation=nn.SiLU)),
-            num_bins=5, tails="linear", tail_bound=BOX + 0.5,
-        )
-    )  # fmt: skip
+        return AffineCoupling(net, scale=SigmoidScale(lower=1e-3, upper=1.001))
+    return AffineCoupling(net, scale=squashed_sigmoid())
 
 
 def _quiet(net: MLP) -> MLP:
@@ -87,26 +93,39 @@ def _quiet(net: MLP) -> MLP:
 
 
 def checkerboard(count: int, generator: torch.Generator) -> Tensor:
+    """Samples (count, 2) of a checkerboard on [-4, 4]^2."""
     first = torch.rand(count, generator=generator) * 4 - 2
-    second = (
-        torch.rand(count, generator=generator)
-        - torch.randint(0, 2, (count,), generator=generator) * 2.0
-    )
+    second = torch.rand(count, generator=generator)
+    second = second - torch.randint(0, 2, (count,), generator=generator) * 2.0
     return 2 * torch.stack([first, second + first.floor() % 2], 1)
+
+
+def box() -> Box:
+    """[-4, 4]^2, which holds the checkerboard."""
+    corner = BOX * torch.ones(2)
+    return Box(-corner, corner)
 
 
 def toy(
     kind: Kind, *, blocks: int = 16, hidden: int = 128, steps: int = 200, seed: int = 0
 ) -> Chain:
     """Trained by maximum likelihood; the last layer, a diagonal, is dropped afterwards."""
+    layers: list[Invertible] = []
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        flow = Chain(
-            *(part for _ in range(blocks) for part in (block(kind, hidden), Permutation.reverse(2)))
-        )
+        for _ in range(blocks):
+            layers += [block(kind, hidden), Permutation.reverse(2)]
+        flow = Chain(*layers)
     generator = torch.Generator().manual_seed(seed)
     _train(flow, lambda: checkerboard(256, generator), steps)
     return flow.double().eval().requires_grad_(requires_grad=False)
+
+
+def collect_by_kind(config: Any, measure: Callable[[Any, Kind], Iterable[Row]]) -> pd.DataFrame:
+    """Rows of every kind of flow that the configuration names, timed on the processor."""
+    with processor_time():
+        frame = collect(config, {name: Kind[name] for name in config.kinds}, measure)
+    return frame.drop(columns="case")
 
 
 def _train(flow: Chain, batch: Callable[[], Tensor], steps: int) -> None:
@@ -124,28 +143,34 @@ def _train(flow: Chain, batch: Callable[[], Tensor], steps: int) -> None:
 
 def images(count: int, generator: torch.Generator) -> Tensor:
     """Smooth synthetic images in [0, 1], (count, 3, 32, 32)."""
-    coarse, fine = (torch.randn(count, 3, n, n, generator=generator) for n in (8, 16))
-    smooth = sum(
-        w * F.interpolate(t, size=32, mode="bicubic", align_corners=False)
-        for w, t in ((1, coarse), (0.3, fine))
-    )
+    coarse = torch.randn(count, 3, 8, 8, generator=generator)
+    fine = torch.randn(count, 3, 16, 16, generator=generator)
+    smooth = _enlarged(coarse) + 0.3 * _enlarged(fine)
     return torch.sigmoid(smooth).clamp(0, 1)
+
+
+def _enlarged(images: Tensor) -> Tensor:
+    return F.interpolate(images, size=32, mode="bicubic", align_corners=False)
 
 
 def conv_flow(
     *, affine: bool = False, blocks: int = 16, hidden: int = 128, steps: int = 40, seed: int = 0
 ) -> Chain:
-    """3 x 32 x 32, squeezed to 12 x 16 x 16; couplings with 3x3 - 1x1 - 3x3 networks of ELU, halves exchanged."""
+    """A flow on 3 x 32 x 32, squeezed to 12 x 16 x 16.
+
+    Its couplings have networks of 3x3, 1x1 and 3x3 convolutions with ELU; a permutation after each
+    exchanges the halves.
+    """
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         layers: list[Invertible] = [Squeeze()]
         for _ in range(blocks):
-            net = ConvNet(6, hidden, 12 if affine else 6, activation=nn.ELU)
+            net = ConvNet(6, hidden, 6 * (1 + affine), activation=nn.ELU)
             with torch.no_grad():
                 net[-1].weight.mul_(0.5)
-            coupling = (
-                AffineCoupling(net, scale=squashed_sigmoid()) if affine else AdditiveCoupling(net)
-            )
+            coupling: Invertible = AdditiveCoupling(net)
+            if affine:
+                coupling = AffineCoupling(net, scale=squashed_sigmoid())
             layers += [coupling, Permutation(torch.cat([torch.arange(6, 12), torch.arange(6)]))]
         flow = Chain(*layers)
     generator = torch.Generator().manual_seed(seed)

@@ -1,4 +1,4 @@
-"""Where the inverse of a flow overflows: the sizes of what passes between its layers, on samples and on data."""
+"""Where the inverse of a flow overflows: sizes of its layers' inputs, on samples and on data."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ __all__ = ["overflow"]
 
 @torch.no_grad()
 def overflow(flow: Invertible, latents: Tensor, x: Tensor) -> Row:
-    """The first layer of the inverse that gives a value that is not finite, and how large its inputs are.
+    """The first layer whose inverse gives a value that is not finite, and the size of its inputs.
 
     Args:
         flow: with layers.

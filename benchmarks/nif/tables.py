@@ -1,14 +1,15 @@
-r"""Tables 1 and 2 of the NIF paper: a flow against the same flow with a noisy injective prior; noise s and temperature.
+r"""Tables 1 and 2 of the NIF paper: a flow with and without a noisy injective prior.
 
-    python -m benchmarks.nif.tables --preset cpu                                  # digits, minutes
-    python -m benchmarks.nif.tables --preset cpu --data mnist --data-root FOLDER --latents 0,16 --diagonal yes \
-        --blocks 6 --clamp 2 --learning-rate 2e-3 --steps 4500 --batch-size 32 --noises 0,0.1,0.25,0.5,0.75,1 \
-        --temperatures 0.5,1,1.5,2 --samples 500 --seeds 0 --out benchmarks/results/mnist       # MNIST, 15 minutes
+    inn-guard bench nif.tables --preset cpu  # digits, minutes
+    inn-guard bench nif.tables --preset cpu --data mnist --data-root FOLDER --latents 0,16 \
+        --diagonal yes --blocks 6 --clamp 2 --learning-rate 2e-3 --steps 4500 --batch-size 32 \
+        --noises 0,0.1,0.25,0.5,0.75,1 --temperatures 0.5,1,1.5,2 --samples 500 --seeds 0 \
+        --out benchmarks/results/mnist  # MNIST, 15 minutes
 
 The latter with 2 blocks, 900 steps, and without --diagonal, --clamp and --learning-rate gives
 results/mnist_unbounded. One row per model, noise scale s and temperature t: bits per dimension of
 held-out images (uniform dequantization of their grey values, the standard convention; the paper's
-printed figures do not compare), and the Frechet distance of samples between the features of a small
+printed figures do not compare), and the Fréchet distance of samples between the features of a small
 classifier trained on the same data: no FID, compares within this table only. Plain flow and NIF
 share the flow's architecture, initial weights, data order and steps. Reduced against the paper:
 data, depth, width, steps. s is tuned on validation images, as the paper tunes it by FID. Where
@@ -20,8 +21,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from functools import cache, partial
-from pathlib import Path
+from functools import partial
 
 import numpy as np
 import pandas as pd
@@ -29,20 +29,19 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from benchmarks.common.features import classifier_features
+from benchmarks.common.features import images_and_features
+from benchmarks.common.figures import image_grid, save_figure
 from benchmarks.common.fit import Batch, FitSettings, fit
-from benchmarks.common.image_grid import image_grid
 from benchmarks.common.metrics import (
     FeatureExtractor,
     bits_per_dimension,
     dequantize,
     frechet_distance,
 )
-from benchmarks.common.quantized_images import QuantizedImages, quantized_images
+from benchmarks.common.quantized_images import QuantizedImages, by_parts
 from benchmarks.common.runner import RESULTS, Row, collect, main
 from benchmarks.nif.overflow import overflow
 from inn_guard.core.invertible import Invertible
-from inn_guard.execution.files import atomic_write
 from inn_guard.layers.actnorm import Diagonal
 from inn_guard.layers.chain import Chain
 from inn_guard.layers.coupling import AffineCoupling
@@ -57,43 +56,28 @@ ALPHA = 0.05  #: of the logit
 
 @dataclass(frozen=True)
 class Config:
-    """What is trained and how it is sampled.
+    """What is trained and how it is sampled."""
 
-    Attributes:
-        data: digits, mnist or cifar10.
-        data_root: folder of the official files; digits need none.
-        latents: dimensions d of the NIFs; 0 is the plain flow.
-        levels: of Glow; the paper has 5.
-        blocks: per level; the paper has 16.
-        hidden: channels; the paper has 256.
-        diagonal: also the flow with a learned mean and deviation of every latent, N(b, Sigma): what
-            a NIF has beside its manifold.
-        clamp: bound of |log scale| in the blocks' couplings; 0 for Glow's sigmoid(h + 2), which may
-            come near 0.
-        learning_rate: of Adam.
-        steps: of Adam.
-        batch_size: images per step.
-        noises: values of s; 1 is the trained model, 0 the manifold.
-        temperatures: values of t at s = the tuned one.
-        samples: images per Frechet distance.
-        seeds: one run each.
-    """
-
-    data: str = "digits"
-    data_root: str = ""
-    latents: tuple[int, ...] = (0, 4, 16)
-    levels: int = 2
-    blocks: int = 4
-    hidden: int = 32
+    data: str = "digits"  # digits, mnist or cifar10
+    data_root: str = ""  # folder of the official files; digits need none
+    latents: tuple[int, ...] = (0, 4, 16)  # dimensions d of the NIFs; 0 is the plain flow
+    levels: int = 2  # of Glow; the paper has 5
+    blocks: int = 4  # per level; the paper has 16
+    hidden: int = 32  # channels; the paper has 256
+    # also the flow with a learned mean and deviation of every latent, N(b, Sigma): what a NIF has
+    # in addition to its manifold
     diagonal: bool = False
+    # bound of |log scale| in the blocks' couplings; 0 for Glow's sigmoid(h + 2), which may come
+    # near 0
     clamp: float = 0.0
-    learning_rate: float = 1e-3
-    steps: int = 1200
-    batch_size: int = 64
+    learning_rate: float = 1e-3  # of Adam
+    steps: int = 1200  # of Adam
+    batch_size: int = 64  # images per step
+    # values of s; 1 is the trained model, 0 the manifold
     noises: tuple[float, ...] = (0.0, 0.1, 0.25, 0.5, 0.75, 1.0)
-    temperatures: tuple[float, ...] = (0.5, 1.0, 1.5, 2.0, 3.0)
-    samples: int = 300
-    seeds: tuple[int, ...] = (0, 1)
+    temperatures: tuple[float, ...] = (0.5, 1.0, 1.5, 2.0, 3.0)  # values of t at s = the tuned one
+    samples: int = 300  # images per Fréchet distance
+    seeds: tuple[int, ...] = (0, 1)  # one run each
 
 
 PRESETS = {
@@ -130,29 +114,32 @@ class Case:
 
     @property
     def label(self) -> str:
-        """What the paper calls the model; "NF, N(b, S)" is none of its."""
+        """The paper's name of the model; "NF, N(b, S)" is not in the paper."""
         if self.latent:
             return f"NIF-{self.latent}"
-        return "NF, N(b, S)" if self.diagonal else "NF"
+        if self.diagonal:
+            return "NF, N(b, S)"
+        return "NF"
 
 
-@cache
 def loaded(config: Config) -> tuple[QuantizedImages, FeatureExtractor]:
     """The images and the extractor trained on them."""
-    images = quantized_images(config.data, Path(config.data_root) if config.data_root else None)
-    return images, classifier_features(images, steps=min(600, 2 * config.steps))
+    return images_and_features(config.data, config.data_root, steps=config.steps)
 
 
 def cases(config: Config) -> dict[str, Case]:
     """Every latent size under every seed."""
     chosen = [Case(d, seed) for seed in config.seeds for d in config.latents]
-    chosen += [Case(0, seed, diagonal=True) for seed in config.seeds if config.diagonal]
+    if config.diagonal:
+        chosen += [Case(0, seed, diagonal=True) for seed in config.seeds]
     return {f"{one.label} seed {one.seed}": one for one in chosen}
 
 
 def build(config: Config, images: QuantizedImages, case: Case) -> Model:
     """The flow, and behind it the prior of that dimension."""
-    scale = ClampedScale(config.clamp) if config.clamp else SigmoidScale()
+    scale: ClampedScale | SigmoidScale = SigmoidScale()
+    if config.clamp:
+        scale = ClampedScale(config.clamp)
     with torch.random.fork_rng():
         torch.manual_seed(case.seed)
         sizes = GlowConfig(
@@ -161,8 +148,10 @@ def build(config: Config, images: QuantizedImages, case: Case) -> Model:
             hidden=config.hidden,
             coupling=partial(AffineCoupling.on_halves, scale=scale),
         )
-        own = [Diagonal(images.dims)] if case.diagonal else []
-        flow = Chain(Logit(ALPHA), glow_flow(images.shape, config=sizes), *own)
+        layers = [Logit(ALPHA), glow_flow(images.shape, config=sizes)]
+        if case.diagonal:
+            layers.append(Diagonal(images.dims))
+        flow = Chain(*layers)
         if not case.latent:
             return flow
         return NIF(flow, GaussianNIF(DenseWidening(case.latent, images.dims), (images.dims,)))
@@ -174,12 +163,8 @@ def train(config: Config, case: Case) -> Model:
     model = build(config, images, case)
 
     def loss(batch: Batch) -> Tensor:
-        return (
-            -model.log_prob(
-                dequantize(batch.x, generator=batch.generator, levels=images.levels)
-            ).mean()
-            / images.dims
-        )
+        x = dequantize(batch.x, generator=batch.generator, levels=images.levels)
+        return -model.log_prob(x).mean() / images.dims
 
     settings = FitSettings(
         config.steps,
@@ -198,8 +183,10 @@ def measure(config: Config, case: Case) -> Iterator[Row]:
     model = train(config, case)
     with torch.no_grad():
         bpd = bits(model, images, case.seed)
-        tuned = tuned_noise(config, model, case) if case.latent else 1.0
-        settings = [(s, 1.0) for s in (config.noises if case.latent else (1.0,))]
+        noises, tuned = (1.0,), 1.0
+        if case.latent:
+            noises, tuned = config.noises, tuned_noise(config, model, case)
+        settings = [(s, 1.0) for s in noises]
         settings += [(tuned, t) for t in config.temperatures if (tuned, t) not in settings]
         real = images.scaled(images.test[: config.samples])
         for noise, temperature in settings:
@@ -214,9 +201,7 @@ def measure(config: Config, case: Case) -> Iterator[Row]:
                 "tuned_s": tuned,
                 "bpd": bpd,
                 "distance": frechet_distance(extractor, real, pictures).value,
-                "non_finite_pixels": 0
-                if bool(pictures.isfinite().all())
-                else int((~pictures.isfinite()).any(1).sum()),
+                "non_finite_pixels": int((~pictures.isfinite()).any(1).sum()),
                 **overflow(trunk(model), latents, real),
                 "extractor": extractor.name,
             }
@@ -227,7 +212,7 @@ def measure(config: Config, case: Case) -> Iterator[Row]:
 def bits(model: Model, images: QuantizedImages, seed: int) -> float:
     """Mean bits per dimension of the test images."""
     x = dequantize(images.test, generator=torch.Generator().manual_seed(seed), levels=images.levels)
-    log_prob = torch.cat([model.log_prob(part) for part in x.split(256)])
+    log_prob = by_parts(model.log_prob, x, 256)
     return bits_per_dimension(log_prob, dims=images.dims, levels=images.levels).mean().item()
 
 
@@ -245,23 +230,22 @@ def tuned_noise(config: Config, model: Model, case: Case) -> float:
 
 def trunk(model: Model) -> Invertible:
     """The flow of the whole space."""
-    return model.flow if isinstance(model, NIF) else model
+    if isinstance(model, NIF):
+        return model.flow
+    return model
 
 
 def flow_latents(
     config: Config, model: Model, case: Case, *, noise: float, temperature: float
 ) -> Tensor:
-    """What the flow's inverse makes images of; the same random numbers for every s and t."""
+    """Inputs of the flow's inverse; the same random numbers for every s and t."""
     images, _ = loaded(config)
     generator = torch.Generator().manual_seed(case.seed)
-    latents = temperature * torch.randn(
-        config.samples, case.latent or images.dims, generator=generator
-    )
-    return (
-        model.prior.sample_given(latents, noise=noise, generator=generator)
-        if isinstance(model, NIF)
-        else latents
-    )
+    dims = case.latent or images.dims
+    latents = temperature * torch.randn(config.samples, dims, generator=generator)
+    if isinstance(model, NIF):
+        return model.prior.sample_given(latents, noise=noise, generator=generator)
+    return latents
 
 
 def drawn(
@@ -274,17 +258,19 @@ def drawn(
 
 
 def save_images(config: Config, model: Model, case: Case, tuned: float) -> None:
-    """Test images and samples over s and t as one picture beside the results."""
+    """Test images and samples over s and t as one picture in the folder of the results."""
     if config.steps < 100:
         return
     images, _ = loaded(config)
     groups = {"test": images.scaled(images.test[:10])}
-    for s in dict.fromkeys((0.0, tuned, 1.0)) if case.latent else (1.0,):
+    noises = [1.0]
+    if case.latent:
+        noises = list(dict.fromkeys((0.0, tuned, 1.0)))
+    for s in noises:
         groups[f"s = {s:g}"] = drawn(config, model, case, noise=s)[:10]
     groups["t = 2"] = drawn(config, model, case, noise=tuned, temperature=2.0)[:10]
-    path = RESULTS / f"nif_{config.data}_{re.sub('[^A-Za-z0-9-]+', '_', case.label).strip('_')}.png"
-    with atomic_write(path) as partial_file:
-        image_grid(groups).savefig(partial_file, dpi=80, bbox_inches="tight", format="png")
+    label = re.sub("[^A-Za-z0-9-]+", "_", case.label).strip("_")
+    save_figure(image_grid(groups), RESULTS / f"nif_{config.data}_{label}.png")
 
 
 def run(config: Config) -> pd.DataFrame:
@@ -301,10 +287,10 @@ def draw(frame: pd.DataFrame) -> Figure:
     left, right = figure.subplots(1, 2, sharey=True)
     for model, group in frame.groupby("model", sort=False):
         at_one = _means(group[group.t == 1], "s")
-        left.plot(at_one.index, at_one, "o-" if len(at_one) > 1 else "o", label=model)
+        left.plot(at_one.index, at_one, "o-", label=model)
         at_tuned = _means(group[group.s == group.tuned_s], "t")
         right.plot(at_tuned.index, at_tuned, "o-", label=model)
-    left.set(xlabel="noise scale s at t = 1", ylabel="Frechet distance, lower is better")
+    left.set(xlabel="noise scale s at t = 1", ylabel="Fréchet distance, lower is better")
     right.set(xlabel="temperature t at the tuned s")
     for axes in (left, right):
         axes.grid(alpha=0.3)

@@ -1,4 +1,4 @@
-"""The full Jacobian and the full spectrum at one sample, against row-by-row autograd and numpy's SVD with vectors.
+"""The full Jacobian and spectrum at one sample, against row-by-row autograd and numpy's SVD.
 
 The 48-block affine Glow trunk (D = 3072), one thread, processor time, ours and the peer
 alternating; ratios are medians over the rounds. The peer's Jacobian is extrapolated from ``rows``
@@ -9,6 +9,7 @@ singular values with numpy's.
 from __future__ import annotations
 
 import statistics
+from collections import defaultdict
 from dataclasses import dataclass
 
 import pandas as pd
@@ -16,8 +17,9 @@ import torch
 from torch import Tensor
 
 from benchmarks.common.runner import Row, collect, main
+from benchmarks.performance.measurement import median_ratio, processor_seconds
 from benchmarks.performance.nets import Sizes
-from benchmarks.performance.peer import processor_seconds, row_seconds, svd_seconds
+from benchmarks.performance.peer import row_seconds, svd_seconds
 from inn_guard.jacobian.dense import composed_jacobian
 from inn_guard.jacobian.singular_values import spectrum
 from inn_guard.layers.chain import Chain
@@ -25,11 +27,11 @@ from inn_guard.layers.chain import Chain
 
 @dataclass(frozen=True)
 class Config(Sizes):
-    """``rows`` of the peer per round."""
+    """What is timed."""
 
     blocks: int = 48
     rounds: int = 3
-    rows: int = 12
+    rows: int = 12  # of the Jacobian, by the peer, per round
     dtypes: tuple[str, ...] = ("float32", "float64")
 
 
@@ -43,7 +45,7 @@ def measure(config: Config, dtype: torch.dtype) -> list[Row]:
     """One row per claim: J alone, and J with all of its singular values."""
     torch.set_num_threads(1)
     net, x = config.net(config.blocks).to_dtype(dtype), config.data()[:1].to(dtype)
-    seconds: dict[str, list[float]] = {name: [] for name in ("peer J", "peer SVD", "J", "values")}
+    seconds: dict[str, list[float]] = defaultdict(list)
     for _ in range(config.rounds):
         composing, J = processor_seconds(lambda: composed_jacobian(net, x)[0])
         seconds["J"].append(composing)
@@ -52,27 +54,28 @@ def measure(config: Config, dtype: torch.dtype) -> list[Row]:
         seconds["peer SVD"].append(decomposing)
         own, found = processor_seconds(lambda J=J: spectrum(J[None]).values[0])
         seconds["values"].append(own)
-    both = [
-        [sum(pair) for pair in zip(seconds[a], seconds[b], strict=True)]
-        for a, b in (("J", "values"), _PEER)
-    ]
+    deviation = ((found - values.double()).abs() / values.double()).max().item()
+    both = sums(seconds["J"], seconds["values"])
+    peer_both = sums(seconds["peer J"], seconds["peer SVD"])
     claims = {
         "Jacobian": (seconds["J"], seconds["peer J"], row_deviation(net, x, J)),
-        "spectrum": (*both, ((found - values.double()).abs() / values.double()).max().item()),
+        "spectrum": (both, peer_both, deviation),
     }
     return [
         {
             "claim": claim,
             "seconds": statistics.median(own),
             "peer_seconds": statistics.median(peer),
-            "ratio": statistics.median(p / o for o, p in zip(own, peer, strict=True)),
+            "ratio": median_ratio(peer, own),
             "largest_relative_deviation": deviation,
         }
         for claim, (own, peer, deviation) in claims.items()
     ]
 
 
-_PEER = ("peer J", "peer SVD")
+def sums(first: list[float], second: list[float]) -> list[float]:
+    """Seconds of two steps together, round by round."""
+    return [a + b for a, b in zip(first, second, strict=True)]
 
 
 def row_deviation(net: Chain, x: Tensor, J: Tensor) -> float:

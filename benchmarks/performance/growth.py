@@ -1,4 +1,6 @@
-"""Growth of the extremes' cost: time(2L) / time(L) <= 2.2 in depth, steps(4D) - steps(D) <= 3 in dimension.
+"""Growth of the cost of extreme singular values with depth and dimension.
+
+Claims: time(2L) / time(L) <= 2.2 in depth L, steps(4D) - steps(D) <= 3 in dimension D.
 
 The affine Glow trunk, one thread, processor time. Depth: one linearisation and the same number of
 all four products with L and 2L blocks in turn, medians of ratios. Dimension: mean and largest
@@ -18,22 +20,18 @@ from benchmarks.common.runner import Row, collect, main
 from benchmarks.performance.measurement import Step, alternating_seconds, median_ratio
 from benchmarks.performance.nets import Sizes
 from inn_guard.jacobian.chain import Linearization
-from inn_guard.jacobian.singular_values import extreme_singular_values
 
 
 @dataclass(frozen=True)
 class Config(Sizes):
-    """Depths L, each beside 2L; image sizes, each of four times the dimension of the one before.
-
-    ``coarsest``: height and width of the last level's images, at every image size.
-    """
+    """Which depths and dimensions are compared."""
 
     batch: int = 8
-    depths: tuple[int, ...] = (12, 24)
-    sizes: tuple[int, ...] = (8, 16, 32, 64)
-    coarsest: int = 4
+    depths: tuple[int, ...] = (12, 24)  # L, each compared with 2L
+    sizes: tuple[int, ...] = (8, 16, 32, 64)  # of images; each has four times the D of the last
+    coarsest: int = 4  # height and width of the images of the last level
     blocks: int = 24
-    products: int = 3
+    products: int = 3  # of each kind per timed step
     repeats: int = 5
     tolerance: float = 1e-2
 
@@ -48,7 +46,7 @@ PRESETS = {
 
 
 def passes(config: Config, blocks: int) -> Step:
-    """One linearisation and so many products of each kind."""
+    """One linearisation and ``config.products`` products of each kind."""
     net, x = config.net(blocks), config.data()
 
     @torch.no_grad()
@@ -75,11 +73,7 @@ def measure(config: Config, case: tuple[str, int]) -> list[Row]:
         config, size=size, levels=(size // config.coarsest).bit_length() - 1
     )
     net, x = sized.net(config.blocks), sized.data()
-    with torch.no_grad():
-        generator = torch.Generator().manual_seed(config.seed)
-        found = extreme_singular_values(
-            Linearization(net, x), generator=generator, tolerance=config.tolerance
-        )
+    found = config.extremes(net, x, tolerance=config.tolerance)
     forward, backward = found.forward.steps.double(), found.backward.steps.double()
     return [
         {

@@ -10,13 +10,24 @@ import statistics
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-__all__ = ["alternating_seconds", "median_ratio", "peak_allocated", "peak_resident"]
+__all__ = [
+    "alternating_seconds",
+    "forget_peak",
+    "in_own_process",
+    "median_ratio",
+    "peak_allocated",
+    "peak_resident",
+    "peak_resident_bytes",
+    "processor_seconds",
+    "resident_bytes",
+]
 
+Result = TypeVar("Result")
 Step = Callable[[], Any]
 
 
@@ -26,7 +37,9 @@ def alternating_seconds(steps: Mapping[str, Step], *, repeats: int) -> dict[str,
     On the CPU these are seconds of processor time of this process, in which waiting for a core does
     not count; on a GPU, seconds between two synchronisations.
     """
-    clock = _synchronized_clock if torch.cuda.is_available() else time.process_time
+    clock = time.process_time
+    if torch.cuda.is_available():
+        clock = _synchronized_clock
     seconds: dict[str, list[float]] = {name: [] for name in steps}
     for turn in range(repeats + 1):
         for name, step in steps.items():
@@ -59,22 +72,21 @@ def peak_allocated(step: Step) -> int:
         return torch.cuda.max_memory_allocated() - before
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
         step()
-    changes = [e for e in recorded.profiler.kineto_results.events() if e.name() == "[memory]"]  # type: ignore[union-attr]
+    events = recorded.profiler.kineto_results.events()  # type: ignore[union-attr]
     held = peak = 0
-    for change in sorted(changes, key=lambda e: e.start_ns()):
-        held += change.nbytes()
-        peak = max(peak, held)
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        if event.name() == "[memory]":
+            held += event.nbytes()
+            peak = max(peak, held)
     return peak
 
 
 def peak_resident(make: Callable[..., Step], *arguments: Any) -> int:
-    """Growth of the process's resident memory during ``make(*arguments)()``, in bytes, at its largest.
+    """Largest growth of the resident memory during ``make(*arguments)()``, in bytes.
 
     In a process of its own, after one step that is not counted, with freed memory handed back to
     the system at once, so that nothing that was used before can be used again unseen. Linux only.
     """
-    context = multiprocessing.get_context("spawn")
-    receiver, sender = context.Pipe(duplex=False)
     settings = {
         "MALLOC_MMAP_THRESHOLD_": "65536",
         "MALLOC_TRIM_THRESHOLD_": "65536",
@@ -83,36 +95,70 @@ def peak_resident(make: Callable[..., Step], *arguments: Any) -> int:
     before = {key: os.environ.get(key) for key in settings}
     os.environ.update(settings)
     try:
-        child = context.Process(
-            target=_resident, args=(sender, torch.get_num_threads(), make, arguments)
-        )
-        child.start()
-        sender.close()
-        peak = receiver.recv()
-        child.join()
+        return in_own_process(_resident, torch.get_num_threads(), make, arguments)
     finally:
         for key, value in before.items():
-            os.environ.pop(key) if value is None else os.environ.update({key: value})
-    return peak
+            if value is None:
+                del os.environ[key]
+            else:
+                os.environ[key] = value
 
 
-def _resident(
-    sender: Any, threads: int, make: Callable[..., Step], arguments: tuple[Any, ...]
-) -> None:
+def in_own_process(function: Callable[..., Result], *arguments: Any) -> Result:
+    """``function(*arguments)``, called in a new process."""
+    context = multiprocessing.get_context("spawn")
+    receiver, sender = context.Pipe(duplex=False)
+    child = context.Process(target=_send, args=(sender, function, arguments))
+    child.start()
+    sender.close()
+    result = receiver.recv()
+    child.join()
+    return result
+
+
+def resident_bytes() -> int:
+    """Bytes of this process in memory. Linux only."""
+    return _status("VmRSS")
+
+
+def peak_resident_bytes() -> int:
+    """The most bytes of this process in memory since ``forget_peak``. Linux only."""
+    return _status("VmHWM")
+
+
+def forget_peak() -> None:
+    """Let ``peak_resident_bytes`` start again."""
+    Path("/proc/self/clear_refs").write_text("5")
+
+
+def processor_seconds(step: Callable[[], Result]) -> tuple[float, Result]:
+    """Seconds of processor time of one call, and what it returned."""
+    start = time.process_time()
+    result = step()
+    return time.process_time() - start, result
+
+
+def _send(sender: Any, function: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
+    sender.send(function(*arguments))
+
+
+def _resident(threads: int, make: Callable[..., Step], arguments: tuple[Any, ...]) -> int:
     torch.set_num_threads(threads)
     step = make(*arguments)
     step()
     gc.collect()
     ctypes.CDLL("libc.so.6").malloc_trim(0)
-    Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
-    before = _status("VmRSS")
+    forget_peak()
+    before = resident_bytes()
     step()
-    sender.send(_status("VmHWM") - before)
+    return peak_resident_bytes() - before
 
 
 def _status(key: str) -> int:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{key}:"))
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(f"{key}:"):
+            return int(line.split()[1]) * 1024
+    raise OSError(f"expected {key} in /proc/self/status; it is not there")
 
 
 def _synchronized_clock() -> float:

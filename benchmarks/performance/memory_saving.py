@@ -1,4 +1,4 @@
-"""Peak memory and time of one training step: stored activations, memory_saving, checkpoints, MemCNN.
+"""Peak memory and time of a training step: stored activations, memory saving and its peers.
 
 The net is the affine Glow classifier trunk (3 levels x N blocks x 128 channels, D = 3072, batch
 32): every block is ActNorm, 1x1 convolution, affine coupling. Floors of the time, counting a
@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from benchmarks.common.runner import Row, collect, main
+from benchmarks.common.runner import Row, collect, keyed, main
 from benchmarks.performance.measurement import (
     alternating_seconds,
     median_ratio,
@@ -31,15 +31,16 @@ from inn_guard.layers.chain import Chain
 from inn_guard.memory_saving import memory_saving
 
 Map = Callable[[Tensor], tuple[Tensor, Tensor | float]]  #: x -> (z, log_det)
+Step = Callable[[], list[Tensor]]  #: returns the gradients of all parameters
 
 
 @dataclass(frozen=True)
 class Config(Sizes):
-    """``blocks`` over all three levels; the guard's tolerance."""
+    """Which nets take a training step."""
 
-    blocks: tuple[int, ...] = (18, 48)
+    blocks: tuple[int, ...] = (18, 48)  # over all three levels
     repeats: int = 7
-    guard: float = 1e-3
+    guard: float = 1e-3  # tolerance of the guard
 
 
 PRESETS = {
@@ -65,77 +66,74 @@ class Block(nn.Module):
         return self.chain.inverse(z)
 
 
-def plain(net: Chain, config: Config) -> Map:
+def with_log_det(net: Invertible) -> Map:
     return net.forward_and_log_det
 
 
-def saving(net: Chain, config: Config) -> Map:
-    return memory_saving(net).forward_and_log_det
-
-
-def guarded(net: Chain, config: Config) -> Map:
-    return memory_saving(net, guard=config.guard).forward_and_log_det
-
-
-def plain_z(net: Chain, config: Config) -> Map:
+def without_log_det(net: Invertible) -> Map:
     return lambda x: (net(x), 0.0)
 
 
-def saving_z(net: Chain, config: Config) -> Map:
-    stable = memory_saving(net)
-    return lambda x: (stable(x), 0.0)
+def stored(net: Chain, config: Config) -> Invertible:
+    return net
 
 
-def guarded_z(net: Chain, config: Config) -> Map:
-    stable = memory_saving(net, guard=config.guard)
-    return lambda x: (stable(x), 0.0)
+def saving(net: Chain, config: Config) -> Invertible:
+    return memory_saving(net)
 
 
-def checkpointed_z(net: Chain, config: Config) -> Map:
+def guarded(net: Chain, config: Config) -> Invertible:
+    return memory_saving(net, guard=config.guard)
+
+
+def checkpointed(net: Chain, config: Config) -> Callable[[Tensor], Tensor]:
     blocks = _blocks(net)
 
-    def forward(x: Tensor) -> tuple[Tensor, float]:
+    def forward(x: Tensor) -> Tensor:
         for block in blocks:
             x = checkpoint(block, x, use_reentrant=False)
-        return x, 0.0
+        return x
 
     return forward
 
 
-def memcnn_z(net: Chain, config: Config) -> Map:
-    # it cannot take views, which reshaping layers return
-    wrapped = [
-        memcnn.InvertibleModuleWrapper(b) if list(b.parameters()) else b for b in _blocks(net)
-    ]
+def with_memcnn(net: Chain, config: Config) -> Callable[[Tensor], Tensor]:
+    blocks: list[nn.Module] = []
+    for block in _blocks(net):
+        # MemCNN cannot take views, which reshaping layers return
+        if list(block.parameters()):
+            blocks.append(memcnn.InvertibleModuleWrapper(block))
+        else:
+            blocks.append(block)
 
-    def forward(x: Tensor) -> tuple[Tensor, float]:
-        x = x.clone()  # it frees the storage of its input: let that be ours, not the caller's
-        for block in wrapped:
+    def forward(x: Tensor) -> Tensor:
+        x = x.clone()  # MemCNN frees the storage of its input, which must not be the caller's
+        for block in blocks:
             x = block(x)
-        return x, 0.0
+        return x
 
     return forward
 
 
-PEERS: dict[str, dict[str, Callable[[Chain, Config], Map]]] = {
-    "z": {
-        "stored": plain_z,
-        "memory_saving": saving_z,
-        "memory_saving, guard": guarded_z,
-        "checkpoint per block": checkpointed_z,
-        "MemCNN": memcnn_z,
-    },
-    "likelihood": {"stored": plain, "memory_saving": saving, "memory_saving, guard": guarded},
+OURS = {"stored": stored, "memory_saving": saving, "memory_saving, guard": guarded}
+#: loss -> (how the peers' maps are called, the peers)
+PEERS: dict[str, tuple[Callable[[Any], Map], dict[str, Callable[[Chain, Config], Any]]]] = {
+    "z": (
+        without_log_det,
+        {**OURS, "checkpoint per block": checkpointed, "MemCNN": with_memcnn},
+    ),
+    "likelihood": (with_log_det, OURS),
 }
 
 
-def training_step(config: Config, blocks: int, loss: str, peer: str) -> Callable[[], list[Tensor]]:
+def training_step(config: Config, blocks: int, loss: str, peer: str) -> Step:
     """One forward and backward pass; returns the parameters' gradients."""
     net = config.net(blocks)
-    return step_of(net, PEERS[loss][peer](net, config), config)
+    call, peers = PEERS[loss]
+    return step_of(net, call(peers[peer](net, config)), config)
 
 
-def step_of(net: Chain, forward: Map, config: Config) -> Callable[[], list[Tensor]]:
+def step_of(net: Chain, forward: Map, config: Config) -> Step:
     x = config.data()
     parameters = list(net.parameters())
 
@@ -144,7 +142,13 @@ def step_of(net: Chain, forward: Map, config: Config) -> Callable[[], list[Tenso
             parameter.grad = None
         z, log_det = forward(x)
         (0.5 * z.flatten(1).square().sum(1) - log_det).mean().backward()
-        return [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
+        gradients = []
+        for parameter in parameters:
+            if parameter.grad is None:
+                gradients.append(torch.zeros_like(parameter))
+            else:
+                gradients.append(parameter.grad)
+        return gradients
 
     return step
 
@@ -155,41 +159,45 @@ def measure(config: Config, blocks: int) -> list[Row]:
     net = config.net(blocks)
     gradient_bytes = sum(p.numel() * p.element_size() for p in net.parameters())
     rows: list[Row] = []
-    for loss, peers in PEERS.items():
-        steps = {name: step_of(net, make(net, config), config) for name, make in peers.items()}
+    for loss, (call, peers) in PEERS.items():
+        steps = {
+            name: step_of(net, call(make(net, config)), config) for name, make in peers.items()
+        }
         seconds = alternating_seconds(steps, repeats=config.repeats)
-        gradients = {
-            name: torch.cat([g.flatten() for g in step()]).double() for name, step in steps.items()
-        }
-        true = gradients["stored"]
+        gradients = {name: _flat_gradient(step) for name, step in steps.items()}
         allocated = {name: _peak(net, step) for name, step in steps.items()}
-        resident = {
-            name: peak_resident(training_step, config, blocks, loss, name) for name in steps
-        }
-        rows += [
-            {
-                "blocks": blocks,
-                "loss": loss,
-                "peer": name,
-                "seconds": sorted(seconds[name])[len(seconds[name]) // 2],
-                "time_ratio": median_ratio(seconds[name], seconds["stored"]),
-                "peak_allocated_MB": allocated[name] / 1e6,
-                "allocated_ratio": allocated[name] / allocated["stored"],
-                "peak_beside_gradients_MB": (allocated[name] - gradient_bytes) / 1e6,
-                "peak_resident_MB": resident[name] / 1e6,
-                "resident_ratio": resident[name] / resident["stored"],
-                "gradient_error": float((gradients[name] - true).norm() / true.norm()),
-            }
-            for name in steps
-        ]
+        resident = {}
+        for name in steps:
+            resident[name] = peak_resident(training_step, config, blocks, loss, name)
+        true = gradients["stored"]
+        for name in steps:
+            rows.append(
+                {
+                    "blocks": blocks,
+                    "loss": loss,
+                    "peer": name,
+                    "seconds": sorted(seconds[name])[len(seconds[name]) // 2],
+                    "time_ratio": median_ratio(seconds[name], seconds["stored"]),
+                    "peak_allocated_MB": allocated[name] / 1e6,
+                    "allocated_ratio": allocated[name] / allocated["stored"],
+                    "peak_beside_gradients_MB": (allocated[name] - gradient_bytes) / 1e6,
+                    "peak_resident_MB": resident[name] / 1e6,
+                    "resident_ratio": resident[name] / resident["stored"],
+                    "gradient_error": float((gradients[name] - true).norm() / true.norm()),
+                }
+            )
     return rows
 
 
+def _flat_gradient(step: Step) -> Tensor:
+    return torch.cat([gradient.flatten() for gradient in step()]).double()
+
+
 def run(config: Config) -> pd.DataFrame:
-    return collect(config, {f"{blocks} blocks": blocks for blocks in config.blocks}, measure)
+    return collect(config, keyed("{} blocks", config.blocks), measure)
 
 
-def _peak(net: Chain, step: Callable[[], Any]) -> int:
+def _peak(net: Chain, step: Step) -> int:
     for parameter in net.parameters():
         parameter.grad = None
     return peak_allocated(step)

@@ -7,6 +7,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from inn_guard.core.invertible import Invertible
+from inn_guard.jacobian.chain import Linearization
+from inn_guard.jacobian.singular_values import ExtremeSingularValues, extreme_singular_values
 from inn_guard.layers.chain import Chain
 from inn_guard.models.glow import GlowConfig, glow_classifier
 
@@ -17,16 +20,16 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 @dataclass(frozen=True)
 class Sizes:
-    """Channels of the couplings' networks, levels, height and width of the images, samples in the batch, and a seed."""
+    """Which net and which data."""
 
-    hidden: int = 128
-    levels: int = 3
-    size: int = 32
-    batch: int = 32
-    seed: int = 0
+    hidden: int = 128  # channels of the couplings' networks
+    levels: int = 3  # of the net
+    size: int = 32  # height and width of the images
+    batch: int = 32  # number of images
+    seed: int = 0  # of weights and images
 
     def net(self, blocks: int) -> Chain:
-        """So many blocks over all levels, with couplings that do something, initialised from a batch."""
+        """A net of ``blocks`` blocks over all levels, perturbed and initialised from a batch."""
         torch.manual_seed(self.seed)
         shape = (3, self.size, self.size)
         sizes = GlowConfig(levels=self.levels, blocks=blocks // self.levels, hidden=self.hidden)
@@ -41,3 +44,11 @@ class Sizes:
         """A batch of standard normal images."""
         generator = torch.Generator().manual_seed(self.seed + 1)
         return torch.randn(self.batch, 3, self.size, self.size, generator=generator).to(DEVICE)
+
+    @torch.no_grad()
+    def extremes(self, net: Invertible, x: Tensor, *, tolerance: float) -> ExtremeSingularValues:
+        """The extreme singular values of the Jacobian at every sample."""
+        generator = torch.Generator().manual_seed(self.seed)
+        return extreme_singular_values(
+            Linearization(net, x), generator=generator, tolerance=tolerance
+        )

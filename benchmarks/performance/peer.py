@@ -1,24 +1,21 @@
-"""The peer of the spectra's claims: the Jacobian row by row by autograd, and numpy's decomposition with vectors."""
+"""The peer of the spectra: the Jacobian row by row by autograd, and numpy's SVD with vectors."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
-from typing import TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from benchmarks.performance.measurement import processor_seconds
 from inn_guard.core.invertible import Invertible
 
-T = TypeVar("T")
-
-__all__ = ["processor_seconds", "row_seconds", "svd_seconds"]
+__all__ = ["row_seconds", "svd_seconds"]
 
 
 def row_seconds(net: Invertible, x: Tensor, *, rows: int) -> float:
-    """Seconds of processor time per row of J at one sample: one backward pass each, the graph kept, after one forward.
+    """Seconds of processor time per row of J at one sample, one backward pass each.
 
     The first row is not counted. All rows cost the same: the whole J takes dim z times this, plus
     one forward pass.
@@ -37,14 +34,7 @@ def row_seconds(net: Invertible, x: Tensor, *, rows: int) -> float:
 
 
 def svd_seconds(J: Tensor) -> tuple[float, Tensor]:
-    """Seconds of processor time of numpy's singular value decomposition with vectors, and its values."""
+    """Seconds of processor time of numpy's SVD with vectors, and the singular values."""
     matrix = J.numpy()
     seconds, values = processor_seconds(lambda: np.linalg.svd(matrix)[1])
     return seconds, torch.from_numpy(values)
-
-
-def processor_seconds(step: Callable[[], T]) -> tuple[float, T]:
-    """Seconds of processor time of one call, and what it returned."""
-    start = time.process_time()
-    result = step()
-    return time.process_time() - start, result

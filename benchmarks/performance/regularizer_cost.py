@@ -1,4 +1,4 @@
-"""Cost of the finite-difference regularizer: a regularised training step against one without, K = 1 and 10.
+"""Cost of finite differences: a regularised training step against one without, K = 1 and 10.
 
 The affine Glow trunk of memory_saving.py with Adam and the likelihood as its loss. A cycle of K
 steps, of which one is regularised, is timed whole, and divided by K. Floors with a fraction f of
@@ -15,7 +15,7 @@ import pandas as pd
 import torch
 
 from benchmarks.common.runner import Row, collect, main
-from benchmarks.performance.measurement import alternating_seconds
+from benchmarks.performance.measurement import alternating_seconds, median_ratio
 from benchmarks.performance.nets import Sizes
 from inn_guard.core.invertible import Invertible
 from inn_guard.memory_saving import memory_saving
@@ -25,11 +25,11 @@ from inn_guard.training.regularizers import Direction, FiniteDifferences
 
 @dataclass(frozen=True)
 class Config(Sizes):
-    """``blocks`` over all three levels; periods K; the regularizer's coefficient."""
+    """What is timed."""
 
-    blocks: int = 48
+    blocks: int = 48  # over all three levels
     repeats: int = 3
-    every: tuple[int, ...] = (1, 10)
+    every: tuple[int, ...] = (1, 10)  # periods K
     coefficient: float = 1e-4
 
 
@@ -65,16 +65,14 @@ CASES = {
 
 
 def cycle(config: Config, model: Invertible, case: Case | None, steps: int) -> Callable[[], None]:
-    """So many training steps, the first of them regularised."""
+    """``steps`` training steps, the first of them regularised."""
     x = config.data()
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-6)
-    chosen = (
-        []
-        if case is None
-        else [
+    chosen = []
+    if case is not None:
+        chosen.append(
             FiniteDifferences(config.coefficient, direction=case.direction, fraction=case.fraction)
-        ]
-    )
+        )
     hook = RegularizerHook(model, chosen, every=steps)
 
     def run() -> None:
@@ -98,14 +96,14 @@ def measure(config: Config, case: Case) -> list[Row]:
         cycles |= {str(k): cycle(config, model, case, k) for k in config.every}
         seconds = alternating_seconds(cycles, repeats=config.repeats)
         for k in config.every:
-            ratios = [a / k / b for a, b in zip(seconds[str(k)], seconds["without"], strict=True)]
+            per_step = [cycle_seconds / k for cycle_seconds in seconds[str(k)]]
             rows.append(
                 {
                     "mode": mode,
                     "every": k,
-                    "seconds_per_step": statistics.median(seconds[str(k)]) / k,
+                    "seconds_per_step": statistics.median(per_step),
                     "seconds_without": statistics.median(seconds["without"]),
-                    "ratio": statistics.median(ratios),
+                    "ratio": median_ratio(per_step, seconds["without"]),
                     "floor": 1 + _passes(case) / k,
                 }
             )

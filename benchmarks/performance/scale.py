@@ -1,20 +1,17 @@
-"""Audits of large flows in bounded memory: D up to 196,608, up to 100 million parameters, one memory budget.
+"""Audits of large flows in bounded memory: D up to 196,608, up to 100 million parameters.
 
-A Glow down to 4 x 4 pixels with its coupling networks perturbed, so that it does something, audited
-in a process of its own within a budget that chooses the micro-batches; beside it what the dry run
-estimated. One thread; peak resident memory as Linux counts it.
+A Glow down to 4 x 4 pixels whose coupling networks are perturbed is audited in a process of its
+own, within a memory budget from which the sizes of the batches follow. The table has the estimates
+of the dry run as well. One thread; peak resident memory as Linux counts it.
 """
 
 from __future__ import annotations
 
 import gc
 import math
-import multiprocessing
-import time
 from collections.abc import Iterable
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import pandas as pd
 import torch
@@ -22,20 +19,27 @@ from matplotlib.figure import Figure
 
 import inn_guard as ig
 from benchmarks.common.runner import Row, collect, main
+from benchmarks.performance.measurement import (
+    forget_peak,
+    in_own_process,
+    peak_resident_bytes,
+    processor_seconds,
+    resident_bytes,
+)
 from inn_guard.layers.permutation import Permutation
 from inn_guard.models.glow import GlowConfig, glow_classifier
 
 
 @dataclass(frozen=True)
 class Config:
-    """Sides of RGB images, D = 3 side^2; channels of the coupling networks, and for each the budget in MiB."""
+    """Which flows are audited."""
 
-    sides: tuple[int, ...] = (64, 128, 256)
-    hidden: tuple[int, ...] = (16, 448)
-    budgets: tuple[int, ...] = (256, 3072)
+    sides: tuple[int, ...] = (64, 128, 256)  # of RGB images, D = 3 side^2
+    hidden: tuple[int, ...] = (16, 448)  # channels of the coupling networks
+    budgets: tuple[int, ...] = (256, 3072)  # MiB, for each of them
     samples: int = 3
     checks: tuple[str, ...] = ("reconstruction", "jacobian_spectrum", "layer_blame")
-    spread: float = 0.05
+    spread: float = 0.05  # of the perturbation of the weights
     seed: int = 0
 
 
@@ -64,42 +68,35 @@ def cases(config: Config) -> dict[str, Size]:
 
 def measure(config: Config, size: Size) -> Iterable[Row]:
     """One audit in a process of its own."""
-    context = multiprocessing.get_context("spawn")
-    receiver, sender = context.Pipe(duplex=False)
-    child = context.Process(target=_audited, args=(sender, config, size))
-    child.start()
-    sender.close()
-    row = receiver.recv()
-    child.join()
-    yield row
+    yield in_own_process(_audited, config, size)
 
 
-def _audited(sender: Any, config: Config, size: Size) -> None:
+def _audited(config: Config, size: Size) -> Row:
     torch.set_num_threads(1)
     net, x = _flow(config, size)
     memory, checks = size.budget * 2**20, list(config.checks)
     estimate = ig.audit(net, x, checks=checks, memory=memory, dry_run=True)["dry_run"].values
     gc.collect()
-    _forget_peak()
-    before, start = _resident("VmRSS"), time.process_time()
-    report = ig.audit(net, x, checks=checks, memory=memory)
-    sender.send(
-        {
-            "D": x[0].numel(),
-            "parameters": sum(p.numel() for p in net.parameters()),
-            "samples": config.samples,
-            "budget_mib": size.budget,
-            "estimated_mib": estimate["bytes"] / 2**20,
-            "peak_growth_mib": (_resident("VmHWM") - before) / 2**10,
-            "model_mib": sum(p.numel() * p.element_size() for p in net.parameters()) / 2**20,
-            "peak_resident_mib": _resident("VmHWM") / 2**10,
-            "estimated_seconds": estimate["seconds"],
-            "seconds": time.process_time() - start,
-            "verdict": report.verdict.label,
-            "relative_error": report["reconstruction"].values["relative_error"],
-            "condition_number": report["jacobian_spectrum"].values["condition_number"],
-        }
-    )
+    forget_peak()
+    before = resident_bytes()
+    seconds, report = processor_seconds(lambda: ig.audit(net, x, checks=checks, memory=memory))
+    peak = peak_resident_bytes()
+    parameters = list(net.parameters())
+    return {
+        "D": x[0].numel(),
+        "parameters": sum(p.numel() for p in parameters),
+        "samples": config.samples,
+        "budget_mib": size.budget,
+        "estimated_mib": estimate["bytes"] / 2**20,
+        "peak_growth_mib": (peak - before) / 2**20,
+        "model_mib": sum(p.nbytes for p in parameters) / 2**20,
+        "peak_resident_mib": peak / 2**20,
+        "estimated_seconds": estimate["seconds"],
+        "seconds": seconds,
+        "verdict": report.verdict.label,
+        "relative_error": report["reconstruction"].values["relative_error"],
+        "condition_number": report["jacobian_spectrum"].values["condition_number"],
+    }
 
 
 def _flow(config: Config, size: Size) -> tuple[torch.nn.Module, torch.Tensor]:
@@ -111,20 +108,9 @@ def _flow(config: Config, size: Size) -> tuple[torch.nn.Module, torch.Tensor]:
     with torch.no_grad():
         net(x)  # in training mode it sets what depends on data
         for parameter in net.parameters():
-            parameter += (
-                config.spread * torch.randn_like(parameter) / max(1, parameter[0].numel()) ** 0.5
-            )
+            fan_in = max(1, parameter[0].numel())
+            parameter += config.spread * torch.randn_like(parameter) / fan_in**0.5
     return net.eval(), x
-
-
-def _resident(which: str) -> int:
-    """KiB of this process in memory: now (VmRSS), or at most since the peak was forgotten (VmHWM)."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith(which))
-
-
-def _forget_peak() -> None:
-    Path("/proc/self/clear_refs").write_text("5")
 
 
 def run(config: Config) -> pd.DataFrame:
@@ -137,28 +123,26 @@ def draw(frame: pd.DataFrame) -> Figure:
     figure = Figure(figsize=(11, 3.4), layout="constrained")
     memory, seconds = figure.subplots(1, 2)
     for k, (budget, rows) in enumerate(frame.groupby("budget_mib")):
-        label = f"up to {rows['parameters'].max() / 1e6:.3g} million parameters"
-        memory.axhline(budget, color=f"C{k}", lw=0.8, label=f"budget, {budget} MiB")
-        memory.loglog(
-            rows["D"], rows["peak_growth_mib"], "o-", color=f"C{k}", label=f"{label}, measured"
-        )
-        memory.loglog(
-            rows["D"], rows["estimated_mib"], "s--", color=f"C{k}", label="dry run's estimate"
-        )
-        seconds.loglog(rows["D"], rows["seconds"], "o-", color=f"C{k}", label=f"{label}, measured")
-        seconds.loglog(
-            rows["D"], rows["estimated_seconds"], "s--", color=f"C{k}", label="dry run's estimate"
-        )
-    for axes, unit in ((memory, "MiB beside model and data"), (seconds, "seconds of one core")):
+        colour = f"C{k}"
+        label = f"up to {rows['parameters'].max() / 1e6:.3g} million parameters, measured"
+        memory.axhline(budget, color=colour, lw=0.8, label=f"budget, {budget} MiB")
+        for axes, measured, estimated in (
+            (memory, "peak_growth_mib", "estimated_mib"),
+            (seconds, "seconds", "estimated_seconds"),
+        ):
+            axes.loglog(rows["D"], rows[measured], "o-", color=colour, label=label)
+            axes.loglog(rows["D"], rows[estimated], "s--", color=colour, label="dry run's estimate")
+    dims = sorted(frame["D"].unique())
+    for axes, unit in (
+        (memory, "MiB in addition to model and data"),
+        (seconds, "seconds of one core"),
+    ):
         axes.set(xlabel="D", ylabel=unit)
-        axes.set_xticks(
-            sorted(frame["D"].unique()), [f"{D:,}" for D in sorted(frame["D"].unique())]
-        )
+        axes.set_xticks(dims, [f"{D:,}" for D in dims])
         axes.minorticks_off()
         axes.spines[["top", "right"]].set_visible(False)
-    figure.legend(
-        *memory.get_legend_handles_labels(), loc="outside right center", frameon=False, fontsize=8
-    )
+    handles = memory.get_legend_handles_labels()
+    figure.legend(*handles, loc="outside right center", frameon=False, fontsize=8)
     return figure
 
 

@@ -1,18 +1,18 @@
-"""The forecast of the round trip's rounding error against the measured error, over stacks of three libraries.
+"""The forecast of the round trip's rounding error against the measured one, for three libraries.
 
-    python -m benchmarks.precision.rounding_forecast --preset cpu        # about 5 minutes on one core
+    inn-guard bench precision.rounding_forecast --preset cpu  # about 5 minutes on one core
 
 Claims measured: the median over the samples of measured / forecast lies in [0.5, 2] where first
 order holds (forecast below 0.1 |x|); where the forecast decides (works, breaks), the measurement
-agrees in 99 % of the cases; the forecast costs at most ten passes of the inverse, beside the
-float64 copy that the measurement in float64 needs as well. A case is one stack in one arithmetic.
-Synthetic nets and data: weights as each library initialises them, those of the sub-networks' last
-layers multiplied by a gain; x ~ N(0, I).
+agrees in 99 % of the cases; the forecast costs at most ten passes of the inverse, in addition to
+the float64 copy that the measurement in float64 needs as well. A case is one stack in one number
+format. Synthetic nets and data: weights as each library initialises them, those of the
+sub-networks' last layers multiplied by a gain; x ~ N(0, I).
 """
 
 from __future__ import annotations
 
-import time
+import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -28,7 +28,9 @@ from torch import Tensor, nn
 
 import inn_guard as ig
 from benchmarks.common.runner import Row, collect, main
-from inn_guard.audits.precision.audit import NumberFormat, arithmetics, precision
+from benchmarks.performance.measurement import processor_seconds
+from inn_guard.audits.precision.audit import precision
+from inn_guard.audits.precision.number_format import NumberFormat, number_formats
 from inn_guard.jacobian.chain import Linearization
 from inn_guard.jacobian.inverse_differences import InverseDifferences
 from inn_guard.jacobian.rounding_error import RoundingForecast, rounding_forecast, unit_roundoff
@@ -38,27 +40,30 @@ from inn_guard.layers.networks import MLP
 from inn_guard.layers.permutation import Permutation
 
 HIDDEN = 48
+AUDIT_COLUMNS = (
+    "unit roundoff",
+    "usable",
+    "forecast",
+    "forecast verdict",
+    "measured",
+    "measured median",
+    "non-finite samples",
+    "measured verdict",
+    "remark",
+)
 
 
 @dataclass(frozen=True)
 class Config:
-    """Which stacks are measured.
+    """Which stacks are measured."""
 
-    Attributes:
-        dims: dimensions D.
-        depths: numbers of blocks.
-        gains: factors on the last layers of the sub-networks; larger ones make the inverse explode.
-        samples: data per stack.
-        probes: sweeps of the forecast.
-        seed: of weights and data.
-    """
-
-    dims: tuple[int, ...] = (4, 8)
-    depths: tuple[int, ...] = (6, 16)
+    dims: tuple[int, ...] = (4, 8)  # dimensions D
+    depths: tuple[int, ...] = (6, 16)  # numbers of blocks
+    # factors on the last layers of the sub-networks; larger ones make the inverse explode
     gains: tuple[float, ...] = (1.0, 2.0, 4.0, 8.0)
-    samples: int = 128
-    probes: int = 1
-    seed: int = 0
+    samples: int = 128  # data per stack
+    probes: int = 1  # sweeps of the forecast
+    seed: int = 0  # of weights and data
 
 
 PRESETS = {
@@ -81,10 +86,14 @@ def ours(block: type) -> Callable[[int, int], nn.Module]:
     """Couplings of this package with a random permutation after each."""
 
     def build(dim: int, depth: int) -> nn.Module:
-        changed = dim // 2
-        out = changed if block is AdditiveCoupling else 2 * changed
-        couplings = (block(MLP([dim - changed, HIDDEN, HIDDEN, out])) for _ in range(depth))
-        return Chain(*(layer for c in couplings for layer in (c, Permutation(torch.randperm(dim)))))
+        changed = out = dim // 2
+        if block is AffineCoupling:
+            out = 2 * changed
+        layers: list[ig.Invertible] = []
+        for _ in range(depth):
+            layers.append(block(MLP([dim - changed, HIDDEN, HIDDEN, out])))
+            layers.append(Permutation(torch.randperm(dim)))
+        return Chain(*layers)
 
     return build
 
@@ -94,9 +103,9 @@ def nflows(make: Callable[[int, Tensor], nn.Module]) -> Callable[[int, int], nn.
 
     def build(dim: int, depth: int) -> nn.Module:
         mask = (torch.arange(dim) % 2).int()
-        chain = [
-            t for _ in range(depth) for t in (make(dim, mask), transforms.RandomPermutation(dim))
-        ]
+        chain: list[nn.Module] = []
+        for _ in range(depth):
+            chain += [make(dim, mask), transforms.RandomPermutation(dim)]
         return transforms.CompositeTransform(chain)
 
     return build
@@ -146,21 +155,16 @@ BLOCKS: dict[str, Callable[[int, int], nn.Module]] = {
 
 def cases(config: Config) -> dict[str, Stack]:
     """Every kind of block in every dimension, depth and gain."""
-    stacks = (
-        Stack(b, d, n, g)
-        for b in BLOCKS
-        for d in config.dims
-        for n in config.depths
-        for g in config.gains
-    )
-    return {
-        f"{stack.block} D={stack.dim} n={stack.depth} gain={stack.gain:g}": stack
-        for stack in stacks
-    }
+    cases = {}
+    for case in itertools.product(BLOCKS, config.dims, config.depths, config.gains):
+        stack = Stack(*case)
+        key = f"{stack.block} D={stack.dim} n={stack.depth} gain={stack.gain:g}"
+        cases[key] = stack
+    return cases
 
 
 def measure(config: Config, stack: Stack) -> Iterator[Row]:
-    """One row per arithmetic: forecast, measurement and their ratio."""
+    """One row per number format: forecast, measurement and their ratio."""
     with torch.random.fork_rng():
         torch.manual_seed(config.seed)
         np.random.seed(config.seed)
@@ -171,20 +175,22 @@ def measure(config: Config, stack: Stack) -> Iterator[Row]:
     forecast = forecast_of(model, x, config)
     spent = cost(model, x, config)
     result = precision(model, x, probes=config.probes, seed=config.seed)
-    for row, arithmetic in zip(result.tables["arithmetic"], arithmetics(x.device), strict=True):
+    formats = number_formats(x.device)
+    for row, number_format in zip(result.tables["number format"], formats, strict=True):
         yield {
             "block": stack.block,
             "D": stack.dim,
             "depth": stack.depth,
             "gain": stack.gain,
-            **{key.replace(" ", "_"): row[key] for key in row},
-            **ratios(model, x, arithmetic, forecast),
+            "arithmetic": number_format.name,
+            **{name.replace(" ", "_"): row[name] for name in AUDIT_COLUMNS},
+            **ratios(model, x, number_format, forecast),
             **spent,
         }
 
 
 def forecast_of(model: ig.Invertible, x: Tensor, config: Config) -> RoundingForecast | None:
-    """The forecast as the audit makes it, or None where a layer's inverse raises at its own output."""
+    """The forecast of the audit, or None if a layer's inverse raises an error at its own output."""
     for way in (
         lambda: InverseDifferences(model.to_dtype(torch.float64), x.double()),
         lambda: Linearization(model, x),
@@ -199,17 +205,20 @@ def forecast_of(model: ig.Invertible, x: Tensor, config: Config) -> RoundingFore
 
 
 def ratios(
-    model: ig.Invertible, x: Tensor, arithmetic: NumberFormat, unit: RoundingForecast | None
+    model: ig.Invertible, x: Tensor, number_format: NumberFormat, unit: RoundingForecast | None
 ) -> Row:
-    """Quantiles of measured / forecast over the samples for which first order can hold: forecast below 0.1 |x|."""
+    """Measured / forecast error of the samples whose forecast is below 0.1 |x|.
+
+    Above that the forecast, which is of first order, need not hold.
+    """
     nothing = {"first_order_samples": 0, "ratio_median": np.nan, "within_factor_3": np.nan}
-    if arithmetic.autocast is not None or unit is None:
+    if number_format.autocast is not None or unit is None:
         return nothing
-    forecast = unit.error(unit_roundoff(arithmetic.storage))
+    forecast = unit.error(unit_roundoff(number_format.storage))
     try:
-        twin, cast = model.to_dtype(arithmetic.storage), x.to(arithmetic.storage)
+        cast_model, cast = model.to_dtype(number_format.storage), x.to(number_format.storage)
         with torch.no_grad():
-            error = (twin.inverse(twin(cast)).double() - cast.double()).norm(dim=1)
+            error = (cast_model.inverse(cast_model(cast)).double() - cast.double()).norm(dim=1)
     except (RuntimeError, ValueError, NotImplementedError):
         return nothing
     counted = (forecast < 0.1 * x.norm(dim=1)) & error.isfinite() & (forecast > 0)
@@ -225,68 +234,57 @@ def ratios(
 
 def amplify(module: nn.Module, gain: float) -> None:
     """Multiply the last linear layer of every sub-network by ``gain``."""
-    children = [m for m in module.modules() if isinstance(m, (MLP, ResidualNet))]
-    with torch.no_grad():
-        for child in children:
-            last = [m for m in child.modules() if isinstance(m, nn.Linear)][-1]
-            last.weight.mul_(gain)
+    for network in module.modules():
+        if isinstance(network, (MLP, ResidualNet)):
+            *_, last = (layer for layer in network.modules() if isinstance(layer, nn.Linear))
+            with torch.no_grad():
+                last.weight.mul_(gain)
 
 
 def cost(model: ig.Invertible, x: Tensor, config: Config) -> Row:
-    """Processor time of the forecast, and of the float64 copy it needs, over one inverse pass; medians of five.
+    """Processor time of the forecast and of its float64 copy over that of one inverse pass.
 
     The measurement in float64 needs the same copy. A spline's inverse that checks its own
     discriminant raises.
     """
     z = model(x).detach()
     generator = torch.Generator().manual_seed(config.seed)
-    twin = model.to_dtype(torch.float64)
+    exact = model.to_dtype(torch.float64)
 
     def forecast() -> None:
-        rounding_forecast(
-            InverseDifferences(twin, x.double()), probes=config.probes, generator=generator
-        )
+        differences = InverseDifferences(exact, x.double())
+        rounding_forecast(differences, probes=config.probes, generator=generator)
 
     calls = {"copy": lambda: model.to_dtype(torch.float64), "cost": forecast}
     try:
         with torch.no_grad():
-            inverse = np.median([seconds(lambda: model.inverse(z)) for _ in range(5)])
-            spent = {
-                name: np.median([seconds(call) for _ in range(5)]) / inverse
-                for name, call in calls.items()
-            }
+            inverse = median_seconds(lambda: model.inverse(z))
+            spent = {name: median_seconds(call) / inverse for name, call in calls.items()}
     except (ValueError, AssertionError, ig.NotApplicable):
         spent = dict.fromkeys(calls, np.nan)
     return {f"{name}_in_inverse_passes": float(value) for name, value in spent.items()}
 
 
-def seconds(function: Callable[[], object]) -> float:
-    """Processor time of one call."""
-    start = time.process_time()
-    function()
-    return time.process_time() - start
+def median_seconds(call: Callable[[], object]) -> float:
+    """Processor time of one call, the median of five."""
+    return float(np.median([processor_seconds(call)[0] for _ in range(5)]))
 
 
 def run(config: Config) -> pd.DataFrame:
-    """All stacks in all arithmetics."""
+    """All stacks in all number formats."""
     frame = collect(config, cases(config), measure)
     print(summary(frame).to_string(index=False))
-    print(
-        frame.groupby("case")[["cost_in_inverse_passes", "copy_in_inverse_passes"]]
-        .first()
-        .describe()
-        .to_string()
-    )
+    costs = frame.groupby("case")[["cost_in_inverse_passes", "copy_in_inverse_passes"]].first()
+    print(costs.describe().to_string())
     return frame
 
 
 def summary(frame: pd.DataFrame) -> pd.DataFrame:
-    """One line per arithmetic: the figures of the claims."""
+    """One line per number format: the figures of the claims."""
     rows = []
     for name, group in frame.groupby("arithmetic", sort=False):
-        decided = group[
-            group.forecast_verdict.isin(["works", "breaks"]) & (group.measured_verdict != "refused")
-        ]
+        decided = group[group.forecast_verdict.isin(["works", "breaks"])]
+        decided = decided[decided.measured_verdict != "refused"]
         rows.append(
             {
                 "arithmetic": name,
@@ -302,7 +300,7 @@ def summary(frame: pd.DataFrame) -> pd.DataFrame:
 
 
 def draw(frame: pd.DataFrame) -> Figure:
-    """Measured against forecast error, one point per stack and arithmetic."""
+    """Measured against forecast error, one point per stack and number format."""
     figure = Figure(figsize=(6, 5.5))
     axes = figure.subplots()
     shown = frame[np.isfinite(frame.measured) & np.isfinite(frame.forecast) & (frame.forecast > 0)]
@@ -317,8 +315,6 @@ def draw(frame: pd.DataFrame) -> Figure:
     axes.set(
         xlabel="forecast error, 95 % of samples [|x|]",
         ylabel="measured error, 95 % of samples [|x|]",
-    )
-    axes.set(
         xlim=(1e-17, 1e4),
         ylim=(1e-17, 1e4),
         title=f"{frame.case.nunique()} stacks of three libraries",

@@ -1,4 +1,4 @@
-"""The image experiments of the exploding-inverses paper: data, training that survives a kill, what a look reports."""
+"""The image experiments: data, training that survives a kill, rows of an evaluation."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from benchmarks.common.experiments import find
 from benchmarks.common.runner import preset
 from benchmarks.exploding_inverses import cifar10_classifiers, dequantization, regularizer_cost
 from benchmarks.exploding_inverses.classifier_report import compare_with_paper, with_paper_columns
@@ -200,8 +201,7 @@ def test_the_unregularized_affine_net_alone_is_trained_with_stored_activations()
         "affine shuffle none",
         "affine conv none",
     ]
-    assert len(names) == len(pd.read_csv(cifar10_classifiers.__file__.replace(
-        "exploding_inverses/cifar10_classifiers.py", "reference/cifar10_classifiers_table9.csv")))  # fmt: skip
+    assert len(names) == len(find("exploding_inverses.cifar10_classifiers").published())
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""What the experiments say of codes that a density misses, and of inverses that overflow, where the answer is known."""
+"""Codes that a density misses, and inverses that overflow, where the answer is known."""
 
 from __future__ import annotations
 

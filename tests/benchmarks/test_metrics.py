@@ -104,7 +104,7 @@ def test_frechet_distance_against_the_matrix_square_root(n, m, dims):
 
 
 def test_frechet_distance_of_singular_covariances_has_its_closed_form():
-    """Fewer samples than features: along one axis each, orthogonal to one another, the covariances do not overlap."""
+    """Fewer samples than features, along orthogonal axes: the covariances do not overlap."""
     steps = torch.linspace(-1, 1, 9)[:, None]
     axes = torch.eye(50)
     first, second = steps * axes[0], 2 * steps * axes[1]
@@ -124,7 +124,7 @@ def test_frechet_distance_of_a_set_with_itself_is_zero_and_never_negative():
 def test_the_extractor_is_named_and_never_called_fid():
     images = torch.rand(8, 1, 2, 2)
     name = frechet_distance(FLAT, images, images.flip(0)).name
-    assert name == "Frechet distance (pixels)"
+    assert name == "Fréchet distance (pixels)"
     assert "FID" not in name
 
 

@@ -1,4 +1,4 @@
-"""Every experiment runs in its smallest size by its command, and the tables of experiments agree."""
+"""Every experiment runs in its smallest size, and the tables of experiments agree."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 from benchmarks.common import experiments
 from benchmarks.common.experiments import EXPERIMENTS
 from benchmarks.common.runner import preset
-from inn_guard.cli import app
+from inn_guard.cli.commands import app
 
 ROOT = pathlib.Path(__file__).parents[2]
 SCRIPTS = {

@@ -1,4 +1,4 @@
-"""Certificates against the truth: matrix norms in 40 digits, convolutions and subnetworks against dense matrices."""
+"""Certificates against the truth: matrix norms in 40 digits, dense matrices of networks."""
 
 from __future__ import annotations
 
@@ -43,13 +43,13 @@ ACTIVATIONS: list[Callable[[], nn.Module]] = [
 
 @dataclass(frozen=True)
 class Config:
-    """How many cases are measured, so many at a time."""
+    """How many cases of each kind are measured."""
 
     matrices: int = 10_000
-    kernels: int = 2_000
+    kernels: int = 2_000  # of convolutions
     networks: int = 10_000
-    wide: int = 4
-    chunk: int = 500
+    wide: int = 4  # convolutions, and networks, of usual size
+    chunk: int = 500  # cases that are measured, and written, together
 
 
 PRESETS = {
@@ -77,11 +77,9 @@ def matrices(count: int, seed: int) -> Trials:
     for trial in range(count):
         rows, columns = integer(generator, 1, 8), integer(generator, 1, 8)
         A = torch.randn(rows, columns, generator=generator, dtype=torch.float64)
-        A = (
-            torch.linalg.qr(torch.randn(rows, rows, generator=generator, dtype=torch.float64))[0]
-            if trial % 3 == 0
-            else A
-        )
+        if trial % 3 == 0:
+            square = torch.randn(rows, rows, generator=generator, dtype=torch.float64)
+            A = torch.linalg.qr(square).Q
         A = A * 10 ** float(torch.empty(()).uniform_(-6, 6, generator=generator))
         M = mpmath.matrix(A.tolist())
         truth = mpmath.sqrt(max(mpmath.eigsy(M.T * M, eigvals_only=True)))
@@ -92,23 +90,25 @@ def matrices(count: int, seed: int) -> Trials:
 
 
 def kernels(count: int, seed: int) -> Trials:
-    """Random channels, windows, strides, dilations, groups and zero paddings against dense matrices."""
+    """Random convolutions of all kinds against dense matrices."""
     generator, below, ratios = torch.Generator().manual_seed(seed), 0, []
     for trial in range(count):
-        groups, k, stride = (
-            integer(generator, 1, 2),
-            integer(generator, 1, 5),
-            integer(generator, 1, 3),
-        )
-        dilation = integer(generator, 1, 2) if stride == 1 else 1
+        groups = integer(generator, 1, 2)
+        k = integer(generator, 1, 5)
+        stride, dilation = integer(generator, 1, 3), 1
+        if stride == 1:
+            dilation = integer(generator, 1, 2)
         window, padding = dilation * (k - 1) + 1, integer(generator, 0, k // 2)
         n = integer(generator, max(window, 4), max(window, 9))
-        inner, outer = (groups * integer(generator, 1, 3) for _ in range(2))
+        inner = groups * integer(generator, 1, 3)
+        outer = groups * integer(generator, 1, 3)
         module = nn.Conv2d(
             inner, outer, k, stride, padding, dilation, groups, bias=False, dtype=torch.float64
         )
         weight = torch.randn(module.weight.shape, generator=generator, dtype=torch.float64)
-        module.weight = nn.Parameter(weight.abs() if trial % 3 == 0 else weight)
+        if trial % 3 == 0:
+            weight = weight.abs()
+        module.weight = nn.Parameter(weight)
         basis = torch.eye(inner * n * n, dtype=torch.float64).reshape(-1, inner, n, n)
         with torch.no_grad():
             truth = float(torch.linalg.matrix_norm(module(basis).flatten(1), 2))
@@ -134,16 +134,14 @@ def wide_kernel(case: tuple[int, int, int, int]) -> Trials:
 
 
 def networks(count: int, seed: int) -> Trials:
-    """Random small networks of eight activations, global and local slopes, against slope vertices and Jacobians."""
+    """Random small networks of eight activations against slope vertices and Jacobians."""
     generator, below, ratios = torch.Generator().manual_seed(seed), 0, []
     for trial in range(count):
         sizes = [integer(generator, 1, 5) for _ in range(integer(generator, 3, 5))]
         net = MLP(sizes, activation=ACTIVATIONS[trial % len(ACTIVATIONS)]).double()
-        box = (
-            Box(-torch.ones(sizes[0]), torch.ones(sizes[0]))
-            if trial % 2
-            else Box.everywhere(sizes[:1])
-        )
+        box = Box.everywhere(sizes[:1])
+        if trial % 2:
+            box = Box(-torch.ones(sizes[0]), torch.ones(sizes[0]))
         for parameter in net.parameters():
             nn.init.normal_(parameter, std=1.0, generator=generator)
         builder = ChainBuilder(sizes[0])
@@ -191,26 +189,24 @@ def cases(config: Config) -> dict[str, Callable[[], Trials | Row]]:
         ("subnetworks against slope vertices", networks, config.networks),
     ):
         for k, start in enumerate(range(0, count, config.chunk)):
-            found[f"{name}:{k}"] = functools.partial(
-                measure, min(config.chunk, count - start), seed=k
-            )
+            trials = min(config.chunk, count - start)
+            found[f"{name}:{k}"] = functools.partial(measure, trials, seed=k)
     for kernel in WIDE_KERNELS[: config.wide]:
-        name = "convolution {}x{}x3x3 on {} pixels, stride {} against 300 power iterations".format(
-            *kernel
-        )
-        found[f"{name}:0"] = functools.partial(wide_kernel, kernel)
+        inner, outer, n, stride = kernel
+        layer = f"convolution {inner}x{outer}x3x3 on {n} pixels, stride {stride}"
+        found[f"{layer} against 300 power iterations:0"] = functools.partial(wide_kernel, kernel)
     for sizes, activation in WIDE_NETWORKS[: config.wide]:
-        found[f"{'-'.join(map(str, sizes))} {activation.__name__}:0"] = functools.partial(
-            tightness, sizes, activation
-        )
+        name = f"{'-'.join(map(str, sizes))} {activation.__name__}"
+        found[f"{name}:0"] = functools.partial(tightness, sizes, activation)
     return found
 
 
 def measure(config: Config, case: Callable[[], Trials | Row]) -> list[Row]:
     """What was found, and the processor time it took."""
     begun = time.process_time()
-    result = case()
-    row = vars(result) if isinstance(result, Trials) else result
+    row = case()
+    if isinstance(row, Trials):
+        row = vars(row)
     return [{**row, "CPU seconds": time.process_time() - begun}]
 
 
