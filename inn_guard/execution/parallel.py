@@ -141,7 +141,7 @@ class WorkSharing:
             return
         for what, tensors in (("data x", [x]), ("model", [*model.parameters(), *model.buffers()])):
             own = [_fingerprint(tensor) for tensor in tensors]
-            gathered = self.all_gather(functools.partial(list, own))
+            gathered: list[Any] = self.all_gather(functools.partial(list, own))
             if any(other != gathered[0] for other in gathered):
                 raise ValueError(
                     f"expected the same {what} in every process of the group, got different ones: "
