@@ -16,6 +16,7 @@ __all__ = [
     "nonzero_or_one",
     "norms",
     "peak",
+    "per_channel",
     "per_sample",
     "split_flat",
     "standard_normal",
@@ -41,6 +42,15 @@ def per_sample(values: Tensor, like: Tensor) -> Tensor:
     torch.Size([2, 1, 1])
     """
     return values.to(like.device).reshape(-1, *[1] * (like.dim() - 1))
+
+
+def per_channel(values: Tensor, like: Tensor) -> Tensor:
+    """One value per channel, (C,), as (C, 1, ..., 1), which broadcasts against ``like`` (B, C, ...).
+
+    >>> per_channel(torch.tensor([1.0, 2.0]), torch.zeros(5, 2, 4, 4)).shape
+    torch.Size([2, 1, 1])
+    """
+    return values.reshape(-1, *[1] * (like.dim() - 2))
 
 
 def peak(t: Tensor) -> Tensor:

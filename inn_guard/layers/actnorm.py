@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from inn_guard.core.invertible import Invertible
 from inn_guard.core.layer_jacobian import LayerJacobian
+from inn_guard.core.tensors import per_channel
 from inn_guard.layers.linear import ElementwiseJacobian
 
 __all__ = ["ActNorm", "Diagonal"]
@@ -58,7 +59,7 @@ class Diagonal(Invertible):
     def _over(x: Tensor, channels: Tensor) -> Tensor:
         if x.dim() < 2 or x.shape[1] != len(channels):
             raise ValueError(f"expected (B, {len(channels)}, ...), got {tuple(x.shape)}")
-        return channels.reshape(-1, *[1] * (x.dim() - 2))
+        return per_channel(channels, x)
 
 
 class ActNorm(Diagonal):

@@ -13,6 +13,7 @@ from torch.nn import functional
 
 from inn_guard.core.invertible import Invertible
 from inn_guard.core.layer_jacobian import LayerJacobian
+from inn_guard.core.tensors import per_channel
 
 __all__ = [
     "ChannelMixing",
@@ -253,7 +254,7 @@ class ChannelMixingJacobian(LinearMapJacobian):
         dims = x.dim()
         output = mix_channels(x, weight, dims=dims)
         if shift is not None:
-            output = output + shift.reshape(-1, *[1] * (dims - 2))
+            output = output + per_channel(shift, x)
         return cls(
             output=output,
             jvp=lambda v: mix_channels(v, weight, dims=dims),

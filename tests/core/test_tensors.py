@@ -16,6 +16,7 @@ from inn_guard.core.tensors import (
     nonzero_or_one,
     norms,
     peak,
+    per_channel,
     per_sample,
     split_flat,
     standard_normal,
@@ -91,6 +92,14 @@ def test_standard_normal_draws_the_same_numbers_in_every_dtype():
         for dtype in (torch.float32, torch.float64)
     )
     assert torch.equal(single, double.float())
+
+
+def test_per_channel_broadcasts_over_samples_and_positions():
+    x = torch.ones(5, 2, 3)
+    scaled = x * per_channel(torch.tensor([2, 3]), x)
+    assert scaled[:, 0].eq(2).all()
+    assert scaled[:, 1].eq(3).all()
+    assert per_channel(torch.ones(2), torch.ones(5, 2)).shape == (2,)
 
 
 def test_flat_concatenations_are_split_again():
