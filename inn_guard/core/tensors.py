@@ -45,7 +45,7 @@ def per_sample(values: Tensor, like: Tensor) -> Tensor:
 
 
 def per_channel(values: Tensor, like: Tensor) -> Tensor:
-    """One value per channel, (C,), as (C, 1, ..., 1), which broadcasts against ``like`` (B, C, ...).
+    """One value per channel, (C,), as (C, 1, ..., 1), to broadcast against ``like`` (B, C, ...).
 
     >>> per_channel(torch.tensor([1.0, 2.0]), torch.zeros(5, 2, 4, 4)).shape
     torch.Size([2, 1, 1])
