@@ -313,10 +313,10 @@ def test_gradients_reach_the_input_of_the_inverse(case):
 
 def test_deep_copy_is_equal_and_independent(case):
     m = made(case)
-    twin = copy.deepcopy(m.model)
-    assert torch.equal(twin(m.x).detach(), m.z)
+    copied = copy.deepcopy(m.model)
+    assert torch.equal(copied(m.x).detach(), m.z)
     with torch.no_grad():
-        for parameter in twin.parameters():
+        for parameter in copied.parameters():
             if parameter.requires_grad:
                 parameter.add_(0.01)
     assert torch.equal(m.model(m.x).detach(), m.z)
