@@ -59,7 +59,8 @@ def density(context: AuditContext) -> AuditResult:
     A model that is in float64 already is held against itself in another way: its error is estimated
     from a float32 copy, whose error is scaled by the ratio of the two rounding units; where float32
     gives no finite number, from the change that a random relative change of x and weights by 2^-36
-    makes, scaled likewise.
+    makes, scaled likewise. It is an estimate of first order: where float32 has lost all digits, it
+    may be too small.
 
     Returns:
         max_error and median_error in nats, bits_per_dimension, share_above_limit; per sample

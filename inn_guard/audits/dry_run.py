@@ -86,7 +86,10 @@ def dry_run(
 
 
 def _reason(
-    table: Sequence[Mapping[str, Any]], total: float, most: float, missing: Mapping[str, str]
+    table: Sequence[Mapping[str, Any]],
+    total: float | int,
+    most: float | int,
+    missing: Mapping[str, str],
 ) -> str:
     parts = [
         f"nothing was measured; estimate: {_time(total)} and {_size(most)} on top of model and data"

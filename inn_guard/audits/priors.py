@@ -11,6 +11,7 @@ from torch import Tensor
 from inn_guard.core.base import BaseDistribution
 from inn_guard.core.context import Context
 from inn_guard.core.invertible import Invertible
+from inn_guard.core.tensors import finite_rows
 
 __all__ = ["base_of"]
 
@@ -40,13 +41,21 @@ def _standard_normal(model: Invertible, x: Tensor) -> BaseDistribution:
     def sample(n: int, context: Context) -> Tensor:
         return torch.randn(n, *_latent_shape(model, x), dtype=x.dtype, device=x.device)
 
-    return BaseDistribution(sample, x, context=model.context, declared=False, description="N(0, I)")
+    return BaseDistribution(
+        sample,
+        x,
+        context=model.context,
+        exact_deviation=torch.ones(()),  # of every entry, whatever the shape of the latents is
+        declared=False,
+        description="N(0, I)",
+    )
 
 
 def _latent_shape(model: Invertible, x: Tensor) -> torch.Size:
-    rows = torch.arange(1, device=x.device)
+    finite = finite_rows(x).nonzero()[:1, 0]
+    rows = finite if len(finite) else torch.arange(1, device=x.device)
     with torch.no_grad():
-        return model.select(rows)(x[:1].clone()).shape[1:]
+        return model.select(rows)(x[rows]).shape[1:]
 
 
 def _from_caller(prior: Any, x: Tensor) -> BaseDistribution:

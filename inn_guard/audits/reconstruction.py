@@ -268,9 +268,7 @@ _ADVICE = {
         "Compare the error at twice the iterations. If it falls, raise them; if it grows, the "
         "iteration does not converge: bound the Lipschitz constant below 1."
     ),
-    "wrong inverse": (
-        "Compare the inverse with the forward formula."
-    ),
+    "wrong inverse": ("Compare the inverse with the forward formula."),
     "unknown": "Bound the scales of the layers, or train with a RegularizerHook.",
 }
 

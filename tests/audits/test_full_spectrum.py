@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import torch
 
-from inn_guard.report.verdict import Verdict
 from inn_guard.audits.full_spectrum import full_spectrum
 from inn_guard.jacobian.dense import is_composable
 from inn_guard.layers import MLP, AffineCoupling, Chain, Diagonal, InvertibleLinear
+from inn_guard.report.verdict import Verdict
 from tests.cases.toys import Warp
 from tests.oracles import transforms as reference
 

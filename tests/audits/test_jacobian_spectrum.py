@@ -7,10 +7,10 @@ import math
 import pytest
 import torch
 
-from inn_guard.report.verdict import Verdict
 from inn_guard.audits.full_spectrum import full_spectrum
 from inn_guard.audits.jacobian_spectrum import jacobian_spectrum
 from inn_guard.layers.chain import Chain
+from inn_guard.report.verdict import Verdict
 from tests.cases.toys import Embedding, Linear, random_chain
 from tests.oracles import transforms as reference
 

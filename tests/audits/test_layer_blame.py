@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from inn_guard.adapters import wrap
-from inn_guard.report.verdict import Verdict
 from inn_guard.audits.layer_blame import digits_lost, layer_blame
 from inn_guard.layers.chain import Chain
+from inn_guard.report.verdict import Verdict
 from tests.cases.toys import Embedding, Linear, Warp, random_chain
 from tests.oracles import jacobian as reference_jacobian
 from tests.oracles import transforms as reference

@@ -7,9 +7,9 @@ import math
 import pytest
 import torch
 
-from inn_guard.report.verdict import Verdict
 from inn_guard.audits.lipschitz_bounds import SAMPLED, lipschitz_bounds
 from inn_guard.layers import MLP, AffineCoupling, Chain, Conditional, Diagonal, InvertibleLinear
+from inn_guard.report.verdict import Verdict
 
 
 def stretching(*factors: float) -> Diagonal:

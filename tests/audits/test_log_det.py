@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from inn_guard.report.verdict import Verdict
 from inn_guard.audits.log_det import log_det
 from inn_guard.layers.chain import Chain
+from inn_guard.report.verdict import Verdict
 from tests.cases.toys import Linear, Warp
 
 

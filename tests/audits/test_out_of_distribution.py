@@ -1,4 +1,4 @@
-"""Probes off the data against closed forms, and models that hang, raise or return NaN there; the watchdog itself."""
+"""Inputs off the data against closed forms, and models that hang, raise or return NaN there; the watchdog itself."""
 
 from __future__ import annotations
 
@@ -15,17 +15,19 @@ from nflows.transforms import AffineCouplingTransform, CompositeTransform
 from torch import nn
 
 from inn_guard.adapters import wrap
+from inn_guard.audits import Level
 from inn_guard.audits.audited_model import AuditedModel
 from inn_guard.audits.fault_tolerant import Guarded
-from inn_guard.audits.out_of_distribution import input_families as probes
+from inn_guard.audits.out_of_distribution import input_families as families
 from inn_guard.audits.out_of_distribution.audit import out_of_distribution
-from inn_guard.audits.out_of_distribution.input_families import PRIORS, PROBES
+from inn_guard.audits.out_of_distribution.input_families import DATA_FAMILIES, LATENT_FAMILIES
 from inn_guard.audits.out_of_distribution.radius_search import smallest_failing_radius
 from inn_guard.core.invertible import Invertible
 from inn_guard.execution.time_limit import TimedOut, time_limit
 from inn_guard.layers.chain import Chain
 from inn_guard.layers.coupling import AffineCoupling
 from inn_guard.layers.networks import MLP
+from inn_guard.report.limits import Limits
 from inn_guard.report.verdict import Verdict
 from tests.execution.hanging import hangs
 
@@ -72,7 +74,7 @@ def data(*shape):
 
 
 def test_a_good_map_passes_everywhere_and_its_figures_are_known():
-    result = out_of_distribution(Scale(), data())
+    result = out_of_distribution(Scale(), data(), level=Level.FULL)
     assert result.verdict is Verdict.STABLE
     table = rows(result)
     assert all(row["verdict"] == "passes" and row["max_error"] == 0 for row in table.values())
@@ -104,7 +106,7 @@ def test_the_radius_where_a_likelihood_stops_holding():
     result = out_of_distribution(Drifting(), data())
     assert result.values["likelihood_radius"] == pytest.approx(10, rel=0.05)
     assert result.values["invertible_radius"] == math.inf
-    assert "likelihood holds to 1" in result.reason
+    assert "log p(x) holds to 1" in result.reason
 
 
 def test_the_search_halves_down_to_the_first_failure():
@@ -118,34 +120,34 @@ def test_the_search_halves_down_to_the_first_failure():
     assert found.holds[4] == 0
 
 
-@pytest.mark.parametrize("name", PROBES)
+@pytest.mark.parametrize("name", DATA_FAMILIES)
 def test_families_keep_shape_dtype_and_their_place(name):
-    probe, x = PROBES[name], torch.rand(6, 3, 8, 8, dtype=torch.float32)
-    made = probe.make(x, torch.Generator().manual_seed(0))
+    family, x = DATA_FAMILIES[name], torch.rand(6, 3, 8, 8, dtype=torch.float32)
+    made = family.make(x, torch.Generator().manual_seed(0))
     assert made.shape == x.shape
     assert made.dtype == x.dtype
     inside = bool(((made >= x.min() - 1e-6) & (made <= x.max() + 1e-6)).all())
-    assert inside == probe.reach.within
-    assert torch.equal(made, probe.make(x, torch.Generator().manual_seed(0)))
+    assert inside == family.scope.in_range
+    assert torch.equal(made, family.make(x, torch.Generator().manual_seed(0)))
 
 
 def test_what_the_families_are():
     x, generator = torch.randn(4, 2, 8, 8), torch.Generator().manual_seed(0)
     assert torch.equal(
-        probes.shuffled(x, generator).flatten(1).sort(1).values, x.flatten(1).sort(1).values
+        families.shuffled(x, generator).flatten(1).sort(1).values, x.flatten(1).sort(1).values
     )
-    assert not torch.equal(probes.shuffled(x, generator), x)
-    torch.testing.assert_close(probes.blurred(x * 0 + 0.7, generator), x * 0 + 0.7)
-    assert probes.blurred(x, generator).std() < 0.5 * x.std()
-    torch.testing.assert_close(probes.inverted(probes.inverted(x, generator), generator), x)
-    assert set(probes.rademacher(x, generator).unique().tolist()) == {
+    assert not torch.equal(families.shuffled(x, generator), x)
+    torch.testing.assert_close(families.blurred(x * 0 + 0.7, generator), x * 0 + 0.7)
+    assert families.blurred(x, generator).std() < 0.5 * x.std()
+    torch.testing.assert_close(families.inverted(families.inverted(x, generator), generator), x)
+    assert set(families.rademacher(x, generator).unique().tolist()) == {
         x.min().item(),
         x.max().item(),
     }
     z = torch.zeros(200, 50)
-    assert PRIORS["prior latents, temperature 0.5"].make(
+    assert LATENT_FAMILIES["N(0, I), temperature 1.5"].make(
         z, generator
-    ).std().item() == pytest.approx(0.5, rel=0.03)
+    ).std().item() == pytest.approx(1.5, rel=0.03)
 
 
 def test_what_means_nothing_is_left_out_and_said_so():
@@ -159,28 +161,45 @@ def test_what_means_nothing_is_left_out_and_said_so():
 
 
 def test_a_family_that_fails_while_the_data_pass_decides():
-    """Data on the unit sphere have latents of the prior's size, half of whose draws leave a ball of radius 1.2."""
-    x = data()
-    result = out_of_distribution(Ball(1.2), x / x.norm(dim=1, keepdim=True))
-    assert rows(result)["data"]["verdict"] == "passes"
-    assert rows(result)["prior latents, temperature 1"]["verdict"] == "not invertible"
+    """The corners of the data's range lie further out than any of them."""
+    x = data(64, 5)
+    x = x / x.norm(dim=1, keepdim=True)
+    result = out_of_distribution(Ball(1.2), x)
+    table = rows(result)
+    assert table["data"]["verdict"] == "passes"
+    assert table["rademacher noise"]["verdict"] == "not invertible"
     assert result.verdict is Verdict.UNSTABLE
-    assert "the data pass, but these fail" in result.reason
-    assert rows(result)["scale x 100"]["decides"] == "no"
-    assert rows(result)["prior latents, temperature 1"]["decides"] == "yes"
+    assert "families fail: " in result.reason
+    assert "rademacher noise (not invertible)" in result.reason
+    assert table["scale x 100"]["decides"] == "no"
+    assert table["rademacher noise"]["decides"] == "yes"
+    finding = result.uses["other_inputs"]
+    failing = [row for row in result.tables["families"][1:] if row["decides"] == "yes"]
+    share = sum(row["verdict"] != "passes" for row in failing) / len(failing)
+    assert finding.figure == pytest.approx(share)
+    assert (finding.samples, finding.of, finding.limit) == (32, 64, 0)
 
 
-def test_a_prior_that_the_latents_do_not_follow_decides_nothing():
-    result = out_of_distribution(Ball(1.2), 0.1 * data())
-    assert rows(result)["prior latents, temperature 1"]["verdict"] == "not invertible"
-    assert rows(result)["prior latents, temperature 1"]["decides"] == "no"
+def test_the_share_that_may_fail_is_a_limit():
+    x = data(64, 5)
+    x = x / x.norm(dim=1, keepdim=True)
+    result = out_of_distribution(Ball(1.2), x, limits=Limits(other_inputs=1.0))
+    assert result.verdict is Verdict.STABLE
+    assert "families fail" in result.reason
+
+
+def test_hot_latents_decide_nothing():
+    x = data()
+    result = out_of_distribution(Ball(2.0), 0.1 * x)
+    assert rows(result)["N(0, I), temperature 2"]["verdict"] == "not invertible"
+    assert rows(result)["N(0, I), temperature 2"]["decides"] == "no"
     assert result.verdict is Verdict.STABLE
 
 
 def test_failures_beyond_the_range_are_told_but_do_not_decide():
     result = out_of_distribution(Ball(40.0), data())
     assert result.verdict is Verdict.STABLE
-    assert "beyond the data's range fail" in result.reason
+    assert "beyond the data's range these fail" in result.reason
     assert "scale x 100" in result.reason
 
 
@@ -208,7 +227,7 @@ def test_nan_and_exceptions_are_counted_where_they_happen():
     assert table["data"]["non_finite"] == 0
     assert table["far"]["non_finite"] == table["farther"]["non_finite"] == 3
     assert table["mixed"]["non_finite"] == 1
-    assert "outside of the domain" in result.settings["given_up"]
+    assert "outside of the domain" in result.settings["failures"]
 
 
 def test_other_sets_must_look_like_the_data():
@@ -234,7 +253,9 @@ def test_an_injective_map_is_judged_by_its_latents():
 def test_images_beside_what_came_back():
     result = out_of_distribution(Scale(), data(6, 1, 8, 8))
     assert result.images["input"].shape == result.images["reconstruction"].shape
-    assert len(result.images["input"]) == 1 + sum(probe.reach.within for probe in PROBES.values())
+    assert len(result.images["input"]) == 1 + sum(
+        family.scope.in_range for family in DATA_FAMILIES.values()
+    )
 
 
 def test_no_finite_data():
@@ -262,7 +283,8 @@ def ours():
 @pytest.mark.parametrize("make", [freia, nflows, ours], ids=["FrEIA", "nflows", "ours"])
 def test_libraries(make):
     torch.manual_seed(0)
-    result = out_of_distribution(wrap(make().float().eval()), data(16, 6).float(), samples=8)
+    model, x = wrap(make().float().eval()), data(16, 6).float()
+    result = out_of_distribution(model, x, samples=8, level=Level.FULL)
     table = rows(result)
     assert table["data"]["verdict"] == "passes"
     assert 0 < table["data"]["max_error"] < 1e-4
@@ -342,7 +364,7 @@ def test_a_call_that_hangs_is_given_up_and_the_others_are_not(only_hangs_time_ou
     assert torch.equal(guarded.inverse(z), z / 2)
     z[1] = 1e3
     assert guarded.inverse(z).isnan().all()
-    assert guarded.outcome.reasons == {"interrupted after 0.2 s": 3}
+    assert guarded.failures.counts == {"interrupted after 0.2 s": 3}
     z[1] = math.nan
     assert guarded.inverse(z).isnan().any(1).tolist() == [False, True, False]
 
@@ -351,5 +373,5 @@ def test_an_audit_of_a_map_that_hangs_ends(only_hangs_time_out):
     result = out_of_distribution(Hanging(), data())
     assert rows(result)["scale x 100"]["verdict"] == "not finite"
     assert rows(result)["data"]["verdict"] == "passes"
-    assert "interrupted" in result.settings["given_up"]
+    assert "interrupted" in result.settings["failures"]
     assert result.values["invertible_radius"] < math.inf

@@ -10,10 +10,10 @@ from nflows.transforms import ActNorm, CompositeTransform
 from torch import Tensor, nn
 
 from inn_guard.adapters import wrap
-from inn_guard.report.verdict import Verdict
 from inn_guard.audits.preflight import preflight
 from inn_guard.core.invertible import Invertible
 from inn_guard.layers.chain import Chain
+from inn_guard.report.verdict import Verdict
 from tests.cases.toys import Linear, Warp, random_chain
 
 

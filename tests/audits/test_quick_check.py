@@ -1,4 +1,4 @@
-"""glance: closed forms, non-finite numbers, and the same numbers as reconstruction has."""
+"""quick_round_trip: closed forms, non-finite numbers, and the same numbers as reconstruction has."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ import math
 import pytest
 import torch
 
-from inn_guard.report.verdict import Verdict
 from inn_guard.audits.quick_check import quick_round_trip
 from inn_guard.audits.reconstruction import reconstruction
 from inn_guard.core.invertible import Invertible
+from inn_guard.report.verdict import Verdict
 from tests.oracles.regularizers import Embedding, TwoCouplings
 
 
@@ -33,7 +33,12 @@ class OffBy(Invertible):
 @pytest.mark.parametrize("scale", [1e-150, 1e-3, 1.0, 1e150])
 @pytest.mark.parametrize(
     ("error", "verdict"),
-    [(0.0, Verdict.STABLE), (0.009, Verdict.STABLE), (0.011, Verdict.UNSTABLE)],
+    [
+        (0.0, Verdict.STABLE),
+        (0.0009, Verdict.STABLE),
+        (0.009, Verdict.MARGINAL),
+        (0.011, Verdict.UNSTABLE),
+    ],
 )
 def test_the_error_in_units_of_the_data(scale, error, verdict):
     x = torch.full((3, 5), scale)

@@ -7,10 +7,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from inn_guard.audits import AUDITS, AuditReport, Verdict
+from inn_guard.audits import AUDITS
 from inn_guard.audits.run import audit
 from inn_guard.core.invertible import Invertible
 from inn_guard.layers.chain import Chain
+from inn_guard.report.audit_report import AuditReport
+from inn_guard.report.verdict import Verdict
 from tests.cases.shortened import SHORTENED
 from tests.cases.toys import Linear, Warp
 
@@ -138,4 +140,4 @@ def test_poison_is_never_called_stable(patient):
     started = x.flatten(1).isfinite().all(1)
     lost = started & ~back.flatten(1).isfinite().all(1)
     if bool(lost.any()) or not bool(started.any()):
-        assert report.verdict.failed
+        assert report.uses["reconstruction"].verdict.failed

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from inn_guard.audits.dequantization_attack import ProjectedGradient
-from inn_guard.audits.dequantization_attack.operation_count import count_operations
+from inn_guard.audits.operation_count import count_operations
 from inn_guard.layers.chain import Chain
 from inn_guard.layers.coupling import AffineCoupling
 from inn_guard.layers.networks import MLP
