@@ -157,12 +157,13 @@ def lipschitz_bounds(
     Raises:
         TypeError: if ``domain`` is neither a Box nor a tensor.
         ValueError: if ``seconds`` is negative or not a number, if samples are not finite, or if
-            ``data`` have not the shape of the domain.
+            the shapes of model, ``domain`` and ``data`` do not agree.
 
     >>> import torch
-    >>> bounds = lipschitz_bounds(torch.nn.Identity(), torch.zeros(1, 2), seconds=1.0)
-    >>> bounds.scope
-    'on the box within [0, 0]^2'
+    >>> from inn_guard.layers.permutation import Permutation
+    >>> x = torch.tensor([[0.0, 1.0], [2.0, 3.0]])
+    >>> lipschitz_bounds(Permutation.reverse(2), x, seconds=1.0)
+    LipschitzBounds(forward=[1, 1], inverse=[1, 1], scope='global')
 
     References:
         Understanding and Mitigating Exploding Inverses in Invertible Neural Networks (Behrmann,
@@ -279,7 +280,14 @@ class _Run:
         if effort is None:
             seconds = min(10.0, 0.4 * self.seconds / len(maps))
             effort = SearchBudget(steps=30, seconds=seconds)
-        return bound_layers(maps, self.box, replace(effort, deadline=self._fraction(0.2, 0.4)))
+        effort = replace(effort, deadline=self._fraction(0.2, 0.4))
+        try:
+            return bound_layers(maps, self.box, effort)
+        except RuntimeError as error:
+            shape = ", ".join(["B", *map(str, self.box.shape)])
+            raise ValueError(
+                f"the model does not accept samples of the domain's shape, ({shape}): {error}"
+            ) from error
 
     def _whole_network(self, per_layer: LayerBounds) -> tuple[list[Factor], list[Factor]]:
         effort = self.effort

@@ -1,9 +1,10 @@
-"""Certificates: what proves a bound, in a file that needs no optimiser, no model code and no pickle to be checked."""
+"""Certificates: the proof of a bound in a file that is checked without optimiser and model code."""
 
 from __future__ import annotations
 
 import hashlib
 import json
+import math
 import zipfile
 import zlib
 from collections.abc import Mapping
@@ -21,7 +22,7 @@ from inn_guard.lipschitz.lipsdp.chain import Chain, Layer
 from inn_guard.lipschitz.lipsdp.recursion import certify
 from inn_guard.lipschitz.networks.conditioner import Proof
 from inn_guard.lipschitz.whole_network import Factor, product
-from inn_guard.numerics.rounding import up
+from inn_guard.numerics.rounding import Upper, is_finite
 from inn_guard.numerics.spectral_norm import spectral_norm
 
 __all__ = ["Certificate", "weights_hash"]
@@ -29,28 +30,21 @@ __all__ = ["Certificate", "weights_hash"]
 FORMAT = "inn_guard Lipschitz certificate 2"
 LARGEST = 2**33  #: bytes that a file may unpack to
 WIDEST = 2**15  #: entries of a chain's state, of which the recursion makes square matrices
+AGREEMENT = 1e-12  #: relative difference allowed when a bound is computed again elsewhere
+PARTS = ("keep", "weight", "lower", "upper", "multipliers")  #: arrays of a layer in the file
 #: what reading a damaged or forged file may raise
 DAMAGED = (
-    *(
-        ValueError,
-        KeyError,
-        TypeError,
-        AttributeError,
-        IndexError,
-        OverflowError,
-        RecursionError,
-        MemoryError,
-    ),
-    *(EOFError, OSError, RuntimeError, zipfile.BadZipFile, zlib.error),
-)
+    ValueError, KeyError, TypeError, AttributeError, IndexError, OverflowError, RecursionError,
+    MemoryError, EOFError, OSError, RuntimeError, zipfile.BadZipFile, zlib.error,
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Certificate:
-    """Factors whose products bound the forward map and the inverse map, chains with the multipliers that prove them.
+    """Factors whose products bound the forward and the inverse map, with their proofs.
 
-    Factors without a chain are closed forms of single layers, or leaves of a branch and bound: those are recomputed
-    from the model, not from the file.
+    Factors without a chain are closed forms of single layers, or leaves of a branch and bound. To
+    check those, compute the bounds of the model again.
 
     Attributes:
         forward: factors of the bound of ||J||.
@@ -66,7 +60,7 @@ class Certificate:
 
     @property
     def bounds(self) -> tuple[float, float]:
-        """What is proved, forward and inverse."""
+        """The bounds of the forward map and of the inverse map."""
         return product([f.bound for f in self.forward]), product([f.bound for f in self.inverse])
 
     @property
@@ -75,18 +69,20 @@ class Certificate:
         return tuple(f for f in (*self.forward, *self.inverse) if f.proof is None)
 
     def check(self, model: Invertible | None = None) -> bool:
-        """Whether every chain's bound follows from its multipliers: the recursion alone, without the optimiser.
+        """Whether every chain's bound follows from its multipliers, by the recursion.
 
         Args:
-            model: that the certificate must belong to: its weights' hash, and its number of layers.
+            model: the model of the certificate; the hash of its weights and its number of layers
+                must agree.
         """
         if model is not None:
             count = len(model.layers() or (model,))
             if weights_hash(model.state_dict()) != self.weights or self.forward[-1].last != count:
                 return False
-        return all(
-            _proves(f.proof, f.bound) for f in (*self.forward, *self.inverse) if f.proof is not None
-        )
+        for factor in (*self.forward, *self.inverse):
+            if factor.proof is not None and not _proves(factor.proof, factor.bound):
+                return False
+        return True
 
     def save(self, path: str | Path) -> None:
         """Write the certificate, atomically, as arrays (.npz) with a JSON header."""
@@ -97,18 +93,20 @@ class Certificate:
             "leaves": dict(self.leaves),
         }
         for side, factors in (("forward", self.forward), ("inverse", self.inverse)):
-            header[side] = [_describe(f, f"{side}.{k}", arrays) for k, f in enumerate(factors)]
+            header[side] = []
+            for k, factor in enumerate(factors):
+                header[side].append(_describe(factor, f"{side}.{k}", arrays))
         arrays["header"] = np.frombuffer(json.dumps(header).encode(), dtype=np.uint8)
         with atomic_write(path) as partial, open(partial, "wb") as file:
             np.savez_compressed(file, **arrays)  # type: ignore[arg-type]
 
     @classmethod
     def load(cls, path: str | Path) -> Certificate:
-        """Read a certificate; nothing in the file is executed, and what could make a false proof pass is refused.
+        """Read a certificate; nothing in the file is executed, and forged proofs are refused.
 
         Raises:
             FileNotFoundError: if there is no such file.
-            ValueError: if the file is none, or damaged.
+            ValueError: if the file is no certificate, or damaged.
         """
         if not Path(path).is_file():
             raise FileNotFoundError(
@@ -144,91 +142,80 @@ def _read(path: str | Path) -> Certificate:
             raise ValueError(f"expected the format {FORMAT!r}, got {header['format']!r}")
         if not all(isinstance(bound, float) for bound in header["leaves"].values()):
             raise ValueError("expected bounds of leaves as numbers")
-        forward, inverse = (
-            tuple(_restored(entry, f"{side}.{k}", file) for k, entry in enumerate(header[side]))
-            for side in ("forward", "inverse")
+        forward = _factors(header, "forward", file)
+        inverse = _factors(header, "inverse", file)
+    last = _checked_end(forward)
+    if _checked_end(inverse) != last or last == 0:
+        raise ValueError(
+            "expected factors over the same layers in both directions, "
+            f"got {last} and {_checked_end(inverse)}"
         )
-    _check_runs(forward, inverse)
     return Certificate(forward, inverse, header["leaves"], header["weights"])
 
 
-def _check_runs(forward: tuple[Factor, ...], inverse: tuple[Factor, ...]) -> None:
-    """Factors must lead from the first layer to the last one without a gap, in both directions."""
-    ends = []
-    for factors in (forward, inverse):
-        at = 0
-        for factor in factors:
-            if factor.first != at or not factor.last > at:
-                raise ValueError(
-                    f"expected a factor from layer {at} on, got one from {factor.first} to {factor.last}"
-                )
-            if not factor.bound >= 0:
-                raise ValueError(f"expected a bound of at least 0, got {factor.bound}")
-            at = factor.last
-        ends.append(at)
-    if ends[0] != ends[1] or ends[0] == 0:
-        raise ValueError(
-            f"expected factors over the same layers in both directions, got {ends[0]} and {ends[1]}"
-        )
+def _factors(
+    header: Mapping[str, Any], side: str, file: Mapping[str, np.ndarray]
+) -> tuple[Factor, ...]:
+    return tuple(_restored(entry, f"{side}.{k}", file) for k, entry in enumerate(header[side]))
+
+
+def _checked_end(factors: tuple[Factor, ...]) -> int:
+    """The index after the last layer of factors that follow each other from layer 0 on."""
+    at = 0
+    for factor in factors:
+        if factor.first != at or not factor.last > at:
+            raise ValueError(
+                f"expected a factor from layer {at} on, "
+                f"got one from {factor.first} to {factor.last}"
+            )
+        if not factor.bound >= 0:
+            raise ValueError(f"expected a bound of at least 0, got {factor.bound}")
+        at = factor.last
+    return at
 
 
 def _check_chain(chain: Chain, multipliers: tuple[Tensor, ...]) -> None:
-    """What the recursion takes for granted: matrices that fit, errors of at least zero, finite slopes, positive D."""
+    """Refuse chains that would make a false proof pass: shapes, errors, slopes, multipliers."""
     width, frequencies = chain.size, chain.frequencies
-    if not all(
-        0 <= error < float("inf")
-        for error in (chain.error, *(layer.error for layer in chain.layers))
-    ):
-        raise ValueError("expected finite errors of at least 0")
+    for error in (chain.error, *[layer.error for layer in chain.layers]):
+        if not 0 <= error < math.inf:
+            raise ValueError("expected finite errors of at least 0")
     for layer, D in zip(chain.layers, multipliers, strict=True):
-        _check_matrices((layer.keep, layer.weight), width, frequencies)
+        _check_matrix(layer.keep, width, frequencies)
+        _check_matrix(layer.weight, width, frequencies)
         n = layer.weight.shape[1]
         for values in (layer.lower, layer.upper, D):
-            if (
-                values.shape != (n,)
-                or values.dtype != torch.float64
-                or not bool(values.isfinite().all())
-            ):
-                raise ValueError(
-                    f"expected {n} finite numbers, got {tuple(values.shape)} of {values.dtype}"
-                )
+            if values.shape != (n,) or values.dtype != torch.float64 or not is_finite(values):
+                shape = tuple(values.shape)
+                raise ValueError(f"expected {n} finite numbers, got {shape} of {values.dtype}")
         if not bool((D > 0).all() and (layer.lower <= layer.upper).all()):
             raise ValueError("expected positive multipliers, and slopes from lower to upper")
         width = layer.keep.shape[1] + n
-    _check_matrices((chain.output,), width, frequencies)
+    _check_matrix(chain.output, width, frequencies)
 
 
-def _check_matrices(matrices: tuple[Tensor, ...], width: int, frequencies: int) -> None:
-    for matrix in matrices:
-        fits = (
-            matrix.dim() == 3
-            and matrix.shape[2] == width <= WIDEST
-            and len(matrix) in (1, frequencies)
+def _check_matrix(matrix: Tensor, width: int, frequencies: int) -> None:
+    fits = matrix.dim() == 3 and matrix.shape[2] == width <= WIDEST
+    is_double = matrix.dtype in (torch.float64, torch.complex128)
+    if not fits or len(matrix) not in (1, frequencies) or not is_double or not is_finite(matrix):
+        raise ValueError(
+            f"expected finite matrices on {width} entries, got {tuple(matrix.shape)} {matrix.dtype}"
         )
-        if (
-            not fits
-            or matrix.dtype not in (torch.float64, torch.complex128)
-            or not bool(matrix.isfinite().all())
-        ):
-            raise ValueError(
-                f"expected finite matrices on {width} entries, got {tuple(matrix.shape)} {matrix.dtype}"
-            )
 
 
 def _proves(proof: Proof, bound: float) -> bool:
     chain = proof.chain
-    own = (
-        certify(chain, proof.multipliers)
-        if chain.layers
-        else spectral_norm(chain.output, chain.error)
-    )
-    return own <= up(bound * (1 + 1e-12))
+    if chain.layers:
+        own = certify(chain, proof.multipliers)
+    else:
+        own = spectral_norm(chain.output, chain.error)
+    return own <= bound * (1 + AGREEMENT)
 
 
 def _describe(factor: Factor, name: str, arrays: dict[str, np.ndarray]) -> dict[str, Any]:
     entry: dict[str, Any] = {
         "layers": [factor.first, factor.last],
-        "bound": factor.bound.hex(),
+        "bound": float(factor.bound).hex(),
         "chain": factor.proof is not None,
     }
     if factor.proof is None:
@@ -236,35 +223,28 @@ def _describe(factor: Factor, name: str, arrays: dict[str, np.ndarray]) -> dict[
     chain = factor.proof.chain
     entry |= {
         "size": chain.size,
-        "error": chain.error.hex(),
-        "errors": [layer.error.hex() for layer in chain.layers],
+        "error": float(chain.error).hex(),
+        "errors": [float(layer.error).hex() for layer in chain.layers],
     }
     arrays[f"{name}.output"] = chain.output.numpy()
     for k, (layer, D) in enumerate(zip(chain.layers, factor.proof.multipliers, strict=True)):
-        parts = {
-            "keep": layer.keep,
-            "weight": layer.weight,
-            "lower": layer.lower,
-            "upper": layer.upper,
-            "multipliers": D,
-        }
-        arrays |= {f"{name}.{k}.{key}": part.numpy() for key, part in parts.items()}
+        parts = (layer.keep, layer.weight, layer.lower, layer.upper, D)
+        for key, part in zip(PARTS, parts, strict=True):
+            arrays[f"{name}.{k}.{key}"] = part.numpy()
     return entry
 
 
 def _restored(entry: Mapping[str, Any], name: str, file: Mapping[str, np.ndarray]) -> Factor:
-    bound, (first, last) = float.fromhex(entry["bound"]), map(int, entry["layers"])
+    bound = float.fromhex(entry["bound"])
+    first, last = map(int, entry["layers"])
     if not entry["chain"]:
         return Factor(first, last, bound)
     layers, multipliers = [], []
     for k, error in enumerate(entry["errors"]):
-        keep, weight, lower, upper, D = (
-            torch.from_numpy(file[f"{name}.{k}.{key}"])
-            for key in ("keep", "weight", "lower", "upper", "multipliers")
-        )
-        layers.append(Layer(keep, weight, lower, upper, float.fromhex(error)))
-        multipliers.append(D)
+        parts = [torch.from_numpy(file[f"{name}.{k}.{key}"]) for key in PARTS]
+        layers.append(Layer(*parts[:4], float.fromhex(error)))
+        multipliers.append(parts[4])
     output = torch.from_numpy(file[f"{name}.output"])
     chain = Chain(int(entry["size"]), tuple(layers), output, float.fromhex(entry["error"]))
     _check_chain(chain, tuple(multipliers))
-    return Factor(first, last, bound, Proof(bound, chain, tuple(multipliers)))
+    return Factor(first, last, bound, Proof(Upper(bound), chain, tuple(multipliers)))

@@ -262,7 +262,7 @@ def _symbol_error(K: Tensor, dimensions: int) -> Upper:
 
 
 def _waves(window: Sizes, grid: Sizes, origin: Sizes | None = None) -> Tensor:
-    """e^{-i w (d - p)} for half of the grid frequencies w (K is real) and the window's offsets d."""
+    """e^{-i w (d - p)} for half of the grid frequencies w (K is real) and the offsets d."""
     ranges = [range(n) for n in grid[:-1]]
     frequencies = torch.tensor(list(itertools.product(*ranges, range(grid[-1] // 2 + 1))))
     starts = origin or (0,) * len(grid)

@@ -264,10 +264,3 @@ def _estimate(H: Tensor) -> float:
         square = H @ H
         H = H[torch.linalg.matrix_norm(square @ square).topk(CANDIDATES).indices]
     return float(torch.linalg.eigvalsh(H)[:, -1].max())
-
-
-def up(x: float, ulps: int = 1) -> float:
-    """The float ``ulps`` above x."""
-    for _ in range(ulps):
-        x = math.nextafter(x, math.inf)
-    return x

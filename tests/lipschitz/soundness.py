@@ -1,4 +1,4 @@
-"""What every rule is held to: no sampled Jacobian above its bounds, no sampled value outside its image box."""
+"""Soundness of a rule: no sampled Jacobian above its bounds, no value outside its image box."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def assert_sound(
 
 
 def _assert_comparison_dominates(described, box, bounds, J) -> None:
-    """Blocks from channel to channel of sampled Jacobians and of their inverses, against the comparison matrices."""
+    """Channel blocks of sampled Jacobians and their inverses against the comparison matrices."""
     try:
         matrices = described.comparison_matrices(box, bounds)
     except Unbounded:
@@ -99,7 +99,7 @@ def _assert_steps_enclose(described, layer, box, x, J) -> None:
 def assert_encloses(
     form: AffineForm, boxes: Interval, x: torch.Tensor, true: torch.Tensor, margin: torch.Tensor
 ) -> None:
-    """What is true at points x (B, d) of boxes is off a form's linear part there by no more than its rest."""
+    """The truth at points x (B, d) differs from a form's linear part by at most its rest."""
     position = ((x - boxes.centre) / boxes.radius).clamp(-1, 1).T
     linear = form.middle + (
         form.slopes * position.reshape(*position.shape, *[1] * (true.dim() - 1))

@@ -95,7 +95,3 @@ def test_other_files_are_refused(tmp_path):
     np.savez(tmp_path / "x.npz", a=np.zeros(2))
     with pytest.raises(ValueError, match="certificate"):
         Certificate.load(tmp_path / "x.npz")
-
-
-def test_checker_is_short():
-    assert len(CHECKER.read_text().splitlines()) < 100

@@ -1,4 +1,4 @@
-"""Comparison matrices: never below a sampled ratio, tighter than products where layers repeat, the best cuts found."""
+"""Comparison matrices: never below a sampled ratio, tighter where layers repeat, best cuts."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def test_no_sampled_ratio_is_above(affine, seed):
 
 
 def repeated(count: int) -> Chain:
-    """Additive couplings that all keep the same half: their Jacobians add up, while norms multiply."""
+    """Additive couplings that keep the same half: Jacobians add up, while norms multiply."""
     torch.manual_seed(0)
     layers = [loud(AdditiveCoupling(MLP([1, 4, 1], activation=nn.Tanh)), 1.0) for _ in range(count)]
     return Chain(*layers).double()

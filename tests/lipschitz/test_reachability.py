@@ -1,4 +1,4 @@
-"""Boxes of layers by differences from a centre: no sampled state outside, and far smaller than intervals alone."""
+"""Reachable sets: no sampled state outside, and boxes far smaller than intervals alone."""
 
 from __future__ import annotations
 
@@ -130,7 +130,7 @@ def test_no_state_of_an_image_leaves_its_box(name, radius):
 
 
 def test_the_reach_alone_holds_every_state():
-    """Without the intervals that boxes are intersected with, which could hide a reach that is too small."""
+    """Without the intervals, which could hide a reachable set that is too small."""
     for seed, make in enumerate((VECTORS["affine"], VECTORS["freia"], PICTURES["zeros"])):
         torch.manual_seed(seed)
         model = make()

@@ -1,4 +1,4 @@
-"""Subnetworks of many kinds: never below a sampled Jacobian, tighter than products, honest where nothing is known."""
+"""Subnetworks: no bound below a sampled Jacobian, tighter than products, reasons for refusals."""
 
 from __future__ import annotations
 
@@ -17,7 +17,8 @@ from inn_guard.lipschitz.networks.graph import Unbounded
 from inn_guard.numerics.intervals import Box
 
 ACTIVATIONS = [
-    nn.ReLU, nn.LeakyReLU, nn.ELU, nn.SELU, nn.SiLU, nn.GELU, nn.Tanh, nn.Sigmoid, nn.Softplus, nn.Hardtanh,
+    nn.ReLU, nn.LeakyReLU, nn.ELU, nn.SELU, nn.SiLU, nn.GELU, nn.Tanh, nn.Sigmoid, nn.Softplus,
+    nn.Hardtanh,
     nn.ReLU6, nn.LogSigmoid,
 ]  # fmt: skip
 EFFORT = SearchBudget(steps=8, seconds=1.0)

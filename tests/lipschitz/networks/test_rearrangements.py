@@ -1,4 +1,4 @@
-"""Entries that are moved, repeated or averaged inside a network: constants and boxes against sampled truth."""
+"""Rearrangements inside a network: Lipschitz constants and boxes against sampled truth."""
 
 from __future__ import annotations
 
