@@ -1,1 +1,1 @@
-"""Results and how people see them."""
+"""Results, and how they are shown."""

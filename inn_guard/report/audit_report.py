@@ -1,8 +1,9 @@
-"""AuditReport: what audit() returns, as a table for people and as JSON, data frame, Markdown or web page."""
+"""AuditReport: what audit() returns, as a printed table, JSON, data frame, Markdown or web page."""
 
 from __future__ import annotations
 
 import html
+import importlib.util
 import json
 import math
 import os
@@ -21,7 +22,7 @@ from inn_guard.report.verdict import Verdict
 if TYPE_CHECKING:
     import pandas as pd
 
-__all__ = ["SCHEMA", "AuditReport"]
+__all__ = ["SCHEMA", "AuditReport", "require"]
 
 SCHEMA = 2  #: of the JSON; raised whenever a reader of an older one would misread it
 WIDTH = 100
@@ -50,7 +51,7 @@ _RESULT_FIELDS = (
 
 @dataclass(frozen=True, eq=False)
 class AuditReport:
-    """All results of one audit of one model. Iterates over the results; ``report["reconstruction"]`` is one of them.
+    """All results of one audit. Iterates over them; ``report["reconstruction"]`` is one of them.
 
     Attributes:
         results: one per check, in the order in which they ran.
@@ -72,32 +73,43 @@ class AuditReport:
 
     @property
     def verdict(self) -> Verdict:
-        """The worst verdict of the uses that count; undecided where nothing that decides was measured."""
-        deciding = [use.verdict for use in self.uses.values() if use.counted]
-        deciding += [result.verdict for result in self.results if self._counts_alone(result)]
-        measured = [verdict for verdict in deciding if verdict is not Verdict.NOT_APPLICABLE]
-        if measured:
-            return Verdict.worst(measured)
-        return Verdict.NOT_APPLICABLE if deciding else Verdict.UNDECIDED
+        """The worst verdict of the uses that count; undecided if none of them was measured."""
+        deciding = [use.verdict for use in self._counted()]
+        deciding += [result.verdict for result in self.alone]
+        if not deciding:
+            return Verdict.UNDECIDED
+        # not_applicable is the lowest verdict: it is the worst only where nothing was measured
+        return Verdict.worst(deciding)
 
     @property
     def uses(self) -> dict[str, UseVerdict]:
         """The verdict on every use that was measured or asked for."""
-        found = {use: self._use(use) for use in USES}
-        return {use: one for use, one in found.items() if one is not None}
+        found = {}
+        for use in USES:
+            one = self._use(use)
+            if one is not None:
+                found[use] = one
+        return found
 
     @property
     def failed(self) -> tuple[UseVerdict, ...]:
         """The counted uses that the model is not fit for."""
-        return tuple(use for use in self.uses.values() if use.counted and use.verdict.failed)
+        return tuple(use for use in self._counted() if use.verdict.failed)
 
     @property
     def worst_layer(self) -> str | None:
-        """The layer that loses most digits of the inverse; None if nothing fails or no check blamed one."""
+        """The layer that loses most digits; None if nothing fails, or no check names one."""
         if self.verdict < Verdict.MARGINAL:
             return None
-        named = [result for result in self.results if "worst_layer" in result.settings]
-        return str(named[-1].settings["worst_layer"]) if named else None
+        for result in reversed(self.results):
+            if "worst_layer" in result.settings:
+                return str(result.settings["worst_layer"])
+        return None
+
+    @property
+    def alone(self) -> tuple[AuditResult, ...]:
+        """The results that decide no use and count by themselves, since the caller named them."""
+        return tuple(filter(self._counts_alone, self.results))
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -106,11 +118,11 @@ class AuditReport:
 
     def keys(self) -> KeysView[str]:
         """The names of the checks."""
-        return {result.name: result for result in self.results}.keys()
+        return self._by_name().keys()
 
     def items(self) -> ItemsView[str, AuditResult]:
         """(name, result) of every check."""
-        return {result.name: result for result in self.results}.items()
+        return self._by_name().items()
 
     def __iter__(self) -> Iterator[AuditResult]:
         return iter(self.results)
@@ -120,13 +132,13 @@ class AuditReport:
 
     def __getitem__(self, name: str) -> AuditResult:
         """The result of the check of that name."""
-        for result in self.results:
-            if result.name == name:
-                return result
+        if name in self:
+            return self._by_name()[name]
         hint = ""
         if name in USES:
             hint = f"; {name!r} is a use: report.uses[{name!r}]"
-        raise KeyError(f"no check {name!r} in this report; it has {', '.join(self.names)}{hint}")
+        has = ", ".join(self.names) or "none"
+        raise KeyError(f"no check {name!r} in this report; it has {has}{hint}")
 
     def __contains__(self, name: object) -> bool:
         """Whether a check of that name ran."""
@@ -146,12 +158,10 @@ class AuditReport:
 
     def __str__(self) -> str:
         lines = [_title(self.subject, self.headline), ""]
-        for use in self._ordered_uses():
+        for use in self.sorted_uses():
             lines += _use_lines(use)
-        for result in self.results:
-            if self._counts_alone(result):
-                label = result.name.replace("_", " ")
-                lines += _row(label, WORDS[result.verdict], result.reason)
+        for result in self.alone:
+            lines += _row(result.name.replace("_", " "), WORDS[result.verdict], result.reason)
         remarks = self._remarks()
         if remarks:
             lines += ["", *remarks]
@@ -162,22 +172,30 @@ class AuditReport:
     @property
     def headline(self) -> str:
         """What the first line ends with: how many of the counted uses fail."""
-        counted = [use for use in self.uses.values() if use.counted and use.finding is not None]
-        counted = [use for use in counted if use.verdict is not Verdict.NOT_APPLICABLE]
+        counted = 0
+        for use in self._counted():
+            answered = use.finding is not None and use.verdict is not Verdict.NOT_APPLICABLE
+            counted += answered
         failed = len(self.failed)
         if failed:
-            return f"{failed} of {len(counted)} uses {'FAILS' if failed == 1 else 'FAIL'}"
-        if self.verdict in (Verdict.STABLE, Verdict.MARGINAL) and counted:
-            extra = ", some marginal" if self.verdict is Verdict.MARGINAL else ""
-            return f"all {len(counted)} uses ok{extra}" if len(counted) > 1 else f"ok{extra}"
-        return self.verdict.label.replace("_", " ").upper()
+            verb = "FAILS" if failed == 1 else "FAIL"
+            return f"{failed} of {counted} uses {verb}"
+        if not self.verdict.passed or not counted:
+            return self.verdict.label.replace("_", " ").upper()
+        text = "ok" if counted == 1 else f"all {counted} uses ok"
+        if self.verdict is Verdict.MARGINAL:
+            text += ", some marginal"
+        return text
 
     @property
     def subject(self) -> str:
         """The model and the data in one line."""
         settings = self.settings
-        library = f" ({settings['library']})" if settings.get("library") else ""
-        parts = [f"{self.model or 'model'}{library}"]
+        name = self.model or "model"
+        library = str(settings.get("library", ""))
+        if library and library not in name:
+            name = f"{name} ({library})"
+        parts = [name]
         if "dimensions" in settings:
             parts.append(f"{settings['dimensions']:,} dimensions")
         if "dtype" in settings:
@@ -188,8 +206,8 @@ class AuditReport:
 
     def details(self) -> str:
         """Every check with its verdict, the figures that decided it and its reason."""
-        width = max((len(name) for name in self.names), default=0)
-        how = ", ".join(f"{key} {value}" for key, value in self.settings.items())
+        width = max(map(len, self.names), default=0)
+        how = ", ".join(map(" ".join, _plain_items(self.settings)))
         lines = [_title(self.subject, self.headline), *_wrapped(how, ""), ""]
         for result in self.results:
             head = f"{result.name:<{width}}  {result.verdict.label:<14}  {_figures(result)}"
@@ -200,18 +218,24 @@ class AuditReport:
         return "\n".join(lines)
 
     def to_dict(self) -> dict[str, Any]:
-        """The whole report in JSON's own types; NaN and Inf are the strings "nan", "inf", "-inf"; no images."""
+        """The whole report without images, in JSON's own types.
+
+        NaN and Inf are the strings "nan", "inf" and "-inf".
+        """
+        uses = {}
+        for name, use in self.uses.items():
+            uses[name] = _use_row(use)
         return {
             "schema": SCHEMA,
             "model": self.model,
             "verdict": self.verdict.label,
-            "uses": {name: _use_row(use) for name, use in self.uses.items()},
-            "counted": None if self.counted is None else dict(self.counted),
-            "asked": None if self.asked is None else list(self.asked),
+            "uses": uses,
+            "counted": _plain(self.counted),
+            "asked": _plain(self.asked),
             "worst_layer": self.worst_layer,
             "advice": list(self.advice),
             "settings": _plain(self.settings),
-            "results": [_result_row(result) for result in self.results],
+            "results": list(map(_result_row, self.results)),
         }
 
     def to_json(self, path: str | os.PathLike[str] | None = None) -> str:
@@ -232,48 +256,97 @@ class AuditReport:
     def to_markdown(self) -> str:
         """The uses as a Markdown table, and the advice as a list."""
         lines = [
-            f"**{self.subject}: {self.headline}**",
+            f"**{_cell(self.subject)}: {self.headline}**",
             "",
             "| use | verdict | finding |",
             "|---|---|---|",
         ]
-        for use in self._ordered_uses():
+        for use in self.sorted_uses():
             reason = _cell(use.reason + _aside(use))
             lines.append(f"| {use.use.replace('_', ' ')} | {use.verdict.label} | {reason} |")
         if self.advice:
-            lines += ["", *(f"{k}. {_cell(text)}" for k, text in enumerate(self.advice, start=1))]
+            lines.append("")
+        for number, text in enumerate(self.advice, start=1):
+            lines += _markdown_item(number, text)
         return "\n".join(lines)
 
     def to_frame(self) -> pd.DataFrame:
-        """One row per named value of every result; needs pandas, which the extra ``report`` brings."""
+        """One row per named value of every result.
+
+        Raises:
+            ImportError: without pandas, which the extra ``report`` brings.
+        """
+        require("to_frame", "pandas")
         from inn_guard.report.data_frame import frame
 
         return frame(self)
 
     def to_html(self, path: str | os.PathLike[str]) -> None:
-        """One self-contained page with tables and plots; needs the extra ``report``."""
+        """One self-contained page with tables and plots.
+
+        Raises:
+            ImportError: without jinja2 and matplotlib, which the extra ``report`` brings.
+        """
+        require("to_html", "jinja2", "matplotlib")
         from inn_guard.report.html import write_html
 
         write_html(self, path)
 
+    def figures(self) -> dict[str, str]:
+        """The figures of the page as SVG text, by names that are fit for files.
+
+            for name, svg in report.figures().items():
+                pathlib.Path(f"{name}.svg").write_text(svg)
+
+        Raises:
+            ImportError: without matplotlib, which the extra ``report`` brings.
+        """
+        require("figures", "matplotlib")
+        from inn_guard.report.sections import figures
+
+        return figures(self.results)
+
     def _repr_html_(self) -> str:
         """The uses as a table, for notebooks."""
-        rows = "".join(_html_row(use) for use in self._ordered_uses())
-        advice = "".join(f"<li>{html.escape(text)}</li>" for text in self.advice)
-        listed = f"<ol>{advice}</ol>" if advice else ""
+        rows = "".join(map(_html_row, self.sorted_uses()))
+        listed = "".join(map(_html_item, self.advice))
+        if listed:
+            listed = f"<ol>{listed}</ol>"
         title = f"{html.escape(self.subject)}: <b>{html.escape(self.headline)}</b>"
         head = "<tr><th>use</th><th>verdict</th><th>finding</th></tr>"
         return f"<p>{title}</p><table>{head}{rows}</table>{listed}"
 
+    def sorted_uses(self) -> list[UseVerdict]:
+        """Counted uses first, and of these the worst first."""
+        uses = sorted(self.uses.values(), key=lambda use: use.verdict, reverse=True)
+        return sorted(uses, key=lambda use: not use.counted)
+
+    def _by_name(self) -> dict[str, AuditResult]:
+        named: dict[str, AuditResult] = {}
+        for result in self.results:
+            named.setdefault(result.name, result)
+        return named
+
+    def _counted(self) -> list[UseVerdict]:
+        return [use for use in self.uses.values() if use.counted]
+
     def _use(self, use: str) -> UseVerdict | None:
-        found = [(result.name, result.uses[use]) for result in self.results if use in result.uses]
-        counted = self.counted is None or use in self.counted
-        why = "" if self.counted is None else self.counted.get(use, "not counted")
-        if found:
-            check, finding = max(found, key=lambda pair: pair[1].verdict)
-            return UseVerdict(use, finding.verdict, check, finding, counted, why)
-        if self.counted is not None and self.counted.get(use) == NAMED:
-            return UseVerdict(use, Verdict.UNDECIDED, "", None, True, why)
+        """What all checks together found about one use; None if none did and nobody asked."""
+        counted, why = True, ""
+        if self.counted is not None:
+            counted, why = use in self.counted, self.counted.get(use, "not counted")
+        deciding = None
+        for result in self.results:
+            if use not in result.uses:
+                continue
+            # of equal findings the first one speaks
+            if deciding is None or result.uses[use].verdict > deciding.uses[use].verdict:
+                deciding = result
+        if deciding is not None:
+            finding = deciding.uses[use]
+            return UseVerdict(use, finding.verdict, deciding.name, finding, counted, why)
+        if counted and why == NAMED:
+            return UseVerdict(use, Verdict.UNDECIDED, "", None, counted, why)
         return None
 
     def _counts_alone(self, result: AuditResult) -> bool:
@@ -282,23 +355,36 @@ class AuditReport:
             return False
         return self.asked is None or result.name in self.asked
 
-    def _ordered_uses(self) -> list[UseVerdict]:
-        """Counted uses first, and of these the worst first."""
-        uses = list(self.uses.values())
-        return sorted(uses, key=lambda use: (not use.counted, -list(Verdict).index(use.verdict)))
-
     def _remarks(self) -> list[str]:
         lines = []
         if self.worst_layer is not None:
             lines += _row("weakest layer", None, self.worst_layer)
-        lowest = [
-            result.settings["lowest"] for result in self.results if "lowest" in result.settings
-        ]
-        if lowest:
-            lines += _row("lowest precision", None, str(lowest[0]))
+        for result in self.results:
+            if "lowest" in result.settings:
+                lines += _row("lowest precision", None, str(result.settings["lowest"]))
+        label = "what to do"
         for number, text in enumerate(self.advice, start=1):
-            lines += _row("what to do" if number == 1 else "", None, f"{number}. {text}")
+            lines += _row(label, None, f"{number}. {text}")
+            label = ""
         return lines
+
+
+def require(what: str, *libraries: str) -> None:
+    """Refuse a method whose libraries are not installed, with the remedy.
+
+    Args:
+        what: the method.
+        libraries: by the names under which they are imported.
+
+    Raises:
+        ImportError: if one is missing.
+    """
+    missing = [library for library in libraries if importlib.util.find_spec(library) is None]
+    if missing:
+        needed, absent = " and ".join(libraries), " and ".join(missing)
+        raise ImportError(
+            f"{what} needs {needed}; {absent} cannot be found: pip install '.[report]'"
+        )
 
 
 NAMED = "named by the caller"  #: why a use counts that ``uses=`` names
@@ -330,11 +416,17 @@ def _row(label: str, word: str | None, text: str) -> list[str]:
         break_long_words=False,
         break_on_hyphens=False,
     )
-    return [*(lines or [head.rstrip()]), *(indent + line for line in code)]
+    if not lines:
+        lines = [head.rstrip()]
+    for line in code:
+        lines.append(indent + line)
+    return lines
 
 
 def _use_lines(use: UseVerdict) -> list[str]:
-    word = WORDS[use.verdict] if use.counted else "-"
+    word = "-"
+    if use.counted:
+        word = WORDS[use.verdict]
     return _row(use.use.replace("_", " "), word, use.reason + _aside(use))
 
 
@@ -344,8 +436,12 @@ def _aside(use: UseVerdict) -> str:
         return ""
     if use.verdict is Verdict.NOT_APPLICABLE:
         return " (not counted)"
-    word = "" if use.verdict is Verdict.STABLE else f"{use.verdict.label.replace('_', ' ')}, "
-    return f" ({word}{use.why})" if use.why.startswith("not counted") else f" ({word}not counted)"
+    why = "not counted"
+    if use.why.startswith("not counted"):
+        why = use.why
+    if use.verdict is not Verdict.STABLE:
+        why = f"{use.verdict.label.replace('_', ' ')}, {why}"
+    return f" ({why})"
 
 
 def _figures(result: AuditResult) -> str:
@@ -361,13 +457,31 @@ def _wrapped(text: str, indent: str) -> list[str]:
 
 
 def _cell(text: str) -> str:
-    """Text for one cell of a Markdown table or one item of a list."""
-    return text.replace("|", "\\|").replace("\n", " ")
+    """Text for one cell of a Markdown table or one item of a list; nothing in it is markup."""
+    for character in "\\`*_[]<>|":
+        text = text.replace(character, f"\\{character}")
+    return text.replace("\n", " ")
+
+
+def _markdown_item(number: int, text: str) -> list[str]:
+    """One advice: prose, and further lines as code."""
+    prose, *code = text.split("\n")
+    lines = [f"{number}. {_cell(prose)}"]
+    if code:
+        lines += ["", *textwrap.indent("\n".join(["```python", *code, "```"]), "   ").split("\n")]
+    return lines
 
 
 def _html_row(use: UseVerdict) -> str:
     cells = (use.use.replace("_", " "), use.verdict.label, use.reason + _aside(use))
-    return "<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in cells) + "</tr>"
+    return f"<tr><td>{'</td><td>'.join(map(html.escape, cells))}</td></tr>"
+
+
+def _html_item(text: str) -> str:
+    prose, _, code = text.partition("\n")
+    if not code:
+        return f"<li>{html.escape(prose)}</li>"
+    return f"<li>{html.escape(prose)}<pre>{html.escape(code)}</pre></li>"
 
 
 def _use_row(use: UseVerdict) -> dict[str, Any]:
@@ -382,16 +496,22 @@ def _use_row(use: UseVerdict) -> dict[str, Any]:
         "of": use.of,
         "reason": use.reason,
     }
-    return {key: _plain(value) for key, value in row.items()}
+    return _plain(row)
 
 
 def _result_row(result: AuditResult) -> dict[str, Any]:
+    row: dict[str, Any] = {"verdict": result.verdict.label}
     uses = {}
     for name, finding in result.uses.items():
-        row = {**vars(finding), "verdict": finding.verdict.label}
-        uses[name] = {key: _plain(value) for key, value in row.items()}
-    plain = {key: _plain(getattr(result, key)) for key in _RESULT_FIELDS}
-    return {"verdict": result.verdict.label, "uses": uses, **plain}
+        uses[name] = {**vars(finding), "verdict": finding.verdict.label}
+    row["uses"] = _plain(uses)
+    for field_name in _RESULT_FIELDS:
+        row[field_name] = _plain(getattr(result, field_name))
+    return row
+
+
+def _plain_items(settings: Mapping[str, Any]) -> list[tuple[str, str]]:
+    return [(str(key), str(value)) for key, value in settings.items()]
 
 
 def _plain(value: Any) -> Any:
@@ -401,9 +521,9 @@ def _plain(value: Any) -> Any:
     if isinstance(value, Mapping):
         return {str(key): _plain(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_plain(item) for item in value]
-    if isinstance(value, float):
-        return value if math.isfinite(value) else str(value)
-    if value is None or isinstance(value, (bool, int)):
+        return list(map(_plain, value))
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    if value is None or isinstance(value, (bool, int, float)):
         return value
     return str(value)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import html
+import math
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from inn_guard.report.audit_report import AuditReport
+from inn_guard.report.audit_report import AuditReport, require
 from inn_guard.report.uses import USES, UseVerdict
 
 if TYPE_CHECKING:
@@ -39,12 +40,14 @@ def compare(reports: Mapping[str, AuditReport]) -> Comparison:
             raise TypeError(f"expected an AuditReport for {name!r}, got a {type(report).__name__}")
     if not reports:
         raise ValueError("expected at least one report to compare, got none")
-    return Comparison({str(name): report for name, report in reports.items()})
+    return Comparison(dict(zip(map(str, reports), reports.values(), strict=True)))
 
 
 @dataclass(frozen=True)
 class Comparison:
     """Reports by name. Prints as a table of verdicts and deciding figures, one row per use.
+
+    Uses that a report measured but does not count are in brackets.
 
     Attributes:
         reports: name -> report, in the order in which they were given.
@@ -55,7 +58,9 @@ class Comparison:
     @property
     def uses(self) -> tuple[str, ...]:
         """The uses that any of the reports measured."""
-        measured = {use for report in self.reports.values() for use in report.uses}
+        measured: set[str] = set()
+        for report in self.reports.values():
+            measured |= report.uses.keys()
         return tuple(use for use in USES if use in measured)
 
     def __iter__(self) -> Iterator[str]:
@@ -71,45 +76,63 @@ class Comparison:
         return str(self)
 
     def __str__(self) -> str:
-        rows = [["", *self.reports]]
-        for use in self.uses:
-            cells = [_cell(report.uses.get(use)) for report in self.reports.values()]
-            rows.append([use.replace("_", " "), *cells])
-        rows.append(["verdict", *(report.verdict.label for report in self.reports.values())])
-        widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+        rows = self._rows()
+        widths = []
+        for column in zip(*rows, strict=True):
+            widths.append(max(map(len, column)))
         lines = []
         for row in rows:
-            cells = [cell.ljust(width) for cell, width in zip(row, widths, strict=True)]
-            lines.append("  ".join(cells).rstrip())
+            line = "  ".join(map(str.ljust, row, widths))
+            lines.append(line.rstrip())
         return "\n".join(lines)
 
+    def _rows(self) -> list[list[str]]:
+        """The table: names, then verdict and figure of every use, then the verdicts."""
+        rows = [["", *self.reports]]
+        for use in self.uses:
+            row = [use.replace("_", " ")]
+            for report in self.reports.values():
+                row.append(_cell(report.uses.get(use)))
+            rows.append(row)
+        rows.append(["verdict", *(report.verdict.label for report in self.reports.values())])
+        return rows
+
     def to_frame(self) -> pd.DataFrame:
-        """One row per report and use: verdict, figure, limit, unit; needs pandas, as the extra ``report`` has it."""
+        """One row per report and use: verdict, figure, limit, unit.
+
+        Raises:
+            ImportError: without pandas, which the extra ``report`` brings.
+        """
+        require("to_frame", "pandas")
         from inn_guard.report.data_frame import comparison_frame
 
         return comparison_frame(self)
 
     def to_html(self, path: str | os.PathLike[str]) -> None:
-        """One self-contained page; needs the extra ``report``."""
+        """One self-contained page: the table, then the uses and the advice of each report.
+
+        Raises:
+            ImportError: without jinja2 and matplotlib, which the extra ``report`` brings.
+        """
+        require("to_html", "jinja2", "matplotlib")
         from inn_guard.report.html import write_comparison
 
         write_comparison(self, path)
 
     def _repr_html_(self) -> str:
         """The table, for notebooks."""
-        head = "".join(f"<th>{html.escape(name)}</th>" for name in self.reports)
-        rows = [f"<tr><th></th>{head}</tr>"]
-        for use in self.uses:
-            cells = [_cell(report.uses.get(use)) for report in self.reports.values()]
-            marked = "".join(f"<td>{html.escape(cell)}</td>" for cell in cells)
-            rows.append(f"<tr><th>{use.replace('_', ' ')}</th>{marked}</tr>")
-        return f"<table>{''.join(rows)}</table>"
+        lines = []
+        for row in self._rows():
+            cells = "</td><td>".join(map(html.escape, row))
+            lines.append(f"<tr><td>{cells}</td></tr>")
+        return f"<table>{''.join(lines)}</table>"
 
 
 def _cell(use: UseVerdict | None) -> str:
-    """Verdict and figure of one use."""
+    """Verdict and figure of one use, in brackets where it is not counted."""
     if use is None or use.finding is None:
         return "not measured"
-    if use.figure != use.figure:  # NaN: there is no figure
-        return use.verdict.label
-    return f"{use.verdict.label} {use.figure:.2g}"
+    text = use.verdict.label
+    if not math.isnan(use.figure):
+        text += f" {use.figure:.2g}"
+    return text if use.counted else f"({text})"

@@ -14,47 +14,48 @@ __all__ = ["comparison_frame", "frame", "layer_frame"]
 
 
 def frame(report: AuditReport) -> pandas.DataFrame:
-    """One row per measured value: audit, verdict, quantity, value (NaN and Inf as they are) and unit ("" if none).
+    """One row per measured value; NaN and Inf as they are, the unit "" where there is none.
 
     Args:
         report: with its results.
 
     Returns:
-        Columns audit, verdict, quantity, value, unit; an audit that measured nothing has no row.
+        Columns check, verdict, quantity, value, unit; a check that measured nothing has no row.
     """
-    rows = [
-        (result.name, result.verdict.label, quantity, float(value), result.units.get(quantity, ""))
-        for result in report.results
-        for quantity, value in result.values.items()
-    ]
-    table = pandas.DataFrame(rows, columns=["audit", "verdict", "quantity", "value", "unit"])
+    rows = []
+    for result in report.results:
+        for quantity, value in result.values.items():
+            unit = result.units.get(quantity, "")
+            rows.append((result.name, result.verdict.label, quantity, float(value), unit))
+    table = pandas.DataFrame(rows, columns=["check", "verdict", "quantity", "value", "unit"])
     return table.astype({"value": "float64"})
 
 
 def layer_frame(report: AuditReport) -> pandas.DataFrame:
-    """One row per layer and audit that looks at layers: audit, position in the chain, and that audit's columns.
+    """One row per layer and check that looks at layers.
 
     Args:
         report: with its results.
 
     Returns:
-        Columns audit, position (0 is the first layer), then those of the audits' rows; empty if no
-        audit has layers.
+        Columns check, index and name of the layer, then those of the checks' rows; empty if no
+        check has layers.
     """
-    rows = [
-        {"audit": result.name, "position": position, **row}
-        for result in report.results
-        for position, row in enumerate(result.per_layer)
-    ]
-    return pandas.DataFrame(rows) if rows else pandas.DataFrame(columns=["audit", "position"])
+    rows = []
+    for result in report.results:
+        for row in result.per_layer:
+            rows.append({"check": result.name, "index": None, "name": "", **row})
+    if not rows:
+        return pandas.DataFrame(columns=["check", "index", "name"])
+    return pandas.DataFrame(rows)
 
 
 def comparison_frame(comparison: Comparison) -> pandas.DataFrame:
     """One row per report and use: report, use, verdict, figure, limit, unit, counted."""
-    rows = [
-        (name, use.use, use.verdict.label, use.figure, use.limit, use.unit, use.counted)
-        for name, report in comparison.reports.items()
-        for use in report.uses.values()
-    ]
+    rows = []
+    for name, report in comparison.reports.items():
+        for use in report.uses.values():
+            figures = (use.figure, use.limit, use.unit, use.counted)
+            rows.append((name, use.use, use.verdict.label, *figures))
     columns = ["report", "use", "verdict", "figure", "limit", "unit", "counted"]
     return pandas.DataFrame(rows, columns=columns)

@@ -1,4 +1,4 @@
-"""Numbers as people read them: four digits, powers of ten, and NaN and Inf by name."""
+"""Numbers and names in words: four digits, powers of ten, NaN and Inf by name."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 __all__ = [
+    "format_amount",
     "format_number",
     "format_value",
     "heading",
@@ -25,16 +26,18 @@ _SUPERSCRIPTS = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 
 
 def format_number(value: SupportsFloat) -> str:
-    """A number with four significant digits; whole numbers below a million in full; NaN, Inf and −Inf by name.
+    """A number with four significant digits; whole ones below a million in full; NaN, Inf by name.
 
-    >>> [format_number(value) for value in (3.0, 0.25, 6.8018e-21, 123456.0, float("nan"), float("-inf"))]
-    ['3', '0.25', '6.802×10⁻²¹', '123456', 'NaN', '−Inf']
+    >>> [format_number(value) for value in (3.0, 0.25, 6.8018e-21, 123456.0)]
+    ['3', '0.25', '6.802×10⁻²¹', '123456']
+    >>> format_number(float("nan")), format_number(float("-inf"))
+    ('NaN', '−Inf')
     """
     number = float(value)
     if math.isnan(number):
         return "NaN"
     if math.isinf(number):
-        return "Inf" if number > 0 else "−Inf"
+        return "−Inf" if number < 0 else "Inf"
     if number == int(number) and abs(number) < 1e6:
         return str(int(number)).replace("-", "−")
     digits, _, exponent = f"{number:.3e}".partition("e")
@@ -48,7 +51,23 @@ def format_number(value: SupportsFloat) -> str:
 
 def _without_zeros(digits: str) -> str:
     """Without the zeros after the decimal point that say nothing."""
-    return digits.rstrip("0").rstrip(".") if "." in digits else digits
+    if "." not in digits:
+        return digits
+    return digits.rstrip("0").rstrip(".")
+
+
+def format_amount(value: SupportsFloat, unit: str) -> str:
+    """A number with its unit; shares "of the draws" or "of the families" in per cent.
+
+    >>> format_amount(0.1, "nats"), format_amount(0.001, "of the draws")
+    ('0.1 nats', '0.1 % of the draws')
+    """
+    if unit.startswith(("of the draws", "of the families")):
+        return f"{format_number(100 * float(value))} % {unit}"
+    number = format_number(value)
+    if number == "1" and unit in ("degrees", "nats"):
+        unit = unit.removesuffix("s")
+    return f"{number} {unit}".strip()
 
 
 def power_of_ten(power: SupportsFloat) -> str:
@@ -70,14 +89,14 @@ def power_of_ten(power: SupportsFloat) -> str:
 
 
 def is_number(value: Any) -> bool:
-    """Whether ``value`` is a real number or a tensor with a single one; truth values are not numbers."""
+    """Whether this is a real number or a tensor with a single one; truth values are none."""
     if isinstance(value, Tensor):
         return value.numel() == 1 and not value.is_complex() and value.dtype != torch.bool
     return isinstance(value, numbers.Real) and not isinstance(value, bool)
 
 
 def format_value(value: Any) -> str:
-    """Any setting or table cell as text: numbers as `format_number` has them, collections item by item.
+    """Any setting or table cell as text: numbers by `format_number`, collections item by item.
 
     >>> format_value({"eps": 1e-9, "checks": ("log_det", None), "exact": True})
     'eps: 1×10⁻⁹, checks: (log_det, none), exact: yes'
@@ -89,22 +108,26 @@ def format_value(value: Any) -> str:
     if is_number(value):
         return format_number(float(value))
     if isinstance(value, dict):
-        return ", ".join(f"{key}: {format_value(item)}" for key, item in value.items())
+        parts = []
+        for key, item in value.items():
+            parts.append(f"{key}: {format_value(item)}")
+        return ", ".join(parts)
     if isinstance(value, (list, tuple)):
-        return f"({', '.join(format_value(item) for item in value)})"
+        return f"({', '.join(map(format_value, value))})"
     return str(value)
 
 
 def legible(text: Any) -> str:
-    r"""``text`` with characters that no file or page may hold (controls, lone surrogates) replaced by �.
+    r"""The text with � for characters that no file or page may hold: controls, lone surrogates.
 
     >>> legible("block\x00 1")
     'block� 1'
     """
-    return "".join(
-        "\ufffd" if unicodedata.category(c) in ("Cc", "Cs") and c not in "\n\t" else c
-        for c in str(text)
-    )
+    characters = list(str(text))
+    for place, character in enumerate(characters):
+        if unicodedata.category(character) in ("Cc", "Cs") and character not in "\n\t":
+            characters[place] = "\ufffd"
+    return "".join(characters)
 
 
 def title(name: str) -> str:
@@ -113,8 +136,11 @@ def title(name: str) -> str:
     >>> title("sigma_min_worst"), title("log_det")
     ('σ min worst', 'log det')
     """
-    words = ["σ" if word == "sigma" else word for word in str(name).split("_")]
-    return legible(" ".join(word for word in words if word))
+    words = str(name).split("_")
+    for place, word in enumerate(words):
+        if word == "sigma":
+            words[place] = "σ"
+    return legible(" ".join(filter(None, words)))
 
 
 def heading(name: str) -> str:
@@ -124,20 +150,21 @@ def heading(name: str) -> str:
     ('Log det', 'σ max')
     """
     words = title(name)
-    return words if words.startswith("σ") else words[:1].upper() + words[1:]
+    if words.startswith("σ"):
+        return words
+    return words[:1].upper() + words[1:]
 
 
 def sentence(text: str) -> str:
-    """``text`` with a capital at its beginning, unless that is a name in code, and a full stop at its end.
+    """The text with a capital at its beginning (but not in a name in code) and a full stop.
 
     >>> sentence("it holds"), sentence("log_det is off")
     ('It holds.', 'log_det is off.')
     """
     words = legible(text).strip()
     first = words.split(" ", 1)[0].rstrip(":,")
-    capital = (
-        words[:1].upper() + words[1:]
-        if first.isalpha() and first.isascii() and first.islower()
-        else words
-    )
-    return capital if not words or words[-1] in ".!?…" else f"{capital}."
+    if first.replace("-", "").isalpha() and first.isascii() and first.islower():
+        words = words[:1].upper() + words[1:]
+    if not words or words[-1] in ".!?…":
+        return words
+    return f"{words}."

@@ -1,4 +1,4 @@
-"""Reports that `AuditReport.to_json` wrote, read back: text of unknown origin, taken as data and checked as such."""
+"""Reports that `AuditReport.to_json` wrote, read back: text of unknown origin, checked as such."""
 
 from __future__ import annotations
 
@@ -21,11 +21,13 @@ __all__ = ["from_json", "load"]
 MAX_BYTES = 2**28  #: of a file that is read
 
 _NON_FINITE = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
-_VERDICTS = {verdict.label: verdict for verdict in Verdict}
+_VERDICTS = dict(zip(map(str, Verdict), Verdict, strict=True))
 
 
 def from_json(text: str) -> AuditReport:
-    """The report that `AuditReport.to_json` wrote; NaN and Inf are numbers again. Images are not in such a file.
+    """The report that `AuditReport.to_json` wrote; NaN and Inf are numbers again.
+
+    Images are not in such a file.
 
     Args:
         text: the JSON.
@@ -48,7 +50,8 @@ def from_json(text: str) -> AuditReport:
 
 def _refuse_constant(name: str) -> float:
     raise ValueError(
-        f"expected a report saved with --json or to_json(), got the bare word {name}, which is not JSON"
+        f"expected a report saved with --json or to_json(), got the bare word {name}, which is "
+        "not JSON"
     )
 
 
@@ -60,38 +63,39 @@ def _report(content: Any) -> AuditReport:
             f"expected a saved report of schema {SCHEMA}, got schema {schema}: "
             "read it with the version of inn_guard that wrote it"
         )
-    results = _field(saved, "results", list)
     counted, asked = saved.get("counted"), saved.get("asked")
+    if counted is not None:
+        counted = _each(saved, "counted", _text)
+    if asked is not None:
+        asked = _texts(saved, "asked")
+    results = []
+    for row in _field(saved, "results", list):
+        results.append(_result(_mapping(row, "results")))
     return AuditReport(
-        tuple(_result(_mapping(row, "results")) for row in results),
+        tuple(results),
         _field(saved, "model", str),
         _settings(_mapping(saved.get("settings", {}), "settings")),
-        counted=None if counted is None else _each(saved, "counted", _text),
-        asked=None
-        if asked is None
-        else tuple(_text(name) for name in _field(saved, "asked", list)),
-        advice=tuple(_text(line) for line in _field(saved, "advice", list)),
+        counted=counted,
+        asked=asked,
+        advice=_texts(saved, "advice"),
     )
 
 
 def _result(row: Mapping[str, Any]) -> AuditResult:
-    label = _field(row, "verdict", str)
-    if label not in _VERDICTS:
-        raise ValueError(f"expected a verdict out of {', '.join(_VERDICTS)}; got {label!r}")
     return AuditResult(
         _field(row, "name", str),
-        _VERDICTS[label],
+        _verdict(row),
         _field(row, "reason", str),
         uses=_uses(row),
-        headline=tuple(_text(name) for name in row.get("headline", [])),
+        headline=_texts(row, "headline"),
         values=_each(row, "values", _number),
-        units=_each(row, "units", str),
+        units=_each(row, "units", _text),
         per_sample=_each(row, "per_sample", _tensor),
         measured_mask=_each(row, "measured_mask", _mask),
         per_layer=_rows(row.get("per_layer", [])),
         tables=_each(row, "tables", _rows),
         settings=_settings(_mapping(row.get("settings", {}), "settings")),
-        advice=str(row.get("advice", "")),
+        advice=_text(row.get("advice", "")),
     )
 
 
@@ -101,11 +105,8 @@ def _uses(row: Mapping[str, Any]) -> dict[str, Finding]:
         if use not in USES:
             raise ValueError(f"expected uses out of {', '.join(USES)}; got {use!r}")
         content = _mapping(finding, "a finding")
-        label = _field(content, "verdict", str)
-        if label not in _VERDICTS:
-            raise ValueError(f"expected a verdict out of {', '.join(_VERDICTS)}; got {label!r}")
         found[use] = Finding(
-            _VERDICTS[label],
+            _verdict(content),
             _number(content.get("figure")),
             _number(content.get("limit")),
             _field(content, "unit", str),
@@ -114,6 +115,17 @@ def _uses(row: Mapping[str, Any]) -> dict[str, Finding]:
             _field(content, "of", int),
         )
     return found
+
+
+def _verdict(row: Mapping[str, Any]) -> Verdict:
+    label = _field(row, "verdict", str)
+    if label not in _VERDICTS:
+        raise ValueError(f"expected a verdict out of {', '.join(_VERDICTS)}; got {label!r}")
+    return _VERDICTS[label]
+
+
+def _texts(row: Mapping[str, Any], name: str) -> tuple[str, ...]:
+    return tuple(map(_text, _field(row, name, list)))
 
 
 def _text(value: Any) -> str:
@@ -125,17 +137,20 @@ def _text(value: Any) -> str:
 def _mapping(value: Any, where: str) -> Mapping[str, Any]:
     if not isinstance(value, dict):
         raise ValueError(
-            f"expected a saved report; in {where}, got {type(value).__name__} where names and values belong"
+            f"expected a saved report; in {where}, got {type(value).__name__} where names and "
+            "values belong"
         )
     return value
 
 
 def _field(row: Mapping[str, Any], name: str, kind: type) -> Any:
-    if not isinstance(row.get(name), kind):
+    value = row.get(name)
+    # in JSON true is no number, in Python it is an int
+    if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
         raise ValueError(
-            f"expected a saved report with {name!r} as {kind.__name__}, got {row.get(name)!r:.60}"
+            f"expected a saved report with {name!r} as {kind.__name__}, got {value!r:.60}"
         )
-    return row[name]
+    return value
 
 
 def _each(row: Mapping[str, Any], name: str, read: Callable[[Any], Any]) -> dict[str, Any]:
@@ -145,7 +160,10 @@ def _each(row: Mapping[str, Any], name: str, read: Callable[[Any], Any]) -> dict
 def _rows(value: Any) -> tuple[dict[str, Any], ...]:
     if not isinstance(value, list):
         raise ValueError(f"expected a saved report with a list of rows, got {value!r:.60}")
-    return tuple(_settings(_mapping(row, "a row of a table")) for row in value)
+    rows = []
+    for row in value:
+        rows.append(_settings(_mapping(row, "a row of a table")))
+    return tuple(rows)
 
 
 def _settings(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -155,12 +173,19 @@ def _settings(values: Mapping[str, Any]) -> dict[str, Any]:
 def _plain(value: Any) -> Any:
     """A setting or a cell: "nan" and "inf" stand for numbers, lists for tuples."""
     if isinstance(value, list):
-        return tuple(_plain(item) for item in value)
-    return _NON_FINITE.get(value, value) if isinstance(value, str) else value
+        return tuple(map(_plain, value))
+    return _parsed(value)
+
+
+def _parsed(value: Any) -> Any:
+    """The number that "nan", "inf" or "-inf" stands for; anything else as it is."""
+    if isinstance(value, str):
+        return _NON_FINITE.get(value, value)
+    return value
 
 
 def _number(value: Any) -> float:
-    number = _NON_FINITE.get(value, value) if isinstance(value, str) else value
+    number = _parsed(value)
     if isinstance(number, bool) or not isinstance(number, (int, float)):
         raise ValueError(f"expected a saved report with a number, got {value!r:.60}")
     try:
@@ -170,7 +195,7 @@ def _number(value: Any) -> float:
 
 
 def _mask(value: Any) -> Tensor:
-    if not isinstance(value, list) or not all(isinstance(item, bool) for item in value):
+    if not isinstance(value, list) or set(map(type, value)) - {bool}:
         raise ValueError(
             f"expected a saved report with a list of true and false, got {value!r:.60}"
         )
@@ -186,7 +211,9 @@ def _tensor(value: Any) -> Tensor:
 
 
 def _numbers(value: Any) -> Any:
-    return [_numbers(item) for item in value] if isinstance(value, list) else _number(value)
+    if isinstance(value, list):
+        return list(map(_numbers, value))
+    return _number(value)
 
 
 def load(path: str | os.PathLike[str]) -> AuditReport:

@@ -1,22 +1,22 @@
-"""One self-contained HTML page of a training run's audits: every number that was recorded, against the step."""
+"""One self-contained HTML page of a training run's audits: every number against the step."""
 
 from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from inn_guard.execution.files import atomic_write
 from inn_guard.report.html import environment
 from inn_guard.report.plots import Drawing, history
-from inn_guard.report.result import Verdict
+from inn_guard.report.verdict import Verdict
 
 __all__ = ["render_history", "write_history"]
 
 #: quantities that are drawn first, by the last part of their names
 FIRST = ("condition_number", "max_angle", "relative_error", "max_error", "coefficient")
-_VERDICTS = {verdict.label: verdict for verdict in Verdict}
+_LABELS = tuple(map(str, Verdict))
 
 Row = Mapping[str, Any]
 
@@ -31,10 +31,10 @@ def write_history(
 
 
 def render_history(rows: Iterable[Row], *, name: str = "Training run") -> str:
-    """Curves of a run: condition number, gradient angle, error and coefficient first, then everything else.
+    """Curves of a run: condition number, gradient angle, error and coefficient first.
 
         write_history(read_csv("stability.csv"), "stability.html")
-        write_history((record.row() for record in records), "stability.html")
+        write_history(map(Record.row, records), "stability.html")
 
     Args:
         rows: one per audit, with the columns step and verdict, as ``Record.row`` and ``read_csv``
@@ -42,77 +42,107 @@ def render_history(rows: Iterable[Row], *, name: str = "Training run") -> str:
         name: heading of the page.
 
     Raises:
+        TypeError: if a row is no mapping.
         ValueError: if there are no rows, or one lacks a step or a known verdict.
     """
     audits = sorted(_checked(rows), key=lambda row: int(row["step"]))
-    verdict = Verdict.worst([_VERDICTS[row["verdict"]] for row in audits])
-    first, rest = _split(list(_curves(audits)))
-    return (
-        environment()
-        .get_template("history.html")
-        .render(
-            name=name,
-            audits=audits,
-            verdict=verdict,
-            findings=_findings(audits),
-            first=first,
-            rest=rest,
-        )
+    first, rest = _drawings(audits)
+    template = environment().get_template("history.html")
+    return template.render(
+        name=name,
+        verdict=_worst(audits),
+        findings=_findings(audits),
+        first=first,
+        rest=rest,
     )
 
 
 def _checked(rows: Iterable[Row]) -> list[Row]:
+    if isinstance(rows, (str, os.PathLike)):
+        raise TypeError(
+            f"expected rows, got the path {os.fspath(rows)!r}: pass read_csv({os.fspath(rows)!r})"
+        )
     audits = list(rows)
     if not audits:
         raise ValueError("expected at least one row, got none: the run has no audits")
     for row in audits:
-        if "step" not in row or row.get("verdict") not in _VERDICTS:
+        if not isinstance(row, Mapping):
+            raise TypeError(
+                f"expected rows as mappings, got a {type(row).__name__}: for records, pass "
+                "map(Record.row, records)"
+            )
+        if "step" not in row or row.get("verdict") not in _LABELS:
             raise ValueError(
-                f"expected rows with a step and a verdict out of {', '.join(_VERDICTS)}; got {dict(row)}"
+                f"expected rows with a step and a verdict out of {', '.join(_LABELS)}; "
+                f"got {dict(row)}"
             )
     return audits
 
 
-def _curves(audits: Sequence[Row]) -> Iterator[tuple[str, Drawing]]:
-    names = dict.fromkeys(name for row in audits for name in row if name not in ("step", "verdict"))
-    for name in names:
+def _verdict(row: Row) -> Verdict:
+    return Verdict(row["verdict"])
+
+
+def _worst(audits: Sequence[Row]) -> Verdict:
+    return Verdict.worst(map(_verdict, audits))
+
+
+def _drawings(audits: Sequence[Row]) -> tuple[list[Drawing], list[Drawing]]:
+    """The curves that are asked for most, and the others."""
+    names: dict[str, None] = {}
+    for row in audits:
+        names |= dict.fromkeys(row)
+    first: list[Drawing] = []
+    rest: list[Drawing] = []
+    for name in sorted(names, key=_rank):
         measured = [row for row in audits if name in row]
-        if _is_said_by_its_twin(name, names, measured):
+        if name in ("step", "verdict") or _has_better(name, names, measured):
             continue
-        failed = [_VERDICTS[row["verdict"]].failed for row in measured]
-        steps, values = ([row[key] for row in measured] for key in ("step", name))
-        yield name, history(name, steps, values, failed=failed)
+        steps, values, failed = [], [], []
+        for row in measured:
+            steps.append(int(row["step"]))
+            values.append(row[name])
+            failed.append(_verdict(row).failed)
+        drawn = rest
+        if _rank(name) < len(FIRST):
+            drawn = first
+        drawn.append(history(name, steps, values, failed=failed))
+    return first, rest
 
 
-def _is_said_by_its_twin(name: str, names: Iterable[str], measured: Sequence[Row]) -> bool:
-    """Of a quantity and its log10, one is enough: the quantity where all its numbers fit floats, else the logarithm."""
-    audit, _, quantity = name.rpartition(".")
-    plain = f"{audit}.{quantity.removeprefix('log10_')}"
-    logarithm = f"{audit}.log10_{quantity.removeprefix('log10_')}"
+def _rank(name: str) -> int:
+    quantity = name.rpartition(".")[2].removeprefix("log10_")
+    return FIRST.index(quantity) if quantity in FIRST else len(FIRST)
+
+
+def _has_better(name: str, names: Iterable[str], measured: Sequence[Row]) -> bool:
+    """Of a quantity and its log10 one is enough: the quantity where all its numbers fit floats."""
+    check, _, quantity = name.rpartition(".")
+    plain = f"{check}.{quantity.removeprefix('log10_')}"
+    logarithm = f"{check}.log10_{quantity.removeprefix('log10_')}"
     if plain not in names or logarithm not in names:
         return False
-    fits = all(math.isfinite(row[plain]) for row in measured if plain in row)
-    return fits if name == logarithm else not fits
-
-
-def _split(curves: list[tuple[str, Drawing]]) -> tuple[list[Drawing], list[Drawing]]:
-    """The curves that are asked for most, and the others."""
-
-    def rank(name: str) -> int:
-        quantity = name.rpartition(".")[2].removeprefix("log10_")
-        return FIRST.index(quantity) if quantity in FIRST else len(FIRST)
-
-    ranked = sorted(curves, key=lambda curve: rank(curve[0]))
-    return (
-        [drawing for name, drawing in ranked if rank(name) < len(FIRST)],
-        [drawing for name, drawing in ranked if rank(name) == len(FIRST)],
-    )
+    fits = True
+    for row in measured:
+        fits = fits and math.isfinite(row.get(plain, 0.0))
+    return fits == (name == logarithm)
 
 
 def _findings(audits: Sequence[Row]) -> str:
-    failed = [row["step"] for row in audits if _VERDICTS[row["verdict"]].failed]
+    """How many audits found something, and when the first one did."""
+    first, last = audits[0]["step"], audits[-1]["step"]
+    if len(audits) == 1:
+        return f"One audit, at step {first}. {_worst(audits).sentence}"
+    failed = [row["step"] for row in audits if _verdict(row).failed]
     if not failed:
-        return f"{len(audits)} audits between steps {audits[0]['step']} and {audits[-1]['step']}, none with findings."
+        text = f"{len(audits)} audits between steps {first} and {last}, none with findings."
+        if _worst(audits) in (Verdict.MARGINAL, Verdict.UNDECIDED):
+            text += f" The worst verdict is {_worst(audits)}."
+        return text
+    verb = "has" if len(failed) == 1 else "have"
+    when = f"the first one at step {failed[0]}"
+    if len(failed) == 1:
+        when = f"at step {failed[0]}"
     return (
-        f"{len(failed)} of {len(audits)} audits have findings, the first one at step {failed[0]}."
+        f"{len(failed)} of {len(audits)} audits {verb} findings, {when}. {_worst(audits).sentence}"
     )

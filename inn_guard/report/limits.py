@@ -23,8 +23,8 @@ class Limits:
     Attributes:
         density: error of log p(x) of one sample, in nats. 0.1 nats changes an importance weight by
             10 %.
-        sampling: rate of lost draws. One draw in a thousand spoils an average that few people would
-            look at twice.
+        sampling: rate of lost draws. One lost draw in a thousand can spoil an average without being
+            noticed.
         draw: a draw x = F^-1(z) is lost if F(x) is off from z by more than this, as the root mean
             square over the latent's entries in units of the base's deviation, or if it is not
             finite.
@@ -51,7 +51,10 @@ class Limits:
     def __post_init__(self) -> None:
         for field in fields(self):
             value = getattr(self, field.name)
-            least = 0.0 if field.name == "other_inputs" else math.ulp(0.0)
+            # a share of zero says that no family may fail; a limit of zero would fail everything
+            least = math.ulp(0.0)
+            if field.name == "other_inputs":
+                least = 0.0
             if isinstance(value, bool) or not isinstance(value, (int, float)):
                 raise TypeError(f"expected the limit {field.name} as a number; got {value!r}")
             if not least <= value < math.inf:
@@ -63,7 +66,7 @@ class Limits:
             raise ValueError("expected a confidence below 1: no finite number of draws is certain")
 
     def round_trip(self, dtype: torch.dtype) -> float:
-        """The limit of a reconstruction for tensors of this dtype: at least what the dtype can hold.
+        """The limit of a reconstruction in this dtype: at least what the dtype can hold.
 
         >>> Limits().round_trip(torch.float32), Limits().round_trip(torch.bfloat16)
         (0.01, 0.0625)
@@ -80,4 +83,6 @@ class Limits:
             return Verdict.NON_FINITE
         if figure > limit:
             return Verdict.UNSTABLE
-        return Verdict.MARGINAL if figure > self.marginal * limit else Verdict.STABLE
+        if figure > self.marginal * limit:
+            return Verdict.MARGINAL
+        return Verdict.STABLE

@@ -79,13 +79,17 @@ class AuditResult:
         return hash((self.name, self.verdict, self.reason))
 
     def __repr__(self) -> str:
-        figures = ", ".join(f"{name}={self.values[name]:.3g}" for name in self.shown)
-        return f"{self.name}: {self.verdict.label}" + (f" ({figures})" if figures else "")
+        figures = [f"{name}={self.values[name]:.3g}" for name in self.shown]
+        text = f"{self.name}: {self.verdict.label}"
+        if figures:
+            text += f" ({', '.join(figures)})"
+        return text
 
     @property
     def shown(self) -> tuple[str, ...]:
         """Names of the values that a summary shows."""
-        return self.headline or tuple(self.values)[:1]
+        named = self.headline or tuple(self.values)[:1]
+        return tuple(name for name in named if name in self.values)
 
 
 _FIELDS = tuple(AuditResult.__dataclass_fields__)
@@ -113,21 +117,24 @@ def _same_tensor(a: Tensor, b: Tensor) -> bool:
 
 
 def to_full_batch(named: Mapping[str, Tensor], rows: Tensor, batch: int) -> dict[str, Any]:
-    """The arguments per_sample and measured_mask of an AuditResult, for quantities of these rows of x only.
+    """The arguments per_sample and measured_mask of an AuditResult, for some rows of x.
 
     Args:
         named: tensors (len(rows),).
         rows: indices of the samples they belong to.
         batch: B.
 
-    >>> to_full_batch({"error": torch.tensor([0.5])}, torch.tensor([1]), 3)["per_sample"]["error"].tolist()
+    >>> full = to_full_batch({"error": torch.tensor([0.5])}, torch.tensor([1]), 3)
+    >>> full["per_sample"]["error"].tolist()
     [nan, 0.5, nan]
     """
     measured_mask = torch.zeros(batch, dtype=torch.bool)
     measured_mask[rows.cpu()] = True
-    whole = {name: torch.full((batch,), math.nan, dtype=torch.float64) for name in named}
+    whole = {}
     for name, values in named.items():
+        whole[name] = torch.full((batch,), math.nan, dtype=torch.float64)
         whole[name][rows.cpu()] = values.to("cpu", torch.float64)
-    everything = bool(measured_mask.all())
-    masks = {} if everything else dict.fromkeys(named, measured_mask)
+    masks = {}
+    if not bool(measured_mask.all()):
+        masks = dict.fromkeys(named, measured_mask)
     return {"per_sample": whole, "measured_mask": masks}

@@ -1,13 +1,17 @@
-"""Which pictures an audit's section shows: a general set for every audit, and special ones by the audit's name."""
+"""Which figures a check's section shows, each with a sentence on what to see."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+import dataclasses
+import re
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from inn_guard.report.formatting import is_number
 from inn_guard.report.plots import (
     Drawing,
     attack_curve,
@@ -15,118 +19,258 @@ from inn_guard.report.plots import (
     full_spectrum,
     histogram,
     layer_bars,
+    looks,
     numeric_columns,
     pictures,
+    row_bars,
     spectrum_range,
+    standalone,
 )
 from inn_guard.report.result import AuditResult
 
-__all__ = ["SPECIAL", "Special", "drawings"]
+__all__ = ["FIGURES", "drawings", "figures"]
 
-
-@dataclass(frozen=True)
-class Special:
-    """What only one audit's section shows.
-
-    Attributes:
-        draw: its pictures, from its result.
-        shown: per-sample quantities that are in those pictures and need no histogram of their own.
-    """
-
-    draw: Callable[[AuditResult], Iterator[Drawing]]
-    shown: frozenset[str] = frozenset()
+Figures = Callable[[AuditResult], Iterator[Drawing]]
 
 
 def drawings(result: AuditResult) -> tuple[Drawing, ...]:
-    """Everything there is to see of one result: images first, then special pictures, histograms and layer bars."""
-    special = SPECIAL.get(result.name, Special(lambda _: iter(())))
-    return (
-        *_images(result),
-        *special.draw(result),
-        *_histograms(result, special.shown),
-        *_layers(result),
+    """The figures of one result: those of its check, or of an unknown check all that there are."""
+    return tuple(FIGURES.get(result.name, _everything)(result))
+
+
+def figures(results: Iterable[AuditResult]) -> dict[str, str]:
+    """The text of an SVG file for each figure, by check and title: density_error_of_log_p_x."""
+    found: dict[str, str] = {}
+    for result in results:
+        for drawing in drawings(result):
+            words = re.findall(r"\w+", f"{result.name} {drawing.title}".lower())
+            name = "_".join(words)
+            while name in found:
+                name += "_"
+            found[name] = standalone(drawing)
+    return found
+
+
+def _density(result: AuditResult) -> Iterator[Drawing]:
+    yield from _histogram(
+        result,
+        "error",
+        title="Error of log p(x)",
+        see="Samples to the right of the limit have a wrong likelihood.",
     )
 
 
-def _images(result: AuditResult) -> Iterator[Drawing]:
-    shown = {
-        name: tensor
-        for name, tensor in result.images.items()
-        if tensor.dim() == 4 and tensor.numel()
-    }
-    if shown:
-        yield pictures(shown)
+def _log_det(result: AuditResult) -> Iterator[Drawing]:
+    yield from _histogram(
+        result,
+        "error",
+        title="Error of the log-determinant",
+        see="Samples to the right of the limit show that the formula is another one.",
+    )
 
 
-def _histograms(result: AuditResult, shown: frozenset[str]) -> Iterator[Drawing]:
-    for name, values in result.per_sample.items():
-        seen = name in shown or _is_said_by_its_twin(result, name)
-        if not seen and values.dim() == 1 and values.numel() and not values.is_complex():
-            few = result.measured_mask.get(name)
-            mask = few if few is not None and few.shape == values.shape else None
-            yield histogram(name, values, unit=result.units.get(name, ""), measured_mask=mask)
+def _sampling(result: AuditResult) -> Iterator[Drawing]:
+    rows = result.tables.get("looks", ())
+    if rows and "rate_limit" in result.settings:
+        figure = looks(rows, limit=result.settings["rate_limit"])
+        see = "Draws are usable once the whole interval (blue) lies left of the limit."
+        yield dataclasses.replace(figure, see=see)
 
 
-def _is_said_by_its_twin(result: AuditResult, name: str) -> bool:
-    """Of a quantity and its log10, one is enough: the quantity if it fits floats, else the logarithm."""
-    plain = name.removeprefix("log10_")
-    if plain not in result.per_sample or f"log10_{plain}" not in result.per_sample:
-        return False
-    values = _examined(result, plain)
-    fits = bool((values.isfinite() & (values != 0)).all())
-    return fits if name != plain else not fits
+def _reconstruction(result: AuditResult) -> Iterator[Drawing]:
+    yield from _histogram(
+        result,
+        "relative_error",
+        title="Worst entry of each round trip",
+        see="Samples to the right of the limit do not come back.",
+    )
+    if result.verdict.failed:
+        yield from _histogram(
+            result,
+            "float64_error",
+            title="The same round trips in a float64 copy",
+            see="If these lie left of the limit, rounding is the cause, and more precision helps.",
+        )
+    yield from _images(result, "Magenta, or a reconstruction unlike its original, is a lost image.")
 
 
-def _layers(result: AuditResult) -> Iterator[Drawing]:
-    for name in numeric_columns(result.per_layer):
-        yield layer_bars(name, result.per_layer, unit=result.units.get(name, ""))
+def _gradient_angle(result: AuditResult) -> Iterator[Drawing]:
+    if result.per_layer:
+        figure = layer_bars(
+            "angle",
+            result.per_layer,
+            unit=result.units.get("angle", ""),
+            limit=result.settings.get("angle_limit"),
+            title="Angle between memory-saving and true gradient, by layer",
+        )
+        see = (
+            "Errors grow from the last layer to the first, since the inverse runs backwards. The "
+            "verdict holds the angle of all parameters together against the limit."
+        )
+        yield dataclasses.replace(figure, see=see)
 
 
-_SPECTRUM_ENDS = frozenset(f"{log}sigma_{end}" for log in ("", "log10_") for end in ("max", "min"))
+def _other_inputs(result: AuditResult) -> Iterator[Drawing]:
+    rows = result.tables.get("families", ())
+    if rows:
+        labels, values = [], np.full(len(rows), np.nan)
+        for place, row in enumerate(rows):
+            labels.append(str(row.get("family", "")))
+            if is_number(row.get("max_error")):
+                values[place] = float(row["max_error"])
+        figure = row_bars(
+            "max_error",
+            labels,
+            values,
+            unit=result.units.get("max_error", ""),
+            limit=result.settings.get("limit"),
+            title="Largest error of each family of inputs",
+        )
+        see = "Right of the limit the inverse is lost; the table says which families decide."
+        yield dataclasses.replace(figure, see=see)
 
 
 def _spectrum(result: AuditResult) -> Iterator[Drawing]:
-    high, low = (_log10(result, f"sigma_{end}") for end in ("max", "min"))
+    high, low = _log10(result, "sigma_max"), _log10(result, "sigma_min")
     if high is not None and low is not None:
-        yield spectrum_range(high, low)
-    yield from _whole_spectra(result)
+        see = "The longer a line, the more a rounding error can grow: its length is the condition."
+        yield dataclasses.replace(spectrum_range(high, low), see=see)
+    yield from _full_spectrum(result)
 
 
-def _whole_spectra(result: AuditResult) -> Iterator[Drawing]:
+def _full_spectrum(result: AuditResult) -> Iterator[Drawing]:
     for values in result.per_sample.values():
         if values.dim() == 2 and values.numel():
-            yield full_spectrum(values)
+            see = "A steep end on the right holds the directions in which the inverse loses digits."
+            yield dataclasses.replace(full_spectrum(values), see=see)
 
 
-def _log10(result: AuditResult, name: str) -> Tensor | None:
-    """log10 of a per-sample quantity: as measured if the audit has it (it may not fit a float), else taken here."""
-    if f"log10_{name}" in result.per_sample:
-        return _examined(result, f"log10_{name}")
-    return _examined(result, name).to(torch.float64).log10() if name in result.per_sample else None
+def _layer_blame(result: AuditResult) -> Iterator[Drawing]:
+    if result.per_layer:
+        figure = layer_bars(
+            "digits_lost",
+            result.per_layer,
+            unit=result.units.get("digits_lost", ""),
+            title="Decimal digits lost in each layer",
+        )
+        see = "The peaks are the layers to bound or replace first."
+        yield dataclasses.replace(figure, see=see)
 
 
-def _examined(result: AuditResult, name: str) -> Tensor:
-    """A per-sample quantity of the samples that it was taken from."""
-    values, mask = result.per_sample[name], result.measured_mask.get(name)
-    return values if mask is None or mask.shape != values.shape else values[mask]
-
-
-def _forecast(result: AuditResult) -> Iterator[Drawing]:
-    rows = result.tables.get("arithmetic", ())
+def _precision(result: AuditResult) -> Iterator[Drawing]:
+    rows = result.tables.get("number format", ())
     if rows:
-        yield forecast_against_measured(rows, usable=result.settings.get("usable"))
+        see = "A format works where its dot lies left of its limit."
+        yield dataclasses.replace(forecast_against_measured(rows), see=see)
+
+
+def _lipschitz_bounds(result: AuditResult) -> Iterator[Drawing]:
+    for direction in ("forward", "inverse"):
+        name = f"upper_{direction}"
+        if name in numeric_columns(result.per_layer):
+            figure = layer_bars(
+                name, result.per_layer, title=f"Certified bound of each layer, {direction}"
+            )
+            see = "The product over all layers bounds the whole map; the largest cost most."
+            yield dataclasses.replace(figure, see=see)
 
 
 def _attack(result: AuditResult) -> Iterator[Drawing]:
     rows = result.tables.get("attack_curve", ())
     if rows:
-        yield attack_curve(rows)
+        figure = attack_curve(rows, limit=result.settings.get("limit"))
+        see = "A curve that still rises at its end would rise further with more passes."
+        yield dataclasses.replace(figure, see=see)
+    yield from _images(result, "Every image of the attack is a valid dequantization.")
 
 
-#: audit name -> its special pictures, drawn before the general ones. Add one line for a new kind.
-SPECIAL: dict[str, Special] = {
-    "jacobian_spectrum": Special(_spectrum, shown=_SPECTRUM_ENDS),
-    "full_spectrum": Special(_whole_spectra),
-    "precision": Special(_forecast),
-    "dequantization_attack": Special(_attack),
+def _nothing(result: AuditResult) -> Iterator[Drawing]:
+    return iter(())
+
+
+def _everything(result: AuditResult) -> Iterator[Drawing]:
+    """A histogram of every quantity per sample, bars of every column of layers."""
+    yield from _images(result, "")
+    for name in result.per_sample:
+        if not _has_better(result, name):
+            yield from _histogram(result, name, title="", see="", limit=None)
+    yield from _full_spectrum(result)
+    for name in numeric_columns(result.per_layer):
+        yield layer_bars(name, result.per_layer, unit=result.units.get(name, ""))
+
+
+#: check -> its figures. Add one line for a new check.
+FIGURES: dict[str, Figures] = {
+    "preflight": _nothing,
+    "dry_run": _nothing,
+    "density": _density,
+    "log_det": _log_det,
+    "sampling": _sampling,
+    "reconstruction": _reconstruction,
+    "gradient_angle": _gradient_angle,
+    "out_of_distribution": _other_inputs,
+    "jacobian_spectrum": _spectrum,
+    "full_spectrum": _full_spectrum,
+    "layer_blame": _layer_blame,
+    "precision": _precision,
+    "lipschitz_bounds": _lipschitz_bounds,
+    "dequantization_attack": _attack,
 }
+
+_FROM_SETTINGS = object()  # the limit that the result's settings name
+
+
+def _histogram(
+    result: AuditResult, name: str, *, title: str, see: str, limit: Any = _FROM_SETTINGS
+) -> Iterator[Drawing]:
+    values = result.per_sample.get(name)
+    if values is None or values.dim() != 1 or not values.numel() or values.is_complex():
+        return
+    mask = result.measured_mask.get(name)
+    if mask is not None and mask.shape != values.shape:
+        mask = None
+    figure = histogram(
+        name,
+        values,
+        unit=result.units.get(name, result.units.get(f"max_{name}", "")),
+        measured_mask=mask,
+        limit=result.settings.get("limit") if limit is _FROM_SETTINGS else limit,
+        title=title,
+    )
+    yield dataclasses.replace(figure, see=see)
+
+
+def _images(result: AuditResult, see: str) -> Iterator[Drawing]:
+    shown = {}
+    for name, tensor in result.images.items():
+        if tensor.dim() == 4 and tensor.numel():
+            shown[name] = tensor
+    if shown:
+        yield dataclasses.replace(pictures(shown), see=see)
+
+
+def _has_better(result: AuditResult, name: str) -> bool:
+    """Of a quantity and its log10 one is enough: the quantity if it fits floats."""
+    plain = name.removeprefix("log10_")
+    if plain not in result.per_sample or f"log10_{plain}" not in result.per_sample:
+        return False
+    values = _examined(result, plain)
+    fits = bool((values.isfinite() & (values != 0)).all())
+    return fits == (name != plain)
+
+
+def _log10(result: AuditResult, name: str) -> Tensor | None:
+    """log10 of a quantity per sample, as measured (it may not fit a float), else taken here."""
+    if f"log10_{name}" in result.per_sample:
+        return _examined(result, f"log10_{name}")
+    if name in result.per_sample:
+        return _examined(result, name).to(torch.float64).log10()
+    return None
+
+
+def _examined(result: AuditResult, name: str) -> Tensor:
+    """A per-sample quantity of the samples that it was taken from."""
+    values, mask = result.per_sample[name], result.measured_mask.get(name)
+    if mask is None or mask.shape != values.shape:
+        return values
+    return values[mask]

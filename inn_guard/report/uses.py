@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -65,32 +66,38 @@ class UseVerdict:
     @property
     def figure(self) -> float:
         """The deciding figure; NaN if the use was not measured."""
-        return float("nan") if self.finding is None else self.finding.figure
+        return self._known.figure
 
     @property
     def limit(self) -> float:
         """What the figure is held against; NaN if the use was not measured."""
-        return float("nan") if self.finding is None else self.finding.limit
+        return self._known.limit
 
     @property
     def unit(self) -> str:
         """Unit of figure and limit."""
-        return "" if self.finding is None else self.finding.unit
+        return self._known.unit
 
     @property
     def samples(self) -> int:
         """How many rows or draws the figure is of."""
-        return 0 if self.finding is None else self.finding.samples
+        return self._known.samples
 
     @property
     def of(self) -> int:
         """How many rows there were."""
-        return 0 if self.finding is None else self.finding.of
+        return self._known.of
 
     @property
     def reason(self) -> str:
         """One sentence."""
-        return "not measured" if self.finding is None else self.finding.reason
+        return self._known.reason
+
+    @property
+    def _known(self) -> Finding:
+        if self.finding is not None:
+            return self.finding
+        return Finding(self.verdict, math.nan, math.nan, "", "not measured", samples=0, of=0)
 
     def __str__(self) -> str:
         return f"{self.use}: {self.verdict.label} ({self.reason})"
@@ -103,7 +110,9 @@ def checked_uses(uses: str | Iterable[str]) -> tuple[str, ...]:
         ValueError: if one is unknown.
         TypeError: if one is no string.
     """
-    named = [uses] if isinstance(uses, str) else list(uses)
+    if isinstance(uses, str):
+        uses = [uses]
+    named = list(uses)
     for name in named:
         if not isinstance(name, str):
             raise TypeError(f"expected uses by name, out of {', '.join(USES)}; got {name!r}")

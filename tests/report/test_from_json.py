@@ -8,9 +8,10 @@ import pytest
 import torch
 
 from inn_guard.report.audit_report import AuditReport
-from inn_guard.report.from_json import from_json
+from inn_guard.report.from_json import from_json, load
 from inn_guard.report.html import render
-from inn_guard.report.result import AuditResult, Verdict
+from inn_guard.report.result import AuditResult
+from inn_guard.report.verdict import Verdict
 from tests.report.examples import unstable_report
 
 NAN = float("nan")
@@ -37,7 +38,7 @@ def test_nan_and_inf_survive_and_are_numbers_again():
         "inf",
         values={"nan": float("nan"), "inf": float("inf"), "low": float("-inf")},
         per_sample={"e": torch.tensor([float("nan"), float("inf"), -float("inf"), 1e-310])},
-        per_layer=({"gain": float("inf"), "layer": "inf net"},),
+        per_layer=({"index": 4, "gain": float("inf"), "name": "inf net"},),
         tables={"t": ({"error": float("nan")},)},
         settings={"limit": float("inf")},
     )
@@ -45,7 +46,7 @@ def test_nan_and_inf_survive_and_are_numbers_again():
     assert str(dict(back.values)) == "{'nan': nan, 'inf': inf, 'low': -inf}"
     assert str(back.per_sample["e"].tolist()) == str(result.per_sample["e"].double().tolist())
     assert back.per_layer[0]["gain"] == float("inf")
-    assert back.per_layer[0]["layer"] == "inf net"
+    assert back.per_layer[0]["name"] == "inf net"
     assert str(back.tables["t"][0]["error"]) == "nan"
     assert back.settings["limit"] == float("inf")
     assert back.reason == "inf"
@@ -65,10 +66,13 @@ def test_which_samples_were_examined_comes_back():
 
 
 def test_a_saved_report_can_be_shown():
-    assert "layer 11 (AffineCoupling)" in render(from_json(unstable_report().to_json()))
+    assert "layer 23 (Squeeze)" in render(from_json(unstable_report().to_json()))
 
 
 GOOD = json.loads(unstable_report(samples=4, layers=2).to_json())
+
+
+FINDING = GOOD["results"][0]["uses"]["density"]
 
 
 def broken(**changes):
@@ -87,9 +91,13 @@ def broken(**changes):
         "{}",
         "NaN",
         "[" * 100_000,
-        '{"results": 1, "model": "m"}',
-        '{"results": [3], "model": "m"}',
-        '{"results": [], "model": "m", "settings": [1]}',
+        '{"schema": 1, "results": [], "model": "m"}',
+        '{"schema": true, "results": [], "model": "m"}',
+        '{"schema": 2, "results": 1, "model": "m"}',
+        '{"schema": 2, "results": [3], "model": "m"}',
+        '{"schema": 2, "results": [], "model": "m", "settings": [1]}',
+        '{"schema": 2, "results": [], "model": "m", "advice": [1]}',
+        '{"schema": 2, "results": [], "model": "m", "advice": [], "counted": [1]}',
         broken(verdict="excellent"),
         broken(verdict=None),
         broken(reason=3),
@@ -104,9 +112,47 @@ def broken(**changes):
         broken(per_layer={"a": 1}),
         broken(per_layer=[1]),
         broken(tables={"a": 1}),
+        broken(advice=3),
+        broken(headline="max_error"),
+        broken(units={"a": 1}),
+        broken(uses={"likelihood": {}}),
+        broken(uses={"density": {"verdict": "fine"}}),
+        broken(uses={"density": {**FINDING, "figure": "large"}}),
+        broken(uses={"density": {**FINDING, "samples": True}}),
     ],
     ids=lambda text: text[:24],
 )
 def test_anything_else_is_refused_in_words(text):
-    with pytest.raises(ValueError, match=r"expected a (saved report|report saved|verdict)"):
+    with pytest.raises(
+        ValueError, match=r"expected (a saved report|a report saved|a verdict|uses out of)"
+    ):
         from_json(text)
+
+
+def test_another_schema_is_refused_with_the_remedy():
+    content = {**GOOD, "schema": 3}
+    with pytest.raises(ValueError, match="schema 3: read it with the version of inn_guard that"):
+        from_json(json.dumps(content))
+
+
+def test_a_report_made_by_hand_may_leave_out_what_counts():
+    content = {**GOOD, "counted": None, "asked": None}
+    back = from_json(json.dumps(content))
+    assert back.counted is None
+    assert back.asked is None
+
+
+def test_findings_come_back():
+    back = from_json(unstable_report().to_json())
+    assert back.uses == unstable_report().uses
+
+
+def test_a_file_that_is_too_large_or_no_text_is_refused(tmp_path, monkeypatch):
+    (tmp_path / "r.json").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(ValueError, match="got no text"):
+        load(tmp_path / "r.json")
+    monkeypatch.setattr("inn_guard.report.from_json.MAX_BYTES", 2)
+    with pytest.raises(ValueError, match="at most 2 bytes, got 3 bytes"):
+        load(tmp_path / "r.json")
+    with pytest.raises(FileNotFoundError):
+        load(tmp_path / "absent.json")

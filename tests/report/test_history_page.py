@@ -1,4 +1,4 @@
-"""Pages of a training run, and the section of the precision audit: what is drawn is what was measured."""
+"""Pages of a training run, and the figure of the precision check: both show what was measured."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from inn_guard.training.regularizers import AdaptiveCoefficient, NormalizingFlow
 from tests.oracles.regularizers import TwoCouplings
 
 
-def rows(values, name="glance.relative_error", verdict="stable"):
+def rows(values, name="reconstruction.relative_error", verdict="stable"):
     return [{"step": 10 * k, "verdict": verdict, name: value} for k, value in enumerate(values)]
 
 
@@ -47,7 +47,7 @@ def test_a_run_from_its_csv_file(tmp_path):
     assert titles(page)[:4] == [
         "Jacobian spectrum: condition number",
         "Gradient angle: max angle",
-        "Glance: relative error",
+        "Quick round trip: relative error",
         "Coefficient",
     ]
     assert "Jacobian spectrum: log10 condition number" not in page
@@ -68,7 +68,7 @@ def test_captions_say_what_was_measured():
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 def test_numbers_without_a_place_are_said(bad):
     drawn = history("x", [0, 1, 2], [1e-9, bad, 1e9], failed=[False] * 3)
-    assert "1 steps without a number" in drawn.caption
+    assert "Vertical lines: 1 of 3 steps with NaN or Inf." in drawn.caption
     assert "no finite number" in history("x", [0, 1], [bad, bad], failed=[True, True]).markup
 
 
@@ -101,14 +101,34 @@ def test_the_logarithm_stands_in_where_the_number_fits_no_float():
         }
         for k, (value, power) in enumerate([(10.0, 1.0), (math.inf, 400.0)])
     ]
-    assert titles(render_history(audits)) == ["S: log10 condition number"]
+    assert titles(render_history(audits)) == ["S: condition number"]
+    assert "10⁴⁰⁰" in render_history(audits)
     assert titles(render_history(audits[:1])) == ["S: condition number"]
 
 
 def test_the_worst_verdict_and_its_first_step():
     page = render_history(rows([1.0, 1.0, 1.0]) + rows([2.0], verdict="non_finite"))
-    assert "1 of 4 audits have findings, the first one at step 0" in page
+    assert "1 of 4 audits has findings, at step 0. NaN or Inf came out of the model." in page
     assert "Not finite" in page
+
+
+def test_a_clean_run_says_nothing_more():
+    page = render_history(rows([1.0] * 6))
+    assert "6 audits between steps 0 and 50, none with findings.</p>" in page
+    marginal = render_history(rows([1.0, 2.0], verdict="marginal"))
+    assert "none with findings. The worst verdict is marginal.</p>" in marginal
+    assert "One audit, at step 0. Errors stay below" in render_history(rows([1.0]))
+
+
+def test_several_findings_name_the_first():
+    page = render_history(rows([1.0, 2.0, 3.0], verdict="unstable"))
+    assert "3 of 3 audits have findings, the first one at step 0. An error exceeds" in page
+
+
+def test_zeros_have_no_line_and_are_counted():
+    drawn = history("x", [0, 1, 2], [1e-9, 0.0, 1e9], failed=[False] * 3)
+    assert "Not drawn: 1 of 3 steps, zero or negative." in drawn.caption
+    assert "Vertical" not in drawn.caption
 
 
 def test_what_is_no_history_is_refused(tmp_path):
@@ -116,24 +136,22 @@ def test_what_is_no_history_is_refused(tmp_path):
         write_history([], tmp_path / "h.html")
     with pytest.raises(ValueError, match="a step and a verdict"):
         write_history([{"step": 1, "verdict": "fine"}], tmp_path / "h.html")
+    with pytest.raises(TypeError, match=r"pass read_csv\('stab.csv'\)|rows"):
+        write_history("stab.csv", tmp_path / "h.html")
+    with pytest.raises(TypeError, match=r"map\(Record.row, records\)|rows"):
+        write_history([3], tmp_path / "h.html")
     assert not list(tmp_path.iterdir())
 
 
 def test_the_precision_section_has_its_plot_and_its_table():
     report = audit(TwoCouplings().double(), torch.randn(16, 6), checks=["precision"])
     page = render(report)
-    assert "Forecast and measurement in each arithmetic" in titles(page)
-    for row in report["precision"].tables["arithmetic"]:
-        assert row["arithmetic"] in page
-    right = [
-        r
-        for r in report["precision"].tables["arithmetic"]
-        if r["forecast verdict"] in ("works", "breaks")
-    ]
-    assert (
-        f"The forecast decides {len(right)} of 5 arithmetics and is right in {len(right)} of them."
-        in page
-    )
+    assert "Forecast and measurement in each number format" in titles(page)
+    right = 0
+    for row in report["precision"].tables["number format"]:
+        assert row["number format"] in page
+        right += row["forecast verdict"] in ("works", "breaks")
+    assert f"The forecast decides {right} of 5 number formats and is right in {right} of" in page
 
 
 def both(forecast, measured):
@@ -142,15 +160,18 @@ def both(forecast, measured):
 
 def test_the_precision_plot_says_what_it_cannot_place():
     table = [
-        {"arithmetic": "a", "forecast": 1e-9, "measured": 0.0, **both("works", "works")},
-        {"arithmetic": "b", "forecast": math.inf, "measured": math.inf, "measured verdict": "breaks"},
-        {"arithmetic": "c", "forecast": math.nan, "measured": math.inf, "measured verdict": "refused"},
-        {"arithmetic": "<d>", "forecast": 1e-3, "measured": 1e3, **both("works", "breaks")},
-    ]  # fmt: skip
-    drawn = forecast_against_measured(table, usable=0.01)
-    for word in ("exact", "measured Inf", "refused", "&lt;d&gt;"):
+        {"usable": 0.01, "forecast": 1e-9, "measured": 0.0, **both("works", "works")},
+        {"forecast": math.inf, "measured": math.inf, "measured verdict": "breaks"},
+        {"forecast": math.nan, "measured": math.inf, "measured verdict": "refused"},
+        {"forecast": 1e-3, "measured": 1e3, **both("works", "breaks")},
+        {"forecast": 1e-3, "measured": None},
+    ]
+    for name, row in zip(("a", "b", "c", "<d>", "e"), table, strict=True):
+        row["number format"] = name
+    drawn = forecast_against_measured(table)
+    for word in ("exact", "measured Inf", "refused", "&lt;d&gt;", "not measured"):
         assert word in drawn.markup
-    assert "decides 2 of 4 arithmetics and is right in 1" in drawn.caption
+    assert "decides 2 of 5 number formats and is right in 1" in drawn.caption
 
 
 def test_a_model_that_is_nowhere_finite_has_a_precision_section():
@@ -158,4 +179,4 @@ def test_a_model_that_is_nowhere_finite_has_a_precision_section():
     with torch.no_grad():
         model.networks[0][0].weight.fill_(math.nan)
     result = precision(model, torch.randn(4, 6))
-    assert "measured Inf" in forecast_against_measured(result.tables["arithmetic"]).markup
+    assert "measured Inf" in forecast_against_measured(result.tables["number format"]).markup

@@ -16,7 +16,16 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 from PIL import Image
 
-from inn_guard.report.plots import full_spectrum, histogram, layer_bars, pictures, spectrum_range
+from inn_guard.report.plots import (
+    full_spectrum,
+    histogram,
+    layer_bars,
+    looks,
+    pictures,
+    row_bars,
+    spectrum_range,
+    standalone,
+)
 from inn_guard.report.plots.axis_scale import scale_for
 
 NAN, INF = float("nan"), float("inf")
@@ -50,7 +59,7 @@ def test_any_numbers_can_be_drawn_and_the_missing_are_counted(values):
     for name, bad in (("NaN", np.isnan(values)), ("infinite", np.isinf(values))):
         found = re.search(rf"(\d+) of {values.size} (?:is|are) {name}", drawing.caption)
         assert (int(found.group(1)) if found else 0) == bad.sum()
-    rows = [{"layer": "x", "gain": value} for value in values.tolist()]
+    rows = [{"index": 4, "name": "x", "gain": value} for value in values.tolist()]
     ElementTree.fromstring(layer_bars("gain", rows).markup)
     powers = torch.from_numpy(np.where(np.abs(values) > 1e4, np.copysign(np.inf, values), values))
     ElementTree.fromstring(spectrum_range(powers, powers - 1).markup)
@@ -65,7 +74,7 @@ def test_every_finite_number_has_a_place_but_zero_and_negatives_on_a_logarithmic
 
 
 def test_samples_that_were_not_examined_are_no_nan():
-    """Of five samples two were examined, and one of these is NaN: one finding, three that nobody looked at."""
+    """Of five samples two were examined, and one of these is NaN: one finding."""
     values, measured_mask = (
         torch.tensor([NAN, 0.5, NAN, NAN, NAN]),
         torch.tensor([False, True, True, False, False]),
@@ -113,17 +122,85 @@ def test_bar_heights_add_up_to_the_samples():
 
 def test_bars_mark_the_largest_and_name_what_is_not_finite():
     rows = [
-        {"layer": "A", "gain": 1.0},
-        {"layer": "B", "gain": 7.0},
-        {"layer": "C", "gain": NAN},
-        {"layer": "D"},
+        {"index": 2, "name": "A", "gain": 1.0},
+        {"index": 5, "name": "B", "gain": 7.0},
+        {"index": 6, "name": "C", "gain": NAN},
+        {"index": 9, "name": "D"},
     ]
     drawing = layer_bars("gain", rows[:2])
-    assert "largest: 7 in 1 B" in drawing.caption.replace("  ", " ")
+    assert "Largest: 7 in 5  B." in drawing.caption
     assert count(drawing, "fill: var(--high)") == 1
-    assert {"0  A", "1  B"} <= set(texts(drawing))
+    assert {"2  A", "5  B"} <= set(texts(drawing))
     assert texts(layer_bars("gain", rows)).count("NaN") == 2
-    assert "2 of 4 layers have no finite number" in layer_bars("gain", rows).caption
+    assert "2 of 4 have no finite number" in layer_bars("gain", rows).caption
+
+
+def test_zeros_are_drawn_as_nothing_and_counted():
+    values = np.array([0.0, 1e-9, 1.0, INF])
+    drawing = row_bars("error", ["a", "b", "c", "d"], values)
+    assert "1 of 4 are exactly zero and not drawn." in drawing.caption
+    assert texts(drawing).count("Inf") == 1
+    assert "0" not in texts(drawing)
+
+
+def test_many_layers_with_zeros_have_no_line_of_the_colour_of_nan():
+    rows = [{"index": k, "name": "x", "gain": 10.0 ** -(k % 9)} for k in range(60)]
+    for row in rows[::2]:
+        row["gain"] = 0.0
+    drawing = layer_bars("gain", rows)
+    assert "30 of 60 are exactly zero and not drawn." in drawing.caption
+    assert "var(--bad)" not in drawing.markup
+    rows[3]["gain"] = NAN
+    assert "var(--bad)" in layer_bars("gain", rows).markup
+
+
+def test_a_logarithm_is_not_taken_twice():
+    rows = [{"index": k, "name": "x", "log10_gain": float(-k)} for k in range(5)]
+    drawing = layer_bars("log10_gain", rows, unit="log10")
+    assert "gain" in texts(drawing)
+    assert "10⁻⁴" in texts(drawing)
+    assert "Largest: 1 in 0  x." in drawing.caption
+    powers = histogram("log10_condition_number", torch.tensor([1.0, 400.0]), unit="log10")
+    assert "largest 10⁴⁰⁰" in powers.caption
+    assert "condition number" in texts(powers)
+    digits = layer_bars("digits_lost", [{"index": 0, "digits_lost": 1e-9}, {"digits_lost": 2.0}])
+    assert not [text for text in texts(digits) if "10⁻" in text]
+
+
+def test_a_limit_is_a_line_and_parts_the_bars():
+    values = torch.tensor([1e-8, 1e-7, 1e-6, 0.5])
+    drawing = histogram("error", values, unit="nats", limit=0.1)
+    assert "limit 0.1" in texts(drawing)
+    assert "1 of 4 are above the limit 0.1." in drawing.caption
+    assert count(drawing, "fill: var(--high)") >= 1
+    assert "limit" not in histogram("error", values).caption
+    assert "limit 0.1" in texts(histogram("error", torch.zeros(3) + 1e-9, limit=0.1))
+    rows = [{"index": k, "name": "x", "angle": 0.3 * k} for k in range(50)]
+    assert "16 of 50" not in layer_bars("angle", rows).caption
+    assert "46 of 50 are above the limit 1." in layer_bars("angle", rows, limit=1.0).caption
+
+
+def test_numbers_that_are_all_zero_are_no_finding():
+    drawing = histogram("error", torch.zeros(4), limit=0.1)
+    assert "0 of 4 are above the limit" in drawing.caption
+    assert "no finite number to show" not in texts(drawing)
+
+
+def test_looks_show_the_interval_and_the_limit():
+    rows = [
+        {"draws": 1024, "lost": 0, "rate_low": 0.0, "rate_high": 0.0036},
+        {"draws": 4096, "lost": 2, "rate_low": 6e-5, "rate_high": 0.00176},
+    ]
+    drawing = looks(rows, limit=1e-3)
+    assert {"0 of 1,024", "2 of 4,096", "limit 0.1 %"} <= set(texts(drawing))
+    assert drawing.caption == "After 4,096 draws the rate lies between 0.006 and 0.176 %."
+
+
+def test_a_figure_of_its_own_needs_no_page():
+    text = standalone(histogram("error", torch.tensor([1.0, 2.0])))
+    ElementTree.fromstring(text)
+    assert "var(" not in text
+    assert "#0072b2" in text
 
 
 def test_shares_of_a_whole_are_compared_by_length():
@@ -133,8 +210,8 @@ def test_shares_of_a_whole_are_compared_by_length():
 
 
 def test_many_layers_become_a_line():
-    drawing = layer_bars("gain", [{"gain": float(k + 1)} for k in range(300)])
-    assert "layer 299" in texts(drawing)
+    drawing = layer_bars("gain", [{"index": 2 * k, "gain": float(k + 1)} for k in range(300)])
+    assert "layer 598" in texts(drawing)
     assert count(drawing, "fill: var(--low)") == 0
 
 
@@ -143,7 +220,7 @@ def test_many_layers_become_a_line():
     ["$", r"$\frac{", "<script>alert(1)</script>", 'id="a"', "a\x00b\ud800", "日本 μ", "x\ny"],
 )
 def test_names_are_text_never_mathematics_or_markup(name):
-    drawing = layer_bars(name, [{"layer": name, name: 1.0}, {"layer": name, name: 2.0}], unit=name)
+    drawing = layer_bars(name, [{"name": name, name: 1.0}, {"name": name, name: 2.0}], unit=name)
     root = ElementTree.fromstring(drawing.markup)
     assert not list(root.iter("script"))
     shown = "".join(texts(drawing))
@@ -188,7 +265,7 @@ def test_difference_has_its_own_symmetric_scale_and_the_rest_that_of_the_first()
     drawing = pictures(
         {"original": original, "reconstruction": original * 100, "difference": original * 99}
     )
-    assert "cut at its ends" in drawing.caption
+    assert "values cut at its ends" in drawing.caption
     assert len(painted(drawing)) == 6
     zero = painted(pictures({"difference": torch.tensor([[[[0.0, 1.0, -1.0]]]])}))[0][0]
     assert min(zero[0]) > 240

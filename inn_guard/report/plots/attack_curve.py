@@ -8,44 +8,41 @@ from typing import Any
 import numpy as np
 
 from inn_guard.report.formatting import format_number
-from inn_guard.report.plots.svg import BAD, HIGH, LOW, Drawing, axes, decades, drawing
+from inn_guard.report.plots.svg import BAD, HIGH, LOW, Drawing, axes, decades, drawing, legend
 
 __all__ = ["attack_curve"]
 
 
-def attack_curve(rows: Sequence[Mapping[str, Any]]) -> Drawing:
-    """Median and largest finite error against forward-equivalents, on a logarithmic axis.
+def attack_curve(rows: Sequence[Mapping[str, Any]], *, limit: float | None = None) -> Drawing:
+    """Median and largest finite error against forward passes, on a logarithmic axis.
 
     Args:
         rows: with the columns forward_equivalents, median_error, largest_error and broken_samples.
+        limit: the error up to which a round trip is usable; drawn as a line.
     """
-    spent, median, largest = (
-        np.array([float(row[key]) for row in rows])
-        for key in ("forward_equivalents", "median_error", "largest_error")
-    )
+    spent = np.array([float(row["forward_equivalents"]) for row in rows])
+    largest = np.array([float(row["largest_error"]) for row in rows])
+    median = np.array([float(row["median_error"]) for row in rows])
     figure, axis = axes()
     for values, colour in ((largest, HIGH), (median, LOW)):
         with np.errstate(all="ignore"):
             powers = np.log10(values)
-        axis.step(
-            spent,
-            np.where(np.isfinite(powers), powers, np.nan),
-            where="post",
-            color=colour,
-            linewidth=1.2,
-        )
-    broken = [
-        (row["forward_equivalents"], row["broken_samples"]) for row in rows if row["broken_samples"]
-    ]
-    if broken:
-        axis.axvline(broken[0][0], color=BAD, linewidth=1)
+        drawn = np.where(np.isfinite(powers), powers, np.nan)
+        axis.step(spent, drawn, where="post", color=colour, linewidth=1.2)
+    lost = ""
+    for row in rows:
+        if row["broken_samples"]:
+            passes = row["forward_equivalents"]
+            axis.axvline(passes, color=BAD, linewidth=1)
+            lost = f" First NaN or Inf after {format_number(passes)} passes (vertical line)."
+            break
+    if limit is not None and limit > 0:
+        axis.axhline(np.log10(limit), color=BAD, linewidth=1.1, linestyle=(0, (4, 2)))
     axis.set_xlabel("forward passes spent per sample")
     axis.set_ylabel("error found [units of x]")
     decades(axis.yaxis)
-    axis.text(0.0, 1.02, "— largest", color=HIGH, size=9, transform=axis.transAxes)
-    axis.text(0.24, 1.02, "— median", color=LOW, size=9, transform=axis.transAxes)
-    lost = f" First NaN or Inf after {format_number(broken[0][0])} passes (line)." if broken else ""
-    caption = (
-        f"From {format_number(largest[0])} at the centres to {format_number(largest[-1])}.{lost}"
+    legend(axis, ("— largest", HIGH), ("— median", LOW))
+    first, last = format_number(largest[0]), format_number(largest[-1])
+    return drawing(
+        figure, f"From {first} at the centres to {last}.{lost}", title="What the attack found"
     )
-    return drawing(figure, caption, title="What the attack found")

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from inn_guard.report.formatting import legible, power_of_ten
+from inn_guard.report.formatting import format_number, legible, power_of_ten, title
 
 __all__ = ["Scale", "scale_for", "to_numpy"]
 
-_WIDE = 30.0  # positive numbers that differ by more than this factor are told apart on a logarithmic axis only
+#: Positive numbers that differ by more than this factor are told apart on a logarithmic axis only.
+_WIDE = 30.0
 
 
 @dataclass(frozen=True)
@@ -20,38 +22,67 @@ class Scale:
     """Positions of numbers on an axis: log10(value) where ``logarithmic``, else value / 10^power.
 
     Dividing by a power of ten keeps numbers near the ends of float64 within what a plot can place.
+
+    Attributes:
+        logarithmic: whether ticks are powers of ten.
+        power: see above.
+        exponents: whether the numbers are logarithms already, as those of a quantity named log10_*
+            are; they are placed as they come, and read as the powers of ten that they stand for.
     """
 
     logarithmic: bool
     power: int = 0
+    exponents: bool = False
 
     def place(self, values: np.ndarray) -> np.ndarray:
-        """Where ``values`` lie; NaN where they have no place: not finite, or not positive on a logarithmic axis."""
+        """Where ``values`` lie; NaN where one has no place: not finite, or no logarithm."""
+        shown = values
         with np.errstate(all="ignore"):
-            shown = np.log10(values) if self.logarithmic else values / 10.0**self.power
+            if self.logarithmic and not self.exponents:
+                shown = np.log10(values)
+            elif not self.logarithmic:
+                shown = values / 10.0**self.power
         return np.where(np.isfinite(shown), shown, np.nan)
 
-    def label(self, text: str, unit: str = "") -> str:
-        """``text`` with its unit and, where the axis is scaled, the power of ten."""
-        factor = power_of_ten(self.power) if self.power else ""
-        return legible(f"{text} [{f'{factor} {unit}'.strip()}]" if factor or unit else text)
+    def text(self, value: float) -> str:
+        """One of the numbers in words."""
+        if not self.exponents:
+            return format_number(value)
+        if value == -math.inf:
+            return "0"
+        return power_of_ten(value) if math.isfinite(value) else format_number(value)
+
+    def label(self, name: str, unit: str = "") -> str:
+        """The quantity with its unit and, where the axis is scaled, the power of ten."""
+        text = title(name)
+        if self.exponents:
+            text, unit = title(name.removeprefix("log10_")), unit.removeprefix("log10").strip()
+        if self.power:
+            unit = f"{power_of_ten(self.power)} {unit}".strip()
+        return legible(f"{text} [{unit}]" if unit else text)
 
 
-def scale_for(values: np.ndarray) -> Scale:
-    """The axis that fits the finite ones of ``values``."""
+def scale_for(values: np.ndarray, name: str = "") -> Scale:
+    """The axis that fits the finite ones of ``values``.
+
+    Args:
+        values: the numbers.
+        name: the quantity. One named log10_* is a logarithm already; so is a number of digits.
+    """
+    if name.startswith("log10_"):
+        return Scale(logarithmic=True, exponents=True)
+    if name.startswith("digits"):
+        return Scale(logarithmic=False)
     shown = values[np.isfinite(values)]
     positive = shown[shown > 0]
-    if (
-        positive.size
-        and not (shown < 0).any()
-        and (positive.max() > 1e4 or positive.min() < positive.max() / _WIDE)
-    ):
-        return Scale(logarithmic=True)
-    if positive.size == shown.size and positive.size and positive.max() < 1e-3:
-        return Scale(logarithmic=True)
+    if positive.size and not (shown < 0).any():
+        spread = positive.max() > 1e4 or positive.min() < positive.max() / _WIDE
+        if spread or (positive.size == shown.size and positive.max() < 1e-3):
+            return Scale(logarithmic=True)
     largest = np.abs(shown).max(initial=0.0)
-    power = 0 if largest == 0 or 1e-2 <= largest < 1e4 else int(np.floor(np.log10(largest)))
-    return Scale(logarithmic=False, power=max(power, -300))
+    if largest == 0 or 1e-2 <= largest < 1e4:
+        return Scale(logarithmic=False)
+    return Scale(logarithmic=False, power=max(int(np.floor(np.log10(largest))), -300))
 
 
 def to_numpy(values: Tensor) -> np.ndarray:

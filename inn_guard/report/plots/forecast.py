@@ -1,4 +1,4 @@
-"""Forecast and measured error of the round trip, arithmetic by arithmetic."""
+"""Forecast and measured error of the round trip in each number format."""
 
 from __future__ import annotations
 
@@ -10,79 +10,84 @@ import numpy as np
 from matplotlib.axes import Axes
 
 from inn_guard.report.formatting import format_number, legible
-from inn_guard.report.plots.svg import BAD, HIGH, LOW, MUTED, Drawing, axes, decades, drawing
+from inn_guard.report.plots.svg import (
+    BAD,
+    HIGH,
+    LOW,
+    MUTED,
+    Drawing,
+    axes,
+    decades,
+    drawing,
+    legend,
+)
 
 __all__ = ["forecast_against_measured"]
 
 
-def forecast_against_measured(
-    rows: Sequence[Mapping[str, Any]], *, usable: float | None = None
-) -> Drawing:
-    """One line per arithmetic: a ring where the forecast lies, a dot where the measurement does, on one error axis.
+def forecast_against_measured(rows: Sequence[Mapping[str, Any]]) -> Drawing:
+    """A line per number format: a ring at the forecast, a dot at the measurement, a limit.
 
     Args:
-        rows: with the columns arithmetic, forecast and measured, errors in units of |x|.
-        usable: the error up to which an inverse is usable, drawn as a line.
+        rows: with the columns "number format", forecast and measured, errors in units of |x|, and
+            usable: the error up to which an inverse in that format is usable.
     """
-    forecast, measured = (
-        np.array([math.nan if row[key] is None else float(row[key]) for row in rows])
-        for key in ("forecast", "measured")
-    )
-    with np.errstate(all="ignore"):
-        hollow, solid = np.log10(forecast), np.log10(measured)
     figure, axis = axes(5.2, 1.2 + 0.32 * len(rows))
-    at = np.arange(len(rows))
-    for place, ring, dot in zip(at, hollow, solid, strict=True):
-        if np.isfinite(ring) and np.isfinite(dot):
-            axis.plot([ring, dot], [place, place], color=MUTED, linewidth=0.8)
-    axis.plot(
-        np.where(np.isfinite(hollow), hollow, np.nan),
-        at,
-        "o",
-        color=LOW,
-        markersize=7,
-        fillstyle="none",
-    )
-    axis.plot(np.where(np.isfinite(solid), solid, np.nan), at, "o", color=HIGH, markersize=4)
-    if usable is not None:
-        axis.axvline(np.log10(usable), color=MUTED, linewidth=0.8, linestyle=(0, (3, 2)))
-    _unplaced(axis, [(k, row) for k, row in enumerate(rows) if not np.isfinite(solid[k])])
-    axis.set_yticks(at, labels=[legible(row["arithmetic"]) for row in rows], parse_math=False)
+    for place, row in enumerate(rows):
+        _draw_row(axis, place, row)
+    labels = [legible(row["number format"]) for row in rows]
+    axis.set_yticks(range(len(rows)), labels=labels, parse_math=False)
     axis.set_ylim(len(rows) - 0.4, -0.6)
     axis.grid(visible=False, axis="y")
     axis.set_xlabel("error of the round trip, 95 % of samples [|x|]")
     decades(axis.xaxis)
-    axis.text(0.0, 1.02, "○ forecast", color=LOW, size=9, transform=axis.transAxes)
-    axis.text(0.24, 1.02, "● measured", color=HIGH, size=9, transform=axis.transAxes)
-    return drawing(
-        figure, _caption(rows, usable), title="Forecast and measurement in each arithmetic"
+    legend(axis, ("○ forecast", LOW), ("● measured", HIGH), ("¦ limit", BAD))
+    return drawing(figure, _caption(rows), title="Forecast and measurement in each number format")
+
+
+def _draw_row(axis: Axes, place: int, row: Mapping[str, Any]) -> None:
+    forecast, measured, usable = _log10(row, "forecast"), _log10(row, "measured"), None
+    if "usable" in row:
+        usable = _log10(row, "usable")
+        axis.plot([usable, usable], [place - 0.38, place + 0.38], color=BAD, linestyle=(0, (3, 2)))
+    if math.isfinite(forecast) and math.isfinite(measured):
+        axis.plot([forecast, measured], [place, place], color=MUTED, linewidth=0.8)
+    if math.isfinite(forecast):
+        axis.plot([forecast], [place], "o", color=LOW, markersize=7, fillstyle="none")
+    if math.isfinite(measured):
+        axis.plot([measured], [place], "o", color=HIGH, markersize=4)
+    else:
+        _in_words(axis, place, row)
+
+
+def _log10(row: Mapping[str, Any], name: str) -> float:
+    """log10 of an error; NaN where it was not measured, not finite or zero."""
+    if row.get(name) is None:
+        return math.nan
+    with np.errstate(all="ignore"):
+        return float(np.log10(float(row[name])))
+
+
+def _in_words(axis: Axes, place: int, row: Mapping[str, Any]) -> None:
+    """A measurement that has no place on a logarithmic axis, at its right end."""
+    text, colour = "not measured", MUTED
+    if row.get("measured verdict") == "refused":
+        text, colour = "refused", BAD
+    elif row["measured"] == 0:
+        text = "exact"
+    elif row["measured"] is not None:
+        text, colour = f"measured {format_number(row['measured'])}", BAD
+    where = axis.get_yaxis_transform()
+    axis.text(0.99, place, text, color=colour, ha="right", va="center", size=9, transform=where)
+
+
+def _caption(rows: Sequence[Mapping[str, Any]]) -> str:
+    decided = right = 0
+    for row in rows:
+        if row.get("forecast verdict") in ("works", "breaks"):
+            decided += 1
+            right += row["forecast verdict"] == row.get("measured verdict")
+    return (
+        f"The forecast decides {decided} of {len(rows)} number formats and is right in {right} of "
+        "them."
     )
-
-
-def _unplaced(axis: Axes, rows: Sequence[tuple[int, Mapping[str, Any]]]) -> None:
-    """Measurements that have no place on a logarithmic axis, in words at its right end."""
-    for place, row in rows:
-        exact = row["measured"] == 0
-        refused = row.get("measured verdict") == "refused"
-        text = (
-            "exact"
-            if exact
-            else "refused"
-            if refused
-            else f"measured {format_number(row['measured'])}"
-        )
-        axis.text(
-            0.99, place, text, color=MUTED if exact else BAD, ha="right", va="center", size=9,
-            transform=axis.get_yaxis_transform(),
-        )  # fmt: skip
-
-
-def _caption(rows: Sequence[Mapping[str, Any]], usable: float | None) -> str:
-    decided = [row for row in rows if row.get("forecast verdict") in ("works", "breaks")]
-    right = sum(row["forecast verdict"] == row.get("measured verdict") for row in decided)
-    line = (
-        f" Dashed: {format_number(usable)} |x|, up to which an inverse is usable."
-        if usable is not None
-        else ""
-    )
-    return f"The forecast decides {len(decided)} of {len(rows)} arithmetics and is right in {right} of them.{line}"

@@ -1,4 +1,4 @@
-"""One number per layer, as bars in the order of the chain."""
+"""One number per layer, or per row of another table, in the order of the rows."""
 
 from __future__ import annotations
 
@@ -8,106 +8,188 @@ from typing import Any
 import numpy as np
 from matplotlib.axes import Axes
 
-from inn_guard.report.formatting import format_number, heading, is_number, legible, title
+from inn_guard.report.formatting import format_number, heading, is_number, legible
 from inn_guard.report.plots.axis_scale import Scale, scale_for
-from inn_guard.report.plots.svg import BAD, HIGH, INK, LOW, Drawing, axes, decades, drawing
+from inn_guard.report.plots.svg import (
+    BAD,
+    GRID,
+    HIGH,
+    INK,
+    LOW,
+    Drawing,
+    axes,
+    decades,
+    drawing,
+    limit_line,
+)
 
-__all__ = ["layer_bars", "layer_label", "numeric_columns"]
+__all__ = ["layer_bars", "layer_label", "numeric_columns", "row_bars"]
 
-_NAMED = 40  # more layers than this are drawn as a step line, without their names
+_NAMED = 40  #: more layers than this are drawn as a step line, without their names
 
 
-def layer_label(row: Mapping[str, Any], index: int) -> str:
-    """What a plot calls layer ``index``: its number and its name, at most 30 characters."""
-    name = next((str(row[key]) for key in ("layer", "name") if isinstance(row.get(key), str)), "")
-    text = legible(f"{index}  {name}".strip()).replace("\n", " ")
+def layer_label(row: Mapping[str, Any]) -> str:
+    """What a plot calls a layer: its own number and its name, at most 30 characters."""
+    parts = [str(row[key]) for key in ("index", "name") if key in row]
+    text = legible("  ".join(parts)).replace("\n", " ")
     return text if len(text) <= 30 else f"{text[:29]}…"
 
 
 def numeric_columns(rows: Sequence[Mapping[str, Any]]) -> list[str]:
-    """The columns that hold a number in some row, in order of appearance; a layer's own index is not one."""
-    names = dict.fromkeys(key for row in rows for key, value in row.items() if is_number(value))
-    return [name for name in names if name not in ("index", "layer", "position")]
+    """The columns that hold a number in some row, in order of appearance; not the layer's index."""
+    names: dict[str, None] = {}
+    for row in rows:
+        for key, value in row.items():
+            if is_number(value) and key != "index":
+                names[key] = None
+    return list(names)
 
 
-def layer_bars(name: str, rows: Sequence[Mapping[str, Any]], *, unit: str = "") -> Drawing:
-    """Bars of one column of `AuditResult.per_layer`, the largest marked; a step line where there are many layers.
+def layer_bars(
+    name: str,
+    rows: Sequence[Mapping[str, Any]],
+    *,
+    unit: str = "",
+    limit: float | None = None,
+    title: str = "",
+) -> Drawing:
+    """One column of `AuditResult.per_layer`, the largest marked; a step line for many layers.
+
+    Layers are named by their own index, never by the position of their row.
 
     Args:
         name: the column.
         rows: one per layer, first layer first.
         unit: of the numbers.
+        limit: what they are held against; it is drawn as a line.
+        title: heading. Default: the name.
     """
-    values = np.array([float(row[name]) if is_number(row.get(name)) else np.nan for row in rows])
-    scale = Scale(logarithmic=False) if _are_shares(values) else scale_for(values)
-    places = scale.place(values)
+    values = _column(name, rows)
+    labels = [layer_label(row) for row in rows]
     if len(rows) <= _NAMED:
-        figure, axis = axes(5.2, 0.9 + 0.19 * max(4, len(rows)))
-        _bars(
-            axis,
-            places,
-            scale,
-            values=values,
-            labels=[layer_label(row, index) for index, row in enumerate(rows)],
-        )
-        axis.set_xlabel(scale.label(title(name), unit))
-    else:
-        figure, axis = axes()
-        _steps(axis, places, scale)
-        axis.set_ylabel(scale.label(title(name), unit))
-    return drawing(figure, _caption(values, rows), title=heading(name))
+        return row_bars(name, labels, values, unit=unit, limit=limit, title=title)
+    scale = _scale(name, values, limit)
+    figure, axis = axes()
+    index = np.array([int(row.get("index", place)) for place, row in enumerate(rows)])
+    _steps(axis, index, values, scale)
+    axis.set_ylabel(scale.label(name, unit))
+    border = _place(limit, scale)
+    if border is not None:
+        axis.axhline(border, color=BAD, linewidth=1.1, linestyle=(0, (4, 2)))
+    caption = _caption(values, labels, scale, limit)
+    return drawing(figure, caption, title=title or heading(name))
 
 
-def _are_shares(values: np.ndarray) -> bool:
-    """Whether the numbers are parts of a whole, to be compared by their lengths."""
-    return bool(
-        values.size > 1 and ((values >= 0) & (values <= 1)).all() and abs(values.sum() - 1) < 1e-6
-    )
+def row_bars(
+    name: str,
+    labels: Sequence[str],
+    values: np.ndarray,
+    *,
+    unit: str = "",
+    limit: float | None = None,
+    title: str = "",
+) -> Drawing:
+    """A bar per row: from zero on a linear axis, a dot at the value on a logarithmic one.
+
+    Args:
+        name: the quantity.
+        labels: of the rows.
+        values: the numbers, NaN where a row has none.
+        unit: of the numbers.
+        limit: what they are held against; it is drawn as a line.
+        title: heading. Default: the name.
+    """
+    scale = _scale(name, values, limit)
+    figure, axis = axes(5.2, 0.9 + 0.19 * max(4, len(labels)))
+    border = _place(limit, scale)
+    _bars(axis, values, scale, labels=labels, border=border)
+    if limit is not None and border is not None:
+        limit_line(axis, border, f"limit {format_number(limit)}")
+    axis.set_xlabel(scale.label(name, unit))
+    if scale.logarithmic:
+        decades(axis.xaxis)
+    caption = _caption(values, labels, scale, limit)
+    return drawing(figure, caption, title=title or heading(name))
+
+
+def _column(name: str, rows: Sequence[Mapping[str, Any]]) -> np.ndarray:
+    values = np.full(len(rows), np.nan)
+    for place, row in enumerate(rows):
+        if is_number(row.get(name)):
+            values[place] = float(row[name])
+    return values
+
+
+def _scale(name: str, values: np.ndarray, limit: float | None) -> Scale:
+    shares = values.size > 1 and ((values >= 0) & (values <= 1)).all()
+    if shares and abs(values.sum() - 1) < 1e-6:
+        # parts of a whole are compared by their lengths
+        return Scale(logarithmic=False)
+    against = [] if limit is None else [limit]
+    return scale_for(np.concatenate([values, against]), name)
+
+
+def _place(limit: float | None, scale: Scale) -> float | None:
+    """Where a limit lies; None without one, or where zero has no place."""
+    if limit is None or np.isnan(scale.place(np.array(limit))):
+        return None
+    return float(scale.place(np.array(limit)))
 
 
 def _bars(
-    axis: Axes, places: np.ndarray, scale: Scale, *, values: np.ndarray, labels: list[str]
+    axis: Axes, values: np.ndarray, scale: Scale, *, labels: Sequence[str], border: float | None
 ) -> None:
+    places = scale.place(values)
     rows = np.arange(len(places))
-    start = _start(places, scale)
-    colours = [HIGH if row == _worst(values) else LOW for row in rows]
-    axis.barh(rows, np.nan_to_num(places - start), left=start, color=colours, height=0.68)
-    for row in rows[np.isnan(places)]:
+    colours = np.where(rows == _worst(values), HIGH, LOW)
+    drawn = ~np.isnan(places)
+    if scale.logarithmic:
+        start, end = _ends(places, border)
+        axis.hlines(rows[drawn], start, places[drawn], color=GRID, linewidth=1.5)
+        axis.scatter(places[drawn], rows[drawn], c=colours[drawn], s=22, zorder=3, linewidths=0)
+        axis.set_xlim(start, end)
+    else:
+        start = 0.0
+        axis.barh(rows[drawn], places[drawn], color=colours[drawn], height=0.68)
+    for row in rows[~np.isfinite(values)]:
+        # exactly zero has no place on a logarithmic axis either, but it is no finding
         axis.text(start, row, f" {format_number(values[row])}", color=BAD, va="center", size=9)
     axis.set_yticks(rows, labels=labels, parse_math=False)
     axis.set_ylim(len(places) - 0.4, -0.6)
     axis.grid(visible=False, axis="y")
-    if scale.logarithmic:
-        decades(axis.xaxis)
 
 
-def _steps(axis: Axes, places: np.ndarray, scale: Scale) -> None:
-    rows = np.arange(len(places))
-    axis.step(rows, places, where="mid", color=LOW, linewidth=1)
-    for row in rows[np.isnan(places)]:
-        axis.axvline(row, color=BAD, linewidth=1)
-    if not np.isnan(places).all():
-        worst = int(np.nanargmax(places))
-        axis.plot([worst], [places[worst]], "o", color=HIGH, markersize=5)
+def _ends(places: np.ndarray, border: float | None) -> tuple[float, float]:
+    """Of a logarithmic axis: room for all places and the limit, which is drawn as a line."""
+    shown = places[~np.isnan(places)]
+    if border is not None:
+        shown = np.append(shown, border)
+    if not shown.size:
+        return 0.0, 1.0
+    margin = 0.1 * max(0.5, shown.max() - shown.min())
+    return float(shown.min() - margin), float(shown.max() + margin)
+
+
+def _steps(axis: Axes, index: np.ndarray, values: np.ndarray, scale: Scale) -> None:
+    places = scale.place(values)
+    axis.step(index, places, where="mid", color=LOW, linewidth=1)
+    axis.plot(index, places, "o", color=LOW, markersize=1.8)
+    for lost in index[~np.isfinite(values)]:
+        axis.axvline(lost, color=BAD, linewidth=1)
+    worst = _worst(values)
+    if not np.isnan(places[worst]):
+        axis.plot([index[worst]], [places[worst]], "o", color=HIGH, markersize=5)
         axis.annotate(
-            f"layer {worst}",
-            (worst, places[worst]),
+            f"layer {index[worst]}",
+            (index[worst], places[worst]),
             xytext=(6, 0),
             textcoords="offset points",
             color=INK,
             size=9,
         )
     axis.set_xlabel("layer")
-    if scale.logarithmic:
+    if scale.logarithmic and not np.isnan(places).all():
         decades(axis.yaxis)
-
-
-def _start(places: np.ndarray, scale: Scale) -> float:
-    """Where bars begin: at 0; on a logarithmic axis at 1, or below the smallest if all lie below 1."""
-    if not scale.logarithmic or np.isnan(places).all():
-        return 0.0
-    low, high = np.nanmin(places), np.nanmax(places)
-    return 0.0 if low >= 0 else float(np.floor(low - 0.08 * max(1.0, high - low)))
 
 
 def _worst(values: np.ndarray) -> int:
@@ -115,9 +197,17 @@ def _worst(values: np.ndarray) -> int:
     return int(np.argmax(np.where(np.isnan(values), np.inf, values)))
 
 
-def _caption(values: np.ndarray, rows: Sequence[Mapping[str, Any]]) -> str:
+def _caption(values: np.ndarray, labels: Sequence[str], scale: Scale, limit: float | None) -> str:
     worst = _worst(values)
-    which = "largest" if np.isfinite(values[worst]) else "first that is not finite"
-    bad = int((~np.isfinite(values)).sum())
-    count = f" {bad} of {len(rows)} layers have no finite number." if bad else ""
-    return f"{len(rows)} layers; {which}: {format_number(values[worst])} in {layer_label(rows[worst], worst)}.{count}"
+    which = "Largest" if np.isfinite(values[worst]) else "First that is not finite"
+    parts = [f"{which}: {scale.text(values[worst])} in {labels[worst]}."]
+    counts = {}
+    if limit is not None:
+        counts[f"are above the limit {format_number(limit)}"] = (values > limit).sum()
+    if scale.logarithmic and not scale.exponents:
+        counts["are exactly zero and not drawn"] = (values == 0).sum()
+    counts["have no finite number"] = (~np.isfinite(values)).sum()
+    for what, count in counts.items():
+        if count:
+            parts.append(f"{count} of {len(values)} {what}.")
+    return " ".join(parts)

@@ -18,13 +18,14 @@ from inn_guard.report.plots.svg import (
     axes,
     decades,
     drawing,
+    legend,
 )
 
 __all__ = ["full_spectrum", "spectrum_range"]
 
 
 def spectrum_range(log10_sigma_max: Tensor, log10_sigma_min: Tensor) -> Drawing:
-    """Smallest and largest singular value of every sample's Jacobian, samples in order of their condition number.
+    """Smallest and largest singular value of every sample's Jacobian, by condition number.
 
     On this logarithmic axis the length of a line is the condition number.
 
@@ -38,13 +39,8 @@ def spectrum_range(log10_sigma_max: Tensor, log10_sigma_min: Tensor) -> Drawing:
     high_shown, low_shown = high[shown][order], low[shown][order]
     rank = np.arange(1, order.size + 1)
     figure, axis = axes()
-    axis.vlines(
-        rank,
-        low_shown,
-        high_shown,
-        color=GRID,
-        linewidth=max(0.5, min(3.0, 120 / max(1, order.size))),
-    )
+    width = max(0.5, min(3.0, 120 / max(1, order.size)))
+    axis.vlines(rank, low_shown, high_shown, color=GRID, linewidth=width)
     size = float(np.clip(220 / max(1, order.size), 2, 5))
     axis.plot(rank, high_shown, "o", color=HIGH, markersize=size, markeredgewidth=0)
     axis.plot(rank, low_shown, "o", color=LOW, markersize=size, markeredgewidth=0)
@@ -53,31 +49,24 @@ def spectrum_range(log10_sigma_max: Tensor, log10_sigma_min: Tensor) -> Drawing:
     axis.set_ylabel("singular values of J")
     axis.grid(visible=False, axis="x")
     decades(axis.yaxis)
-    if order.size:
-        axis.text(1, 1.03, "● largest σ", color=HIGH, size=9, ha="right", transform=axis.transAxes)
-        axis.text(
-            0.72, 1.03, "● smallest σ", color=LOW, size=9, ha="right", transform=axis.transAxes
-        )
-    else:
-        axis.text(
-            0.5, 0.5, "no finite spectrum to show", color=BAD, ha="center", transform=axis.transAxes
-        )
-    return drawing(
-        figure, _range_caption(high, low, shown), title="Range of singular values, sample by sample"
-    )
+    legend(axis, ("● largest σ", HIGH), ("● smallest σ", LOW))
+    if not order.size:
+        where = axis.transAxes
+        axis.text(0.5, 0.5, "no finite spectrum to show", color=BAD, ha="center", transform=where)
+    caption = _range_caption(high, low, shown)
+    return drawing(figure, caption, title="Singular values, sample by sample")
 
 
 def _range_caption(high: np.ndarray, low: np.ndarray, shown: np.ndarray) -> str:
-    missing = int((~shown).sum())
-    left_out = (
-        f" Not drawn: {missing} of {shown.size}, whose spectrum is not finite or reaches zero."
-        if missing
-        else ""
-    )
+    missing, left_out = int((~shown).sum()), ""
+    if missing:
+        left_out = (
+            f" Not drawn: {missing} of {shown.size}, whose spectrum is not finite or reaches zero."
+        )
     if not shown.any():
         return f"{shown.size} samples.{left_out}"
     worst = power_of_ten(float(np.max(high[shown] - low[shown])))
-    return f"The length of a line is the condition number; the longest spans {worst}.{left_out}"
+    return f"{shown.size - missing} samples; the largest condition number is {worst}.{left_out}"
 
 
 def full_spectrum(singular_values: Tensor) -> Drawing:
@@ -91,24 +80,15 @@ def full_spectrum(singular_values: Tensor) -> Drawing:
     powers = np.where(np.isfinite(powers), powers, np.nan)
     index = np.arange(1, powers.shape[1] + 1)
     figure, axis = axes()
-    axis.plot(
-        index,
-        powers.T,
-        color=LOW,
-        linewidth=0.7,
-        alpha=float(np.clip(12 / max(1, len(powers)), 0.08, 0.8)),
-    )
+    opacity = float(np.clip(12 / max(1, len(powers)), 0.08, 0.8))
+    axis.plot(index, powers.T, color=LOW, linewidth=0.7, alpha=opacity)
     whole = powers[:, ~np.isnan(powers).all(axis=0)]
     axis.plot(index[: whole.shape[1]], np.nanmedian(whole, axis=0), color=INK, linewidth=1.4)
     axis.set_xlabel("index of the singular value")
     axis.set_ylabel("singular value of J")
     decades(axis.yaxis)
     missing = int(np.isnan(powers).any(axis=1).sum())
-    left_out = (
-        f" {missing} of {len(powers)} spectra hold zeros or are not finite there."
-        if missing
-        else ""
-    )
-    return drawing(
-        figure, f"One line per sample, their median in dark.{left_out}", title="Whole spectrum"
-    )
+    caption = f"{len(powers)} samples, a line for each; their median is dark."
+    if missing:
+        caption += f" {missing} of {len(powers)} spectra hold zeros or are not finite there."
+    return drawing(figure, caption, title="All singular values")

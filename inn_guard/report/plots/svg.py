@@ -1,4 +1,4 @@
-"""A figure's frame: size, axes, the palette, and the way from matplotlib to SVG that sits inside a page."""
+"""A figure's frame: size, axes, the palette, and SVG that a page can hold."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from xml.etree import ElementTree
 
 import matplotlib
-from markupsafe import Markup
+import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.axis import Axis
 from matplotlib.backends.backend_svg import FigureCanvasSVG
@@ -32,6 +32,10 @@ __all__ = [
     "axes",
     "decades",
     "drawing",
+    "legend",
+    "limit_line",
+    "message",
+    "standalone",
     "svg",
 ]
 
@@ -52,23 +56,23 @@ _SVG, _XLINK = "{http://www.w3.org/2000/svg}", "{http://www.w3.org/1999/xlink}"
 
 @dataclass(frozen=True)
 class Drawing:
-    """One picture of a report.
+    """One figure of a report.
 
     Attributes:
-        markup: SVG or HTML, safe to put into a page as it is.
-        caption: what is seen, in one or two sentences, with everything that the picture leaves out.
+        markup: an SVG element, all text in it escaped, for a page that sets the palette.
+        caption: the figures in words, with everything that the picture leaves out.
         title: heading above the picture; empty if it needs none.
-        wide: whether it takes the whole width of the page rather than half of it.
+        see: one sentence on what to look for.
     """
 
-    markup: Markup
+    markup: str
     caption: str
     title: str = ""
-    wide: bool = False
+    see: str = ""
 
 
 def axes(width: float = 5.2, height: float = 2.9) -> tuple[Figure, Axes]:
-    """A figure of that size in inches with one pair of axes, drawn lightly; no state is kept in matplotlib."""
+    """A figure of that size in inches with one pair of axes; matplotlib keeps no state of it."""
     figure = Figure(figsize=(width, height), layout="constrained", facecolor="none")
     axis = figure.add_subplot(facecolor="none")
     axis.spines[["top", "right"]].set_visible(False)
@@ -82,10 +86,10 @@ def axes(width: float = 5.2, height: float = 2.9) -> tuple[Figure, Axes]:
 
 
 def decades(axis: Axis) -> None:
-    """Label an axis, already drawn on, that shows log10 of the values by the values themselves: 10⁻³, 1, 10³.
+    """Label an axis that shows log10 of the values by the values themselves: 10⁻³, 1, 10³.
 
-    Drawing the logarithm on a linear axis reaches where a float64, and matplotlib's own logarithmic
-    axis, cannot.
+    Call this after drawing. The logarithm on a linear axis reaches where a float64, and
+    matplotlib's own logarithmic axis, cannot.
     """
     low, high = axis.get_view_interval()
     axis.set_major_locator(FixedLocator(_powers(low, high)))
@@ -93,23 +97,60 @@ def decades(axis: Axis) -> None:
 
 
 def _powers(low: float, high: float) -> list[float]:
-    """Ticks between two powers of ten: whole decades where there are several, else 1-2-5 steps, else even ones."""
+    """Ticks between two powers of ten: whole decades, else 1-2-5 steps, else even ones."""
     if high - low > 1.7:
         return list(MaxNLocator(nbins=6, integer=True).tick_values(low, high))
-    steps = (1, 2, 5) if high - low > 0.6 else (1, 1.5, 2, 3, 4, 5, 6, 7, 8)
-    decades_within = range(math.floor(low), math.ceil(high))
-    ticks = [decade + math.log10(step) for decade in decades_within for step in steps]
-    shown = [tick for tick in ticks if low <= tick <= high]
+    steps = [1, 1.5, 2, 3, 4, 5, 6, 7, 8]
+    if high - low > 0.6:
+        steps = [1, 2, 5]
+    shown = []
+    for decade in range(math.floor(low), math.ceil(high)):
+        ticks = decade + np.log10(steps)
+        shown += list(ticks[(low <= ticks) & (ticks <= high)])
     return shown if len(shown) > 1 else list(MaxNLocator(nbins=3).tick_values(low, high))
 
 
-def drawing(figure: Figure, caption: str, *, title: str = "", wide: bool = False) -> Drawing:
+def limit_line(axis: Axes, place: float, text: str) -> None:
+    """A dashed vertical line at a limit, with its name above it."""
+    axis.axvline(place, color=BAD, linewidth=1.1, linestyle=(0, (4, 2)))
+    where = axis.get_xaxis_transform()
+    axis.text(place, 1.02, text, color=BAD, size=8.5, ha="center", transform=where)
+
+
+def legend(axis: Axes, *entries: tuple[str, str]) -> None:
+    """Names of what is drawn, each in its colour, above the axes."""
+    place = 0.0
+    for text, colour in entries:
+        axis.text(place, 1.02, text, color=colour, size=9, transform=axis.transAxes)
+        place += 0.05 + 0.022 * len(text)
+
+
+def message(text: str, label: str, *, colour: str = BAD) -> Figure:
+    """A flat figure that says why there is nothing to draw."""
+    figure, axis = axes(height=1.1)
+    axis.set_xlabel(label)
+    axis.grid(visible=False)
+    axis.text(0.5, 0.4, text, color=colour, ha="center", transform=axis.transAxes)
+    axis.set(xticks=[], yticks=[])
+    return figure
+
+
+def drawing(figure: Figure, caption: str, *, title: str = "") -> Drawing:
     """``figure`` as a `Drawing`; its title and caption are also what a screen reader says."""
-    return Drawing(svg(figure, description=f"{title}. {caption}"), caption, title, wide)
+    return Drawing(svg(figure, description=f"{title}. {caption}"), caption, title)
 
 
-def svg(figure: Figure, *, description: str) -> Markup:
-    """``figure`` as one SVG element without addresses, fixed fonts or colours, fit to stand inside an HTML page."""
+def standalone(drawing: Drawing) -> str:
+    """The SVG of a drawing as a file of its own, with the palette's colours on any light ground."""
+    text = drawing.markup
+    for colour, variable in _VARIABLES.items():
+        text = text.replace(f"var({variable})", colour)
+    attributes = 'xmlns="http://www.w3.org/2000/svg" font-family="sans-serif"'
+    return text.replace("<svg ", f"<svg {attributes} ", 1)
+
+
+def svg(figure: Figure, *, description: str) -> str:
+    """``figure`` as one SVG element for a page, without addresses, fixed fonts or fixed colours."""
     buffer = io.BytesIO()
     with (
         matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": legible(description)}),
@@ -126,12 +167,12 @@ def svg(figure: Figure, *, description: str) -> Markup:
         "role": "img",
         "aria-label": legible(description),
     }
-    return Markup(ElementTree.tostring(root, encoding="unicode"))
+    return ElementTree.tostring(root, encoding="unicode")
 
 
 @contextmanager
 def _any_script() -> Iterator[None]:
-    """No warnings about letters that matplotlib's font lacks: the page's reader has its own fonts."""
+    """No warnings about letters that matplotlib's font lacks: the reader has fonts."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Glyph .* missing from font")
         yield
@@ -147,7 +188,9 @@ def _remove(root: ElementTree.Element, *tags: str) -> None:
 def _to_page(element: ElementTree.Element, used: set[str]) -> None:
     """Name spaces, unused ids and fixed fonts go; colours become variables of the page."""
     element.tag = str(element.tag).removeprefix(_SVG)
-    attributes = {key.removeprefix(_XLINK): value for key, value in element.attrib.items()}
+    attributes = {}
+    for key, value in element.attrib.items():
+        attributes[key.removeprefix(_XLINK)] = value
     if attributes.get("id") not in used:
         attributes.pop("id", None)
     if "style" in attributes:
