@@ -32,9 +32,10 @@ BOUND_SAMPLING = (
     "or a sigmoid that stays above 1/2."
 )
 REPAIR_SAMPLING = (
-    "Else fine-tune for 100 steps with ig.RegularizerHook and this penalty; raise the coefficient "
-    "by 3 while draws are lost:\n"
-    'ig.FiniteDifferences(0.1, direction="inverse", at="prior", form="log")'
+    "Else fine-tune for 100 steps on loss + hook(x) by hook.step(loss, optimizer, clip=10.0); raise "
+    "the coefficient by 3 while draws are lost:\n"
+    "hook = ig.RegularizerHook(flow, ig.FiniteDifferences(0.1, "
+    'direction="inverse", at="prior", form="log"), every=1)'
 )
 SAMPLING_FLOAT64 = (
     "Draw in float64, where the lost draws were measured to come back: flow.double()."
@@ -43,9 +44,9 @@ RECONSTRUCTION_FLOAT64 = (
     "Invert in float64, where the round trips were measured to come back: flow.double()."
 )
 PENALISE_INVERSE = (
-    "Train on with a penalty of the inverse alone, bounding the scales of {layer} if it can be "
-    "changed:\n"
-    'ig.RegularizerHook(flow, [ig.FiniteDifferences(1.0, direction="inverse")], every=5)'
+    "Train on loss + hook(x), a penalty of the inverse alone, bounding the scales of {layer} if it "
+    "can be changed:\n"
+    'hook = ig.RegularizerHook(flow, ig.FiniteDifferences(1.0, direction="inverse"), every=5)'
 )
 WRONG_INVERSE = "Compare the inverse with the forward formula: it is the inverse of another map."
 ITERATIONS = (

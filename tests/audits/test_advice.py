@@ -1,0 +1,316 @@
+"""Every advice: a model that fails, the advice followed, and the verdict of the use afterwards."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import inn_guard as ig
+from inn_guard.audits import advice
+from inn_guard.layers.chain import Chain
+from inn_guard.layers.fixed_point import FixedPoint
+from inn_guard.layers.residual import Residual
+from inn_guard.layers.residual_log_det import ExactLogDet
+from inn_guard.report.audit_report import AuditReport
+from tests.cases.toys import Linear
+
+
+def data(batch: int = 64, dimension: int = 6) -> Tensor:
+    generator = torch.Generator().manual_seed(3)
+    return torch.randn(batch, dimension, generator=generator, dtype=torch.float64)
+
+
+def begins(report: AuditReport, text: str) -> bool:
+    """Whether the report gives this advice, up to the first place that is filled in."""
+    start = text.partition("{")[0]
+    return any(given.startswith(start) for given in report.advice)
+
+
+def rotated(condition: float) -> Linear:
+    generator = torch.Generator().manual_seed(0)
+    left, right = (
+        torch.linalg.qr(torch.randn(6, 6, generator=generator, dtype=torch.float64)).Q
+        for _ in range(2)
+    )
+    return Linear(left @ torch.diag(torch.logspace(0, -math.log10(condition), 6)) @ right)
+
+
+def test_sound_models_get_no_advice():
+    assert ig.audit(rotated(2.0), data(), level="quick").advice == ()
+
+
+class Coupling(ig.Invertible):
+    """z_b = x_b exp(s(x_a)), s = ``gain`` x_a, or tanh of it if bounded."""
+
+    def __init__(self, gain: float, *, bounded: bool = False, swap: bool = False) -> None:
+        super().__init__()
+        self.gain = nn.Parameter(torch.full((3,), gain))
+        self.bounded = bounded
+        self.swap = swap
+
+    def scale(self, kept: Tensor) -> Tensor:
+        s = self.gain * kept
+        return torch.tanh(s) if self.bounded else s
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.forward_and_log_det(x)[0]
+
+    def forward_and_log_det(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return self._changed(x, 1.0)
+
+    def inverse(self, z: Tensor) -> Tensor:
+        return self.inverse_and_log_det(z)[0]
+
+    def inverse_and_log_det(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        return self._changed(z, -1.0)
+
+    def _changed(self, t: Tensor, sign: float) -> tuple[Tensor, Tensor]:
+        kept, rest = t.chunk(2, dim=1)
+        if self.swap:
+            kept, rest = rest, kept
+        s = sign * self.scale(kept)
+        parts = [kept, rest * s.exp()]
+        if self.swap:
+            parts.reverse()
+        return torch.cat(parts, dim=1), s.sum(1)
+
+
+def exponential(gain: float, *, bounded: bool = False, layers: int = 6) -> Chain:
+    return Chain(*(Coupling(gain, bounded=bounded, swap=bool(k % 2)) for k in range(layers)))
+
+
+SAMPLING = {"uses": ["sampling"], "level": "quick"}
+
+
+def test_bounding_the_scales_saves_draws():
+    x = 0.3 * data().float()
+    failing = ig.audit(exponential(0.4).to_dtype(torch.float32), x, **SAMPLING)
+    assert failing.verdict.failed
+    assert begins(failing, advice.BOUND_SAMPLING)
+    bounded = exponential(0.4, bounded=True).to_dtype(torch.float32)
+    assert ig.audit(bounded, x, **SAMPLING).verdict.passed
+
+
+def test_a_hundred_steps_of_the_penalty_save_draws():
+    torch.set_default_dtype(torch.float32)
+    model, x = exponential(0.4).to_dtype(torch.float32), 0.3 * data().float()
+    failing = ig.audit(model, x, **SAMPLING)
+    assert failing.verdict.failed
+    assert begins(failing, advice.REPAIR_SAMPLING)
+    penalty = ig.FiniteDifferences(0.1, direction="inverse", at="prior", form="log")
+    hook = ig.RegularizerHook(model, [penalty], every=1)
+    optimizer = torch.optim.Adam(model.parameters(), lr=5e-3)
+    for _ in range(100):
+        optimizer.zero_grad()
+        loss = -model.log_prob(x).mean() + hook(x)
+        hook.step(loss, optimizer, clip=10.0)
+    assert ig.audit(model, x, **SAMPLING).verdict.passed
+
+
+def test_float64_saves_draws_that_rounding_loses():
+    model = rotated(1e7)
+    x = model.inverse(data()).detach()
+    failing = ig.audit(model.to_dtype(torch.float32), x.float(), **SAMPLING)
+    assert failing.verdict.failed
+    assert begins(failing, advice.SAMPLING_FLOAT64)
+    assert not begins(failing, advice.BOUND_SAMPLING)
+    assert ig.audit(model.to_dtype(torch.float32).double(), x, **SAMPLING).verdict.passed
+
+
+def test_float64_saves_round_trips_that_rounding_loses():
+    model, settings = rotated(1e7), {"uses": ["reconstruction"], "level": "quick"}
+    failing = ig.audit(model.to_dtype(torch.float32), data().float(), **settings)
+    assert failing.verdict.failed
+    assert begins(failing, advice.RECONSTRUCTION_FLOAT64)
+    saved = model.to_dtype(torch.float32).double()
+    assert ig.audit(saved, data(), **settings).verdict.passed
+
+
+def test_float64_saves_densities():
+    class Lossy(Linear):
+        def forward_and_log_det(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            z, log_det = super().forward_and_log_det(x)
+            return z, (log_det + x.sum(1) * 0 + z.square().sum(1) + 1e8) - 1e8 - z.square().sum(1)
+
+    settings = {"uses": ["density"], "checks": ["density"]}
+    model = Lossy(torch.eye(6))
+    failing = ig.audit(model.to_dtype(torch.float32), data().float(), **settings)
+    assert failing.verdict.failed
+    assert begins(failing, advice.DENSITY_FLOAT64)
+    assert ig.audit(model, data(), **settings).verdict.passed
+
+
+def test_a_formula_derived_again():
+    class Claims(Linear):
+        sign = -1.0
+
+        def forward_and_log_det(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            z, log_det = super().forward_and_log_det(x)
+            return z, self.sign * log_det
+
+    model, settings = Claims(2 * torch.eye(6)), {"uses": ["density"], "level": "quick"}
+    failing = ig.audit(model, data(), **settings)
+    assert failing.verdict.failed
+    assert begins(failing, advice.FORMULA)
+    model.sign = 1.0
+    assert ig.audit(model, data(), **settings).verdict.passed
+
+
+def test_standardised_data():
+    """A fixed shift of 1e7 costs float32 nothing of data of that size, and all of those near 0."""
+
+    class Centred(Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x) + 1.0
+
+        def inverse(self, z: Tensor) -> Tensor:
+            return super().inverse(z - 1.0)
+
+    settings = {"uses": ["reconstruction"], "level": "quick"}
+    x = 1e-8 * data().float()
+    model = Centred(torch.eye(6)).to_dtype(torch.float32)
+    failing = ig.audit(model, x, **settings)
+    assert failing.verdict.failed
+    assert begins(failing, advice.STANDARDISE)
+    assert ig.audit(model, (x - x.mean(0)) / x.std(0), **settings).verdict.passed
+
+
+def test_initialised_layers():
+    transforms = pytest.importorskip("nflows.transforms")
+    flows = pytest.importorskip("nflows.flows")
+    distributions = pytest.importorskip("nflows.distributions")
+    flow = flows.Flow(transforms.ActNorm(6), distributions.StandardNormal([6])).double().eval()
+    x = data()
+    fresh = ig.audit(flow, x, level="quick")
+    assert begins(fresh, advice.INITIALISE)
+    flow.train()
+    ig.wrap(flow)(x)
+    flow.eval()
+    assert ig.audit(flow, x, level="quick").advice == ()
+
+
+def residual(iterations: int) -> Chain:
+    block = nn.Sequential(Linear(0.8 * torch.eye(6)), nn.Tanh())
+    solver = FixedPoint(max_iterations=iterations)
+    return Chain(Linear(torch.eye(6)), Residual(block, log_det=ExactLogDet(), solver=solver))
+
+
+def test_more_iterations_where_the_error_falls_with_them():
+    settings = {"uses": ["reconstruction"], "level": "quick"}
+    failing = ig.audit(residual(2), data(), **settings)
+    assert failing.verdict.failed
+    assert begins(failing, advice.ITERATIONS)
+    errors = [
+        ig.audit(residual(n), data(), **settings).uses["reconstruction"].figure for n in (2, 4)
+    ]
+    assert errors[1] < errors[0]
+    assert ig.audit(residual(200), data(), **settings).verdict.passed
+
+
+def test_an_inverse_of_another_map():
+    class Wrong(Linear):
+        factor = 1.1
+
+        def inverse(self, z: Tensor) -> Tensor:
+            return self.factor * super().inverse(z)
+
+    model, settings = Wrong(torch.eye(6)), {"uses": ["reconstruction"], "level": "quick"}
+    failing = ig.audit(model, data(), **settings)
+    assert begins(failing, advice.WRONG_INVERSE)
+    model.factor = 1.0
+    assert ig.audit(model, data(), **settings).verdict.passed
+
+
+def test_a_penalty_of_the_inverse_saves_round_trips():
+    """A scale that training may change, so small that float64 loses the inverse, too."""
+    torch.set_default_dtype(torch.float32)
+
+    class Shrinks(ig.Invertible):
+        def __init__(self) -> None:
+            super().__init__()
+            self.log_scale = nn.Parameter(torch.full((6,), -6.0))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x * self.log_scale.exp() + 1e15
+
+        def inverse(self, z: Tensor) -> Tensor:
+            return (z - 1e15) / self.log_scale.exp()
+
+    class Mild(Shrinks):
+        """The same with a shift that float32 resolves to 1e-4."""
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x * self.log_scale.exp() + 1e3
+
+        def inverse(self, z: Tensor) -> Tensor:
+            return (z - 1e3) / self.log_scale.exp()
+
+    settings = {"uses": ["reconstruction"], "level": "quick"}
+    x = data().float()
+    assert begins(ig.audit(Chain(Shrinks()), x, **settings), advice.PENALISE_INVERSE)
+    model = Chain(Mild())
+    before = ig.audit(model, x, **settings)
+    assert before.verdict.failed
+    assert begins(before, advice.PENALISE_INVERSE)
+    hook = ig.RegularizerHook(model, [ig.FiniteDifferences(1.0, direction="inverse")], every=5)
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.2)
+    for _ in range(200):
+        optimizer.zero_grad()
+        hook.step(0.0 * model(x).sum() + hook(x), optimizer)
+    assert ig.audit(model, x, **settings).verdict.passed
+
+
+class Shrink(ig.Invertible):
+    def __init__(self, factor: float) -> None:
+        super().__init__()
+        self.factor = nn.Parameter(torch.tensor(factor, dtype=torch.float32))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.factor + 1
+
+    def inverse(self, z: Tensor) -> Tensor:
+        return (z - 1) / self.factor
+
+
+def test_a_guard_makes_gradients_right():
+    model = ig.wrap(layers=[Shrink(0.5), Shrink(1e-9), Shrink(1e9)])
+    x = data().float()
+    report = ig.audit(model, x, uses=["gradients"], level="quick")
+    assert report.verdict.failed
+    assert begins(report, advice.STORED)
+
+    def gradient(of) -> Tensor:
+        found = torch.autograd.grad(of(x).square().mean(), list(model.parameters()))
+        return torch.stack(found)
+
+    true = gradient(model)
+    assert (gradient(ig.memory_saving(model)) - true).norm() > 1e-2 * true.norm()
+    guarded = gradient(ig.memory_saving(model, guard=1e-3))
+    assert (guarded - true).norm() < 1e-3 * true.norm()
+
+
+def test_densities_that_hold_are_said_and_nothing_is_said_twice():
+    class OneWay(Linear):
+        def inverse(self, z: Tensor) -> Tensor:
+            return z * math.nan
+
+    report = ig.audit(OneWay(torch.eye(6)), data(), level="quick")
+    assert begins(report, advice.DENSITY_HOLDS)
+    assert len(set(report.advice)) == len(report.advice)
+    assert ig.audit(OneWay(torch.eye(6)), data(), uses=["density"], level="quick").verdict.passed
+
+
+def test_what_could_not_be_measured_gets_the_advice_of_its_check():
+    report = ig.audit(rotated(2.0), data() * math.nan, level="quick")
+    assert report.advice == ("Remove NaN and Inf from the data, then audit again.",)
+
+
+def test_every_advice_has_its_test():
+    text = open(__file__, encoding="utf-8").read()
+    names = [
+        name for name in vars(advice) if name.isupper() and name not in ("UNUSUAL_SCALE", "GIVES")
+    ]
+    assert [name for name in names if f"advice.{name}" not in text] == []
