@@ -32,8 +32,8 @@ BOUND_SAMPLING = (
     "or a sigmoid that stays above 1/2."
 )
 REPAIR_SAMPLING = (
-    "Else fine-tune for 100 steps on loss + hook(x) by hook.step(loss, optimizer, clip=10.0); raise "
-    "the coefficient by 3 while draws are lost:\n"
+    "Else fine-tune for 100 steps on loss + hook(x) by hook.step(loss, optimizer, clip=10.0); "
+    "raise the coefficient by 3 while draws are lost:\n"
     "hook = ig.RegularizerHook(flow, ig.FiniteDifferences(0.1, "
     'direction="inverse", at="prior", form="log"), every=1)'
 )

@@ -23,7 +23,7 @@ class ModelError(RuntimeError):
 
 
 class InputRejected(ValueError):
-    """The model takes no batch of this shape and dtype: the audit was asked about the wrong data."""
+    """The model takes no batch of this shape and dtype: these are not its data."""
 
 
 class AuditedModel(InvertibleWrapper):

@@ -11,7 +11,8 @@ from inn_guard.audits.level import Level
 
 __all__ = ["Cost", "Passes", "Task"]
 
-USUAL = 3.0  #: times the root of the steps allowed is what an iteration for singular values usually takes
+#: An iteration for singular values usually takes this many times the root of the steps allowed.
+USUAL = 3.0
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,14 @@ class Task:
 
 @dataclass(frozen=True)
 class Passes:
-    """Passes of one sample: forward, inverse, forward with the graph kept, and products with J, J^T, J^-1 or J^-T."""
+    """Passes of one sample.
+
+    Attributes:
+        forward: without a graph.
+        inverse: without a graph.
+        linearize: forward with the graph kept.
+        product: with J, J^T, J^-1 or J^-T.
+    """
 
     forward: float | int = 0
     inverse: float | int = 0
@@ -72,10 +80,10 @@ class Cost:
 
     Attributes:
         passes: of one sample, all together.
-        at_once: samples that are held at once, unless memory is short.
+        at_once: samples that are held at once where memory allows.
         linearized: whether they are held with their graph.
-        vectors: of the size of x that are held beside, per sample.
-        seconds: that it may take besides, a limit of its own.
+        vectors: of the size of x that are held on top of that, per sample.
+        seconds: that it may take on top of the passes, a limit of its own.
     """
 
     passes: Passes

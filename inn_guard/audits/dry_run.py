@@ -104,7 +104,7 @@ def _reason(
 
 @dataclass(frozen=True)
 class _Estimate:
-    """What the estimates are made from: the audit, seconds per pass of one sample, footprints of a pass."""
+    """What estimates are made from: the audit, seconds and footprints of a pass of one sample."""
 
     context: AuditContext
     seconds: Mapping[str, float]

@@ -36,7 +36,7 @@ class Explanation:
     forecast: RoundingForecast
 
     def error(self, dtype: torch.dtype) -> Tensor:
-        """Largest l2 error that rounding to ``dtype`` explains, (B,) float64 on the CPU; inf where it explains any.
+        """Largest l2 error that rounding to ``dtype`` explains, (B,) float64 on the CPU.
 
         ROUNDING_FACTOR times the sum of eps (|z| + sigma_max |x|) / sigma_min and of the forecast
         over all layers: a chain can be worse than its condition number where one layer undoes what
@@ -49,7 +49,7 @@ class Explanation:
 
 
 def explain(linearization: Linearization, *, seed: int) -> Explanation:
-    """Condition numbers and forecast at the samples of a linearization, all of whose states are finite.
+    """Condition numbers and forecast at the samples of a linearization with finite states.
 
     Raises:
         NotApplicable: if a layer's inverse has no correct derivative, or the map is not square.

@@ -14,7 +14,7 @@ from torch import Tensor
 from inn_guard.audits.audited_model import ModelError
 from inn_guard.core.invertible import Invertible
 from inn_guard.core.missing import NotApplicable
-from inn_guard.core.tensors import finite_rows
+from inn_guard.core.tensors import finite_rows, peak
 from inn_guard.execution.time_limit import TimedOut, time_limit
 
 __all__ = ["Failures", "Guarded", "patience"]
@@ -25,7 +25,7 @@ FACTOR = 50.0  #: a call may take this many times as long as one that is known t
 
 
 def patience(model: Invertible, x: Tensor) -> float:
-    """Seconds that one call on a batch like x may take, from the time that a round trip of x takes."""
+    """Seconds that one call on a batch like x may take, from the time of a round trip of x."""
     start = time.perf_counter()
     try:
         with torch.no_grad(), time_limit(FIRST):
@@ -114,6 +114,13 @@ class Guarded:
         """F^-1(z) and log|det J^-1|, (B,), in one call; NaN for samples that failed."""
         return self._both(z, self._data_shape, lambda part, t: part.inverse_and_log_det(t))
 
+    def inverse_and_peak(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        """F^-1(z) and the largest magnitude of any state on the way, (B,); NaN where it failed.
+
+        The states are those between the layers, or z and F^-1(z) alone if the model is opaque.
+        """
+        return self._both(z, self._data_shape, _inverse_and_peak)
+
     def _both(
         self,
         t: Tensor,
@@ -151,3 +158,15 @@ class Guarded:
             for half in rows.tensor_split(2):
                 out[half] = self._run(model.select(half), t[half], shape, call)
         return out
+
+
+def _inverse_and_peak(model: Invertible, z: Tensor) -> tuple[Tensor, Tensor]:
+    layers = model.layers()
+    state, largest = z, peak(z)
+    for layer in reversed(layers):
+        state = layer.inverse(state)
+        largest = torch.maximum(largest, peak(state))
+    if layers:
+        return state, largest
+    x = model.inverse(z)
+    return x, torch.maximum(largest, peak(x))

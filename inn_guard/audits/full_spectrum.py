@@ -73,7 +73,10 @@ def full_spectrum(context: AuditContext, *, samples: int = 2) -> AuditResult:
     unreadable = int((~resolved).sum(1).max())
     reason = f"{values.shape[1] - unreadable} of {values.shape[1]} singular values are resolved"
     if unreadable:
-        reason += f"; the rest is below {resolution(x.dtype):.0e} of the largest one, rounding noise of a dense Jacobian"
+        reason += (
+            f"; the rest is below {resolution(x.dtype):.0e} of the largest one, rounding noise of "
+            "a dense Jacobian"
+        )
     finite = bool(values.isfinite().all())
     readable = torch.where(resolved, values, torch.full_like(values, math.nan))
     return AuditResult(
@@ -116,7 +119,7 @@ def _spectra(context: AuditContext, rows: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _jacobian(model: AuditedModel, x: Tensor, parallel: WorkSharing) -> Tensor:
-    """J composed of the layers' own factors if autograd agrees on a random vector, else row by row by autograd.
+    """J from the layers' own factors if autograd agrees on a random vector, else row by row.
 
     Its columns, or its rows, are shared over the processes, which go the same way.
     """

@@ -118,9 +118,9 @@ def gradient_angle(context: AuditContext, *, batch_size: int = 64) -> AuditResul
     the unit vectors, which small angles survive.
 
     The verdict holds the worst minibatch against ``limits.gradient_angle`` and
-    ``limits.gradient_length``; samples with NaN or Inf are left out. Where rounding x moves the true gradient by as much as the two
-    gradients differ, the true gradient is not determined at this precision, and the verdict is
-    undecided.
+    ``limits.gradient_length``; samples with NaN or Inf are left out. Where rounding x moves the
+    true gradient by as much as the two gradients differ, the true gradient is not determined at
+    this precision, and the verdict is undecided.
 
     Args:
         context: a chain of layers with parameters, and data; the parameters that require grad

@@ -1,4 +1,4 @@
-"""jacobian_spectrum: the largest and the smallest singular value of the Jacobian, and the condition number."""
+"""jacobian_spectrum: extreme singular values of the Jacobian, and the condition number."""
 
 from __future__ import annotations
 
@@ -114,7 +114,7 @@ def jacobian_spectrum(
 def _extremes(
     context: AuditContext, rows: Tensor, tolerance: float, max_steps: int
 ) -> ExtremeSingularValues:
-    """Extreme singular values at these rows, in parts where they are shared out or memory is short."""
+    """Extreme singular values at these rows, in parts if shared out or if memory is short."""
     alone = context.parallel.size == 1 and context.parallel.memory is None
 
     def measure(part: Tensor) -> tuple[Tensor, ...]:
@@ -139,7 +139,12 @@ def _extremes(
 
 
 def _judged(context: AuditContext, log_condition: Tensor) -> tuple[Verdict, str, str]:
-    """Verdict, reason and advice for condition numbers (natural logarithms): is eps times cond still usable."""
+    """Verdict, reason and advice: is eps times cond still usable.
+
+    Args:
+        context: for dtype and limits.
+        log_condition: natural logarithms of condition numbers, (B,).
+    """
     count, of = len(log_condition), len(context.x)
     if not bool(log_condition.isfinite().all()):
         lost = int((~log_condition.isfinite()).sum())
@@ -155,7 +160,10 @@ def _judged(context: AuditContext, log_condition: Tensor) -> tuple[Verdict, str,
     )
     if log_error <= math.log10(context.limits.round_trip(dtype)):
         return Verdict.STABLE, reason, ""
-    advice = "Train with FiniteDifferences or NormalizingFlowLoss, or bound the scales of the worst layers."
+    advice = (
+        "Train with FiniteDifferences or NormalizingFlowLoss, or bound the scales of the worst "
+        "layers."
+    )
     return Verdict.UNSTABLE, reason, advice
 
 

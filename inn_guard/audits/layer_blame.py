@@ -44,7 +44,7 @@ def _cost(task: Task) -> Cost:
     shares_samples=True,
 )
 def layer_blame(context: AuditContext, *, samples: int = 32, probes: int = 8) -> AuditResult:
-    """Decimal digits that the inverse loses in each layer, and what each layer adds to the error of x.
+    """Digits that the inverse loses in each layer, and what each layer adds to the error of x.
 
     For layer k with input h_k: its condition number; the gain ||J_1^-1 ... J_{k-1}^-1||_F / sqrt(D)
     with which an error made there reaches x; the local error |F_k^-1(F_k(h_k)) - h_k|, measured;
@@ -73,7 +73,7 @@ def layer_blame(context: AuditContext, *, samples: int = 32, probes: int = 8) ->
     rows = context.usable_rows()[:samples]
     if not len(rows):
         return AuditResult(
-            "layer_blame", Verdict.NON_FINITE, "no sample has a finite latent: nothing to linearise"
+            "layer_blame", Verdict.NON_FINITE, "no sample has a finite latent: nothing to linearize"
         )
     measured = _measured(context, rows, probes)
     sample = int(measured.log_total.nan_to_num(math.inf).argmax())
@@ -118,7 +118,7 @@ def layer_blame(context: AuditContext, *, samples: int = 32, probes: int = 8) ->
 def digits_lost(
     contribution: Tensor, unavoidable: Tensor, amplification: Tensor, base: Tensor
 ) -> Tensor:
-    """Digits lost per layer, (n, B): log10 of the total error over the error that a harmless layer would leave.
+    """log10 of the total error over the error that a harmless layer would leave, (n, B).
 
     The total is sqrt(base^2 + sum_k contribution_k^2). A harmless layer k errs by rounding its
     input only, and does not amplify the errors of the layers behind it, which pass through it on
@@ -129,7 +129,7 @@ def digits_lost(
         unavoidable: ln of the part that rounding the layer's input alone would make, (n, B).
         amplification: ln of the growth of a relative error on its way back through each layer, (n,
             B).
-        base: ln of the error that remains in any case, (B,).
+        base: ln of the error that rounding x itself makes, (B,).
     """
     total = _log_root_sum_squares(torch.cat([contribution, base[None]]))
     left = []
@@ -265,7 +265,8 @@ def _judged(
     reason = (
         f"errors of the layers are expected to move x by {format_log10(expected)} of its length; "
     )
-    reason += f"{_place(worst)} loses {worst['digits_lost']:.1f} of {sum(row['digits_lost'] for row in table):.1f} digits"
+    lost = sum(row["digits_lost"] for row in table)
+    reason += f"{_place(worst)} loses {worst['digits_lost']:.1f} of {lost:.1f} digits"
     if not math.isfinite(expected):
         return (
             Verdict.NON_FINITE,

@@ -1,4 +1,4 @@
-"""lipschitz_bounds: how much the map and its inverse can stretch at most, certified, and at least, witnessed."""
+"""lipschitz_bounds: how much map and inverse can stretch at most, certified, and at least."""
 
 from __future__ import annotations
 
@@ -26,10 +26,14 @@ if TYPE_CHECKING:
 
 __all__ = ["lipschitz_bounds"]
 
-LOUD = 1.5  #: a layer is named as a cause if its bound is this far above the geometric mean of all, or infinite
+#: A layer is named as a cause if its bound is this far above the geometric mean, or infinite.
+LOUD = 1.5
 NAMED = 6  #: layers that an advice names
-SAMPLED = 16  #: rows of the data at which layers are measured beside their bounds
-ON_IMAGES = "On a box, the inverse's bound is that of sup ||J^-1||: Lip(F^-1) on the box's image only where that is convex."
+SAMPLED = 16  #: rows of the data at which layers are measured, too
+ON_IMAGES = (
+    "On a box, the inverse's bound is that of sup ||J^-1||: Lip(F^-1) on the box's image only "
+    "where that is convex."
+)
 
 
 def _cost(task: Task) -> Cost:
@@ -48,7 +52,7 @@ def lipschitz_bounds(
     margin: float = 0.0,
     seconds: float = 60.0,
 ) -> AuditResult:
-    """Certified upper and witnessed lower bounds of sup ||J|| and sup ||J^-1||, dimensionless, over a box.
+    """Certified upper and witnessed lower bounds of sup ||J|| and sup ||J^-1|| over a box, no unit.
 
     Stable: the product of both upper bounds, which bounds the condition number at every point of
     the box, times the rounding unit of x's dtype stays below ``limits.reconstruction``. Unstable: a
@@ -92,11 +96,15 @@ def lipschitz_bounds(
         units={name: "log10" for name in _values(bounds) if name.startswith("log10")},
         per_layer=tuple(_rows(_sampled(model, x, deadline), bounds)),
         settings={
-            "scope": bounds.scope, "seconds": seconds, "method forward": bounds.method[0],
-            "method inverse": bounds.method[1], "weights": bounds.certificate.weights, "remark": ON_IMAGES,
+            "scope": bounds.scope,
+            "seconds": seconds,
+            "method forward": bounds.method[0],
+            "method inverse": bounds.method[1],
+            "weights": bounds.certificate.weights,
+            "remark": ON_IMAGES,
         },
         advice=_advice(bounds),
-    )  # fmt: skip
+    )
 
 
 def _box(x: Tensor, margin: float) -> Box:
@@ -115,7 +123,8 @@ def _judged(bounds: LipschitzBounds, usable: float) -> tuple[Verdict, str]:
     if max(bounds.lower_forward, bounds.lower_inverse) > usable:
         return (
             Verdict.UNSTABLE,
-            f"{bracket}: a witness alone is beyond {usable:.2g}, where rounding is no longer usable.",
+            f"{bracket}: a witness alone is beyond {usable:.2g}, where rounding is no longer "
+            "usable.",
         )
     if not math.isfinite(upper):
         return Verdict.UNDECIDED, f"{bracket}: no finite bound is known. {bounds.reason}"
@@ -125,8 +134,8 @@ def _judged(bounds: LipschitzBounds, usable: float) -> tuple[Verdict, str]:
             f"{bracket}: certified below {usable:.2g}, so rounding stays usable everywhere there.",
         )
     return Verdict.UNDECIDED, (
-        f"{bracket}: no witness is beyond {usable:.2g} (worst product {lower:.3g}), but the certificate is too "
-        "loose to exclude it."
+        f"{bracket}: no witness is beyond {usable:.2g} (worst product {lower:.3g}), but the "
+        "certificate is too loose to exclude it."
     )
 
 
@@ -168,7 +177,7 @@ def _rows(lower: list[tuple[float, float]], bounds: LipschitzBounds) -> list[Map
 def _sampled(
     model: Invertible, x: Tensor, deadline: Deadline, probes: int = 8
 ) -> list[tuple[float, float]]:
-    """Per layer the largest ||J v|| / ||v|| and ||v|| / ||J v|| over the data and over random directions.
+    """Per layer the largest ||J v|| / ||v|| and ||v|| / ||J v|| over data and random directions.
 
     One direction where time has run out.
     """
@@ -210,7 +219,8 @@ def _advice(bounds: LipschitzBounds) -> str:
     advice = []
     if any("local bounds only" in reason or "close to zero" in reason for reason in reasons):
         advice.append(
-            "affine couplings: a scale in (0.5, 1) bounds the inverse, additive couplings are bounded everywhere"
+            "affine couplings: a scale in (0.5, 1) bounds the inverse, additive couplings are "
+            "bounded everywhere"
         )
     if any("not below one" in reason for reason in reasons):
         advice.append(
@@ -231,7 +241,8 @@ def _advice(bounds: LipschitzBounds) -> str:
             else "all layers make the product large alike"
         )
         advice.append(
-            f"{culprits}; spectral normalisation of the subnetworks lowers both directions, a scale in (0.5, 1) "
-            "the inverse of affine couplings, and additive couplings have no scale to bound"
+            f"{culprits}; spectral normalisation of the subnetworks lowers both directions, a "
+            "scale in (0.5, 1) the inverse of affine couplings, and additive couplings have no "
+            "scale to bound"
         )
     return "; ".join(advice)

@@ -1,4 +1,4 @@
-"""log_det: is the model's log-determinant that of its Jacobian, and does the inverse's cancel it."""
+"""log_det: is the log-determinant that of the Jacobian, and does the inverse's cancel it."""
 
 from __future__ import annotations
 
@@ -134,7 +134,7 @@ class _Reference:
 
 @dataclass(frozen=True)
 class _Compared:
-    """Both, and the sum of the forward and the inverse log-determinant, in the model's own dtype."""
+    """Both, and the sum of forward and inverse log-determinant in the model's own dtype."""
 
     own: _Own
     reference: _Reference

@@ -23,12 +23,17 @@ from inn_guard.report.verdict import Verdict
 __all__ = ["preflight"]
 
 SAMPLES = 8
-SAME = 100.0  #: eps relative to the largest entry: two runs of the same computation may differ by the order of sums
+#: Two runs of the same computation may differ by this many eps of the largest entry: by the order
+#: of sums.
+SAME = 100.0
 #: Relative difference up to which samples may depend on each other, as they do in adaptive solvers:
 #: a tenth of the usual limit of a reconstruction.
 COUPLED = 1e-3
 ALL_USES = tuple(USES)
-INITIALISE = "Initialise the model before an audit: call it once, in training mode, on a batch of training data."
+INITIALISE = (
+    "Initialise the model before an audit: call it once, in training mode, on a batch of training "
+    "data."
+)
 
 
 @dataclass
@@ -102,7 +107,8 @@ def preflight(context: AuditContext) -> AuditResult:
     _modes_and_weights(model, findings)
     if model.is_opaque:
         findings.add(
-            "its layers do not compose to its forward, so that the model is taken as one opaque layer",
+            "its layers do not compose to its forward, so that the model is taken as one opaque "
+            "layer",
             "Give wrap(...) the layers in the order in which they are applied, or none.",
         )
     settings: dict[str, object] = {"samples": len(rows), "of": len(x)}
@@ -133,7 +139,10 @@ def _modes_and_weights(model: AuditedModel, findings: _Findings) -> None:
             )
     broken = sum(int((~p.detach().isfinite()).sum()) for p in floating)
     if broken:
-        advice = "Go back to a checkpoint from before they appeared; lower the learning rate or clip gradients."
+        advice = (
+            "Go back to a checkpoint from before they appeared; lower the learning rate or clip "
+            "gradients."
+        )
         findings.add(f"{broken} entries of its parameters are NaN or Inf", advice)
 
 
@@ -154,7 +163,7 @@ def _forward(model: AuditedModel, x: Tensor, findings: _Findings) -> Tensor:
 
 
 def _initialised(model: AuditedModel, x: Tensor, findings: _Findings) -> None:
-    """Whether a first batch in training mode would set parameters: then no layer that needs one has seen one."""
+    """Whether a first batch in training mode would set parameters, which nothing has set yet."""
     modes = {module: module.training for module in model.modules()}
     parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
     try:
@@ -210,7 +219,7 @@ def _repeated(model: AuditedModel, x: Tensor, z: Tensor, findings: _Findings) ->
 
 
 def _coupled(model: AuditedModel, x: Tensor, rows: Tensor, findings: _Findings) -> None:
-    """Whether the first sample's output moves when the other samples do, in a batch of the same shape."""
+    """Whether the first sample's output moves when the other samples of its batch do."""
     rows = rows if len(rows) > 1 else rows.repeat(2)
     part, batch = model.select(rows), x[rows]
     others = batch.clone()

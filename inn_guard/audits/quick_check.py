@@ -1,4 +1,4 @@
-"""quick_round_trip: the error of the round trip on a few samples, from one forward and one inverse pass."""
+"""quick_round_trip: the error of the round trip on a few samples, and nothing else."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ NAME = "quick_round_trip"
 
 @audit_check(question="Do a few samples come back?")
 def quick_round_trip(context: AuditContext, *, samples: int = 8) -> AuditResult:
-    """Largest error of F^-1(F(x)) - x in units of its features: cheap enough for every training run.
+    """Largest error of F^-1(F(x)) - x in units of its features: cheap enough for training runs.
 
     What ``reconstruction`` measures, without its explanation: no float64 copy, no layer, no
     condition number. A map that is injective only is judged by F(F^-1(z)) - z at z = F(x).
@@ -44,7 +44,8 @@ def quick_round_trip(context: AuditContext, *, samples: int = 8) -> AuditResult:
         reason = f"{lost} of {len(errors)} samples come back as NaN or Inf"
     else:
         verdict = context.limits.verdict(worst(errors), limit)
-        reason = f"worst of {len(errors)} round trips {worst(errors):.1e} of its feature (limit {limit:g})"
+        error, count = worst(errors), len(errors)
+        reason = f"worst of {count} round trips {error:.1e} of its feature (limit {limit:g})"
     return AuditResult(
         NAME,
         verdict,

@@ -115,7 +115,7 @@ def _in_batches(
 
 
 def first_non_finite(model: Invertible, t: Tensor, *, latent: bool = False) -> str | None:
-    """Where on a round trip NaN or Inf first appears in a sample that was finite until then; None: nowhere.
+    """Where on a round trip a finite sample first becomes NaN or Inf; None: nowhere.
 
     Args:
         model: the map, followed layer by layer.
@@ -144,7 +144,9 @@ def _steps(model: Invertible, *, latent: bool) -> Iterator[tuple[str, Callable[[
 
 
 def unconverged(model: Invertible, x: Tensor) -> dict[str, str]:
-    """Layers whose inverse is an iteration that did not end, on the way back from F(x), and how far each one came.
+    """Layers whose inverse is an iteration that did not converge, and how far each one came.
+
+    The inverse is run on the way back from F(x).
 
     A block that iterates has ``convergence``, the record of its last inverse (`FixedPoint`).
     """
@@ -162,7 +164,8 @@ def unconverged(model: Invertible, x: Tensor) -> dict[str, str]:
             residual = record.residual.nan_to_num(math.inf).max().item()
             left = int((~record.converged).sum())
             found[_place(layers, k)] = (
-                f"{left} of {len(x)} samples, residual {residual:.1e} after {record.iterations} iterations"
+                f"{left} of {len(x)} samples, residual {residual:.1e} after {record.iterations} "
+                "iterations"
             )
     return found
 

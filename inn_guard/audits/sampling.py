@@ -24,7 +24,17 @@ from inn_guard.report.result import AuditResult
 from inn_guard.report.uses import Finding
 from inn_guard.report.verdict import Verdict
 
-__all__ = ["sampling"]
+__all__ = [
+    "BLOCK",
+    "BUDGET",
+    "block_of_draws",
+    "context_rows",
+    "data_radius",
+    "draw_error",
+    "guarded_model",
+    "inverse_cost",
+    "sampling",
+]
 
 BLOCK = 1024  #: draws of one seed, and the first number at which a verdict is tried
 LOOKS = {Level.QUICK: (1024, 4096), Level.STANDARD: (1024, 4096), Level.FULL: (1024, 4096, 16384)}
@@ -207,13 +217,13 @@ def _allowance(context: AuditContext, draws: int | None) -> tuple[int, str]:
     if draws is not None:
         return int(draws), "asked for"
     most = LOOKS[context.level][-1]
-    affordable = int(BUDGET[context.level] / (1 + _inverse_cost(context)))
+    affordable = int(BUDGET[context.level] / (1 + inverse_cost(context)))
     if affordable >= most:
         return most, f"level {context.level}"
     return max(LEAST_DRAWS, affordable), "one inverse costs as much as many forward passes"
 
 
-def _inverse_cost(context: AuditContext) -> float:
+def inverse_cost(context: AuditContext) -> float:
     """Operations of an inverse over those of a forward pass; 1 where they cannot be counted."""
     rows = context.usable_rows()[:PROBED]
     if not len(rows):
@@ -233,14 +243,14 @@ class _Measure:
 
     def __init__(self, context: AuditContext) -> None:
         self.context = context
-        self.guarded = _guarded(context)
+        self.guarded = guarded_model(context)
         self.with_log_det = self._has_log_dets()
         self.radius = data_radius(context)
         self.deviation = context.base.deviation.double()
 
     def add(self, drawn: _Draws, block: int, *, first: int, last: int) -> None:
         """Count the draws ``first`` to ``last`` of a block."""
-        z = self._draws(block)[first:last]
+        z = block_of_draws(self.context, block, shape=self.guarded.latent_shape)[first:last]
         rows = torch.arange(first, last, device=z.device)
         at_most = min(BLOCK, self.context.max_forward())
         found = self.context.parallel.map(
@@ -261,19 +271,6 @@ class _Measure:
         keep = lost.nonzero()[: EXPLAINED - sum(len(z) for z, _ in drawn.lost_z), 0].to(z.device)
         if len(keep):
             drawn.lost_z.append((z[keep], rows[keep]))
-
-    def _draws(self, block: int) -> Tensor:
-        """All latents of one block, (1024, *latent)."""
-        base = self.context.base
-        z = base.draw(BLOCK, seed=(self.context.seed * 1_000_003 + block) % 2**63)
-        expected = self.guarded.latent_shape
-        if z.shape[1:] != expected:
-            raise ValueError(
-                f"expected latents of shape {tuple(expected)} per draw from the "
-                f"{base.description}; got {tuple(z.shape[1:])}: pass prior=lambda n: ..., which "
-                f"returns {('n', *expected)} numbers"
-            )
-        return z
 
     def failures(self) -> str:
         """Why the model gave no number for some draws, in any process."""
@@ -309,7 +306,29 @@ class _Measure:
         return bool(len(rows))
 
 
-def _guarded(context: AuditContext) -> Guarded:
+def block_of_draws(context: AuditContext, block: int, *, shape: torch.Size) -> Tensor:
+    """All latents of one block, (1024, *latent), which depend on the seed and the block only.
+
+    Args:
+        context: whose base they are drawn from.
+        block: its number.
+        shape: of a latent, (*latent).
+
+    Raises:
+        ValueError: if the base draws another shape.
+    """
+    base = context.base
+    z = base.draw(BLOCK, seed=(context.seed * 1_000_003 + block) % 2**63)
+    if z.shape[1:] != shape:
+        raise ValueError(
+            f"expected latents of shape {tuple(shape)} per draw from the {base.description}; "
+            f"got {tuple(z.shape[1:])}: pass prior=lambda n: ..., which returns "
+            f"{('n', *shape)} numbers"
+        )
+    return z
+
+
+def guarded_model(context: AuditContext) -> Guarded:
     """The model behind a time limit, which all processes share, tried on the finite samples."""
     rows = context.finite_rows()
     model, x = context.at(rows)
@@ -400,7 +419,7 @@ def _explained(context: AuditContext, drawn: _Draws) -> _Lost:
     z = torch.cat([latents for latents, _ in drawn.lost_z])
     rows = torch.cat([rows for _, rows in drawn.lost_z])
     model = context.model.select(context_rows(context, rows))
-    guarded = _guarded(context)
+    guarded = guarded_model(context)
     x = guarded.select(context_rows(context, rows)).inverse(z)
     radius = data_radius(context)
     sizes = norms(x[finite_rows(x)]) / radius

@@ -1,4 +1,4 @@
-"""AuditSpec: one check with everything that is declared about it, and the decorator that makes one."""
+"""AuditSpec: one check with all that is declared about it, and the decorator that makes one."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ _CONTEXT_SETTINGS = ("limits", "prior", "loss", "seed", "parallel", "level")
 
 @dataclass(frozen=True, eq=False)
 class AuditSpec:
-    """A check: a function of an `AuditContext`, and what levels, dry runs, reports and docs know of it.
+    """A check: a function of an `AuditContext`, and what levels, dry runs and docs know of it.
 
     A check can be called on its own: ``reconstruction(model, x, seed=1)``.
 

@@ -29,7 +29,7 @@ ENOUGH_VALUES = 8
 
 
 def max_usable_error(dtype: torch.dtype) -> float:
-    """Largest usable relative error of a round trip for tensors of ``dtype`` with the default limits.
+    """Largest usable relative error of a round trip in ``dtype`` with the default limits.
 
     >>> max_usable_error(torch.float32), max_usable_error(torch.bfloat16)
     (0.01, 0.0625)
@@ -38,7 +38,7 @@ def max_usable_error(dtype: torch.dtype) -> float:
 
 
 def data_scale(x: Float[Tensor, "batch *data"]) -> Float[Tensor, "batch"]:
-    """One unit for each sample: its root mean square, at least the batch's median one; (B,) float64.
+    """One unit for each sample: its root mean square, at least the batch's median; (B,) float64.
 
     A sample that is nearly zero is thereby held to the size of its neighbours, and one huge sample
     is not held against the others. Non-finite samples and a batch of zeros have scale 1.
@@ -53,7 +53,9 @@ def data_scale(x: Float[Tensor, "batch *data"]) -> Float[Tensor, "batch"]:
 
 
 def feature_scale(x: Float[Tensor, "batch *data"]) -> Float[Tensor, "batch *data"]:
-    """One unit for each entry: its feature's deviation or its own size, whichever is larger; float64, shape of x.
+    """One unit for each entry: its feature's deviation or its own size, whichever is larger.
+
+    float64, in the shape of x.
 
     A feature is a column of a table; in a batch with more than one data dimension (images,
     sequences) it is a channel, that is an index along dimension 1. With fewer than eight values the

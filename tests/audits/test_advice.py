@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -309,7 +310,7 @@ def test_what_could_not_be_measured_gets_the_advice_of_its_check():
 
 
 def test_every_advice_has_its_test():
-    text = open(__file__, encoding="utf-8").read()
+    text = Path(__file__).read_text(encoding="utf-8")
     names = [
         name for name in vars(advice) if name.isupper() and name not in ("UNUSUAL_SCALE", "GIVES")
     ]

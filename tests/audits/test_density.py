@@ -1,4 +1,6 @@
-"""density: errors against float64 by hand, shares with intervals, support, random and wrong answers."""
+"""density: errors against float64 by hand, shares with intervals, support, random and wrong
+answers.
+"""
 
 from __future__ import annotations
 

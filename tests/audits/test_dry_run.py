@@ -1,4 +1,6 @@
-"""The estimate: passes against counted ones, nothing run, and what it says of memory and processes."""
+"""The estimate: passes against counted ones, nothing run, and what it says of memory and
+processes.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +23,9 @@ COUNTS: Counter[str] = Counter()  # not in the model: an audit restores whatever
 
 
 class Counted(Linear):
-    """Counts samples in every pass; what a linearization does by itself is not counted as forward or inverse."""
+    """Counts samples in every pass; what a linearization does by itself is not counted as forward
+    or inverse.
+    """
 
     def __init__(self, matrix: Tensor) -> None:
         super().__init__(matrix)
@@ -90,7 +94,8 @@ def data(batch: int = 12) -> Tensor:
     )
 
 
-#: the dense references of log_det and full_spectrum differentiate the forward pass itself: their rows cannot be counted
+#: the dense references of log_det and full_spectrum differentiate the forward pass itself: their
+#: rows cannot be counted
 UNCOUNTED = {
     "log_det": ("product",),
     "full_spectrum": ("product", "linearize"),

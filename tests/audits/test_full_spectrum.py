@@ -1,4 +1,6 @@
-"""The full spectrum: composed or row by row, the same singular values; a factor that lies is not believed."""
+"""The full spectrum: composed or row by row, the same singular values; a factor that lies is not
+believed.
+"""
 
 from __future__ import annotations
 

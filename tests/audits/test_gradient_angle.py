@@ -34,7 +34,9 @@ def flat(gradients):
 
 
 def test_closed_form():
-    """z = w w w x: gradients are w^2 sum x, for all but the first layer with x rebuilt ``factor`` times too large."""
+    """z = w w w x: gradients are w^2 sum x, for all but the first layer with x rebuilt ``factor``
+    times too large.
+    """
     factor = 1.7
     model, x = Chain(Scale(), Scale(), Scale(factor)), torch.tensor([[1.0, 2.0], [3.0, -1.0]])
     result = gradient_angle(model, x, loss=lambda z: z.sum(), batch_size=2)
@@ -180,7 +182,9 @@ def test_a_gradient_that_rounding_decides_is_undecided():
 
 
 def test_small_angles_have_digits():
-    """1e-10 of the gradient off at a right angle: 1e-10 rad, where arccos of the cosine would say 0."""
+    """1e-10 of the gradient off at a right angle: 1e-10 rad, where arccos of the cosine would say
+    0.
+    """
     error = 1e-10
 
     class Off(Scale):

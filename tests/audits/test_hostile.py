@@ -1,4 +1,6 @@
-"""Hostile surroundings: damaged files, interrupted and refused writes, threads, models without values."""
+"""Hostile surroundings: damaged files, interrupted and refused writes, threads, models without
+values.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""jacobian_spectrum and full_spectrum: closed forms, extreme scales, rectangular maps, poisoned samples."""
+"""jacobian_spectrum and full_spectrum: closed forms, extreme scales, rectangular maps, poisoned
+samples.
+"""
 
 from __future__ import annotations
 

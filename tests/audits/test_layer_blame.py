@@ -1,4 +1,6 @@
-"""layer_blame: the culprit is named, digits are those of the formula, forecasts match what happens."""
+"""layer_blame: the culprit is named, digits are those of the formula, forecasts match what
+happens.
+"""
 
 from __future__ import annotations
 
@@ -92,7 +94,8 @@ def test_the_expected_error_is_of_the_size_of_the_measured_one(dtype, seed):
 
 
 def test_digits_are_logarithms_of_errors_left_out():
-    # two layers: contributions 3e-3 and 4e-3, the second one's passing through a growth of 10; base 1e-7
+    # two layers: contributions 3e-3 and 4e-3, the second one's passing through a growth of 10; base
+    # 1e-7
     contribution = torch.tensor([[3e-3], [4e-3]]).log()
     amplification = torch.tensor([[10.0], [2.0]]).log()
     unavoidable = torch.tensor([[1e-6], [1e-2]]).log()

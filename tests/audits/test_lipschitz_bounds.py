@@ -1,4 +1,6 @@
-"""The audit around the certified bounds: closed forms, samples that are not finite, conditions of long batches."""
+"""The audit around the certified bounds: closed forms, samples that are not finite, conditions of
+long batches.
+"""
 
 from __future__ import annotations
 

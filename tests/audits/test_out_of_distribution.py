@@ -1,4 +1,6 @@
-"""Inputs off the data against closed forms, and models that hang, raise or return NaN there; the watchdog itself."""
+"""Inputs off the data against closed forms, and models that hang, raise or return NaN there; the
+watchdog itself.
+"""
 
 from __future__ import annotations
 
@@ -96,7 +98,9 @@ def test_the_radius_where_a_map_stops_being_invertible(radius):
 
 
 def test_the_radius_where_a_likelihood_stops_holding():
-    """log-determinants that leave D ln 2 |x| / 100 nats, i.e. |x| / 100 bits per dimension: 0.1 at radius 10."""
+    """log-determinants that leave D ln 2 |x| / 100 nats, i.e. |x| / 100 bits per dimension: 0.1 at
+    radius 10.
+    """
 
     class Drifting(Scale):
         def inverse_and_log_det(self, z):

@@ -45,7 +45,9 @@ class Offset(Invertible):
 
 
 class Endless(Offset):
-    """Its inverse iterates until the residual is below what only float32 and finer can reach, as a solver may."""
+    """Its inverse iterates until the residual is below what only float32 and finer can reach, as a
+    solver may.
+    """
 
     def inverse(self, z):
         x = z - self.offset
@@ -67,7 +69,9 @@ def test_a_round_trip_that_does_not_return_is_given_up(monkeypatch, only_hangs_t
 
 
 def test_a_large_offset_breaks_exactly_the_dtypes_too_coarse_for_it():
-    """With |x| about 1 and c = 1000, the error is about 1000 u: 3e-5 in float32, 0.25 in fp16, 2 in bf16."""
+    """With |x| about 1 and c = 1000, the error is about 1000 u: 3e-5 in float32, 0.25 in fp16, 2
+    in bf16.
+    """
     table = rows(precision(Offset(1000.0), data(64, 4)))
     measured = {name: row["measured verdict"] for name, row in table.items()}
     assert measured == {
@@ -144,7 +148,9 @@ def test_forecast_and_measurement_of_a_coupling_stack_agree_where_decided():
 
 
 def test_a_sample_of_nearly_zero_is_held_to_the_size_of_its_neighbours():
-    """z = x + 1 loses 6e-8 of everything: all of a sample of 1e-9, and nothing that matters beside its neighbours."""
+    """z = x + 1 loses 6e-8 of everything: all of a sample of 1e-9, and nothing that matters beside
+    its neighbours.
+    """
     x = data(64, 6)
     x[3], x[40] = 1e-9, 0.0
     result = precision(Offset(1.0), x)
@@ -208,7 +214,9 @@ class Times(Invertible):
 
 @pytest.mark.parametrize("scale", [1e-300, 1e-150, 1.0, 1e150, 1e300])
 def test_errors_are_relative_at_any_scale(scale):
-    """Squares of these data overflow or vanish in float64; the round trip's relative error is the same for all."""
+    """Squares of these data overflow or vanish in float64; the round trip's relative error is the
+    same for all.
+    """
     x = torch.randn(32, 5) * scale
     row = rows(precision(Times(), x))["float64"]
     assert 0 < row["measured"] < 2e-16
@@ -308,7 +316,9 @@ class Raises(Times):
     ids=lambda value: type(value).__name__ if isinstance(value, Exception) else value,
 )
 def test_what_a_model_raises_is_told_apart(error, verdict):
-    """A check of its own numbers that fails is a broken inverse; an operation that is missing is a refusal."""
+    """A check of its own numbers that fails is a broken inverse; an operation that is missing is a
+    refusal.
+    """
     result = precision(Raises(error), torch.randn(8, 3))
     table = rows(result)
     assert table["float32"]["measured verdict"] == verdict
@@ -380,7 +390,8 @@ def test_the_reason_names_the_number_format_that_was_judged():
 def test_the_forecast_is_right_where_it_decides(cases):
     """At least 99 % of the decided pairs of model and number format.
 
-    A missing operation is no answer to compare with, nor is a round trip that was given up: no error was measured.
+    A missing operation is no answer to compare with, nor is a round trip that was given up: no
+    error was measured.
     """
     decided, wrong = 0, []
     for case in cases:

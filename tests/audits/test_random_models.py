@@ -1,4 +1,6 @@
-"""audit() on random nets, shapes, dtypes and poisoned values: it never crashes and never changes the model."""
+"""audit() on random nets, shapes, dtypes and poisoned values: it never crashes and never changes
+the model.
+"""
 
 from __future__ import annotations
 
@@ -90,7 +92,8 @@ def patients(draw: st.DrawFn) -> tuple[Chain, Tensor]:
     parameters = list(model.parameters())
     if draw(st.booleans()) and parameters:
         parameter = parameters[draw(st.integers(0, len(parameters) - 1))].data.view(-1)
-        # by way of a tensor, which becomes infinite where a number would be refused as too large for the dtype
+        # by way of a tensor, which becomes infinite where a number would be refused as too large
+        # for the dtype
         parameter[draw(st.integers(0, parameter.numel() - 1))] = torch.tensor(
             draw(poison), dtype=torch.float64
         )

@@ -236,7 +236,9 @@ def test_an_iteration_that_did_not_arrive_is_said():
 def test_an_explosion_beyond_first_order_is_not_called_a_wrong_inverse(
     monkeypatch, linear, called_wrong
 ):
-    """The inverse is exact on paper; not even float64 can carry its condition number, nor a derivative tell how far."""
+    """The inverse is exact on paper; not even float64 can carry its condition number, nor a
+    derivative tell how far.
+    """
     from nflows import transforms
     from nflows.nn import nets
 

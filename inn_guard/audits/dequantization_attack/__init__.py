@@ -1,4 +1,4 @@
-"""Attacks: searches of a cube around every sample for the point that the inverse reconstructs worst."""
+"""Searches of a cube around every sample for the point that the inverse reconstructs worst."""
 
 from inn_guard.audits.dequantization_attack.momentum_ascent import Ascent
 from inn_guard.audits.dequantization_attack.projected_gradient import ProjectedGradient

@@ -1,4 +1,4 @@
-"""dequantization_attack: how badly does the inverse do on the worst valid sample next to a training image."""
+"""dequantization_attack: the worst round trip of a valid sample next to a training image."""
 
 from __future__ import annotations
 
@@ -32,8 +32,13 @@ from inn_guard.report.verdict import Verdict
 __all__ = ["dequantization_attack", "differentiable_inverse"]
 
 MISMATCH = 0.05  #: |J^T J^-T w - w| / |w| up to which the inverse's derivative is called right
-NOISE = 100.0  #: ... plus so many times the relative error of the round trip, which bears the same rounding
+#: ... plus this many times the relative error of the round trip, which bears the same rounding.
+NOISE = 100.0
 SHOWN = 8  #: images, the worst ones
+REMEDY = (
+    "Train with a regularizer (RegularizerHook), or use layers with a bounded inverse: these are "
+    "valid training samples."
+)
 POINTS = 60  #: of the curve in the table
 
 
@@ -55,7 +60,7 @@ def dequantization_attack(
     strategy: Attack | None = None,
     samples: int = 8,
 ) -> AuditResult:
-    """Largest |x' - F^-1(F(x'))|_2 found among the dequantized samples x' of every image, in units of x.
+    """Largest |x' - F^-1(F(x'))|_2 among the dequantized samples x' of an image, in units of x.
 
     An image of integers n becomes a continuous sample by adding noise: every x' in the cube low +
     (high - low) [n, n + 1) / 2^bits is a valid training sample. The cubes are searched for the
@@ -114,7 +119,10 @@ def dequantization_attack(
     usable = context.limits.round_trip(start.dtype)
     verdict, reason = found.judged(usable)
     if assumed:
-        reason += f"; assumed {quantization.bits} bits from {quantization.low:.4g} to {quantization.high:.4g}"
+        reason += (
+            f"; assumed {quantization.bits} bits from {quantization.low:.4g} to "
+            f"{quantization.high:.4g}"
+        )
     return AuditResult(
         "dequantization_attack",
         verdict,
@@ -141,10 +149,7 @@ def dequantization_attack(
             "limit": usable,
             "failures": str(search.guarded.failures) or "none",
         },
-        advice="Train with a regularizer (RegularizerHook), or use layers with a bounded inverse: these are valid "
-        "training samples."
-        if verdict.failed
-        else "",
+        advice=REMEDY if verdict.failed else "",
         images=found.images(start),
     )
 
@@ -152,7 +157,7 @@ def dequantization_attack(
 def differentiable_inverse(
     model: Invertible, x: Tensor, *, seconds: float | int, seed: int = 0
 ) -> bool:
-    """Whether autograd through the inverse is its derivative, measured: J^T J^-T w = w for a random w.
+    """Whether autograd through the inverse is its derivative: J^T J^-T w = w for a random w.
 
     Where the round trip is off, so may be the product, by as much; such a map is taken at its word.
     """
@@ -223,9 +228,15 @@ class _WorstPoints:
             return Verdict.NON_FINITE, reason + self._before
         worst, bad = self.relative.max().item(), int((self.relative > usable).sum())
         if bad:
-            reason = f"valid dequantized samples of {bad} of {count} images come back off by up to {worst:.1e}"
+            reason = (
+                f"valid dequantized samples of {bad} of {count} images come back off by up to "
+                f"{worst:.1e}"
+            )
             return Verdict.UNSTABLE, f"{reason} of their scale{self._before}"
-        reason = f"no dequantized sample was found that comes back off by more than {worst:.1e} of its scale"
+        reason = (
+            f"no dequantized sample was found that comes back off by more than {worst:.1e} of its "
+            "scale"
+        )
         return Verdict.STABLE, f"{reason}; an attack finds failures, it cannot rule them out"
 
     @property

@@ -15,12 +15,12 @@ __all__ = ["Ascent"]
 
 @dataclass(frozen=True)
 class Ascent(SignAscent):
-    """Sign steps along a running mean of normalised gradients of the error, shrinking; then draws around the end.
+    """Shrinking sign steps along a running mean of normalised gradients; then draws around the end.
 
     The gradient of the reconstruction error is a signal (where the inverse amplifies more) under
     rounding noise of the same size, drawn afresh at every point. A running mean of directions keeps
     the first and forgets the second. What is left to gain at the end is luck, the rounding errors
-    of one particular point, and luck is had for the price of a round trip, half of a gradient's.
+    of one particular point, and a draw costs one round trip, half of what a gradient costs.
 
     Attributes:
         momentum: weight of the mean so far.

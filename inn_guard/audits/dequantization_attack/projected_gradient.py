@@ -1,4 +1,4 @@
-"""The attack of the exploding-inverses paper: projected gradient ascent on the reconstruction error."""
+"""The attack of the exploding-inverses paper: projected gradient ascent on the error."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ __all__ = ["ProjectedGradient"]
 
 @dataclass(frozen=True)
 class ProjectedGradient:
-    """x <- Proj(x + step_size sign(grad |x - F^-1(F(x))|)) from a random start, as the paper has it.
+    """x <- Proj(x + step_size sign(grad |x - F^-1(F(x))|)) from a random start, as in the paper.
 
     One step costs F, F^-1 and their two vector-Jacobian products: the error that the step reports
     is that of the point before it, which the pass computes anyway; one round trip at the end

@@ -1,4 +1,4 @@
-"""The cube of dequantized samples around every integer image, in the numbers that the model's dtype has."""
+"""The cube of dequantized samples around every integer image, in the model's own dtype."""
 
 from __future__ import annotations
 
@@ -15,12 +15,15 @@ __all__ = ["Cubes", "Quantization"]
 
 Bound = float | int | Sequence[float | int] | Tensor
 
-SLACK = 16.0  #: rounding units by which a value may lie below its grid line and still be taken to lie on it
+#: Rounding units by which a value may lie below its grid line and still be taken to lie on it.
+SLACK = 16.0
 
 
 @dataclass(frozen=True)
 class Quantization:
-    """How integers 0 ... 2^bits - 1 became model inputs: low + (high - low) (n + u) / 2^bits, u uniform in [0, 1).
+    """How integers n = 0 ... 2^bits - 1 became model inputs.
+
+        low + (high - low) (n + u) / 2^bits,   u uniform in [0, 1)
 
     Any affine normalisation is of this form: x = (v - mean) / std with v in [0, 1] has low = -mean
     / std and high = (1 - mean) / std, per channel if need be.
@@ -45,7 +48,7 @@ class Quantization:
 
     @classmethod
     def assumed(cls, x: Tensor) -> Quantization:
-        """8 bits over [0, 1], [-0.5, 0.5] or [-1, 1], whichever first holds x; else over the batch's own range."""
+        """8 bits over the first of [0, 1], [-0.5, 0.5], [-1, 1] and its range that holds x."""
         low, high = x.min().item(), x.max().item()
         for bounds in ((0.0, 1.0), (-0.5, 0.5), (-1.0, 1.0)):
             if bounds[0] <= low and high <= bounds[1]:
@@ -59,7 +62,7 @@ class Quantization:
         return cls(8, low, high)
 
     def cubes(self, x: Tensor) -> Cubes:
-        """The cubes of the integers that the samples x (B, *data) came from, dequantized already or not.
+        """The cubes of the integers that samples x (B, *data), dequantized or not, came from.
 
         Raises:
             ValueError: if x has values outside of [low, high].
@@ -73,7 +76,8 @@ class Quantization:
             bounds = f"[{self.low}, {self.high}]"
             raise ValueError(
                 f"expected x within {bounds}, got values from {x.min():.4g} to {x.max():.4g}: type "
-                "quantization=Quantization(bits, low, high) with what 0 and 1 become in your normalisation"
+                "quantization=Quantization(bits, low, high) with what 0 and 1 become in your "
+                "normalisation"
             )
         index = (place + slack.clamp(max=0.25)).floor().clamp(0, 2**self.bits - 1)
         return Cubes(low + index * width, low + (index + 1) * width, high - low, x.dtype)
@@ -115,7 +119,7 @@ class Cubes:
         return self.project(exact.to(self.lower.dtype))
 
     def near(self, x: Tensor, radius: float, generator: torch.Generator) -> Tensor:
-        """A random point at most ``radius`` half-widths away from x in every coordinate, inside the cube."""
+        """A random point of the cube at most ``radius`` half-widths from x in every coordinate."""
         u = (
             2
             * torch.rand(x.shape, generator=generator, device="cpu", dtype=torch.float64).to(
@@ -126,7 +130,7 @@ class Cubes:
         return self.project((x.double() + radius * self.half.double() * u).to(x.dtype))
 
     def contain(self, x: Tensor) -> Tensor:
-        """Which samples are dequantized samples of their integers, (B,) bool: lower <= x < upper, in float64."""
+        """Which samples lie in their cubes, lower <= x < upper in float64: (B,) bool."""
         inside = (x.double() >= self._exact_lower) & (x.double() < self._exact_upper)
         return inside.flatten(1).all(1)
 
@@ -141,7 +145,8 @@ def _like_samples(bound: Bound, x: Tensor) -> Tensor:
     if values.shape == x.shape[1:2]:
         return values.reshape(1, -1, *[1] * (x.dim() - 2))
     raise ValueError(
-        f"expected one bound, {x.shape[1]}, one per channel, or a tensor {tuple(x.shape[1:])} like one sample; "
+        f"expected one bound, {x.shape[1]}, one per channel, or a tensor {tuple(x.shape[1:])} like "
+        "one sample; "
         f"got shape {tuple(values.shape)}"
     )
 

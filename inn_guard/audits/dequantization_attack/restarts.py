@@ -14,7 +14,7 @@ __all__ = ["Restarts"]
 
 @dataclass(frozen=True)
 class Restarts:
-    """The same search several times, each with random numbers of its own; of every sample the worst point is kept.
+    """The same search several times with new random numbers; every sample's worst point is kept.
 
     No search knows of another one, so that processes which run the attack together each take some
     of them and find what one process finds.

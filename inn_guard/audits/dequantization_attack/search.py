@@ -1,4 +1,4 @@
-"""Search: what a strategy may ask of a model, what it has cost so far, and the worst points found."""
+"""Search: what a strategy may ask of a model, what it has cost, and the worst points found."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ class ErrorGradient:
 
 @dataclass(frozen=True)
 class AttackResult:
-    """What a search has found, on the CPU, to be sent to other processes: see the attributes of `Search`."""
+    """What a search has found, on the CPU, for other processes: see the attributes of `Search`."""
 
     points: Tensor
     error: Tensor
@@ -120,7 +120,7 @@ class Search:
             self.latent, self._unit = count_operations(lambda: model(cubes.centre))
 
     def fork(self, *, budget: float | int, generator: torch.Generator) -> Search:
-        """An independent search of the same cubes from here on; `merge` brings back what it finds."""
+        """An independent search of the same cubes; `merge` takes back what it finds."""
         branch = copy.copy(self)
         branch.budget = budget
         branch.generator = generator
@@ -159,19 +159,21 @@ class Search:
         return self.error.isfinite().nonzero()[:, 0].to(self.points.device)
 
     def can_afford(self, kind: str) -> bool:
-        """Whether a call of that kind ("error", "gradient") fits into the budget, and somebody is left to attack."""
+        """Whether a call of that kind fits into the budget, and a sample is left to attack."""
         price = self.price.get(kind, EXPECTED[kind])
         return self.spent + price <= self.budget and bool(self.error.isfinite().any())
 
     def errors(self, x: Tensor) -> Tensor:
-        """|F^-1(F(x)) - x| of every sample, (B,) float64, remembered; inf where broken, now or before."""
+        """|F^-1(F(x)) - x| of every sample, (B,) float64; inf where broken, now or before."""
         rows = self.active
         guarded = self.guarded.select(rows)
         back = self._paid("error", lambda: guarded.inverse(guarded.forward(x[rows])))
         return self._remember(x, rows, _lengths(back, x[rows]))
 
     def gradient(self, x: Tensor, nudge: Tensor | None = None) -> ErrorGradient:
-        """Error and gradients by autograd through F and F^-1; the error is remembered if there is no nudge.
+        """Error and gradients by autograd through F and F^-1.
+
+        The error is remembered if there is no nudge.
 
         Args:
             x: points of the cubes, (B, *data).
@@ -186,9 +188,11 @@ class Search:
         return pulled
 
     def implicit_gradient(self, x: Tensor) -> ErrorGradient:
-        """The same without differentiating the inverse: (r - J(x)^T J(y)^-T r) / |r|, r = y - x, y = F^-1(F(x)).
+        """The same without differentiating the inverse.
 
-        J(y)^-T is taken from the linearisation at y: by the implicit function theorem the
+            (r - J(x)^T J(y)^-T r) / |r|,   r = y - x,   y = F^-1(F(x))
+
+        J(y)^-T is taken from the linearization at y: by the implicit function theorem the
         derivative of the inverse, whatever iteration found y.
         """
         pulled = self._pulled(
@@ -200,7 +204,7 @@ class Search:
     def _pulled(
         self, kind: str, x: Tensor, pull: Callable[[Tensor], ErrorGradient]
     ) -> ErrorGradient:
-        """What ``pull`` says of the active rows; if it raises or hangs, the errors alone, which find the culprits."""
+        """What ``pull`` says of the active rows; if it raises or hangs, the errors alone."""
         rows = self.active
         error = torch.full((len(x),), math.inf, dtype=torch.float64)
         to_x, to_latent = torch.zeros_like(x), torch.zeros_like(self.latent)
@@ -238,7 +242,7 @@ class Search:
 
     @contextmanager
     def _frozen(self) -> Iterator[None]:
-        """No graph for the parameters inside the block: layers may then use what they keep of them, an inverse say."""
+        """No graph for the parameters inside the block: layers may use inverses that they keep."""
         for parameter in self._trained:
             parameter.requires_grad_(False)  # noqa: FBT003
         try:

@@ -1,4 +1,4 @@
-"""Climb: sign steps uphill that shrink, then draws around their end; what is uphill is the subclass's."""
+"""Sign steps uphill that shrink, then draws around their end; subclasses say what is uphill."""
 
 from __future__ import annotations
 

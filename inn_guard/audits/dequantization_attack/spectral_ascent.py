@@ -1,4 +1,4 @@
-"""Spectral ascent: move to where the inverse amplifies most, whatever this point's own rounding errors are."""
+"""Spectral ascent: move to where the inverse amplifies most, whatever the rounding errors are."""
 
 from __future__ import annotations
 
@@ -17,7 +17,9 @@ EVERY = 5  #: steps between two measurements of the true error
 
 @dataclass(frozen=True)
 class SpectralAscent(SignAscent):
-    """Ascends sigma_max(J^-1) by the growth of one latent nudge w: |F^-1(F(x) + a w) - x| / a, jointly in x and w.
+    """Ascends sigma_max(J^-1) by the growth of one latent nudge w, jointly in x and w.
+
+        |F^-1(F(x) + a w) - x| / a
 
     One backward pass gives both: its gradient with respect to the nudge is J^-T J^-1 w, the next
     step of a power iteration, and its gradient with respect to x is that of the gain. The nudge is
@@ -66,7 +68,7 @@ def _turned(direction: Tensor, pulled: ErrorGradient) -> Tensor:
 
 
 def _adjusted(length: Tensor, image: Tensor, wanted: Tensor) -> Tensor:
-    """A nudge whose image is nearer to the wanted length; a tenth where the image was not finite."""
+    """A nudge whose image is nearer to the wanted length; a tenth where that was not finite."""
     factor = torch.where(
         image.isfinite() & (image > 0), wanted / image, torch.full_like(image, 0.1)
     )

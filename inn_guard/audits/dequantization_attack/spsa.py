@@ -16,7 +16,7 @@ __all__ = ["GradientFree"]
 
 @dataclass(frozen=True)
 class GradientFree(SignAscent):
-    """Simultaneous perturbations: log error at x + c d and at x - c d, d of random signs, averaged over directions.
+    """Simultaneous perturbations: log errors at x + c d and x - c d, averaged over random signs d.
 
     Attributes:
         momentum: weight of the mean of directions so far.

@@ -1,4 +1,4 @@
-"""out_of_distribution: where, outside of the data, the map stops being invertible and its likelihood meaningful."""
+"""out_of_distribution: where, outside of the data, inverse and likelihood stop being right."""
 
 from __future__ import annotations
 
@@ -45,13 +45,17 @@ from inn_guard.report.verdict import Verdict
 
 __all__ = ["out_of_distribution"]
 
-BITS = 0.1  #: per dimension that the two log-determinants may leave: what published likelihoods differ by
+#: Per dimension that the two log-determinants may leave: what published likelihoods differ by.
+BITS = 0.1
 DIRECTIONS = 16  #: of the radius search
 SPECTRUM_SAMPLES = 4  #: of each family that are linearized at level full
 SPECTRUM_STEPS = 20
 LN10 = math.log(10)
 NAME = "out_of_distribution"
-ADVICE = "Do not use log p(x) or memory-saving gradients on such inputs, or bound the scales of the layers."
+ADVICE = (
+    "Do not use log p(x) or memory-saving gradients on such inputs, or bound the scales of the "
+    "layers."
+)
 
 
 def _cost(task: Task) -> Cost:
@@ -77,8 +81,8 @@ def out_of_distribution(
     """Round-trip errors, shares that are not finite, log-determinants and spectra off the data.
 
     Inputs: ``others``; noise, constants, blurred, inverted and shuffled data within the range of x;
-    the same data with more contrast or scale, beyond it; the latents of x, and hot draws from the
-    base. A family fails if some round trip is off by more than ``limits.reconstruction`` of the
+    the same data with more contrast or scale, beyond it; the latents of x, and hot draws from
+    N(0, I). A family fails if some round trip is off by more than ``limits.reconstruction`` of the
     input's root mean square, or not finite, or if the forward and the inverse log-determinant leave
     more than 0.1 bits per dimension: then the change of variables means nothing there. The verdict
     is that of ``others``, of what lies within the data's range, and of the latents of x; the rest
@@ -215,7 +219,7 @@ class _Families:
         self._show(name, trip, scope)
 
     def radii(self) -> tuple[Radii, Radii | None]:
-        """Where the inverse fails, and where the change of variables does; None if there are no log-determinants."""
+        """Where the inverse fails, and where log p does; None without log-determinants."""
         centre = self.x.double().mean(0, keepdim=True)
         radius = norms(self.x.double() - centre).median().item() or 1.0
         generator = torch.Generator().manual_seed(self.seed)
@@ -293,7 +297,7 @@ class _Families:
         }
 
     def _extremes(self, x: Tensor, contexts: Tensor) -> ExtremeSingularValues | None:
-        """sigma_max and sigma_min at those of x whose latents are finite; None if there are none."""
+        """sigma_max and sigma_min at those of x whose latents are finite; None of none."""
         if not len(x):
             return None
         with torch.no_grad():
@@ -318,7 +322,7 @@ class _Families:
         return True
 
     def _show(self, name: str, trip: GuardedRoundTrip, scope: Scope) -> None:
-        """The worst input of the family with what came back, if they are images of the data's grey scale."""
+        """Keep the worst input with what came back, if they are images of the data's grey scale."""
         side = trip.start
         images = side.dim() == 4 and side.shape[1] in (1, 3) and min(side.shape[2:]) >= 2
         if not images or not self.model.bijective or scope.latent or not scope.in_range:

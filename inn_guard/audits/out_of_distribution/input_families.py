@@ -19,7 +19,12 @@ BLUR = 1.5  #: pixels, standard deviation
 
 @dataclass(frozen=True)
 class Scope:
-    """Where a family lies: whether within the range of the data, so that it decides; whether it is made of latents."""
+    """Where a family lies.
+
+    Attributes:
+        in_range: whether within the range of the data, so that it decides.
+        latent: whether it is made of latents.
+    """
 
     in_range: bool
     latent: bool = False

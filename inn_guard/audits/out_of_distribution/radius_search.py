@@ -38,7 +38,7 @@ class Radii:
 
 
 def smallest_failing_radius(fails: Callable[[Tensor], Tensor], count: int) -> Radii:
-    """For ``count`` directions: radii are doubled until one fails, then the last interval is halved on a log scale.
+    """Radii are doubled until one fails, then the last interval is halved on a log scale.
 
     What fails at a small radius and holds again beyond is found as far as the doubling meets it.
 

@@ -1,4 +1,4 @@
-"""precision: in which dtype the model still inverts; a forecast from one linearisation beside the measured error."""
+"""precision: in which dtype the model still inverts, forecast and measured."""
 
 from __future__ import annotations
 
@@ -38,13 +38,14 @@ from inn_guard.report.verdict import Verdict
 
 __all__ = ["precision"]
 
-MARGIN = 5.0  #: a forecast this far below usable is decided; most samples lie within a factor of 3 of their forecast
-BROKEN = 1.0  #: a forecast error of the size of x itself: first order says nothing more, and nothing is left of x
+#: A forecast this far below usable is decided: most samples lie within a factor of 3 of theirs.
+MARGIN = 5.0
+#: A forecast error of the size of x itself: first order says nothing more, and x is lost.
+BROKEN = 1.0
 DRAWS = 128  #: realisations of the rounding errors, over all samples together, that are enough
 FORMATS = 5  #: on a CPU
-SWEEPS = (
-    2  #: at most, however few the samples: each costs about as much as three passes of the inverse
-)
+#: At most, however few the samples: each costs about as much as three passes of the inverse.
+SWEEPS = 2
 QUANTILE = 0.95  #: of the samples; the few beyond it do not decide
 
 
@@ -67,7 +68,7 @@ def precision(
     usable: float | None = None,
     probes: int | None = None,
 ) -> AuditResult:
-    """Relative error |F^-1(F(x)) - x| / |x| of the round trip in each number format, forecast and measured.
+    """Error |F^-1(F(x)) - x| / |x| of the round trip in each number format, forecast and measured.
 
     |x| is the sample's own length, at least the median one of the batch: a sample that is nearly
     zero is held to the size of its neighbours (`data_scale`).
@@ -171,7 +172,8 @@ def _fitting(context: AuditContext) -> int:
 def _check(candidates: Sequence[NumberFormat], usable: float | None, probes: int | None) -> None:
     if not candidates:
         raise ValueError(
-            "expected at least one number format to try, got none: leave candidates out to try the usual ones"
+            "expected at least one number format to try, got none: leave candidates out to try the "
+            "usual ones"
         )
     if usable is not None and not usable > 0:
         raise ValueError(f"expected a positive usable error, in units of |x|; got {usable}")
@@ -199,7 +201,13 @@ def _projected(model: Invertible, x: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class _Measured:
-    """One round trip: errors in units of |x|, what the dtype lost of the data before, and what the model raised."""
+    """One round trip.
+
+    Attributes:
+        error: in units of |x|, (B,).
+        lost: what the dtype loses of the data themselves, likewise.
+        problem: what the model raised; "" if nothing.
+    """
 
     error: Tensor
     lost: Tensor
@@ -235,7 +243,7 @@ def _row(
 
 
 def _values(table: Sequence[Mapping[str, Any]]) -> dict[str, float]:
-    """Errors measured, then forecast; what was not to be had has no entry."""
+    """Errors measured, then forecast; what was not measured has no entry."""
     named = {f"{row['number format']}_error": row["measured"] for row in table}
     named |= {f"{row['number format']}_forecast": row["forecast"] for row in table}
     return {name: value for name, value in named.items() if value is not None}
@@ -324,7 +332,8 @@ def _verdict(row: dict[str, Any], *, own: bool) -> tuple[Verdict, str]:
         )
     return (
         Verdict.STABLE,
-        f"{where} 95 % of the samples come back within {row['measured']:.1e} |x| ({row['usable']:g} is usable).",
+        f"{where} 95 % of the samples come back within {row['measured']:.1e} |x| "
+        f"({row['usable']:g} is usable).",
     )
 
 

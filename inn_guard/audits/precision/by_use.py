@@ -9,12 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from inn_guard.audits.audited_model import AuditedModel, ModelError
+from inn_guard.audits.audited_model import ModelError
 from inn_guard.audits.context import AuditContext
 from inn_guard.audits.precision.number_format import NumberFormat, autocast, tf32
 from inn_guard.audits.round_trip import RoundTrip
 from inn_guard.audits.sampling import context_rows, draw_error
 from inn_guard.audits.thresholds import worst
+from inn_guard.core.invertible import Invertible
 from inn_guard.core.missing import NotApplicable
 from inn_guard.execution.time_limit import TimedOut, time_limit
 
@@ -22,7 +23,7 @@ __all__ = ["figures_by_use", "lowest_by_use"]
 
 DRAWS = 256  #: of the base; none may be lost
 
-CopyIn = Callable[[torch.dtype], AuditedModel]
+CopyIn = Callable[[torch.dtype], Invertible]
 
 
 def figures_by_use(
@@ -32,7 +33,9 @@ def figures_by_use(
     number_format: NumberFormat,
     seconds: float,
 ) -> dict[str, Any]:
-    """Error of log p(x) in nats, of round trips by feature, and lost draws of 256, in one number format.
+    """The deciding figures of density, reconstruction and sampling in one number format.
+
+    Error of log p(x) in nats, of round trips by feature, and lost draws of 256:
 
     inf where the model raises, hangs or returns NaN; NaN where the model has no such figure at all.
 

@@ -1,4 +1,4 @@
-"""The forecast of the round trip's error in every number format, from one float64 copy or one linearisation."""
+"""The forecast of the round trip's error in every number format."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ NUMERIC = (ValueError, AssertionError, ArithmeticError, torch.linalg.LinAlgError
 
 
 class DtypeCopies:
-    """The model in other dtypes; its float64 copy, which the forecast and the measurement share, is made once."""
+    """The model in other dtypes; its float64 copy is made once."""
 
     def __init__(self, model: Invertible, dtype: torch.dtype) -> None:
         self.model, self._dtype = model, dtype
@@ -53,7 +53,10 @@ class DtypeCopies:
 
 
 class RoundingForecaster:
-    """The forecast of each number format, from one forward pass and its differences in float64, or its linearisation."""
+    """The forecast of each number format.
+
+    It is made from one forward pass and its differences in float64, or from its linearization.
+    """
 
     def __init__(self, copies: DtypeCopies, x: Tensor, *, probes: int, seed: int) -> None:
         self._copies, self._x, self._probes, self._seed = copies, x, probes, seed
@@ -82,7 +85,9 @@ class RoundingForecaster:
         return Linearization(self._copies.of(dtype), self._x.to(dtype))
 
     def relative(self, number_format: NumberFormat) -> tuple[Tensor, Tensor] | None:
-        """Forecast error in units of |x|, least and most, (B,) each, inf where a state overflows; None without one.
+        """Forecast error in units of |x|, least and most, (B,) each; None without a forecast.
+
+        Infinite where a state overflows.
 
         Where a state is so small that the dtype resolves it worse than its roundoff says, or the
         forecast itself is not finite although the states are, anything is possible: 0 and inf.
@@ -138,6 +143,6 @@ def _layer_roundoff(
 
 
 def batch_length(x: Tensor) -> Tensor:
-    """|x| per sample, (B,) float64, at least the median one of the batch: the unit of errors; 1 if all are 0."""
+    """The unit of errors: |x| of each sample, at least the batch's median; 1 if all are 0."""
     dims = x[0].numel()
     return data_scale(x) * (math.sqrt(dims) if bool(x.any()) else 1.0)

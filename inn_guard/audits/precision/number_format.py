@@ -11,12 +11,19 @@ import torch
 
 from inn_guard.jacobian.rounding_error import unit_roundoff
 
-__all__ = ["NumberFormat", "number_formats", "autocast", "tf32"]
+__all__ = ["NumberFormat", "autocast", "number_formats", "tf32"]
 
 
 @dataclass(frozen=True)
 class NumberFormat:
-    """One way to run a model: parameters and data in ``storage``, and under autocast to ``autocast`` if given."""
+    """One way to run a model.
+
+    Attributes:
+        name: as tables show it.
+        storage: dtype of parameters and data.
+        autocast: dtype that autocast computes in; None: no autocast.
+        tf32: whether products on CUDA round their factors to TF32.
+    """
 
     name: str
     storage: torch.dtype
@@ -25,7 +32,7 @@ class NumberFormat:
 
     @property
     def roundoff(self) -> float:
-        """The coarsest unit roundoff in it; TF32 keeps 10 bits of the fraction of what enters a product."""
+        """The coarsest unit roundoff in it; TF32 keeps 10 bits of the fraction of factors."""
         return 2.0**-11 if self.tf32 else unit_roundoff(self.coarsest)
 
     @property
@@ -35,7 +42,7 @@ class NumberFormat:
 
 
 def number_formats(device: torch.device) -> tuple[NumberFormat, ...]:
-    """What is tried on this device: float64, float32, bfloat16, float16, autocast, and TF32 on a GPU."""
+    """What is tried on this device: four dtypes, autocast, and TF32 on a GPU."""
     plain = tuple(
         NumberFormat(str(dtype).removeprefix("torch."), dtype)
         for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -47,7 +54,7 @@ def number_formats(device: torch.device) -> tuple[NumberFormat, ...]:
 
 @contextmanager
 def tf32(number_format: NumberFormat) -> Iterator[None]:
-    """TF32 products on CUDA inside the block if the format wants them, none if not; the old setting afterwards."""
+    """TF32 products on CUDA inside the block if and only if the format wants them."""
     before = (torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = number_format.tf32
     try:

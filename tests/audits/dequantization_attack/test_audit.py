@@ -1,4 +1,6 @@
-"""The attack against closed forms, the paper's loop written out, and models that break, raise, hang or lie."""
+"""The attack against closed forms, the paper's loop written out, and models that break, raise,
+hang or lie.
+"""
 
 from __future__ import annotations
 
@@ -50,7 +52,9 @@ STRATEGIES = {
 
 
 def generous(name):
-    """The strategy with enough for maps so small that bookkeeping is most of what a gradient costs."""
+    """The strategy with enough for maps so small that bookkeeping is most of what a gradient
+    costs.
+    """
     chosen = STRATEGIES[name]
     if isinstance(chosen, Restarts):
         return Restarts(chosen.count, dataclasses.replace(chosen.strategy, budget=1500))
@@ -58,7 +62,9 @@ def generous(name):
 
 
 class Bent(Invertible):
-    """F is the identity; its inverse is off by |x - x_0|^2 in the first coordinate, so the error is known."""
+    """F is the identity; its inverse is off by |x - x_0|^2 in the first coordinate, so the error
+    is known.
+    """
 
     def __init__(self, target):
         super().__init__()
@@ -122,7 +128,9 @@ def attacked(model, x, strategy, bits=8, seed=0):
 
 @pytest.mark.parametrize("name", ["paper", "ascent", "spectral", "gradient free", "random"])
 def test_the_farthest_corner_is_found_where_the_error_is_known(name):
-    """error = |x' - x_0|^2 is largest at one corner of the cube: climbers reach it, the others come near."""
+    """error = |x' - x_0|^2 is largest at one corner of the cube: climbers reach it, the others
+    come near.
+    """
     x = images()
     cubes = Quantization(8).cubes(x)
     search, _ = attacked(Bent(cubes.centre + 1.5 * cubes.half), x, generous(name))
@@ -134,7 +142,9 @@ def test_the_farthest_corner_is_found_where_the_error_is_known(name):
 
 
 def test_an_ill_conditioned_linear_map_errs_by_its_amplified_rounding():
-    """W = diag(1, 1e-3), then an offset of 1: z is off by up to eps / 2, x by 1000 times that, in float32."""
+    """W = diag(1, 1e-3), then an offset of 1: z is off by up to eps / 2, x by 1000 times that, in
+    float32.
+    """
 
     class Offset(Invertible):
         def forward(self, x):
@@ -205,7 +215,8 @@ def test_the_spectral_nudge_turns_to_the_direction_that_a_linear_inverse_amplifi
 def test_the_spectral_ascent_climbs_to_where_the_inverse_amplifies_most():
     """F(x) = (x_1, exp(-c x_1) x_2) has gain exp(c x_1) along x_2, whatever x_2: the upper face of the cube in x_1.
 
-    The round trip is exact but for rounding, so its error knows no such direction: only the gain does.
+    The round trip is exact but for rounding, so its error knows no such direction: only the gain
+    does.
     """
 
     class Funnel(Invertible):
@@ -270,7 +281,9 @@ def test_the_batched_attack_is_the_loop_over_samples_and_steps(dtype):
 
 
 def test_implicit_and_automatic_gradients_agree_where_both_are_right():
-    """On a smooth map with a visibly wrong inverse, both are r - J^T J^-T r; here J is a rotation and a stretch."""
+    """On a smooth map with a visibly wrong inverse, both are r - J^T J^-T r; here J is a rotation
+    and a stretch.
+    """
 
     class Shifted(Invertible):
         def forward(self, x):

@@ -37,7 +37,8 @@ def test_calls_are_counted_and_the_budget_holds(name):
     model = Counted(*couplings().layers())
     search, _ = attacked(model, images(), STRATEGIES[name])
     assert search.spent <= STRATEGIES[name].budget
-    # one forward tells the latents' shape, one is the unit; every call that is paid for runs the inverse once
+    # one forward tells the latents' shape, one is the unit; every call that is paid for runs the
+    # inverse once
     if name != "implicit":
         assert calls["forward"] == calls["inverse"] + 2
         assert search.spent >= 1.9 * calls["inverse"]
