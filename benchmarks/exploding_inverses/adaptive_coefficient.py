@@ -135,7 +135,7 @@ def evaluation(net: Classifier, data: Digits, config: Config) -> Row:
     net.train()
     return {
         "log10_condition": log10_condition_number(report),
-        "reconstruction_error": report["glance"].values["relative_error"],
+        "reconstruction_error": report["quick_round_trip"].values["relative_error"],
         "accuracy": accuracy,
     }
 

@@ -140,9 +140,7 @@ class Glow:
     def outside(self) -> AuditResult:
         """The families of inputs."""
         x = self.tests(self.config.outside)
-        return out_of_distribution(
-            self.net, x, others=self.others(x), samples=len(x), spectrum_samples=0
-        )
+        return out_of_distribution(self.net, x, others=self.others(x), samples=len(x))
 
     def tests(self, count: int) -> Tensor:
         """The first test images, dequantized."""
