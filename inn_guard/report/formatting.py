@@ -56,15 +56,24 @@ def _without_zeros(digits: str) -> str:
     return digits.rstrip("0").rstrip(".")
 
 
-def format_amount(value: SupportsFloat, unit: str) -> str:
+def format_amount(value: SupportsFloat, unit: str, *, short: bool = False) -> str:
     """A number with its unit; shares "of the draws" or "of the families" in per cent.
+
+    Args:
+        value: the number.
+        unit: its unit.
+        short: leave out the unit, but not the per cent sign.
 
     >>> format_amount(0.1, "nats"), format_amount(0.001, "of the draws")
     ('0.1 nats', '0.1 % of the draws')
+    >>> format_amount(0.1, "nats", short=True), format_amount(0.001, "of the draws", short=True)
+    ('0.1', '0.1 %')
     """
-    if unit.startswith(("of the draws", "of the families")):
-        return f"{format_number(100 * float(value))} % {unit}"
     number = format_number(value)
+    if unit.startswith(("of the draws", "of the families")):
+        number = f"{format_number(100 * float(value))} %"
+    if short:
+        return number
     if number == "1" and unit in ("degrees", "nats"):
         unit = unit.removesuffix("s")
     return f"{number} {unit}".strip()

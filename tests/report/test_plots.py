@@ -128,7 +128,7 @@ def test_bars_mark_the_largest_and_name_what_is_not_finite():
         {"index": 9, "name": "D"},
     ]
     drawing = layer_bars("gain", rows[:2])
-    assert "Largest: 7 in 5  B." in drawing.caption
+    assert "Largest: 7 in layer 5 B." in drawing.caption
     assert count(drawing, "fill: var(--high)") == 1
     assert {"2  A", "5  B"} <= set(texts(drawing))
     assert texts(layer_bars("gain", rows)).count("NaN") == 2
@@ -159,7 +159,7 @@ def test_a_logarithm_is_not_taken_twice():
     drawing = layer_bars("log10_gain", rows, unit="log10")
     assert "gain" in texts(drawing)
     assert "10⁻⁴" in texts(drawing)
-    assert "Largest: 1 in 0  x." in drawing.caption
+    assert "Largest: 1 in layer 0 x." in drawing.caption
     powers = histogram("log10_condition_number", torch.tensor([1.0, 400.0]), unit="log10")
     assert "largest 10⁴⁰⁰" in powers.caption
     assert "condition number" in texts(powers)

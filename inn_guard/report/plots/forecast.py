@@ -69,7 +69,7 @@ def _log10(row: Mapping[str, Any], name: str) -> float:
 
 
 def _in_words(axis: Axes, place: int, row: Mapping[str, Any]) -> None:
-    """A measurement that has no place on a logarithmic axis, at its right end."""
+    """A measurement that has no place on a logarithmic axis, to the right of it."""
     text, colour = "not measured", MUTED
     if row.get("measured verdict") == "refused":
         text, colour = "refused", BAD
@@ -78,7 +78,7 @@ def _in_words(axis: Axes, place: int, row: Mapping[str, Any]) -> None:
     elif row["measured"] is not None:
         text, colour = f"measured {format_number(row['measured'])}", BAD
     where = axis.get_yaxis_transform()
-    axis.text(0.99, place, text, color=colour, ha="right", va="center", size=9, transform=where)
+    axis.text(1.01, place, text, color=colour, va="center", size=9, transform=where)
 
 
 def _caption(rows: Sequence[Mapping[str, Any]]) -> str:

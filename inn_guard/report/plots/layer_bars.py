@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 
 from inn_guard.report.formatting import format_number, heading, is_number, legible
 from inn_guard.report.plots.axis_scale import Scale, scale_for
@@ -65,9 +66,11 @@ def layer_bars(
         title: heading. Default: the name.
     """
     values = _column(name, rows)
-    labels = [layer_label(row) for row in rows]
+    labels = list(map(layer_label, rows))
+    caption = _caption(name, values, labels, limit, kind="layer")
     if len(rows) <= _NAMED:
-        return row_bars(name, labels, values, unit=unit, limit=limit, title=title)
+        figure = _row_figure(name, labels, values, unit, limit)
+        return drawing(figure, caption, title=title or heading(name))
     scale = _scale(name, values, limit)
     figure, axis = axes()
     index = np.array([int(row.get("index", place)) for place, row in enumerate(rows)])
@@ -76,7 +79,6 @@ def layer_bars(
     border = _place(limit, scale)
     if border is not None:
         axis.axhline(border, color=BAD, linewidth=1.1, linestyle=(0, (4, 2)))
-    caption = _caption(values, labels, scale, limit)
     return drawing(figure, caption, title=title or heading(name))
 
 
@@ -99,6 +101,14 @@ def row_bars(
         limit: what they are held against; it is drawn as a line.
         title: heading. Default: the name.
     """
+    figure = _row_figure(name, labels, values, unit, limit)
+    caption = _caption(name, values, labels, limit)
+    return drawing(figure, caption, title=title or heading(name))
+
+
+def _row_figure(
+    name: str, labels: Sequence[str], values: np.ndarray, unit: str, limit: float | None
+) -> Figure:
     scale = _scale(name, values, limit)
     figure, axis = axes(5.2, 0.9 + 0.19 * max(4, len(labels)))
     border = _place(limit, scale)
@@ -108,8 +118,7 @@ def row_bars(
     axis.set_xlabel(scale.label(name, unit))
     if scale.logarithmic:
         decades(axis.xaxis)
-    caption = _caption(values, labels, scale, limit)
-    return drawing(figure, caption, title=title or heading(name))
+    return figure
 
 
 def _column(name: str, rows: Sequence[Mapping[str, Any]]) -> np.ndarray:
@@ -197,10 +206,22 @@ def _worst(values: np.ndarray) -> int:
     return int(np.argmax(np.where(np.isnan(values), np.inf, values)))
 
 
-def _caption(values: np.ndarray, labels: Sequence[str], scale: Scale, limit: float | None) -> str:
+def _caption(
+    name: str,
+    values: np.ndarray,
+    labels: Sequence[str],
+    limit: float | None,
+    *,
+    kind: str = "",
+) -> str:
+    """The largest number, and how many were not drawn; ``kind`` says what a row is."""
+    scale = _scale(name, values, limit)
     worst = _worst(values)
-    which = "Largest" if np.isfinite(values[worst]) else "First that is not finite"
-    parts = [f"{which}: {scale.text(values[worst])} in {labels[worst]}."]
+    which = "Largest"
+    if not np.isfinite(values[worst]):
+        which = "First that is not finite"
+    where = " ".join(f"{kind} {labels[worst]}".split())
+    parts = [f"{which}: {scale.text(values[worst])} in {where}."]
     counts = {}
     if limit is not None:
         counts[f"are above the limit {format_number(limit)}"] = (values > limit).sum()
