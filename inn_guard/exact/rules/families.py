@@ -1,0 +1,78 @@
+"""Steps of whole families of layers, whose parameters are found by evaluating the layers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from inn_guard.core.invertible import Invertible
+from inn_guard.exact.fixed_point import NoExactRule
+from inn_guard.exact.steps import Affine, Matrix, Moves, Step
+
+__all__ = ["channels_of", "coupling", "elementwise_affine", "matrix", "moves"]
+
+
+def moves(layer: Invertible, x: Tensor) -> list[Step]:
+    """Of a map that only moves entries."""
+    return [Moves.of(layer.to_dtype(torch.float64), x)]
+
+
+def elementwise_affine(layer: Invertible, x: Tensor) -> list[Step]:
+    """Of z = scale * x + shift with constants: the layer in float64 at zeros and at ones."""
+    if layer.training:
+        raise NoExactRule("it is in training mode and may change in a forward pass")
+    double = layer.to_dtype(torch.float64)
+    zeros = torch.zeros_like(x, dtype=torch.float64)
+    shift = double(zeros)
+    scale = double(zeros + 1) - shift
+    return [Affine(lambda known: (scale, shift), None, dtype=x.dtype)]
+
+
+def matrix(layer: Invertible, x: Tensor) -> list[Step]:
+    """Of z = W x + b over the channels: the layer in float64 at unit vectors and at zero."""
+    if layer.context is not None:
+        raise NoExactRule("its matrix may depend on the context")
+    double = layer.to_dtype(torch.float64)
+    channels = x.shape[1]
+    zeros = x.new_zeros(channels, *x.shape[1:], dtype=torch.float64)
+    units = zeros.clone()
+    index = torch.arange(channels, device=x.device)
+    units[index, index] = 1
+    origin = double(zeros)
+    columns = double(units) - origin
+    # every position has the same matrix
+    weight = columns.reshape(channels, channels, -1)[:, :, 0].T
+    bias = origin.reshape(channels, channels, -1)[0, :, 0]
+    if not bool(bias.any()):
+        return [Matrix(weight, None, dtype=x.dtype)]
+    return [Matrix(weight, bias, dtype=x.dtype)]
+
+
+def coupling(
+    x: Tensor,
+    identity: Tensor,
+    changed: Tensor,
+    parameters: Callable[[Tensor], tuple[Tensor | None, Tensor | None]],
+) -> Affine:
+    """One coupling along dimension 1.
+
+    Args:
+        x: a batch of inputs.
+        identity: channels that stay.
+        changed: channels that are scaled and shifted.
+        parameters: x[:, identity] -> (scale, shift) of x[:, changed].
+    """
+
+    def at(known: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        return parameters(known.index_select(1, identity))
+
+    return Affine(at, channels_of(changed, x), dtype=x.dtype)
+
+
+def channels_of(channels: Tensor, x: Tensor) -> Tensor:
+    """The entries of these channels, as indices into one flat sample."""
+    positions = x.shape[2:].numel()
+    inside = torch.arange(positions, device=channels.device)
+    return (channels[:, None] * positions + inside).flatten()

@@ -1,0 +1,526 @@
+"""The steps that layers are made of in exact mode: moves, affine maps, matrices, stored inputs.
+
+A step maps a FixedPoint state to the next one and logs on a Tape what ``undo`` needs. Parameters of
+a step are computed from the part of the state that the step leaves as it is. ``undo`` computes them
+again, and a digest tells whether it got the same bits.
+"""
+
+from __future__ import annotations
+
+import abc
+import copy
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+from inn_guard.exact.fixed_point import (
+    FixedPoint,
+    NoExactRule,
+    affine,
+    shear,
+    undo_affine,
+    undo_shear,
+)
+from inn_guard.exact.tape import Packed, Tape, digest
+
+__all__ = [
+    "Affine",
+    "Autoregressive",
+    "Matrix",
+    "Moves",
+    "OnTail",
+    "Parameters",
+    "Step",
+    "StoredInput",
+    "run",
+    "undo",
+]
+
+Self = TypeVar("Self", bound="Step")
+
+#: x (B, *data), with zeros where the step changes it -> (scale, shift) of what it changes, each of
+#: its shape, or broadcasting to it, or None
+Parameters = Callable[[Tensor], tuple[Tensor | None, Tensor | None]]
+
+
+class Step(abc.ABC):
+    """A bijection on states.
+
+    Args:
+        dtype: in which parameters and stored layers are computed.
+    """
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        self.dtype = dtype
+
+    @abc.abstractmethod
+    def run(self, state: FixedPoint, tape: Tape) -> FixedPoint:
+        """The next state."""
+
+    @abc.abstractmethod
+    def undo(self, state: FixedPoint, tape: Tape) -> FixedPoint:
+        """The state before, bit for bit."""
+
+    @abc.abstractmethod
+    def inverted(self: Self) -> Self:
+        """The step of the inverse map."""
+
+
+def run(steps: Sequence[Step], state: FixedPoint, tape: Tape) -> FixedPoint:
+    """The state after all steps."""
+    for step in steps:
+        state = step.run(state, tape)
+    return state
+
+
+def undo(steps: Sequence[Step], state: FixedPoint, tape: Tape) -> FixedPoint:
+    """The state before all steps."""
+    for step in reversed(steps):
+        state = step.undo(state, tape)
+    return state
+
+
+class Moves(Step):
+    """A map that only moves entries: nothing is pushed out and nothing is logged.
+
+    Args:
+        rows: entry i of a flat result is entry rows[i] of a flat sample.
+        shape: of one sample before.
+        latent_shape: of one sample after.
+        dtype: not used by moves.
+    """
+
+    def __init__(
+        self,
+        rows: Tensor,
+        shape: Sequence[int],
+        latent_shape: Sequence[int],
+        *,
+        dtype: torch.dtype,
+    ) -> None:
+        super().__init__(dtype)
+        self.rows, self.shape, self.latent_shape = rows, tuple(shape), tuple(latent_shape)
+
+    @classmethod
+    def of(cls, function: Callable[[Tensor], Tensor], x: Tensor) -> Moves:
+        """The moves that a function makes on samples like those of x.
+
+        Raises:
+            NoExactRule: if the function does something else than moving entries.
+        """
+        numbers = torch.arange(x[0].numel(), device=x.device)
+        # the whole batch: a function may expect its size
+        moved = function(numbers.to(torch.float64).reshape(1, *x.shape[1:]).expand_as(x).clone())
+        rows = moved[0].flatten().round().long()
+        if moved.shape[1:].numel() != len(numbers) or not torch.equal(rows.sort()[0], numbers):
+            raise NoExactRule("it does more than moving entries")
+        return cls(rows, x.shape[1:], moved.shape[1:], dtype=x.dtype)
+
+    def run(self, state: FixedPoint, tape: Tape) -> FixedPoint:
+        """The entries in their new order."""
+        return _moved(state, self.rows, self.latent_shape)
+
+    def undo(self, state: FixedPoint, tape: Tape) -> FixedPoint:
+        """The entries in their old order."""
+        return _moved(state, self.rows.argsort(), self.shape)
+
+    def inverted(self) -> Moves:
+        """The moves back."""
+        return Moves(self.rows.argsort(), self.latent_shape, self.shape, dtype=self.dtype)
+
+
+def _moved(state: FixedPoint, rows: Tensor, shape: tuple[int, ...]) -> FixedPoint:
+    return state.take(rows).mapped(lambda t: t.reshape(-1, *shape))
+
+
+class Affine(Step):
+    """Some entries of x become x * scale + shift; the others determine scale and shift.
+
+    An elementwise map changes all entries, and its scale and shift are constants; a coupling
+    changes a part.
+
+    Args:
+        parameters: see ``Parameters``.
+        changed: entries (indices into one flat sample) that are changed; None for all.
+        dtype: in which the parameters are computed.
+        divide: (x - shift) / scale instead.
+    """
+
+    def __init__(
+        self,
+        parameters: Parameters,
+        changed: Tensor | None,
+        *,
+        dtype: torch.dtype,
+        divide: bool = False,
+    ) -> None:
+        super().__init__(dtype)
+        self.parameters, self.changed, self.divide = parameters, changed, divide
+
+    def run(self, state: FixedPoint, tape: Tape) -> FixedPoint:
+        """Scaled and shifted."""
+        part, scale, shift = self._evaluated(state)
+        part = affine(part, scale, shift, tape, divide=self.divide)
+        tape.push("digest", digest(scale, shift))
+        return self._put(state, part)
+
+    def undo(self, state: FixedPoint, tape: Tape) -> FixedPoint:
+        """Shifted and scaled back."""
+        part, scale, shift = self._evaluated(state)
+        tape.compare(digest(scale, shift))
+        return self._put(state, undo_affine(part, scale, shift, tape, divide=self.divide))
+
+    def inverted(self) -> Affine:
+        """The other direction, with the same parameters."""
+        clone = copy.copy(self)
+        clone.divide = not self.divide
+        return clone
+
+    def _evaluated(self, state: FixedPoint) -> tuple[FixedPoint, Tensor | None, Tensor | None]:
+        """(changed entries, scale, shift), all (B, n)."""
+        x = state.values(self.dtype)
+        if self.changed is None:
+            known = torch.zeros_like(x)
+            part = state.mapped(lambda t: t.flatten(1))
+        else:
+            known = x.flatten(1).index_fill(1, self.changed, 0).reshape(x.shape)
+            part = state.take(self.changed)
+        scale, shift = self.parameters(known)
+        return part, _flat(scale, part), _flat(shift, part)
+
+    def _put(self, state: FixedPoint, part: FixedPoint) -> FixedPoint:
+        if self.changed is None:
+            return part.mapped(lambda t: t.reshape(state.units.shape))
+        return state.put(self.changed, part)
+
+
+def _flat(parameter: Tensor | None, part: FixedPoint) -> Tensor | None:
+    """A parameter as (B, n)."""
+    if parameter is None:
+        return None
+    batch, n = part.units.shape
+    if parameter.dim() > 1 and parameter.shape[1:].numel() == n:
+        parameter = parameter.flatten(1)
+    return parameter.expand(batch, n).contiguous()
+
+
+class Autoregressive(Step):
+    """z_i = x_i * scale_i + shift_i, both functions of the entries before i in an order.
+
+    One direction is one evaluation of the parameters. The other one finds one entry after the
+    other and evaluates them D times.
+
+    Args:
+        parameters: x (B, D) -> (scale, shift), (B, D) each.
+        order: the order of the entries.
+        dtype: in which the parameters are computed.
+        divide: the inverse map: x -> z with x_i = z_i * scale_i(z) + shift_i(z).
+    """
+
+    def __init__(
+        self, parameters: Parameters, order: Tensor, *, dtype: torch.dtype, divide: bool = False
+    ) -> None:
+        super().__init__(dtype)
+        self.parameters, self.order, self.divide = parameters, order, divide
+
+    def run(self, state: FixedPoint, tape: Tape) -> FixedPoint:
+        """Parameters from x, or from the z that is found entry by entry if ``divide``."""
+        known = state
+        if self.divide:
+            # scratch tapes: only the last evaluation, with all entries known, counts
+            known = self._entry_by_entry(
+                state, lambda *both: affine(state, *both, Tape(), divide=True)
+            )
+        scale, shift = self._evaluated(known)
+        state = affine(state, scale, shift, tape, divide=self.divide)
+        tape.push("digest", digest(scale, shift))
+        return state
+
+    def undo(self, state: FixedPoint, tape: Tape) -> FixedPoint:
+        """Parameters from the z, or from the x that is found entry by entry."""
+        known = state
+        expected = tape.pop("digest")
+        if not self.divide:
+            known = self._entry_by_entry(
+                state, lambda *both: undo_affine(state, *both, tape.copy(), divide=False)
+            )
+        scale, shift = self._evaluated(known)
+        tape.push("digest", expected)
+        tape.compare(digest(scale, shift))
+        return undo_affine(state, scale, shift, tape, divide=self.divide)
+
+    def inverted(self) -> Autoregressive:
+        """The other direction, with the same parameters."""
+        clone = copy.copy(self)
+        clone.divide = not self.divide
+        return clone
+
+    def _evaluated(self, state: FixedPoint) -> tuple[Tensor | None, Tensor | None]:
+        return self.parameters(state.values(self.dtype))
+
+    def _entry_by_entry(
+        self,
+        state: FixedPoint,
+        solve: Callable[[Tensor | None, Tensor | None], FixedPoint],
+    ) -> FixedPoint:
+        """The state whose entries the parameters at the entries before them give."""
+        zeros = torch.zeros_like(state.units)
+        known = replace(state, units=zeros, exponent=None)
+        for entry in self.order.reshape(-1, 1):
+            scale, shift = self._evaluated(known)
+            known = known.put(entry, solve(scale, shift).take(entry))
+        return known
+
+
+class Matrix(Step):
+    """z = W x + b over dimension 1 at every position, by W = P L diag(d) U.
+
+    The unit triangles L and U are products of shears x_i <- x_i + round(sum_j m_ij x_j), in which
+    no x_j changes that is added to another entry.
+
+    Args:
+        weight: W, (C, C); it is factored in float64.
+        bias: b, (C,), or None.
+        dtype: of the model.
+        inverse: x = W^-1 (z - b) instead.
+
+    Raises:
+        NoExactRule: if W is singular or not finite.
+    """
+
+    def __init__(
+        self, weight: Tensor, bias: Tensor | None, *, dtype: torch.dtype, inverse: bool = False
+    ) -> None:
+        super().__init__(dtype)
+        self.bias, self.inverse = bias, inverse
+        weight = weight.double()
+        if not bool(weight.isfinite().all()):
+            raise NoExactRule("its matrix is not finite")
+        pivots, lower, upper = torch.linalg.lu(weight)
+        self.diagonal = upper.diagonal().clone()
+        if not bool((self.diagonal != 0).all()):
+            raise NoExactRule("its matrix is singular")
+        # P L U: row i of L U goes to row order.argsort()[i], z = (L U x)[order]
+        self.order = pivots.argmax(1)
+        self.upper = _shears(upper / self.diagonal[:, None], lower=False)
+        self.lower = _shears(lower, lower=True)
+        self.digest = digest(weight, bias)
+
+    def run(self, state: FixedPoint, tape: Tape) -> FixedPoint:
+        """z, or x if ``inverse``."""
+        rows = _as_rows(state)
+        rows = self._backward(rows, tape) if self.inverse else self._forward(rows, tape)
+        tape.push("digest", self.digest)
+        return _as_channels(rows, state.units.shape)
+
+    def undo(self, state: FixedPoint, tape: Tape) -> FixedPoint:
+        """x, or z if ``inverse``."""
+        tape.compare(self.digest)
+        rows = _as_rows(state)
+        rows = self._undo_backward(rows, tape) if self.inverse else self._undo_forward(rows, tape)
+        return _as_channels(rows, state.units.shape)
+
+    def inverted(self) -> Matrix:
+        """W^-1."""
+        clone = copy.copy(self)
+        clone.inverse = not self.inverse
+        return clone
+
+    def _forward(self, rows: FixedPoint, tape: Tape) -> FixedPoint:
+        for matrix in self.upper:
+            rows = shear(rows, matrix, tape)
+        rows = affine(rows, self._scale(rows), None, tape, divide=False)
+        for matrix in self.lower:
+            rows = shear(rows, matrix, tape)
+        return affine(rows.take(self.order), None, self._shift(rows), tape, divide=False)
+
+    def _undo_forward(self, rows: FixedPoint, tape: Tape) -> FixedPoint:
+        rows = undo_affine(rows, None, self._shift(rows), tape, divide=False)
+        rows = rows.take(self.order.argsort())
+        for matrix in reversed(self.lower):
+            rows = undo_shear(rows, matrix, tape)
+        rows = undo_affine(rows, self._scale(rows), None, tape, divide=False)
+        for matrix in reversed(self.upper):
+            rows = undo_shear(rows, matrix, tape)
+        return rows
+
+    def _backward(self, rows: FixedPoint, tape: Tape) -> FixedPoint:
+        rows = affine(rows, None, self._shift(rows), tape, divide=True)
+        rows = rows.take(self.order.argsort())
+        for matrix in reversed(self.lower):
+            rows = shear(rows, -matrix, tape)
+        rows = affine(rows, self._scale(rows), None, tape, divide=True)
+        for matrix in reversed(self.upper):
+            rows = shear(rows, -matrix, tape)
+        return rows
+
+    def _undo_backward(self, rows: FixedPoint, tape: Tape) -> FixedPoint:
+        for matrix in self.upper:
+            rows = undo_shear(rows, -matrix, tape)
+        rows = undo_affine(rows, self._scale(rows), None, tape, divide=True)
+        for matrix in self.lower:
+            rows = undo_shear(rows, -matrix, tape)
+        rows = rows.take(self.order)
+        return undo_affine(rows, None, self._shift(rows), tape, divide=True)
+
+    def _scale(self, rows: FixedPoint) -> Tensor | None:
+        if bool((self.diagonal == 1).all()):
+            return None
+        return self.diagonal.expand(rows.units.shape)
+
+    def _shift(self, rows: FixedPoint) -> Tensor | None:
+        if self.bias is None:
+            return None
+        return self.bias.double().expand(rows.units.shape)
+
+
+def _shears(triangle: Tensor, *, lower: bool) -> list[Tensor]:
+    """Matrices M_k with M_k^2 = 0 and triangle = (I + M_n) ... (I + M_1): log2(C) of them.
+
+    T = [[T11, 0], [T21, T22]] is one shear by T21 T11^-1 after both diagonal blocks, whose shears
+    are made at the same time.
+    """
+    size = len(triangle)
+    if size == 1:
+        return []
+    half = size // 2
+    first, second = triangle[:half, :half], triangle[half:, half:]
+    blocks = (_shears(first, lower=lower), _shears(second, lower=lower))
+    shears = []
+    for k in range(max(len(block) for block in blocks)):
+        both = torch.zeros_like(triangle)
+        if k < len(blocks[0]):
+            both[:half, :half] = blocks[0][k]
+        if k < len(blocks[1]):
+            both[half:, half:] = blocks[1][k]
+        shears.append(both)
+    last = torch.zeros_like(triangle)
+    if lower:
+        last[half:, :half] = _right_quotient(triangle[half:, :half], first, upper=False)
+    else:
+        last[:half, half:] = _right_quotient(triangle[:half, half:], second, upper=True)
+    shears.append(last)
+    return [matrix for matrix in shears if bool(matrix.any())]
+
+
+def _right_quotient(block: Tensor, triangle: Tensor, *, upper: bool) -> Tensor:
+    """The block times the inverse of the unit triangle."""
+    return torch.linalg.solve_triangular(
+        triangle, block, upper=upper, left=False, unitriangular=True
+    )
+
+
+def _as_rows(state: FixedPoint) -> FixedPoint:
+    channels = state.units.shape[1]
+    return state.mapped(lambda t: t.movedim(1, -1).reshape(-1, channels))
+
+
+def _as_channels(rows: FixedPoint, shape: torch.Size) -> FixedPoint:
+    moved = (shape[0], *shape[2:], shape[1])
+    return rows.mapped(lambda t: t.reshape(moved).movedim(-1, 1).contiguous())
+
+
+class StoredInput(Step):
+    """Any map: its input is kept.
+
+    Args:
+        function: x (B, *data) -> z (B, *latent), floats.
+        dtype: of x.
+    """
+
+    def __init__(self, function: Callable[[Tensor], Tensor], *, dtype: torch.dtype) -> None:
+        super().__init__(dtype)
+        self.function = function
+
+    def run(self, state: FixedPoint, tape: Tape) -> FixedPoint:
+        """The state nearest to the function's value.
+
+        Raises:
+            NoExactRule: if that value is not finite.
+        """
+        z = self.function(state.values(self.dtype))
+        if not bool(z.isfinite().all()):
+            raise NoExactRule("its output is not finite")
+        after = FixedPoint.of(z, state.fraction_bits)
+        exponent = None if state.exponent is None else Packed.of(state.exponent)
+        stored = [Packed.of(state.units), exponent]
+        if after.units.numel() == state.units.numel():
+            after = replace(after, pushed=state.pushed.reshape(z.shape))
+            stored.append(None)
+        else:
+            # the entries are others: their bits start anew
+            stored.append(Packed.of(state.pushed))
+        for packed in stored:
+            tape.stored_bits += 0 if packed is None else packed.bits
+        tape.push("input", tuple(stored))
+        return after
+
+    def undo(self, state: FixedPoint, tape: Tape) -> FixedPoint:
+        """The kept state."""
+        units, exponent, pushed = tape.pop("input")
+        restored = units.unpack().to(state.units.device)
+        return replace(
+            state,
+            units=restored,
+            exponent=None if exponent is None else exponent.unpack().to(restored.device),
+            pushed=state.pushed.reshape(restored.shape)
+            if pushed is None
+            else pushed.unpack().to(restored.device),
+        )
+
+    def inverted(self) -> StoredInput:
+        """Not needed: an inverse layer is stored as a whole.
+
+        Raises:
+            NoExactRule: always.
+        """
+        raise NoExactRule("the inverse of a layer without a rule")
+
+
+class OnTail(Step):
+    """Steps on the last entries of a flat state (B, D); the first ones stay.
+
+    Args:
+        steps: on states of shape (B, *shape).
+        shape: of the last entries before.
+        latent_shape: of the last entries after.
+        dtype: of the model.
+    """
+
+    def __init__(
+        self,
+        steps: Sequence[Step],
+        shape: Sequence[int],
+        latent_shape: Sequence[int],
+        *,
+        dtype: torch.dtype,
+    ) -> None:
+        super().__init__(dtype)
+        self.steps = tuple(steps)
+        self.shape, self.latent_shape = tuple(shape), tuple(latent_shape)
+
+    def run(self, state: FixedPoint, tape: Tape) -> FixedPoint:
+        """The steps on the tail."""
+        tail, entries = self._tail(state, self.shape)
+        return state.put(entries, run(self.steps, tail, tape))
+
+    def undo(self, state: FixedPoint, tape: Tape) -> FixedPoint:
+        """The steps on the tail undone."""
+        tail, entries = self._tail(state, self.latent_shape)
+        return state.put(entries, undo(self.steps, tail, tape))
+
+    def inverted(self) -> OnTail:
+        """The inverse steps on the tail."""
+        steps = [step.inverted() for step in reversed(self.steps)]
+        return OnTail(steps, self.latent_shape, self.shape, dtype=self.dtype)
+
+    @staticmethod
+    def _tail(state: FixedPoint, shape: tuple[int, ...]) -> tuple[FixedPoint, Tensor]:
+        size, width = math.prod(shape), state.units[0].numel()
+        entries = torch.arange(width - size, width, device=state.units.device)
+        tail = state.take(entries)
+        return tail.mapped(lambda t: t.reshape(-1, *shape)), entries
