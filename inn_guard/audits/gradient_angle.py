@@ -200,13 +200,14 @@ _OF_LENGTH = (
 
 
 def _values(minibatches: Sequence[Mapping[str, float]], rounding: float) -> dict[str, float]:
-    columns = {name: [row[name] for row in minibatches] for name in minibatches[0]}
+    angles = _column(minibatches, "angle")
+    distances = _column(minibatches, "distance")
     return {
-        "mean_angle": _mean(columns["angle"]),
-        "max_angle": _worst(columns["angle"]),
-        "mean_distance": _mean(columns["distance"]),
-        "max_distance": _worst(columns["distance"]),
-        "max_length_error": _worst(columns["length_error"]),
+        "mean_angle": _mean(angles),
+        "max_angle": _worst(angles),
+        "mean_distance": _mean(distances),
+        "max_distance": _worst(distances),
+        "max_length_error": _worst(_column(minibatches, "length_error")),
         "rounding_distance": rounding,
     }
 
@@ -218,8 +219,8 @@ def _layer_rows(
     rows = []
     for k, group in enumerate(groups):
         parts = [minibatch[k].row() for minibatch in compared]
-        angle = _worst([part["angle"] for part in parts])
-        distance = _worst([part["distance"] for part in parts])
+        angle = _worst(_column(parts, "angle"))
+        distance = _worst(_column(parts, "distance"))
         rows.append({**group.row(), "angle": angle, "distance": distance})
     return tuple(rows)
 
@@ -285,16 +286,13 @@ def _gradients(loss: Any, parameters: list[Tensor]) -> list[Tensor]:
 
 
 def _parameters(model: Invertible) -> list[Tensor]:
-    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    floating = [parameter for parameter in model.parameters() if parameter.is_floating_point()]
+    trainable = [parameter for parameter in floating if parameter.requires_grad]
     if not trainable:
-        trainable = [
-            parameter.requires_grad_()
-            for parameter in model.parameters()
-            if parameter.is_floating_point()
-        ]
+        trainable = [parameter.requires_grad_() for parameter in floating]
     if not trainable:
         raise NotApplicable("the model has no parameters, so that training has no gradient")
-    return list(trainable)
+    return trainable
 
 
 def _default_loss(model: Invertible, x: Tensor) -> Measured:
@@ -330,12 +328,10 @@ def _negative_log_likelihood(z: Tensor, log_det: Tensor) -> Tensor:
 def _scalar(loss: Loss) -> Measured:
     """The loss as a function of model and x, by the number of arguments that it wants."""
     kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
-    wanted = [
-        p
-        for p in inspect.signature(loss).parameters.values()
-        if p.kind in kinds and p.default is p.empty
-    ]
-    if len(wanted) >= 2:
+    wanted = 0
+    for parameter in inspect.signature(loss).parameters.values():
+        wanted += parameter.kind in kinds and parameter.default is parameter.empty
+    if wanted >= 2:
         return lambda model, x: loss(*model.forward_and_log_det(x))
     return lambda model, x: loss(model(x))
 
@@ -358,15 +354,15 @@ def _finding(
     minibatches: Sequence[Mapping[str, float]], rounding: float, limits: Limits
 ) -> Finding:
     count = len(minibatches)
-    angle = _worst([row["angle"] for row in minibatches])
-    length = _worst([row["length_error"] for row in minibatches])
-    distance = _worst([row["distance"] for row in minibatches])
+    angle = _worst(_column(minibatches, "angle"))
+    length = _worst(_column(minibatches, "length_error"))
+    distance = _worst(_column(minibatches, "distance"))
     # whichever is further beyond, or nearer to, its limit is the figure that decides
     figure, limit, unit = angle, limits.gradient_angle, "degrees"
     if length / limits.gradient_length > angle / limits.gradient_angle:
         figure, limit, unit = length, limits.gradient_length, "of |h|"
-    broken = sum(not math.isfinite(row["memory_saving_norm"]) for row in minibatches)
-    if not all(math.isfinite(row["true_norm"]) for row in minibatches):
+    broken = count - _finite(_column(minibatches, "memory_saving_norm"))
+    if _finite(_column(minibatches, "true_norm")) < count:
         reason = "the true gradient itself is not finite"
         verdict, figure = Verdict.NON_FINITE, math.inf
     elif broken:
@@ -388,6 +384,15 @@ def _finding(
                 "is not determined at this precision"
             )
     return Finding(verdict, figure, limit, unit, reason, 0, 0)
+
+
+def _column(rows: Sequence[Mapping[str, float]], name: str) -> list[float]:
+    return [row[name] for row in rows]
+
+
+def _finite(values: list[float]) -> int:
+    """How many of them are neither NaN nor infinite."""
+    return sum(map(math.isfinite, values))
 
 
 def _mean(values: list[float]) -> float:

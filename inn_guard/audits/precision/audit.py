@@ -15,7 +15,7 @@ from inn_guard.audits.context import AuditContext
 from inn_guard.audits.cost_model import Cost, Passes, Task
 from inn_guard.audits.fault_tolerant import patience
 from inn_guard.audits.level import Level
-from inn_guard.audits.precision.by_use import figures_by_use, lowest_by_use
+from inn_guard.audits.precision.by_use import BASE_DRAWS, figures_by_use, lowest_by_use
 from inn_guard.audits.precision.forecast import (
     NUMERIC,
     DtypeCopies,
@@ -52,7 +52,9 @@ QUANTILE = 0.95  #: of the samples; the few beyond it do not decide
 def _cost(task: Task) -> Cost:
     forecast = Passes(forward=1, inverse=2 * SWEEPS)
     round_trips = Passes(forward=3, inverse=2) * FORMATS
-    passes = (round_trips + forecast) * task.samples
+    figures = Passes(forward=3, inverse=1) * FORMATS
+    draws = Passes(forward=1, inverse=1) * (FORMATS * BASE_DRAWS)
+    passes = (round_trips + forecast + figures) * task.samples + draws
     return Cost(passes, task.samples, vectors=2 * (task.layers + 4))
 
 

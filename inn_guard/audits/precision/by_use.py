@@ -21,7 +21,7 @@ from inn_guard.execution.time_limit import TimedOut, time_limit
 
 __all__ = ["figures_by_use", "lowest_by_use"]
 
-DRAWS = 256  #: of the base; none may be lost
+BASE_DRAWS = 256  #: of the base; none may be lost
 
 CopyIn = Callable[[torch.dtype], Invertible]
 
@@ -79,7 +79,7 @@ def figures_by_use(
         return worst(RoundTrip(start, z, model.inverse(z)).by_feature)
 
     def lost_draws() -> float:
-        z = context.base.draw(DRAWS, seed=context.seed).to(number_format.storage)
+        z = context.base.draw(BASE_DRAWS, seed=context.seed).to(number_format.storage)
         positions = context_rows(context, torch.arange(len(z), device=z.device))
         model = context.model.to_dtype(number_format.storage).select(positions)
         again = model(model.inverse(z.clone()))
@@ -89,7 +89,7 @@ def figures_by_use(
     return {
         "density error": measured(density),
         "reconstruction error": measured(reconstruction),
-        f"lost of {DRAWS} draws": measured(lost_draws),
+        f"lost of {BASE_DRAWS} draws": measured(lost_draws),
     }
 
 
@@ -105,7 +105,7 @@ def lowest_by_use(context: AuditContext, table: Sequence[Mapping[str, Any]]) -> 
     allowed = {
         "density": ("density error", limits.density),
         "reconstruction": ("reconstruction error", limits.reconstruction),
-        "sampling": (f"lost of {DRAWS} draws", 0.0),
+        "sampling": (f"lost of {BASE_DRAWS} draws", 0.0),
     }
     finest_first = sorted(table, key=lambda row: row["unit roundoff"])
     parts = []
