@@ -32,7 +32,7 @@ def frame(report: AuditReport) -> pandas.DataFrame:
 
 
 def layer_frame(report: AuditReport) -> pandas.DataFrame:
-    """One row per layer and check that looks at layers.
+    """One row per layer and check that measured layers.
 
     Args:
         report: with its results.

@@ -133,7 +133,7 @@ def _other_inputs(result: AuditResult) -> Iterator[Drawing]:
 def _spectrum(result: AuditResult) -> Iterator[Drawing]:
     high, low = _log10(result, "sigma_max"), _log10(result, "sigma_min")
     if high is not None and low is not None:
-        see = "The longer a line, the more a rounding error can grow: its length is the condition."
+        see = "A line is as long as the condition number: the longer, the more rounding can grow."
         yield dataclasses.replace(spectrum_range(high, low), see=see)
     yield from _full_spectrum(result)
 
