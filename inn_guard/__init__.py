@@ -12,6 +12,7 @@ from inn_guard.audits import AUDITS, AuditSpec, Level, audit_check
 from inn_guard.audits.run import audit
 from inn_guard.core.invertible import Invertible
 from inn_guard.core.missing import NotApplicable
+from inn_guard.exact import exact
 from inn_guard.memory_saving import memory_saving
 from inn_guard.report.audit_report import AuditReport
 from inn_guard.report.comparison import Comparison, compare
@@ -63,6 +64,7 @@ __all__ = [
     "audit_check",
     "compare",
     "every",
+    "exact",
     "lipschitz_bounds",
     "load",
     "memory_saving",
@@ -71,7 +73,7 @@ __all__ = [
 
 __version__ = "0.1.0"
 
-#: Certified bounds are a large part of the package: they are imported when one of these is first used.
+#: Certified bounds are a large part of the package: they are imported when one is first used.
 _LAZY = {
     "Box": "inn_guard.numerics.intervals",
     "LipschitzBounds": "inn_guard.lipschitz.bounds",

@@ -117,6 +117,8 @@ def audit(  # noqa: PLR0913
     x = checked_batch(wrapped, x).detach().clone()
     check_context(wrapped.context, x)
     parallel.check_agreement(wrapped, x)
+    if limits is not None and not isinstance(limits, Limits):
+        raise TypeError(f"expected limits as inn_guard.Limits(...); got {limits!r}")
     audit_context = AuditContext(
         audited_model(wrapped, x),
         x,

@@ -23,6 +23,7 @@ PACKAGES = [
     "layers",
     "adapters",
     "models",
+    "exact",
     "lipschitz",
     "audits",
     "training",
