@@ -1,7 +1,7 @@
 """inn_guard: audit and repair the numerical stability of invertible neural networks.
 
-report = ig.audit(flow, x)                                 # what may this model be used for?
-penalty = ig.RegularizerHook(flow, [ig.FiniteDifferences(1e-3)])(x)       # keep its inverse stable in training
+report = ig.audit(flow, x)  # what may this model be used for?
+penalty = ig.RegularizerHook(flow, [ig.FiniteDifferences(1e-3)])(x)  # keep its inverse stable
 """
 
 import importlib
