@@ -90,7 +90,7 @@ class UseVerdict:
 
     @property
     def reason(self) -> str:
-        """One sentence."""
+        """What was found, in one sentence with the figures."""
         return self._known.reason
 
     @property

@@ -68,8 +68,8 @@ def test_reports_are_written_and_read_again(data, tmp_path):
     again = run("report", tmp_path / "a.json", "--html", tmp_path / "b.html")
     assert again.exit_code == 0
     assert again.stdout == done.stdout
-    assert "Not finite" in (tmp_path / "b.html").read_text()
-    assert "Not finite" in (tmp_path / "a.html").read_text()
+    assert "not finite" in (tmp_path / "b.html").read_text()
+    assert "not finite" in (tmp_path / "a.html").read_text()
 
 
 def test_a_full_disk_loses_no_report(monkeypatch, data, tmp_path):
@@ -91,7 +91,9 @@ def test_a_dry_run_estimates_and_measures_nothing(data):
     assert audit("stable", data, "--memory", "0").exit_code == 2
 
 
-@pytest.mark.parametrize(("factory", "code"), [("stable", 0), ("unstable", 1)])
+@pytest.mark.parametrize(
+    ("factory", "code"), [("unstable", 1), pytest.param("stable", 0, marks=pytest.mark.thorough)]
+)
 def test_torchrun_gives_one_report_and_the_verdict_as_its_exit_code(factory, code, data, tmp_path):
     words = [
         "audit",
