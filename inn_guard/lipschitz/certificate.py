@@ -242,8 +242,9 @@ def _restored(entry: Mapping[str, Any], name: str, file: Mapping[str, np.ndarray
     layers, multipliers = [], []
     for k, error in enumerate(entry["errors"]):
         parts = [torch.from_numpy(file[f"{name}.{k}.{key}"]) for key in PARTS]
-        layers.append(Layer(*parts[:4], float.fromhex(error)))
-        multipliers.append(parts[4])
+        keep, weight, lower, upper, D = parts
+        layers.append(Layer(keep, weight, lower, upper, float.fromhex(error)))
+        multipliers.append(D)
     output = torch.from_numpy(file[f"{name}.output"])
     chain = Chain(int(entry["size"]), tuple(layers), output, float.fromhex(entry["error"]))
     _check_chain(chain, tuple(multipliers))

@@ -154,7 +154,7 @@ class ReachableSet:
         eye = torch.eye(len(self.centre), dtype=torch.float64)[None]
         if self.factor is None:
             return self.ball * eye
-        rest = (Upper(1.0) / STRETCH + 1).sqrt() * self.ball * eye.to(self.factor.dtype)
+        rest = eye.to(self.factor.dtype) * ((Upper(1.0) / STRETCH + 1).sqrt() * self.ball)
         return torch.cat([self.factor * (1 + STRETCH), rest.expand(len(self.factor), -1, -1)], 2)
 
 

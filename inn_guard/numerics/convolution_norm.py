@@ -299,8 +299,10 @@ def _dilated(kernel: Tensor, dilation: Sizes) -> Tensor:
         return kernel
     window = [(k - 1) * d + 1 for k, d in zip(kernel.shape[2:], dilation, strict=True)]
     wide = kernel.new_zeros(*kernel.shape[:2], *window)
-    every_dth = [slice(None, None, d) for d in dilation]
-    wide[(slice(None), slice(None), *every_dth)] = kernel
+    index = [slice(None), slice(None)]
+    for d in dilation:
+        index.append(slice(None, None, d))
+    wide[tuple(index)] = kernel
     return wide
 
 

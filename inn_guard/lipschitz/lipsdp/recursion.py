@@ -144,11 +144,13 @@ def _output_state(chain: Chain, multipliers: Multipliers) -> _Above | None:
     state = _Above(None, torch.eye(chain.size, dtype=torch.float64)[None])
     for layer, D in zip(chain.layers, multipliers, strict=True):
         joined = state.through(layer.joint, layer.error)
-        if len(D):
-            joined = _advanced(joined, layer, D)
-        if joined is None:
+        if not len(D):
+            state = joined.folded()
+            continue
+        advanced = _advanced(joined, layer, D)
+        if advanced is None:
             return None
-        state = joined.folded()
+        state = advanced.folded()
     return state.through(chain.output, chain.error)
 
 
