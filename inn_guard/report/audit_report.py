@@ -34,6 +34,7 @@ WORDS = {
     Verdict.UNSTABLE: "FAILS",
     Verdict.NON_FINITE: "FAILS",
 }
+_OF_THE_RUN = ("date", "seconds")  #: settings in which two reports of the same audit differ
 _RESULT_FIELDS = (
     "name",
     "reason",
@@ -147,8 +148,13 @@ class AuditReport:
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, AuditReport):
             return NotImplemented
-        same_model = self.model == other.model and self.settings == other.settings
+        same_model = self.model == other.model and self._repeatable == other._repeatable
         return same_model and self.results == other.results and self.advice == other.advice
+
+    @property
+    def _repeatable(self) -> dict[str, Any]:
+        """The settings without what differs from run to run."""
+        return {key: value for key, value in self.settings.items() if key not in _OF_THE_RUN}
 
     def __hash__(self) -> int:
         return hash((self.model, self.results))

@@ -153,7 +153,6 @@ def out_of_distribution(
             "left_out": "; ".join(measured.left_out) or "nothing",
             "directions": measured.directions,
             "largest_radius": invertible.limit,
-            "seconds_per_call": measured.guarded.seconds,
             "failures": str(measured.guarded.failures) or "none",
             "seed": context.seed,
         },
