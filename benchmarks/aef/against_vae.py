@@ -13,7 +13,7 @@ and with --latents 32 --seeds 0 what is in results/mnist_32; ``curves.py`` train
 
 Every model of one latent dimension has the same nets, flows, data, batches and number of steps. The
 likelihood of VAEs and linear AEFs is importance-sampled (the log of the mean weight, and the lower
-bound beside it), by the paper's proposals (``bpd``) and by one around the mode of p(z | x)
+bound as well), by the paper's proposals (``bpd``) and by one around the mode of p(z | x)
 (``bpd_mode``, see ``laplace.py``); that of partition AEFs is exact. Paper: Table 1, MNIST d = 2:
 VAE 2.40, AEF 2.37 bits per dimension; d = 32: VAE 1.80, AEF 1.82.
 """
@@ -70,7 +70,7 @@ TEMPERATURE = 0.85
 
 
 class Dataset(enum.Enum):
-    """Which images."""
+    """The data sets on which models are trained."""
 
     DIGITS = "digits"
     MNIST = "mnist"
@@ -139,7 +139,6 @@ def cases(config: Config) -> dict[str, Case]:
 
 
 def run(config: Config) -> pd.DataFrame:
-    """All models."""
     return collect(config, cases(config), measure)
 
 
@@ -284,7 +283,7 @@ def joined(estimates: Iterable[ImportanceEstimate], name: str) -> Tensor:
 
 
 def standard_error(values: Tensor) -> float:
-    """Of the mean."""
+    """The standard error of the mean."""
     return values.std().item() / math.sqrt(len(values))
 
 

@@ -3,7 +3,7 @@
     inn-guard bench aef.curves --preset cpu --root FOLDER
 
 The likelihood of both is importance-sampled around the mode of p(z | x) (``laplace.py``); that
-proposal's effective draws are in the table beside those of the paper's protocol at the last look:
+proposal's effective draws are in the table, in the last row with those of the paper's protocol:
 an isotropic proposal around h(x) for the AEF, the encoder's posterior for the VAE. Differences to
 the VAE are of the same images, with the standard error of their mean. The same estimate on as many
 training images shows when a model begins to learn them by heart.

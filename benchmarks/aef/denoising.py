@@ -72,7 +72,6 @@ class Case(training.Case):
 
 
 def run(config: Config) -> pd.DataFrame:
-    """All models."""
     cases = {
         f"digits d={latent} noise={deviation} {model} seed={seed}": Case(
             model, latent, seed, deviation

@@ -100,7 +100,6 @@ def measure(config: Config, case: tuple[int, int]) -> Iterator[Row]:
 
 
 def run(config: Config) -> pd.DataFrame:
-    """All nets and batches."""
     return collect(config, cases(config), measure)
 
 

@@ -41,13 +41,13 @@ class QuantizedImages:
 
     @property
     def shape(self) -> tuple[int, int, int]:
-        """(C, H, W)."""
+        """(C, H, W) of one image."""
         channels, height, width = self.train.shape[1:]
         return channels, height, width
 
     @property
     def dims(self) -> int:
-        """C H W."""
+        """C H W, the number of values of one image."""
         return self.train[0].numel()
 
     def scaled(self, pixels: Tensor) -> Tensor:

@@ -141,7 +141,6 @@ def evaluation(net: Classifier, data: Digits, config: Config) -> Row:
 
 
 def run(config: Config) -> pd.DataFrame:
-    """All runs."""
     frame = collect(config, cases(config), measure)
     print(summary(frame).to_string(index=False))
     return frame

@@ -94,7 +94,6 @@ def measure(config: Config, depth: int) -> list[Row]:
 
 
 def run(config: Config) -> pd.DataFrame:
-    """A flow per depth."""
     return collect(config, keyed("{} blocks", config.depths), measure)
 
 

@@ -64,7 +64,7 @@ def measure(config: Config, case: tuple[str, str]) -> Iterator[Row]:
     spectrum = ig.AuditHook(net.inn, every=1, checks=[SPECTRUM], samples=4)
     times = {
         "step": milliseconds(step, config.repeats),
-        "glance": milliseconds(lambda: quick_round_trip(x), config.repeats),
+        "quick": milliseconds(lambda: quick_round_trip(x), config.repeats),
         "spectrum": milliseconds(lambda: spectrum(x), max(3, config.repeats // 3)),
     }
     percent = 100 / times["step"] / config.every
@@ -72,9 +72,9 @@ def measure(config: Config, case: tuple[str, str]) -> Iterator[Row]:
         "net": name,
         "size": size,
         "step_ms": times["step"],
-        "glance_ms": times["glance"],
+        "glance_ms": times["quick"],
         "spectrum_ms": times["spectrum"],
-        "glance_percent": times["glance"] * percent,
+        "glance_percent": times["quick"] * percent,
         "spectrum_percent": times["spectrum"] * percent,
     }
 
@@ -85,7 +85,6 @@ def milliseconds(step: Callable[[], object], repeats: int) -> float:
 
 
 def run(config: Config) -> pd.DataFrame:
-    """All networks."""
     pairs = product(NETS, config.sizes)
     return collect(config, {f"{name} {size}": (name, size) for name, size in pairs}, measure)
 

@@ -117,7 +117,6 @@ def measure(config: Config, name: str) -> Iterator[Row]:
 
 
 def grid(config: Config) -> Tensor:
-    """(points^2, 2)."""
     axis = torch.linspace(-config.extent, config.extent, config.points)
     return torch.cartesian_prod(axis, axis)
 
@@ -162,7 +161,6 @@ def bounded(net: Chain, samples: Tensor, config: Config) -> list[tuple[str, floa
 
 
 def run(config: Config) -> pd.DataFrame:
-    """All nets."""
     frame = collect(config, config.nets, measure)
     print(summary(frame).to_string(index=False))
     return frame

@@ -267,7 +267,6 @@ def image_groups(flow: Flow, title: str, found: AuditResult) -> dict[str, Tensor
 
 
 def run(config: Config) -> pd.DataFrame:
-    """All flows."""
     return collect(config, config.flows, measure)
 
 

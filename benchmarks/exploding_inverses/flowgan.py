@@ -261,7 +261,6 @@ def save_grid(players: Players, path: Path) -> None:
 
 
 def run(config: Config) -> pd.DataFrame:
-    """A generator per objective."""
     return collect(config, config.objectives, measure)
 
 

@@ -2,10 +2,9 @@
 
     inn-guard bench exploding_inverses.glow_likelihood --preset cpu --data-root FOLDER
 
-Per look at the training of an affine and of an additive Glow: bits per dimension, squared Euclidean
-reconstruction errors in [-0.5, 0.5], condition numbers and samples. At the last look one row for
-each family of inputs: data, samples (latents from the prior at temperature 1), noise, constants and
-so on, digits of MNIST where its files are there.
+Per evaluation of an affine and of an additive Glow in training: bits per dimension, squared
+Euclidean reconstruction errors in [-0.5, 0.5] and condition numbers. After training one row for
+each family of inputs: data, noise, constants and so on, digits of MNIST if its files are there.
 
 What the paper leaves open: how many epochs. It takes photographs of textures and other data sets
 for its families; here they are made from the data, and MNIST's digits stand for another data set.
@@ -211,7 +210,6 @@ def measure(config: Config, coupling: str) -> Iterator[Row]:
 
 
 def run(config: Config) -> pd.DataFrame:
-    """All couplings."""
     return collect(config, config.couplings, measure)
 
 

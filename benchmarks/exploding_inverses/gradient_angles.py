@@ -4,7 +4,7 @@
 
 The classifiers of ``cifar10_classifiers`` with affine couplings and 1x1 convolutions: the
 unregularized one trained by plain backpropagation, the regularized ones with memory-saving
-gradients, as in the paper, and looked at more often and on more minibatches than there. Angles are
+gradients, as in the paper, and evaluated more often and on more minibatches. Angles are
 over the parameters of the invertible trunk; the head's gradient is the same either way.
 """
 
@@ -47,7 +47,6 @@ PRESETS = {
 
 
 def run(config: Config) -> pd.DataFrame:
-    """The three trainings."""
     return collect(
         config, {text: Run.parse(text) for text in config.runs}, cifar10_classifiers.measure
     )

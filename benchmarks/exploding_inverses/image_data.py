@@ -35,7 +35,7 @@ class LabelledImages:
 
     @property
     def shape(self) -> tuple[int, int, int]:
-        """(C, H, W)."""
+        """(C, H, W) of one image."""
         channels, height, width = self.train.shape[1:]
         return channels, height, width
 

@@ -142,7 +142,6 @@ def paper_columns(mode: str, method: str) -> Row:
 
 
 def run(config: Config) -> pd.DataFrame:
-    """Both ways of training."""
     return collect(config, list(MODES), measure)
 
 

@@ -55,7 +55,6 @@ def measure(config: Config, case: tuple[float, int]) -> list[Row]:
 
 
 def run(config: Config) -> pd.DataFrame:
-    """All trainings."""
     pairs = itertools.product(config.shares, config.seeds)
     cases = {f"share {share:g}, seed {seed}": (share, seed) for share, seed in pairs}
     frame = collect(config, cases, measure)

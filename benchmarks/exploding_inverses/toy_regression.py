@@ -114,7 +114,6 @@ def evaluation(net: Invertible, x: Tensor) -> Row:
 
 
 def run(config: Config) -> pd.DataFrame:
-    """A net per coefficient."""
     cases = {}
     for coefficient in config.coefficients:
         name = "none"

@@ -59,7 +59,6 @@ def measure(config: Config, kind: Kind) -> list[Row]:
 
 
 def run(config: Config) -> pd.DataFrame:
-    """All kinds of flows."""
     return collect_by_kind(config, measure)
 
 

@@ -1,1 +1,1 @@
-"""Speed and memory: one script per claim, slow twin or peer alternating with ours in one run."""
+"""Speed and memory: one script per claim, peers and ours timed in turn in one run."""

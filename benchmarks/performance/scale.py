@@ -114,7 +114,6 @@ def _flow(config: Config, size: Size) -> tuple[torch.nn.Module, torch.Tensor]:
 
 
 def run(config: Config) -> pd.DataFrame:
-    """One row per dimension."""
     return collect(config, cases(config), measure)
 
 

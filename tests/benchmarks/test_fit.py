@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import signal
 import subprocess
 import sys
@@ -67,7 +68,7 @@ def test_an_interrupted_run_ends_with_the_weights_of_an_uninterrupted_one(tmp_pa
     assert resumed_history == history
 
 
-#: a run that stands still, and says so, as soon as there is a checkpoint
+#: a run that prints a line and waits in the middle of step 20
 KILLED = """
 import pathlib, sys, torch
 from benchmarks.common.fit import fit
@@ -89,8 +90,7 @@ fit(model, loss, make_data(), settings=SETTINGS, validate=lambda step: 1 / step,
 @pytest.mark.skipif(sys.platform == "win32", reason="SIGKILL")
 def test_a_killed_process_resumes_to_the_same_weights(tmp_path):
     path = tmp_path / "run.safetensors"
-    here = pathlib.Path(__file__).parent
-    folders = os.pathsep.join([str(here), str(here.parents[1])])
+    folders = os.pathsep.join([str(Path(__file__).parent), str(ROOT)])
     process = subprocess.Popen(
         [sys.executable, "-c", KILLED, str(path)],
         env={**os.environ, "PYTHONPATH": folders},
