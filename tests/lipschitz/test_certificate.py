@@ -45,7 +45,12 @@ def image() -> Chain:
     )
 
 
-@pytest.fixture(params=[(dense, (4,)), (image, (4, 5, 5))], ids=["dense", "image"])
+@pytest.fixture(
+    params=[
+        pytest.param((dense, (4,)), id="dense"),
+        pytest.param((image, (4, 5, 5)), id="image", marks=pytest.mark.thorough),
+    ]
+)
 def certified(request):
     make, shape = request.param
     torch.manual_seed(1)  # nets whose best bound is the recursion's, which carries a proof
