@@ -14,8 +14,10 @@ from inn_guard.audits.log_det import log_det
 from inn_guard.audits.out_of_distribution.audit import out_of_distribution
 from inn_guard.audits.precision.audit import precision
 from inn_guard.audits.preflight import preflight
+from inn_guard.audits.rare_event_sampling import rare_event_sampling
 from inn_guard.audits.reconstruction import reconstruction
 from inn_guard.audits.sampling import sampling
+from inn_guard.audits.shadowing import shadowing
 from inn_guard.audits.spec import AuditSpec
 
 __all__ = ["AUDITS", "checks_of_level"]
@@ -35,6 +37,8 @@ AUDITS: dict[str, AuditSpec] = {
         layer_blame,
         precision,
         full_spectrum,
+        rare_event_sampling,
+        shadowing,
         dequantization_attack,
         lipschitz_bounds,
     )
