@@ -86,6 +86,8 @@ class AuditSpec:
             ValueError: if x has no samples, or another dtype or device than the model.
         """
         given = {name: settings.pop(name) for name in _CONTEXT_SETTINGS if name in settings}
+        if settings:
+            return self.with_settings(**settings)(model, x, **given)
         x = checked_batch(model, x).detach().clone()
         base = base_of(model, x, prior=given.pop("prior", None))
         context = AuditContext(
@@ -98,7 +100,7 @@ class AuditSpec:
             parallel=given.get("parallel", SERIAL),
             level=Level(given.get("level", Level.STANDARD)),
         )
-        return self.with_settings(**settings).run(context)
+        return self.run(context)
 
     def run(self, context: AuditContext) -> AuditResult:
         """Run this check within an audit; the model comes out as it went in, also after an error.

@@ -31,7 +31,7 @@ from inn_guard.layers.coupling import AffineCoupling
 from inn_guard.layers.networks import MLP
 from inn_guard.report.limits import Limits
 from inn_guard.report.verdict import Verdict
-from tests.execution.hanging import hangs
+from tests.execution.clocks import hangs
 
 
 class Scale(Invertible):
@@ -51,7 +51,7 @@ class Scale(Invertible):
 
 
 class Ball(Scale):
-    """Invertible inside a ball of that radius around 0; beyond it the inverse stays on the sphere."""
+    """Invertible inside a ball around 0; beyond it the inverse stays on the sphere."""
 
     def __init__(self, radius):
         super().__init__()

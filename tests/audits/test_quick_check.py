@@ -1,4 +1,4 @@
-"""quick_round_trip: closed forms, non-finite numbers, and the same numbers as reconstruction has."""
+"""quick_round_trip: closed forms, non-finite numbers, the same numbers as reconstruction has."""
 
 from __future__ import annotations
 

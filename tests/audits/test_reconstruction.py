@@ -134,7 +134,7 @@ def test_a_wrong_inverse_is_called_another_map(dtype, by):
 
 
 def test_units_do_not_make_a_lost_inverse_a_wrong_one():
-    """Errors are held against rounding in the units of x, whatever the units of its features are."""
+    """Errors are held against rounding in the units of x, whatever its features' units are."""
     units = torch.logspace(3, -3, 6)
     x = data(batch=64) * units
     model = Chain(Linear(torch.diag(1 / units)), rotated(1e10), rotated(1e12))
@@ -145,7 +145,7 @@ def test_units_do_not_make_a_lost_inverse_a_wrong_one():
 
 @pytest.mark.parametrize("by", [5e-4, 5e-3])
 def test_an_inverse_within_the_limit_is_usable_and_its_floor_is_said(by):
-    """Solvers with a tolerance leave errors that no precision removes; below the limit they pass."""
+    """Solvers with a tolerance leave errors that no precision removes; small ones pass."""
     result = reconstruction(Offset(by).to_dtype(torch.float32), data(dtype=torch.float32))
     assert result.verdict == ("marginal" if by > 1e-3 else "stable")
     assert "exact to" in result.reason
