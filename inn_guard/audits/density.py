@@ -112,7 +112,7 @@ class _Measured:
     Attributes:
         own: the model's.
         error: of it; inf where one of both is not finite and the other is another number.
-        outside: rows of which both say that p(x) = 0.
+        outside: rows with a finite latent of which both say that p(x) = 0.
         reference: what ``own`` was held against, in words.
         repeats: largest difference of two calls on the same x.
     """
@@ -150,6 +150,8 @@ def _measure(context: AuditContext, rows: Tensor) -> _Measured:
             return _unchecked(own, repeats, precise)
         outside = (own == -math.inf) & (precise == -math.inf)
         error, reference = (own - precise).abs(), "float64 copy"
+    # where the latent itself overflows, -inf is no statement about the support
+    outside = outside & torch.isin(rows, context.usable_rows()).cpu()
     error = torch.where(outside, torch.zeros_like(error), error)
     error = error.nan_to_num(nan=math.inf, posinf=math.inf)
     return _Measured(own, error, outside, reference, repeats)
@@ -229,7 +231,7 @@ def _finding(context: AuditContext, measured: _Measured) -> Finding:
     count = len(measured.own)
     figure = worst(measured.error)
     # a row that the float64 copy calls finite, and the model does not, has an infinite error
-    broken = measured.own.isnan() | (measured.own == math.inf)
+    broken = ~measured.own.isfinite() & ~measured.outside
     if bool(broken.any()):
         verdict = Verdict.NON_FINITE
         reason = f"log p(x) of {int(broken.sum())} of {count} samples is NaN or Inf"

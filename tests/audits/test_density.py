@@ -221,3 +221,18 @@ def test_the_own_base_of_a_library_counts():
     torch.testing.assert_close(
         result.per_sample["log_prob"], flow.log_prob(x).double().detach(), atol=1e-6, rtol=1e-6
     )
+
+
+class Overflowing(Linear):
+    """z = exp(x) in the first entry, beyond every float for large x."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.cat([(1000 * x[:, :1]).exp(), x[:, 1:]], dim=1)
+
+    def forward_and_log_det(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return self(x), 1000 * x[:, 0] + math.log(1000)
+
+
+def test_latents_that_overflow_are_not_taken_for_the_support():
+    x = data()
+    assert density(Overflowing(torch.eye(3)).to_dtype(torch.float32), x).verdict == "non_finite"
