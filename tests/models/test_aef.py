@@ -358,10 +358,14 @@ MODELS = {
 }
 
 
+EXPLAIN_LOST_DRAWS = ("rare_event_sampling", "shadowing")
+
+
 @pytest.mark.parametrize("kind", MODELS)
 def test_every_audit_of_square_maps_applies_and_finds_nothing(kind):
     model, x = MODELS[kind]()
-    others = [name for name in AUDITS if name != "lipschitz_bounds"]
+    # an estimate is never stable, and nothing is lost that shadowing could explain
+    others = [name for name in AUDITS if name not in ("lipschitz_bounds", *EXPLAIN_LOST_DRAWS)]
     report = ig.audit(model, x, checks=others, loss=lambda z: z.square().sum())
     assert {result.name for result in report.results} >= set(others)
     assert not lipschitz_bounds(
