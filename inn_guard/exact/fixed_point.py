@@ -188,9 +188,8 @@ def _rescale(state: FixedPoint, scale: Tensor, tape: Tape, *, divide: bool) -> F
     growth = size.reciprocal() if divide else size
     if not bool(growth.isfinite().all()):
         raise NoExactRule("a scale is too close to zero")
-    state = _make_room(state, torch.zeros_like(size), growth.clamp(min=1), tape)
     num, den, power = _rational(size, divide=divide)
-    state = _times_power_of_two(state, power, tape)
+    state = _make_room(state, torch.zeros_like(size), growth.clamp(min=1), tape, power=power)
     state = scale_by_ratio(state, num, den, tape)
     return replace(state, units=state.units * _sign(scale))
 
@@ -199,8 +198,7 @@ def _undo_rescale(state: FixedPoint, scale: Tensor, tape: Tape, *, divide: bool)
     num, den, power = _rational(scale.abs(), divide=divide)
     state = replace(state, units=state.units * _sign(scale))
     state = undo_scale_by_ratio(state, num, den, tape)
-    state = _undo_times_power_of_two(state, power, tape)
-    return _undo_make_room(state, tape)
+    return _undo_make_room(state, tape, power=power)
 
 
 def scale_by_ratio(state: FixedPoint, num: Tensor, den: Tensor, tape: Tape) -> FixedPoint:
@@ -300,12 +298,21 @@ def _rational(size: Tensor, *, divide: bool) -> tuple[Tensor, Tensor, Tensor]:
     return integer, two, exponent - near
 
 
-def _make_room(state: FixedPoint, added: Tensor, growth: Tensor, tape: Tape) -> FixedPoint:
-    """Raise exponents where ``|x| * growth + added`` would leave the word; the decision is logged.
+def _make_room(
+    state: FixedPoint,
+    added: Tensor,
+    growth: Tensor,
+    tape: Tape,
+    *,
+    power: Tensor | None = None,
+) -> FixedPoint:
+    """x -> x * 2^power, with exponents such that ``|x| * growth + added`` fits into the word.
 
-    Exponents that are not needed any more are lowered again.
+    Exponents that are not needed any more are lowered again. The decision is logged.
     """
     if state.exponent is None and _largest(state, added, growth) < LIMIT:
+        if power is not None:
+            state = _times_power_of_two(state, power, tape)
         tape.push("exponents", None)
         return state
     needed = (state.units.abs().double() + 1) * growth + state.in_units(added)
@@ -313,26 +320,34 @@ def _make_room(state: FixedPoint, added: Tensor, growth: Tensor, tape: Tape) -> 
     raised = (bits - TARGET).clamp(min=0)
     lowered = torch.minimum(state.exponents(), (24 - bits).clamp(0, 24))
     change = raised - lowered
-    state = _times_power_of_two(state, -change, tape)
+    # at once: one unit of a state that has been made smaller first could outgrow the word
+    state = _times_power_of_two(state, _combined(power, change), tape)
     tape.push("exponents", Packed.of(change))
     tape.logged_bits += tape.events[-1][1].bits
     return replace(state, exponent=state.exponents() + change)
 
 
+def _undo_make_room(state: FixedPoint, tape: Tape, *, power: Tensor | None = None) -> FixedPoint:
+    packed = tape.pop("exponents")
+    if packed is None:
+        if power is None:
+            return state
+        return _undo_times_power_of_two(state, power, tape)
+    change = packed.unpack().to(state.units.device)
+    exponent = state.exponents() - change
+    state = _undo_times_power_of_two(state, _combined(power, change), tape)
+    return replace(state, exponent=exponent if bool(exponent.any()) else None)
+
+
+def _combined(power: Tensor | None, change: Tensor) -> Tensor:
+    return -change if power is None else power - change
+
+
 def _largest(state: FixedPoint, added: Tensor, growth: Tensor) -> float:
     low, high = torch.aminmax(state.units)
     size = max(-float(low), float(high))
-    return size * float(growth.max()) + float(state.in_units(added).max())
-
-
-def _undo_make_room(state: FixedPoint, tape: Tape) -> FixedPoint:
-    packed = tape.pop("exponents")
-    if packed is None:
-        return state
-    change = packed.unpack().to(state.units.device)
-    exponent = state.exponents() - change
-    state = _undo_times_power_of_two(state, -change, tape)
-    return replace(state, exponent=exponent if bool(exponent.any()) else None)
+    # one more unit: an expansion fills the new places with bits from ``pushed``
+    return (size + 1) * float(growth.max()) + float(state.in_units(added).max())
 
 
 def shear(state: FixedPoint, matrix: Tensor, tape: Tape) -> FixedPoint:
