@@ -22,6 +22,7 @@ from inn_guard.audits.sampling import (
     inverse_cost,
 )
 from inn_guard.audits.spec import audit_check
+from inn_guard.core.context import context_length
 from inn_guard.core.missing import NotApplicable
 from inn_guard.core.tensors import finite_rows, nonzero_or_one, peak, standard_normal
 from inn_guard.report.result import AuditResult
@@ -46,7 +47,8 @@ LEAST_EFFECTIVE = 5.0  #: lost draws, counted by (sum w)^2 / sum w^2, that a tem
 DISAGREEMENT = 3.0  #: factor between two estimates that is mentioned
 SHOWN = 10  #: lost draws that the number of plain draws in the reason would show
 COMPARED = 4  #: draws at which the layers' inverse is compared with the model's
-PILOT = 4  #: blocks of draws that locate the base
+PILOT = 4096  #: draws that locate the base
+PILOT_SEED = 0
 GAUSSIAN = 0.01  #: nats within which the density of the base is that of a Gaussian
 LARGEST = 1e300  #: stands for a state that overflows although the draw comes back
 
@@ -103,7 +105,7 @@ def rare_event_sampling(
         rate, its standard error, the second opinion, round trips made; a row for each level.
 
     Raises:
-        NotApplicable: if the base is declared without a density, or depends on a context.
+        NotApplicable: if the base is declared without a density, or differs with the context.
         ValueError: if a setting is not positive, or there are fewer than 20 particles.
 
     References:
@@ -403,52 +405,56 @@ class _Draws:
         base = self.context.base
         if not base.declared:
             return None  # N(0, I)
-        if base.context is not None:
-            raise NotApplicable(
-                f"the {base.description} may depend on the context: its draws cannot be moved"
-            )
         if base.log_density is None:
             raise NotApplicable(
                 f"the {base.description} has no density: moves of its draws cannot be weighed"
             )
-        pilot = self._latents(self.first(PILOT * BLOCK)).double()
+        rows = 1 if base.context is None else context_length(base.context)
+        # whole batches: the density is that of a batch in the model's own context
+        pilot = base.draw(rows * max(1, PILOT // rows), PILOT_SEED).double()
         center = pilot.mean(0)
         self._mean = self._mean_of_gaussian(center)
         if self._is_gaussian(pilot):
             return None
+        if base.context is not None:
+            raise NotApplicable(
+                f"the {base.description} depends on the context: its draws cannot be moved"
+            )
         self._mean = center
         return self._log_density
 
     def _mean_of_gaussian(self, center: Tensor) -> Tensor:
         """The mean m, if the base is N(m, s^2): the gradient of ln p at c is (m - c) / s^2."""
-        point = center.to(self.context.base.like)[None].requires_grad_()
+        base = self.context.base
+        rows = 1 if base.context is None else context_length(base.context)
+        point = center.to(base.like).expand(rows, *self.shape).clone().requires_grad_()
         try:
-            density = self.context.base.log_prob(point)
-            (gradient,) = torch.autograd.grad(density.sum(), point)
+            (gradient,) = torch.autograd.grad(base.log_prob(point).sum(), point)
         except Exception:  # a density without a graph, or not defined here
             return center
         return center + self._scale**2 * gradient[0].double()
 
     def _is_gaussian(self, z: Tensor) -> bool:
-        """Whether the base's density is that of N(mean, s^2) at these draws, with this mean."""
+        """Whether the base's density is that of N(mean, s^2) at these draws, in every context."""
         u = (z - self._mean) / self._scale
         squares = u.flatten(1).square().sum(1)
         normal = -(squares + self.dimension * math.log(2 * math.pi)) / 2
         return bool(((self._log_density(u) - normal).abs() <= GAUSSIAN).all())
 
     def _log_density(self, u: Tensor) -> Tensor:
-        """ln of the base's density of u, (n,)."""
+        """ln of the base's density of u, (n,); with a context, n is a multiple of its rows."""
         base = self.context.base
+        rows = len(u) if base.context is None else context_length(base.context)
         try:
             with torch.no_grad():
-                log_density = base.log_prob(self._latents(u)).double()
+                parts = [base.log_prob(part) for part in self._latents(u).split(rows)]
         except NotApplicable:
             raise
         except Exception as error:  # some densities raise outside of their support
             raise NotApplicable(
                 f"the density of the {base.description} raises {type(error).__name__}"
             ) from error
-        return log_density + self._scale.log().sum()
+        return torch.cat(parts).double() + self._scale.log().sum()
 
     def _inverse_is_that_of_the_layers(self) -> bool:
         """Whether the layers' inverses, last layer first, are the model's on a few draws."""

@@ -230,9 +230,33 @@ def test_a_base_whose_draws_cannot_be_moved_is_not_applicable():
     bounded = rare_event_sampling(half_space(1e-2), data(), prior=based(base))
     assert bounded.verdict == "not_applicable"
     assert "raises ValueError" in bounded.reason
-    bound = based(Normal(0.0, 1.0), context=torch.zeros(16, 1))
-    conditional = rare_event_sampling(half_space(1e-2), data(), prior=bound)
-    assert "depend on the context" in conditional.reason
+    conditional = rare_event_sampling(half_space(1e-2), data(), prior=conditional_base(shift=1.0))
+    assert conditional.verdict == "not_applicable"
+    assert "depends on the context" in conditional.reason
+
+
+def conditional_base(shift: float) -> BaseDistribution:
+    """N(shift c, I) in a context c of 16 rows, whose density takes these rows only."""
+    context = torch.linspace(-1, 1, 16)[:, None]
+
+    def log_density(z: Tensor) -> Tensor:
+        assert len(z) == 16
+        return Normal(shift * context, 1.0).log_prob(z).sum(1)
+
+    return BaseDistribution(
+        lambda n, rows: shift * rows + torch.randn(n, 8),
+        torch.zeros(1),
+        context=context,
+        exact_deviation=torch.ones(8),
+        log_density=log_density,
+    )
+
+
+def test_a_gaussian_base_that_is_the_same_in_every_context_is_moved():
+    prior = conditional_base(shift=0.0)
+    result = rare_event_sampling(half_space(1e-4), data(), prior=prior)
+    assert result.settings["gaussian"]
+    assert 0.5e-4 < result["rate"] < 2e-4
 
 
 @pytest.mark.parametrize("name", ["particles", "moves", "levels"])
