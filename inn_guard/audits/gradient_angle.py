@@ -286,7 +286,9 @@ def _gradients(loss: Any, parameters: list[Tensor]) -> list[Tensor]:
 
 
 def _parameters(model: Invertible) -> list[Tensor]:
-    floating = [parameter for parameter in model.parameters() if parameter.is_floating_point()]
+    floating: list[Tensor] = [
+        parameter for parameter in model.parameters() if parameter.is_floating_point()
+    ]
     trainable = [parameter for parameter in floating if parameter.requires_grad]
     if not trainable:
         trainable = [parameter.requires_grad_() for parameter in floating]

@@ -119,10 +119,11 @@ def audit(  # noqa: PLR0913
     parallel.check_agreement(wrapped, x)
     if limits is not None and not isinstance(limits, Limits):
         raise TypeError(f"expected limits as inn_guard.Limits(...); got {limits!r}")
+    audited = audited_model(wrapped, x)
     audit_context = AuditContext(
-        audited_model(wrapped, x),
+        audited,
         x,
-        base_of(wrapped, x, prior=prior),
+        base_of(audited, x, prior=prior),
         limits=limits or Limits(),
         loss=loss,
         seed=_seed(seed),

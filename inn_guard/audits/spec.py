@@ -89,11 +89,11 @@ class AuditSpec:
         if settings:
             return self.with_settings(**settings)(model, x, **given)
         x = checked_batch(model, x).detach().clone()
-        base = base_of(model, x, prior=given.pop("prior", None))
+        audited = audited_model(model, x)
         context = AuditContext(
-            audited_model(model, x),
+            audited,
             x,
-            base,
+            base_of(audited, x, prior=given.pop("prior", None)),
             limits=given.get("limits") or Limits(),
             loss=given.get("loss"),
             seed=given.get("seed", 0),

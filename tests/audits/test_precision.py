@@ -17,7 +17,7 @@ from inn_guard.core.invertible import Invertible
 from inn_guard.core.missing import NotApplicable
 from inn_guard.report.verdict import Verdict
 from tests.cases.all import CASES
-from tests.execution.hanging import hangs
+from tests.execution.clocks import hangs
 from tests.jacobian.test_rounding_error import Diagonal, couplings
 from tests.oracles.regularizers import Embedding
 
@@ -406,3 +406,15 @@ def test_the_forecast_is_right_where_it_decides(cases):
                     wrong.append((case.id, row))
     assert decided > 1.3 * len(cases)
     assert len(wrong) <= 0.01 * decided, wrong
+
+
+def test_a_half_precision_model_that_autocast_refuses_is_no_crash():
+    class Mixes(Offset):
+        def forward(self, x):
+            return torch.cat([super().forward(x), x[:, :0]], dim=1)
+
+        def inverse(self, z):
+            return torch.cat([z - self.offset, z[:, :0]], dim=1)
+
+    result = precision(Mixes(0.5).half(), data(4, 1).half())
+    assert rows(result)["float16"]["lost of 256 draws"] == 0

@@ -16,7 +16,7 @@ from inn_guard.audits.round_trip import RoundTrip
 from inn_guard.audits.sampling import context_rows, draw_error
 from inn_guard.audits.thresholds import worst
 from inn_guard.core.invertible import Invertible
-from inn_guard.core.missing import NotApplicable
+from inn_guard.core.missing import Missing, NotApplicable
 from inn_guard.execution.time_limit import TimedOut, time_limit
 
 __all__ = ["figures_by_use", "lowest_by_use"]
@@ -47,6 +47,7 @@ def figures_by_use(
         seconds: limit of each figure.
     """
     x = context.x[rows]
+    latents = _latents(context)
 
     def measured(figure: Callable[[], float]) -> float:
         try:
@@ -79,7 +80,9 @@ def figures_by_use(
         return worst(RoundTrip(start, z, model.inverse(z)).by_feature)
 
     def lost_draws() -> float:
-        z = context.base.draw(BASE_DRAWS, seed=context.seed).to(number_format.storage)
+        if isinstance(latents, Missing):
+            raise NotApplicable(latents.reason)
+        z = latents.to(number_format.storage)
         positions = context_rows(context, torch.arange(len(z), device=z.device))
         model = context.model.to_dtype(number_format.storage).select(positions)
         again = model(model.inverse(z.clone()))
@@ -91,6 +94,14 @@ def figures_by_use(
         "reconstruction error": measured(reconstruction),
         f"lost of {BASE_DRAWS} draws": measured(lost_draws),
     }
+
+
+def _latents(context: AuditContext) -> Tensor | Missing:
+    """Draws from the base, in the model's own dtype and without autocast."""
+    try:
+        return context.base.draw(BASE_DRAWS, seed=context.seed)
+    except (ModelError, NotApplicable) as error:
+        return Missing(str(error))
 
 
 def lowest_by_use(context: AuditContext, table: Sequence[Mapping[str, Any]]) -> str:
