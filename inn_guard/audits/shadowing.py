@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -65,7 +65,8 @@ def shadowing(
     even where F(x) is far from z. Of data, z is within the window of F(x') for an x' within the
     window of x. The window is measured, not proved, and tells nothing about log p(x).
 
-    The verdict holds the largest window against ``limits.draw``. This check decides no use.
+    The verdict holds the largest window against ``limits.draw``, and is undecided if Newton's
+    method finds no orbit. It decides no use.
 
     Args:
         context: a bijective model of up to 64 dimensions below float64, and data.
@@ -250,39 +251,22 @@ def _orbit(model: AuditedModel, t: Tensor, *, latent: bool) -> list[Tensor]:
 def _result(
     context: AuditContext, data: _Lost, draws: _Lost, orbits: tuple[dict[str, Any], ...]
 ) -> AuditResult:
+    limit = context.limits.draw
     values: dict[str, float] = {}
-    sentences = []
-    settled = [row for row in orbits if row["converged"]]
-    for lost, subject in ((draws, "lost draws"), (data, "latents of x")):
-        name = {"draw": "draws", "data": "data"}[lost.kind]
-        values[f"lost_{name}"] = float(lost.count)
-        values[f"non_finite_{name}"] = float(lost.non_finite)
+    sentences: list[str] = []
+    for lost, name, subject in ((draws, "draws", "lost draws"), (data, "data", "latents of x")):
         followed = [row for row in orbits if row["kind"] == lost.kind]
         windows = [row["window"] for row in followed if row["converged"]]
+        values[f"lost_{name}"] = float(lost.count)
+        values[f"non_finite_{name}"] = float(lost.non_finite)
         if windows:
             values[f"window_of_{name}"] = max(windows)
-            sentences.append(
-                f"{len(windows)} of {len(followed)} {subject} are right to {max(windows):.1g} of "
-                "their size although their round trips are lost"
-            )
-        elif followed:
-            sentences.append(
-                f"no exact orbit was found near {len(followed)} {subject} whose round trips are "
-                "lost"
-            )
+        sentences += _sentences(subject, windows, limit=limit, of=len(followed))
         if lost.non_finite:
-            sentences.append(f"{lost.non_finite} more {subject} are not finite")
-    verdict = Verdict.NON_FINITE
-    if orbits:
-        verdict = Verdict.UNDECIDED
-    if settled:
-        largest = max(row["window"] for row in settled)
-        verdict = context.limits.verdict(largest, context.limits.draw)
-        if len(settled) < len(orbits):
-            verdict = max(verdict, Verdict.UNDECIDED)
+            sentences.append(f"{lost.non_finite:,} {subject} are not finite and have no orbit")
     return AuditResult(
         "shadowing",
-        verdict,
+        _verdict(context, orbits),
         "; ".join(sentences),
         headline=("window_of_draws", "window_of_data"),
         values=values,
@@ -290,7 +274,39 @@ def _result(
         tables={"orbits": orbits},
         settings={
             "base": context.base.description,
-            "limit": context.limits.draw,
+            "limit": limit,
             "seed": context.seed,
         },
     )
+
+
+def _sentences(
+    subject: str, windows: Sequence[float], *, limit: float | int, of: int
+) -> Iterator[str]:
+    right = [window for window in windows if window <= limit]
+    off = [window for window in windows if window > limit]
+    if right:
+        yield (
+            f"{len(right)} of {of} {subject} are right to {max(right):.1g} of their size although "
+            "their round trips are lost"
+        )
+    if off:
+        yield (
+            f"{len(off)} of {of} {subject} are off by up to {max(off):.1g} of their size from the "
+            "nearest exact orbit"
+        )
+    if len(windows) < of:
+        yield f"near {of - len(windows)} of {of} {subject} no exact orbit was found"
+
+
+def _verdict(context: AuditContext, orbits: Sequence[Mapping[str, Any]]) -> Verdict:
+    if not orbits:
+        return Verdict.NON_FINITE
+    limit = context.limits.draw
+    found = []
+    for row in orbits:
+        if row["converged"]:
+            found.append(context.limits.verdict(row["window"], limit))
+        else:
+            found.append(Verdict.UNDECIDED)
+    return Verdict.worst(found)

@@ -74,13 +74,15 @@ def test_an_inverse_of_another_map_has_no_exact_orbit_near():
     result = shadowing(WrongInverse(), data())
     assert result.verdict == "unstable"
     assert result["window_of_draws"] > 0.1
+    assert "from the nearest exact orbit" in result.reason
+    assert "draws are right" not in result.reason
 
 
 def test_draws_that_are_not_finite_have_no_orbit():
     result = shadowing(Loses(), data())
     assert result.verdict == "non_finite"
     assert result["non_finite_draws"] == result["lost_draws"] > 0
-    assert result.reason.endswith("lost draws are not finite")
+    assert result.reason.endswith("lost draws are not finite and have no orbit")
 
 
 def test_where_nothing_is_lost_there_is_nothing_to_explain():
