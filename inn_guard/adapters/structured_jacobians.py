@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from functools import singledispatch
 from typing import Any
 
 import torch
@@ -17,6 +16,8 @@ from inn_guard.core.layer_jacobian import (
     Map,
     random_vectors,
 )
+from inn_guard.core.missing import Missing
+from inn_guard.core.readable import RulesByClass
 from inn_guard.core.tensors import norms
 from inn_guard.jacobian.network import NetworkJacobian
 from inn_guard.layers.coupling import CouplingJacobian
@@ -36,8 +37,10 @@ __all__ = [
 ]
 
 
-@singledispatch
-def known_jacobian(module: nn.Module, x: Tensor, context: Any) -> LayerJacobian | None:
+@RulesByClass
+def known_jacobian(
+    why: Missing, module: nn.Module, x: Tensor, context: Any
+) -> LayerJacobian | None:
     """The Jacobian at x of a foreign module by its class; None if its structure is not known."""
     return None
 

@@ -122,7 +122,8 @@ class Invertible(nn.Module, abc.ABC):
     def to_dtype(self: Self, dtype: torch.dtype) -> Self:
         """A copy with parameters, buffers and context in ``dtype``; the original is unchanged."""
         # without its context: the output of an embedding net is no leaf and cannot be deep-copied
-        clone = copy.deepcopy(self.with_context(None)).to(dtype)
+        bare = self.with_context(None)
+        clone = copy.deepcopy(bare, _copies_of_computed_tensors(bare)).to(dtype)
         if self.context is None:
             return clone
         return clone.with_context(cast_context(self.context, dtype))
@@ -232,6 +233,19 @@ class InvertibleWrapper(DerivedMap):
     def block(self) -> nn.Module:
         """The block of the inner map."""
         return self.inner.block
+
+
+def _copies_of_computed_tensors(model: nn.Module) -> dict[int, Any]:
+    """id -> detached copy of tensors that modules keep with their graph, for ``copy.deepcopy``.
+
+    torch.nn.utils.weight_norm keeps its latest weight so; deepcopy refuses such tensors.
+    """
+    copies: dict[int, Any] = {}
+    for module in model.modules():
+        for value in vars(module).values():
+            if isinstance(value, Tensor) and not value.is_leaf:
+                copies[id(value)] = value.detach().clone()
+    return copies
 
 
 def as_log_det(value: Any, like: Tensor) -> Tensor:

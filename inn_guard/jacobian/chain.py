@@ -24,10 +24,10 @@ from inn_guard.core.layer_jacobian import (
     Selectable,
     random_vectors,
 )
+from inn_guard.core.readable import is_as_written, why_patched
 from inn_guard.core.tensors import finite_rows, nonzero_or_one, peak, per_sample
 from inn_guard.jacobian.allocator import retain_freed_memory
 from inn_guard.jacobian.checks import check_inverse, check_inverse_jvp, check_jvp
-from inn_guard.jacobian.network import is_unpatched
 
 __all__ = ["Linearization", "LogScaledVector", "log_scaled"]
 
@@ -255,9 +255,10 @@ def _as_log_scaled(v: Tensor | LogScaledVector) -> LogScaledVector:
 
 
 def _linearize(layer: Invertible, x: Tensor) -> LayerJacobian:
-    if is_unpatched(layer.block):
+    if why_patched(layer.block) is None and is_as_written(layer, "linearize"):
         return layer.linearize(x)
-    # hooks and methods of this instance change the map, which only autograd through it can tell
+    # hooks, methods of this instance and overridden ones change the map, which only autograd
+    # through it can tell
     return AutogradJacobian(layer, layer.inverse, x)
 
 

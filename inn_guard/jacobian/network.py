@@ -18,6 +18,8 @@ from torch.nn import functional
 from torch.nn.grad import conv2d_input
 
 from inn_guard.core.layer_jacobian import AutogradJacobian, Map, NotApplicable, Selectable
+from inn_guard.core.missing import Missing
+from inn_guard.core.readable import RulesByClass
 
 __all__ = [
     "AutogradNetwork",
@@ -29,7 +31,6 @@ __all__ = [
     "NetworkJacobian",
     "PointwiseConvolution",
     "SequentialJacobian",
-    "is_unpatched",
     "linearize_elementwise",
     "linearize_module",
     "linearize_network",
@@ -84,8 +85,8 @@ def linearize_network(network: nn.Module, x: Tensor) -> NetworkJacobian:
         return linearize_module(network, x.detach())
 
 
-@functools.singledispatch
-def linearize_module(module: nn.Module, x: Tensor) -> NetworkJacobian:
+@RulesByClass
+def linearize_module(why: Missing, module: nn.Module, x: Tensor) -> NetworkJacobian:
     """The Jacobian of one module, by its class; ``linearize_module.register`` adds a class."""
     return AutogradNetwork(module, x)
 
@@ -326,30 +327,15 @@ def _with_output(jacobian: T, output: Tensor) -> T:
 _RETURNS_NEW = (LinearJacobian, PointwiseConvolution, Convolution, DiagonalJacobian)
 
 
-def is_unpatched(module: nn.Module) -> bool:
-    """Whether a call of the module runs the methods of its class only: no hooks, none replaced."""
-    hooked = module._forward_hooks or module._forward_pre_hooks
-    return not hooked and not {"forward", "inverse", "linearize"} & vars(module).keys()
-
-
-def _is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
-    """Whether a call of the module runs the forward method of ``kind`` and no hooks."""
-    return type(module).forward is kind.forward and is_unpatched(module)
-
-
 @linearize_module.register
 def linearize_sequential(module: nn.Sequential, x: Tensor) -> NetworkJacobian:
     """Module by module."""
-    if not _is_plain(module, nn.Sequential):
-        return AutogradNetwork(module, x)
     return SequentialJacobian(module, x)
 
 
 @linearize_module.register
 def linearize_linear(module: nn.Linear, x: Tensor) -> NetworkJacobian:
     """By its weight."""
-    if not _is_plain(module, nn.Linear):
-        return AutogradNetwork(module, x)
     return LinearJacobian(module, x)
 
 
@@ -357,7 +343,7 @@ def linearize_linear(module: nn.Linear, x: Tensor) -> NetworkJacobian:
 def linearize_convolution(module: nn.Conv2d, x: Tensor) -> NetworkJacobian:
     """By its weight, where padding is with zeros; else by autograd."""
     zero_padded = module.padding_mode == "zeros" and not isinstance(module.padding, str)
-    if not zero_padded or x.dim() != 4 or not _is_plain(module, nn.Conv2d):
+    if not zero_padded or x.dim() != 4:
         return AutogradNetwork(module, x)
     ones = {*module.kernel_size, *module.stride, module.groups} == {1}
     if ones and not any(module.padding):
@@ -368,24 +354,19 @@ def linearize_convolution(module: nn.Conv2d, x: Tensor) -> NetworkJacobian:
 @linearize_module.register
 def linearize_relu(module: nn.ReLU, x: Tensor) -> NetworkJacobian:
     """By its slope, without autograd."""
-    if not _is_plain(module, nn.ReLU):
-        return AutogradNetwork(module, x)
     return DiagonalJacobian(x.relu(), torch.gt(x, 0, out=torch.empty_like(x)))
 
 
 @linearize_module.register
 def linearize_identity(module: nn.Identity, x: Tensor) -> NetworkJacobian:
     """As the identity."""
-    if not _is_plain(module, nn.Identity):
-        return AutogradNetwork(module, x)
     return IdentityJacobian(x)
 
 
 @linearize_module.register
 def linearize_dropout(module: nn.Dropout, x: Tensor) -> NetworkJacobian:
     """As the identity where it drops nothing; else by autograd."""
-    drops = module.training and module.p > 0
-    if drops or not _is_plain(module, nn.Dropout):
+    if module.training and module.p > 0:
         return AutogradNetwork(module, x)
     return IdentityJacobian(x)
 

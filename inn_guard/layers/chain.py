@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from inn_guard.core.invertible import Invertible
+from inn_guard.core.readable import runs_code_of
 
 __all__ = ["Chain"]
 
@@ -68,7 +69,9 @@ class Chain(Invertible):
         return z, total
 
     def layers(self) -> tuple[Invertible, ...]:
-        """The steps, with nested chains opened."""
+        """The steps, with nested chains opened; () for a subclass that is another map."""
+        if not runs_code_of(self, Chain, ("__call__", "forward", "inverse")):
+            return ()
         flat: list[Invertible] = []
         for step in self._conditioned_steps():
             flat += step.layers() or _own_layer(step)
@@ -83,6 +86,6 @@ class Chain(Invertible):
 
 def _own_layer(step: Invertible) -> tuple[Invertible, ...]:
     """A step that is one opaque layer is its own list; an empty chain has no layer."""
-    if isinstance(step, Chain):
+    if isinstance(step, Chain) and not len(step.steps):
         return ()
     return (step,)

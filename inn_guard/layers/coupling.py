@@ -6,13 +6,14 @@ import abc
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from inn_guard.core.invertible import Invertible
 from inn_guard.core.layer_jacobian import LayerJacobian
+from inn_guard.core.readable import is_plain
 from inn_guard.jacobian.network import (
     AutogradNetwork,
     NetworkJacobian,
@@ -143,8 +144,9 @@ class Coupling(Invertible):
     def _network_jacobian(self, identity: Tensor) -> NetworkJacobian:
         if self.context is None:
             return linearize_network(self.network, identity)
-        if type(self.network) is Conditional:
-            return self.network.linearize(identity, self.context)
+        if is_plain(self.network, Conditional):
+            network: Any = self.network
+            return network.linearize(identity, self.context)
         return AutogradNetwork(self.raw, identity)
 
     def forward(self, x: Tensor) -> Tensor:

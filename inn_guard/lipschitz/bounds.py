@@ -9,15 +9,22 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from inn_guard.adapters import wrap
 from inn_guard.core.invertible import Invertible
 from inn_guard.core.missing import NotApplicable
+from inn_guard.core.readable import evaluate_weight_norms
 from inn_guard.execution.deadline import Deadline
 from inn_guard.lipschitz import rules
 from inn_guard.lipschitz.branch_and_bound.search import branch_and_bound
 from inn_guard.lipschitz.certificate import Certificate, weights_hash
+from inn_guard.lipschitz.cross_check import (
+    POINTS,
+    contradiction,
+    cross_checked,
+    why_no_chain,
+)
 from inn_guard.lipschitz.maps.base import BoundedMap, NoRule, bounded_map
 from inn_guard.lipschitz.maps.closed_forms import Pair
 from inn_guard.lipschitz.networks.conditioner import SearchBudget
@@ -40,6 +47,7 @@ from inn_guard.lipschitz.witness import (
     starting_points,
 )
 from inn_guard.numerics.intervals import Box, Interval
+from inn_guard.numerics.rounding import Upper
 
 __all__ = ["LipschitzBounds", "lipschitz_bounds"]
 
@@ -218,10 +226,21 @@ class _Run:
     def bounds(self) -> LipschitzBounds:
         """The best bounds by all methods."""
         self.progress("layer by layer", 0.0)
-        exact = self.model.to_dtype(torch.float64)
+        exact = self._exact_copy()
+        # calls of a model that initialises itself change it: rules read a copy that is not called
+        called = self._exact_copy()
+        points = self._points()
         layers = exact.layers() or (exact,)
-        maps = [(layer.name, _rule(self.model, layer)) for layer in layers]
-        per_layer = self._per_layer(maps)
+        called_layers = called.layers() or (called,)
+        why = why_no_chain(called, called_layers, points)
+        if why is None:
+            maps = [(layer.name, bounded_map(layer.block, layer)) for layer in layers]
+        else:
+            called_layers = (called,)
+            maps = [(exact.name, NoRule(why.reason))]
+        computed = self._per_layer(maps)
+        per_layer = cross_checked(computed, called_layers, points)
+        is_refuted = per_layer != computed
         self.progress("whole network", 0.2)
         forward, inverse = self._whole_network(per_layer)
         best = Pair(product([f.bound for f in forward]), product([f.bound for f in inverse]))
@@ -231,7 +250,7 @@ class _Run:
         self.progress("witnesses", 0.6)
         witnesses = _Witnesses(exact)
         witnesses.search(self.box, self.data, self._fraction(0.2, 0.8))
-        if self.branches:
+        if self.branches and not is_refuted:
             self.progress("branch and bound", 0.7)
             with suppress(Unbounded):
                 branched = branch_and_bound(
@@ -247,6 +266,9 @@ class _Run:
                         method[k] = "branch and bound"
                 best = Pair(*map(min, branched.pair, best))
         self.progress("done", 1.0)
+        wrong = contradiction(best, witnesses.lower, method)
+        if wrong:
+            best = Pair(Upper(math.inf), Upper(math.inf))
         lower, found = _lower_bounds(self.model, witnesses, best)
         scope = f"on the {_text_of(self.box)}"
         is_global = all(layer.bounds.is_global for layer in per_layer)
@@ -254,7 +276,7 @@ class _Run:
             scope = "global"
         reason = ""
         if math.inf in best:
-            reason = _first_reason(per_layer)
+            reason = wrong or _first_reason(per_layer)
         return LipschitzBounds(
             float(best.forward),
             float(best.inverse),
@@ -268,6 +290,19 @@ class _Run:
             certificate,
             found,
         )
+
+    def _exact_copy(self) -> Invertible:
+        exact = self.model.to_dtype(torch.float64)
+        evaluate_weight_norms(exact)
+        return exact
+
+    def _points(self) -> Tensor:
+        """Some points of the box: of the data if there are any, else random ones."""
+        points = starting_points(self.box, POINTS, torch.Generator().manual_seed(1))
+        if self.data is None:
+            return points
+        given = self.data[:POINTS].detach().double().cpu()
+        return torch.minimum(torch.maximum(given, self.box.lo), self.box.hi)
 
     def _fraction(self, branching: float, otherwise: float) -> Deadline:
         """A share of the time left, which is smaller if branch and bound still has to run."""
@@ -353,6 +388,8 @@ def _lower_bounds(
     # Remark 3: the reciprocal of an upper bound of one direction is a lower bound of the other
     forward = max(lower.forward, _reciprocal(upper.inverse))
     inverse = max(lower.inverse, _reciprocal(upper.forward))
+    # where both are equal, the measured one may be larger by its rounding
+    forward, inverse = min(forward, upper.forward), min(inverse, upper.inverse)
     return Pair(forward, inverse), (witnesses.stretch, witnesses.shrink)
 
 
@@ -390,25 +427,6 @@ def _method(factors: list[Factor]) -> str:
     if longest.compared:
         return kind
     return "whole-network recursion"
-
-
-def _rule(model: Invertible, layer: Invertible) -> BoundedMap:
-    """The bounded map of a layer; NoRule where hooks may change the computation of its classes."""
-    altered = _altered(model.block, *layer.block.modules())
-    if altered:
-        return NoRule(altered)
-    return bounded_map(layer.block, layer)
-
-
-def _altered(*modules: nn.Module) -> str:
-    """Which module has hooks or its own forward, "" if none; those of torch.nn.utils are known."""
-    for module in modules:
-        hooks = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
-        foreign = [hook for hook in hooks if not type(hook).__module__.startswith("torch.nn.utils")]
-        if foreign or "forward" in vars(module):
-            name = type(module).__name__
-            return f"{name} has hooks or its own forward, which may change what it computes"
-    return ""
 
 
 def _text_of(box: Interval) -> str:

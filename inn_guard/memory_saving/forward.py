@@ -12,7 +12,7 @@ from torch import Tensor
 
 from inn_guard.core.context import Context, map_tensors
 from inn_guard.core.invertible import Invertible
-from inn_guard.jacobian.network import is_unpatched
+from inn_guard.core.readable import first_reason, is_as_written, why_patched
 from inn_guard.memory_saving.drift import Guard
 from inn_guard.memory_saving.replay import Autocast, Modules, RandomAndBufferState
 
@@ -151,7 +151,7 @@ class ForwardPass:
                 before = RandomAndBufferState(step.layer, state, before)
                 evaluated = step
                 hooked = _has_hooks(step.layer)
-                if not hooked:
+                if not hooked and is_as_written(step.layer, "with_cached_conditioner"):
                     evaluated = step.through(step.layer.with_cached_conditioner(state))
                 output, *log_det = evaluated.apply(state)
                 fused = evaluated.layer is not step.layer
@@ -237,7 +237,4 @@ def _check_not_cached(modules: Modules) -> None:
 
 def _has_hooks(layer: Invertible) -> bool:
     """Whether a hook or a method of this instance changes a call: the inverse does not undo it."""
-    for module in (layer, layer.block):
-        if not is_unpatched(module) or module._backward_hooks or module._backward_pre_hooks:
-            return True
-    return False
+    return first_reason((layer, layer.block), why_patched) is not None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
@@ -12,6 +13,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from inn_guard.core.invertible import Invertible, InvertibleWrapper, NotApplicable
+from inn_guard.core.readable import composes
 from inn_guard.execution.state import preserve_state
 from inn_guard.memory_saving.backward import BackwardPass
 from inn_guard.memory_saving.drift import Guard
@@ -19,6 +21,8 @@ from inn_guard.memory_saving.forward import ForwardPass, Step, Tape
 from inn_guard.memory_saving.replay import hooks_suspended
 
 __all__ = ["MemorySaving", "memory_saving"]
+
+COMPARED = 4  #: samples at which the layers are compared with the map
 
 
 def memory_saving(model: nn.Module, *, guard: float | None = None) -> MemorySaving:
@@ -36,6 +40,10 @@ def memory_saving(model: nn.Module, *, guard: float | None = None) -> MemorySavi
     layer is repeated with the training mode, random numbers, statistics and autocast state of the
     forward pass. Hooks on layers run in both passes. Hooks on ``model`` itself, or on a container
     whose layers it lists, do not run. Double backward works, but stores the activations.
+
+    At the first call in each direction the layers are compared with the model, at a few samples:
+    layers that compose to another map, as with a hook on a container that changes its output, are
+    refused with NotApplicable.
 
     The gradient is that of the rebuilt inputs. Where the inverse is wrong it is wrong, too, and
     nothing shows that. With ``guard``, every rebuilt input is compared with a fingerprint of the
@@ -96,11 +104,12 @@ class MemorySaving(InvertibleWrapper):
         super().__init__(inner)
         self.enabled = True
         self._guard = guard
+        self._compared: set[bool] = set()
 
     def forward(self, x: Float[Tensor, "batch *data"]) -> Float[Tensor, "batch *latent"]:
         """z = F(x)."""
         forward = self._pass(reverse=False, with_log_det=False)
-        if not self._saves(forward, x):
+        if not self._saves(forward, x, reverse=False):
             return self.inner(x)
         return _apply(forward, x)[0]
 
@@ -109,7 +118,7 @@ class MemorySaving(InvertibleWrapper):
     ) -> tuple[Float[Tensor, "batch *latent"], Float[Tensor, "batch"]]:
         """F(x) and log|det dF(x)/dx|, (B,)."""
         forward = self._pass(reverse=False, with_log_det=True)
-        if not self._saves(forward, x):
+        if not self._saves(forward, x, reverse=False):
             return self.inner.forward_and_log_det(x)
         z, log_det = _apply(forward, x)
         return z, log_det
@@ -117,7 +126,7 @@ class MemorySaving(InvertibleWrapper):
     def inverse(self, z: Float[Tensor, "batch *latent"]) -> Float[Tensor, "batch *data"]:
         """x = F^-1(z)."""
         forward = self._pass(reverse=True, with_log_det=False)
-        if not self._saves(forward, z):
+        if not self._saves(forward, z, reverse=True):
             return self.inner.inverse(z)
         return _apply(forward, z)[0]
 
@@ -126,7 +135,7 @@ class MemorySaving(InvertibleWrapper):
     ) -> tuple[Float[Tensor, "batch *data"], Float[Tensor, "batch"]]:
         """F^-1(z) and log|det dF^-1(z)/dz|, (B,)."""
         forward = self._pass(reverse=True, with_log_det=True)
-        if not self._saves(forward, z):
+        if not self._saves(forward, z, reverse=True):
             return self.inner.inverse_and_log_det(z)
         x, log_det = _apply(forward, z)
         return x, log_det
@@ -144,8 +153,36 @@ class MemorySaving(InvertibleWrapper):
         vars(clone)["forward_and_log_det"] = self.forward_and_log_det
         return clone.log_prob(x)
 
-    def _saves(self, forward: ForwardPass, start: Tensor) -> bool:
-        return self.enabled and forward.wants_gradients(start)
+    def _saves(self, forward: ForwardPass, start: Tensor, *, reverse: bool) -> bool:
+        if not self.enabled or not forward.wants_gradients(start):
+            return False
+        if reverse not in self._compared and not torch.compiler.is_compiling():
+            self._compare_layers(start, reverse=reverse)
+            self._compared.add(reverse)
+        return True
+
+    def _compare_layers(self, start: Tensor, *, reverse: bool) -> None:
+        """Compare the layers with the map once, at a few samples and in evaluation mode.
+
+        Raises:
+            NotApplicable: if they compose to another map.
+        """
+        same = True
+        with preserve_state(self.inner), suppress(RuntimeError, ValueError, TypeError):
+            self.inner.eval()
+            some = self.inner.select(torch.arange(min(len(start), COMPARED), device=start.device))
+            few = start[:COMPARED].detach()
+            if reverse:
+                inverses = [layer.inverse for layer in reversed(some.layers())]
+                same = composes(some.inverse, inverses, few)
+            else:
+                same = composes(some, some.layers(), few)
+        if not same:
+            raise NotApplicable(
+                f"the layers of {self.name} do not compose to its own map, which memory_saving "
+                "would replace by them: return () from its layers(), or override nothing of a "
+                "chain and register no hooks on it"
+            )
 
     def _pass(self, *, reverse: bool, with_log_det: bool) -> ForwardPass:
         steps = [Step(layer, reverse, with_log_det) for layer in self.layers()]

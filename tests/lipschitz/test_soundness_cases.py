@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 
 import inn_guard as ig
+from inn_guard.jacobian.chain import Linearization
 from inn_guard.layers.coupling import AdditiveCoupling, AffineCoupling
 from inn_guard.lipschitz.bounds import LipschitzBounds
 from inn_guard.numerics.intervals import Box
@@ -53,7 +54,7 @@ def assert_sound(model, *, width: float = 1.0, shape=(D,), count: int = 128) -> 
     """Bounds on a box, compared with the Jacobians of the model's own forward in it."""
     model = ig.wrap(model)
     box = Box(torch.full(shape, -width), torch.full(shape, width))
-    bounds = ig.lipschitz_bounds(model, box, seconds=1.0)
+    bounds = ig.lipschitz_bounds(model, box, seconds=0.3)
     exact = ig.wrap(model).to_dtype(torch.float64)
     x = width * (2 * torch.rand(count, *shape, dtype=torch.float64) - 1)
     sigma = torch.linalg.svdvals(jacobians(exact, x))
@@ -109,7 +110,7 @@ def test_a_power_iteration_at_every_call_has_no_bound(norm):
     net = nn.Sequential(norm(nn.Linear(2, 8)), nn.Tanh(), nn.Linear(8, 2))
     bounds = assert_sound(additive(net))
     assert_opaque(bounds, "SpectralNorm")
-    assert math.isfinite(assert_sound(additive(net).eval()).forward) or norm is not None
+    assert math.isfinite(assert_sound(additive(net).eval()).forward)
 
 
 def test_a_parametrization_that_differs_from_read_to_read_has_no_bound():
@@ -120,7 +121,7 @@ def test_a_parametrization_that_differs_from_read_to_read_has_no_bound():
     linear = nn.Linear(2, 2)
     nn.utils.parametrize.register_parametrization(linear, "weight", Jittered(), unsafe=True)
     box = Box(torch.zeros(D), torch.ones(D))
-    assert_opaque(ig.lipschitz_bounds(additive(linear), box, seconds=1.0), "parametrization")
+    assert_opaque(ig.lipschitz_bounds(additive(linear), box, seconds=0.3), "parametrization")
 
 
 def test_a_parametrization_that_is_a_function_of_the_weight_keeps_its_bound():
@@ -276,7 +277,7 @@ def test_a_forward_method_of_one_instance_is_seen():
     net = network(2, 2)
     net.forward = lambda x: 10 * nn.Sequential.forward(net, x)
     box = Box(torch.zeros(D), torch.ones(D))
-    assert_opaque(ig.lipschitz_bounds(additive(net), box, seconds=1.0), "forward")
+    assert_opaque(ig.lipschitz_bounds(additive(net), box, seconds=0.3), "forward")
 
 
 def test_a_method_that_is_replaced_in_the_class_is_seen(monkeypatch):
@@ -341,7 +342,7 @@ def test_a_global_hook_is_seen():
 def test_a_first_operation_in_place_has_no_bound(first):
     model = additive(nn.Sequential(first(), nn.Linear(2, 2)))
     box = Box(-torch.ones(D), torch.ones(D))
-    assert_opaque(ig.lipschitz_bounds(model, box, seconds=1.0), "in place")
+    assert_opaque(ig.lipschitz_bounds(model, box, seconds=0.3), "in place")
 
 
 class Reshaped(nn.Module):
@@ -376,12 +377,12 @@ def test_elu_of_any_alpha(kind, alpha):
 
 @pytest.mark.parametrize(
     "softplus",
-    [nn.Softplus(1.0, 0.1), nn.Softplus(10.0, 1.0), nn.Softplus(-1.0, 20.0), nn.Softplus(1.0, -5.0)],
+    [nn.Softplus(1.0, 0.1), nn.Softplus(9.0, 1.0), nn.Softplus(-1.0, 20.0), nn.Softplus(1.0, -5.0)],
 )
 def test_softplus_that_jumps_has_no_bound(softplus):
     box = Box(-torch.ones(D), torch.ones(D))
     net = nn.Sequential(nn.Linear(2, 2), softplus, nn.Linear(2, 2))
-    assert_opaque(ig.lipschitz_bounds(additive(net), box, seconds=1.0), "Softplus")
+    assert_opaque(ig.lipschitz_bounds(additive(net), box, seconds=0.3), "Softplus")
 
 
 def test_softplus_with_the_usual_threshold_keeps_its_bound():
@@ -503,7 +504,7 @@ def test_a_clamp_that_equals_tanh_on_an_interval_only():
         [(D,)], subnet_constructor=network, clamp=2.0, clamp_activation=clamp
     )
     box = Box(-torch.ones(D), torch.ones(D))
-    assert ig.lipschitz_bounds(model, box, seconds=1.0).forward == math.inf
+    assert ig.lipschitz_bounds(model, box, seconds=0.3).forward == math.inf
 
 
 @pytest.mark.parametrize("clamp", ["ATAN", "TANH", "SIGMOID"])
@@ -541,7 +542,7 @@ def test_the_spectrum_is_that_of_the_subclass(name):
     model = ig.wrap(SUBCLASSES[name]()).to_dtype(torch.float64)
     x = torch.randn(3, D, dtype=torch.float64)
     v = torch.randn(3, D, dtype=torch.float64)
-    product = ig.linearize(model, x).jvp(v).value()
+    product = Linearization(model, x).jvp(v).value()
     torch.testing.assert_close(product, torch.einsum("bij,bj->bi", jacobians(model, x), v))
 
 

@@ -20,6 +20,7 @@ from inn_guard.adapters.freia import jacobians  # noqa: F401 - registers them
 from inn_guard.adapters.freia.graph import Shapes, chain, pack, unpack
 from inn_guard.core.invertible import Context, Invertible
 from inn_guard.core.missing import MissingContextError
+from inn_guard.core.readable import runs_code_of
 
 __all__ = ["FreiaGraph", "FreiaModule", "FreiaSequence", "adapt"]
 
@@ -202,6 +203,8 @@ class FreiaSequence(FreiaModule):
 
     def layers(self) -> tuple[Invertible, ...]:
         """The blocks in order, each with the condition that its index names."""
+        if not runs_code_of(self.module, SequenceINN, ("__call__", "forward")):
+            return ()
         conditions = self._conditions()
         net: Any = self.module
         flat: list[Invertible] = []
@@ -233,6 +236,8 @@ class FreiaGraph(FreiaModule):
 
     def layers(self) -> tuple[Invertible, ...]:
         """The nodes in order, each acting on the concatenation of the edges alive there."""
+        if not runs_code_of(self.module, GraphINN, ("__call__", "forward")):
+            return ()
         conditions = self._conditions()
         graph: Any = self.module
 

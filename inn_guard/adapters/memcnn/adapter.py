@@ -67,14 +67,17 @@ def unwrapped(module: nn.Module) -> nn.Module:
     for name, part in module._modules.items():
         parts[name] = part if part is None else unwrapped(part)
         changed = changed or parts[name] is not part
+    # -1 is the implementation by plain autograd
+    implementations = ("implementation_fwd", "implementation_bwd")
+    switches = [name for name in implementations if getattr(module, name, -1) != -1]
+    if not changed and not switches:
+        # parametrized modules cannot be copied
+        return module
     clone = copy.copy(module)
     vars(clone)["_modules"] = parts
-    for switch in ("implementation_fwd", "implementation_bwd"):
-        # -1 is the implementation by plain autograd
-        if getattr(module, switch, -1) != -1:
-            setattr(clone, switch, -1)
-            changed = True
-    return clone if changed else module
+    for switch in switches:
+        setattr(clone, switch, -1)
+    return clone
 
 
 def switched_gradients(

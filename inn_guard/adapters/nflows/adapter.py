@@ -29,6 +29,7 @@ from inn_guard.adapters.nflows import jacobians  # noqa: F401 - registers them
 from inn_guard.core.base import BaseDistribution
 from inn_guard.core.invertible import Context, Invertible
 from inn_guard.core.missing import NotApplicable
+from inn_guard.core.readable import is_of_library, runs_code_of
 from inn_guard.core.tensors import concatenate_flat, split_flat
 from inn_guard.layers.inverted import InverseLayer, inverse_chain
 from inn_guard.layers.multiscale import OnRemaining
@@ -88,7 +89,8 @@ class NflowsTransform(Adapted):
     def with_cached_conditioner(self, state: Tensor) -> NflowsTransform:
         """A coupling with its network evaluated once, at the identity features of ``state``."""
         coupling: Any = self.module
-        if not isinstance(coupling, CouplingTransform):
+        # a subclass of the user's own may do more with its network than its parent
+        if not isinstance(coupling, CouplingTransform) or not is_of_library(coupling, "nflows"):
             return self
         if coupling.unconditional_transform is not None:
             return self
@@ -202,6 +204,8 @@ def _exact_deviation(distribution: Any) -> Tensor | None:
 
 
 def _chain(transform: nn.Module) -> tuple[Invertible, ...]:
+    if not _runs_library_code(transform):
+        return (NflowsTransform(transform),)
     if isinstance(transform, CompositeTransform):
         layers: list[Invertible] = []
         for part in transform._transforms:
@@ -212,6 +216,13 @@ def _chain(transform: nn.Module) -> tuple[Invertible, ...]:
     if isinstance(transform, MultiscaleCompositeTransform):
         return _scales(transform)
     return (NflowsTransform(transform),)
+
+
+def _runs_library_code(container: nn.Module) -> bool:
+    for kind in (CompositeTransform, InverseTransform, MultiscaleCompositeTransform):
+        if isinstance(container, kind):
+            return runs_code_of(container, kind, ("__call__", "forward", "inverse"))
+    return True
 
 
 def _scales(multiscale: MultiscaleCompositeTransform) -> tuple[Invertible, ...]:

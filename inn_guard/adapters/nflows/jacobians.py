@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from nflows.transforms import linear, permutations
+from nflows.transforms import LULinear, QRLinear, SVDLinear, linear, permutations
 from nflows.transforms.coupling import AdditiveCouplingTransform, AffineCouplingTransform
 from torch import Tensor
 
@@ -26,15 +26,19 @@ def _permutation(module: permutations.Permutation, x: Tensor, context: Any) -> L
     return permutation_jacobian(x, order, dim=module._dim, back=back)
 
 
-@known_jacobian.register
-def _linear_map(module: linear.Linear, x: Tensor, context: Any) -> LayerJacobian | None:
+@known_jacobian.register(linear.NaiveLinear)
+@known_jacobian.register(LULinear)
+@known_jacobian.register(QRLinear)
+@known_jacobian.register(SVDLinear)
+def _linear_map(module: Any, x: Tensor, context: Any) -> LayerJacobian | None:
     if x.dim() != 2:
         return None
     return channel_mixing_jacobian(x, module.weight().detach(), module.bias.detach())
 
 
-@known_jacobian.register
-def _coupling(module: AffineCouplingTransform, x: Tensor, context: Any) -> LayerJacobian | None:
+@known_jacobian.register(AdditiveCouplingTransform)
+@known_jacobian.register(AffineCouplingTransform)
+def _coupling(module: Any, x: Tensor, context: Any) -> LayerJacobian | None:
     if module.unconditional_transform is not None:
         return None
     partition = Features(module.identity_features, module.transform_features)

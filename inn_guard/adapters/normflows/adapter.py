@@ -28,6 +28,7 @@ from inn_guard.adapters.normflows.layers import (
 from inn_guard.core.base import BaseDistribution
 from inn_guard.core.invertible import Context, Invertible
 from inn_guard.core.missing import MissingContextError, NotApplicable
+from inn_guard.core.readable import runs_code_of
 from inn_guard.core.tensors import concatenate_flat, split_flat
 from inn_guard.layers.inverted import InverseLayer
 from inn_guard.layers.multiscale import OnRemaining
@@ -140,6 +141,13 @@ class NormflowsModel(Adapted):
 
     def layers(self) -> tuple[Invertible, ...]:
         """The flows, flat, from data to latent, in this model's context."""
+        kind = NormalizingFlow
+        if isinstance(self.module, ConditionalNormalizingFlow):
+            kind = ConditionalNormalizingFlow
+        directions = ("forward_and_log_det", "inverse_and_log_det")
+        is_chain = isinstance(self.module, ClassCondFlow)
+        if not is_chain and not runs_code_of(self.module, kind, directions):
+            return ()
         layers = chain_of_flows(self.module.flows)
         if not self._condition():
             return layers

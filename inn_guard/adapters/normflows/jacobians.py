@@ -38,10 +38,7 @@ SCALES: dict[str, Callable[[Tensor], Tensor]] = {
 @linearize_module.register(nets.MLP)
 @linearize_module.register(nets.ConvNet2d)
 def _linearize_net(module: Any, x: Tensor) -> NetworkJacobian:
-    has_hooks = module._forward_hooks or module._forward_pre_hooks
-    if type(module) in (nets.MLP, nets.ConvNet2d) and not has_hooks:
-        return linearize_module(module.net, x)
-    return AutogradNetwork(module, x)
+    return linearize_module(module.net, x)
 
 
 @known_jacobian.register
@@ -76,10 +73,9 @@ def _masked_affine(module: flows.MaskedAffineFlow, x: Tensor, context: Any) -> L
     return InverseJacobian(coupling_jacobian(z, network, Mask(mask), torch.exp), z)
 
 
-@known_jacobian.register
-def _constant_affine(
-    module: flows.AffineConstFlow, x: Tensor, context: Any
-) -> LayerJacobian | None:
+@known_jacobian.register(flows.ActNorm)
+@known_jacobian.register(flows.AffineConstFlow)
+def _constant_affine(module: Any, x: Tensor, context: Any) -> LayerJacobian | None:
     if not bool(getattr(module, "data_dep_init_done", True)):
         return None
     return ElementwiseJacobian(module.inverse(x)[0], (-module.s).exp())

@@ -15,6 +15,7 @@ from inn_guard.adapters.cached_network import CachedNetwork, with_modules
 from inn_guard.adapters.normflows import jacobians  # noqa: F401 - registers them
 from inn_guard.core.invertible import Invertible
 from inn_guard.core.missing import NotApplicable
+from inn_guard.core.readable import is_of_library, runs_code_of
 from inn_guard.layers.inverted import inverse_chain
 
 __all__ = ["NormflowsLayer", "chain_of", "chain_of_flows", "named_errors"]
@@ -34,12 +35,14 @@ class NormflowsLayer(Adapted):
 
     def layers(self) -> tuple[Invertible, ...]:
         """The flows inside a container, flat, from data to latent; () for a single flow."""
-        if isinstance(self.module, (Composite, Reverse, GlowBlock)):
+        if _is_container(self.module):
             return chain_of(self.module)
         return ()
 
     def with_cached_conditioner(self, state: Tensor) -> NormflowsLayer:
         """A coupling with its networks evaluated once, at the identity part of ``state``."""
+        if not is_of_library(self.module, "normflows"):
+            return self
         module = _with_cached_networks(self.module, state)
         if module is self.module:
             return self
@@ -55,13 +58,21 @@ class NormflowsLayer(Adapted):
 
 def chain_of(flow: Any) -> tuple[Invertible, ...]:
     """The layers of one flow from data to latent, containers opened."""
+    if not _is_container(flow):
+        return (NormflowsLayer(flow),)
     if isinstance(flow, Reverse):
         return inverse_chain(chain_of(flow.flow))
     if isinstance(flow, Composite):
         return chain_of_flows(flow._flows)
-    if isinstance(flow, GlowBlock):
-        return chain_of_flows(flow.flows)
-    return (NormflowsLayer(flow),)
+    return chain_of_flows(flow.flows)
+
+
+def _is_container(flow: nn.Module) -> bool:
+    """Whether it is a container with the library's own code in both directions."""
+    for kind in (Composite, Reverse, GlowBlock):
+        if runs_code_of(flow, kind, ("__call__", "forward", "inverse")):
+            return True
+    return False
 
 
 def chain_of_flows(flows: Any) -> tuple[Invertible, ...]:

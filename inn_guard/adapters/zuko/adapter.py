@@ -24,6 +24,7 @@ from inn_guard.adapters.cached_network import CachedNetwork, with_modules
 from inn_guard.adapters.zuko import jacobians  # noqa: F401 - registers them
 from inn_guard.core.base import BaseDistribution
 from inn_guard.core.invertible import Context, Invertible, map_tensors
+from inn_guard.core.readable import is_plain, runs_code_of
 from inn_guard.core.tensors import finite_rows
 from inn_guard.layers.chain import Chain
 from inn_guard.layers.inverted import inverse_chain
@@ -76,7 +77,7 @@ class ZukoTransform(Adapted):
 
     def layers(self) -> tuple[Invertible, ...]:
         """The transformations inside a composed one, flat, in this context; () for a single one."""
-        if not isinstance(self.module, (LazyComposedTransform, LazyInverse)):
+        if not _is_container(self.module):
             return ()
         return self._in_context(_chain(self.module))
 
@@ -86,7 +87,7 @@ class ZukoTransform(Adapted):
     def with_cached_conditioner(self, state: Tensor) -> ZukoTransform:
         """A coupling with its network evaluated once, at the identity features of ``state``."""
         coupling = self.module
-        if not isinstance(coupling, GeneralCouplingTransform):
+        if not is_plain(coupling, GeneralCouplingTransform):
             return self
         inputs = state[..., coupling.mask]
         if self.context is not None:
@@ -203,17 +204,30 @@ def _by_layer(layers: Any, x: Tensor) -> tuple[Tensor, Tensor]:
     return x, total
 
 
+def _is_container(transform: nn.Module) -> bool:
+    """Whether it is a composed or inverse transformation with the library's own code."""
+    for kind in (LazyComposedTransform, LazyInverse):
+        if runs_code_of(transform, kind, ("__call__", "forward")):
+            return True
+    return False
+
+
 def _chain(transform: nn.Module) -> tuple[Invertible, ...]:
+    if not _is_container(transform):
+        return (_single(transform),)
     if isinstance(transform, LazyComposedTransform):
         layers: list[Invertible] = []
         for part in transform.transforms:
             layers += _chain(part)
         return tuple(layers)
-    if isinstance(transform, LazyInverse):
-        return inverse_chain(_chain(transform.transform))
+    inverse: Any = transform
+    return inverse_chain(_chain(inverse.transform))
+
+
+def _single(transform: nn.Module) -> ZukoTransform:
     if isinstance(transform, FFJTransform):
-        return (ZukoOde(transform),)
-    return (ZukoTransform(transform),)
+        return ZukoOde(transform)
+    return ZukoTransform(transform)
 
 
 def _solves_odes(module: nn.Module) -> bool:

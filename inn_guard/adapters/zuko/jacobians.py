@@ -32,9 +32,8 @@ from inn_guard.jacobian.network import (
 
 @linearize_module.register
 def _linearize_linear(module: zuko.nn.Linear, x: Tensor) -> NetworkJacobian:
-    has_hooks = module._forward_hooks or module._forward_pre_hooks
     # zuko's Linear may hold a stack of matrices
-    if type(module) is zuko.nn.Linear and not has_hooks and module.weight.dim() == 2:
+    if module.weight.dim() == 2:
         return LinearJacobian(module, x)  # type: ignore[arg-type]
     return AutogradNetwork(module, x)
 

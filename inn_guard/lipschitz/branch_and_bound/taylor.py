@@ -110,7 +110,7 @@ class JetInterpreter:
             Jet(x.centre + y.centre, x.value + y.value, x.rate + y.rate, x.slope + y.slope, second)
         )
 
-    def concatenate(self, parts: list[Jet]) -> Jet:
+    def concatenate(self, parts: list[Jet], *, last: bool = False) -> Jet:
         """Next to each other."""
 
         def joined(*intervals: Interval) -> Interval:

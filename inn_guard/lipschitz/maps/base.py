@@ -6,12 +6,14 @@ import abc
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from functools import singledispatch
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from inn_guard.core.missing import Missing
+from inn_guard.core.readable import RulesByClass
 from inn_guard.lipschitz.maps.closed_forms import Pair
 from inn_guard.lipschitz.maps.preimage import everywhere
 from inn_guard.lipschitz.networks.chain_builder import ChainBuilder, Linear
@@ -141,18 +143,20 @@ class BoundedMap(abc.ABC):
             return None
 
 
-@singledispatch
-def bounded_map(block: Any, layer: Any) -> BoundedMap:
+@partial(RulesByClass, inside=True)
+def bounded_map(why: Missing, block: Any, layer: Any) -> BoundedMap:
     """The bounded map of a block, by the rule of its class; see ``inn_guard.lipschitz.rules``.
 
     Args:
+        why: why there is no rule; not an argument of a call.
         block: whose class is looked up: ``layer.block``.
         layer: the Invertible around it, with the context.
 
     Returns:
-        The map; a ``NoRule`` with the reason where no rule is registered.
+        The map; a ``NoRule`` with the reason where no rule is registered, or where the block or a
+        module in it may compute something else than its class says.
     """
-    return NoRule(f"no rule is registered for {type(block).__module__}.{type(block).__qualname__}")
+    return NoRule(why.reason)
 
 
 @dataclass(frozen=True)

@@ -314,7 +314,11 @@ class Coupling(BoundedMap):
 
     def norms(self, d: Derivatives, deadline: Deadline) -> Pair:
         """Bounds of ||M|| and ||D^-1 M||: ||sum_k D_k J_k|| <= max_i sqrt(sum_k D_k,i^2) ||J||."""
-        L = Upper(d.network.product(deadline))
+        # of an output that serves as several parameters J_k is stacked as often
+        most = int(torch.cat(list(self.rows)).bincount().max())
+        L = Upper(d.network.product(deadline)) * Upper(float(most)).sqrt()
+        if most == 1:
+            L = Upper(d.network.product(deadline))
         return Pair(_row_norm(d.sensitivities) * L, _row_norm(d.log_sensitivities) * L)
 
     def reason_for_infinity(self, d: Derivatives, scale: Pair) -> str:

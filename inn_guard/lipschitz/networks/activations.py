@@ -5,13 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from functools import singledispatch
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from inn_guard.core.missing import Missing
+from inn_guard.core.readable import RulesByClass
 from inn_guard.numerics.intervals import Interval
 
 __all__ = ["FUNCTIONS", "Activation", "activation", "known_activation"]
@@ -21,6 +22,8 @@ CriticalPoints = Mapping[float, tuple[float, float]]
 SLACK = 2e-14  #: relative and absolute error allowed to the formulas below in float64
 FAR = 1e150  #: where every slope has reached its limit, and squares have not overflowed
 REACH = 700.0  #: beyond it errors no longer grow with the argument, only with the value
+#: threshold of softplus from which its jump to the identity is rounding: 2e-9 / beta
+SMALL_JUMP = 20.0
 ROOT_TWO_PI = math.sqrt(2 * math.pi)
 
 
@@ -34,7 +37,7 @@ class Activation:
         critical_points: point -> (least, largest) slope, for every kink and extremum of f'.
         limits: f at -infinity and at +infinity.
         curvature: sup |f''|, the Lipschitz constant of f'; infinite where f' jumps.
-        minima: point -> value, for every local minimum of f.
+        minima: point -> value, for every local minimum of f, and the values next to a jump.
         second: f'', or None where only its bound is known.
         third: sup |f'''|, the Lipschitz constant of f'' where that is given.
     """
@@ -91,9 +94,12 @@ def _enclose(x: Interval, low: Tensor, high: Tensor, extrema: CriticalPoints) ->
     return Interval.unless_nan(lo, hi)
 
 
-@singledispatch
-def activation(module: Any) -> Activation | None:
-    """The elementwise function of a module, or None if the module is no known activation."""
+@RulesByClass
+def activation(why: Missing, module: Any) -> Activation | None:
+    """The elementwise function of a module, or None if the module is no known activation.
+
+    A rule returns None too, where it does not know the function for the module's arguments.
+    """
     return None
 
 
@@ -153,6 +159,10 @@ def _selu(module: nn.SELU) -> Activation:
 def _exponential(size: float, scale: float) -> Activation:
     """scale * x for x > 0, scale * size * (e^x - 1) below."""
     at_zero = scale * size
+    minima = {}
+    if at_zero < 0:
+        # it falls below zero
+        minima = {0.0: 0.0}
     curvature = math.inf
     if at_zero == scale:
         curvature = at_zero
@@ -162,6 +172,7 @@ def _exponential(size: float, scale: float) -> Activation:
         {0.0: (min(at_zero, scale), max(at_zero, scale))},
         (-at_zero, math.inf),
         curvature,
+        minima,
     )
 
 
@@ -254,8 +265,10 @@ def _log_sigmoid(module: nn.LogSigmoid) -> Activation:
 
 
 @activation.register
-def _softplus(module: nn.Softplus) -> Activation:
+def _softplus(module: nn.Softplus) -> Activation | None:
     beta, threshold = float(module.beta), float(module.threshold)
+    if not beta > 0 or not threshold >= SMALL_JUMP:
+        return None
 
     def value(x: Tensor) -> Tensor:
         return F.softplus(x, beta, threshold)
@@ -265,8 +278,11 @@ def _softplus(module: nn.Softplus) -> Activation:
 
     # above the threshold torch switches to x, which moves the slope from 1 / (1 + jump) to 1
     jump = math.exp(-threshold)
-    slopes = {threshold / beta: (1 / (1 + jump), 1.0)}
-    return Activation(value, derivative, slopes, (0.0, math.inf), beta / 4)
+    switch = threshold / beta
+    slopes = {switch: (1 / (1 + jump), 1.0)}
+    # and the value down to the switch itself, from a little above it
+    extrema = {switch: switch, math.nextafter(switch, 0.0): switch + jump / beta}
+    return Activation(value, derivative, slopes, (0.0, math.inf), beta / 4, extrema)
 
 
 @activation.register

@@ -224,7 +224,7 @@ class ChainInterpreter:
         error = Upper(x.error) + y.error + gamma(DERIVED) * (x.norm() + y.norm())
         return Linear(blocks, x.channels, error, x.zero_outside and y.zero_outside)
 
-    def concatenate(self, parts: list[Linear]) -> Linear:
+    def concatenate(self, parts: list[Linear], *, last: bool = False) -> Linear:
         """The channels of all parts."""
         names = {name for part in parts for name in part.blocks}
         sizes = dict(self.builder.parts)

@@ -12,13 +12,14 @@ import math
 import operator
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import singledispatch
 from typing import Any, Protocol, TypeVar, runtime_checkable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
+from inn_guard.core.missing import Missing
+from inn_guard.core.readable import RulesByClass, class_of_call, first_reason, is_plain
 from inn_guard.lipschitz.networks.activations import FUNCTIONS, Activation, activation
 from inn_guard.numerics.rounding import UNIT, Upper
 
@@ -31,9 +32,7 @@ NORMALISATIONS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 IN_PLACE = (operator.iadd, operator.imul, operator.isub, operator.itruediv)
 SCALINGS = (operator.mul, operator.imul, torch.mul, operator.truediv, operator.neg, torch.neg)
 DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout)
-#: modules and functions that may return their argument itself
-PASSING = (nn.Identity, nn.Flatten, *DROPOUTS)
-PASSING_FUNCTIONS = (F.dropout, torch.flatten, "flatten")
+ADDITIONS = (operator.add, operator.iadd, torch.add)
 
 
 class Unbounded(Exception):
@@ -47,10 +46,12 @@ class LinearRearrangement:
     Attributes:
         move: the map of a batch (B, *shape).
         norm: an upper bound of its spectral norm.
+        repeats: along every axis of an image each entry is repeated so often, on top of that.
     """
 
     move: Callable[[Tensor], Tensor]
     norm: float = 1.0
+    repeats: float = 1.0
 
 
 @runtime_checkable
@@ -77,8 +78,8 @@ class Interpreter(Protocol[Value]):
         """x + y."""
         ...
 
-    def concatenate(self, parts: list[Value]) -> Value:
-        """The parts, concatenated along the channels."""
+    def concatenate(self, parts: list[Value], *, last: bool = False) -> Value:
+        """The parts, concatenated along the channels, or along the last dimension."""
         ...
 
     def flatten(self, x: Value) -> Value:
@@ -94,8 +95,8 @@ class Interpreter(Protocol[Value]):
         ...
 
 
-@singledispatch
-def fx_equivalent(module: nn.Module) -> nn.Module:
+@RulesByClass
+def fx_equivalent(why: Missing, module: nn.Module) -> nn.Module:
     """A module of the same values that torch.fx can trace; default: the module itself."""
     return module
 
@@ -108,16 +109,25 @@ class Network:
         context: the module's second argument, or None.
 
     Raises:
-        Unbounded: if torch.fx cannot trace the module.
+        Unbounded: if torch.fx cannot trace the module, or if a module in it may compute something
+            else than its class says.
     """
 
     def __init__(self, module: nn.Module, context: Tensor | None = None) -> None:
+        # before an equivalent takes its place, which has no hooks
+        why = first_reason(module.modules())
+        if why is not None:
+            raise Unbounded(why.reason)
         module = fx_equivalent(module)
+        if _Tracer().is_leaf_module(module, ""):
+            # torch.fx looks into the outermost module, whatever it is
+            module = nn.Sequential(module)
         self.module = module
         self.context = context
-        absent = {}
-        if context is None:
-            absent = _absent_arguments(module)
+        self._defaults = _defaults(module)
+        absent = dict(self._defaults)
+        if context is not None and absent:
+            del absent[next(iter(absent))]
         try:
             self.graph = _Tracer().trace(module, concrete_args=absent)
         except Exception as error:
@@ -134,7 +144,7 @@ class Network:
             Unbounded: at the first operation that the interpreter does not know.
         """
         known: dict[fx.Node, Any] = {}
-        inputs: list[Dependent | None] = [Dependent(x), None]
+        inputs: list[Any] = [Dependent(x), *self._defaults.values()]
         if self.context is not None:
             inputs[1] = Dependent(interpreter.constant(self.context, x))
         arguments = iter(inputs)
@@ -157,6 +167,8 @@ class Network:
             return operator.attrgetter(target)(self.module)
         self._refuse_aliases(node)
         if node.op == "call_module":
+            if len(args) != 1 or kwargs:
+                raise Unbounded(f"{target} is called with other arguments than one value")
             x = _value_of(args[0], self.module)
             return Dependent(_apply_module(self.modules[target], x, interpreter, node.name))
         is_function = node.op == "call_function"
@@ -177,9 +189,11 @@ class Network:
             return
         source = node.args[0]
         while isinstance(source, fx.Node):
+            if source.op == "placeholder":
+                raise Unbounded(f"{node.name} changes in place the network's own input")
             if len(source.users) > 1:
                 raise Unbounded(f"{node.name} changes in place a value that is used again")
-            if not self._may_alias(source):
+            if self._makes_new(source):
                 return
             source = source.args[0]
 
@@ -188,10 +202,19 @@ class Network:
             return True
         return bool(node.kwargs.get("inplace")) or node.target in IN_PLACE
 
-    def _may_alias(self, node: fx.Node) -> bool:
+    def _makes_new(self, node: fx.Node) -> bool:
+        """Whether an operation returns memory of its own, and no view of its argument."""
+        if self._is_in_place(node):
+            return False
         if node.op == "call_module":
-            return isinstance(self.modules.get(str(node.target)), PASSING)
-        return node.target in PASSING_FUNCTIONS
+            part = self.modules[str(node.target)]
+            if is_plain(part, nn.Linear, *CONVOLUTIONS, *NORMALISATIONS):
+                return True
+            return activation(part) is not None and not is_plain(part, nn.Identity)
+        function = node.target
+        if node.op == "call_method":
+            function = METHODS.get(function)
+        return function in (F.linear, torch.cat, *ADDITIONS, *SCALINGS, *FUNCTIONS)
 
 
 class Dependent:
@@ -232,14 +255,29 @@ class _Tracer(fx.Tracer):
         return super().create_arg(a)
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        known = activation.dispatch(type(m)) is not activation.dispatch(object)
+        known = not isinstance(class_of_call(m, activation.classes), Missing)
         return known or super().is_leaf_module(m, module_qualified_name)
 
 
-def _absent_arguments(module: nn.Module) -> dict[str, Any]:
-    """Every argument after the first, as None."""
+def _defaults(module: nn.Module) -> dict[str, Any]:
+    """Every argument after the first with its default; the second, a context, is None.
+
+    Raises:
+        Unbounded: if the second has another default: libraries pass None for it, or leave it out.
+    """
     parameters = list(inspect.signature(module.forward).parameters.values())[1:]
-    return {p.name: None for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD}
+    defaults: dict[str, Any] = {}
+    for k, parameter in enumerate(parameters):
+        if parameter.kind is not parameter.POSITIONAL_OR_KEYWORD:
+            continue
+        default = parameter.default
+        if default is parameter.empty:
+            default = None
+        if k == 0 and default is not None:
+            name = type(module).__name__
+            raise Unbounded(f"the argument {parameter.name} of {name} has a default, {default!r}")
+        defaults[parameter.name] = default
+    return defaults
 
 
 def _has_dependent(args: Any) -> bool:
@@ -256,20 +294,20 @@ def _value_of(argument: Any, module: nn.Module) -> Any:
 
 
 def _apply_module(module: nn.Module, x: Value, interpreter: Interpreter[Value], node: str) -> Value:
-    if isinstance(module, nn.Identity):
+    if is_plain(module, nn.Identity):
         return x
-    if isinstance(module, DROPOUTS) and (module.p == 0 or not module.training):
+    if is_plain(module, *DROPOUTS) and (module.p == 0 or not module.training):
         return x
     function = activation(module)
     if function is not None:
         return interpreter.activate(x, function, node)
-    if isinstance(module, nn.Linear):
+    if is_plain(module, nn.Linear):
         return interpreter.linear(x, module.weight, module.bias)
-    if isinstance(module, CONVOLUTIONS):
+    if is_plain(module, *CONVOLUTIONS):
         return interpreter.convolution(x, module)
-    if isinstance(module, NORMALISATIONS):
+    if is_plain(module, *NORMALISATIONS):
         return _normalise(module, x, interpreter)
-    if isinstance(module, nn.Flatten) and (module.start_dim, module.end_dim) == (1, -1):
+    if is_plain(module, nn.Flatten) and (module.start_dim, module.end_dim) == (1, -1):
         return interpreter.flatten(x)
     move = _rearranging_module(module)
     if move is not None:
@@ -277,25 +315,23 @@ def _apply_module(module: nn.Module, x: Value, interpreter: Interpreter[Value], 
     training = ""
     if module.training:
         training = " in training mode"
-    name = type(module).__name__
-    raise Unbounded(f"no bound is known for {name}{training} (its name in the network: {node})")
+    raise Unbounded(f"no bound is known for {module}{training} (its name in the network: {node})")
 
 
 def _rearranging_module(module: nn.Module) -> LinearRearrangement | None:
     """Unflatten, an average over windows that do not overlap, or a repetition; None for others."""
-    if isinstance(module, nn.Unflatten) and module.dim == 1:
+    if is_plain(module, nn.Unflatten) and module.dim == 1:
         return LinearRearrangement(module)
-    if isinstance(module, nn.AvgPool2d) and _averages_disjoint_windows(module):
+    if is_plain(module, nn.AvgPool2d) and _averages_disjoint_windows(module):
         size = module.kernel_size
         if isinstance(size, int):
             size = (size, size)
         norm = Upper(1.0) / math.sqrt(math.prod(size))
         return LinearRearrangement(module, norm * (1 + 4 * UNIT))
-    if isinstance(module, nn.Upsample) and module.mode == "nearest":
+    if is_plain(module, nn.Upsample) and module.mode == "nearest":
         factor = module.scale_factor
-        # every pixel is repeated factor^2 times: the norm is the root of that
         if isinstance(factor, float) and factor == int(factor):
-            return LinearRearrangement(module, factor)
+            return LinearRearrangement(module, repeats=factor)
     return None
 
 
@@ -359,20 +395,24 @@ def _apply_function(
         if len(args) > 2:
             bias = args[2]
         return interpreter.linear(first.value, args[1], bias)
-    if function in (operator.add, operator.iadd, torch.add) and not kwargs:
+    if function in ADDITIONS and len(args) == 2 and not kwargs:
         return _sum(args, interpreter)
     if function in SCALINGS and not kwargs:
         return _multiple(function, args, interpreter)
-    if function is torch.cat and _concatenates_channels(args, kwargs):
-        return interpreter.concatenate([_value_of(part, nn.Identity()) for part in first])
+    if function is torch.cat:
+        return _concatenated(args, kwargs, interpreter)
     if function is torch.flatten and (*args[1:], *kwargs.values()) == (1,):
         return interpreter.flatten(first.value)
     move = _rearranging_function(function, args, kwargs)
     if move is not None:
         return interpreter.rearrange(first.value, move)
-    if function is F.dropout and not kwargs.get("training", False):
+    if function is F.dropout and not _drops(*args[1:], **kwargs):
         return first.value
     raise Unbounded(f"the operation {_name_of(function)} is not known")
+
+
+def _drops(p: float = 0.5, training: bool = True, inplace: bool = False) -> bool:  # noqa: FBT001, FBT002 - the arguments of F.dropout
+    return training and p > 0
 
 
 def _name_of(function: Any) -> str:
@@ -392,11 +432,16 @@ def _activation_of(function: Any, args: tuple[Any, ...], kwargs: Mapping[str, An
     return known
 
 
-def _concatenates_channels(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
+def _concatenated(
+    args: tuple[Any, ...], kwargs: Mapping[str, Any], interpreter: Interpreter[Value]
+) -> Value:
     dim = kwargs.get("dim", kwargs.get("axis"))
     if len(args) > 1:
         dim = args[1]
-    return dim in (1, -1)
+    if dim not in (1, -1):
+        raise Unbounded(f"values are concatenated along dimension {dim}")
+    parts = [_value_of(part, nn.Identity()) for part in args[0]]
+    return interpreter.concatenate(parts, last=dim == -1)
 
 
 def _multiple(

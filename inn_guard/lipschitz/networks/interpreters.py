@@ -82,11 +82,16 @@ class IntervalInterpreter:
         return x * scales + shifts
 
     def add(self, x: Interval, y: Interval) -> Interval:
-        """The sum of two intervals."""
+        """The sum of two intervals of one shape: no norm counts entries that are repeated."""
+        if x.shape != y.shape:
+            shapes = f"{tuple(x.shape)} and {tuple(y.shape)}"
+            raise Unbounded(f"a sum of two values of different shapes, {shapes}, which broadcasts")
         return x + y
 
-    def concatenate(self, parts: list[Interval]) -> Interval:
+    def concatenate(self, parts: list[Interval], *, last: bool = False) -> Interval:
         """Both ends, concatenated along the channels."""
+        if last and len(parts[0].shape) > 1:
+            raise Unbounded("images are concatenated along their last dimension")
         return Interval.cat(parts)
 
     def flatten(self, x: Interval) -> Interval:
@@ -160,9 +165,11 @@ class NormProduct:
 
     def add(self, x: Constant, y: Constant) -> Constant:
         """The sum of both constants."""
-        return Constant(x.lipschitz + y.lipschitz, torch.broadcast_shapes(x.shape, y.shape))
+        if x.shape != y.shape:
+            raise Unbounded("a sum that broadcasts")
+        return Constant(x.lipschitz + y.lipschitz, x.shape)
 
-    def concatenate(self, parts: list[Constant]) -> Constant:
+    def concatenate(self, parts: list[Constant], *, last: bool = False) -> Constant:
         """The root of the sum of squares."""
         square = Upper(0.0)
         channels = 0
@@ -178,7 +185,11 @@ class NormProduct:
     def rearrange(self, x: Constant, move: LinearRearrangement) -> Constant:
         """Times the norm of the rearrangement."""
         shape = move.move(torch.zeros(1, *x.shape, dtype=torch.float64)).shape[1:]
-        return Constant(x.lipschitz * move.norm, tuple(shape))
+        # each entry is repeated in every dimension of the image: the norm is the root of that
+        repeated = Upper(1.0)
+        for _ in x.shape[1:]:
+            repeated = repeated * Upper(move.repeats).sqrt()
+        return Constant(x.lipschitz * move.norm * repeated, tuple(shape))
 
     def constant(self, value: Tensor, like: Constant) -> Constant:
         """Zero: the value does not depend on the input."""
@@ -229,7 +240,7 @@ class EntrywiseBounds:
         """The sum of both bounds."""
         return enlarged(x + y, 1)
 
-    def concatenate(self, parts: list[Tensor]) -> Tensor:
+    def concatenate(self, parts: list[Tensor], *, last: bool = False) -> Tensor:
         """The rows of all parts."""
         return torch.cat(parts)
 

@@ -47,6 +47,10 @@ def _clamps() -> list[tuple[Callable[[Tensor], Tensor], Callable[[float], Activa
 
 def _clamp(block: Any) -> LogScale | None:
     """exp(clamp f(s)) for the library's clamp functions, recognised by value; else None."""
+    # the library's own are torch.tanh and functions without a name
+    module = getattr(block.f_clamp, "__module__", None) or ""
+    if block.f_clamp is not torch.tanh and not module.startswith("FrEIA."):
+        return None
     points = torch.linspace(-20, 20, 4001, dtype=torch.float64)
     for function, make in _clamps():
         if torch.allclose(block.f_clamp(points), function(points), rtol=0, atol=1e-14):
@@ -268,6 +272,8 @@ def bound_sigmoid(block: Ff.InvertibleSigmoid, layer: Any) -> BoundedMap:
 
 @bounded_map.register
 def bound_actnorm(block: Ff.ActNorm, layer: Any) -> BoundedMap:
+    if block.init_on_next_batch:
+        return NoRule("ActNorm will be initialised by its next batch; call the model on data first")
     return maps.Diagonal(
         block.scale.detach().double().exp().reshape(-1), block.bias.detach().reshape(-1)
     )
@@ -278,8 +284,9 @@ def bound_residual(block: Ff.IResNetLayer, layer: Any) -> BoundedMap:
     return Residual(block.residual)
 
 
-@bounded_map.register
-def bound_automatic_activation(block: Ff.InvAutoAct, layer: Any) -> BoundedMap:
+@bounded_map.register(Ff.InvAutoAct)
+@bounded_map.register(Ff.InvAutoActFixed)
+def bound_automatic_activation(block: Any, layer: Any) -> BoundedMap:
     slope = Upper.computed(float(block.alpha.detach().double().abs().max().exp()), ROUNDINGS)
     return maps.KnownConstants(Pair(slope, slope))
 

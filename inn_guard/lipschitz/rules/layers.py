@@ -9,13 +9,14 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from inn_guard.core.readable import class_of_call, is_plain
 from inn_guard.layers import coupling as layers
 from inn_guard.layers import scales
-from inn_guard.layers.actnorm import Diagonal
+from inn_guard.layers.actnorm import ActNorm, Diagonal
 from inn_guard.layers.autoregressive import MaskedAutoregressive
 from inn_guard.layers.contraction import LipSwish
 from inn_guard.layers.inverted import InverseLayer
-from inn_guard.layers.linear import ChannelMixing, InvertibleLinear
+from inn_guard.layers.linear import ChannelMixing, InvertibleLinear, LULinear
 from inn_guard.layers.multiscale import FactorOut, OnRemaining
 from inn_guard.layers.networks import Conditional
 from inn_guard.layers.partition import Halves, Leading, Mask
@@ -46,17 +47,27 @@ from inn_guard.numerics.intervals import Interval
 
 __all__ = ["scale_bounds"]
 
+SCALES = (scales.SigmoidScale, scales.ClampedScale, scales.SoftplusScale, scales.ExpScale)
+FOREIGN_SCALE = "a scale that overrides a method of one in inn_guard"
 
-def scale_bounds(scale: scales.ScaleFunction) -> ScaleBounds:
-    """Enclosures of a scale: by the formula of one in inn_guard, else by its global constants."""
-    if isinstance(scale, scales.SigmoidScale):
-        return SigmoidScaleBounds(scale.lower, scale.upper, scale.offset)
-    if isinstance(scale, scales.ClampedScale):
-        return LogScale(atan_activation(scale.clamp * 2 / math.pi))
-    if isinstance(scale, scales.SoftplusScale):
-        return SoftplusScaleBounds(scale.lower)
-    if isinstance(scale, scales.ExpScale):
+
+def scale_bounds(scale: scales.ScaleFunction) -> ScaleBounds | None:
+    """Enclosures of a scale: by the formula of one in inn_guard, else by its global constants.
+
+    None for a subclass with other formulas: its constants may be those of its parent.
+    """
+    kind = class_of_call(scale, SCALES)
+    known: Any = scale
+    if kind is scales.SigmoidScale:
+        return SigmoidScaleBounds(known.lower, known.upper, known.offset)
+    if kind is scales.ClampedScale:
+        return LogScale(atan_activation(known.clamp * 2 / math.pi))
+    if kind is scales.SoftplusScale:
+        return SoftplusScaleBounds(known.lower)
+    if kind is scales.ExpScale:
         return LogScale(known_activation(nn.Identity()))
+    if isinstance(scale, SCALES):
+        return None
     return ConstantScale(scale.lower, scale.upper, scale.max_slope, scale.max_log_slope)
 
 
@@ -74,9 +85,9 @@ def _coupling(block: layers.Coupling, transformer: Transformer) -> BoundedMap:
 
 def _split(partition: Any, shape: torch.Size) -> tuple[Split, int] | None:
     """The split of samples of a shape, with the number of changed channels."""
-    if isinstance(partition, Mask):
+    if is_plain(partition, Mask):
         return ByMask(partition.mask.cpu().expand(shape)), shape[0]
-    if not isinstance(partition, (Halves, Leading)):
+    if not is_plain(partition, Halves, Leading):
         return None
     kept, changed = partition.split(torch.arange(shape[0])[None], dims=2)
     return ByChannel(kept[0], changed[0]), changed.shape[1]
@@ -89,12 +100,18 @@ def bound_additive_coupling(block: layers.AdditiveCoupling, layer: Any) -> Bound
 
 @bounded_map.register
 def bound_affine_coupling(block: layers.AffineCoupling, layer: Any) -> BoundedMap:
-    return _coupling(block, Affine(scale_bounds(block.scale)))
+    scale = scale_bounds(block.scale)
+    if scale is None:
+        return NoRule(FOREIGN_SCALE)
+    return _coupling(block, Affine(scale))
 
 
 @bounded_map.register
 def bound_masked_autoregressive(block: MaskedAutoregressive, layer: Any) -> BoundedMap:
-    transformer = Affine(scale_bounds(block.scale))
+    scale = scale_bounds(block.scale)
+    if scale is None:
+        return NoRule(FOREIGN_SCALE)
+    transformer = Affine(scale)
 
     def make(box: Interval) -> BoundedMap:
         features = box.shape[0]
@@ -117,13 +134,17 @@ def bound_inverse_layer(block: InverseLayer, layer: Any) -> BoundedMap:
     return maps.Rearrangement(block.forward, channels)
 
 
-@bounded_map.register
-def bound_diagonal(block: Diagonal, layer: Any) -> BoundedMap:
+@bounded_map.register(ActNorm)
+@bounded_map.register(Diagonal)
+def bound_diagonal(block: Any, layer: Any) -> BoundedMap:
+    if block.training and not bool(getattr(block, "initialized", True)):
+        return NoRule("ActNorm will be initialised by its next batch; call the model on data first")
     return maps.Diagonal(block.log_scale.detach().double().exp(), block.shift.detach())
 
 
-@bounded_map.register
-def bound_channel_mixing(block: ChannelMixing, layer: Any) -> BoundedMap:
+@bounded_map.register(ChannelMixing)
+@bounded_map.register(LULinear)
+def bound_channel_mixing(block: Any, layer: Any) -> BoundedMap:
     return maps.LinearMap.computed(block.weight.detach())
 
 

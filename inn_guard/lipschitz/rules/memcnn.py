@@ -12,6 +12,7 @@ import torch
 from memcnn import AdditiveCoupling, AffineAdapterNaive, AffineAdapterSigmoid, AffineCoupling
 from torch import Tensor, nn
 
+from inn_guard.core.readable import is_plain
 from inn_guard.lipschitz.maps.base import BoundedMap, NoRule, bounded_map
 from inn_guard.lipschitz.maps.composition import Composition
 from inn_guard.lipschitz.maps.coupling import ByChannel, Coupling, interleaved_rows
@@ -33,7 +34,7 @@ def bound_additive_coupling(block: AdditiveCoupling, layer: Any) -> BoundedMap:
 @bounded_map.register
 def bound_affine_coupling(block: AffineCoupling, layer: Any) -> BoundedMap:
     known = (AffineAdapterNaive, AffineAdapterSigmoid)
-    if not isinstance(block.Fm, known) or not isinstance(block.Gm, known):
+    if not is_plain(block.Fm, *known) or not is_plain(block.Gm, *known):
         return NoRule("an affine coupling with an adapter of the user's own")
     return _two_sided(block, _affine)
 

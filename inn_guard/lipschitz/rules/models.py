@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from inn_guard.core.readable import is_plain
 from inn_guard.lipschitz.maps.base import BlockBounds, BoundedMap, bounded_map
 from inn_guard.lipschitz.maps.elementary import Diagonal, Rearrangement, ShapeDependent
 from inn_guard.lipschitz.maps.preimage import everywhere
@@ -105,11 +106,12 @@ def _constant(
 def _parts(network: nn.Module) -> Iterator[tuple[nn.Module, Sequence[int] | None]]:
     """A chain cut where it unflattens, an isometry, with the shape after each cut."""
     children = [network]
-    if isinstance(network, nn.Sequential):
-        children = list(network)
+    if is_plain(network, nn.Sequential):
+        sequence: Any = network
+        children = list(sequence)
     begin = 0
     for k, child in enumerate(children):
-        if isinstance(child, nn.Unflatten) and child.dim == 1:
+        if is_plain(child, nn.Unflatten) and child.dim == 1:
             yield nn.Sequential(*children[begin:k]), tuple(child.unflattened_size)
             begin = k + 1
     yield nn.Sequential(*children[begin:]), None

@@ -18,7 +18,6 @@ from nflows.transforms.autoregressive import (
     MaskedPiecewiseQuadraticAutoregressiveTransform,
     MaskedPiecewiseRationalQuadraticAutoregressiveTransform,
 )
-from nflows.transforms.linear import Linear
 from nflows.transforms.nonlinearities import (
     PiecewiseCubicCDF,
     PiecewiseLinearCDF,
@@ -95,6 +94,10 @@ def bound_additive_coupling(block: nf.AdditiveCouplingTransform, layer: Any) -> 
 
 @bounded_map.register
 def bound_affine_coupling(block: nf.AffineCouplingTransform, layer: Any) -> BoundedMap:
+    # in the development version an argument
+    default = getattr(type(block), "DEFAULT_SCALE_ACTIVATION", None)
+    if getattr(block, "scale_activation", default) is not default:
+        return NoRule("a scale activation of the user's own")
     rows = blocked_rows(block.num_transform_features, 2)
     return _coupling(block, layer, Affine(AFFINE_SCALE), rows)
 
@@ -186,6 +189,8 @@ def bound_rational_quadratic_cdf(block: PiecewiseRationalQuadraticCDF, layer: An
 
 @bounded_map.register
 def bound_actnorm(block: ActNorm, layer: Any) -> BoundedMap:
+    if block.training and not bool(block.initialized):
+        return NoRule("ActNorm will be initialised by its next batch; call the model on data first")
     return maps.Diagonal(block.log_scale.detach().double().exp(), block.shift.detach())
 
 
@@ -222,8 +227,11 @@ def bound_squeeze(block: nf.SqueezeTransform, layer: Any) -> BoundedMap:
     return maps.Rearrangement(lambda x: block(x)[0])
 
 
-@bounded_map.register
-def bound_linear(block: Linear, layer: Any) -> BoundedMap:
+@bounded_map.register(nf.NaiveLinear)
+@bounded_map.register(nf.LULinear)
+@bounded_map.register(nf.QRLinear)
+@bounded_map.register(nf.SVDLinear)
+def bound_linear(block: Any, layer: Any) -> BoundedMap:
     return maps.LinearMap.computed(block.weight().detach(), block.bias.detach())
 
 

@@ -13,6 +13,7 @@ from normflows.transforms import Logit, Shift
 from torch import Tensor
 
 from inn_guard.adapters.normflows.jacobians import permuted_weight, weight_of
+from inn_guard.core.readable import is_of_library
 from inn_guard.lipschitz.maps import elementary as maps
 from inn_guard.lipschitz.maps.autoregressive import Autoregressive, InverseAutoregressive
 from inn_guard.lipschitz.maps.base import BoundedMap, NoRule, bounded_map
@@ -52,6 +53,8 @@ MASKED_AFFINE_SCALE = SigmoidScaleBounds(1e-3, 1.001, 2.0)  #: sigmoid(s + 2) + 
 @bounded_map.register
 def bound_affine_coupling(block: nf.AffineCouplingBlock, layer: Any) -> BoundedMap:
     split, coupling, _ = block.flows
+    if not all(is_of_library(part, "normflows") for part in block.flows):
+        return NoRule("a coupling block with a part of the user's own")
     if split.mode not in ("channel", "channel_inv") or coupling.scale_map not in SCALES:
         return NoRule(f"a coupling split by {split.mode}, or with a scale map of the user's own")
     network: Any = coupling.param_map
@@ -92,6 +95,8 @@ def bound_rational_quadratic_coupling(
     block: nf.CoupledRationalQuadraticSpline, layer: Any
 ) -> BoundedMap:
     inner = block.prqct
+    if not is_of_library(inner, "normflows"):
+        return NoRule("a spline coupling of the user's own")
     if inner.tails not in ("linear", None) or isinstance(inner.tail_bound, Tensor):
         return NoRule("a spline with circular tails, or with bounds of its own for every entry")
     spline = rational_quadratic(inner, inner.transform_net)
@@ -108,6 +113,8 @@ def bound_rational_quadratic_autoregressive(
     block: nf.AutoregressiveRationalQuadraticSpline, layer: Any
 ) -> BoundedMap:
     inner = block.mprqat
+    if not is_of_library(inner, "normflows"):
+        return NoRule("an autoregressive spline of the user's own")
     network = inner.autoregressive_net
     spline = rational_quadratic(inner, network)
     entries = network.final_layer.out_features // spline.count
@@ -131,8 +138,11 @@ def bound_masked_affine_autoregressive(
     return InverseAutoregressive(Autoregressive(coupling), entry_inverse)
 
 
-@bounded_map.register
-def bound_constant_affine(block: nf.AffineConstFlow, layer: Any) -> BoundedMap:
+@bounded_map.register(nf.ActNorm)
+@bounded_map.register(nf.AffineConstFlow)
+def bound_constant_affine(block: Any, layer: Any) -> BoundedMap:
+    if not bool(getattr(block, "data_dep_init_done", True)):
+        return NoRule("ActNorm will be initialised by its next batch; call the model on data first")
     if block.s.dim() > 2 and block.s[0, 0].numel() > 1:
         return NoRule("scales that differ from pixel to pixel")
     scale = (-block.s.detach().double()).exp().reshape(-1)

@@ -18,6 +18,7 @@ from zuko.flows.autoregressive import MaskedAutoregressiveTransform
 from zuko.flows.coupling import GeneralCouplingTransform
 from zuko.lazy import UnconditionalTransform
 
+from inn_guard.core.readable import is_plain
 from inn_guard.lipschitz.maps import elementary as maps
 from inn_guard.lipschitz.maps.autoregressive import Autoregressive
 from inn_guard.lipschitz.maps.base import BoundedMap, NoRule, bounded_map
@@ -125,19 +126,19 @@ def softclip(limit: float) -> Activation:
 def bound_unconditional(block: UnconditionalTransform, layer: Any) -> BoundedMap:
     """A transformation built without a context."""
     transform: Any = block(layer.context)
-    if isinstance(transform, transforms.PermutationTransform):
+    if is_plain(transform, transforms.PermutationTransform):
         return maps.Rearrangement(lambda x: x[..., transform.order], transform.order.cpu())
-    if isinstance(transform, transforms.RotationTransform):
+    if is_plain(transform, transforms.RotationTransform):
         return maps.LinearMap.computed(transform.R.detach())
-    if isinstance(transform, transforms.LULinearTransform):
+    if is_plain(transform, transforms.LULinearTransform):
         return maps.LinearMap.computed((transform.L.double() @ transform.U.double()).detach())
-    if isinstance(transform, transforms.MonotonicAffineTransform):
+    if is_plain(transform, transforms.MonotonicAffineTransform):
         return maps.Diagonal(transform.scale.detach(), transform.shift.detach())
-    if isinstance(transform, transforms.AdditiveTransform):
+    if is_plain(transform, transforms.AdditiveTransform):
         return maps.Diagonal(torch.ones_like(transform.shift), transform.shift.detach())
-    if isinstance(transform, transforms.SoftclipTransform):
+    if is_plain(transform, transforms.SoftclipTransform):
         return maps.Elementwise(softclip(float(transform.bound)))
-    if isinstance(transform, transforms.MonotonicRQSTransform):
+    if is_plain(transform, transforms.MonotonicRQSTransform):
         return _fixed_spline(transform)
     return NoRule(f"no rule is registered for {type(transform).__name__}")
 
@@ -151,9 +152,12 @@ def _fixed_spline(transform: Any) -> BoundedMap:
 
 
 def _plain(part: nn.Module) -> nn.Module:
-    if not isinstance(part, zuko.nn.Linear) or part.weight.dim() != 2:
+    if not is_plain(part, zuko.nn.Linear):
         return part
-    outputs, inputs = part.weight.shape
-    linear = nn.Linear(inputs, outputs, bias=part.bias is not None, device="meta")
-    linear.weight, linear.bias = part.weight, part.bias  # type: ignore[assignment]
+    linear_map: Any = part
+    if linear_map.weight.dim() != 2:
+        return part
+    outputs, inputs = linear_map.weight.shape
+    linear = nn.Linear(inputs, outputs, bias=linear_map.bias is not None, device="meta")
+    linear.weight, linear.bias = linear_map.weight, linear_map.bias
     return linear

@@ -160,7 +160,7 @@ def test_groups_and_dilation():
         (nn.Sequential(nn.Linear(2, 2), nn.LayerNorm(2)), "LayerNorm"),
         (nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2)).train(), "eval"),
         (nn.Sequential(nn.Linear(2, 2), nn.Dropout(0.5)).train(), "training mode"),
-        (nn.Softmax(1), "softmax"),
+        (nn.Softmax(1), "Softmax"),
     ],
 )
 def test_what_is_not_known_is_said(module, reason):
