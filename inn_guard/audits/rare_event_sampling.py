@@ -49,6 +49,7 @@ SHOWN = 10  #: lost draws that the number of plain draws in the reason would sho
 COMPARED = 4  #: draws at which the layers' inverse is compared with the model's
 PILOT = 4096  #: draws that locate the base
 PILOT_SEED = 0
+MOVES_SEED = 2**40
 GAUSSIAN = 0.01  #: nats within which the density of the base is that of a Gaussian
 LARGEST = 1e300  #: stands for a state that overflows although the draw comes back
 
@@ -125,7 +126,8 @@ def rare_event_sampling(
     draws = _Draws(context)
     allowed = _affordable_levels(context, particles, moves, levels)
     rows = torch.arange(particles)
-    generator = context.generator()
+    # not the seed of the draws: the first moves would repeat their numbers
+    generator = torch.Generator().manual_seed((context.seed + MOVES_SEED) % 2**63)
     event = RareEvent(draws.score, draws.log_density)
     start = draws.first(particles)
     splitting = subset_simulation(
