@@ -463,13 +463,16 @@ def _is_another_map(model: Invertible, x: Tensor) -> bool:
     layers = model.layers()
     if not layers:
         return False
-    expected = model(x)
-    if not torch.equal(expected, model(x)):
-        # random in every call: layers are checked one by one
-        return False
-    z = x
-    for layer in layers:
-        z = layer(z)
+    # in training mode a forward pass may initialise layers or update statistics
+    with preserve_state(model):
+        expected = model(x)
+        if not torch.equal(expected, model(x)):
+            # random in every call: layers are checked one by one
+            return False
+    with preserve_state(model):
+        z = x
+        for layer in layers:
+            z = layer(z)
     return not _close(z, expected, resolution=0.0)
 
 
