@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -37,6 +37,7 @@ __all__ = [
     "tempered_rate",
 ]
 
+LEAST_PARTICLES = 20
 KEPT = 0.1  #: share of the particles that survive a level
 ACCEPTANCE = 0.3  #: to which the length of moves is adapted
 FIRST_STEP = 0.6
@@ -57,7 +58,8 @@ LARGEST = 1e300  #: stands for a state that overflows although the draw comes ba
 def _cost(task: Task) -> Cost:
     settings = task.settings
     particles = int(settings["particles"])
-    round_trips = particles * (1 + int(settings["moves"]) * int(settings["levels"]))
+    each = particles * (1 + int(settings["moves"]) * int(settings["levels"]))
+    round_trips = each * int(settings["repeats"])
     if task.dimension <= TEMPERED_DIMENSIONS:
         round_trips *= 2
     return Cost(Passes(forward=1, inverse=1) * round_trips, particles, vectors=16)
@@ -70,7 +72,12 @@ def _cost(task: Task) -> Cost:
     shares_samples=True,
 )
 def rare_event_sampling(
-    context: AuditContext, *, particles: int = 1000, moves: int = 5, levels: int = 8
+    context: AuditContext,
+    *,
+    particles: int = 1000,
+    moves: int = 5,
+    levels: int = 8,
+    repeats: int = 2,
 ) -> AuditResult:
     """Rate of lost draws by subset simulation, down to 1e-8; an estimate, with its standard error.
 
@@ -85,8 +92,9 @@ def rare_event_sampling(
 
     with mean m and deviation s of the base and b such that 30 % of the moves are accepted. These
     moves keep N(m, s^2). If the base is not known to be Gaussian, z' = z + b s xi is accepted with
-    probability min(1, p(z') / p(z)) instead, p its density, after Metropolis. The rate is the
-    product of the levels' shares.
+    probability min(1, p(z') / p(z)) instead, p its density, after Metropolis. That mixes more
+    slowly: at a rate of 1e-5, single runs spread by 70 % instead of 25 %. The rate is the product
+    of the levels' shares.
 
     In up to 10 dimensions importance sampling from N(m, (1.6 s)^2) is a second opinion. It is given
     if the mean weight is within 10 % of 1 and the effective number of lost draws is at least 5.
@@ -101,6 +109,8 @@ def rare_event_sampling(
         moves: of each particle in a level.
         levels: at most; each one divides the rate by about 10. Fewer are made where an inverse
             costs as much as many forward passes.
+        repeats: independent runs, of which the mean is taken. A part of the lost draws that only
+            some runs find shows in their spread, not in the standard error of each run.
 
     Returns:
         rate, its standard error, the second opinion, round trips made; a row for each level.
@@ -116,23 +126,27 @@ def rare_event_sampling(
         S. L. Cotter, G. O. Roberts, A. M. Stuart, D. White: MCMC methods for functions: modifying
         old algorithms to make them faster. Statistical Science 28, 2013.
     """
-    least = {"particles": (particles, 20), "moves": (moves, 1), "levels": (levels, 1)}
-    for name, (value, smallest) in least.items():
-        if value < smallest:
-            raise ValueError(f"expected {name} of at least {smallest}; got {value!r}")
+    for name, value in (("moves", moves), ("levels", levels), ("repeats", repeats)):
+        if value < 1:
+            raise ValueError(f"expected {name} of at least 1; got {value!r}")
+    if particles < LEAST_PARTICLES:
+        raise ValueError(f"expected particles of at least {LEAST_PARTICLES}; got {particles!r}")
     if not len(context.finite_rows()):
         reason = "no sample of x is finite: the shape of the latents could not be measured"
         return rare_event_sampling.without_answer(Verdict.UNDECIDED, reason)
     draws = _Draws(context)
-    allowed = _affordable_levels(context, particles, moves, levels)
+    allowed = _affordable_levels(context, repeats * particles, moves, levels)
     rows = torch.arange(particles)
     # not the seed of the draws: the first moves would repeat their numbers
     generator = torch.Generator().manual_seed((context.seed + MOVES_SEED) % 2**63)
     event = RareEvent(draws.score, draws.log_density)
-    start = draws.first(particles)
-    splitting = subset_simulation(
-        event, start, rows, generator=generator, moves=moves, levels=allowed
-    )
+    runs = []
+    for run in range(repeats):
+        start = draws.first(particles, run=run)
+        runs.append(
+            subset_simulation(event, start, rows, generator=generator, moves=moves, levels=allowed)
+        )
+    splitting = _mean_of_runs(runs)
     tempering = None
     # where plain draws see losses, a second opinion tells nothing
     if draws.dimension <= TEMPERED_DIMENSIONS and splitting.levels:
@@ -269,6 +283,21 @@ def subset_simulation(
     return Splitting(rate, rate * math.sqrt(squared), reached, evaluations, tuple(passed))
 
 
+def _mean_of_runs(runs: Sequence[Splitting]) -> Splitting:
+    """Of independent runs; the larger of the two standard errors that they give."""
+    rates = torch.tensor([run.rate for run in runs], dtype=torch.float64)
+    errors = torch.tensor([run.error for run in runs], dtype=torch.float64)
+    error = errors.norm().item() / len(runs)
+    if len(runs) > 1:
+        error = max(error, rates.std().item() / math.sqrt(len(runs)))
+    levels: list[Mapping[str, float | int]] = []
+    for number, run in enumerate(runs, 1):
+        levels += [{"run": number, **level} for level in run.levels]
+    reached = min(run.reached for run in runs)
+    evaluations = sum(run.evaluations for run in runs)
+    return Splitting(rates.mean().item(), error, reached, evaluations, tuple(levels))
+
+
 def _relative_variance(inside: Tensor, clusters: Tensor) -> float:
     """Of the share of particles that are inside, those of one cluster being dependent."""
     indicator = inside.double().cpu()
@@ -365,9 +394,10 @@ class _Draws:
         self.log_density = self._locate_base()
         self._by_layers = self._inverse_is_that_of_the_layers()
 
-    def first(self, count: int) -> Tensor:
-        """Independent draws of the base, (count, *latent), the first of those of ``sampling``."""
-        blocks = range(math.ceil(count / BLOCK))
+    def first(self, count: int, *, run: int = 0) -> Tensor:
+        """Independent draws of the base, (count, *latent); of run 0, the first of ``sampling``."""
+        each = math.ceil(count / BLOCK)
+        blocks = range(run * each, (run + 1) * each)
         drawn = [block_of_draws(self.context, block, shape=self.shape) for block in blocks]
         return (torch.cat(drawn)[:count].double() - self._mean) / self._scale
 

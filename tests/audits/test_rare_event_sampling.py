@@ -16,6 +16,7 @@ from inn_guard.audits.rare_event_sampling import (
     RareEvent,
     Splitting,
     Tempering,
+    _mean_of_runs,
     rare_event_sampling,
     subset_simulation,
     tempered_rate,
@@ -96,10 +97,10 @@ def data(dimension: int = 8) -> Tensor:
 def test_a_rate_of_one_in_a_million_is_found_within_a_factor_of_two(model, dimension):
     result = rare_event_sampling(model, data(dimension))
     assert 0.5e-6 < result["rate"] < 2e-6
-    assert 0.1 < result["standard_error"] / result["rate"] < 0.6
+    assert 0.05 < result["standard_error"] / result["rate"] < 0.6
     assert result.verdict == "undecided"
     assert result.reason.startswith("about ")
-    assert 20_000 < result["round_trips"] < 80_000
+    assert 50_000 < result["round_trips"] < 130_000
     assert ("tempered_mean_weight" in result.values) == (dimension == 8)
 
 
@@ -142,6 +143,15 @@ def test_tempered_draws_agree_in_few_dimensions_and_are_refused_in_many():
     assert few.effective_lost > LEAST_EFFECTIVE
 
 
+def test_runs_that_disagree_widen_the_standard_error():
+    runs = [Splitting(rate, 1e-7, 1e-6, 1000, ()) for rate in (3e-6, 1e-7)]
+    mean = _mean_of_runs(runs)
+    assert mean.rate == pytest.approx(1.55e-6)
+    assert mean.error == pytest.approx(1.45e-6)
+    assert mean.evaluations == 2000
+    assert _mean_of_runs(runs[:1]).error == pytest.approx(1e-7)
+
+
 def test_that_nothing_was_found_proves_nothing():
     result = rare_event_sampling(Faces((0, 1, math.inf)), data())
     assert result.verdict == "undecided"
@@ -153,7 +163,7 @@ def test_that_nothing_was_found_proves_nothing():
 def test_a_flat_score_ends_the_search():
     result = rare_event_sampling(Linear(torch.zeros(4, 4)), data(4), particles=100)
     assert result["rate"] == 1
-    assert result["round_trips"] == 100
+    assert result["round_trips"] == 2 * 100
 
 
 def test_losses_that_the_score_hides_are_found_by_tempered_draws_and_said():
@@ -181,7 +191,7 @@ def test_no_more_round_trips_are_made_than_declared():
     (row,) = [r for r in report["dry_run"].tables["cost"] if r["check"] == check.name]
     COUNTED.clear()
     result = check(half_space(1e-12), data())
-    assert result["round_trips"] == row["inverse"] == 2 * 100 * (1 + 3 * 4)
+    assert result["round_trips"] == row["inverse"] == 2 * 2 * 100 * (1 + 3 * 4)
     # on top of these: the trial of the model, its cost, and the comparison with its layers
     assert sum(COUNTED) <= result["round_trips"] + 64
 
@@ -219,7 +229,7 @@ def based(base: Distribution, **changes) -> BaseDistribution:
 def test_draws_of_a_declared_base_keep_its_distribution(prior, threshold, gaussian):
     result = rare_event_sampling(Faces((0, 1, threshold)), data(), prior=prior)
     assert result.settings["gaussian"] == gaussian
-    assert 0.4e-5 < result["rate"] < 2.5e-5
+    assert 1e-5 / 4 < result["rate"] < 4e-5
 
 
 def test_a_base_whose_draws_cannot_be_moved_is_not_applicable():
@@ -259,7 +269,7 @@ def test_a_gaussian_base_that_is_the_same_in_every_context_is_moved():
     assert 0.5e-4 < result["rate"] < 2e-4
 
 
-@pytest.mark.parametrize("name", ["particles", "moves", "levels"])
+@pytest.mark.parametrize("name", ["particles", "moves", "levels", "repeats"])
 def test_wrong_settings_are_named(name):
     with pytest.raises(ValueError, match=f"expected {name} of at least"):
         rare_event_sampling(half_space(1e-2), data(), **{name: 0})

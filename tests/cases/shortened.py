@@ -17,7 +17,7 @@ SHORTENED: dict[str, AuditSpec] = {
         dequantization_attack.with_settings(strategy=Ascent(budget=20), samples=2),
         lipschitz_bounds.with_settings(seconds=1.0),
         out_of_distribution.with_settings(samples=2),
-        rare_event_sampling.with_settings(particles=20, moves=1, levels=2),
+        rare_event_sampling.with_settings(particles=20, moves=1, levels=2, repeats=1),
         sampling.with_settings(draws=64),
         shadowing.with_settings(samples=2, draws=16),
     )
