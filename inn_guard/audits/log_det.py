@@ -161,15 +161,22 @@ def _rows(context: AuditContext, samples: int | None) -> Tensor:
 
 def _compare(context: AuditContext, rows: Tensor) -> _Compared:
     model, x = context.at(rows)
-    precise: AuditedModel | Missing
-    try:
-        precise = model.to_dtype(torch.float64)
-    except (NotApplicable, ModelError) as error:
-        precise = Missing(str(error))
+    precise = _float64_copy(model, x)
     with torch.no_grad():
         cancelled = _forward_plus_inverse(model, x)
         own = _own(model, x) if isinstance(precise, Missing) else _own(precise, x.double())
     return _Compared(own, _reference(context, model, precise, x), cancelled)
+
+
+def _float64_copy(model: AuditedModel, x: Tensor) -> AuditedModel | Missing:
+    """A copy in float64 that runs there: what a function has captured stays in its own dtype."""
+    try:
+        copy = model.to_dtype(torch.float64)
+        with torch.no_grad():
+            copy.forward_and_log_det(x.double())
+    except (NotApplicable, ModelError) as error:
+        return Missing(str(error))
+    return copy
 
 
 def _own(model: AuditedModel, x: Tensor) -> _Own:

@@ -160,7 +160,7 @@ def _specimens() -> Iterator[Specimen]:
         yield plain(name, 12.0, torch.float64)
     for name in with_log_det():
         yield altered(name, "log-det negated", log_det=lambda value: -value - 0.5)
-        yield altered(name, "log-det off by 0.1", log_det=lambda value: value + 0.1)
+        yield altered(name, "log-det off by 1", log_det=lambda value: value + 1.0)
     for name in with_log_det()[::3]:
         yield altered(name, "inverse off by 5 %", decoded=lambda value: value * 1.05)
         yield altered(name, "inverse off by 0.1 %", decoded=lambda value: value + 1e-3)

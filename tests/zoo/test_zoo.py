@@ -6,24 +6,23 @@
 from __future__ import annotations
 
 import collections
-import functools
 import warnings
 
 import mpmath
 import pytest
 import torch
-from inn_guard.audits.reconstruction.audit import reconstruction
 
 import inn_guard as ig
 from inn_guard.audits.jacobian_spectrum import jacobian_spectrum
 from inn_guard.audits.layer_blame import layer_blame
 from inn_guard.audits.log_det import log_det
+from inn_guard.audits.reconstruction import reconstruction
 from tests.zoo import truth
 from tests.zoo.specimens import SPECIMENS, Specimen
 from tests.zoo.truth import Truth
 
 CHECKS = {
-    "reconstruction": (truth.reconstruction, functools.partial(reconstruction, prior=None)),
+    "reconstruction": (truth.reconstruction, reconstruction),
     "log_det": (truth.log_det, log_det),
     "jacobian_spectrum": (truth.spectrum, jacobian_spectrum),
 }
