@@ -237,7 +237,8 @@ def evaluate_weight_norms(model: nn.Module) -> None:
         model: is changed.
     """
     for module in model.modules():
-        for key, hook in list(module._forward_pre_hooks.items()):
+        hooks: list[tuple[int, Any]] = list(module._forward_pre_hooks.items())
+        for key, hook in hooks:
             if type(hook) is SpectralNorm and module.training:
                 continue
             if type(hook) in (WeightNorm, SpectralNorm):

@@ -40,7 +40,7 @@ def why_no_chain(model: Invertible, layers: Sequence[Invertible], points: Tensor
     A hook or a replaced method on anything between the model and its layers is a reason, and so is
     a value at one of the points that differs.
     """
-    inside = set()
+    inside: set[int] = set()
     for layer in layers:
         inside.update(map(id, layer.block.modules()))
     between = [part for part in (*model.modules(), *layers) if id(part) not in inside]

@@ -86,7 +86,7 @@ class ZukoTransform(Adapted):
 
     def with_cached_conditioner(self, state: Tensor) -> ZukoTransform:
         """A coupling with its network evaluated once, at the identity features of ``state``."""
-        coupling = self.module
+        coupling: Any = self.module
         if not is_plain(coupling, GeneralCouplingTransform):
             return self
         inputs = state[..., coupling.mask]

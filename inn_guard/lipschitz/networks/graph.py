@@ -211,7 +211,7 @@ class Network:
             if is_plain(part, nn.Linear, *CONVOLUTIONS, *NORMALISATIONS):
                 return True
             return activation(part) is not None and not is_plain(part, nn.Identity)
-        function = node.target
+        function: Any = node.target
         if node.op == "call_method":
             function = METHODS.get(function)
         return function in (F.linear, torch.cat, *ADDITIONS, *SCALINGS, *FUNCTIONS)
@@ -293,7 +293,7 @@ def _value_of(argument: Any, module: nn.Module) -> Any:
     return argument.value
 
 
-def _apply_module(module: nn.Module, x: Value, interpreter: Interpreter[Value], node: str) -> Value:
+def _apply_module(module: Any, x: Value, interpreter: Interpreter[Value], node: str) -> Value:
     if is_plain(module, nn.Identity):
         return x
     if is_plain(module, *DROPOUTS) and (module.p == 0 or not module.training):
@@ -318,7 +318,7 @@ def _apply_module(module: nn.Module, x: Value, interpreter: Interpreter[Value], 
     raise Unbounded(f"no bound is known for {module}{training} (its name in the network: {node})")
 
 
-def _rearranging_module(module: nn.Module) -> LinearRearrangement | None:
+def _rearranging_module(module: Any) -> LinearRearrangement | None:
     """Unflatten, an average over windows that do not overlap, or a repetition; None for others."""
     if is_plain(module, nn.Unflatten) and module.dim == 1:
         return LinearRearrangement(module)

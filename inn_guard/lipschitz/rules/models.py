@@ -105,7 +105,7 @@ def _constant(
 
 def _parts(network: nn.Module) -> Iterator[tuple[nn.Module, Sequence[int] | None]]:
     """A chain cut where it unflattens, an isometry, with the shape after each cut."""
-    children = [network]
+    children: list[Any] = [network]
     if is_plain(network, nn.Sequential):
         sequence: Any = network
         children = list(sequence)
