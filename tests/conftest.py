@@ -12,7 +12,7 @@ import pytest
 import torch
 from hypothesis import settings
 
-from tests.execution import hanging
+from tests.execution import clocks
 
 settings.register_profile("ci", max_examples=25, deadline=None, derandomize=True)
 settings.register_profile("thorough", max_examples=400, deadline=None)
@@ -33,26 +33,10 @@ def pytest_collection_modifyitems(config, items):
     items[:] = kept
 
 
-class CountedClock:
-    """A clock that advances by ``tick`` seconds whenever it is read.
-
-    Loops with a time budget read it once a round, so that the budget becomes a number of rounds,
-    the same on every machine and under every load.
-    """
-
-    def __init__(self, tick: float) -> None:
-        self.tick = tick
-        self.now = 0.0
-
-    def __call__(self) -> float:
-        self.now += self.tick
-        return self.now
-
-
 @pytest.fixture(scope="session", autouse=True)
 def counted_clock():
     """What every deadline reads, in fixtures of all scopes too."""
-    clock = CountedClock(tick=0.01)
+    clock = clocks.CountedClock(tick=0.01)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("inn_guard.execution.deadline.now", clock)
         yield clock
@@ -60,8 +44,8 @@ def counted_clock():
 
 @pytest.fixture
 def only_hangs_time_out(monkeypatch):
-    """Time limits end what calls ``hanging.hangs``, whatever the seconds are."""
-    monkeypatch.setattr("inn_guard.execution.time_limit._Timer._expires", hanging.expires)
+    """Time limits end what calls ``clocks.hangs``, whatever the seconds are."""
+    monkeypatch.setattr("inn_guard.execution.time_limit._Timer._expires", clocks.expires)
 
 
 @pytest.fixture(autouse=True)

@@ -17,25 +17,15 @@ from inn_guard.lipschitz.maps.closed_forms import Pair
 from inn_guard.numerics.convolution_norm import cheap_convolution_norm, convolution_norm
 from inn_guard.numerics.intervals import Box
 from inn_guard.numerics.spectral_norm import cheap_norm, spectral_norm
+from tests.execution.clocks import CountedClock
 from tests.lipschitz.soundness import ROUNDING
 from tests.lipschitz.test_whole_network import dense, ratios
 
 
-class Counted:
-    """A clock on which every look takes ``tick`` seconds."""
-
-    def __init__(self, tick: float) -> None:
-        self.tick, self.looks = tick, 0
-
-    def __call__(self) -> float:
-        self.looks += 1
-        return self.looks * self.tick
-
-
 @pytest.fixture
 def counted(monkeypatch):
-    def set_tick(tick: float) -> Counted:
-        made = Counted(tick)
+    def set_tick(tick: float) -> CountedClock:
+        made = CountedClock(tick)
         monkeypatch.setattr(clock, "now", made)
         return made
 
@@ -72,7 +62,7 @@ def test_no_method_looks_at_the_clock_long_after_the_deadline(model, counted, se
     """Every loop reads the clock, so readings count iterations; 60 s let all methods begin."""
     watch = counted(0.02)
     bounds = lipschitz_bounds(model, BOX, seconds=seconds)
-    late = watch.looks - seconds / watch.tick
+    late = watch.reads - seconds / watch.tick
     assert late < LOOKS * len(model.layers())
     assert bounds.lower_forward > 0
 
@@ -83,7 +73,7 @@ def test_more_time_is_used(model, counted):
         watch = counted(0.1)
         lipschitz_bounds(model, BOX, seconds=seconds)
 
-        looks.append(watch.looks)
+        looks.append(watch.reads)
     assert looks[1] > looks[0]
 
 
