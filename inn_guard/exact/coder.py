@@ -23,6 +23,7 @@ from inn_guard.execution.state import preserve_state
 
 __all__ = ["Coder", "Kept", "PlannedLayer", "exact"]
 
+STORED = "stored input"
 FRACTION_BITS = 32  #: of data between 1 and 2^16
 MORE_BITS = 12  #: fraction bits that are added for smaller data, or removed for larger ones
 LARGE = 16  #: data below 2^LARGE have room for growth in a word
@@ -37,8 +38,8 @@ class PlannedLayer:
 
     Attributes:
         name: of the layer.
-        rule: by which it is inverted; "stored input" where nothing is known about it.
-        reason: why its input is stored; "" where it is not.
+        rule: by which it is inverted; "stored input" where there is none that holds.
+        reason: why its input, or a part of it, is stored; "" where it is not.
         bits_per_dimension: that the layer added to ``kept``; negative where it took bits back.
     """
 
@@ -196,7 +197,8 @@ class Coder:
                 known.checked.add(number)
                 tapes.append(tape)
                 bits = tape.spilled_bits + tape.stored_bits + state.pushed_bits() - before
-                plan.append(coded.planned(reason, bits / x.numel()))
+                inside = tape.stored_bits > 0
+                plan.append(coded.planned(reason, bits / x.numel(), stored_inside=inside))
         z = state.values(x.dtype)
         if not bool(z.isfinite().all()):
             raise ValueError(f"z exceeds the range of {dtype_name(x.dtype)}; pass x.double()")
@@ -251,7 +253,7 @@ class Coder:
                     state,
                     tape,
                     kept._shapes[number],
-                    stored=bool(kept.layers[number].reason),
+                    stored=kept.layers[number].rule == STORED,
                     threads=kept.threads,
                 )
         if not bool((state.pushed == SEED).all()):
@@ -277,7 +279,7 @@ class Coder:
             try:
                 planned.append(PlannedLayer(layer.name, rule_of(layer).name))
             except NoExactRule as error:
-                planned.append(PlannedLayer(layer.name, "stored input", str(error)))
+                planned.append(PlannedLayer(layer.name, STORED, str(error)))
         return _table(planned)
 
     def _layers(self, *, opaque: bool = False) -> tuple[Invertible, ...]:
@@ -347,11 +349,21 @@ class _CodedLayer:
             ) from error
         return state
 
-    def planned(self, reason: str | None, bits: float) -> PlannedLayer:
-        """The layer's row of the plan."""
+    def planned(self, reason: str | None, bits: float, *, stored_inside: bool) -> PlannedLayer:
+        """The layer's row of the plan.
+
+        Args:
+            reason: why its input is stored; None if it is not.
+            bits: per dimension.
+            stored_inside: the layer acts on a part of the state, whose input is stored.
+        """
+        name = self.layer.name
         if reason is not None:
-            return PlannedLayer(self.layer.name, "stored input", reason, bits)
-        return PlannedLayer(self.layer.name, rule_of(self.layer).name, "", bits)
+            return PlannedLayer(name, STORED, reason, bits)
+        why = ""
+        if stored_inside:
+            why = "the input of the part that it acts on is stored: that has no rule that holds"
+        return PlannedLayer(name, rule_of(self.layer).name, why, bits)
 
     @property
     def title(self) -> str:

@@ -233,7 +233,7 @@ class Autoregressive(Step):
         if self.divide:
             # scratch tapes: only the last evaluation, with all entries known, counts
             known = self._entry_by_entry(
-                state, lambda *both: affine(state, *both, Tape(), divide=True)
+                state, lambda scale, shift: affine(state, scale, shift, Tape(), divide=True)
             )
         scale, shift = self._evaluated(known)
         state = affine(state, scale, shift, tape, divide=self.divide)
@@ -246,7 +246,8 @@ class Autoregressive(Step):
         expected = tape.pop("digest")
         if not self.divide:
             known = self._entry_by_entry(
-                state, lambda *both: undo_affine(state, *both, tape.copy(), divide=False)
+                state,
+                lambda scale, shift: undo_affine(state, scale, shift, tape.copy(), divide=False),
             )
         scale, shift = self._evaluated(known)
         tape.push("digest", expected)

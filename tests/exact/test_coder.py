@@ -20,8 +20,10 @@ from inn_guard.layers.chain import Chain
 from inn_guard.layers.coupling import AdditiveCoupling, AffineCoupling
 from inn_guard.layers.inverted import InverseLayer
 from inn_guard.layers.linear import InvertibleLinear
+from inn_guard.layers.multiscale import OnRemaining
 from inn_guard.layers.networks import MLP
 from inn_guard.layers.permutation import Permutation
+from inn_guard.layers.preprocessing import Logit
 from inn_guard.layers.scales import ExpScale, SigmoidScale
 from tests.cases.all import CASES, one_of_each_kind
 
@@ -297,13 +299,20 @@ def test_scales_that_underflow_fall_back_to_the_stored_input():
 
 
 def test_the_plan_tells_rules_before_and_bits_after_a_batch():
-    from inn_guard.layers.preprocessing import Logit
-
     coder = exact(Chain(Logit(0.1), AdditiveCoupling.on_halves(4, network)))
     assert "0 Logit             stored input" in coder.plan()
     assert "1 AdditiveCoupling  additive or affine coupling" in coder.plan()
     assert "0.00" in coder.plan(torch.rand(3, 4))
     assert "bits per dimension" in str(coder.encode(torch.rand(3, 4))[1])
+
+
+def test_the_plan_shows_what_is_stored_inside_a_layer():
+    layer = OnRemaining(Logit(0.1), shape=(2,))
+    coder, x = exact(layer), torch.rand(3, 4)
+    z, kept = coder.encode(x)
+    assert kept.layers[0].rule == "on what remains"
+    assert "is stored" in kept.layers[0].reason
+    assert torch.equal(coder.decode(z, kept), x)
 
 
 def test_the_model_is_left_as_it_is():
