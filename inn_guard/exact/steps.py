@@ -228,7 +228,11 @@ class Autoregressive(Step):
         self.parameters, self.order, self.divide = parameters, order, divide
 
     def run(self, state: FixedPoint, tape: Tape) -> FixedPoint:
-        """Parameters from x, or from the z that is found entry by entry if ``divide``."""
+        """Parameters from x, or from the z that is found entry by entry if ``divide``.
+
+        Raises:
+            NoExactRule: if the entries that have been found are not those of the next state.
+        """
         known = state
         if self.divide:
             # scratch tapes: only the last evaluation, with all entries known, counts
@@ -236,9 +240,13 @@ class Autoregressive(Step):
                 state, lambda scale, shift: affine(state, scale, shift, Tape(), divide=True)
             )
         scale, shift = self._evaluated(known)
-        state = affine(state, scale, shift, tape, divide=self.divide)
-        tape.push("digest", digest(scale, shift))
-        return state
+        after = affine(state, scale, shift, tape, divide=self.divide)
+        logged = digest(scale, shift)
+        # exponents depend on all entries, so that entries found one by one may be others
+        if self.divide and digest(*self._evaluated(after)) != logged:
+            raise NoExactRule("its values need exponents, which change its parameters")
+        tape.push("digest", logged)
+        return after
 
     def undo(self, state: FixedPoint, tape: Tape) -> FixedPoint:
         """Parameters from the z, or from the x that is found entry by entry."""

@@ -306,6 +306,17 @@ def test_the_plan_tells_rules_before_and_bits_after_a_batch():
     assert "bits per dimension" in str(coder.encode(torch.rand(3, 4))[1])
 
 
+@pytest.mark.parametrize("size", [1.0, 1e9])
+def test_later_batches_of_an_inverse_autoregressive_flow_are_decoded(size):
+    torch.manual_seed(0)
+    model = InverseLayer(maf(4, layers=2, hidden=8).float())
+    coder = exact(model)
+    coder.encode(torch.randn(5, 4).float())
+    x = size * torch.randn(5, 4).float()
+    z, kept = coder.encode(x)
+    assert torch.equal(coder.decode(z, kept), x)
+
+
 def test_the_plan_shows_what_is_stored_inside_a_layer():
     layer = OnRemaining(Logit(0.1), shape=(2,))
     coder, x = exact(layer), torch.rand(3, 4)
