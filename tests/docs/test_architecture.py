@@ -31,11 +31,15 @@ PACKAGES = [
 ]
 #: other library -> the parts of the package that may import it
 FOREIGN = {
-    "nflows": ("adapters/nflows/", "lipschitz/rules/nflows.py"),
-    "FrEIA": ("adapters/freia/", "lipschitz/rules/freia.py"),
-    "normflows": ("adapters/normflows/", "lipschitz/rules/normflows.py"),
-    "zuko": ("adapters/zuko/", "lipschitz/rules/zuko.py"),
-    "memcnn": ("adapters/memcnn/", "lipschitz/rules/memcnn.py"),
+    "nflows": ("adapters/nflows/", "lipschitz/rules/nflows.py", "exact/rules/nflows.py"),
+    "FrEIA": ("adapters/freia/", "lipschitz/rules/freia.py", "exact/rules/freia.py"),
+    "normflows": (
+        "adapters/normflows/",
+        "lipschitz/rules/normflows.py",
+        "exact/rules/normflows.py",
+    ),
+    "zuko": ("adapters/zuko/", "lipschitz/rules/zuko.py", "exact/rules/zuko.py"),
+    "memcnn": ("adapters/memcnn/", "lipschitz/rules/memcnn.py", "exact/rules/memcnn.py"),
     "pandas": ("report/",),
     "matplotlib": ("report/",),
     "jinja2": ("report/",),
