@@ -1,4 +1,4 @@
-"""How much of a long list a test runs under `make test`; under `make thorough` it runs all of it."""
+"""How much of a long list a test runs under `make test`; `make thorough` runs all of it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Every notebook runs from top to bottom, stays small, shows what it drew, and types the public interface only."""
+"""Every notebook runs, stays small, shows what it drew, and uses the public interface only."""
 
 from __future__ import annotations
 

@@ -183,7 +183,9 @@ def recorded(model, x, strategy):
 
 
 def test_the_spectral_nudge_turns_to_the_direction_that_a_linear_inverse_amplifies_most():
-    """W = Q diag(1, 1/2, 1/8) R: the power iteration on J^-T J^-1 ends at the third left singular vector of W, and
+    """W = Q diag(1, 1/2, 1/8) R.
+
+    The power iteration on J^-T J^-1 ends at the third left singular vector of W, and
     the nudge's image at ``reach`` times the length of the starting point."""
 
     class Linear(Invertible):
@@ -213,7 +215,9 @@ def test_the_spectral_nudge_turns_to_the_direction_that_a_linear_inverse_amplifi
 
 
 def test_the_spectral_ascent_climbs_to_where_the_inverse_amplifies_most():
-    """F(x) = (x_1, exp(-c x_1) x_2) has gain exp(c x_1) along x_2, whatever x_2: the upper face of the cube in x_1.
+    """F(x) = (x_1, exp(-c x_1) x_2) has gain exp(c x_1) along x_2, whatever x_2 is.
+
+    It is the upper face of the cube in x_1.
 
     The round trip is exact but for rounding, so its error knows no such direction: only the gain
     does.

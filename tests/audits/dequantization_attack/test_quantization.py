@@ -16,9 +16,12 @@ from inn_guard.report.verdict import Verdict
 
 
 @given(
-    st.integers(1, 10), st.floats(-5, 5), st.floats(0.1, 10), st.sampled_from([torch.float32, torch.float64]),
+    st.integers(1, 10),
+    st.floats(-5, 5),
+    st.floats(0.1, 10),
+    st.sampled_from([torch.float32, torch.float64]),
     st.integers(0, 99),
-)  # fmt: skip
+)
 @settings(max_examples=60, deadline=None)
 def test_cubes_hold_exactly_the_samples_of_their_integers(bits, low, width, dtype, seed):
     generator = torch.Generator().manual_seed(seed)
