@@ -116,7 +116,7 @@ def test_convolutional_network_in_one_chain():
 
 
 @pytest.mark.parametrize("affine", [False, True])
-@pytest.mark.parametrize("size", [2, 3])
+@pytest.mark.parametrize("size", first(1, [2, 3]))
 def test_branch_and_bound_brackets_the_truth(affine, size):
     torch.manual_seed(size)
     model = dense(affine, size, blocks=2)
@@ -322,13 +322,13 @@ def test_what_hooks_and_patched_methods_change_has_no_bound(place):
         place(model).register_forward_hook(lambda module, args, out: 3 * out)
     bounds = lipschitz_bounds(model, Box(torch.zeros(2), torch.ones(2)), seconds=1.0)
     assert bounds.forward == bounds.inverse == math.inf
-    assert "hooks" in bounds.reason
+    assert "forward hook" in bounds.reason or "forward of its own" in bounds.reason
 
 
 def test_audit_reports_every_layer_and_what_makes_it_large():
     torch.manual_seed(1)
     model = dense(affine=True, size=2, blocks=2).eval()
-    result = audit_bounds(model, torch.rand(32, 2), seconds=1.0)
+    result = audit_bounds(model, torch.rand(32, 2), seconds=0.5)
     assert result.verdict.label == "stable"
     assert len(result.per_layer) == len(model.layers())
     for row in result.per_layer:
