@@ -24,7 +24,7 @@ ROWS = 2
 LONG = {"dequantization_attack", "lipschitz_bounds", "out_of_distribution"}
 ONE_OF_EACH_LIBRARY = frozenset(
     {
-        "aef/random",
+        "aef/inverse autoregressive",
         "freia-GraphINN-branches",
         "callables-closures-layers",
         "torch-stack",
