@@ -31,7 +31,7 @@ NARROW = SearchBudget(
 def test_no_sampled_ratio_is_above(affine, seed):
     torch.manual_seed(seed)
     model, box = dense(affine), Box(-torch.ones(4), torch.ones(4))
-    bounds = lipschitz_bounds(model, box, seconds=0.1, effort=NARROW)
+    bounds = lipschitz_bounds(model, box, seconds=0.2, effort=NARROW)
     true = ratios(model, box)
     proved = bounds.certificate.bounds
     assert true.forward <= proved[0] * ROUNDING
@@ -48,7 +48,7 @@ def repeated(count: int) -> Chain:
 
 def test_repeated_masks_add_instead_of_multiplying(tmp_path):
     model = repeated(6)
-    bounds = lipschitz_bounds(model, Box.everywhere((2,)), seconds=1.0, effort=NARROW)
+    bounds = lipschitz_bounds(model, Box.everywhere((2,)), seconds=0.2, effort=NARROW)
     for side, method in zip(("forward", "inverse"), bounds.method, strict=True):
         assert method == "comparison matrices"
         assert getattr(bounds, side) < 0.5 * product(
