@@ -229,7 +229,14 @@ def test_every_audit_answers_or_says_why_not():
     checks = list((AUDITS | few).values())
     report = ig.audit(model, x, checks=checks, loss=lambda z: z.square().sum())
     verdicts = {result.name: result for result in report.results}
-    absent = {"log_det", "layer_blame", "gradient_angle", "dequantization_attack", "shadowing"}
+    absent = {
+        "density",
+        "log_det",
+        "layer_blame",
+        "gradient_angle",
+        "dequantization_attack",
+        "shadowing",
+    }
     assert {
         name for name, result in verdicts.items() if result.verdict is Verdict.NOT_APPLICABLE
     } == absent
