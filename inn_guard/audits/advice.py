@@ -34,8 +34,8 @@ BOUND_SAMPLING = (
 REPAIR_SAMPLING = (
     "Else fine-tune for 100 steps on loss + hook(x) by hook.step(loss, optimizer, clip=10.0); "
     "raise the coefficient by 3 while draws are lost:\n"
-    "hook = ig.RegularizerHook(flow, ig.FiniteDifferences(0.1, "
-    'direction="inverse", at="prior", form="log"), every=1)'
+    'penalty = ig.FiniteDifferences(0.1, direction="inverse", at="prior", form="log")\n'
+    "hook = ig.RegularizerHook(flow, penalty, every=1)"
 )
 SAMPLING_FLOAT64 = (
     "Draw in float64, where the lost draws were measured to come back: flow.double()."
