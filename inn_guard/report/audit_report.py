@@ -166,8 +166,10 @@ class AuditReport:
         lines = [_title(self.subject, self.headline), ""]
         for use in self.sorted_uses():
             lines += _use_lines(use)
-        for result in self.alone:
-            lines += _row(result.name.replace("_", " "), WORDS[result.verdict], result.reason)
+        for result in self.results:
+            # an estimate of the cost decides nothing, but is all that a dry run has to say
+            if result in self.alone or result.name == "dry_run":
+                lines += _row(result.name.replace("_", " "), WORDS[result.verdict], result.reason)
         remarks = self._remarks()
         if remarks:
             lines += ["", *remarks]
@@ -178,6 +180,8 @@ class AuditReport:
     @property
     def headline(self) -> str:
         """What the first line ends with: how many of the counted uses fail."""
+        if self.names == ("dry_run",):
+            return "dry run: nothing was measured"
         counted = 0
         for use in self._counted():
             answered = use.finding is not None and use.verdict is not Verdict.NOT_APPLICABLE
