@@ -70,11 +70,12 @@ class Chain(Invertible):
 
     def layers(self) -> tuple[Invertible, ...]:
         """The steps, with nested chains opened; () for a subclass that is another map."""
-        if not runs_code_of(self, Chain, ("__call__", "forward", "inverse")):
+        if not _is_chain(self):
             return ()
         flat: list[Invertible] = []
         for step in self._conditioned_steps():
-            flat += step.layers() or _own_layer(step)
+            # an empty chain is no layer at all, an opaque step is one
+            flat += step.layers() if _is_chain(step) else step.layers() or _own_layer(step)
         return tuple(flat)
 
     def _conditioned_steps(self) -> list[Invertible]:
@@ -89,3 +90,9 @@ def _own_layer(step: Invertible) -> tuple[Invertible, ...]:
     if isinstance(step, Chain) and not len(step.steps):
         return ()
     return (step,)
+
+
+def _is_chain(step: Invertible) -> bool:
+    """Whether a step does what `Chain` says, so that its steps stand for it."""
+    methods = ("__call__", "forward", "inverse")
+    return isinstance(step, Chain) and bool(runs_code_of(step, Chain, methods))
