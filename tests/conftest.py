@@ -14,7 +14,7 @@ from hypothesis import settings
 
 from tests.execution import clocks
 
-settings.register_profile("ci", max_examples=25, deadline=None, derandomize=True)
+settings.register_profile("ci", max_examples=10, deadline=None, derandomize=True)
 settings.register_profile("thorough", max_examples=400, deadline=None)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
 torch.set_num_threads(1)

@@ -191,6 +191,7 @@ def test_micro_batches_change_no_singular_value_of_iterations_run_to_their_end()
         assert torch.allclose(found, expected, rtol=1e-12, atol=0)
 
 
+@pytest.mark.thorough
 def test_micro_batches_change_no_verdict_and_singular_values_by_the_tolerance_asked_for():
     """An iteration ends when all samples of its batch are done, so some get further steps.
 

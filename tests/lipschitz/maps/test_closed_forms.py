@@ -11,6 +11,7 @@ import torch
 from inn_guard.lipschitz.maps import closed_forms as blocks
 from inn_guard.lipschitz.maps import spline_closed_forms as splines
 from inn_guard.numerics.intervals import Interval
+from tests.cases.trials import trials
 
 ROUNDING = 1 + 1e-10
 
@@ -24,14 +25,15 @@ def additive_coupling(lipschitz: float, *, paper: bool = False) -> blocks.Pair:
     return blocks.affine_coupling(blocks.Pair(lipschitz, lipschitz), one, paper=paper)
 
 
-def trials(count: int, seed: int):
+def draws(count: int, seed: int):
     generator = torch.Generator().manual_seed(seed)
     for _ in range(count):
         yield generator, 10 ** float(torch.empty(()).uniform_(-1, 1, generator=generator))
 
 
-def test_additive_is_exact_and_below_table_3():
-    for generator, size in trials(1500, 0):
+@trials(200, 1500)
+def test_additive_is_exact_and_below_table_3(trials):
+    for generator, size in draws(trials, 0):
         a, b = torch.randint(1, 5, (2,), generator=generator).tolist()
         T = size * torch.randn(b, a, generator=generator)
         J = torch.eye(a + b)
@@ -42,8 +44,9 @@ def test_additive_is_exact_and_below_table_3():
         assert bound.forward < additive_coupling(norm(T), paper=True).forward
 
 
-def test_affine_dominates_random_blocks_and_is_below_table_3():
-    for generator, size in trials(1500, 1):
+@trials(200, 1500)
+def test_affine_dominates_random_blocks_and_is_below_table_3(trials):
+    for generator, size in draws(trials, 1):
         a, b = torch.randint(1, 5, (2,), generator=generator).tolist()
         T, D = (
             size * torch.randn(b, a, generator=generator),
@@ -72,8 +75,9 @@ def test_printed_formulas():
     assert blocks.elementwise(slope) == pytest.approx((3, 2))
 
 
-def test_residual_and_ode_with_logarithmic_norms():
-    for generator, _ in trials(600, 2):
+@trials(80, 600)
+def test_residual_and_ode_with_logarithmic_norms(trials):
+    for generator, _ in draws(trials, 2):
         G = torch.randn(4, 4, generator=generator)
         G = G / norm(G) * 0.95 * float(torch.rand((), generator=generator))
         spectrum = torch.linalg.eigvalsh((G + G.T) / 2)
@@ -91,8 +95,9 @@ def test_residual_and_ode_with_logarithmic_norms():
     assert blocks.invertible_residual(1.2).inverse == math.inf
 
 
-def test_autoregressive_m_matrix():
-    for generator, size in trials(600, 6):
+@trials(80, 600)
+def test_autoregressive_m_matrix(trials):
+    for generator, size in draws(trials, 6):
         N = 0.3 * size * torch.randn(5, 5, generator=generator).tril(-1)
         D = (0.5 * torch.randn(5, generator=generator)).exp()
         bound = blocks.autoregressive(0.9 * D, N.abs())
@@ -100,8 +105,9 @@ def test_autoregressive_m_matrix():
     assert blocks.autoregressive(torch.zeros(2), torch.zeros(2, 2)).inverse == math.inf
 
 
-def test_linear_and_injective_maps():
-    for generator, _ in trials(300, 7):
+@trials(40, 300)
+def test_linear_and_injective_maps(trials):
+    for generator, _ in draws(trials, 7):
         W = torch.randn(5, 3, generator=generator)
         bound, values = blocks.linear(W), torch.linalg.svdvals(W)
         assert float(values[0]) <= bound.forward <= float(values[0]) * (1 + 1e-9)
@@ -112,8 +118,9 @@ def test_linear_and_injective_maps():
     assert blocks.linear(torch.zeros(2, 2)).inverse == math.inf
 
 
-def test_rational_quadratic_bins_are_exact():
-    for generator, _ in trials(400, 8):
+@trials(50, 400)
+def test_rational_quadratic_bins_are_exact(trials):
+    for generator, _ in draws(trials, 8):
         a, b = (2 * torch.randn(2, generator=generator)).exp().tolist()
         s = float(torch.randn((), generator=generator).exp())
         xi = torch.linspace(0, 1, 20001, dtype=torch.float64)

@@ -15,6 +15,7 @@ from torch import nn
 from inn_guard.lipschitz.networks.conditioner import SearchBudget, analyse, subnetwork_lipschitz
 from inn_guard.lipschitz.networks.graph import Unbounded
 from inn_guard.numerics.intervals import Box
+from tests.cases.trials import trials
 
 ACTIVATIONS = [
     nn.ReLU, nn.LeakyReLU, nn.ELU, nn.SELU, nn.SiLU, nn.GELU, nn.Tanh, nn.Sigmoid, nn.Softplus,
@@ -57,9 +58,10 @@ def test_dense_networks_global_and_local(activation):
         assert ((reading.output.lo <= values) & (values <= reading.output.hi)).all()
 
 
+@trials(2, 8)
 @pytest.mark.parametrize("mode", ["zeros", "circular"])
-def test_convolutional_networks(mode):
-    for trial in range(8):
+def test_convolutional_networks(mode, trials):
+    for trial in range(trials):
         net = nn.Sequential(
             nn.Conv2d(2, 6, 3, padding=1, padding_mode=mode),
             nn.SiLU() if trial % 2 else nn.ReLU(),
@@ -99,8 +101,9 @@ class DenselyConcatenated(nn.Module):
         return self.c(x)
 
 
-def test_residual_convolutions_keep_their_place_on_the_torus():
-    for _ in range(15):
+@trials(3, 15)
+def test_residual_convolutions_keep_their_place_on_the_torus(trials):
+    for _ in range(trials):
         net = ResidualConv()
         for parameter in net.parameters():
             nn.init.normal_(parameter, std=0.6)

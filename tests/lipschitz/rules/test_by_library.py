@@ -18,6 +18,7 @@ from zuko.lazy import UnconditionalTransform
 import inn_guard as ig
 from inn_guard.lipschitz.maps.base import NoRule, bounded_map
 from inn_guard.numerics.intervals import Box
+from tests.cases.trials import first, trials
 from tests.lipschitz.soundness import EFFORT, assert_sound, jacobians
 
 
@@ -145,9 +146,12 @@ SLOW = {
 }
 
 
-@pytest.mark.parametrize("name", LOCAL)
-def test_vectors_on_boxes(name):
-    for trial in [1] if name in SLOW else range(3):
+@trials(1, 3)
+@pytest.mark.parametrize(
+    "name", first(len(LOCAL) - len(SLOW), sorted(LOCAL, key=lambda name: name in SLOW))
+)
+def test_vectors_on_boxes(name, trials):
+    for trial in range(trials):
         layer = ig.wrap(shaken(LOCAL[name](), 0.1 + 0.2 * trial))
         size = 1.5 if trial % 2 else 3.0
         box = Box(-size * torch.ones(4), 0.7 * size * torch.ones(4))

@@ -13,6 +13,7 @@ import inn_guard as ig
 from inn_guard.lipschitz.maps.base import bounded_map
 from inn_guard.lipschitz.rules import freia as bounds_freia  # noqa: F401 - registers the rules
 from inn_guard.numerics.intervals import Box
+from tests.cases.trials import trials
 from tests.lipschitz.soundness import EFFORT, assert_sound
 
 VECTOR, IMAGE = [(4,)], [(4, 4, 4)]
@@ -78,9 +79,10 @@ def shaken(block: nn.Module, std: float) -> nn.Module:
     return block.double().eval()
 
 
+@trials(1, 2)
 @pytest.mark.parametrize("name", VECTORS)
-def test_vectors_on_boxes(name):
-    for std in (0.2, 0.5):
+def test_vectors_on_boxes(name, trials):
+    for std in (0.2, 0.5)[:trials]:
         layer = ig.wrap(shaken(VECTORS[name](), std))
         layer(
             torch.randn(8, 4)

@@ -33,6 +33,7 @@ from inn_guard.layers.scales import (
 from inn_guard.lipschitz.bounds import lipschitz_bounds
 from inn_guard.lipschitz.maps.base import bounded_map
 from inn_guard.numerics.intervals import Box
+from tests.cases.trials import first
 from tests.lipschitz.soundness import EFFORT, assert_sound
 
 SCALES = [
@@ -59,7 +60,8 @@ class Field(nn.Module):
 
 @pytest.mark.parametrize("scale", SCALES, ids=lambda s: type(s).__name__)
 @pytest.mark.parametrize(
-    "partition", [Halves(), Halves(swapped=True), Mask(torch.tensor([True, False, True, False]))]
+    "partition",
+    first(1, [Halves(), Halves(swapped=True), Mask(torch.tensor([True, False, True, False]))]),
 )
 def test_affine_couplings(scale, partition):
     full = isinstance(partition, Mask)
