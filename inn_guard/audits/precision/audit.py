@@ -33,6 +33,7 @@ from inn_guard.core.invertible import Invertible
 from inn_guard.core.missing import NotApplicable
 from inn_guard.execution.memory import forward_footprint
 from inn_guard.execution.time_limit import TimedOut, time_limit
+from inn_guard.jacobian.rounding_error import unit_roundoff
 from inn_guard.report.result import AuditResult, to_full_batch
 from inn_guard.report.verdict import Verdict
 
@@ -76,10 +77,14 @@ def precision(
     zero is held to the size of its neighbours (`data_scale`).
 
     The forecast says works if its 95 % quantile over the samples is below usable / 5, breaks if it
-    exceeds |x| or a state leaves the range of the dtype, uncertain in between. For all dtypes
-    together it costs one forward pass and ``probes`` sweeps, each about one inverse pass, in a
-    float64 copy (more where there is no such copy or its inverse does not come back: then the
-    sweeps are products with derivatives). Under autocast a state is rounded to the dtype of the
+    exceeds |x| or a state leaves the range of the dtype, uncertain in between. It counts one
+    rounding per layer. A layer that rounds many times inside, such as a polynomial of high degree,
+    shows in the round trip in float32: for a coarser dtype, works is said only if that error, too,
+    times the ratio of the roundoffs, is below usable / 5.
+
+    For all dtypes together the forecast costs one forward pass and ``probes`` sweeps, each about
+    one inverse pass, in a float64 copy (more where there is no such copy or its inverse does not
+    come back: then the sweeps are products with derivatives). Under autocast a state is rounded to the dtype of the
     layer that made it, but a coarser rounding inside a sub-network may come out otherwise in the
     inverse, whose input differs in the last bits: works is said only if every layer could round to
     the coarse dtype, breaks only if the finer roundings do it alone; the larger forecast is
@@ -131,9 +136,10 @@ def precision(
     limits = [usable or context.limits.round_trip(one.coarsest) for one in candidates]
     seconds = patience(chosen, start)
     measured = [_relative(copies, start, one, seconds=seconds) for one in candidates]
+    in_float32 = _error_in_float32(candidates, measured)
     table = []
     for one, error, limit in zip(candidates, measured, limits, strict=True):
-        row = _row(one, error, limit, forecaster)
+        row = _row(one, error, limit, forecaster, in_float32)
         table.append({**row, **figures_by_use(context, copies.of, rows, one, seconds)})
     mine = next((k for k, one in enumerate(candidates) if _is_own(one, x.dtype)), 0)
     verdict, reason = _verdict(table[mine], own=_is_own(candidates[mine], x.dtype))
@@ -221,6 +227,7 @@ def _row(
     measurement: _Measured,
     usable: float,
     forecaster: RoundingForecaster,
+    in_float32: float | None,
 ) -> dict[str, Any]:
     forecast = forecaster.relative(number_format)
     measured = _with_losses(measurement, usable)
@@ -235,7 +242,7 @@ def _row(
         "unit roundoff": number_format.roundoff,
         "usable": usable,
         "forecast": None if forecast is None else _quantile(forecast[1]),
-        "forecast verdict": "none" if forecast is None else _forecast_verdict(*forecast, usable),
+        "forecast verdict": _forecast_verdict(forecast, number_format, usable, in_float32),
         "measured": None if refused else _quantile(measured),
         "measured median": finite.median().item() if len(finite) else None,
         "non-finite samples": None if refused else len(measured) - len(finite),
@@ -306,10 +313,32 @@ def _quantile(values: Tensor) -> float:
     return ordered[max(0, math.ceil(QUANTILE * len(ordered)) - 1)].item()
 
 
-def _forecast_verdict(least: Tensor, most: Tensor, usable: float) -> str:
-    if _quantile(most) <= usable / MARGIN:
+def _error_in_float32(
+    candidates: Sequence[NumberFormat], measured: Sequence[_Measured]
+) -> float | None:
+    """Measured error of the plain float32 round trip; None if it is not among the candidates."""
+    for one, measurement in zip(candidates, measured, strict=True):
+        if _is_own(one, torch.float32):
+            return _quantile(measurement.error)
+    return None
+
+
+def _forecast_verdict(
+    forecast: tuple[Tensor, Tensor] | None,
+    number_format: NumberFormat,
+    usable: float,
+    in_float32: float | None,
+) -> str:
+    if forecast is None:
+        return "none"
+    least, most = map(_quantile, forecast)
+    coarser = number_format.roundoff / unit_roundoff(torch.float32)
+    # autocast keeps some layers in float32: the ratio of the roundoffs is not that of the errors
+    if in_float32 is not None and coarser > 1 and number_format.autocast is None:
+        most = max(most, in_float32 * coarser)
+    if most <= usable / MARGIN:
         return "works"
-    return "breaks" if _quantile(least) >= BROKEN else "uncertain"
+    return "breaks" if least >= BROKEN else "uncertain"
 
 
 def _measured_verdict(measured: Tensor, usable: float) -> str:
