@@ -1,1 +1,1 @@
-"""Core."""
+"""What every other package builds on: the map, its Jacobian, its context, tensor helpers."""

@@ -87,7 +87,7 @@ class BaseDistribution:
         return self.log_density(z)
 
     def repeated_context(self, n: int) -> Context:
-        """The model's own context with n rows: row i is its row i mod B; None if there is none."""
+        """The model's own context with n rows: row i is its row i mod B. None without a context."""
         if self.context is None:
             return None
         rows = torch.arange(n) % context_length(self.context)
@@ -97,7 +97,7 @@ class BaseDistribution:
     def deviation(self) -> Tensor:
         """Standard deviation of each entry of z, (*latent): exact if known, else of 4096 draws.
 
-        With a context: of draws in the rows of the model's own context together.
+        With a context, the draws are spread over all rows of the model's own context.
         """
         if self.exact_deviation is not None:
             return self.exact_deviation.detach().to(self.like)

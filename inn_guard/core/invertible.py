@@ -142,9 +142,8 @@ class Invertible(nn.Module, abc.ABC):
 class DerivedMap(Invertible):
     """A map made from another one, ``inner``: its inverse, or its action on a part of the state.
 
-    Context, precision and name are the inner map's. ``forward``, ``inverse`` and what belongs to
-    them are the subclass's own. A subclass keeps what else it needs in attributes; ``rewrapped``
-    copies those.
+    Context, precision and name are the inner map's. A subclass writes ``forward``, ``inverse`` and
+    their log-determinants. What else it keeps in attributes, ``rewrapped`` copies.
 
     Args:
         inner: the other map; its parameters are shared.
@@ -183,7 +182,7 @@ class DerivedMap(Invertible):
 
     @property
     def name(self) -> str:
-        """The inner map's name."""
+        """What a report calls the inner map."""
         return self.inner.name
 
 
@@ -231,7 +230,7 @@ class InvertibleWrapper(DerivedMap):
 
     @property
     def block(self) -> nn.Module:
-        """The block of the inner map."""
+        """The module that the inner map stands for."""
         return self.inner.block
 
 
@@ -270,6 +269,7 @@ def as_log_det(value: Any, like: Tensor) -> Tensor:
     batch = like.shape[0]
     if not isinstance(value, Tensor):
         value = torch.as_tensor(float(value), dtype=like.dtype, device=like.device)
+    # some libraries return one number for layers whose log-determinant does not depend on x
     if value.numel() == 1:
         return value.reshape(1).expand(batch)
     if value.shape[0] != batch:

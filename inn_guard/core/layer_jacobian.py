@@ -68,7 +68,7 @@ class SelfChecking(Protocol):
         ...
 
     def inverse_transposes(self) -> bool:
-        """The same of J^-1 u and J^-T v."""
+        """Whether J^-1 u and J^-T v, as far as used, are transposes of each other."""
         ...
 
 
@@ -85,7 +85,7 @@ class _Recorded:
         self.is_adjoint_pair = False  #: whether J v was measured to be the transpose of J^T u
 
     def vjp(self, u: Tensor) -> Tensor:
-        """J^T u. Where u has one leading dimension more than the value: of all its rows at once."""
+        """J^T u. A leading dimension that the value does not have holds several u per sample."""
         if not self.value.requires_grad:
             raise NotApplicable(
                 "the map has no derivative: "
@@ -109,6 +109,7 @@ class _Recorded:
 
     def _transposed(self) -> Map | None:
         """The derivative of u -> J^T u; None if a second derivative is missing or wrong."""
+        # J^T u is linear in u: its derivative, J, is the same at every u, so also at zero
         u = torch.zeros_like(self.value).requires_grad_()
         try:
             with torch.enable_grad():
@@ -152,14 +153,17 @@ def is_adjoint_pair(u: Tensor, w: Tensor, v: Tensor, back: Tensor) -> bool:
     |u|, in units of rounding errors and of loosely iterated derivatives.
     """
     eps = torch.finfo(u.dtype).eps
-    if _pair(u, w, v, back, eps=eps):
+    if _agrees(u, w, v, back, eps=eps):
         return True
+    # float64 only now: the conversion is rarely needed, and squares of float32 may overflow
     finite = finite_rows(u) & finite_rows(back)
-    return _pair(*(t[finite].double() for t in (u, w, v, back)), eps=eps)
+    return _agrees(*(t[finite].double() for t in (u, w, v, back)), eps=eps)
 
 
-def _pair(u: Tensor, w: Tensor, v: Tensor, back: Tensor, *, eps: float) -> bool:
+def _agrees(u: Tensor, w: Tensor, v: Tensor, back: Tensor, *, eps: float) -> bool:
+    """Whether <u, w> = <v, back> up to rounding, in the dtype of the vectors."""
     size = max(v[:1].numel(), w[:1].numel())
+    # sums in half precision would lose more digits than the products that they judge
     u, w, v, back = (
         t.flatten(1).to(torch.promote_types(t.dtype, torch.float32)) for t in (u, w, v, back)
     )
@@ -187,11 +191,12 @@ class AutogradJacobian:
         return self._forward.is_adjoint_pair
 
     def inverse_transposes(self) -> bool:
-        """The same of J^-1 u and J^-T v."""
+        """Whether J^-1 u was measured to belong to J^-T v, on random vectors."""
         return self._backward.is_adjoint_pair
 
     @property
     def _backward(self) -> _Recorded:
+        """The inverse at F(x). Many audits need the forward products only: recorded on demand."""
         if self._inverse is None:
             self._inverse = _Recorded(self._inverse_map, self.output)
         return self._inverse

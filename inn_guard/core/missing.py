@@ -1,4 +1,4 @@
-"""What says that something is not there: a value, an answer, a context; each with the reason."""
+"""How the package says that a value, an answer or a context is missing, and why."""
 
 from __future__ import annotations
 

@@ -8,9 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-Noise = Callable[
-    [Sequence[int]], Tensor
-]  #: shape (B, ...) -> standard normal numbers, float64, on the CPU
+#: shape (B, ...) -> standard normal numbers, float64, on the CPU
+Noise = Callable[[Sequence[int]], Tensor]
 
 
 @dataclass(frozen=True)
@@ -29,6 +28,7 @@ class SampleNoise:
 
     def __call__(self, shape: Sequence[int]) -> Tensor:
         """Numbers of shape (len(rows), ...), float64, on the CPU."""
+        # the whole batch is drawn, so that a sample's numbers do not depend on who computes it
         whole = (self.count, *shape[1:])
         drawn = torch.randn(whole, generator=self.generator, device="cpu", dtype=torch.float64)
         return drawn[self.rows.cpu()]

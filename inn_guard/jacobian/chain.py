@@ -69,7 +69,7 @@ class LogScaledVector:
 
     def normalized(self) -> LogScaledVector:
         """The same vectors with directions of length one; zero and non-finite ones stay."""
-        # the largest entry first: the square of a float32 above 1e19 is infinite
+        # first in units of the largest entry: the square of a float32 above 1e19 is infinite
         scaled = self.renormalized()
         return scaled._divided(nonzero_or_one(scaled.vector.flatten(1).norm(dim=1)))
 
@@ -227,15 +227,18 @@ class Linearization:
         return rows[torch.linspace(0, len(rows) - 1, FEW, device=rows.device).round().long()]
 
     def _chain(self, v: Tensor | LogScaledVector, products: Sequence[Product]) -> LogScaledVector:
-        scaled = _as_log_scaled(v)
+        """The products one after the other, applied to v; the length is kept as a logarithm."""
+        scaled = v if isinstance(v, LogScaledVector) else LogScaledVector.from_vector(v)
         if not self._needs_renormalizing:
+            # Optimistic: no rescaling between layers, and one test of all lengths at the end, since
+            # every test waits for the device. Most chains stay in range.
             vector, lengths = scaled.vector, []
             for product in products:
                 vector = product(vector)
                 lengths.append(torch.linalg.vector_norm(vector, dim=tuple(range(1, vector.dim()))))
             if bool(_far_from_limits(torch.stack(lengths)).all()):
                 return LogScaledVector(vector, scaled.log_scale).normalized()
-            self._needs_renormalizing = True
+            self._needs_renormalizing = True  # later products of this chain would fail as well
         for product in products:
             scaled = LogScaledVector(product(scaled.vector), scaled.log_scale).renormalized()
         return scaled.normalized()
@@ -248,12 +251,6 @@ class Linearization:
         return self._drawn[key]
 
 
-def _as_log_scaled(v: Tensor | LogScaledVector) -> LogScaledVector:
-    if isinstance(v, LogScaledVector):
-        return v
-    return LogScaledVector.from_vector(v)
-
-
 def _linearize(layer: Invertible, x: Tensor) -> LayerJacobian:
     if why_patched(layer.block) is None and is_as_written(layer, "linearize"):
         return layer.linearize(x)
@@ -264,5 +261,6 @@ def _linearize(layer: Invertible, x: Tensor) -> LayerJacobian:
 
 def _far_from_limits(size: Tensor) -> Tensor:
     """Whether lengths or largest entries are far from the limits of the range of their dtype."""
+    # squares are summed for norms: with the fourth root they have half of the range to spare
     limit = torch.finfo(size.dtype).max ** 0.25
     return (size > 1 / limit) & (size < limit)

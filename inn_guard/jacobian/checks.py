@@ -1,4 +1,4 @@
-"""Checks of a layer's products; where one is wrong, its dense forward Jacobian takes the place."""
+"""Checks of a layer's products. A wrong product is replaced by one with the dense Jacobian."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ MAX_ENTRIES = 2**27  #: of the float64 Jacobians of all samples together: 1 GiB
 
 
 class FromLU:
-    """The products of a layer, J^-1 and J^-T by an LU factorisation of its dense forward Jacobian.
+    """A layer's Jacobian whose J^-1 and J^-T solve with an LU factorisation of its dense J.
 
     The factorisation is in float64, one for each sample.
     """
@@ -61,7 +61,7 @@ class FromLU:
 
 
 class FromRows:
-    """The products of a layer, J v by its dense Jacobian, whose rows are J^T e_k."""
+    """A layer's Jacobian whose J v multiplies with the dense J, whose rows are J^T e_k."""
 
     def __init__(self, jacobian: LayerJacobian, x: Tensor) -> None:
         self.output, self.vjp = jacobian.output, jacobian.vjp
@@ -88,7 +88,7 @@ def dense_jacobian(jacobian: LayerJacobian, x: Tensor) -> Tensor:
 def check_jvp(
     jacobian: LayerJacobian, x: Tensor, name: str, *, draw: Draw = random_vectors
 ) -> LayerJacobian:
-    """``jacobian`` if its J v is the transpose of its J^T u; else one that forms J row by row.
+    """``jacobian`` if its J v and its J^T u are transposes; else one that forms J row by row.
 
     Measured on random vectors: <J v, w> = <v, J^T w> for every sample, up to rounding. This also
     finds operations without a forward-mode derivative.
@@ -142,7 +142,7 @@ def check_inverse_jvp(
 ) -> LayerJacobian:
     """``jacobian`` if J^-1 J v = v, up to rounding; else one that solves with the forward J.
 
-    J^-T is not checked, as long as J^-1 is right.
+    J^-T is checked only if J^-1 seems wrong.
 
     Args:
         jacobian: of the layer at x.
@@ -190,6 +190,7 @@ def _else_lu(
 def _asymmetry(jacobian: LayerJacobian, x: Tensor, draw: Draw) -> str | None:
     """What is wrong with J v; None if nothing is."""
     v, w = draw(x, jacobian.output)
+    # before the question whether it has checked itself: it does so at the first product
     u = jacobian.jvp(v)
     if isinstance(jacobian, SelfChecking) and jacobian.forward_transposes():
         return None
@@ -225,7 +226,7 @@ def _disagreement(jacobian: LayerJacobian, x: Tensor, draw: Draw) -> str | None:
 
 @dataclass(frozen=True)
 class _Gaps:
-    """Deviations relative to |v|, (B,) each.
+    """How far the inverse products are from right, relative to |v|, (B,) each.
 
     Attributes:
         round_trip: of J^-1 J v from v.
@@ -249,6 +250,7 @@ def _gaps(v: Tensor, w: Tensor, u: Tensor, back: Tensor, adjoint: Tensor, *, eps
         for t in (v, w, u, back, adjoint)
     )
     length = v.norm(dim=1)
+    # estimates |J| |J^-1|, by which J^-1 J v amplifies a rounding error
     growth = (u.norm(dim=1) / length) * (adjoint.norm(dim=1) / w.norm(dim=1))
     return _Gaps(
         round_trip=(back - v).norm(dim=1) / length,

@@ -59,7 +59,12 @@ def composed_jacobian(
 
 
 def is_composable(model: Invertible, x: Float[Tensor, "batch *data"]) -> bool:
-    """Whether every layer multiplies J with a matrix itself, which makes composing faster."""
+    """Whether every layer multiplies J with a matrix itself, which makes composing faster.
+
+    Args:
+        model: the map; a model without layers() counts as one layer.
+        x: a batch to linearise the layers at, (B, *data).
+    """
     for layer in model.layers() or (model,):
         jacobian = layer.linearize(x)
         if not isinstance(jacobian, DenseFactor):
@@ -69,6 +74,7 @@ def is_composable(model: Invertible, x: Float[Tensor, "batch *data"]) -> bool:
 
 
 def _of_one_sample(model: Invertible, x: Tensor, columns: range) -> Tensor:
+    """These columns of the Jacobian at x (1, *data): (dim z, len(columns))."""
     J = x.new_zeros(math.prod(x.shape[1:]), len(columns))
     J[columns, range(len(columns))] = 1
     for layer in model.layers() or (model,):

@@ -26,9 +26,9 @@ FIRST_ORDER = 1e-3  #: relative deviation of a state up to which the inverse cou
 class InverseDifferences:
     """J_k^-1 u = (F_k^-1(h_k + s u) - h_(k-1)) / s for every layer k, at the states h.
 
-    No derivative is needed, and the inverse of the whole chain never runs. In every product the
-    inverse of the layer must return from h_k to h_(k-1) on the first samples, up to a small part of
-    the difference.
+    No derivative is needed, and the inverse of the whole chain never runs. Every product also
+    inverts h_k itself on the first samples: the inverse must return to h_(k-1), up to a small part
+    of the difference.
 
     Args:
         model: the map, in float64: in float32, rounding would exceed the differences.
@@ -58,7 +58,7 @@ class InverseDifferences:
                 self.states.append(layer(self.states[-1]))
 
     def inverse_product(self, k: int) -> Callable[[Tensor], Tensor]:
-        """u -> J^-1 u of layer k: (B, *latent) -> (B, *data).
+        """The function u -> J^-1 u of layer k, (B, *latent) -> (B, *data).
 
         It raises NotApplicable where the layer's inverse does not return to the state before it.
         """
@@ -78,6 +78,7 @@ class InverseDifferences:
             not return to the states.
         """
         count, state = len(self.states[0]), self.states[-1]
+        # these samples are not displaced: they show what the inverse alone does
         free = state[:CHECKED]
         with torch.no_grad():
             moved = SMALL * errors[0]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -57,9 +58,13 @@ def inverse_gains(
     count = min(probes, dimension)
     noise = as_noise(generator)((len(x), dimension, count))
     basis = torch.linalg.qr(noise).Q.to(x).transpose(1, 2).reshape(len(x), count, *x.shape[1:])
-    sweeps = [_sweep(linearization, LogScaledVector.from_vector(basis[:, j])) for j in range(count)]
-    norms = [_norms([sweep[k] for sweep in sweeps]) for k in range(len(linearization.states))]
-    log_rms, log_largest = zip(*norms, strict=True)
+    probe_vectors = [LogScaledVector.from_vector(basis[:, j]) for j in range(count)]
+    sweeps = [_sweep(linearization, probe) for probe in probe_vectors]
+    log_rms, log_largest = [], []
+    for images in zip(*sweeps, strict=True):  # the images of all probes under one P_k^T
+        rms, largest = _log_norms(images)
+        log_rms.append(rms)
+        log_largest.append(largest)
     return InverseGains(torch.stack(log_rms), torch.stack(log_largest), count == dimension)
 
 
@@ -71,7 +76,15 @@ def layer_extremes(
     tolerance: float = 0.1,
     max_steps: int = 20,
 ) -> tuple[LargestSingularValue, LargestSingularValue]:
-    """sigma_max of J and of J^-1 of one layer, for every sample."""
+    """sigma_max of J and of J^-1 of one layer, for every sample.
+
+    Args:
+        jacobian: of the layer at x.
+        x: input of the layer, (B, *data).
+        generator: of the random start vectors, on the CPU, or a function that draws them.
+        tolerance: relative error to reach.
+        max_steps: largest number of Lanczos steps.
+    """
     lanczos = functools.partial(largest_singular_value, tolerance=tolerance, max_steps=max_steps)
     noise = as_noise(generator)
     v = noise(x.shape).to(x)
@@ -90,8 +103,8 @@ def _sweep(linearization: Linearization, probe: LogScaledVector) -> list[LogScal
     return sweep
 
 
-def _norms(images: list[LogScaledVector]) -> tuple[Tensor, Tensor]:
-    """Of images of orthonormal vectors: ln of their root mean square length and of sigma_max."""
+def _log_norms(images: Sequence[LogScaledVector]) -> tuple[Tensor, Tensor]:
+    """ln of the root mean square length of images of orthonormal vectors, and ln of sigma_max."""
     logs = torch.stack([image.log_norm() for image in images], dim=1)
     rms = (torch.logsumexp(2 * logs, dim=1) - math.log(len(images))) / 2
 
@@ -101,8 +114,10 @@ def _norms(images: list[LogScaledVector]) -> tuple[Tensor, Tensor]:
     scales = torch.stack([image.log_scale for image in images], dim=1)
     columns = torch.stack([image.vector.flatten(1).double() for image in images], dim=1)
     columns = columns * (scales - unit).exp().unsqueeze(2)
+    # eigvalsh refuses the whole batch if one matrix has a NaN
     finite = finite_rows(columns)
     columns = torch.where(finite[:, None, None], columns, torch.zeros_like(columns))
+    # one eigenvalue decomposition of the small Gram matrix; rounding may leave it below zero
     squares = torch.linalg.eigvalsh(columns @ columns.transpose(1, 2))[:, -1].clamp(min=0)
     largest = squares.sqrt().log() + unit[:, 0]
     return rms, torch.where(finite, largest, torch.full_like(largest, math.nan))

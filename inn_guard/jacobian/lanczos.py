@@ -38,13 +38,14 @@ DROPPING = 0.7  #: finished samples are dropped when no more than this share is 
 
 @dataclass(frozen=True)
 class LargestSingularValue:
-    """sigma_1 of every sample's map.
+    """The largest singular value sigma_1 of every sample's linear map, with error bars.
 
     Attributes:
         log_value: natural logarithm of sigma_1, (B,) float64; NaN where a product was not finite.
         relative_error: error bar, exceeded with a probability of at most 10 % over the random
             start, for any spectrum (`probable_error`), (B,) float64.
-        gap_free_error: the same for 1 %, (B,) float64; infinite where there is no bound yet.
+        gap_free_error: error bar that is exceeded with a probability of at most 1 %, (B,) float64;
+            infinite where there is no bound yet.
         steps: products with the map, and as many with its transpose, until the error was small,
             (B,).
         right: the right singular vector, (B, *shape), unit length.
@@ -118,7 +119,9 @@ def largest_singular_value(
         products = restrict(rows[left])
         if products is not None:
             parts.append((rows[~left], _result(space.select(~left), steps[~left])))
-            space, rows, steps = space.select(left, *products), rows[left], steps[left]
+            space = space.select(left, *products)
+            rows = rows[left]
+            steps = steps[left]
             values = [value[left] for value in values]
     steps = torch.where(steps == 0, torch.full_like(steps, space.size), steps)
     return _joined([*parts, (rows, _result(space, steps))])
@@ -139,7 +142,7 @@ def gap_free_error(steps: int, dimension: int, *, failure: float = 0.01) -> floa
     (0.01, inf)
     """
     if steps >= dimension:
-        return 0.0
+        return 0.0  # the Krylov space is the whole space
     e = (math.log(1.648 * math.sqrt(dimension) / failure) / (2 * steps - 1)) ** 2
     if e >= 1:
         return math.inf
@@ -164,13 +167,19 @@ class Bidiagonalization:
     """
 
     def __init__(self, product: Product, adjoint: Product, start: Tensor, max_steps: int) -> None:
-        self._product, self._adjoint = product, adjoint
-        self._dtype, self._shape, self._other_shape = start.dtype, start.shape[1:], start.shape[1:]
+        self._product = product
+        self._adjoint = adjoint
+        self._dtype = start.dtype
+        self._shape = start.shape[1:]
+        # half precision could not keep the basis orthogonal
         flat = start.flatten(1).to(torch.promote_types(start.dtype, torch.float32))
         self.dimension = flat.shape[1]
-        self.size, self.capacity = 0, min(max_steps, self.dimension)
+        self.size = 0
+        self.capacity = min(max_steps, self.dimension)
         self._right = flat.new_zeros(len(flat), self.capacity + 1, self.dimension)
         self._right[:, 0] = flat / flat.norm(dim=1, keepdim=True)
+        # the first product tells the shape of A v
+        self._other_shape = self._shape
         self._left = flat.new_zeros(len(flat), self.capacity, 0)
         self.alpha = torch.zeros(len(flat), self.capacity, dtype=torch.float64, device=flat.device)
         self.beta = torch.zeros_like(self.alpha)
@@ -185,16 +194,17 @@ class Bidiagonalization:
 
     def extend(self) -> None:
         """One step: one product with A and one with its transpose."""
-        k, left, right = self.size, self._left, self._right
+        k, right = self.size, self._right
         v = right[:, k].to(self._dtype).unflatten(1, self._shape)
         image = self._product(v)
         if k == 0:
             self._begin(image)
-            left = self._left
+        left = self._left
         self.alpha[:, k], left[:, k] = self._orthogonalized(self._relative(image), left[:, :k])
         u = left[:, k].to(self._dtype).unflatten(1, self._other_shape)
         back = self._relative(self._adjoint(u))
         self.beta[:, k], right[:, k + 1] = self._orthogonalized(back, right[:, : k + 1])
+        # nothing new: A^T A maps the space built so far into itself
         self.converged_exactly |= self.beta[:, k] == 0
         self.size += 1
 
@@ -220,11 +230,17 @@ class Bidiagonalization:
         return torch.linalg.svdvals(torch.cat([self._matrix(), last.unsqueeze(2)], dim=2))[:, 0]
 
     def log_polynomial(self, sigma: Tensor) -> Tensor:
-        """log p_k(sigma^2), (B, P), of the Lanczos polynomial of A^T A; sigma (B, P) is above B."""
-        t, total = sigma.square(), torch.zeros_like(sigma)
+        """log p_k(sigma^2), (B, P), of the Lanczos polynomial p_k of A^T A, k = size.
+
+        Args:
+            sigma: above the singular values of B, (B, P), so that all factors are positive.
+        """
+        t = sigma.square()
+        total = torch.zeros_like(sigma)
         alpha, beta = self.alpha.unsqueeze(2), self.beta.unsqueeze(2)
         # the ratio of two successive polynomials stays in range where they themselves do not
-        ratio, subdiagonal = torch.ones_like(sigma), torch.zeros_like(sigma[:, :1])
+        ratio = torch.ones_like(sigma)
+        subdiagonal = torch.zeros_like(sigma[:, :1])
         previous_beta = torch.zeros_like(beta[:, 0])
         for k in range(self.size):
             diagonal = alpha[:, k].square() + previous_beta.square()
@@ -241,6 +257,7 @@ class Bidiagonalization:
         return vector.to(self._dtype).unflatten(1, self._shape)
 
     def _matrix(self) -> Tensor:
+        """The bidiagonal projection, (B, size, size)."""
         k = self.size
         matrix = torch.diag_embed(self.alpha[:, :k])
         if k == 1:
@@ -248,6 +265,7 @@ class Bidiagonalization:
         return matrix + torch.diag_embed(self.beta[:, : k - 1], offset=1)
 
     def _begin(self, image: LogScaledVector) -> None:
+        """Take the shape of A v and the unit of all coefficients from the first product."""
         self._other_shape = image.vector.shape[1:]
         self._left = self._right.new_zeros(len(self._right), self.capacity, image.vector[0].numel())
         length = image.log_norm()
@@ -265,7 +283,9 @@ class Bidiagonalization:
         """Length and direction of ``vector`` outside the basis; both 0 for rounding noise."""
         rest = vector.unsqueeze(2)
         if basis.shape[1]:
-            for _ in range(2):  # once is not enough: Kahan, Parlett
+            # what the first subtraction leaves by rounding, the second one removes: "twice is
+            # enough" (Kahan, Parlett)
+            for _ in range(2):
                 rest = torch.baddbmm(rest, basis.mT, torch.bmm(basis, rest), alpha=-1)
         rest = rest.squeeze(2)
         length = rest.norm(dim=1).double()
@@ -288,14 +308,17 @@ def probable_error(space: Bidiagonalization, value: Tensor, *, failure: float) -
         Computing probabilistic bounds for extreme eigenvalues of symmetric matrices with the
         Lanczos method (Van Dorsselaer, Hochstenbach, Van der Vorst, 2000), theorem 3.
     """
+    # the logarithm of the error is bracketed: e^-40 is below the rounding of float64
     low, high = torch.full_like(value, -40.0), torch.full_like(value, 4.0)
     beyond = ~_exceeds(space, value, high.exp().unsqueeze(1), failure).squeeze(1)
     share = torch.linspace(0, 1, POINTS, dtype=value.dtype, device=value.device)
     for _ in range(ROUNDS):
         points = low.unsqueeze(1) + (high - low).unsqueeze(1) * share
+        # beyond its roots the polynomial increases, so the points that fall short come first
         short = (~_exceeds(space, value, points.exp(), failure)).sum(1, keepdim=True)
         first = short.clamp(1, POINTS - 1)
-        low, high = points.gather(1, first - 1).squeeze(1), points.gather(1, first).squeeze(1)
+        low = points.gather(1, first - 1).squeeze(1)
+        high = points.gather(1, first).squeeze(1)
     error = torch.where(beyond, torch.inf, high.exp())
     return torch.where(space.converged_exactly, torch.zeros_like(error), error)
 
@@ -319,7 +342,9 @@ def _is_done(space: Bidiagonalization, values: list[Tensor], tolerance: float) -
 
 def _still_to_come(values: list[Tensor]) -> Tensor:
     """What all further steps would add if their growths were a geometric series, (B,)."""
-    last, before = values[-1] - values[-2], values[-3] - values[-4]
+    last = values[-1] - values[-2]
+    before = values[-3] - values[-4]
+    # two steps lie between the two growths, hence the root; 0 / 0 counts as fast convergence
     ratio = (last.clamp(min=0) / before).sqrt().nan_to_num(RATIOS[0]).clamp(*RATIOS)
     return last * ratio / (1 - ratio)
 
@@ -328,6 +353,7 @@ def _result(space: Bidiagonalization, steps: Tensor) -> LargestSingularValue:
     value = space.largest()
     right = space.projection_svd()[2]
     error = probable_error(space, value, failure=LIKELY)
+    # the tighter of two bounds
     for_any_spectrum = gap_free_error(space.size, space.dimension, failure=ALMOST_NEVER)
     wide = probable_error(space, value, failure=ALMOST_NEVER).clamp(max=for_any_spectrum)
     return LargestSingularValue(

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copy
 import functools
+from collections.abc import Sequence
 from typing import Any, Protocol, TypeVar, runtime_checkable
 
 import torch
@@ -39,6 +40,7 @@ __all__ = [
 
 T = TypeVar("T")
 
+#: elementwise modules, whose slopes come from autograd
 ACTIVATIONS = (
     nn.CELU,
     nn.ELU,
@@ -57,7 +59,7 @@ ACTIVATIONS = (
     nn.Softsign,
     nn.Tanh,
     nn.Tanhshrink,
-)  #: elementwise modules, whose slopes come from autograd
+)
 
 
 @runtime_checkable
@@ -124,6 +126,7 @@ class InputSliceJacobian:
     def __init__(self, whole: NetworkJacobian, *, channels: int, held: int) -> None:
         self._whole, self._channels, self._held = whole, channels, held
         self.output = whole.output
+        # counted from the end: v may have more leading dimensions than the output
         self._dim = 1 - whole.output.dim()
 
     def jvp(self, v: Tensor) -> Tensor:
@@ -149,7 +152,7 @@ class SequentialJacobian:
         self.output = x
 
     def select(self, rows: Tensor) -> SequentialJacobian | None:
-        """The chain for these rows; None where a step cannot select them."""
+        """The Jacobian at these rows; None where a step cannot select them."""
         chosen = []
         for step in self.steps:
             part = select_rows_of(step, rows)
@@ -162,29 +165,27 @@ class SequentialJacobian:
 
     def jvp(self, v: Tensor) -> Tensor:
         """J v, (..., B, *out)."""
-        owned = False  # whether v is a new tensor, which may be overwritten
-        for step in self.steps:
-            product: Map = step.jvp
-            if owned and isinstance(step, DiagonalJacobian):
-                product = step.scale_
-            v = product(v)
-            owned = owned or isinstance(step, _RETURNS_NEW)
-        return v
+        return _chained(v, [(step, step.jvp) for step in self.steps])
 
     def vjp(self, u: Tensor) -> Tensor:
         """J^T u, (..., B, *in)."""
-        owned = False
-        for step in reversed(self.steps):
-            product: Map = step.vjp
-            if owned and isinstance(step, DiagonalJacobian):
-                product = step.scale_
-            u = product(u)
-            owned = owned or isinstance(step, _RETURNS_NEW)
-        return u
+        return _chained(u, [(step, step.vjp) for step in reversed(self.steps)])
+
+
+def _chained(v: Tensor, products: Sequence[tuple[NetworkJacobian, Map]]) -> Tensor:
+    """The products one after the other; slopes are multiplied in place where that is safe."""
+    owned = False  # whether v is a new tensor, which may be overwritten
+    for step, product in products:
+        if owned and isinstance(step, DiagonalJacobian):
+            v = step.scale_(v)
+        else:
+            v = product(v)
+        owned = owned or isinstance(step, _RETURNS_NEW)
+    return v
 
 
 class LinearJacobian:
-    """Multiplication with the ``weight`` (out, in) of a module that also has a ``bias``."""
+    """The Jacobian of a linear map: its ``weight``, (out, in). Its module also has a ``bias``."""
 
     def __init__(self, module: Any, x: Tensor) -> None:
         self.weight = module.weight.detach()
@@ -204,7 +205,10 @@ class LinearJacobian:
 
 
 class PointwiseConvolution:
-    """A 1x1 convolution as a product of ``weight`` (out, in) with the channels, which is faster."""
+    """The Jacobian of a 1x1 convolution: the ``weight``, (out, in), times the channels.
+
+    As a matrix product it is faster than as a convolution.
+    """
 
     def __init__(self, module: nn.Conv2d, x: Tensor) -> None:
         self.weight = module.weight.detach().flatten(1)
@@ -225,13 +229,14 @@ class PointwiseConvolution:
 
 
 class Convolution:
-    """A zero-padded convolution with ``weight`` (out, in, k, k).
+    """The Jacobian of a zero-padded convolution with ``weight`` (out, in, k, k).
 
     ``geometry`` is (stride, padding, dilation, groups).
     """
 
     def __init__(self, module: nn.Conv2d, x: Tensor) -> None:
-        self.weight = module.weight.detach().contiguous(memory_format=torch.channels_last)
+        # channels last, in which convolutions on CPUs are faster
+        self.weight = _channels_last(module.weight.detach())
         geometry: Any = (module.stride, module.padding, module.dilation, module.groups)
         self.geometry, self._shape = geometry, x.shape[1:]
         self.output = functional.conv2d(_channels_last(x), self.weight, module.bias, *self.geometry)
@@ -260,7 +265,10 @@ class Convolution:
 
     @functools.cached_property
     def _flipped(self) -> tuple[Tensor, list[int]] | None:
-        """Kernel and padding of the transpose, where it is a convolution of stride 1; else None."""
+        """Kernel and padding of the transpose, where it is a convolution of stride 1; else None.
+
+        A plain convolution with the flipped kernel is faster than ``conv2d_input``.
+        """
         stride, before, dilation, groups = self.geometry
         padding = [k - 1 - p for k, p in zip(self.weight.shape[2:], before, strict=True)]
         if {*stride, *dilation, groups} != {1} or min(padding) < 0:
@@ -269,7 +277,7 @@ class Convolution:
 
 
 class DiagonalJacobian:
-    """Multiplication with ``slope``, of the shape of x."""
+    """The Jacobian of an elementwise map: its ``slope``, of the shape of x."""
 
     def __init__(self, output: Tensor, slope: Tensor) -> None:
         self.output, self.slope = output, slope
@@ -307,7 +315,7 @@ class IdentityJacobian:
 
 
 def select_rows_of(jacobian: NetworkJacobian, rows: Tensor) -> Any:
-    """The Jacobian at these rows of the batch; None where it cannot select them."""
+    """``jacobian`` at these rows of the batch; None where it cannot select them."""
     if not isinstance(jacobian, Selectable):
         return None
     return jacobian.select(rows)
@@ -319,29 +327,31 @@ def _without_output(step: NetworkJacobian) -> NetworkJacobian:
 
 
 def _with_output(jacobian: T, output: Tensor) -> T:
+    """A shallow copy of the Jacobian with another output."""
     clone = copy.copy(jacobian)
     vars(clone)["output"] = output
     return clone
 
 
+#: their products are tensors of their own; IdentityJacobian returns its argument
 _RETURNS_NEW = (LinearJacobian, PointwiseConvolution, Convolution, DiagonalJacobian)
 
 
 @linearize_module.register
 def linearize_sequential(module: nn.Sequential, x: Tensor) -> NetworkJacobian:
-    """Module by module."""
+    """The Jacobian of a Sequential: the chain of its modules' Jacobians."""
     return SequentialJacobian(module, x)
 
 
 @linearize_module.register
 def linearize_linear(module: nn.Linear, x: Tensor) -> NetworkJacobian:
-    """By its weight."""
+    """The Jacobian of a linear layer: its weight."""
     return LinearJacobian(module, x)
 
 
 @linearize_module.register
 def linearize_convolution(module: nn.Conv2d, x: Tensor) -> NetworkJacobian:
-    """By its weight, where padding is with zeros; else by autograd."""
+    """The Jacobian of a convolution: by its weight if it pads with zeros, else by autograd."""
     zero_padded = module.padding_mode == "zeros" and not isinstance(module.padding, str)
     if not zero_padded or x.dim() != 4:
         return AutogradNetwork(module, x)
@@ -353,19 +363,21 @@ def linearize_convolution(module: nn.Conv2d, x: Tensor) -> NetworkJacobian:
 
 @linearize_module.register
 def linearize_relu(module: nn.ReLU, x: Tensor) -> NetworkJacobian:
-    """By its slope, without autograd."""
-    return DiagonalJacobian(x.relu(), torch.gt(x, 0, out=torch.empty_like(x)))
+    """The Jacobian of a ReLU: its slope, 0 or 1."""
+    # ``out`` makes the comparison write numbers of the dtype of x, in one pass
+    slope = torch.gt(x, 0, out=torch.empty_like(x))
+    return DiagonalJacobian(x.relu(), slope)
 
 
 @linearize_module.register
 def linearize_identity(module: nn.Identity, x: Tensor) -> NetworkJacobian:
-    """As the identity."""
+    """The Jacobian of the identity."""
     return IdentityJacobian(x)
 
 
 @linearize_module.register
 def linearize_dropout(module: nn.Dropout, x: Tensor) -> NetworkJacobian:
-    """As the identity where it drops nothing; else by autograd."""
+    """The Jacobian of a dropout: the identity where it drops nothing, else by autograd."""
     if module.training and module.p > 0:
         return AutogradNetwork(module, x)
     return IdentityJacobian(x)

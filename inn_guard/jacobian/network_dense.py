@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 
@@ -20,7 +21,8 @@ from inn_guard.jacobian.network import (
 
 __all__ = ["add_product_", "dense_network"]
 
-ENTRIES = 2**21  #: multiplied at once: memory of this size is reused after it has been freed
+#: largest size of an intermediate product: memory of this size is reused after it has been freed
+ENTRIES = 2**21
 CHUNK = 64  #: columns of the identity at once
 
 _MATRICES = (LinearJacobian, DiagonalJacobian, IdentityJacobian)
@@ -87,7 +89,10 @@ def add_product_(
 
 
 def _add_rows_(target: Tensor, T: Tensor, matrix: Tensor) -> None:
-    """Image row by image row, some columns at a time; ``matrix`` is (channels * H * W, K)."""
+    """Add J M to ``target`` image row by image row, for J given by the windows T.
+
+    ``matrix`` is M, (channels * H * W, K); some of its columns are multiplied at a time.
+    """
     height, width, out, _, _, channels = T.shape
     blocks = _row_blocks(T)
     columns = max(1, ENTRIES // len(matrix))
@@ -104,11 +109,12 @@ def _add_rows_(target: Tensor, T: Tensor, matrix: Tensor) -> None:
 
 def _row_blocks(T: Tensor) -> list[tuple[int, int, Tensor]]:
     """For each row of the output image: the input rows [begin, end) it depends on, and J there."""
-    (height, width, out, window), blocks = T.shape[:4], []
+    height, width, out, window = T.shape[:4]
+    blocks = []
     for y, band in enumerate(_bands(T)):
-        begin, end = max(0, y - window // 2), min(height, y + window // 2 + 1)
-        first = begin - (y - window // 2)
-        block = band[:, :, first : first + end - begin].reshape(out * width, -1)
+        top = y - window // 2  # the first row of the window, which may lie above the image
+        begin, end = max(0, top), min(height, top + window)
+        block = band[:, :, begin - top : end - top].reshape(out * width, -1)
         blocks.append((begin, end, block))
     return blocks
 
@@ -118,15 +124,21 @@ def _bands(T: Tensor) -> Tensor:
     height, width, out, window, columns, channels = T.shape
     canvas = T.new_zeros(height, out, width, window, channels, width + columns - 1)
     s = canvas.stride()
+    # pixel x and column j of its window lie at x + j: one stride moves along both at once, so the
+    # view has the shape of T and one copy writes all windows
     diagonal = canvas.as_strided(T.shape, (s[0], s[2] + s[5], s[1], s[3], s[5], s[4]))
     diagonal.copy_(T)
     return canvas[..., columns // 2 : columns // 2 + width]
 
 
 def _flat(network: NetworkJacobian) -> list[NetworkJacobian]:
+    """The steps of a network, those of nested chains in their place."""
     if not isinstance(network, SequentialJacobian):
         return [network]
-    return [inner for step in network.steps for inner in _flat(step)]
+    steps = []
+    for step in network.steps:
+        steps.extend(_flat(step))
+    return steps
 
 
 def _are_local(steps: Sequence[NetworkJacobian]) -> bool:
@@ -139,13 +151,15 @@ def _are_local(steps: Sequence[NetworkJacobian]) -> bool:
 def _is_local(step: NetworkJacobian) -> bool:
     """Whether a step is elementwise, or a convolution that keeps height and width."""
     if isinstance(step, Convolution):
-        (rows, columns), geometry = step.weight.shape[2:], step.geometry
-        same = tuple(geometry[1]) == (rows // 2, columns // 2) and rows % 2 == columns % 2 == 1
-        return same and {*geometry[0], *geometry[2], geometry[3]} == {1}
+        rows, columns = step.weight.shape[2:]
+        stride, padding, dilation, groups = step.geometry
+        keeps_size = tuple(padding) == (rows // 2, columns // 2) and rows % 2 == columns % 2 == 1
+        return keeps_size and {*stride, *dilation, groups} == {1}
     return isinstance(step, (PointwiseConvolution, DiagonalJacobian, IdentityJacobian))
 
 
 def _product(steps: Sequence[NetworkJacobian], like: Tensor, size: int) -> Tensor:
+    """The Jacobian of a chain of dense and elementwise layers, (dim out, size)."""
     J = torch.eye(size, dtype=like.dtype, device=like.device)
     for step in steps:
         if isinstance(step, LinearJacobian):
@@ -174,6 +188,7 @@ def _windows(steps: Sequence[NetworkJacobian], shape: Sequence[int], gain: Tenso
             product = torch.bmm(weights, T.reshape(pixels, T.shape[2], -1))
             T = product.reshape(height, width, len(step.weight), *T.shape[3:])
         elif isinstance(step, Convolution) and k == 0:
+            # the windows of a first convolution are its kernel: nothing to multiply
             T = step.weight.permute(0, 2, 3, 1).expand(height, width, -1, -1, -1, -1)
         elif isinstance(step, Convolution) and k == len(steps) - 1:
             T, pending = _convolved(step.weight, T, gain), None
@@ -191,12 +206,14 @@ def _per_pixel(values: Tensor, height: int, width: int) -> Tensor:
 
 
 def _convolved(weight: Tensor, T: Tensor, gain: Tensor | None) -> Tensor:
-    """A convolution of T: each pixel's contributions to the pixels that read it, summed."""
-    (rows, columns), (height, width, hidden, *window, channels) = weight.shape[2:], T.shape
+    """The windows after a convolution: each pixel's contributions to its readers, summed."""
+    rows, columns = weight.shape[2:]
+    height, width, hidden, *window, channels = T.shape
     weights = _at_every_pixel(weight, gain, height, width).unflatten(1, (rows * columns, -1))
-    out, T = weights.shape[2], T.reshape(height * width, hidden, -1)
+    out = weights.shape[2]
+    T = T.reshape(height * width, hidden, -1)
     grown = T.new_zeros(height, width, out, window[0] + rows - 1, window[1] + columns - 1, channels)
-    offsets = [(i, j) for i in range(rows) for j in range(columns)]
+    offsets = list(itertools.product(range(rows), range(columns)))
     at_once = max(1, ENTRIES // (len(T) * out * T.shape[2]))
     for begin in range(0, len(offsets), at_once):
         some = offsets[begin : begin + at_once]
@@ -237,6 +254,8 @@ def _shifted(size: int, offset: int) -> tuple[slice, slice]:
 def _scattered(T: Tensor, shape: Sequence[int]) -> Tensor:
     """The windows written into the rows of a dense matrix, (dim out, dim in)."""
     height, width, out, rows, columns, channels = T.shape
+    # Windows at the border reach out of the image: they are written into a larger one, cut at the
+    # end. As in `_bands`, one stride moves pixel and window together.
     tall, wide = height + rows - 1, width + columns - 1
     canvas = T.new_zeros(out, height, width, channels, tall, wide)
     s = canvas.stride()
@@ -247,6 +266,7 @@ def _scattered(T: Tensor, shape: Sequence[int]) -> Tensor:
 
 
 def _by_columns(network: NetworkJacobian, shape: Sequence[int]) -> Tensor:
+    """The Jacobian from its products with the columns of the identity, (dim out, dim in)."""
     size = math.prod(shape)
     eye = torch.eye(size, dtype=network.output.dtype, device=network.output.device)
     columns = []

@@ -47,7 +47,7 @@ class LinearizedModel(Protocol):
         ...
 
     def inverse_product(self, k: int) -> Product:
-        """u -> J^-1 u of layer k."""
+        """The function u -> J^-1 u of layer k."""
         ...
 
 
@@ -144,7 +144,7 @@ def _stacked_by_size(states: Iterable[Tensor]) -> list[Tensor]:
 
 
 def _root_mean_square(states: Tensor) -> Tensor:
-    """(n, B, D) -> (n, B), also where a square exceeds the range of float64."""
+    """Root mean square over the last dimension, (n, B); no square leaves the range of float64."""
     largest = states.abs().amax(2).clamp(min=math.ulp(0.0))
     return largest * (states / largest[..., None]).square().mean(2).sqrt()
 
@@ -155,6 +155,7 @@ def _sweep(
     """One realisation of sum_i A_i delta_i for u = 1."""
     errors = _errors(amplitudes, generator)[::-1]
     if isinstance(linearization, ErrorPropagator):
+        # one pass of the whole inverse is cheaper than one product per layer, but may fail
         total = linearization.propagate_errors(errors)
         if total is not None and bool(total.isfinite().all()):
             return LogScaledVector.from_vector(total)
@@ -166,19 +167,16 @@ def _sweep(
     # underflow loses nothing next to errors of the states' size; overflow is not finite at the end
     if bool(error.isfinite().all()):
         return LogScaledVector.from_vector(error)
-    return _scaled_sweep(products, errors)
-
-
-def _scaled_sweep(products: Sequence[Product], errors: list[Tensor]) -> LogScaledVector:
-    """The same for errors beyond the range of floats."""
-    error = LogScaledVector.from_vector(errors[0])
+    scaled = LogScaledVector.from_vector(errors[0])
     for product, extra in zip(products, errors[1:], strict=True):
-        error = _plus(LogScaledVector(product(error.vector), error.log_scale).normalized(), extra)
-    return error
+        image = LogScaledVector(product(scaled.vector), scaled.log_scale).normalized()
+        scaled = _plus(image, extra)
+    return scaled
 
 
 def _errors(amplitudes: list[Tensor], generator: torch.Generator) -> list[Tensor]:
     """One uniform error for every entry of every state, in [-amplitude, amplitude)."""
+    # one draw for all states, instead of a small one per layer
     like = amplitudes[0]
     count = sum(amplitude.numel() for amplitude in amplitudes)
     uniform = torch.rand(count, generator=generator, device="cpu", dtype=torch.float64)
@@ -217,6 +215,7 @@ def _amplitudes(linearization: LinearizedModel, roundoff: Sequence[float]) -> li
         if rounded.numel() == before.numel():
             counts[k] += rounded.reshape(before.shape)
         else:
+            # the layer changes the number of entries: which of them it copies is not known
             counts[k] += roundoff[k] ** 2
     return [count.sqrt() * state.abs() for count, state in zip(counts, states, strict=True)]
 

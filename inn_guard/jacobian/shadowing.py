@@ -33,7 +33,7 @@ from inn_guard.jacobian.checks import dense_jacobian
 
 __all__ = ["ShadowingWindow", "shadowing_window"]
 
-NEWTON_STEPS = 5
+NEWTON_STEPS = 5  #: at most; the number of correct digits doubles in each
 POWER_STEPS = 20  #: of the iteration for 1 / sigma_min(A), which multiplies a tiny residual only
 #: A step of Newton's method that leaves more than this share of the residual has met rounding.
 PROGRESS = 0.5
@@ -120,7 +120,7 @@ def shadowing_window(
         size = errors.norm(dim=2).square().sum(0).sqrt()
         if step == 0:
             first = size
-        better = size < PROGRESS * residual
+        better = size < PROGRESS * residual  # false for NaN
         if not bool(better.any()):
             break
         best = torch.where(better[:, None], orbit, best)
@@ -179,6 +179,7 @@ class BlockBidiagonal:
     def inverse_norm(self, *, steps: int = POWER_STEPS) -> Float[Tensor, " batch"]:
         """lambda = |A^+| = 1 / sigma_min(A), from below, by power iteration with (A A^T)^-1."""
         batch, size = self._diagonal[0].shape[:2]
+        # one start vector for all samples: a sample's result does not depend on its batch
         generator = torch.Generator().manual_seed(0)
         shape = (len(self._diagonal), 1, size, 1)
         drawn = torch.randn(shape, generator=generator, dtype=torch.float64)
@@ -201,7 +202,7 @@ class BlockBidiagonal:
         return solved
 
     def _solve(self, right: Sequence[Tensor]) -> list[Tensor]:
-        """R^-1 right, last block first in time, first block first in the answer."""
+        """R^-1 right, first block first; the last block is solved for first."""
         solved: list[Tensor] = []
         for k in reversed(range(len(self._diagonal))):
             block = right[k]
@@ -227,5 +228,5 @@ def _linearized(
 
 
 def _length(vector: Tensor) -> Tensor:
-    """Of each sample of (N, B, D, 1) blocks, (B,)."""
+    """Euclidean length of each sample of a vector of blocks (N, B, D, 1): (B,)."""
     return vector.square().sum((0, 2, 3)).sqrt()

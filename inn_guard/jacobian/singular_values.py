@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import math
 import time
 from collections.abc import Callable, Iterator
@@ -19,7 +18,6 @@ from inn_guard.jacobian.chain import Linearization
 from inn_guard.jacobian.lanczos import (
     LargestSingularValue,
     Product,
-    Restrict,
     largest_singular_value,
 )
 
@@ -32,6 +30,7 @@ __all__ = [
     "spectrum",
 ]
 
+#: a linearization -> products with a map and with its transpose
 Products = Callable[[Linearization], tuple[Product, Product]]
 
 CHUNKS = (64, 32, 128)  #: rows per backward pass that are tried; the fastest does the rest
@@ -51,17 +50,17 @@ class ExtremeSingularValues:
 
     @property
     def log_max(self) -> Tensor:
-        """ln sigma_max(J), (B,)."""
+        """The natural logarithm of sigma_max(J), (B,)."""
         return self.forward.log_value
 
     @property
     def log_min(self) -> Tensor:
-        """ln sigma_min(J), (B,)."""
+        """The natural logarithm of sigma_min(J), (B,)."""
         return -self.backward.log_value
 
     @property
     def log_condition(self) -> Tensor:
-        """ln of sigma_max(J) / sigma_min(J), (B,)."""
+        """The natural logarithm of sigma_max(J) / sigma_min(J), (B,)."""
         return self.forward.log_value + self.backward.log_value
 
 
@@ -90,15 +89,25 @@ def extreme_singular_values(
             square.
     """
     x, z = linearization.states[0], linearization.output
-    lanczos = functools.partial(largest_singular_value, tolerance=tolerance, max_steps=max_steps)
+    noise = as_noise(generator)
 
     def extreme(products: Products, like: Tensor) -> LargestSingularValue:
-        start = _random(like, generator)
-        restrict = _restricted(linearization, products)
-        return lanczos(*products(linearization), start, restrict=restrict)
+        def restrict(rows: Tensor) -> tuple[Product, Product] | None:
+            part = linearization.select(rows)
+            if part is None:
+                return None
+            return products(part)
 
-    jacobian = extreme(_of_jacobian, x)
-    return ExtremeSingularValues(jacobian, extreme(_of_inverse, z))
+        return largest_singular_value(
+            *products(linearization),
+            noise(like.shape).to(like),
+            tolerance=tolerance,
+            max_steps=max_steps,
+            restrict=restrict,
+        )
+
+    forward = extreme(_of_jacobian, x)
+    return ExtremeSingularValues(forward, extreme(_of_inverse, z))
 
 
 def _of_jacobian(linearization: Linearization) -> tuple[Product, Product]:
@@ -107,16 +116,6 @@ def _of_jacobian(linearization: Linearization) -> tuple[Product, Product]:
 
 def _of_inverse(linearization: Linearization) -> tuple[Product, Product]:
     return linearization.inverse_jvp, linearization.inverse_vjp
-
-
-def _restricted(linearization: Linearization, products: Products) -> Restrict:
-    def restrict(rows: Tensor) -> tuple[Product, Product] | None:
-        part = linearization.select(rows)
-        if part is None:
-            return None
-        return products(part)
-
-    return restrict
 
 
 def full_jacobian(
@@ -174,25 +173,28 @@ def spectrum(jacobian: Float[Tensor, "batch latent data"]) -> Spectrum:
 
 
 def resolution(dtype: torch.dtype) -> float:
-    """sigma / sigma_max below which singular values of a J in ``dtype`` are rounding noise."""
+    """sigma / sigma_max below which singular values of a J in ``dtype`` are rounding noise.
+
+    In half precisions it is their eps.
+    """
     return {torch.float64: 1e-14, torch.float32: 1e-7}.get(dtype, torch.finfo(dtype).eps)
 
 
-def _random(like: Tensor, generator: torch.Generator | Noise) -> Tensor:
-    return as_noise(generator)(like.shape).to(like)
-
-
 def _chunks(size: int) -> Iterator[range]:
-    """Ranges of rows; the first ones differ in length to find the fastest."""
+    """Ranges of rows; the first ones differ in length to find the fastest.
+
+    The caller's work between two ranges is what is timed.
+    """
     untried = []
-    if size > 4 * max(CHUNKS):
+    if size > 4 * max(CHUNKS):  # else trying slow sizes costs more than the fastest saves
         untried = list(CHUNKS)
-    speeds: dict[int, float] = {}
+    speeds: dict[int, float] = {}  # rows per second
     begin = 0
     while begin < size:
-        chunk = max(speeds, key=speeds.__getitem__, default=CHUNKS[0])
         if untried:
             chunk = untried.pop(0)
+        else:
+            chunk = max(speeds, key=speeds.__getitem__, default=CHUNKS[0])
         rows = range(begin, min(begin + chunk, size))
         start = time.perf_counter()
         yield rows
@@ -208,6 +210,7 @@ def _rows_of(jacobian: AutogradJacobian, rows: range) -> Tensor:
     basis = basis.reshape(len(rows), *output.shape)
     try:
         products = jacobian.vjp(basis)
-    except RuntimeError:  # some operation has no batching rule
+    except RuntimeError:
+        # some operation has no batching rule
         products = torch.stack([jacobian.vjp(row) for row in basis])
     return products.reshape(len(rows), len(output), -1).transpose(0, 1)
