@@ -57,6 +57,8 @@ class Diagonal(Invertible):
 
     @staticmethod
     def _over(x: Tensor, channels: Tensor) -> Tensor:
+        """One value per channel in a shape that broadcasts against x."""
+        # without this check a wrong number of channels could broadcast silently
         if x.dim() < 2 or x.shape[1] != len(channels):
             raise ValueError(f"expected (B, {len(channels)}, ...), got {tuple(x.shape)}")
         return per_channel(channels, x)
@@ -93,12 +95,14 @@ class ActNorm(Diagonal):
 
     @torch.no_grad()
     def _initialize(self, x: Tensor) -> None:
+        """Set scale and shift from this batch, unless it does not determine them."""
         values = x.transpose(0, 1).flatten(1)
         if values.shape[1] < 2:
             return
         deviation, mean = torch.std_mean(values, dim=1, correction=0)
+        # a batch with NaN would spoil the parameters for good: the next one initialises them
         if not (deviation + mean).isfinite().all():
             return
         self.log_scale.copy_(-(deviation + self.eps).log())
         self.shift.copy_(-mean * self.log_scale.exp())
-        self.initialized.logical_not_()
+        self.initialized.logical_not_()  # from False to True

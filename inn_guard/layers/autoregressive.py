@@ -39,7 +39,9 @@ class _Skip(nn.Module):
 
     def __init__(self, degrees: Tensor) -> None:
         super().__init__()
-        first, second = (_masked_linear(degrees, degrees[:, None] >= degrees) for _ in range(2))
+        mask = degrees[:, None] >= degrees
+        first = _masked_linear(degrees, mask)
+        second = _masked_linear(degrees, mask)
         _start_small(second)
         self.branch = nn.Sequential(nn.ReLU(), first, nn.ReLU(), second)
 
@@ -77,6 +79,7 @@ class MADE(nn.Sequential):
                 f"got {features} features, {hidden} hidden, {outputs} outputs"
             )
         inputs = torch.arange(1, features + 1)
+        # a single feature depends on none: its hidden units have degree 0 and see no input
         degrees = torch.arange(hidden) % max(1, features - 1) + min(1, features - 1)
         last = _masked_linear(degrees, inputs.repeat(outputs)[:, None] > degrees)
         _start_small(last)
@@ -110,7 +113,7 @@ class MaskedAutoregressive(Invertible):
         return x * self.scale.value(h) + shift
 
     def forward_and_log_det(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """z and sum log g(s)."""
+        """z and sum_i log g(s_i), (B,)."""
         shift, h = self.network(x).chunk(2, dim=1)
         return x * self.scale.value(h) + shift, self.scale.log(h).sum(1)
 
@@ -119,7 +122,7 @@ class MaskedAutoregressive(Invertible):
         return self._solve(z)[0]
 
     def inverse_and_log_det(self, z: Tensor) -> tuple[Tensor, Tensor]:
-        """x and -sum log g(s)."""
+        """x and -sum_i log g(s_i), (B,)."""
         x, h = self._solve(z)
         return x, -self.scale.log(h).sum(1)
 
@@ -128,9 +131,9 @@ class MaskedAutoregressive(Invertible):
         return AutoregressiveJacobian(self, x.detach())
 
     def _solve(self, z: Tensor) -> tuple[Tensor, Tensor]:
-        """x and s, entry by entry."""
+        """x and s, (B, D) each, found entry by entry."""
         known = [z[:, :0]]
-        h = z
+        h = z  # the loop replaces it, unless D = 0
         for i in range(z.shape[1]):
             # the network sees the entries found so far; entry i of its output depends on no others
             unknown = torch.zeros_like(z[:, i:])
@@ -158,24 +161,24 @@ class AutoregressiveJacobian:
         self._jacobian: Tensor | None = None
 
     def jvp(self, v: Tensor) -> Tensor:
-        """J v."""
+        """J v: (..., B, D) -> (..., B, D)."""
         shift, h = self._network.jvp(v).chunk(2, dim=-1)
         return v * self._scale + self._gain * h + shift
 
     def vjp(self, u: Tensor) -> Tensor:
-        """J^T u."""
+        """J^T u: (..., B, D) -> (..., B, D)."""
         return u * self._scale + self._network.vjp(torch.cat([u, self._gain * u], dim=-1))
 
     def inverse_jvp(self, u: Tensor) -> Tensor:
-        """J^-1 u."""
+        """J^-1 u by forward substitution, (B, D) -> (B, D)."""
         return self._solve_triangle(self._dense(), u, upper=False)
 
     def inverse_vjp(self, v: Tensor) -> Tensor:
-        """J^-T v."""
+        """J^-T v by back substitution, (B, D) -> (B, D)."""
         return self._solve_triangle(self._dense().mT, v, upper=True)
 
     def _dense(self) -> Tensor:
-        """(B, D, D): row i is J^T e_i."""
+        """The Jacobian as a matrix, (B, D, D), computed once: row i is J^T e_i."""
         if self._jacobian is None:
             size = self.output.shape[1]
             identity = torch.eye(size, dtype=self.output.dtype, device=self.output.device)
@@ -193,8 +196,8 @@ def maf(features: int, *, layers: int = 4, hidden: int = 256, blocks: int = 2) -
 
     Data -> latent takes one pass of each layer, the inverse D passes.
 
-    Between two layers there are an ActNorm and a reversal of the order, without which all layers
-    together would still be triangular.
+    Between two layers there are an ActNorm and a reversal of the order. Without the reversal the
+    Jacobian of the whole flow would still be triangular.
 
     Args:
         features: D.
@@ -242,11 +245,14 @@ def _masked_linear(inputs: Tensor, mask: Tensor) -> nn.Module:
 
 @torch.no_grad()
 def _start_small(linear: nn.Module) -> None:
+    """Draw weights and biases from [-1e-3, 1e-3], so that the map starts near zero."""
     for parameter in linear.parameters():
         parameter.uniform_(-1e-3, 1e-3)
 
 
 class _SkipJacobian:
+    """I + B, with B the Jacobian of the branch."""
+
     def __init__(self, branch: NetworkJacobian, h: Tensor) -> None:
         self._branch, self.output = branch, h + branch.output
 

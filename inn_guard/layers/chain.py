@@ -41,13 +41,13 @@ class Chain(Invertible):
         self.bijective = all(step.bijective for step in steps)
 
     def forward(self, x: Tensor) -> Tensor:
-        """z = F_n(...F_1(x))."""
+        """z = F_n(...F_1(x)), (B, *latent)."""
         for step in self._conditioned_steps():
             x = step(x)
         return x
 
     def inverse(self, z: Tensor) -> Tensor:
-        """x = F_1^-1(...F_n^-1(z))."""
+        """x = F_1^-1(...F_n^-1(z)), (B, *data)."""
         for step in reversed(self._conditioned_steps()):
             z = step.inverse(z)
         return z
@@ -74,22 +74,18 @@ class Chain(Invertible):
             return ()
         flat: list[Invertible] = []
         for step in self._conditioned_steps():
-            # an empty chain is no layer at all, an opaque step is one
-            flat += step.layers() if _is_chain(step) else step.layers() or _own_layer(step)
+            if _is_chain(step):
+                flat += step.layers()  # none if the chain is empty: it is the identity
+            else:
+                flat += step.layers() or (step,)  # an opaque step is one layer
         return tuple(flat)
 
     def _conditioned_steps(self) -> list[Invertible]:
+        """The steps, in the chain's context if it has one."""
         steps: list[Invertible] = list(self.steps)  # type: ignore[arg-type]
         if self.context is None:
             return steps
         return [step.with_context(self.context) for step in steps]
-
-
-def _own_layer(step: Invertible) -> tuple[Invertible, ...]:
-    """A step that is one opaque layer is its own list; an empty chain has no layer."""
-    if isinstance(step, Chain) and not len(step.steps):
-        return ()
-    return (step,)
 
 
 def _is_chain(step: Invertible) -> bool:

@@ -25,9 +25,10 @@ class Contraction(nn.Module):
     """Parametrization of a weight: W -> W min(1, coefficient / bound(W)).
 
     bound(W) is never below the true norm. For a matrix the bound is a certified spectral norm; for
-    a kernel it is a certified bound of the norm of the zero- padded convolution on images of every
-    size. No power iteration: those are lower estimates. The bound is computed again only when W has
-    changed. The gradient is that of coefficient / norm(W), norm being what the bound bounds.
+    a kernel it is a certified bound of the norm of the zero-padded convolution on images of every
+    size. Power iterations are not used: their estimates lie below the norm. The bound is computed
+    again only when W has changed. The gradient is that of coefficient / norm(W), with the norm that
+    the bound bounds.
 
     This costs an eigenvalue problem of the smaller side of W per update, for a convolution one per
     frequency.
@@ -44,10 +45,11 @@ class Contraction(nn.Module):
         if coefficient <= 0:
             raise ValueError(f"expected a positive coefficient, got {coefficient}")
         self.coefficient = coefficient
+        #: the last weight with its bound and its worst frequency
         self._known: tuple[Tensor, float, Tensor] | None = None
 
     def forward(self, weight: Tensor) -> Tensor:
-        """The scaled weight."""
+        """The weight, scaled down if its norm may exceed the coefficient."""
         bound, frequency = self._bound(weight)
         # entries of the product are rounded: each by eps, together by sqrt(rank) eps of the norm
         rounding = (2 + math.sqrt(min(weight.flatten(1).shape))) * torch.finfo(weight.dtype).eps
@@ -57,6 +59,7 @@ class Contraction(nn.Module):
         factor = allowed / bound
         if not (torch.is_grad_enabled() and weight.requires_grad):
             return weight * factor
+        # its value is ``factor``: the norm gives it a gradient, which the certified bound has not
         norm = _norm_at(weight, frequency)
         return weight * (factor * (norm.detach() / norm))
 
@@ -67,7 +70,7 @@ class Contraction(nn.Module):
     def _bound(self, weight: Tensor) -> tuple[float, Tensor]:
         """The certified bound, and the frequency at which a kernel's norm is largest."""
         weight = weight.detach()
-        if self._known is None or not _equal(self._known[0], weight):
+        if self._known is None or not _is_same(self._known[0], weight):
             kernel = weight.double().cpu()
             bound = spectral_norm(kernel) if kernel.dim() == 2 else riesz_norm(kernel, (1, 1))
             self._known = (weight.clone(), bound, _worst_frequency(kernel))
@@ -102,18 +105,16 @@ def contractive(module: nn.Module, *, coefficient: float) -> nn.Module:
             zero-padded.
     """
     for part in list(module.modules()):
-        if isinstance(part, nn.Conv2d) and not _has_certified_norm(part):
-            raise ValueError(
-                f"expected a zero-padded convolution of stride, dilation and groups 1, got {part}"
-            )
+        if isinstance(part, nn.Conv2d):
+            steps = {*part.stride, *part.dilation, part.groups}
+            if steps != {1} or part.padding_mode != "zeros":
+                raise ValueError(
+                    "expected a zero-padded convolution of stride, dilation and groups 1, "
+                    f"got {part}"
+                )
         if isinstance(part, (nn.Linear, nn.Conv2d)):
             parametrize.register_parametrization(part, "weight", Contraction(coefficient))
     return module
-
-
-def _has_certified_norm(convolution: nn.Conv2d) -> bool:
-    steps = {*convolution.stride, *convolution.dilation, convolution.groups}
-    return steps == {1} and convolution.padding_mode == "zeros"
 
 
 def contractive_mlp(
@@ -165,7 +166,7 @@ def _worst_frequency(kernel: Tensor) -> Tensor:
         return kernel.new_empty(0)
     symbol = torch.fft.rfft2(kernel, s=(GRID, GRID)).permute(2, 3, 0, 1)
     if symbol.shape[2] > symbol.shape[3]:
-        symbol = symbol.mH
+        symbol = symbol.mH  # the Gram matrix of the smaller side has the same largest eigenvalue
     gram = symbol @ symbol.mH
     worst = int(torch.linalg.eigvalsh(gram)[..., -1].argmax())
     row, column = divmod(worst, gram.shape[1])
@@ -182,5 +183,6 @@ def _norm_at(weight: Tensor, frequency: Tensor) -> Tensor:
     return torch.linalg.matrix_norm(symbol, 2)
 
 
-def _equal(a: Tensor, b: Tensor) -> bool:
+def _is_same(a: Tensor, b: Tensor) -> bool:
+    """Whether two weights have the same entries, dtype and device."""
     return a.dtype == b.dtype and a.device == b.device and torch.equal(a, b)

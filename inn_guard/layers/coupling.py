@@ -35,7 +35,8 @@ __all__ = [
 ]
 
 Self = TypeVar("Self", bound="Coupling")
-NetworkMaker = Callable[[int, int], nn.Module]  #: (channels in, channels out) -> a network
+#: (channels in, channels out) -> a network
+NetworkMaker = Callable[[int, int], nn.Module]
 
 
 @dataclass(frozen=True)
@@ -53,13 +54,13 @@ class ScaleAndShift:
     log_scale: Tensor | None = None
 
     def forward(self, transformed: Tensor) -> Tensor:
-        """Transformed * scale + shift."""
+        """t * scale + shift, with t the transformed part."""
         if self.scale is None:
             return transformed + self.shift
         return transformed * self.scale + self.shift
 
     def inverse(self, transformed: Tensor) -> Tensor:
-        """(transformed - shift) / scale."""
+        """(t - shift) / scale, with t the transformed part of the output."""
         if self.scale is None:
             return transformed - self.shift
         return (transformed - self.shift) / self.scale
@@ -88,7 +89,7 @@ class Coupling(Invertible):
         partition: which part is the identity part. Default: the first half of the channels.
     """
 
-    #: set where the network has been evaluated already
+    #: set by ``with_cached_conditioner`` only: the network has been evaluated already
     _cached: ScaleAndShift | None = None
 
     def __init__(self, network: nn.Module, *, partition: Partition | None = None) -> None:
@@ -101,7 +102,7 @@ class Coupling(Invertible):
         return self.partition.split(x, dims=x.dim())
 
     def join(self, identity: Tensor, transformed: Tensor) -> Tensor:
-        """The inverse of ``split``."""
+        """The x that splits into ``identity`` and ``transformed``."""
         return self.partition.join(identity, transformed, dims=identity.dim())
 
     def raw(self, identity: Tensor) -> Tensor:
@@ -142,6 +143,7 @@ class Coupling(Invertible):
         return CouplingJacobian(z, network, self.partition, scale=elementwise.scale, gain=gain)
 
     def _network_jacobian(self, identity: Tensor) -> NetworkJacobian:
+        """The Jacobian of the network's output with respect to the identity part."""
         if self.context is None:
             return linearize_network(self.network, identity)
         if is_plain(self.network, Conditional):
@@ -150,12 +152,12 @@ class Coupling(Invertible):
         return AutogradNetwork(self.raw, identity)
 
     def forward(self, x: Tensor) -> Tensor:
-        """z: the transformed part scaled and shifted."""
+        """z, whose transformed part is x2 * scale + shift."""
         identity, transformed = self.split(x)
         return self.join(identity, self.parameters_of(identity).forward(transformed))
 
     def inverse(self, z: Tensor) -> Tensor:
-        """x: the shift subtracted from the transformed part, which is then divided by the scale."""
+        """x, whose transformed part is (z2 - shift) / scale."""
         identity, transformed = self.split(z)
         return self.join(identity, self.parameters_of(identity).inverse(transformed))
 
@@ -192,7 +194,7 @@ class AdditiveCoupling(Coupling):
         return cls(network(*partition.sizes(channels)), partition=partition)
 
     def elementwise(self, raw: Tensor) -> ScaleAndShift:
-        """x2 + t."""
+        """The map x2 -> x2 + t, with t the network's output."""
         return ScaleAndShift(self.partition.restrict(raw, neutral=0.0))
 
 
@@ -234,7 +236,7 @@ class AffineCoupling(Coupling):
         return cls(network(identity, 2 * transformed), partition=partition, scale=scale)
 
     def elementwise(self, raw: Tensor) -> ScaleAndShift:
-        """x2 * g(s) + t."""
+        """The map x2 -> x2 * g(s) + t, with [t, s] the network's output."""
         shift, h = self.halves(raw)
         return ScaleAndShift(
             shift=self.partition.restrict(shift, neutral=0.0),
@@ -243,7 +245,7 @@ class AffineCoupling(Coupling):
         )
 
     def gain(self, raw: Tensor, transformed: Tensor) -> Tensor:
-        """x2 * g'(s)."""
+        """The derivative of z2 with respect to s, x2 * g'(s), elementwise."""
         return transformed * self.scale.slope(self.halves(raw)[1])
 
     @staticmethod
@@ -307,7 +309,7 @@ class CouplingJacobian:
         return CouplingJacobian(self.output[rows], network, self._partition, scale=scale, gain=gain)
 
     def jvp(self, v: Tensor) -> Tensor:
-        """J v."""
+        """J v: (..., B, *data) -> (..., B, *latent)."""
         identity, transformed = self._split(v)
         coupled = self._coupled(identity)
         if self._scale is None:
@@ -315,7 +317,7 @@ class CouplingJacobian:
         return self._join(identity, torch.addcmul(coupled, transformed, self._scale))
 
     def vjp(self, u: Tensor) -> Tensor:
-        """J^T u."""
+        """J^T u: (..., B, *latent) -> (..., B, *data)."""
         identity, transformed = self._split(u)
         identity = identity + self._coupled_transpose(transformed)
         if self._scale is not None:
@@ -323,7 +325,7 @@ class CouplingJacobian:
         return self._join(identity, transformed)
 
     def inverse_jvp(self, u: Tensor) -> Tensor:
-        """J^-1 u."""
+        """J^-1 u: (..., B, *latent) -> (..., B, *data)."""
         identity, transformed = self._split(u)
         transformed = transformed - self._coupled(identity)
         if self._scale is not None:
@@ -331,7 +333,7 @@ class CouplingJacobian:
         return self._join(identity, transformed)
 
     def inverse_vjp(self, v: Tensor) -> Tensor:
-        """J^-T v."""
+        """J^-T v: (..., B, *data) -> (..., B, *latent)."""
         identity, transformed = self._split(v)
         if self._scale is not None:
             transformed = transformed / self._scale
@@ -346,7 +348,10 @@ class CouplingJacobian:
         width = matrix.shape[1]
         by_channel = matrix.view(1, self.output.shape[1], -1)
         identity, transformed = self._partition.split(by_channel, dims=3)
-        identity, transformed = identity.reshape(-1, width), transformed.reshape(-1, width)
+        # Both are views of the matrix: the rows of the identity part stay as they are, and what is
+        # done to the others is done in place.
+        identity = identity.reshape(-1, width)
+        transformed = transformed.reshape(-1, width)
         if self._scale is not None:
             transformed.mul_(self._scale.reshape(-1, 1))
         shape = self._split(self.output)[0].shape[1:]
@@ -354,7 +359,7 @@ class CouplingJacobian:
         return matrix
 
     def _coupled(self, identity: Tensor) -> Tensor:
-        """A v1."""
+        """A v1 of the class docstring, in the shape of the transformed part."""
         raw = self._network.jvp(identity)
         if self._gain is not None:
             shift, h = raw.chunk(2, dim=1 - self._dims)
@@ -362,7 +367,7 @@ class CouplingJacobian:
         return self._partition.restrict(raw, neutral=0.0)
 
     def _coupled_transpose(self, transformed: Tensor) -> Tensor:
-        """A^T u2."""
+        """A^T u2 of the class docstring, in the shape of the identity part."""
         raw = self._partition.restrict(transformed, neutral=0.0)
         if self._gain is not None:
             raw = torch.cat([raw, self._gain * raw], dim=1 - self._dims)

@@ -54,6 +54,7 @@ class FixedPoint:
         """
         x = start
         threshold = self.tolerance * torch.finfo(start.dtype).eps
+        # the start's length keeps the residual meaningful where the fixed point is zero
         least = _norms(start).clamp(min=torch.finfo(start.dtype).tiny)
         record = Convergence()
         for iteration in range(1, self.max_iterations + 1):
@@ -67,6 +68,7 @@ class FixedPoint:
 
 
 def _norms(x: Tensor) -> Tensor:
+    # in the dtype of x, which is faster than core's float64 and enough for a stopping rule
     return x.flatten(1).norm(dim=1)
 
 
@@ -81,6 +83,8 @@ def implicit_gradient(x: Tensor, pull_through: Map) -> Tensor:
 
 
 class _ImplicitGradient(torch.autograd.Function):
+    """The identity, whose gradient is ``pull_through(gradient)``."""
+
     @staticmethod
     def forward(ctx: Any, x: Tensor, pull_through: Map) -> Tensor:
         ctx.pull_through = pull_through
@@ -96,6 +100,8 @@ class _ImplicitGradient(torch.autograd.Function):
 
 
 class _Undifferentiable(torch.autograd.Function):
+    """The identity; differentiating it raises NotApplicable."""
+
     @staticmethod
     def forward(ctx: Any, solved: Tensor, *_: Tensor) -> Tensor:
         return solved.view_as(solved)

@@ -36,11 +36,11 @@ class InverseLayer(DerivedMap):
             )
 
     def forward(self, x: Tensor) -> Tensor:
-        """z = inner^-1(x)."""
+        """z = inner^-1(x), (B, *latent)."""
         return self.inner.inverse(x)
 
     def inverse(self, z: Tensor) -> Tensor:
-        """x = inner(z)."""
+        """x = inner(z), (B, *data)."""
         return self.inner(z)
 
     def forward_and_log_det(self, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -65,7 +65,7 @@ class InverseLayer(DerivedMap):
 
     @property
     def name(self) -> str:
-        """``inverse`` and the inner map's name."""
+        """What a report calls it: "inverse" and the inner map's name."""
         return f"inverse {self.inner.name}"
 
 

@@ -28,6 +28,11 @@ __all__ = [
 ]
 
 
+Product = Callable[[Tensor], Tensor]
+
+CHUNK = 2**18  #: entries that are multiplied at once, so that they stay in a cache
+
+
 @dataclass(frozen=True)
 class _ComputedInverse:
     """Inverse and log-determinant of one weight."""
@@ -37,6 +42,7 @@ class _ComputedInverse:
     log_abs_det: Tensor
 
     def belongs_to(self, weight: Tensor) -> bool:
+        """Whether this is the weight of which they have been computed."""
         # by its entries: a version counter does not see what is written through ``.data``
         same_kind = weight.dtype == self.weight.dtype and weight.device == self.weight.device
         return same_kind and torch.equal(weight, self.weight)
@@ -54,7 +60,7 @@ class ChannelMixing(Invertible):
     @property
     @abc.abstractmethod
     def weight(self) -> Tensor:
-        """W, (C, C)."""
+        """The matrix W, (C, C)."""
 
     @abc.abstractmethod
     def inverse_weight(self) -> Tensor:
@@ -83,7 +89,7 @@ class ChannelMixing(Invertible):
         return self.inverse(z), -self._log_det(z)
 
     def linearize(self, x: Tensor) -> LayerJacobian:
-        """The four products with W, W^T, W^-1 and W^-T."""
+        """The Jacobian at x: products with W, W^T, W^-1 and W^-T."""
         with torch.no_grad():
             computed = self._computed()
             return ChannelMixingJacobian.of_weight(x, computed.weight, inverse=computed.inverse)
@@ -95,11 +101,13 @@ class ChannelMixing(Invertible):
         return (self._computed().log_abs_det * positions).expand(len(x))
 
     def _needs_graph(self) -> bool:
+        """Whether gradients flow into W: then a stored inverse, which has no graph, is no use."""
         trained = any(parameter.requires_grad for parameter in self.parameters())
         return torch.is_grad_enabled() and trained
 
     @torch.no_grad()
     def _computed(self) -> _ComputedInverse:
+        """W^-1 and log|det W|, computed if W has changed since the last call."""
         weight = self.weight
         if self._inverse is None or not self._inverse.belongs_to(weight):
             self._inverse = _ComputedInverse(
@@ -128,11 +136,12 @@ class InvertibleLinear(ChannelMixing):
 
     @property
     def weight(self) -> Tensor:
-        """W, (C, C)."""
+        """The matrix W, (C, C), which is itself the parameter."""
         return self.matrix
 
     def inverse_weight(self) -> Tensor:
         """W^-1 in float64, rounded; NaN if W is exactly singular."""
+        # inv_ex reports singular matrices in ``info`` instead of raising
         inverse, info = torch.linalg.inv_ex(self.matrix.double())
         return torch.where(info == 0, inverse, torch.nan).to(self.matrix.dtype)
 
@@ -185,10 +194,11 @@ class LULinear(ChannelMixing):
         return torch.linalg.solve_triangular(upper, right, upper=True).to(self.log_s.dtype)
 
     def log_abs_det(self) -> Tensor:
-        """Sum of log_s."""
+        """log|det W|, the sum of log_s: L has a diagonal of ones, P a determinant of +-1."""
         return self.log_s.sum()
 
     def _factors(self) -> tuple[Tensor, Tensor]:
+        """L and U + diag(s), (C, C) each, in float64."""
         identity = torch.eye(len(self.log_s), dtype=torch.float64, device=self.log_s.device)
         diagonal = self.sign.double() * self.log_s.double().exp()
         lower = self.lower.double().tril(-1) + identity
@@ -205,12 +215,6 @@ def mix_channels(x: Tensor, weight: Tensor, *, dims: int) -> Tensor:
     if x.shape[1 - dims] != len(weight):
         raise ValueError(f"expected {len(weight)} channels, got {tuple(x.shape)}")
     return functional.linear(x.movedim(1 - dims, -1), weight).movedim(-1, 1 - dims)
-
-
-Product = Callable[[Tensor], Tensor]
-
-#: entries that are multiplied at once, so that they stay in a cache
-CHUNK = 2**18
 
 
 @dataclass
@@ -284,7 +288,7 @@ class ChannelMixingJacobian(LinearMapJacobian):
 class PermutationJacobian(LinearMapJacobian):
     """The Jacobian of a map that only moves entries: z_i = x_rows(i), within one flat sample."""
 
-    rows: Tensor
+    rows: Tensor  #: the index in x of every entry of z, (D,)
 
     @classmethod
     def of_moves(
@@ -298,6 +302,7 @@ class PermutationJacobian(LinearMapJacobian):
             inverse: moves them back.
             output: F(x). Default: ``forward(x)``.
         """
+        # where the numbers 0, 1, ... end up tells which entry each output takes
         numbered = torch.arange(x[0].numel(), device=x.device).reshape(1, *x.shape[1:])
         return cls(
             forward(x) if output is None else output,
@@ -331,6 +336,7 @@ class ElementwiseJacobian:
 
     def select(self, rows: Tensor) -> ElementwiseJacobian:
         """The Jacobian of these rows."""
+        # a derivative that is the same for all samples has a batch of one, or no such dimension
         same_dims = self.derivative.dim() == self.output.dim()
         if same_dims and len(self.derivative) == len(self.output):
             return ElementwiseJacobian(self.output[rows], self.derivative[rows])
@@ -341,17 +347,17 @@ class ElementwiseJacobian:
         return matrix.mul_(self.derivative.expand_as(self.output).reshape(-1, 1))
 
     def jvp(self, v: Tensor) -> Tensor:
-        """F' v."""
+        """J v = F' v, elementwise."""
         return v * self.derivative
 
     def vjp(self, u: Tensor) -> Tensor:
-        """F' u."""
+        """J^T u = F' u, elementwise."""
         return u * self.derivative
 
     def inverse_jvp(self, u: Tensor) -> Tensor:
-        """u / F'."""
+        """J^-1 u = u / F', elementwise."""
         return u / self.derivative
 
     def inverse_vjp(self, v: Tensor) -> Tensor:
-        """v / F'."""
+        """J^-T v = v / F', elementwise."""
         return v / self.derivative

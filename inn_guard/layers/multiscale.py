@@ -45,13 +45,14 @@ class FactorOut(Rearrangement):
         return torch.cat([finished.flatten(1), remaining.flatten(1)], dim=1)
 
     def inverse(self, z: Tensor) -> Tensor:
-        """The two halves back in their place."""
+        """The image with both halves of its channels back in their place, (B, C, H, W)."""
         kept, out = Halves().sizes(self.shape[0])
-        rest = self.shape[1:]
-        finished, remaining = z.split([out * math.prod(rest), kept * math.prod(rest)], dim=1)
-        return torch.cat(
-            [remaining.reshape(-1, kept, *rest), finished.reshape(-1, out, *rest)], dim=1
-        )
+        pixels = self.shape[1:]
+        count = math.prod(pixels)
+        finished, remaining = z.split([out * count, kept * count], dim=1)
+        first = remaining.reshape(-1, kept, *pixels)
+        second = finished.reshape(-1, out, *pixels)
+        return torch.cat([first, second], dim=1)
 
     def remaining_shape(self) -> tuple[int, ...]:
         """Shape of the first half of one sample's channels."""
@@ -84,12 +85,12 @@ class OnRemaining(DerivedMap):
             )
 
     def forward(self, x: Tensor) -> Tensor:
-        """[finished, F(remaining)]."""
+        """z = [finished, F(remaining)], (B, D)."""
         finished, remaining = self._split(x, self.shape)
         return torch.cat([finished, self.inner(remaining).flatten(1)], dim=1)
 
     def inverse(self, z: Tensor) -> Tensor:
-        """[finished, F^-1(remaining)]."""
+        """x = [finished, F^-1(remaining)], (B, D)."""
         finished, remaining = self._split(z, self.latent_shape)
         return torch.cat([finished, self.inner.inverse(remaining).flatten(1)], dim=1)
 
@@ -106,7 +107,10 @@ class OnRemaining(DerivedMap):
         return torch.cat([finished, x.flatten(1)], dim=1), log_det
 
     def with_cached_conditioner(self, state: Tensor) -> OnRemaining:
-        """The inner layer's conditioner evaluated at what remains; itself if the shape changes."""
+        """The layer with its inner conditioner evaluated once, at what remains of ``state``.
+
+        A layer that changes the shape stays as it is: ``state`` may be an input or an output.
+        """
         if self.shape != self.latent_shape:
             return self
         _, remaining = self._split(state, self.shape)
@@ -127,6 +131,7 @@ class OnRemaining(DerivedMap):
         )
 
     def _split(self, x: Tensor, shape: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+        """(what is finished, flat; what remains, in ``shape``) along the last dimension."""
         finished = x.shape[-1] - self.size
         if finished < 0:
             raise ValueError(f"expected at least {self.size} entries per sample, got {x.shape[-1]}")
@@ -134,6 +139,8 @@ class OnRemaining(DerivedMap):
         return head, tail.unflatten(-1, shape)
 
     def _on_tail(self, product: Product, shape: tuple[int, ...]) -> Product:
+        """``product``, which takes vectors (..., B, *shape), on the tails of flat vectors."""
+
         def apply(v: Tensor) -> Tensor:
             head, tail = self._split(v, shape)
             return torch.cat([head, product(tail).flatten(v.dim() - 1)], dim=-1)

@@ -85,9 +85,10 @@ class Conditional(nn.Module):
 
     @staticmethod
     def joined(x: Tensor, context: Tensor) -> Tensor:
-        """[x, c] along dimension 1."""
-        spread = context.reshape(*context.shape, *[1] * (x.dim() - context.dim()))
-        return torch.cat([x, spread.expand(*spread.shape[:2], *x.shape[2:])], dim=1)
+        """x and c joined along dimension 1, c repeated over the positions of x."""
+        while context.dim() < x.dim():
+            context = context.unsqueeze(-1)
+        return torch.cat([x, context.expand(*context.shape[:2], *x.shape[2:])], dim=1)
 
 
 def zero_last(network: nn.Module) -> nn.Module:
@@ -109,6 +110,7 @@ def zero_last(network: nn.Module) -> nn.Module:
 
 
 def _interleaved(linear: Sequence[nn.Module], activation: Activation) -> list[nn.Module]:
+    """The modules with a new activation between each two of them."""
     modules: list[nn.Module] = [linear[0]]
     for module in linear[1:]:
         modules += [activation(), module]

@@ -57,7 +57,7 @@ class Adaptive:
     atol: float = 1e-9
 
     def options(self, duration: float) -> dict[str, Any]:
-        """Method and tolerances."""
+        """Keyword arguments of ``torchdiffeq.odeint``: method and tolerances."""
         return {"method": "dopri5", "rtol": self.rtol, "atol": self.atol}
 
 
@@ -77,7 +77,7 @@ class FixedStep:
             raise ValueError(f"expected at least one step, got {self.steps}")
 
     def options(self, duration: float) -> dict[str, Any]:
-        """Method and step size."""
+        """Keyword arguments of ``torchdiffeq.odeint``: method and step size."""
         return {"method": self.method.value, "options": {"step_size": duration / self.steps}}
 
 
@@ -95,7 +95,7 @@ class ExactTrace:
     """One vector-Jacobian product per dimension. For small D."""
 
     def prepare(self, x: Tensor) -> Tensor:
-        """The standard basis."""
+        """The standard basis as D vectors per sample, (D, B, *data)."""
         size = x[0].numel()
         eye = torch.eye(size, dtype=x.dtype, device=x.device)
         return eye.reshape(size, 1, *x.shape[1:]).expand(size, *x.shape)
@@ -118,12 +118,11 @@ class HutchinsonTrace:
     seed: int = 0
 
     def prepare(self, x: Tensor) -> Tensor:
-        """Random signs, scaled so that their sum is the mean."""
+        """Random signs, (K, B, *data), divided by sqrt(K) so that the sum is a mean of K."""
         generator = torch.Generator().manual_seed(self.seed)
-        signs = (
-            torch.randint(0, 2, (self.probes, *x.shape), generator=generator, device="cpu") * 2 - 1
-        )
-        return signs.to(x) / self.probes**0.5
+        shape = (self.probes, *x.shape)
+        bits = torch.randint(0, 2, shape, generator=generator, device="cpu")
+        return (2 * bits - 1).to(x) / self.probes**0.5
 
 
 class NeuralODE(Invertible):
@@ -160,17 +159,17 @@ class NeuralODE(Invertible):
         self.trace: Trace = ExactTrace() if trace is None else trace
 
     def velocity(self, t: Tensor, x: Tensor) -> Tensor:
-        """f(t, x)."""
+        """The velocity f(t, x), (B, *data), at the context if there is one."""
         if self.context is None:
             return self.field(t, x)
         return self.field(t, x, self.context)
 
     def forward(self, x: Tensor) -> Tensor:
-        """x(T)."""
+        """The state at time T from x at time 0, (B, *data)."""
         return self._integrate(x, start=0.0, end=self.duration)
 
     def inverse(self, z: Tensor) -> Tensor:
-        """x(0)."""
+        """The state at time 0 from z at time T, (B, *data)."""
         return self._integrate(z, start=self.duration, end=0.0)
 
     def forward_and_log_det(self, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -225,17 +224,18 @@ class NeuralODE(Invertible):
     ) -> tuple[Tensor, ...]:
         """The state at ``end``; NaN if the solver gave up because its step vanished."""
         if not len(state[0]):
-            return state
+            return state  # an empty batch: there is nothing to integrate
         times = torch.tensor([start, end], dtype=state[0].dtype, device=state[0].device)
         try:
             path = odeint(velocity, state, times, **self.solver.options(self.duration))
         except AssertionError:
+            # torchdiffeq asserts that the adaptive step has not underflown
             return tuple(torch.full_like(part, torch.nan) for part in state)
         return tuple(part[-1] for part in path)
 
 
 def _trace(value: Tensor, point: Tensor, vectors: Tensor, *, create_graph: bool) -> Tensor:
-    """sum_k v_k^T J v_k per sample."""
+    """sum_k v_k^T J v_k per sample, (B,), with J the Jacobian of ``value`` at ``point``."""
     total = value.new_zeros(len(value))
     for v in vectors:
         (row,) = torch.autograd.grad(value, point, v, create_graph=create_graph, retain_graph=True)

@@ -47,7 +47,7 @@ class _TwoBlocks(nn.Module, abc.ABC):
         """Number of channels of the first block."""
 
     def split(self, x: Tensor, *, dims: int) -> tuple[Tensor, Tensor]:
-        """(identity part, transformed part)."""
+        """(identity part, transformed part) of x; both are views of it."""
         dim = 1 - dims
         channels = x.shape[dim]
         size = self.first_size(channels)
@@ -58,7 +58,7 @@ class _TwoBlocks(nn.Module, abc.ABC):
         return first, second
 
     def join(self, identity: Tensor, transformed: Tensor, *, dims: int) -> Tensor:
-        """Both blocks along the channels."""
+        """The x whose two blocks of channels these are."""
         if self.swapped:
             return torch.cat([transformed, identity], dim=1 - dims)
         return torch.cat([identity, transformed], dim=1 - dims)
@@ -85,7 +85,7 @@ class Halves(_TwoBlocks):
         super().__init__(swapped=swapped)
 
     def first_size(self, channels: int) -> int:
-        """Half of the channels, rounded up."""
+        """Number of channels of the first block: half of them, rounded up."""
         return (channels + 1) // 2
 
     def sizes(self, channels: int) -> tuple[int, int]:
@@ -113,7 +113,7 @@ class Leading(_TwoBlocks):
         self.count = count
 
     def first_size(self, channels: int) -> int:
-        """``count``."""
+        """Number of channels of the first block: ``count``, however many there are."""
         return self.count
 
 
@@ -146,7 +146,7 @@ class Mask(nn.Module):
         return torch.where(self.mask, x, 0), torch.where(self.mask, 0, x)
 
     def join(self, identity: Tensor, transformed: Tensor, *, dims: int) -> Tensor:
-        """The entries of each part from its own tensor."""
+        """The x that has the entries of each part in its place."""
         return torch.where(self.mask, identity, transformed)
 
     def restrict(self, parameter: Tensor, *, neutral: float) -> Tensor:

@@ -35,12 +35,12 @@ class Permutation(Invertible):
 
     @classmethod
     def reverse(cls, channels: int) -> Permutation:
-        """The last channel first."""
+        """The layer that reverses the order of the channels."""
         return cls(torch.arange(channels).flip(0))
 
     @classmethod
     def shuffle(cls, channels: int, *, generator: torch.Generator) -> Permutation:
-        """A random order, drawn once."""
+        """A layer with a random order, drawn once."""
         return cls(torch.randperm(channels, generator=generator))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -52,15 +52,16 @@ class Permutation(Invertible):
         return z.index_select(1, self.back)
 
     def forward_and_log_det(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """z and 0."""
+        """z and the log-determinant 0, (B,)."""
         return self.forward(x), x.new_zeros(len(x))
 
     def inverse_and_log_det(self, z: Tensor) -> tuple[Tensor, Tensor]:
-        """x and 0."""
+        """x and the log-determinant 0, (B,)."""
         return self.inverse(z), z.new_zeros(len(z))
 
     def linearize(self, x: Tensor) -> LayerJacobian:
         """The permutation itself: its transpose is its inverse."""
+        # counted from the end: vectors may have more leading dimensions than x
         channels = 1 - x.dim()
 
         def forward(v: Tensor) -> Tensor:

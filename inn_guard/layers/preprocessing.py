@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from inn_guard.core.invertible import Invertible
 from inn_guard.core.layer_jacobian import LayerJacobian
@@ -43,16 +44,18 @@ class Logit(Invertible):
         return (torch.sigmoid(z) - self.alpha) / (1 - 2 * self.alpha)
 
     def forward_and_log_det(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """z and the sum of log dz/dx."""
+        """z and the sum of log dz/dx, (B,)."""
         return self.forward(x), self._slope(x).log().flatten(1).sum(1)
 
     def inverse_and_log_det(self, z: Tensor) -> tuple[Tensor, Tensor]:
-        """x and the sum of log dx/dz."""
-        sigmoid = torch.nn.functional.logsigmoid
-        return self.inverse(z), (sigmoid(z) + sigmoid(-z) - self._log_width(z)).flatten(1).sum(1)
+        """x and the sum of log dx/dz, (B,)."""
+        # log p + log(1 - p) from z: finite also where p rounds to 0 or 1
+        log_slope = functional.logsigmoid(z) + functional.logsigmoid(-z)
+        log_width = z.new_tensor(1 - 2 * self.alpha).log()
+        return self.inverse(z), (log_slope - log_width).flatten(1).sum(1)
 
     def linearize(self, x: Tensor) -> LayerJacobian:
-        """Multiplication with dz/dx."""
+        """The Jacobian at x: multiplication with dz/dx."""
         return ElementwiseJacobian(self.forward(x.detach()), self._slope(x.detach()))
 
     def _inside(self, x: Tensor) -> Tensor:
@@ -61,6 +64,3 @@ class Logit(Invertible):
     def _slope(self, x: Tensor) -> Tensor:
         p = self._inside(x)
         return (1 - 2 * self.alpha) / (p * (1 - p))
-
-    def _log_width(self, like: Tensor) -> Tensor:
-        return like.new_tensor(1 - 2 * self.alpha).log()

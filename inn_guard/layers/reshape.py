@@ -19,15 +19,15 @@ class Rearrangement(Invertible):
     """A map that only moves entries: its transpose is its inverse, its log-determinant zero."""
 
     def forward_and_log_det(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """z and 0."""
+        """z and the log-determinant 0, (B,)."""
         return self.forward(x), x.new_zeros(len(x))
 
     def inverse_and_log_det(self, z: Tensor) -> tuple[Tensor, Tensor]:
-        """x and 0."""
+        """x and the log-determinant 0, (B,)."""
         return self.inverse(z), z.new_zeros(len(z))
 
     def linearize(self, x: Tensor) -> LayerJacobian:
-        """The rearrangement itself."""
+        """The Jacobian at x: the rearrangement itself."""
         output = self.forward(x.detach())
         forward = _over_leading(self.forward, dims=x.dim())
         inverse = _over_leading(self.inverse, dims=output.dim())
@@ -51,7 +51,7 @@ class Squeeze(Rearrangement):
         self.factor = factor
 
     def forward(self, x: Tensor) -> Tensor:
-        """Space to channels.
+        """Move every block of f x f pixels into the channels.
 
         Raises:
             ValueError: if height or width is not a multiple of the factor.
@@ -69,7 +69,7 @@ class Squeeze(Rearrangement):
         return functional.pixel_unshuffle(x, f)
 
     def inverse(self, z: Tensor) -> Tensor:
-        """Channels to space."""
+        """Move the channels back into blocks of f x f pixels."""
         batch, channels, height, width = z.shape
         f = self.factor
         if not z.numel():
@@ -107,11 +107,11 @@ class Flatten(Rearrangement):
         self.shape = tuple(shape)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, D)."""
+        """x as vectors, (B, D)."""
         return x.flatten(1)
 
     def inverse(self, z: Tensor) -> Tensor:
-        """(B, *shape)."""
+        """z in the shape of the data, (B, *shape)."""
         return z.reshape(len(z), *self.shape)
 
 

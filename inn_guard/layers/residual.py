@@ -1,4 +1,4 @@
-"""Invertible residual layers."""
+"""Residual layers z = x + g(x) with Lip(g) < 1, inverted by a fixed-point iteration."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ class Residual(Invertible):
         return self._convergence[0]
 
     def residual(self, x: Tensor) -> Tensor:
-        """g(x)."""
+        """The residual g(x), (B, *data), at the context if there is one."""
         if self.context is None:
             return self.network(x)
         return self.network(x, self.context)
@@ -66,6 +66,7 @@ class Residual(Invertible):
         x, self._convergence[0] = self.solver.solve(lambda x: z - self.residual(x), z.detach())
         if not torch.is_grad_enabled():
             return x
+        # one more evaluation ties the solution to z and to the parameters of g
         return implicit_gradient(
             z - self.residual(x), lambda gradient: self._pull_through(x, gradient)
         )
@@ -101,6 +102,8 @@ class Residual(Invertible):
 
 
 class _ResidualJacobian:
+    """I + G from products with G; its inverse solves w = u - G w by the layer's own iteration."""
+
     def __init__(self, output: Tensor, network: NetworkJacobian, solver: FixedPoint) -> None:
         self.output = output
         self._network, self._solver = network, solver

@@ -1,4 +1,4 @@
-"""log|det(I + G)| of a residual layer: exact, by a truncated power series, and unbiased.
+"""log|det(I + G)| of a residual layer: exact, by a truncated power series, or without bias.
 
 With G = dg/dx of norm below 1, log|det(I + G)| = tr log(I + G) = sum_k (-1)^(k+1) tr(G^k) / k, and
 tr(G^k) = E[v^T G^k v] for v ~ N(0, I): one vector-Jacobian product per term.
@@ -25,6 +25,7 @@ class ResidualLogDet(nn.Module, abc.ABC):
         """g(x), and log|det(I + G)| at x in nats, (B,)."""
         graph = torch.is_grad_enabled()
         with torch.enable_grad():
+            # products with G need a graph of g even where the caller wants none
             point = x
             if not (graph and x.requires_grad):
                 point = x.detach().requires_grad_()
@@ -41,14 +42,14 @@ class ResidualLogDet(nn.Module, abc.ABC):
 
     @abc.abstractmethod
     def of_products(self, pull: Map, x: Tensor) -> Tensor:
-        """log|det(I + G)|, (B,), from ``pull``: u -> G^T u."""
+        """log|det(I + G)| at x in nats, (B,), from the products ``pull``: u -> G^T u."""
 
 
 class ExactLogDet(ResidualLogDet):
     """From the dense Jacobian: D vector-Jacobian products and an LU factorisation. For small D."""
 
     def of_products(self, pull: Map, x: Tensor) -> Tensor:
-        """log|det(I + G)| by LU."""
+        """log|det(I + G)| in nats, (B,), by LU."""
         flat = x.flatten(1)
         eye = torch.eye(flat.shape[1], dtype=x.dtype, device=x.device)
         rows = [pull(row.expand_as(flat).reshape(x.shape)).flatten(1) for row in eye]
@@ -114,7 +115,7 @@ class PowerSeries(_Stochastic):
         self.terms = terms
 
     def weights(self, generator: torch.Generator) -> Iterator[float]:
-        """1 for every term."""
+        """The weight 1 for each of the n terms."""
         return iter([1.0] * self.terms)
 
 
@@ -143,7 +144,7 @@ class RussianRoulette(_Stochastic):
         self.exact_terms, self.stop = exact_terms, stop
 
     def weights(self, generator: torch.Generator) -> Iterator[float]:
-        """1 for the first terms, then 1 / P(reached)."""
+        """The weight 1 for the exact terms, then 1 / P(the term is reached)."""
         uniform = torch.rand((), generator=generator, device="cpu", dtype=torch.float64).item()
         # further terms N with P(N >= k) = (1 - stop)^(k - 1), k = 1, 2, ...
         further = 1 + math.floor(math.log1p(-uniform) / math.log(1 - self.stop))

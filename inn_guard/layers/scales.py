@@ -26,34 +26,34 @@ class ScaleFunction(Protocol):
 
     @property
     def lower(self) -> float:
-        """inf g."""
+        """The infimum of g."""
         ...
 
     @property
     def upper(self) -> float:
-        """sup g."""
+        """The supremum of g."""
         ...
 
     @property
     def max_slope(self) -> float:
-        """sup |g'|, or an upper bound of it."""
+        """The supremum of |g'|, or an upper bound of it."""
         ...
 
     @property
     def max_log_slope(self) -> float:
-        """sup |g'/g|, or an upper bound of it."""
+        """The supremum of |g'/g|, or an upper bound of it."""
         ...
 
     def value(self, h: Tensor) -> Tensor:
-        """g(h), the shape of h."""
+        """The scale g(h), in the shape of h."""
         ...
 
     def log(self, h: Tensor) -> Tensor:
-        """log g(h), the shape of h."""
+        """The logarithm log g(h), in the shape of h; finite where g(h) itself underflows."""
         ...
 
     def slope(self, h: Tensor) -> Tensor:
-        """g'(h), the shape of h."""
+        """The derivative g'(h), in the shape of h."""
         ...
 
 
@@ -85,29 +85,29 @@ class SigmoidScale:
 
     @property
     def max_slope(self) -> float:
-        """(upper - lower) / 4."""
+        """The supremum of g', (upper - lower) / 4, at the inflection point."""
         return (self.upper - self.lower) / 4
 
     @property
     def max_log_slope(self) -> float:
-        """1 + 2a - 2 sqrt(a^2 + a)."""
+        """The supremum of g'/g, 1 + 2a - 2 sqrt(a^2 + a)."""
         a = self.lower / (self.upper - self.lower)
         return 1 + 2 * a - 2 * math.sqrt(a * a + a)
 
     def value(self, h: Tensor) -> Tensor:
-        """g(h)."""
+        """The scale g(h), in the shape of h."""
         scale = torch.sigmoid(h + self.offset) * (self.upper - self.lower)
         return scale + self.lower if self.lower else scale
 
     def log(self, h: Tensor) -> Tensor:
-        """log g(h)."""
+        """The logarithm log g(h), in the shape of h."""
         if self.lower:
             return self.value(h).log()
         # logsigmoid stays finite where the sigmoid has underflown
         return functional.logsigmoid(h + self.offset) + math.log(self.upper)
 
     def slope(self, h: Tensor) -> Tensor:
-        """g'(h)."""
+        """The derivative g'(h), in the shape of h."""
         sigmoid = torch.sigmoid(h + self.offset)
         return (self.upper - self.lower) * sigmoid * (1 - sigmoid)
 
@@ -132,15 +132,15 @@ class ExpScale:
     max_log_slope = 1.0
 
     def value(self, h: Tensor) -> Tensor:
-        """g(h)."""
+        """The scale g(h), in the shape of h."""
         return h.exp()
 
     def log(self, h: Tensor) -> Tensor:
-        """log g(h)."""
+        """The logarithm log g(h), in the shape of h."""
         return h
 
     def slope(self, h: Tensor) -> Tensor:
-        """g'(h)."""
+        """The derivative g'(h), in the shape of h."""
         return h.exp()
 
 
@@ -166,34 +166,34 @@ class ClampedScale:
 
     @property
     def lower(self) -> float:
-        """e^-clamp."""
+        """The infimum of g, e^-clamp."""
         return math.exp(-self.clamp)
 
     @property
     def upper(self) -> float:
-        """e^clamp."""
+        """The supremum of g, e^clamp."""
         return math.exp(self.clamp)
 
     @property
     def max_slope(self) -> float:
-        """(2/pi) clamp e^clamp."""
+        """An upper bound of g', (2/pi) clamp e^clamp."""
         return self.max_log_slope * self.upper
 
     @property
     def max_log_slope(self) -> float:
-        """(2/pi) clamp."""
+        """The supremum of g'/g, (2/pi) clamp, at h = 0."""
         return self.clamp * 2 / math.pi
 
     def value(self, h: Tensor) -> Tensor:
-        """g(h)."""
+        """The scale g(h), in the shape of h."""
         return self.log(h).exp()
 
     def log(self, h: Tensor) -> Tensor:
-        """log g(h)."""
+        """The logarithm log g(h), in the shape of h."""
         return self.max_log_slope * torch.atan(h)
 
     def slope(self, h: Tensor) -> Tensor:
-        """g'(h)."""
+        """The derivative g'(h), in the shape of h."""
         return self.value(h) * self.max_log_slope / (1 + h.square())
 
 
@@ -217,17 +217,17 @@ class SoftplusScale:
             raise ValueError(f"expected lower >= 0, got {self.lower}")
 
     def value(self, h: Tensor) -> Tensor:
-        """g(h)."""
+        """The scale g(h), in the shape of h."""
         # the default threshold of 20 is too low for float64: e^-20 = 2e-9
         return functional.softplus(h, threshold=40) + self.lower
 
     def log(self, h: Tensor) -> Tensor:
-        """log g(h)."""
+        """The logarithm log g(h), in the shape of h."""
         if self.lower:
             return self.value(h).log()
         # log g = h - e^h / 2 + ...; below -40 that is h, also where g has underflown
         return torch.where(h < -40, h, self.value(h.clamp(min=-40)).log())
 
     def slope(self, h: Tensor) -> Tensor:
-        """g'(h)."""
+        """The derivative g'(h), in the shape of h."""
         return torch.sigmoid(h)

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from inn_guard.core.invertible import NotApplicable
+from inn_guard.jacobian.dense import composed_jacobian
 from inn_guard.layers.actnorm import ActNorm
 from inn_guard.layers.chain import Chain
 from inn_guard.layers.linear import InvertibleLinear, LULinear
@@ -178,3 +179,20 @@ def test_chain_refuses_what_is_not_invertible_and_is_the_identity_when_empty():
     x = torch.randn(2, 3)
     assert torch.equal(Chain()(x), x)
     assert Chain(Chain(), Chain(Chain())).layers() == ()
+
+
+def test_a_subclass_of_chain_with_its_own_map_is_one_layer_though_it_has_no_steps():
+    class Doubled(Chain):
+        def forward(self, x):
+            return 2 * x
+
+        def inverse(self, z):
+            return z / 2
+
+    doubled = Doubled()
+    chain = Chain(doubled, Chain(), Permutation.reverse(3))
+    assert chain.layers()[0] is doubled
+    assert len(chain.layers()) == 2
+    x = torch.randn(2, 3)
+    J = composed_jacobian(chain, x)
+    assert torch.allclose(torch.einsum("bij,bj->bi", J, x), chain(x))
