@@ -181,7 +181,7 @@ def _refusal_of_a_module(model: nn.Module, name: str) -> str:
 
 
 def _refusal_of_a_list(model: Iterable[Any], name: str) -> str:
-    """Layers are accepted by wrap(layers=...), if each of them has both directions."""
+    """The same for a list. wrap(layers=...) accepts it if each part has both directions."""
     for k, part in enumerate(model):
         known = isinstance(part, (Invertible, tuple)) or _adapter_of(part) is not None
         if not known:

@@ -68,6 +68,7 @@ class Adapted(Invertible):
         return x, self._as_log_det(log_det, z)
 
     def _call(self, direction: Callable[[Tensor], Result], x: Tensor) -> Result:
+        """``direction(x)``; if it fails for want of a context, an error that says so."""
         try:
             # a clone, because libraries write into their inputs
             return direction(x.clone())
@@ -97,7 +98,7 @@ class Adapted(Invertible):
         return torch.empty(0)
 
     def linearize(self, x: Tensor) -> LayerJacobian:
-        """The four products: from the known structure if a check confirms it, else by autograd."""
+        """The Jacobian at x: of the known structure if a check confirms it, else by autograd."""
         with torch.no_grad():
             known = known_jacobian(self.module, x.detach(), self.context)
         if known is not None and is_jacobian_of(known, self.forward, x):
@@ -106,7 +107,7 @@ class Adapted(Invertible):
 
     @property
     def block(self) -> nn.Module:
-        """The wrapped module."""
+        """The wrapped module, whose class and parameters say what the map is."""
         return self.module
 
     @property

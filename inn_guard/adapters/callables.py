@@ -136,6 +136,7 @@ def _arguments(x: Tensor, context: Context) -> tuple[Any, ...]:
 
 
 def _registered(closures: Sequence[Closure]) -> nn.ModuleList:
+    """All modules that the callables use, each once; in training mode if one of them is."""
     found: dict[int, nn.Module] = {}
     for closure in closures:
         for module in closure.modules():

@@ -36,7 +36,7 @@ class Closure:
         self.function = function
 
     def __call__(self, *arguments: Any) -> Any:
-        """Call the function."""
+        """The function's own result."""
         return self.function(*arguments)
 
     def __deepcopy__(self, memo: dict[Any, Any]) -> Closure:
@@ -49,6 +49,7 @@ class Closure:
 
 
 def _modules(value: Any, seen: set[int]) -> Iterator[nn.Module]:
+    """The modules that a value reaches; ``seen`` are ids, against cycles."""
     if id(value) in seen:
         return
     seen.add(id(value))
@@ -83,6 +84,7 @@ def _variables(function: types.FunctionType) -> dict[str, Any]:
 
 
 def _same_file(value: Any, function: types.FunctionType) -> bool:
+    """Whether to look into what a function names: not into the functions of other libraries."""
     if not isinstance(value, types.FunctionType):
         return True
     return value.__code__.co_filename == function.__code__.co_filename
@@ -94,10 +96,13 @@ def _rebound(value: Any, memo: dict[Any, Any]) -> Any:
         return copy.deepcopy(value, memo)
     if id(value) in memo:
         return memo[id(value)]
-    named = _variables(value).items()
-    variables = {name: part for name, part in named if any(_modules(part, set()))}
+    variables: dict[str, Any] = {}
+    for name, part in _variables(value).items():
+        if next(_modules(part, set()), None) is not None:
+            variables[name] = part
     if not variables:
         return value
+    # the copy needs cells and globals of its own: others use those of the original
     cells = tuple(types.CellType() for _ in value.__closure__ or ())
     copied = types.FunctionType(
         value.__code__, dict(value.__globals__), value.__name__, value.__defaults__, cells

@@ -86,7 +86,7 @@ class SbiEstimator(InvertibleWrapper):
 
     @property
     def block(self) -> nn.Module:
-        """The estimator."""
+        """The estimator itself, not the flow inside."""
         return self.module
 
     @property
@@ -95,6 +95,7 @@ class SbiEstimator(InvertibleWrapper):
         return type(self.module).__name__
 
     def _flow_context(self, observations: Context) -> Context:
+        """The context that the flow takes: a flow of nflows embeds the observations itself."""
         net: Any = self.module.net
         if hasattr(net, "_embedding_net"):
             return observations

@@ -46,7 +46,13 @@ def known_jacobian(
 
 
 def is_jacobian_of(jacobian: LayerJacobian, forward: Map, x: Tensor) -> bool:
-    """Whether its output and J^T u, u random, are those of ``forward`` by autograd."""
+    """Whether the output and J^T u, for a random u, are those of ``forward`` by autograd.
+
+    Args:
+        jacobian: what a layer's class promises at x.
+        forward: the layer itself.
+        x: the point, (B, *data).
+    """
     leaf = x.detach().clone().requires_grad_()
     with torch.enable_grad():
         z = forward(leaf)
@@ -58,6 +64,7 @@ def is_jacobian_of(jacobian: LayerJacobian, forward: Map, x: Tensor) -> bool:
 
 
 def _close(actual: Tensor, expected: Tensor) -> bool:
+    # nothing iterates here, so rounding alone may differ; INEXACT is a ceiling for half precisions
     rounding = ROUNDING * torch.finfo(expected.dtype).eps * math.sqrt(expected[0].numel())
     tolerance = min(INEXACT, rounding)
     return bool((norms(actual - expected) <= tolerance * norms(expected)).all())
@@ -81,7 +88,7 @@ class Features:
         return x.index_select(dim, self.identity), x.index_select(dim, self.transformed)
 
     def join(self, identity: Tensor, transformed: Tensor, *, dims: int) -> Tensor:
-        """Both parts in their places."""
+        """The x that splits into ``identity`` and ``transformed``."""
         dim = identity.dim() + 1 - dims
         return torch.cat([identity, transformed], dim=dim).index_select(dim, self._order)
 
@@ -104,11 +111,11 @@ class PermutedOutputs:
         self.output = self._permuted(network.output)
 
     def jvp(self, v: Tensor) -> Tensor:
-        """J v."""
+        """J v, (..., B, *out)."""
         return self._permuted(self._network.jvp(v))
 
     def vjp(self, u: Tensor) -> Tensor:
-        """J^T u."""
+        """J^T u, (..., B, *in)."""
         shift, h = u.chunk(2, dim=self._dim)
         return self._network.vjp(torch.cat([h, self._factor * shift], dim=self._dim))
 
@@ -137,41 +144,45 @@ class SelectedOutputs:
         return cls(network, torch.cat([channels[0::2], channels[1::2]]))
 
     def jvp(self, v: Tensor) -> Tensor:
-        """J v."""
+        """J v, (..., B, *out)."""
         return self._network.jvp(v).index_select(self._dim, self._order)
 
     def vjp(self, u: Tensor) -> Tensor:
-        """J^T u."""
+        """J^T u, (..., B, *in)."""
         return self._network.vjp(u.index_select(self._dim, self._back))
 
 
 class ChainJacobian:
-    """The Jacobian of several maps in a row, from their own, first one first."""
+    """The Jacobian of a composition of maps.
+
+    Args:
+        jacobians: of the maps, each at its own input; the map that is applied first comes first.
+    """
 
     def __init__(self, jacobians: Sequence[LayerJacobian]) -> None:
         self._jacobians = tuple(jacobians)
         self.output = self._jacobians[-1].output
 
     def jvp(self, v: Tensor) -> Tensor:
-        """J v."""
+        """J v: (B, *data) -> (B, *latent)."""
         for jacobian in self._jacobians:
             v = jacobian.jvp(v)
         return v
 
     def vjp(self, u: Tensor) -> Tensor:
-        """J^T u."""
+        """J^T u: (B, *latent) -> (B, *data)."""
         for jacobian in reversed(self._jacobians):
             u = jacobian.vjp(u)
         return u
 
     def inverse_jvp(self, u: Tensor) -> Tensor:
-        """J^-1 u."""
+        """J^-1 u: (B, *latent) -> (B, *data)."""
         for jacobian in reversed(self._jacobians):
             u = jacobian.inverse_jvp(u)
         return u
 
     def inverse_vjp(self, v: Tensor) -> Tensor:
-        """J^-T v."""
+        """J^-T v: (B, *data) -> (B, *latent)."""
         for jacobian in self._jacobians:
             v = jacobian.inverse_vjp(v)
         return v
@@ -194,6 +205,7 @@ def coupling_jacobian(
         z = partition.join(identity, transformed + network.output, dims=dims)
         return CouplingJacobian(z, network, partition)
     shift, h = network.output.chunk(2, dim=1)
+    # a library gives its scale without the derivative, which autograd finds elementwise
     leaf = h.detach().clone().requires_grad_()
     with torch.enable_grad():
         value = scale(leaf)

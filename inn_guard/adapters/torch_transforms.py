@@ -71,12 +71,12 @@ class TorchTransform(Adapted):
         return type(self.transform).__name__
 
     def forward(self, x: Tensor) -> Tensor:
-        """z = transform(x)."""
+        """z = transform(x), (B, *latent)."""
         z = self.transform(self._checked(x.clone()))
         return _same_size(z, x, self.transform)
 
     def inverse(self, z: Tensor) -> Tensor:
-        """x = transform.inv(z)."""
+        """x = transform.inv(z), (B, *data)."""
         x = self.transform.inv(self._checked(z.clone()))
         return _same_size(x, z, self.transform)
 
@@ -89,6 +89,7 @@ class TorchTransform(Adapted):
         return x, -self.transform.log_abs_det_jacobian(x, z)
 
     def _checked(self, x: Tensor) -> Tensor:
+        """x, if it has a batch: the library would take the first event dimension for it."""
         needed = self.transform.domain.event_dim + 1
         if x.dim() < needed:
             raise ValueError(
@@ -120,7 +121,7 @@ class TorchDistribution(InvertibleWrapper):
         return as_log_det(self.distribution.log_prob(x), x)
 
     def base(self) -> BaseDistribution:
-        """The distribution's ``base_dist``."""
+        """The distribution of z: the library's ``base_dist``."""
         base = self.distribution.base_dist
         return BaseDistribution(
             lambda n, context: base.sample((n,)),
@@ -131,6 +132,7 @@ class TorchDistribution(InvertibleWrapper):
         )
 
     def _like(self) -> Tensor:
+        """An empty tensor with the dtype and device of the distribution's tensors."""
         for tensor in _tensors(self.distribution):
             if tensor.is_floating_point():
                 return tensor.detach().new_empty(0)
@@ -211,21 +213,21 @@ def _view(value: Any, tensor_map: Callable[[Tensor], Tensor]) -> Any:
         return value
     clone = object.__new__(type(value))
     for key, part in vars(value).items():
-        if not _is_cache(value, key):
-            vars(clone)[key] = _view(part, tensor_map)
+        # for an inverse, ``_inv`` is what it inverts; for others, a weak reference to an inverse
+        # that was built before
+        if key == "_inv" and not isinstance(value, T._InverseTransform):
+            continue
+        if key == "_cached_x_y":
+            continue
+        vars(clone)[key] = _view(part, tensor_map)
     if isinstance(value, T.Transform):
         vars(clone)["_cache_size"] = 0
         vars(clone).setdefault("_inv", None)
     return clone
 
 
-def _is_cache(owner: Any, key: str) -> bool:
-    if key == "_inv":
-        return not isinstance(owner, T._InverseTransform)
-    return key == "_cached_x_y"
-
-
 def _tensors(value: Any) -> list[Tensor]:
+    """All tensors of a transform or distribution, each once."""
     found: dict[int, Tensor] = {}
 
     def collect(tensor: Tensor) -> Tensor:
@@ -237,6 +239,7 @@ def _tensors(value: Any) -> list[Tensor]:
 
 
 def _same_size(result: Tensor, argument: Tensor, transform: T.Transform) -> Tensor:
+    """``result``, if it has as many entries per sample as ``argument``."""
     if result.shape[:1] != argument.shape[:1] or result.numel() != argument.numel():
         reason = f"maps shape {tuple(argument.shape)} to {tuple(result.shape)}"
         raise TypeError(_refusal(transform, reason))

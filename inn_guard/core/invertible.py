@@ -23,6 +23,7 @@ __all__ = [
     "InvertibleWrapper",
     "NotApplicable",
     "as_log_det",
+    "copies_of_computed_tensors",
     "map_tensors",
     "standard_normal_log_prob",
 ]
@@ -123,7 +124,7 @@ class Invertible(nn.Module, abc.ABC):
         """A copy with parameters, buffers and context in ``dtype``; the original is unchanged."""
         # without its context: the output of an embedding net is no leaf and cannot be deep-copied
         bare = self.with_context(None)
-        clone = copy.deepcopy(bare, _copies_of_computed_tensors(bare)).to(dtype)
+        clone = copy.deepcopy(bare, copies_of_computed_tensors(bare)).to(dtype)
         if self.context is None:
             return clone
         return clone.with_context(cast_context(self.context, dtype))
@@ -234,10 +235,11 @@ class InvertibleWrapper(DerivedMap):
         return self.inner.block
 
 
-def _copies_of_computed_tensors(model: nn.Module) -> dict[int, Any]:
-    """id -> detached copy of tensors that modules keep with their graph, for ``copy.deepcopy``.
+def copies_of_computed_tensors(model: nn.Module) -> dict[int, Any]:
+    """Detached copies, by id, of the tensors that modules keep with their graph.
 
-    torch.nn.utils.weight_norm keeps its latest weight so; deepcopy refuses such tensors.
+    Pass it to ``copy.deepcopy`` as its memo: deepcopy refuses such tensors.
+    torch.nn.utils.weight_norm, for example, keeps its latest weight so.
     """
     copies: dict[int, Any] = {}
     for module in model.modules():

@@ -67,10 +67,6 @@ class SelfChecking(Protocol):
         """Whether J v and J^T u, as far as they have been used, are transposes of each other."""
         ...
 
-    def inverse_transposes(self) -> bool:
-        """Whether J^-1 u and J^-T v, as far as used, are transposes of each other."""
-        ...
-
 
 class _Recorded:
     """A map at one point with its graph kept, so that J^T u and J v cost one backward pass each."""
@@ -189,10 +185,6 @@ class AutogradJacobian:
     def forward_transposes(self) -> bool:
         """Whether J v was measured to belong to J^T u: <J v, w> = <v, J^T w> on random vectors."""
         return self._forward.is_adjoint_pair
-
-    def inverse_transposes(self) -> bool:
-        """Whether J^-1 u was measured to belong to J^-T v, on random vectors."""
-        return self._backward.is_adjoint_pair
 
     @property
     def _backward(self) -> _Recorded:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 __all__ = [
     "concatenate_flat",
+    "draw_normal",
     "dtype_name",
     "finite_rows",
     "log_norm",
@@ -157,3 +158,18 @@ def standard_normal(like: Tensor, generator: torch.Generator) -> Tensor:
         generator: a generator on the CPU.
     """
     return torch.randn(like.shape, generator=generator, device="cpu", dtype=torch.float64).to(like)
+
+
+def draw_normal(shape: Sequence[int], *, like: Tensor, generator: torch.Generator) -> Tensor:
+    """Standard normal numbers of this shape, in the dtype and on the device of ``like``.
+
+    The numbers are drawn on the CPU in that dtype: unlike those of ``standard_normal``, they differ
+    between dtypes.
+
+    Args:
+        shape: of the result.
+        like: whose dtype and device are taken.
+        generator: a generator on the CPU.
+    """
+    drawn = torch.randn(tuple(shape), generator=generator, device="cpu", dtype=like.dtype)
+    return drawn.to(like.device)

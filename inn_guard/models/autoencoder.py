@@ -70,7 +70,7 @@ def forward_mode(decoder: Callable[[Tensor], Tensor], z: Tensor, v: Tensor, _: T
 def finite_difference(
     decoder: Callable[[Tensor], Tensor], z: Tensor, v: Tensor, at_z: Tensor
 ) -> Tensor:
-    """(g(z + eps v) - g(z)) / eps, eps = 0.01 (Eq. 8), for nets without forward mode."""
+    """J_g(z) v as (g(z + eps v) - g(z)) / eps with eps = 0.01 (Eq. 8), without forward mode."""
     eps = 0.01
     return (decoder(z + eps * v) - at_z) / eps
 

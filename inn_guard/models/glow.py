@@ -109,7 +109,7 @@ def glow_flow(shape: Sequence[int] = (3, 32, 32), *, config: GlowConfig = CIFAR_
     """The generative Glow: every level but the last factors out half of its channels.
 
     What is factored out is first made standard normal given what remains, by one more affine
-    coupling of scale exp(s) - Glow's learned prior, written as part of the map - so that the base
+    coupling of scale exp(s). This is Glow's learned prior, written as a part of the map: the base
     density is N(0, I) throughout.
 
     Args:
@@ -133,6 +133,7 @@ def glow_flow(shape: Sequence[int] = (3, 32, 32), *, config: GlowConfig = CIFAR_
             out = FactorOut(squeezed)
             steps += [_prior(squeezed[0]), out]
             remaining = out.remaining_shape()
+        # before the first factoring out there are no finished latents to leave alone
         if level > 0:
             steps = _on_remaining(steps, shape, squeezed)
         layers += steps
@@ -141,6 +142,8 @@ def glow_flow(shape: Sequence[int] = (3, 32, 32), *, config: GlowConfig = CIFAR_
 
 
 def _blocks(channels: int, config: GlowConfig) -> list[Invertible]:
+    """The blocks of one level: ActNorm, mixing and coupling each."""
+
     def network(kept: int, out: int) -> nn.Module:
         return zero_last(ConvNet(kept, config.hidden, out))
 
@@ -151,6 +154,8 @@ def _blocks(channels: int, config: GlowConfig) -> list[Invertible]:
 
 
 def _prior(channels: int) -> AffineCoupling:
+    """The learned prior of one level as a coupling; it starts as the identity."""
+
     def convolution(kept: int, out: int) -> nn.Module:
         return zero_last(nn.Conv2d(kept, out, 3, padding=1))
 

@@ -27,12 +27,12 @@ LogDetMaker = Callable[[int], ResidualLogDet]  #: seed -> how a layer's log-dete
 
 
 def power_series(seed: int) -> ResidualLogDet:
-    """Ten terms, one probe: the estimate of i-ResNets."""
+    """The estimate of i-ResNets: ten terms of the power series and one probe."""
     return PowerSeries(seed=seed)
 
 
 def russian_roulette(seed: int) -> ResidualLogDet:
-    """Eight terms, a random number of further ones, one probe: the estimate of Residual Flows."""
+    """The estimate of Residual Flows: eight terms, a random number of further ones, one probe."""
     return RussianRoulette(seed=seed)
 
 
@@ -64,7 +64,7 @@ class IResNetConfig:
 
 
 def iresnet(shape: Sequence[int], *, config: IResNetConfig) -> Chain:
-    """Squeeze, then ActNorm and residual layers, per level; nothing factored out, flat features.
+    """Every level squeezes, then has ActNorm and residual layers; nothing is factored out.
 
     Args:
         shape: (C, H, W) of one image.
@@ -84,10 +84,9 @@ def iresnet(shape: Sequence[int], *, config: IResNetConfig) -> Chain:
         layers.append(Squeeze())
         for _ in range(config.blocks):
             network = contractive_conv_net(shape[0], config.hidden, coefficient=config.coefficient)
-            layers += [
-                ActNorm(shape[0]),
-                Residual(network, log_det=config.log_det(len(layers) << 32)),
-            ]
+            # an estimator adds 1 to its seed at every call: seeds of layers lie 2^32 apart
+            log_det = config.log_det(len(layers) << 32)
+            layers += [ActNorm(shape[0]), Residual(network, log_det=log_det)]
     return Chain(*layers, Flatten(shape))
 
 

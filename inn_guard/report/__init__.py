@@ -1,1 +1,1 @@
-"""Results, and how they are shown."""
+"""Results of checks, the report that holds them, and its forms: text, JSON, tables, web pages."""

@@ -22,10 +22,13 @@ from inn_guard.report.verdict import Verdict
 if TYPE_CHECKING:
     import pandas as pd
 
-__all__ = ["SCHEMA", "AuditReport", "require"]
+__all__ = ["NAMED", "SCHEMA", "AuditReport", "require"]
 
 SCHEMA = 2  #: of the JSON; raised whenever a reader of an older one would misread it
-WIDTH = 100
+WIDTH = 100  #: characters in a line of the printed report
+_LABEL, _WORD = 18, 10  #: widths of the first two columns of the printed table
+NAMED = "named by the caller"  #: why a use counts that ``uses=`` names
+#: what the printed table calls a verdict
 WORDS = {
     Verdict.NOT_APPLICABLE: "-",
     Verdict.STABLE: "ok",
@@ -35,6 +38,7 @@ WORDS = {
     Verdict.NON_FINITE: "FAILS",
 }
 _OF_THE_RUN = ("date", "seconds")  #: settings in which two reports of the same audit differ
+#: what `to_dict` copies from a result; images would make the JSON unreadable
 _RESULT_FIELDS = (
     "name",
     "reason",
@@ -173,9 +177,8 @@ class AuditReport:
         remarks = self._remarks()
         if remarks:
             lines += ["", *remarks]
-        return "\n".join(
-            [*lines, 'details: print(report.details()), report.to_html("report.html")']
-        )
+        lines.append('details: print(report.details()), report.to_html("report.html")')
+        return "\n".join(lines)
 
     @property
     def headline(self) -> str:
@@ -184,8 +187,8 @@ class AuditReport:
             return "dry run: nothing was measured"
         counted = 0
         for use in self._counted():
-            answered = use.finding is not None and use.verdict is not Verdict.NOT_APPLICABLE
-            counted += answered
+            if use.finding is not None and use.verdict is not Verdict.NOT_APPLICABLE:
+                counted += 1
         failed = len(self.failed)
         if failed:
             verb = "FAILS" if failed == 1 else "FAIL"
@@ -217,7 +220,7 @@ class AuditReport:
     def details(self) -> str:
         """Every check with its verdict, the figures that decided it and its reason."""
         width = max(map(len, self.names), default=0)
-        how = ", ".join(map(" ".join, _plain_items(self.settings)))
+        how = ", ".join(f"{key} {value}" for key, value in self.settings.items())
         lines = [_title(self.subject, self.headline), *_wrapped(how, ""), ""]
         for result in self.results:
             head = f"{result.name:<{width}}  {result.verdict.label:<14}  {_figures(result)}"
@@ -281,7 +284,7 @@ class AuditReport:
         return "\n".join(lines)
 
     def to_frame(self) -> pd.DataFrame:
-        """One row per named value of every result.
+        """A table with one row per named value of every result.
 
         Raises:
             ImportError: without pandas, which the extra ``report`` brings.
@@ -292,7 +295,7 @@ class AuditReport:
         return frame(self)
 
     def to_html(self, path: str | os.PathLike[str]) -> None:
-        """One self-contained page with tables and plots.
+        """Write one self-contained page with tables and plots to ``path``.
 
         Raises:
             ImportError: without jinja2 and matplotlib, which the extra ``report`` brings.
@@ -327,11 +330,13 @@ class AuditReport:
         return f"<p>{title}</p><table>{head}{rows}</table>{listed}"
 
     def sorted_uses(self) -> list[UseVerdict]:
-        """Counted uses first, and of these the worst first."""
+        """All uses, the counted ones first, and of these the worst first."""
+        # sorting is stable: the second sort keeps the order of the first
         uses = sorted(self.uses.values(), key=lambda use: use.verdict, reverse=True)
         return sorted(uses, key=lambda use: not use.counted)
 
     def _by_name(self) -> dict[str, AuditResult]:
+        """The results by name; of several with one name the first."""
         named: dict[str, AuditResult] = {}
         for result in self.results:
             named.setdefault(result.name, result)
@@ -342,9 +347,11 @@ class AuditReport:
 
     def _use(self, use: str) -> UseVerdict | None:
         """What all checks together found about one use; None if none did and nobody asked."""
-        counted, why = True, ""
+        counted = True
+        why = ""
         if self.counted is not None:
-            counted, why = use in self.counted, self.counted.get(use, "not counted")
+            counted = use in self.counted
+            why = self.counted.get(use, "not counted")
         deciding = None
         for result in self.results:
             if use not in result.uses:
@@ -366,6 +373,7 @@ class AuditReport:
         return self.asked is None or result.name in self.asked
 
     def _remarks(self) -> list[str]:
+        """The lines under the table: weakest layer, lowest precision, advice."""
         lines = []
         if self.worst_layer is not None:
             lines += _row("weakest layer", None, self.worst_layer)
@@ -397,12 +405,8 @@ def require(what: str, *libraries: str) -> None:
         )
 
 
-NAMED = "named by the caller"  #: why a use counts that ``uses=`` names
-
-_LABEL, _WORD = 18, 10  #: columns of the printed table
-
-
 def _title(left: str, right: str) -> str:
+    """Both texts at the two ends of one line, or on two lines if they do not fit."""
     if len(left) + len(right) + 2 > WIDTH:
         return f"{left}\n{right:>{WIDTH}}"
     return f"{left}{right:>{WIDTH - len(left)}}"
@@ -434,6 +438,7 @@ def _row(label: str, word: str | None, text: str) -> list[str]:
 
 
 def _use_lines(use: UseVerdict) -> list[str]:
+    """The row of one use in the printed table."""
     word = "-"
     if use.counted:
         word = WORDS[use.verdict]
@@ -455,6 +460,7 @@ def _aside(use: UseVerdict) -> str:
 
 
 def _figures(result: AuditResult) -> str:
+    """The values that decided a verdict, with their units."""
     parts = []
     for name in result.shown:
         unit = result.units.get(name, "")
@@ -488,6 +494,7 @@ def _html_row(use: UseVerdict) -> str:
 
 
 def _html_item(text: str) -> str:
+    """One advice: prose, and further lines as code."""
     prose, _, code = text.partition("\n")
     if not code:
         return f"<li>{html.escape(prose)}</li>"
@@ -518,10 +525,6 @@ def _result_row(result: AuditResult) -> dict[str, Any]:
     for field_name in _RESULT_FIELDS:
         row[field_name] = _plain(getattr(result, field_name))
     return row
-
-
-def _plain_items(settings: Mapping[str, Any]) -> list[tuple[str, str]]:
-    return [(str(key), str(value)) for key, value in settings.items()]
 
 
 def _plain(value: Any) -> Any:

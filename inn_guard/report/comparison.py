@@ -98,7 +98,7 @@ class Comparison:
         return rows
 
     def to_frame(self) -> pd.DataFrame:
-        """One row per report and use: verdict, figure, limit, unit.
+        """A table with one row per report and use: verdict, figure, limit, unit.
 
         Raises:
             ImportError: without pandas, which the extra ``report`` brings.
@@ -109,7 +109,7 @@ class Comparison:
         return comparison_frame(self)
 
     def to_html(self, path: str | os.PathLike[str]) -> None:
-        """One self-contained page: the table, then the uses and the advice of each report.
+        """Write one self-contained page: the table, then uses and advice of each report.
 
         Raises:
             ImportError: without jinja2 and matplotlib, which the extra ``report`` brings.

@@ -14,7 +14,7 @@ __all__ = ["comparison_frame", "frame", "layer_frame"]
 
 
 def frame(report: AuditReport) -> pandas.DataFrame:
-    """One row per measured value; NaN and Inf as they are, the unit "" where there is none.
+    """A table with one row per measured value; NaN and Inf stay, a missing unit is "".
 
     Args:
         report: with its results.
@@ -32,7 +32,7 @@ def frame(report: AuditReport) -> pandas.DataFrame:
 
 
 def layer_frame(report: AuditReport) -> pandas.DataFrame:
-    """One row per layer and check that measured layers.
+    """A table with one row per layer and check that measured layers.
 
     Args:
         report: with its results.
@@ -51,7 +51,7 @@ def layer_frame(report: AuditReport) -> pandas.DataFrame:
 
 
 def comparison_frame(comparison: Comparison) -> pandas.DataFrame:
-    """One row per report and use: report, use, verdict, figure, limit, unit, counted."""
+    """A row per report and use: report, use, verdict, figure, limit, unit, counted."""
     rows = []
     for name, report in comparison.reports.items():
         for use in report.uses.values():

@@ -40,6 +40,7 @@ def format_number(value: SupportsFloat) -> str:
         return "−Inf" if number < 0 else "Inf"
     if number == int(number) and abs(number) < 1e6:
         return str(int(number)).replace("-", "−")
+    # the power of the rounded number: that of 999999.9 is 6
     digits, _, exponent = f"{number:.3e}".partition("e")
     power = int(exponent)
     if -3 <= power < 6:
@@ -50,7 +51,7 @@ def format_number(value: SupportsFloat) -> str:
 
 
 def _without_zeros(digits: str) -> str:
-    """Without the zeros after the decimal point that say nothing."""
+    """The digits without trailing zeros after the decimal point."""
     if "." not in digits:
         return digits
     return digits.rstrip("0").rstrip(".")
@@ -90,7 +91,7 @@ def power_of_ten(power: SupportsFloat) -> str:
     if exponent == whole:
         return {0: "1", 1: "10"}.get(whole, f"10{str(whole).translate(_SUPERSCRIPTS)}")
     factor = f"{10 ** (exponent - whole):.2g}"
-    if factor == "10":
+    if factor == "10":  # 9.96 is rounded up
         return power_of_ten(whole + 1)
     if -2 <= whole <= 3:
         return format_number(float(factor) * 10.0**whole)

@@ -31,7 +31,7 @@ def write_history(
 
 
 def render_history(rows: Iterable[Row], *, name: str = "Training run") -> str:
-    """Curves of a run: condition number, gradient angle, error and coefficient first.
+    """The page of a run's curves: condition number, gradient angle, error, coefficient first.
 
         write_history(read_csv("stability.csv"), "stability.html")
         write_history(map(Record.row, records), "stability.html")
@@ -58,6 +58,7 @@ def render_history(rows: Iterable[Row], *, name: str = "Training run") -> str:
 
 
 def _checked(rows: Iterable[Row]) -> list[Row]:
+    """The rows as a list, if each is one of an audit."""
     if isinstance(rows, (str, os.PathLike)):
         raise TypeError(
             f"expected rows, got the path {os.fspath(rows)!r}: pass read_csv({os.fspath(rows)!r})"
@@ -111,12 +112,16 @@ def _drawings(audits: Sequence[Row]) -> tuple[list[Drawing], list[Drawing]]:
 
 
 def _rank(name: str) -> int:
+    """The place of a quantity among those that are drawn first; one number for all others."""
     quantity = name.rpartition(".")[2].removeprefix("log10_")
     return FIRST.index(quantity) if quantity in FIRST else len(FIRST)
 
 
 def _has_better(name: str, names: Iterable[str], measured: Sequence[Row]) -> bool:
-    """Of a quantity and its log10 one is enough: the quantity where all its numbers fit floats."""
+    """Whether the quantity's log10, or what it is the log10 of, is drawn in its place.
+
+    One of the two is enough: the quantity itself if all its numbers fit floats, else its log10.
+    """
     check, _, quantity = name.rpartition(".")
     plain = f"{check}.{quantity.removeprefix('log10_')}"
     logarithm = f"{check}.log10_{quantity.removeprefix('log10_')}"

@@ -107,7 +107,7 @@ def render_comparison(comparison: Comparison) -> str:
 
 @dataclass(frozen=True)
 class _Page:
-    """What the templates need of a report."""
+    """What the templates need of a report; advice is prose and the code under it."""
 
     report: AuditReport
     prefix: str
@@ -124,8 +124,11 @@ class _Page:
         # the worst first; sections of the same verdict stay in the order of the checks
         sections.sort(key=lambda section: section.result.verdict, reverse=True)
         sections.sort(key=lambda section: not section.opened)
-        advice = tuple(_with_code(text) for text in _advice(report))
-        return cls(report, prefix, tuple(report.sorted_uses()), advice, tuple(sections))
+        advice = []
+        for text in _advice(report):
+            prose, _, code = text.partition("\n")
+            advice.append((prose, code))
+        return cls(report, prefix, tuple(report.sorted_uses()), tuple(advice), tuple(sections))
 
     def anchor(self, check: str) -> str:
         """Where the section of a check begins; "" if the page has none."""
@@ -146,14 +149,10 @@ def _advice(report: AuditReport) -> tuple[str, ...]:
     return tuple(lines)
 
 
-def _with_code(text: str) -> tuple[str, str]:
-    """Advice as prose and the lines of code under it."""
-    prose, _, code = text.partition("\n")
-    return prose, code
-
-
 @dataclass(frozen=True)
 class _Table:
+    """A table of a section: rows of names and cells, which need not have the same columns."""
+
     name: str
     rows: Sequence[Mapping[str, Any]]
 
@@ -175,6 +174,8 @@ class _Table:
 
 @dataclass(frozen=True)
 class _Section:
+    """What the templates need of one result; ``opened`` shows it unfolded."""
+
     anchor: str
     result: AuditResult
     opened: bool
@@ -183,9 +184,9 @@ class _Section:
 
     @classmethod
     def of(cls, report: AuditReport, result: AuditResult, anchor: str) -> _Section:
-        ignored = bool(result.uses)
-        for use in result.uses:
-            ignored = ignored and not report.uses[use].counted
+        # a finding opens its section, unless all uses that it decides are left out of the verdict
+        counted = [use for use in result.uses if report.uses[use].counted]
+        ignored = bool(result.uses) and not counted
         found = result.verdict.failed or result.verdict is Verdict.UNDECIDED
         tables = []
         for name, rows in {**_lowest(result), **result.tables, "layers": result.per_layer}.items():
@@ -201,11 +202,14 @@ def _lowest(result: AuditResult) -> dict[str, tuple[Mapping[str, Any], ...]]:
         use, _, number_format = part.partition(" ")
         if number_format:
             rows.append({"use": use, "lowest precision": number_format})
-    return {"lowest precision": tuple(rows)} if rows else {}
+    if not rows:
+        return {}
+    return {"lowest precision": tuple(rows)}
 
 
 def environment() -> jinja2.Environment:
     """What every page is rendered with: escaping, and filters for numbers, names and verdicts."""
+    # autoescape and StrictUndefined: names come from models, and a missing one must not be silent
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("inn_guard.report", "."),
         autoescape=True,
@@ -240,6 +244,7 @@ def _place(use: UseVerdict) -> float | None:
         return 0.0
     decades = float(_DECADES)
     if math.isfinite(use.figure):
+        # a difference of logarithms: the quotient may overflow
         decades = math.log10(use.figure) - math.log10(use.limit)
     return 50 + 50 * max(-1.0, min(1.0, decades / _DECADES))
 
@@ -257,4 +262,7 @@ def _flaw(value: Any) -> str:
 
 
 def _text(value: Any) -> Any:
-    return legible(value) if type(value) is str else value
+    """A value of a template as it is written: plain text is made legible, markup stays."""
+    if type(value) is str:
+        return legible(value)
+    return value

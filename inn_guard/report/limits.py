@@ -11,8 +11,8 @@ from inn_guard.report.verdict import Verdict
 
 __all__ = ["Limits"]
 
-#: A stored number of p bits holds no better than half of this many units in its last place after a
-#: few operations: a bfloat16 round trip cannot come back to 1 %.
+#: In units of eps: what a round trip of a few operations cannot fall below in its dtype. A bfloat16
+#: round trip cannot come back to 1 %.
 RESOLUTION = 8.0
 
 

@@ -60,7 +60,7 @@ class AuditResult:
 
     @classmethod
     def not_applicable(cls, name: str, reason: str) -> AuditResult:
-        """The answer to a question that this model cannot be asked."""
+        """The result of a check whose question cannot be asked of this model."""
         return cls(name, Verdict.NOT_APPLICABLE, reason)
 
     def __getitem__(self, name: str) -> float:
@@ -87,7 +87,7 @@ class AuditResult:
 
     @property
     def shown(self) -> tuple[str, ...]:
-        """Names of the values that a summary shows."""
+        """Names of the values that a summary shows: the headline, else the first value."""
         named = self.headline or tuple(self.values)[:1]
         return tuple(name for name in named if name in self.values)
 
@@ -96,7 +96,7 @@ _FIELDS = tuple(AuditResult.__dataclass_fields__)
 
 
 def _same(a: Any, b: Any) -> bool:
-    """Equal, tensors entry by entry, and NaN equal to NaN."""
+    """Whether two entries are equal; tensors are compared by entries, and NaN equals NaN."""
     if isinstance(a, Tensor) or isinstance(b, Tensor):
         return isinstance(a, Tensor) and isinstance(b, Tensor) and _same_tensor(a, b)
     if isinstance(a, Mapping) and isinstance(b, Mapping):
@@ -117,7 +117,7 @@ def _same_tensor(a: Tensor, b: Tensor) -> bool:
 
 
 def to_full_batch(named: Mapping[str, Tensor], rows: Tensor, batch: int) -> dict[str, Any]:
-    """The arguments per_sample and measured_mask of an AuditResult, for some rows of x.
+    """The arguments per_sample and measured_mask of an AuditResult, measured at some rows of x.
 
     Args:
         named: tensors (len(rows),).

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any
 
 import numpy as np
 import torch
@@ -34,7 +33,7 @@ Figures = Callable[[AuditResult], Iterator[Drawing]]
 
 
 def drawings(result: AuditResult) -> tuple[Drawing, ...]:
-    """The figures of one result: those of its check, or of an unknown check all that there are."""
+    """The figures of one result: those of its check, or all possible ones of an unknown check."""
     return tuple(FIGURES.get(result.name, _everything)(result))
 
 
@@ -45,7 +44,7 @@ def figures(results: Iterable[AuditResult]) -> dict[str, str]:
         for drawing in drawings(result):
             words = re.findall(r"\w+", f"{result.name} {drawing.title}".lower())
             name = "_".join(words)
-            while name in found:
+            while name in found:  # figures of one check may have the same title
                 name += "_"
             found[name] = standalone(drawing)
     return found
@@ -193,7 +192,7 @@ def _everything(result: AuditResult) -> Iterator[Drawing]:
     yield from _images(result, "")
     for name in result.per_sample:
         if not _has_better(result, name):
-            yield from _histogram(result, name, title="", see="", limit=None)
+            yield from _histogram(result, name, title="", see="", with_limit=False)
     yield from _full_spectrum(result)
     for name in numeric_columns(result.per_layer):
         yield layer_bars(name, result.per_layer, unit=result.units.get(name, ""))
@@ -217,30 +216,32 @@ FIGURES: dict[str, Figures] = {
     "dequantization_attack": _attack,
 }
 
-_FROM_SETTINGS = object()  # the limit that the result's settings name
-
 
 def _histogram(
-    result: AuditResult, name: str, *, title: str, see: str, limit: Any = _FROM_SETTINGS
+    result: AuditResult, name: str, *, title: str, see: str, with_limit: bool = True
 ) -> Iterator[Drawing]:
+    """A histogram of one quantity per sample; none if there are no real numbers to draw.
+
+    ``with_limit`` draws the limit that the result's settings name.
+    """
     values = result.per_sample.get(name)
     if values is None or values.dim() != 1 or not values.numel() or values.is_complex():
         return
+    # a check written by a user may give a mask that does not fit
     mask = result.measured_mask.get(name)
     if mask is not None and mask.shape != values.shape:
         mask = None
-    figure = histogram(
-        name,
-        values,
-        unit=result.units.get(name, result.units.get(f"max_{name}", "")),
-        measured_mask=mask,
-        limit=result.settings.get("limit") if limit is _FROM_SETTINGS else limit,
-        title=title,
-    )
+    limit = None
+    if with_limit:
+        limit = result.settings.get("limit")
+    # checks name the unit of a quantity, or only that of its maximum
+    unit = result.units.get(name, result.units.get(f"max_{name}", ""))
+    figure = histogram(name, values, unit=unit, measured_mask=mask, limit=limit, title=title)
     yield dataclasses.replace(figure, see=see)
 
 
 def _images(result: AuditResult, see: str) -> Iterator[Drawing]:
+    """The images of a result as one figure; none if it has none."""
     shown = {}
     for name, tensor in result.images.items():
         if tensor.dim() == 4 and tensor.numel():
@@ -250,7 +251,10 @@ def _images(result: AuditResult, see: str) -> Iterator[Drawing]:
 
 
 def _has_better(result: AuditResult, name: str) -> bool:
-    """Of a quantity and its log10 one is enough: the quantity if it fits floats."""
+    """Whether the quantity's log10, or what it is the log10 of, is drawn in its place.
+
+    One of the two is enough: the quantity itself if all its values fit floats, else its log10.
+    """
     plain = name.removeprefix("log10_")
     if plain not in result.per_sample or f"log10_{plain}" not in result.per_sample:
         return False
@@ -260,7 +264,7 @@ def _has_better(result: AuditResult, name: str) -> bool:
 
 
 def _log10(result: AuditResult, name: str) -> Tensor | None:
-    """log10 of a quantity per sample, as measured (it may not fit a float), else taken here."""
+    """log10 of a quantity per sample; the measured one if there is one, since it always fits."""
     if f"log10_{name}" in result.per_sample:
         return _examined(result, f"log10_{name}")
     if name in result.per_sample:

@@ -31,7 +31,7 @@ class Finding:
         unit: of both.
         reason: one sentence with the figures.
         samples: how many rows or draws the figure is of.
-        of: how many rows there were; equal to ``samples`` where all of them were measured.
+        of: how many rows or draws there were; equal to ``samples`` if all of them were measured.
     """
 
     verdict: Verdict
@@ -95,6 +95,7 @@ class UseVerdict:
 
     @property
     def _known(self) -> Finding:
+        """The finding, or one that says that there is none."""
         if self.finding is not None:
             return self.finding
         return Finding(self.verdict, math.nan, math.nan, "", "not measured", samples=0, of=0)

@@ -49,6 +49,7 @@ class Verdict(str, enum.Enum):
 
     @property
     def _rank(self) -> int:
+        """The place in the order of the class: as strings they would compare alphabetically."""
         return list(Verdict).index(self)
 
     def __str__(self) -> str:
@@ -78,6 +79,7 @@ _SENTENCES = {
 
 
 def _verdict(other: object) -> Verdict:
+    """What a verdict is compared with: a verdict, or the label of one."""
     try:
         return Verdict(other)
     except ValueError:

@@ -1,1 +1,1 @@
-"""Inside a training loop: regularizers, audits on a schedule, and actions on their findings."""
+"""What runs inside a training loop: regularizers, scheduled audits, actions on their findings."""

@@ -71,6 +71,7 @@ class EmitWarning:
     def __call__(self, record: Record) -> None:
         """Warn if ``when`` says so."""
         if self.when(record):
+            # level 3: the line of the training loop that called the hook
             warnings.warn(_findings(record), StabilityWarning, stacklevel=3)
 
 
@@ -120,15 +121,15 @@ class DisableMemorySaving:
 
     @property
     def values(self) -> dict[str, float]:
-        """Whether memory saving is on: 1 or 0."""
+        """The number ``memory_saving`` for records: 1 if it is on, else 0."""
         return {"memory_saving": float(self.saving.enabled)}
 
     def state_dict(self) -> dict[str, Any]:
-        """Whether memory saving is on."""
+        """The state to resume from: whether memory saving is on."""
         return {"enabled": self.saving.enabled}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continue from ``state``."""
+        """Switch memory saving on or off, as it was in ``state``."""
         self.saving.enabled = bool(state["enabled"])
 
 
@@ -152,14 +153,9 @@ def log10_condition_number(report: AuditReport) -> float:
     plain = [value for name, value in result.values.items() if name.endswith("condition_number")]
     if not plain:
         raise ValueError(f"the condition number cannot be measured: {result.reason}")
-    return max(map(_log10, plain))
-
-
-def _log10(value: float) -> float:
-    """log10, with inf for what is no condition number (0, negative or NaN)."""
-    if value > 0:
-        return math.log10(value)
-    return math.inf
+    if not all(value > 0 for value in plain):
+        return math.inf  # zero, negative and NaN are no condition numbers
+    return math.log10(max(plain))
 
 
 @dataclass(frozen=True)
@@ -181,15 +177,15 @@ class AdaptCoefficient:
 
     @property
     def values(self) -> dict[str, float]:
-        """The current coefficient."""
+        """The number ``coefficient`` for records: its current value."""
         return {"coefficient": self.coefficient.value}
 
     def state_dict(self) -> dict[str, Any]:
-        """The coefficient's state."""
+        """The state to resume from: that of the coefficient."""
         return self.coefficient.state_dict()
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue from ``state``."""
+        """Set the coefficient to what it was in ``state``."""
         self.coefficient.load_state_dict(state)
 
 
@@ -257,11 +253,11 @@ class RollBack:
 
     @property
     def values(self) -> dict[str, float]:
-        """The number of rollbacks so far."""
+        """The number ``rollbacks`` for records: how many there have been so far."""
         return {"rollbacks": float(self.count)}
 
     def state_dict(self) -> dict[str, Any]:
-        """The kept weights and the counters."""
+        """The state to resume from: the kept weights and the counters."""
         return {
             "kept": self._kept,
             "step": self.step,
@@ -270,18 +266,23 @@ class RollBack:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continue from ``state``."""
-        self._kept, self.step = _on_cpu(state["kept"]), state["step"]
-        self.count, self._in_a_row = int(state["count"]), int(state["in_a_row"])
+        """Take over the kept weights and the counters of ``state``."""
+        self._kept = _on_cpu(state["kept"])
+        self.step = state["step"]
+        self.count = int(state["count"])
+        self._in_a_row = int(state["in_a_row"])
 
     def _keep(self, step: int) -> None:
-        self.step, self._in_a_row = step, 0
+        """Keep copies of the present weights and states as those of this step."""
+        self.step = step
+        self._in_a_row = 0
         self._kept = {
             "tensors": _on_cpu(dict(_tensors(self.model))),
             "others": [_on_cpu(other.state_dict()) for other in self.others],
         }
 
     def _restore(self) -> None:
+        """Write the kept weights into the model, in place, and the kept states into the others."""
         tensors = self._kept["tensors"]
         with torch.no_grad():
             for name, tensor in _tensors(self.model):
@@ -296,6 +297,7 @@ class RollBack:
 
 
 def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    # not state_dict(): it leaves out the buffers that are not persistent
     yield from model.named_parameters()
     yield from model.named_buffers()
 
@@ -312,6 +314,7 @@ def _on_cpu(value: Any) -> Any:
 
 
 def _findings(record: Record) -> str:
+    """The step and the reasons of all failed checks, in one line."""
     found = []
     for result in record.report.results:
         if result.verdict.failed:

@@ -103,7 +103,7 @@ class AuditHook:
     def __call__(
         self, x: Shaped[Tensor, "batch *data"], context: Context = None, *, step: int | None = None
     ) -> AuditReport | None:
-        """The report if this step is due, else None.
+        """Audit, record and act if this step is due; the report, or None if it is not due.
 
         Args:
             x: data, (B, *data).
@@ -121,6 +121,7 @@ class AuditHook:
             return None
         report = self.report(x, context)
         self._audited = step
+        # before the actions run: a record tells what was in force when the audit was made
         values: dict[str, float] = {}
         for action in self.actions:
             values.update(getattr(action, "values", {}))
@@ -132,7 +133,7 @@ class AuditHook:
         return report
 
     def report(self, x: Shaped[Tensor, "batch *data"], context: Context = None) -> AuditReport:
-        """The checks' findings on the first samples of x, whether due or not, without a record."""
+        """Run the checks on the first samples of x, whether due or not, without a record."""
         model = self.model
         if context is not None:
             model = model.with_context(context)
@@ -159,7 +160,7 @@ class AuditHook:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue from ``state``.
+        """Take over the step counter and the actions' states of ``state``.
 
         Raises:
             ValueError: if ``state`` belongs to a hook with other actions.
@@ -179,6 +180,7 @@ class AuditHook:
 
 
 def _state(action: Action) -> dict[str, Any] | None:
+    """The state of an action; None if it has none, as a plain function."""
     take: Callable[[], dict[str, Any]] | None = getattr(action, "state_dict", None)
     if take is None:
         return None

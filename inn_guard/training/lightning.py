@@ -33,7 +33,7 @@ __all__ = ["StabilityCallback", "first_entry"]
 
 
 def first_entry(batch: Any) -> tuple[Tensor, Context]:
-    """(x, None) of a batch that is x, or a tuple or list that begins with x."""
+    """The pair (x, None) of a batch that is x, or a tuple or list that begins with x."""
     if isinstance(batch, (tuple, list)):
         return batch[0], None
     return batch, None
@@ -96,6 +96,7 @@ class StabilityCallback(pl.Callback):
         self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Audit, if the optimizer has made a step and that step is due."""
+        # with gradient accumulation most batches make no step
         if self._hook is None or trainer.global_step == self._steps:
             return
         self._steps = int(trainer.global_step)
@@ -105,7 +106,7 @@ class StabilityCallback(pl.Callback):
             pl_module.log_dict(numbers, on_step=True, on_epoch=False, batch_size=len(x))
 
     def state_dict(self) -> dict[str, Any]:
-        """The hook's state: step counter and actions."""
+        """The hook's state, {} before the run has started."""
         if self._hook is None:
             return {}
         return self._hook.state_dict()

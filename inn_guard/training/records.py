@@ -33,7 +33,7 @@ class Record:
     extra: Mapping[str, float] = field(default_factory=dict)
 
     def row(self) -> Row:
-        """Step, verdict and every number by name; those of checks as "check.quantity".
+        """The step, the verdict and every number by name, those of checks as "check.quantity".
 
         NaN and Inf stay as they are.
         """
@@ -71,14 +71,15 @@ class CsvRecorder:
         self._columns: list[str] = []
 
     def __call__(self, record: Record) -> None:
-        """Write one record."""
+        """Write the record as one line; rewrite the file if steps repeat or columns are new."""
         row = record.row()
         kept = [old for old in self._rows if int(old["step"]) < record.step]
         # The first record rewrites the file that was found, because its last line may be cut short.
-        can_append = bool(self._columns) and len(kept) == len(self._rows)
-        can_append = can_append and set(row) <= set(self._columns)
+        is_first = not self._columns
+        repeats_steps = len(kept) < len(self._rows)
+        has_new_columns = not set(row) <= set(self._columns)
         self._rows = [*kept, row]
-        if can_append:
+        if not (is_first or repeats_steps or has_new_columns):
             with self.path.open("a", encoding="utf-8", newline="") as file:
                 file.write(_as_csv([self._cells(row)]))
             return
@@ -104,7 +105,8 @@ def read_csv(path: str | os.PathLike[str]) -> list[Row]:
         ValueError: if it is not such a table.
     """
     text = Path(path).read_text(encoding="utf-8")
-    lines = list(csv.reader(io.StringIO(text[: text.rfind("\n") + 1])))
+    complete = text[: text.rfind("\n") + 1]
+    lines = list(csv.reader(io.StringIO(complete)))
     if not lines or lines[0][:2] != ["step", "verdict"]:
         raise ValueError(
             f"expected {path} to begin with the columns step,verdict, as CsvRecorder writes them"
@@ -123,7 +125,7 @@ class ScalarWriter(Protocol):
     """The part of TensorBoard's SummaryWriter that a TensorBoardRecorder needs."""
 
     def add_scalar(self, tag: str, scalar_value: float, global_step: int) -> object:
-        """Log one number."""
+        """Log one number under this tag at this step."""
         ...
 
 
@@ -150,7 +152,7 @@ class TensorBoardRecorder:
         self.prefix = prefix
 
     def __call__(self, record: Record) -> None:
-        """Log one record."""
+        """Log every number of the record at its step."""
         for tag, value in scalars(record, self.prefix).items():
             self.writer.add_scalar(tag, value, record.step)
 
@@ -171,6 +173,7 @@ def _as_csv(rows: Sequence[Sequence[object]]) -> str:
 
 
 def _parsed(row: dict[str, str]) -> Row:
+    """One line of the file as a row: numbers as floats, empty cells left out."""
     parsed: Row = {"step": int(row["step"]), "verdict": row["verdict"]}
     for name, cell in row.items():
         if cell and name not in parsed:

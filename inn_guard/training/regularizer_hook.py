@@ -112,7 +112,9 @@ class RegularizerHook:
         if context is not None:
             model = model.with_context(context)
         penalties = [_penalty(regularizer, model, x, z) for regularizer in self.regularizers]
-        self._last = dict(zip(self._names(), (p.detach() for p in penalties), strict=True))
+        # tensors, not numbers: ``last`` converts them, so that a step does not wait for the device
+        detached = [penalty.detach() for penalty in penalties]
+        self._last = dict(zip(self._names(), detached, strict=True))
         return torch.stack(penalties).sum()
 
     def step(
@@ -140,7 +142,10 @@ class RegularizerHook:
         if clip is not None and not clip > 0:
             raise ValueError(f"expected a largest gradient norm clip > 0; got {clip}")
         loss.backward()
-        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        parameters: list[Tensor] = []
+        for group in optimizer.param_groups:
+            parameters += group["params"]
+        # an infinite limit clips nothing, but the norm tells whether all gradients are finite
         if clip is None:
             clip = math.inf
         norm = nn.utils.clip_grad_norm_(parameters, clip)
@@ -167,7 +172,7 @@ class RegularizerHook:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue from ``state``.
+        """Take over the counters, the generators' states and the regularizers' own of ``state``.
 
         Raises:
             ValueError: if ``state`` is not that of a hook with the same regularizers.
@@ -204,6 +209,7 @@ class RegularizerHook:
 
 
 def _penalty(regularizer: Regularizer, model: Invertible, x: Tensor, z: Tensor | None) -> Tensor:
+    """What a regularizer adds to the loss, as a 0-dimensional tensor."""
     penalty = regularizer(model, x, z)
     if not isinstance(penalty, Tensor) or penalty.numel() != 1:
         raise TypeError(

@@ -1,4 +1,4 @@
-"""When something is due."""
+"""Schedules: at which training steps something is due."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ Schedule = Callable[[int], bool]  #: step (0, 1, 2, ...) -> whether something is
 
 
 def every(k: int) -> Schedule:
-    """Due at steps 0, k, 2k, ...
+    """The schedule that is due at steps 0, k, 2k, ...
 
     Raises:
         ValueError: if k is below 1.
@@ -19,6 +19,7 @@ def every(k: int) -> Schedule:
     """
     if k < 1:
         raise ValueError(f"expected a period of at least 1 step; got {k}")
+    # unlike a function defined here, this can be pickled together with a hook
     return functools.partial(_is_multiple, k)
 
 

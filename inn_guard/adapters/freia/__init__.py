@@ -1,1 +1,1 @@
-"""Freia."""
+"""FrEIA: the adapter, and the Jacobians of the layers whose structure is known."""

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from inn_guard.adapters.base import Adapted
 from inn_guard.adapters.freia import jacobians  # noqa: F401 - registers them
 from inn_guard.adapters.freia.graph import Shapes, chain, pack, unpack
-from inn_guard.core.invertible import Context, Invertible
+from inn_guard.core.invertible import Context, Invertible, copies_of_computed_tensors
 from inn_guard.core.missing import MissingContextError
 from inn_guard.core.readable import runs_code_of
 
@@ -100,12 +100,10 @@ class FreiaModule(Adapted):
         return pack(self._values(unpack(z, self.outputs), rev=True))
 
     def __deepcopy__(self, memo: dict[Any, Any]) -> FreiaModule:
-        # a learned permutation keeps its latest matrix with its graph, which torch cannot copy
-        for module in self.modules():
-            for value in vars(module).values():
-                if isinstance(value, Tensor) and not value.is_leaf:
-                    memo[id(value)] = value.detach().clone()
-        copied = memo[id(self)] = type(self).__new__(type(self))
+        # a learned permutation keeps its latest matrix with its graph
+        memo.update(copies_of_computed_tensors(self))
+        copied = type(self).__new__(type(self))
+        memo[id(self)] = copied
         vars(copied).update(copy.deepcopy(vars(self), memo))
         return copied
 
@@ -118,6 +116,7 @@ class FreiaModule(Adapted):
         return pack(outputs), log_det
 
     def _values(self, tensors: tuple[Tensor, ...], *, rev: bool) -> tuple[Tensor, ...]:
+        """The module's outputs, without the cost of a log-determinant if it runs without one."""
         try:
             return self._run(tensors, rev=rev, jac=False)[0]
         except MissingContextError:
@@ -129,6 +128,7 @@ class FreiaModule(Adapted):
     def _with_log_det(
         self, tensors: tuple[Tensor, ...], *, rev: bool
     ) -> tuple[tuple[Tensor, ...], Any]:
+        """The module's outputs and its log-determinant in the library's own format."""
         try:
             return self._run(tensors, rev=rev, jac=True)
         except RuntimeError:
@@ -144,7 +144,9 @@ class FreiaModule(Adapted):
     def _run(
         self, tensors: tuple[Tensor, ...], *, rev: bool, jac: bool
     ) -> tuple[tuple[Tensor, ...], Any]:
+        """One call of the module; its warnings go to ``remarks``."""
         conditions = self._conditions()
+        # some modules have no argument c at all
         optional = {"c": conditions} if conditions else {}
         argument = self._argument([tensor.clone() for tensor in tensors])
         with warnings.catch_warnings(record=True) as caught:
@@ -160,6 +162,7 @@ class FreiaModule(Adapted):
         return tuple(outputs), log_det
 
     def _argument(self, tensors: list[Tensor]) -> Any:
+        """What the module takes as its input: a list of tensors, or the only one."""
         return tensors
 
     def _conditions(self) -> list[Any]:
@@ -182,9 +185,11 @@ class FreiaModule(Adapted):
         return conditions
 
     def _needed(self) -> int:
+        """Number of conditions without which the module cannot run."""
         return len(getattr(self.module, "dims_c", None) or ())
 
     def _shapes(self) -> tuple[Shapes, Shapes]:
+        """Shapes of the inputs and of the outputs, as the library stores them."""
         module: Any = self.module
         inputs = tuple(module.dims_in)
         if all(isinstance(size, int) for size in inputs):
@@ -266,7 +271,11 @@ def _flat(layer: FreiaModule) -> tuple[Invertible, ...]:
 
 
 def _plain(shapes: Any) -> Shapes:
-    return tuple(tuple(int(size) for size in shape) for shape in shapes)
+    """The library's shapes, lists or torch.Size, as tuples that can be compared."""
+    plain = []
+    for shape in shapes:
+        plain.append(tuple(int(size) for size in shape))
+    return tuple(plain)
 
 
 def _as_list(context: Context) -> list[Any]:
@@ -278,6 +287,7 @@ def _as_list(context: Context) -> list[Any]:
 
 
 def _takes_conditions(module: nn.Module) -> bool:
+    """Whether the module's ``forward`` has an argument c."""
     parameters = inspect.signature(module.forward).parameters
     takes_anything = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
     return "c" in parameters or takes_anything

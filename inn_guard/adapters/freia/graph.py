@@ -75,8 +75,9 @@ class State:
         return tuple(self.alive) == self.touched
 
     def split(self, packed: Tensor) -> tuple[Tensor, dict[Edge, Tensor]]:
-        """The touched edges, packed, and every edge by itself."""
-        edges = dict(zip(self.alive, unpack(packed, tuple(self.alive.values())), strict=True))
+        """The touched edges, packed, and the values of all edges."""
+        values = unpack(packed, tuple(self.alive.values()))
+        edges = dict(zip(self.alive, values, strict=True))
         return pack(_chosen(edges, self.touched)), edges
 
     def join(self, result: Tensor, others: Mapping[Edge, Tensor]) -> Tensor:
@@ -100,23 +101,26 @@ class OnEdges(DerivedMap):
         self.before, self.after = before, after
 
     def forward(self, x: Tensor) -> Tensor:
-        """The touched edges through the layer, the others as they are."""
+        """The state after the layer, packed, (B, D)."""
         touched, edges = self.before.split(x)
         return self.after.join(self.inner(touched), edges)
 
     def inverse(self, z: Tensor) -> Tensor:
-        """The touched edges through the layer's inverse, the others as they are."""
+        """The state before the layer, packed, (B, D)."""
         touched, edges = self.after.split(z)
         return self.before.join(self.inner.inverse(touched), edges)
 
     def forward_and_log_det(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """As ``forward``, with the layer's log-determinant; the other edges contribute 0."""
+        """The state after the layer and the layer's log-determinant, (B,).
+
+        The other edges do not change and contribute 0.
+        """
         touched, edges = self.before.split(x)
         result, log_det = self.inner.forward_and_log_det(touched)
         return self.after.join(result, edges), log_det
 
     def inverse_and_log_det(self, z: Tensor) -> tuple[Tensor, Tensor]:
-        """As ``inverse``, with the layer's log-determinant."""
+        """The state before the layer and the log-determinant of the layer's inverse, (B,)."""
         touched, edges = self.after.split(z)
         result, log_det = self.inner.inverse_and_log_det(touched)
         return self.before.join(result, edges), log_det
@@ -137,8 +141,11 @@ def chain(inn: Any, expand: Expand) -> tuple[Invertible, ...]:
         inn: a GraphINN.
         expand: gives the layers of one node; () if the node cannot stand alone.
     """
+    # releases differ: some keep a list for the forward direction, some only one list
+    order = inn.node_list_fwd if hasattr(inn, "node_list_fwd") else inn.node_list
     nodes: list[Any] = []
-    for node in _forward_order(inn):
+    for node in order:
+        # conditions and outputs are nodes, too
         if node.module is not None and len(node.inputs) > 0:
             nodes.append(node)
     number = {node: k for k, node in enumerate([*inn.in_nodes, *nodes])}
@@ -152,6 +159,7 @@ def chain(inn: Any, expand: Expand) -> tuple[Invertible, ...]:
         if not after:
             return ()
         if node is nodes[-1] and set(after) == set(final):
+            # the last layer also puts the outputs into the order in which the library returns them
             after = dict(zip(final, _chosen(after, final), strict=True))
         sublayers = expand(node, _chosen(alive, taken), tuple(made.values()))
         if not sublayers:
@@ -167,13 +175,8 @@ def _chosen(values: Mapping[Edge, Value], edges: Iterable[Edge]) -> tuple[Value,
     return tuple(values[edge] for edge in edges)
 
 
-def _forward_order(inn: Any) -> Sequence[Any]:
-    if hasattr(inn, "node_list_fwd"):
-        return inn.node_list_fwd
-    return inn.node_list
-
-
 def _edges(ends: Sequence[tuple[Any, int]], number: Mapping[Any, int]) -> tuple[Edge, ...]:
+    """Edges by the numbers of their nodes; -1 for a node outside of the chain."""
     return tuple((number.get(node, -1), k) for node, k in ends)
 
 

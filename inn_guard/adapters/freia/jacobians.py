@@ -36,6 +36,7 @@ def _all_in_one(module: modules.AllInOneBlock, x: Tensor, context: Any) -> Layer
     if module.GIN or module.reverse_pre_permute or module.householder or x.dim() not in (2, 4):
         return None
     identity = x[:, : module.splits[0]]
+    # the block multiplies its network's output by 0.1, the shift here and the scale below
     network = PermutedOutputs(_linearized(module.subnet, identity, context), factor=0.1)
 
     def soft_clamp(h: Tensor) -> Tensor:
@@ -96,12 +97,14 @@ def _scale_of(module: Any) -> Callable[[Tensor], Tensor]:
 
 
 def _linearized(subnet: nn.Module, identity: Tensor, context: Any) -> NetworkJacobian:
+    """The Jacobian of a subnetwork with respect to the identity part."""
     if context is None or len(context) == 0:
         return linearize_network(subnet, identity)
     return AutogradNetwork(lambda k: _at(subnet, k, context), identity)
 
 
 def _at(subnet: nn.Module, identity: Tensor, context: Any) -> Tensor:
+    """The subnetwork's output at the identity part and all conditions."""
     conditions: list[Tensor] = []
     if isinstance(context, (list, tuple)):
         conditions = list(context)

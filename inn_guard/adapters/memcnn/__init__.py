@@ -1,1 +1,1 @@
-"""Memcnn."""
+"""MemCNN: the adapter, and the Jacobians of the layers whose structure is known."""

@@ -50,7 +50,7 @@ class MemcnnModule(ForwardAndInverse):
 
     @property
     def block(self) -> nn.Module:
-        """The module without its wrappers."""
+        """The module without its wrappers, which is what runs."""
         return unwrapped(self.module)
 
 
@@ -85,7 +85,7 @@ def switched_gradients(
 ) -> list[tuple[Tensor | None, Tensor | None]]:
     """For every parameter, the gradient that MemCNN trains with and the true one.
 
-    The true one is that of MemCNN with its own switch ``disable``.
+    The true one is computed by MemCNN with its own switch ``disable``.
 
     Args:
         model: a module with InvertibleModuleWrappers; a copy is differentiated.
@@ -104,10 +104,12 @@ def switched_gradients(
 def _gradients(
     model: nn.Module, x: Tensor, loss: Callable[[Tensor], Tensor], *, disable: bool
 ) -> list[Tensor | None]:
+    """Gradients of ``loss`` for all parameters, with the wrappers on or off."""
     copied = copy.deepcopy(model)
     copied.zero_grad()
     for part in copied.modules():
         if isinstance(part, InvertibleModuleWrapper):
             part.disable = disable
+    # a clone: a wrapper frees the storage of its input
     loss(copied(x.clone())).backward()
     return [parameter.grad for parameter in copied.parameters()]

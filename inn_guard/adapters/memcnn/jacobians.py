@@ -19,6 +19,7 @@ from inn_guard.jacobian.network import AutogradNetwork, linearize_network
 from inn_guard.layers.coupling import CouplingJacobian
 from inn_guard.layers.partition import Halves
 
+#: (x, network, partition) -> the Jacobian of one of the two steps of a coupling
 HalfStep = Callable[[Tensor, nn.Module, Halves], CouplingJacobian]
 
 
@@ -53,12 +54,10 @@ def _affine(module: AffineCoupling, x: Tensor, context: Any) -> LayerJacobian | 
 
 def _two_sided(half: HalfStep, module: Any, x: Tensor) -> LayerJacobian | None:
     """The first half is transformed given the second, then the second given the new first."""
-    if module.split_dim != 1 or _holds_wrappers(module):
+    # a wrapper inside would free the storage of its input
+    holds_wrappers = any(isinstance(part, InvertibleModuleWrapper) for part in module.modules())
+    if module.split_dim != 1 or holds_wrappers:
         return None
     first = half(x, module.Fm, Halves(swapped=True))
     second = half(first.output, module.Gm, Halves())
     return ChainJacobian([first, second])
-
-
-def _holds_wrappers(module: nn.Module) -> bool:
-    return any(isinstance(part, InvertibleModuleWrapper) for part in module.modules())

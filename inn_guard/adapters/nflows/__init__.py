@@ -1,1 +1,1 @@
-"""Nflows."""
+"""nflows: the adapter, and the Jacobians of the layers whose structure is known."""

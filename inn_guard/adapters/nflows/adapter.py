@@ -80,9 +80,10 @@ class NflowsTransform(Adapted):
 
     def _expects_context(self) -> bool:
         for part in self.module.modules():
-            if getattr(part, "context_features", None) is not None or hasattr(
-                part, "context_layer"
-            ):
+            # residual networks store the number of context features, MADE has a layer for them
+            if getattr(part, "context_features", None) is not None:
+                return True
+            if hasattr(part, "context_layer"):
                 return True
         return False
 
@@ -188,7 +189,7 @@ class Chunk(Rearrangement):
         return concatenate_flat(x.chunk(2, self.dim))
 
     def inverse(self, z: Tensor) -> Tensor:
-        """The chunks back in their place."""
+        """x with both chunks back in their place, (B, *shape)."""
         size = self.shape[self.dim - 1]
         first_shape = _resized(self.shape, self.dim, (size + 1) // 2)
         second_shape = _resized(self.shape, self.dim, size // 2)
@@ -196,6 +197,8 @@ class Chunk(Rearrangement):
 
 
 def _exact_deviation(distribution: Any) -> Tensor | None:
+    """Standard deviation of each entry, (*latent), if the class tells it, else None."""
+    # by type, not by isinstance: a subclass may sample otherwise
     if type(distribution) is StandardNormal:
         return torch.ones(distribution._shape)
     if type(distribution) is DiagonalNormal:
@@ -204,6 +207,7 @@ def _exact_deviation(distribution: Any) -> Tensor | None:
 
 
 def _chain(transform: nn.Module) -> tuple[Invertible, ...]:
+    """The layers of a transform, containers of the library opened."""
     if not _runs_library_code(transform):
         return (NflowsTransform(transform),)
     if isinstance(transform, CompositeTransform):
@@ -219,6 +223,7 @@ def _chain(transform: nn.Module) -> tuple[Invertible, ...]:
 
 
 def _runs_library_code(container: nn.Module) -> bool:
+    """Whether a container does what the library's class does; True for what is none."""
     for kind in (CompositeTransform, InverseTransform, MultiscaleCompositeTransform):
         if isinstance(container, kind):
             return runs_code_of(container, kind, ("__call__", "forward", "inverse"))
@@ -240,7 +245,16 @@ def _scales(multiscale: MultiscaleCompositeTransform) -> tuple[Invertible, ...]:
             continue
         previous = latent_shapes[k - 1]
         shape = _resized(previous, dim, previous[dim - 1] // 2)
-        layers += _on_remaining(steps, shape) or _whole(transform, shape, cut)
+        lifted = _on_remaining(steps, shape)
+        if not lifted:
+            # shapes inside are not known: the whole transform is one layer
+            inner = NflowsTransform(transform)
+            flat = (math.prod(latent),)
+            lifted = [
+                OnRemaining(inner, shape=shape, latent_shape=latent),
+                OnRemaining(cut, shape=latent, latent_shape=flat),
+            ]
+        layers += lifted
     return tuple(layers)
 
 
@@ -273,22 +287,20 @@ def _on_remaining(steps: tuple[Invertible, ...], shape: Shape) -> list[Invertibl
     return lifted
 
 
-def _whole(transform: nn.Module, shape: Shape, cut: Chunk | Flatten) -> list[Invertible]:
-    inner = OnRemaining(NflowsTransform(transform), shape=shape, latent_shape=cut.shape)
-    return [inner, OnRemaining(cut, shape=cut.shape, latent_shape=(math.prod(cut.shape),))]
-
-
 def _shape_after(step: Invertible, shape: Shape) -> Shape | None:
+    """Shape of one sample after a step; None if the step does not tell it."""
     if isinstance(step, (Chunk, Flatten, OnRemaining)):
         return (math.prod(shape),)
     if hasattr(step.block, "get_output_shape"):
         return tuple(step.block.get_output_shape(*shape))  # type: ignore[operator]
+    # what the inner map makes of the shape does not tell what its inverse makes of it
     if isinstance(step, InverseLayer) and _shape_after(step.inner, shape) != shape:
         return None
     return shape
 
 
 def _resized(shape: Shape, dim: int, size: int) -> Shape:
+    """``shape`` with another size of the batch's dimension ``dim``."""
     return (*shape[: dim - 1], size, *shape[dim:])
 
 
@@ -307,7 +319,9 @@ def _named_errors(name: str) -> Iterator[None]:
             f"{name}: input outside the domain of {_culprit(error)} (InputOutsideDomain)"
         ) from error
     except AssertionError as error:
-        reason = str(error) or f"`{_failed_line(error)}`"
+        # most assertions of the library have no message: the failed line then says what was wrong
+        failed_line = traceback.extract_tb(error.__traceback__)[-1].line
+        reason = str(error) or f"`{failed_line}`"
         raise ValueError(f"{name}: failed inside {_culprit(error)}: {reason}") from error
 
 
@@ -319,7 +333,3 @@ def _culprit(error: Exception) -> str:
         if isinstance(owner, Transform):
             name = type(owner).__name__
     return name
-
-
-def _failed_line(error: AssertionError) -> str | None:
-    return traceback.extract_tb(error.__traceback__)[-1].line

@@ -48,6 +48,7 @@ def _coupling(module: Any, x: Tensor, context: Any) -> LayerJacobian | None:
         return coupling_jacobian(x, network, partition, None)
 
     def scale(h: Tensor) -> Tensor:
+        # the library's own activation; it takes [shift, s], and the shift does not matter
         return module._scale_and_shift(torch.cat([torch.zeros_like(h), h], dim=1))[0]
 
     return coupling_jacobian(x, network, partition, scale)

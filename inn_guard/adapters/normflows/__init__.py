@@ -1,1 +1,1 @@
-"""Normflows."""
+"""normflows: the adapter, and the Jacobians of the layers whose structure is known."""

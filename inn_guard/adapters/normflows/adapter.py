@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -255,21 +256,27 @@ class NormflowsMultiscale(Adapted):
         if self.module.transform is not None:
             flat += chain_of(self.module.transform)
         levels = self._levels()
-        for k, (steps, shape, latent) in enumerate(levels):
-            cut: Invertible = Flatten(latent)
+        for k, level in enumerate(levels):
+            cut: Invertible = Flatten(level.after)
             if k < len(levels) - 1:
-                remaining = levels[k + 1][1]
-                cut = SplitOff(self.module.merges[-1 - k], remaining, latent)
+                # the library lists its merges from latent to data
+                merge = self.module.merges[-1 - k]
+                cut = SplitOff(merge, levels[k + 1].before, level.after)
             if k == 0:
-                flat += [*steps, cut]
+                flat += [*level.steps, cut]
             else:
-                flat += _on_remaining(steps, shape)
-                flat.append(OnRemaining(cut, shape=latent, latent_shape=(math.prod(latent),)))
+                flat += _on_remaining(level.steps, level.before)
+                vector = (math.prod(level.after),)
+                flat.append(OnRemaining(cut, shape=level.after, latent_shape=vector))
         return tuple(flat)
 
-    def _levels(self) -> list[tuple[tuple[Invertible, ...], Shape, Shape]]:
-        """Of each level from data to latent: its layers, and the shapes before and after them."""
-        levels: list[tuple[tuple[Invertible, ...], Shape, Shape]] = []
+    def _levels(self) -> list[_Level]:
+        """The levels from data to latent.
+
+        The library knows the shapes of the latents only. From the deepest level on, each level's
+        output is the deeper level's input merged with its own latent.
+        """
+        levels: list[_Level] = []
         before: Shape = ()
         for k, finished in enumerate(self._latent_shapes()):
             after = finished
@@ -279,7 +286,7 @@ class NormflowsMultiscale(Adapted):
             before = after
             for step in reversed(steps):
                 before = _shape_before(step, before)
-            levels.insert(0, (steps, before, after))
+            levels.insert(0, _Level(steps, before, after))
         return levels
 
     def _latent_shapes(self) -> list[Shape]:
@@ -294,6 +301,15 @@ class NormflowsMultiscale(Adapted):
                 )
             shapes.append((shape,) if isinstance(shape, int) else tuple(shape))
         return shapes
+
+
+@dataclass(frozen=True)
+class _Level:
+    """A level of a MultiscaleFlow: its layers, and the shapes of one sample around them."""
+
+    steps: tuple[Invertible, ...]
+    before: Shape
+    after: Shape
 
 
 class SplitOff(Rearrangement):
@@ -316,7 +332,7 @@ class SplitOff(Rearrangement):
         return _packed(latents)
 
     def inverse(self, z: Tensor) -> Tensor:
-        """Both put together."""
+        """x, (B, *shape), with both parts in their place."""
         finished, remaining = split_flat(z, [self.finished, self.remaining])
         return self.merge([remaining, finished])[0]
 
@@ -332,16 +348,19 @@ def _merge_dim(merge: Any, shape: Shape) -> int:
 
 
 def _merged_shape(merge: Any, remaining: Shape, finished: Shape) -> Shape:
+    """Shape of one sample of what a merge makes of its two parts."""
     dim = _merge_dim(merge, remaining)
     return (*remaining[:dim], remaining[dim] + finished[dim], *remaining[dim + 1 :])
 
 
 def _finished_shape(merge: Any, shape: Shape, remaining: Shape) -> Shape:
+    """Shape of one sample of the part that a merge joins with what remains."""
     dim = _merge_dim(merge, remaining)
     return (*shape[:dim], shape[dim] - remaining[dim], *shape[dim + 1 :])
 
 
 def _on_remaining(steps: tuple[Invertible, ...], shape: Shape) -> list[Invertible]:
+    """The steps acting on the remaining part of a flat state, which has this shape."""
     lifted: list[Invertible] = []
     for step in steps:
         latent = _shape_after(step, shape)
@@ -360,6 +379,7 @@ def _shape_after(step: Invertible, shape: Shape) -> Shape:
 
 
 def _shape_before(step: Invertible, shape: Shape) -> Shape:
+    """The shape before a step from data to latents."""
     if isinstance(step, InverseLayer):
         return _shape_after(step.inner, shape)
     if isinstance(step.block, Squeeze):

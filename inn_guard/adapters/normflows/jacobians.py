@@ -46,6 +46,7 @@ def _coupling_block(
     module: flows.AffineCouplingBlock, x: Tensor, context: Any
 ) -> LayerJacobian | None:
     split, coupling, _ = module.flows
+    # the Jacobian is that of the library's forward, latent -> data, at z, and then inverted
     if split.mode not in ("channel", "channel_inv") or coupling.scale_map not in SCALES:
         return None
     partition = Leading((x.shape[1] + 1) // 2, swapped=split.mode == "channel_inv")
@@ -63,7 +64,7 @@ def _coupling_block(
 def _masked_affine(module: flows.MaskedAffineFlow, x: Tensor, context: Any) -> LayerJacobian | None:
     mask = module.b[0] > 0
     if not torch.equal(mask.to(module.b), module.b[0]):
-        return None
+        return None  # the library allows masks between 0 and 1, which make it another map
     z = module.inverse(x)[0]
 
     def shift_and_scale(identity: Tensor) -> Tensor:
@@ -77,7 +78,7 @@ def _masked_affine(module: flows.MaskedAffineFlow, x: Tensor, context: Any) -> L
 @known_jacobian.register(flows.AffineConstFlow)
 def _constant_affine(module: Any, x: Tensor, context: Any) -> LayerJacobian | None:
     if not bool(getattr(module, "data_dep_init_done", True)):
-        return None
+        return None  # its next call would set its parameters
     return ElementwiseJacobian(module.inverse(x)[0], (-module.s).exp())
 
 
@@ -85,6 +86,7 @@ def _constant_affine(module: Any, x: Tensor, context: Any) -> LayerJacobian | No
 def _permute(module: flows.Permute, x: Tensor, context: Any) -> LayerJacobian:
     if module.mode == "shuffle":
         return permutation_jacobian(x, module.inv_perm)
+    # mode "swap" exchanges the two halves of the channels
     channels = torch.arange(module.num_channels, device=x.device)
     return permutation_jacobian(x, channels.roll(-((module.num_channels + 1) // 2)))
 

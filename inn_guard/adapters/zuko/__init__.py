@@ -1,1 +1,1 @@
-"""Zuko."""
+"""zuko: the adapter, and the Jacobians of the layers whose structure is known."""

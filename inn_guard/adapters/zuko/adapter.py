@@ -163,6 +163,7 @@ class ZukoOde(ZukoTransform):
         """The solution of the finite samples; NaN for the others, or for all."""
         finite = finite_rows(x)
         inputs = x[finite]
+        # products with x: the result has a gradient even if nothing is solved
         y, log_det = x * torch.nan, x[:, 0] * torch.nan
         if not len(inputs):
             return y, log_det
@@ -186,6 +187,8 @@ class _NotFiniteError(ArithmeticError):
 
 
 def _finite_only(field: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """The field of an ODE, which raises where it is not finite: the solver would never return."""
+
     def checked(*arguments: Tensor) -> Tensor:
         value = field(*arguments)
         if not bool(value.isfinite().all()):
@@ -213,8 +216,11 @@ def _is_container(transform: nn.Module) -> bool:
 
 
 def _chain(transform: nn.Module) -> tuple[Invertible, ...]:
+    """The layers of a lazy transformation, containers of the library opened."""
     if not _is_container(transform):
-        return (_single(transform),)
+        if isinstance(transform, FFJTransform):
+            return (ZukoOde(transform),)
+        return (ZukoTransform(transform),)
     if isinstance(transform, LazyComposedTransform):
         layers: list[Invertible] = []
         for part in transform.transforms:
@@ -222,12 +228,6 @@ def _chain(transform: nn.Module) -> tuple[Invertible, ...]:
         return tuple(layers)
     inverse: Any = transform
     return inverse_chain(_chain(inverse.transform))
-
-
-def _single(transform: nn.Module) -> ZukoTransform:
-    if isinstance(transform, FFJTransform):
-        return ZukoOde(transform)
-    return ZukoTransform(transform)
 
 
 def _solves_odes(module: nn.Module) -> bool:
@@ -268,15 +268,17 @@ def _common_deviation(base: Distribution) -> Tensor | None:
 
 def _closes_over_networks(transform: Any) -> bool:
     """Whether a transformation holds functions, whose modules could not be copied."""
-    parts = [*getattr(transform, "transforms", ())]
-    parts += [vars(transform).get(name) for name in ("base", "_inv")]
+    attributes = vars(transform)
+    parts = [*getattr(transform, "transforms", ()), attributes.get("base"), attributes.get("_inv")]
     for part in parts:
         if isinstance(part, Transform) and _closes_over_networks(part):
             return True
+    # where zuko's transformations keep the functions that they are built from
     return any(callable(vars(transform).get(name)) for name in ("meta", "f", "g"))
 
 
 def _plain(transform: Transform, context: Context) -> Invertible:
+    """A transformation that needs no context, opened if it is composed."""
     if isinstance(transform, ComposedTransform):
         return Chain(*[_plain(part, context) for part in transform.transforms])
     return torch_transforms.adapt(transform, context)

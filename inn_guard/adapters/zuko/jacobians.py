@@ -50,6 +50,7 @@ def _coupling(module: GeneralCouplingTransform, x: Tensor, context: Any) -> Laye
         return coupling_jacobian(x, network, partition, None)
 
     def scale(h: Tensor) -> Tensor:
+        # the library's own activation: the scale of its affine map with parameters (shift, h)
         return module.univariate(torch.zeros_like(h), h).scale  # type: ignore[attr-defined]
 
     return coupling_jacobian(x, SelectedOutputs.deinterleaved(network), partition, scale)
@@ -82,6 +83,7 @@ def _affine_or_additive(module: GeneralCouplingTransform) -> Any:
 
 
 def _linearized(hyper: Any, identity: Tensor, context: Any) -> NetworkJacobian:
+    """The Jacobian of a coupling's network with respect to its identity features."""
     if context is None:
         return linearize_network(hyper, identity)
     whole = linearize_network(hyper, torch.cat([identity, context], dim=-1))

@@ -40,10 +40,10 @@ class ExpandedAutoencoder(nn.Module, abc.ABC):
             nn.Sequential(decoder, nn.Flatten()),
         )
         flow = config.flow(nets, shell=config.dims)
-        data = [
-            OnRemaining(layer, shape=config.shape)
-            for layer in config.preprocessing(config.shape[0])
-        ]
+        preprocessing = config.preprocessing(config.shape[0])
+        # of the state [w, x] it acts on x only
+        data = [OnRemaining(layer, shape=config.shape) for layer in preprocessing]
+        # [w, x] -> [x, w]: the flow takes the core last
         expanded = config.dims + config.latent
         core_last = (torch.arange(expanded) + config.latent) % expanded
         self.joint = Chain(*data, Permutation(core_last), flow)
@@ -63,15 +63,16 @@ class ExpandedAutoencoder(nn.Module, abc.ABC):
         """The training loss in nats, a scalar."""
 
     def preprocessed(self, x: Tensor) -> tuple[Float[Tensor, "batch dims"], Float[Tensor, "batch"]]:
-        """Preprocessed images, flat, and the log-determinant of that."""
+        """Preprocessed images, flat, and the log-determinant of the preprocessing, (B,)."""
         state, total = x.flatten(1), x.new_zeros(len(x))
+        # the last two steps are the permutation and the flow
         for step in self.joint.steps[:-2]:
             state, log_det = step.forward_and_log_det(state)  # type: ignore[operator]
             total = total + log_det
         return state, total
 
     def expand(self, x: Tensor) -> Float[Tensor, "batch expanded"]:
-        """[w, x] with w at the centre of the proposal."""
+        """The state [w, x], (B, d + D), with w at the centre of the proposal."""
         return torch.cat([self.proposal(self.preprocessed(x)[0]).center, x.flatten(1)], dim=1)
 
     @torch.no_grad()
@@ -97,7 +98,7 @@ class ExpandedAutoencoder(nn.Module, abc.ABC):
         )
 
     def encode(self, x: Tensor) -> Float[Tensor, "batch latent"]:
-        """z of [x, w], w at the centre of the proposal."""
+        """The code z, (B, d), of [x, w] with w at the centre of the proposal."""
         shell, _ = self.preprocessed(x)
         return self.flow.encode(torch.cat([shell, self.proposal(shell).center], dim=1))
 
@@ -106,7 +107,7 @@ class ExpandedAutoencoder(nn.Module, abc.ABC):
         return self._images(self.flow.decode(z))
 
     def reconstruct(self, x: Tensor) -> Tensor:
-        """f(z(x)); a model that was trained on noisy images denoises its input."""
+        """The decoded code of x; a model that was trained on noisy images denoises x."""
         return self.decode(self.encode(x))
 
     def sample(
@@ -128,11 +129,11 @@ class ExpandedAutoencoder(nn.Module, abc.ABC):
         """
         latents = self.flow.draw(count, temperature=temperature, noise=noise, generator=generator)
         residual, u = latents.split([self.flow.shell, self.flow.latent], dim=1)
-        return self._images(
-            self.flow.decode(self.flow.prior_inverse(u)) + residual * self.flow.sigma()
-        )
+        mean = self.flow.decode(self.flow.prior_inverse(u))
+        return self._images(mean + residual * self.flow.sigma())
 
     def _images(self, shell: Tensor) -> Tensor:
+        """Images in [0, 1] of a shell, by the inverse of the preprocessing."""
         for step in reversed(self.joint.steps[:-2]):
             shell = step.inverse(shell)  # type: ignore[operator]
         return shell.reshape(-1, *self.config.shape)

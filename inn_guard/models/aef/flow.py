@@ -12,6 +12,7 @@ from torch.nn import functional
 
 from inn_guard.core.invertible import Invertible, standard_normal_log_prob
 from inn_guard.core.layer_jacobian import LayerJacobian
+from inn_guard.core.tensors import draw_normal
 from inn_guard.jacobian.network import NetworkJacobian, linearize_module
 from inn_guard.layers.actnorm import ActNorm
 from inn_guard.layers.autoregressive import maf
@@ -131,6 +132,7 @@ class NegatedJacobian:
 
 @linearize_module.register
 def linearize_negated(module: Negated, x: Tensor) -> NetworkJacobian:
+    """The Jacobian of -f."""
     return NegatedJacobian(linearize_module(module.network, x))
 
 
@@ -149,6 +151,7 @@ class ResidualScale(Invertible):
 
     def sigma(self) -> Tensor:
         """The standard deviations of the residuals, (count,)."""
+        # as in SoftplusScale: torch's default threshold is too low for float64
         return functional.softplus(self.raw, threshold=40)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -213,7 +216,7 @@ class CoreShellFlow(Chain):
         self._before = len(before)
 
     def encoding(self, shell: Float[Tensor, "batch shell"]) -> ScaleAndShift:
-        """u -> g_m(shell) + g_s(shell) * u."""
+        """The map w -> g_m(shell) + g_s(shell) * w of the encoder at this shell."""
         coupling = self.steps[self._before]
         return coupling.parameters_of(shell)  # type: ignore[operator, union-attr, return-value]
 
@@ -234,11 +237,11 @@ class CoreShellFlow(Chain):
 
     @property
     def prior(self) -> Chain:
-        """z -> u, p_0 as a flow on (B, d)."""
+        """The flow z -> u on (B, d), which is p_0."""
         return Chain(*self.steps[self._before + 3 :])
 
     def prior_inverse(self, u: Float[Tensor, "batch latent"]) -> Float[Tensor, "batch latent"]:
-        """z ~ p_0 from u ~ N(0, I)."""
+        """The code z ~ p_0 that the prior flow maps to u ~ N(0, I)."""
         for step in reversed(self.steps[self._before + 3 :]):
             u = step.inverse(u)  # type: ignore[operator]
         return u
@@ -247,10 +250,8 @@ class CoreShellFlow(Chain):
         self, count: int, *, temperature: float, noise: float, generator: torch.Generator
     ) -> Float[Tensor, "count dims"]:
         """Latents to decode: [noise * N(0, I), temperature * N(0, I)]."""
-        like = self.sigma()
-        latents = torch.randn(
-            count, self.shell + self.latent, generator=generator, device="cpu", dtype=like.dtype
-        ).to(like.device)
+        shape = (count, self.shell + self.latent)
+        latents = draw_normal(shape, like=self.sigma(), generator=generator)
         residual, u = latents.split([self.shell, self.latent], dim=1)
         return torch.cat([noise * residual, temperature * u], dim=1)
 
@@ -259,6 +260,8 @@ class CoreShellFlow(Chain):
     ) -> Float[Tensor, "batch draws"]:
         """log p(shell, core) in nats for many cores of each shell, with one encoder pass."""
         draws = cores.shape[1]
+        # not by forward_and_log_det of the whole: the encoder depends on the shell only, and is the
+        # same for all draws
         encoding = self.encoding(shell)
         w, log_det = _through(self.steps[: self._before], cores.flatten(0, 1))
         z = w * _repeated(encoding.scale, draws) + _repeated(encoding.shift, draws)
@@ -271,6 +274,7 @@ class CoreShellFlow(Chain):
 
 
 def _through(steps: nn.ModuleList, x: Tensor) -> tuple[Tensor, Tensor]:
+    """x after all steps, and the sum of their log-determinants, (B,)."""
     total = x.new_zeros(len(x))
     for step in steps:
         x, log_det = step.forward_and_log_det(x)  # type: ignore[operator]
@@ -279,6 +283,7 @@ def _through(steps: nn.ModuleList, x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _repeated(x: Tensor | None, times: int) -> Tensor:
+    """Every row of x ``times`` times in a row, as the flattened draws of each shell."""
     if x is None:
         raise TypeError("expected an affine encoding with a scale, got none")
     return x.repeat_interleave(times, dim=0)

@@ -10,6 +10,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from inn_guard.core.tensors import draw_normal
+
 __all__ = ["ImportanceEstimate", "Proposal", "importance_log_prob", "tuned_width"]
 
 Joint = Callable[[Tensor], Tensor]  #: w (B, K, d) -> log p(x, w), (B, K)
@@ -28,11 +30,9 @@ class Proposal:
     width: float
 
     def sample(self, draws: int, *, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        """w (B, K, d) and log q(w) (B, K)."""
+        """K draws w, (B, K, d), and log q(w) in nats, (B, K)."""
         rows, dims = self.center.shape
-        noise = torch.randn(
-            rows, draws, dims, generator=generator, device="cpu", dtype=self.center.dtype
-        ).to(self.center.device)
+        noise = draw_normal((rows, draws, dims), like=self.center, generator=generator)
         constant = dims * (math.log(self.width) + 0.5 * math.log(2 * math.pi))
         return self.center[:, None] + self.width * noise, -0.5 * noise.square().sum(2) - constant
 
@@ -84,6 +84,7 @@ def importance_log_prob(
         Ambrogioni, 2023), equations 17 and 18, appendix D.6.
         Importance Weighted Autoencoders (Burda, Grosse, Salakhutdinov, 2016).
     """
+    # logarithms of sums throughout: the weights themselves are far out of the range of floats
     means, squares = [], []
     for _ in range(repetitions):
         w, log_q = proposal.sample(draws, generator=generator)
@@ -94,6 +95,7 @@ def importance_log_prob(
     log_prob = stacked.logsumexp(0) - math.log(repetitions)
     spread = torch.full_like(log_prob, math.nan)
     if repetitions > 1:
+        # relative deviation of the mean weights, which is the deviation of its logarithm
         spread = (stacked - log_prob).exp().std(0)
     total = log_prob + math.log(repetitions * draws)
     effective = (2 * total - torch.stack(squares).logsumexp(0)).exp()

@@ -10,6 +10,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
+from inn_guard.core.tensors import draw_normal
 from inn_guard.layers.chain import Chain
 from inn_guard.layers.reshape import Rearrangement
 from inn_guard.models.aef.expanded import ExpandedAutoencoder
@@ -28,7 +29,7 @@ __all__ = [
 
 #: (image shape, d) -> boolean mask of the d core values
 CoreMaker = Callable[[Sequence[int], int], Tensor]
-WIDTHS = tuple(2.0**k for k in range(-10, 4))
+WIDTHS = tuple(2.0**k for k in range(-10, 4))  #: of proposals that ``LinearAEF.tune`` tries
 
 
 def center_core(shape: Sequence[int], latent: int) -> Bool[Tensor, "channels height width"]:
@@ -37,8 +38,9 @@ def center_core(shape: Sequence[int], latent: int) -> Bool[Tensor, "channels hei
     >>> center_core((1, 4, 4), 4)[0].int().tolist()
     [[0, 0, 0, 0], [0, 1, 1, 0], [0, 1, 1, 0], [0, 0, 0, 0]]
     """
-    rows, columns = (2 * torch.arange(size) - (size - 1) for size in shape[1:])
-    return _nearest(rows.abs()[:, None], columns.abs(), shape, latent)
+    # twice the distance from the centre, which is an integer for even sizes, too
+    rows, columns = ((2 * torch.arange(size) - (size - 1)).abs() for size in shape[1:])
+    return _nearest(rows[:, None], columns, shape, latent)
 
 
 def corner_core(shape: Sequence[int], latent: int) -> Bool[Tensor, "channels height width"]:
@@ -54,7 +56,7 @@ def corner_core(shape: Sequence[int], latent: int) -> Bool[Tensor, "channels hei
 def random_core(
     shape: Sequence[int], latent: int, *, generator: torch.Generator
 ) -> Bool[Tensor, "channels height width"]:
-    """d values chosen at random."""
+    """The mask of d values that are chosen at random."""
     mask = torch.zeros(math.prod(shape), dtype=torch.bool)
     mask[torch.randperm(len(mask), generator=generator)[:latent]] = True
     return mask.reshape(*shape)
@@ -63,6 +65,7 @@ def random_core(
 def _nearest(rows: Tensor, columns: Tensor, shape: Sequence[int], latent: int) -> Tensor:
     """The first d values by the larger of the two distances, then by their sum, pixel by pixel."""
     channels, height, width = shape
+    # one integer per pixel sorts by both: ``far`` exceeds every sum of two distances
     far = 1 + height + width + int(rows.max()) + int(columns.max())
     order = (torch.maximum(rows, columns) * far + rows + columns).flatten().argsort(stable=True)
     mask = torch.zeros(height * width, channels, dtype=torch.bool)
@@ -83,6 +86,7 @@ class CoreLast(Rearrangement):
 
     def __init__(self, core: Bool[Tensor, "channels height width"]) -> None:
         super().__init__()
+        # stable: within the shell and within the core the values keep their order
         order = core.flatten().int().argsort(stable=True)
         self.shape = tuple(core.shape)
         self.register_buffer("order", order)
@@ -161,7 +165,7 @@ class PartitionAEF(Chain):
         return -self.log_prob(x).mean()
 
     def encode(self, x: Tensor) -> Float[Tensor, "batch latent"]:
-        """z, the latent code before the prior flow."""
+        """The latent code z, (B, d), before the prior flow."""
         for step in self.steps[:-1]:
             x = step(x)
         return self.flow.encode(x)
@@ -231,9 +235,7 @@ class LinearAEF(ExpandedAutoencoder):
         """Mean of -log p(x, w) in nats, w = h(x) or around it."""
         expanded = self.expand(x)
         if self.spread:
-            noise = torch.randn(
-                len(x), self.config.latent, generator=generator, device="cpu", dtype=x.dtype
-            ).to(x.device)
+            noise = draw_normal((len(x), self.config.latent), like=x, generator=generator)
             expanded = expanded + self.spread * nn.functional.pad(noise, (0, self.config.dims))
         return -self.joint.log_prob(expanded).mean()
 

@@ -7,6 +7,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from inn_guard.core.invertible import standard_normal_log_prob
+from inn_guard.core.tensors import draw_normal
 from inn_guard.layers.chain import Chain
 from inn_guard.models.aef.expanded import ExpandedAutoencoder
 from inn_guard.models.aef.flow import AutoencoderConfig
@@ -34,14 +35,12 @@ class VAE(ExpandedAutoencoder):
     """
 
     def proposal(self, shell: Float[Tensor, "batch dims"]) -> Proposal:
-        """N(0, I): importance sampling from the posterior that the encoder gives."""
+        """The proposal N(0, I) for w, under which z is a draw of the encoder's posterior."""
         return Proposal(shell.new_zeros(len(shell), self.config.latent), 1.0)
 
     def elbo(self, x: Tensor, *, generator: torch.Generator) -> Float[Tensor, "batch"]:
         """A lower bound of log p(x) in nats in expectation, from one w for every x, (B,)."""
-        w = torch.randn(
-            len(x), self.config.latent, generator=generator, device="cpu", dtype=x.dtype
-        ).to(x.device)
+        w = draw_normal((len(x), self.config.latent), like=x, generator=generator)
         joint = self.joint.log_prob(torch.cat([w, x.flatten(1)], dim=1))
         return joint - standard_normal_log_prob(w)
 

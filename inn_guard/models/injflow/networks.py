@@ -57,6 +57,7 @@ def conv_decoder(shape: tuple[int, int, int], latent: int, *, width: int = 64) -
         layers += [
             nn.BatchNorm2d(channels[k]),
             nn.ELU(),
+            # output_padding: without it the image would be one pixel short of twice the size
             nn.ConvTranspose2d(
                 channels[k], channels[k + 1], 3, stride=stride, padding=1, output_padding=stride - 1
             ),
@@ -65,6 +66,7 @@ def conv_decoder(shape: tuple[int, int, int], latent: int, *, width: int = 64) -
 
 
 def _strides(shape: tuple[int, int, int]) -> list[int]:
+    """The strides of the encoder's convolutions: 2 while the image can be halved, then 1."""
     if shape[1] != shape[2]:
         raise ValueError(f"expected square images (C, H, H), got {shape}")
     side = shape[1]
@@ -76,6 +78,7 @@ def _strides(shape: tuple[int, int, int]) -> list[int]:
 
 
 def _side(shape: tuple[int, int, int]) -> int:
+    """Height and width of the image after all convolutions."""
     side = shape[1]
     for stride in _strides(shape):
         side //= stride
@@ -83,7 +86,9 @@ def _side(shape: tuple[int, int, int]) -> int:
 
 
 def _channels(first: int, strides: list[int], width: int) -> list[int]:
-    channels, current = [first], width
+    """Channels before the first and after every convolution."""
+    channels = [first]
+    current = width
     for k, stride in enumerate(strides):
         if stride == 2 and k > 0:
             current *= 2

@@ -25,6 +25,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import spectral_norm
 
+from inn_guard.core.tensors import draw_normal
 from inn_guard.models.autoencoder import Autoencoder, DirectionalDerivative, forward_mode
 
 __all__ = [
@@ -121,9 +122,7 @@ class Step:
 
     def noise(self, like: Tensor) -> Tensor:
         """Standard normal numbers with the shape and dtype of ``like``."""
-        return torch.randn(
-            like.shape, generator=self._generator, device="cpu", dtype=like.dtype
-        ).to(like.device)
+        return draw_normal(like.shape, like=like, generator=self._generator)
 
 
 @runtime_checkable
@@ -290,21 +289,19 @@ def injflow_linear(
     derivative: DirectionalDerivative = forward_mode,
 ) -> Objective:
     """InjFlow (Eq. 10): ``prior`` weighs |h(x)|^2, ``trade`` is lambda, ``rate`` is nu."""
+    weight = growing(rate)
     volume = LinearVolume(trade)
-    return Objective(
-        (CodeNorm(prior), Reconstruction(growing(rate)), volume, Injectivity(growing(rate))),
-        derivative,
-    )
+    terms = (CodeNorm(prior), Reconstruction(weight), volume, Injectivity(weight))
+    return Objective(terms, derivative)
 
 
 def injflow_log(
     prior: float = 1e-3, *, rate: float = 1.0, derivative: DirectionalDerivative = forward_mode
 ) -> Objective:
     """InjFlow with the logarithm of the volume (Eq. 9)."""
-    return Objective(
-        (CodeNorm(prior), Reconstruction(growing(rate)), LogVolume(), Injectivity(growing(rate))),
-        derivative,
-    )
+    weight = growing(rate)
+    terms = (CodeNorm(prior), Reconstruction(weight), LogVolume(), Injectivity(weight))
+    return Objective(terms, derivative)
 
 
 def spectrally_normalised(network: nn.Module) -> nn.Module:
@@ -316,4 +313,5 @@ def spectrally_normalised(network: nn.Module) -> nn.Module:
 
 
 def _floored(step: Step, eta: float) -> Tensor:
+    """max(|J_g v|^2, eta^2 |v|^2), (B,): no gain from singular values that are nearly zero."""
     return torch.maximum(step.stretch, eta**2 * step.v.square().sum(1))

@@ -10,6 +10,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from inn_guard.core.invertible import Invertible, NotApplicable, standard_normal_log_prob
+from inn_guard.core.tensors import draw_normal
 from inn_guard.models.nif.widening import Gram, Widening
 
 __all__ = ["NIF", "GaussianNIF"]
@@ -55,7 +56,7 @@ class GaussianNIF(Invertible):
         return self.widening(z) + self.bias
 
     def gram(self) -> Gram:
-        """Lambda = A^T Sigma^-1 A."""
+        """The matrix Lambda = A^T Sigma^-1 A."""
         return self.widening.gram((-self.log_variance).exp())
 
     def manifold_term(self, x: Float[Tensor, "batch *data"]) -> Float[Tensor, "batch"]:
@@ -74,10 +75,10 @@ class GaussianNIF(Invertible):
     def posterior_sample(
         self, x: Float[Tensor, "batch *data"], *, generator: torch.Generator
     ) -> Float[Tensor, "batch *latent"]:
-        """z ~ q(z | x) = N(mu, Lambda^-1)."""
+        """One draw z ~ q(z | x) = N(mu, Lambda^-1) for every x."""
         gram = self.gram()
         mu = gram.solve(self._weighted(x))
-        return mu + gram.inverse_root(_noise(mu, generator))
+        return mu + gram.inverse_root(draw_normal(mu.shape, like=mu, generator=generator))
 
     def bound(
         self,
@@ -116,12 +117,15 @@ class GaussianNIF(Invertible):
     ) -> Float[Tensor, "batch *data"]:
         """x ~ N(A z + b, s Sigma), s = ``noise``: 0 on the manifold, 1 for the trained model."""
         mean = self.inverse(z)
-        return mean + math.sqrt(noise) * (0.5 * self.log_variance).exp() * _noise(mean, generator)
+        deviation = math.sqrt(noise) * (0.5 * self.log_variance).exp()
+        return mean + deviation * draw_normal(mean.shape, like=mean, generator=generator)
 
     def _weighted(self, x: Tensor) -> Tensor:
+        """w = A^T Sigma^-1 (x - b), (B, *latent)."""
         return self.widening.transpose((x - self.bias) * (-self.log_variance).exp())
 
     def _mahalanobis(self, x: Tensor) -> Tensor:
+        """(x - b)^T Sigma^-1 (x - b), (B,)."""
         return ((x - self.bias).square() * (-self.log_variance).exp()).flatten(1).sum(1)
 
 
@@ -213,9 +217,3 @@ class NIF(Invertible):
         if self.inner is not None:
             z = self.inner.inverse(z)
         return self.flow.inverse(self.prior.sample_given(z, noise=noise, generator=generator))
-
-
-def _noise(like: Tensor, generator: torch.Generator) -> Tensor:
-    return torch.randn(like.shape, generator=generator, device="cpu", dtype=like.dtype).to(
-        like.device
-    )

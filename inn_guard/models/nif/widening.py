@@ -21,10 +21,6 @@ class Gram(Protocol):
         """The solution M^-1 w."""
         ...
 
-    def quadratic(self, w: Tensor) -> Tensor:
-        """w^T M w, (B,)."""
-        ...
-
     def inverse_root(self, noise: Tensor) -> Tensor:
         """R noise with R R^T = M^-1: turns N(0, I) into N(0, M^-1)."""
         ...
@@ -49,10 +45,6 @@ class DenseGram:
         """M^-1 w for w (B, d)."""
         return torch.cholesky_solve(w.T, self.factor).T
 
-    def quadratic(self, w: Tensor) -> Tensor:
-        """w^T M w, (B,)."""
-        return (w @ self.factor).square().sum(1)
-
     def inverse_root(self, noise: Tensor) -> Tensor:
         """The draw L^-T noise, with M = L L^T."""
         return torch.linalg.solve_triangular(self.factor.T, noise.T, upper=True).T
@@ -76,10 +68,6 @@ class DiagonalGram:
     def solve(self, w: Tensor) -> Tensor:
         """The solution w / entries."""
         return w / self.entries
-
-    def quadratic(self, w: Tensor) -> Tensor:
-        """The quadratic form sum entries w^2, (B,)."""
-        return (self.entries * w.square()).flatten(1).sum(1)
 
     def inverse_root(self, noise: Tensor) -> Tensor:
         """The draw noise / sqrt(entries)."""
@@ -161,6 +149,7 @@ class NearestUpsampling(Widening):
 
     def transpose(self, r: Tensor) -> Tensor:
         """Sums over blocks: (B, C, f H, f W) -> (B, C, H, W)."""
+        # pooling gives the mean over a block
         return functional.avg_pool2d(r, self.factor) * self.factor**2
 
     def gram(self, weight: Tensor) -> DiagonalGram:

@@ -14,7 +14,7 @@ __all__ = ["attack_curve"]
 
 
 def attack_curve(rows: Sequence[Mapping[str, Any]], *, limit: float | None = None) -> Drawing:
-    """Median and largest finite error against forward passes, on a logarithmic axis.
+    """The median and the largest finite error against forward passes, on a logarithmic axis.
 
     Args:
         rows: with the columns forward_equivalents, median_error, largest_error and broken_samples.
@@ -25,6 +25,7 @@ def attack_curve(rows: Sequence[Mapping[str, Any]], *, limit: float | None = Non
     median = np.array([float(row["median_error"]) for row in rows])
     figure, axis = axes()
     for values, colour in ((largest, HIGH), (median, LOW)):
+        # an error of zero, NaN or Inf has no place on a logarithmic axis
         with np.errstate(all="ignore"):
             powers = np.log10(values)
         drawn = np.where(np.isfinite(powers), powers, np.nan)

@@ -19,13 +19,12 @@ _WIDE = 30.0
 
 @dataclass(frozen=True)
 class Scale:
-    """Positions of numbers on an axis: log10(value) where ``logarithmic``, else value / 10^power.
-
-    Dividing by a power of ten keeps numbers near the ends of float64 within what a plot can place.
+    """Positions of numbers on an axis: log10(value) if ``logarithmic``, else value / 10^power.
 
     Attributes:
         logarithmic: whether ticks are powers of ten.
-        power: see above.
+        power: of the unit of a linear axis. It keeps numbers near the ends of float64 within what a
+            plot can place.
         exponents: whether the numbers are logarithms already, as those of a quantity named log10_*
             are; they are placed as they come, and read as the powers of ten that they stand for.
     """
@@ -56,7 +55,9 @@ class Scale:
         """The quantity with its unit and, where the axis is scaled, the power of ten."""
         text = title(name)
         if self.exponents:
-            text, unit = title(name.removeprefix("log10_")), unit.removeprefix("log10").strip()
+            # the ticks are powers of ten, not exponents: the quantity itself is read there
+            text = title(name.removeprefix("log10_"))
+            unit = unit.removeprefix("log10").strip()
         if self.power:
             unit = f"{power_of_ten(self.power)} {unit}".strip()
         return legible(f"{text} [{unit}]" if unit else text)
@@ -82,6 +83,7 @@ def scale_for(values: np.ndarray, name: str = "") -> Scale:
     largest = np.abs(shown).max(initial=0.0)
     if largest == 0 or 1e-2 <= largest < 1e4:
         return Scale(logarithmic=False)
+    # 10 to a power below -300 would be subnormal
     return Scale(logarithmic=False, power=max(int(np.floor(np.log10(largest))), -300))
 
 

@@ -65,6 +65,7 @@ def history(
 
 
 def _caption(step: np.ndarray, numbers: np.ndarray, scale: Scale, marked: np.ndarray) -> str:
+    """First and last value, the audits with findings, and what is not drawn."""
     first, last = scale.text(numbers[0]), scale.text(numbers[-1])
     parts = [f"From {first} at step {step[0]} to {last} at step {step[-1]}."]
     if len(step) == 1:

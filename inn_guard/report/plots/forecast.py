@@ -37,7 +37,7 @@ def forecast_against_measured(rows: Sequence[Mapping[str, Any]]) -> Drawing:
         _draw_row(axis, place, row)
     labels = [legible(row["number format"]) for row in rows]
     axis.set_yticks(range(len(rows)), labels=labels, parse_math=False)
-    axis.set_ylim(len(rows) - 0.4, -0.6)
+    axis.set_ylim(len(rows) - 0.4, -0.6)  # the first row at the top
     axis.grid(visible=False, axis="y")
     axis.set_xlabel("error of the round trip, 95 % of samples [|x|]")
     decades(axis.xaxis)
@@ -46,7 +46,9 @@ def forecast_against_measured(rows: Sequence[Mapping[str, Any]]) -> Drawing:
 
 
 def _draw_row(axis: Axes, place: int, row: Mapping[str, Any]) -> None:
-    forecast, measured, usable = _log10(row, "forecast"), _log10(row, "measured"), None
+    """Ring, dot and limit of one number format, at this height."""
+    forecast = _log10(row, "forecast")
+    measured = _log10(row, "measured")
     if "usable" in row:
         usable = _log10(row, "usable")
         axis.plot([usable, usable], [place - 0.38, place + 0.38], color=BAD, linestyle=(0, (3, 2)))
@@ -82,11 +84,13 @@ def _in_words(axis: Axes, place: int, row: Mapping[str, Any]) -> None:
 
 
 def _caption(rows: Sequence[Mapping[str, Any]]) -> str:
+    """In how many number formats the forecast decides, and how often it is right."""
     decided = right = 0
     for row in rows:
         if row.get("forecast verdict") in ("works", "breaks"):
             decided += 1
-            right += row["forecast verdict"] == row.get("measured verdict")
+            if row["forecast verdict"] == row.get("measured verdict"):
+                right += 1
     return (
         f"The forecast decides {decided} of {len(rows)} number formats and is right in {right} of "
         "them."

@@ -52,7 +52,9 @@ def histogram(
     """
     measured = values if measured_mask is None else values[measured_mask]
     numbers = to_numpy(measured).ravel()
-    against = np.array([value for value in (limit,) if value is not None], dtype=np.float64)
+    limits = [] if limit is None else [limit]
+    # the axis must hold the limit, too
+    against = np.array(limits, dtype=np.float64)
     scale = scale_for(np.concatenate([numbers, against]), name)
     places = scale.place(numbers)
     label = scale.label(name, unit)
@@ -68,21 +70,25 @@ def histogram(
         axis.grid(visible=False, axis="x")
         border = scale.place(against)
         _draw(axis, places[~np.isnan(places)], scale, border[~np.isnan(border)])
-        _mark(axis, float(scale.place(np.array(_median(numbers[np.isfinite(numbers)])))))
+        median = _median(numbers[np.isfinite(numbers)])
+        _mark(axis, float(scale.place(np.array(median))))
         if limit is not None and not np.isnan(border[0]):
             limit_line(axis, border[0], f"limit {format_number(limit)}")
     return drawing(figure, caption, title=title or heading(name))
 
 
 def _nothing(numbers: np.ndarray, label: str) -> Figure:
+    """What takes the histogram's place: zeros on a logarithmic axis are good news, not a lack."""
     if numbers.size and (numbers == 0).all():
         return message("all are exactly zero", label, colour=MUTED)
     return message("no finite number to show", label)
 
 
 def _draw(axis: Axes, places: np.ndarray, scale: Scale, border: np.ndarray) -> None:
+    """The bars; those above the limit, whose place ``border`` holds, in another colour."""
     everything = np.concatenate([places, border])
     low, high = everything.min(), everything.max()
+    # bins need a range of some width, also if all samples have nearly the same number
     if high - low <= 1e-9 * max(1.0, abs(low)):
         margin = 0.5 if scale.logarithmic else max(abs(low), 1.0) * 0.05
         low, high = low - margin, low + margin
@@ -121,6 +127,7 @@ def _median(numbers: np.ndarray) -> float:
 
 
 def _spread(numbers: np.ndarray, scale: Scale) -> str:
+    """How many samples there are, their median and their largest number."""
     shown = numbers[np.isfinite(numbers)]
     if not shown.size:
         return f"{numbers.size} samples."

@@ -76,11 +76,13 @@ def _signed(name: str) -> bool:
 
 
 def _words(text: str, bottom: float) -> str:
+    """A line of text as an SVG element."""
     style = "font-size: 9px; fill: var(--muted)"
     return f'<text x="0" y="{bottom:.2f}" style="{style}">{escape(text)}</text>'
 
 
 def _bounds(array: np.ndarray) -> tuple[float, float]:
+    """The numbers that are drawn black and white; 0 and 1 if that is the range of the data."""
     shown = array[np.isfinite(array)]
     if not shown.size:
         return 0.0, 1.0
@@ -93,6 +95,7 @@ def _bounds(array: np.ndarray) -> tuple[float, float]:
 
 
 def _symmetric(array: np.ndarray) -> tuple[float, float]:
+    """A range around zero that holds all finite numbers."""
     largest = float(np.abs(array[np.isfinite(array)]).max(initial=0.0)) or 1.0
     return -largest, largest
 
@@ -122,6 +125,7 @@ def _png(colours: np.ndarray) -> str:
 
 
 def _note(name: str, array: np.ndarray, bounds: tuple[float, float]) -> str:
+    """What one row of images shows, and what it leaves out, in a sentence."""
     finite = np.isfinite(array)
     bad = int((~finite).sum())
     parts = []
@@ -131,7 +135,7 @@ def _note(name: str, array: np.ndarray, bounds: tuple[float, float]) -> str:
     else:
         low, high = bounds
         parts.append(f"from {format_number(low)} to {format_number(high)}")
-        # half a grey level: nearer to an end, nothing is seen to be cut
+        # half a grey level: a smaller cut cannot be seen; halves, since high - low may overflow
         visible = (high / 2 - low / 2) / 255
         cut = int((finite & ((array < low - visible) | (array > high + visible))).sum())
         if cut:

@@ -109,6 +109,7 @@ def row_bars(
 def _row_figure(
     name: str, labels: Sequence[str], values: np.ndarray, unit: str, limit: float | None
 ) -> Figure:
+    """A figure of horizontal bars, as high as its rows need."""
     scale = _scale(name, values, limit)
     figure, axis = axes(5.2, 0.9 + 0.19 * max(4, len(labels)))
     border = _place(limit, scale)
@@ -122,6 +123,7 @@ def _row_figure(
 
 
 def _column(name: str, rows: Sequence[Mapping[str, Any]]) -> np.ndarray:
+    """One column of a table of layers; NaN where a row has no number."""
     values = np.full(len(rows), np.nan)
     for place, row in enumerate(rows):
         if is_number(row.get(name)):
@@ -130,6 +132,7 @@ def _column(name: str, rows: Sequence[Mapping[str, Any]]) -> np.ndarray:
 
 
 def _scale(name: str, values: np.ndarray, limit: float | None) -> Scale:
+    """The axis that fits the values and the limit."""
     shares = values.size > 1 and ((values >= 0) & (values <= 1)).all()
     if shares and abs(values.sum() - 1) < 1e-6:
         # parts of a whole are compared by their lengths
@@ -148,6 +151,7 @@ def _place(limit: float | None, scale: Scale) -> float | None:
 def _bars(
     axis: Axes, values: np.ndarray, scale: Scale, *, labels: Sequence[str], border: float | None
 ) -> None:
+    """Bars of the rows, or dots on a logarithmic axis, which has no zero for bars to start from."""
     places = scale.place(values)
     rows = np.arange(len(places))
     colours = np.where(rows == _worst(values), HIGH, LOW)
@@ -169,7 +173,7 @@ def _bars(
 
 
 def _ends(places: np.ndarray, border: float | None) -> tuple[float, float]:
-    """Of a logarithmic axis: room for all places and the limit, which is drawn as a line."""
+    """Both ends of a logarithmic axis with room for all places and for the line of the limit."""
     shown = places[~np.isnan(places)]
     if border is not None:
         shown = np.append(shown, border)
@@ -180,6 +184,7 @@ def _ends(places: np.ndarray, border: float | None) -> tuple[float, float]:
 
 
 def _steps(axis: Axes, index: np.ndarray, values: np.ndarray, scale: Scale) -> None:
+    """A step line over many layers, the largest value named."""
     places = scale.place(values)
     axis.step(index, places, where="mid", color=LOW, linewidth=1)
     axis.plot(index, places, "o", color=LOW, markersize=1.8)
@@ -202,7 +207,7 @@ def _steps(axis: Axes, index: np.ndarray, values: np.ndarray, scale: Scale) -> N
 
 
 def _worst(values: np.ndarray) -> int:
-    """The largest value's row; a NaN or Inf is larger than any number."""
+    """The row of the largest value; NaN and Inf are larger than any number."""
     return int(np.argmax(np.where(np.isnan(values), np.inf, values)))
 
 

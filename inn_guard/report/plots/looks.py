@@ -23,7 +23,9 @@ def looks(rows: Sequence[Mapping[str, Any]], *, limit: float) -> Drawing:
         limit: the rate up to which draws are usable.
     """
     figure, axis = axes(5.2, 1.3 + 0.32 * len(rows))
-    places = np.log10([100 * limit, *(100 * row["rate_high"] for row in rows)])
+    upper = [100 * row["rate_high"] for row in rows]
+    places = np.log10([100 * limit, *upper])
+    # a lower bound of zero lies infinitely far to the left: its line ends at the axis
     left = places.min() - 1.5
     labels = []
     for place, row in enumerate(rows):

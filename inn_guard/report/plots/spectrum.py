@@ -25,7 +25,7 @@ __all__ = ["full_spectrum", "spectrum_range"]
 
 
 def spectrum_range(log10_sigma_max: Tensor, log10_sigma_min: Tensor) -> Drawing:
-    """Smallest and largest singular value of every sample's Jacobian, by condition number.
+    """The smallest and largest singular value of every sample's Jacobian, by condition number.
 
     On this logarithmic axis the length of a line is the condition number.
 
@@ -58,7 +58,9 @@ def spectrum_range(log10_sigma_max: Tensor, log10_sigma_min: Tensor) -> Drawing:
 
 
 def _range_caption(high: np.ndarray, low: np.ndarray, shown: np.ndarray) -> str:
-    missing, left_out = int((~shown).sum()), ""
+    """The largest condition number, and how many samples are not drawn."""
+    missing = int((~shown).sum())
+    left_out = ""
     if missing:
         left_out = (
             f" Not drawn: {missing} of {shown.size}, whose spectrum is not finite or reaches zero."
@@ -82,6 +84,7 @@ def full_spectrum(singular_values: Tensor) -> Drawing:
     figure, axis = axes()
     opacity = float(np.clip(12 / max(1, len(powers)), 0.08, 0.8))
     axis.plot(index, powers.T, color=LOW, linewidth=0.7, alpha=opacity)
+    # an index at which all spectra are zero has no median
     whole = powers[:, ~np.isnan(powers).all(axis=0)]
     axis.plot(index[: whole.shape[1]], np.nanmedian(whole, axis=0), color=INK, linewidth=1.4)
     axis.set_xlabel("index of the singular value")

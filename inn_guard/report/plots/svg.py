@@ -6,9 +6,8 @@ import io
 import math
 import re
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 from xml.etree import ElementTree
 
 import matplotlib
@@ -152,12 +151,15 @@ def standalone(drawing: Drawing) -> str:
 def svg(figure: Figure, *, description: str) -> str:
     """``figure`` as one SVG element for a page, without addresses, fixed fonts or fixed colours."""
     buffer = io.BytesIO()
-    with (
-        matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": legible(description)}),
-        _any_script(),
-    ):
+    # text stays text; ids come from the description, so that the same figure has the same SVG and
+    # two figures of a page have different ids
+    settings: dict[Any, Any] = {"svg.fonttype": "none", "svg.hashsalt": legible(description)}
+    with matplotlib.rc_context(settings), warnings.catch_warnings():
+        # matplotlib's own font lacks letters of many scripts, but the reader's fonts are used
+        warnings.filterwarnings("ignore", message="Glyph .* missing from font")
         FigureCanvasSVG(figure).print_svg(buffer, metadata={"Date": None})
     root = ElementTree.fromstring(buffer.getvalue())
+    # they name addresses, and set line joins for everything on the page
     _remove(root, f"{_SVG}metadata", f"{_SVG}style")
     used = set(re.findall(r'#(\w+)[)"]', ElementTree.tostring(root, encoding="unicode")))
     for element in root.iter():
@@ -170,15 +172,8 @@ def svg(figure: Figure, *, description: str) -> str:
     return ElementTree.tostring(root, encoding="unicode")
 
 
-@contextmanager
-def _any_script() -> Iterator[None]:
-    """No warnings about letters that matplotlib's font lacks: the reader has fonts."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Glyph .* missing from font")
-        yield
-
-
 def _remove(root: ElementTree.Element, *tags: str) -> None:
+    """Remove all elements with these tags below ``root``."""
     for parent in list(root.iter()):
         for child in list(parent):
             if child.tag in tags:
@@ -186,7 +181,7 @@ def _remove(root: ElementTree.Element, *tags: str) -> None:
 
 
 def _to_page(element: ElementTree.Element, used: set[str]) -> None:
-    """Name spaces, unused ids and fixed fonts go; colours become variables of the page."""
+    """Remove name spaces, unused ids and fixed fonts; make colours variables of the page."""
     element.tag = str(element.tag).removeprefix(_SVG)
     attributes = {}
     for key, value in element.attrib.items():
@@ -199,6 +194,7 @@ def _to_page(element: ElementTree.Element, used: set[str]) -> None:
 
 
 def _themed(style: str) -> str:
+    """A style with the page's font and with variables of the page as colours."""
     style = re.sub(r"font-family:[^;]*;?\s*", "", style)
     style = re.sub(r"font:\s*([\d.]+px)[^;]*", r"font-size: \1", style)
     for colour, variable in _VARIABLES.items():
