@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -9,9 +10,10 @@ import torch
 from torch import Tensor
 
 from inn_guard.core.invertible import Invertible, InvertibleWrapper
-from inn_guard.core.layer_jacobian import LayerJacobian
+from inn_guard.core.layer_jacobian import AutogradJacobian, LayerJacobian
 from inn_guard.core.missing import NotApplicable
 from inn_guard.core.tensors import dtype_name
+from inn_guard.execution.state import snapshot_of
 
 __all__ = ["AuditedModel", "InputRejected", "ModelError"]
 
@@ -26,6 +28,24 @@ class InputRejected(ValueError):
     """The model takes no batch of this shape and dtype: these are not its data."""
 
 
+class Recovery:
+    """Restores a model after a call that raised, which may have left flags and caches behind.
+
+    Attributes:
+        action: what restores it; None: nothing does.
+    """
+
+    # without a dictionary: what restores the model's attributes must not restore this one
+    __slots__ = ("action",)
+
+    def __init__(self, action: Callable[[], None] | None = None) -> None:
+        self.action = action
+
+    def __call__(self) -> None:
+        if self.action is not None:
+            self.action()
+
+
 class AuditedModel(InvertibleWrapper):
     """``inner`` as a check sees it: calls get clones of their input, exceptions say whose they are.
 
@@ -38,6 +58,7 @@ class AuditedModel(InvertibleWrapper):
         data_shape: what the inverse must return, per sample; None where it is not known.
         is_opaque: whether ``layers()`` is hidden, because the layers were measured to compose to
             another map.
+        recovery: what runs after a call that raised; shared with the layers.
     """
 
     data_shape: torch.Size | None = None
@@ -49,6 +70,7 @@ class AuditedModel(InvertibleWrapper):
         super().__init__(inner)
         self.label = label
         self.trained = trained
+        self.recovery = Recovery()
 
     def forward(self, x: Tensor) -> Tensor:
         """F(x) of the inner map."""
@@ -82,15 +104,20 @@ class AuditedModel(InvertibleWrapper):
         if self.is_opaque:
             return ()
         layers = self._named("layers()", self.inner.layers)
-        return tuple(
+        audited = [
             AuditedModel(layer, f"layer {k} ({layer.name})") for k, layer in enumerate(layers)
-        )
+        ]
+        for layer in audited:
+            layer.recovery = self.recovery
+        return tuple(audited)
 
     def linearize(self, x: Tensor) -> LayerJacobian:
-        """The inner map's Jacobian products, audited alike."""
-        return _AuditedJacobian(
-            self, self._named("forward", lambda: self.inner.linearize(x.clone()))
-        )
+        """The inner map's Jacobian products, audited alike; by autograd where its own ones fail."""
+        try:
+            return _AuditedJacobian(self, x, self.inner.linearize(x.clone()))
+        except Exception:  # what is faster than autograd is ours, and no finding about the model
+            self.recovery()
+        return _AuditedJacobian(self, x, AutogradJacobian(self.forward, self.inverse, x))
 
     def overwrites(self, t: Tensor, *, inverse: bool = False) -> bool:
         """Whether a call writes into the tensor it is given, or frees its memory."""
@@ -112,7 +139,10 @@ class AuditedModel(InvertibleWrapper):
     def to_dtype(self, dtype: torch.dtype) -> AuditedModel:
         """A copy in another dtype, audited alike."""
         what = f"conversion to {dtype_name(dtype)}"
-        return self.rewrapped(self._named(what, lambda: self.inner.to_dtype(dtype)))
+        copy = self.rewrapped(self._named(what, lambda: self.inner.to_dtype(dtype)))
+        if copy is not self:
+            copy.recovery = Recovery(snapshot_of(copy.inner))
+        return copy
 
     def _tensor(self, what: str, given: Tensor, call: Callable[[], Any]) -> Tensor:
         value = self._named(what, call)
@@ -131,37 +161,67 @@ class AuditedModel(InvertibleWrapper):
     def _named(self, what: str, call: Callable[[], Answer]) -> Answer:
         try:
             return call()
-        except (NotApplicable, ModelError):
-            raise
-        except NotImplementedError as error:
-            if "not implemented for" in str(error):
-                # torch has no such operation for this dtype: the model has the method, and it fails
-                message = f"{what} of {self.label} raises {_described(error)}"
-                raise ModelError(message) from error
-            raise NotApplicable(f"{self.label} has no {what}: {_described(error)}") from error
-        except Exception as error:  # whatever a foreign library raises is a finding about the model
-            raise ModelError(f"{what} of {self.label} raises {_described(error)}") from error
+        except BaseException as error:  # also a time limit
+            self.recovery()
+            if isinstance(error, (NotApplicable, ModelError)) or not isinstance(error, Exception):
+                raise
+            raised = error
+        lacks = isinstance(raised, NotImplementedError)
+        if lacks and "not implemented for" not in str(raised):
+            raise NotApplicable(f"{self.label} has no {what}: {_described(raised)}") from raised
+        # whatever a foreign library raises is a finding about the model; so is an operation that
+        # torch does not have for this dtype, since the model has the method
+        raise ModelError(f"{what} of {self.label} raises {_described(raised)}") from raised
 
 
 class _AuditedJacobian:
-    """Jacobian products whose exceptions say which layer they come from."""
+    """Jacobian products whose exceptions say which layer they come from.
 
-    def __init__(self, owner: AuditedModel, jacobian: LayerJacobian) -> None:
-        self._owner = owner
-        self._jacobian = jacobian
+    Products of our own that raise are replaced by autograd's through the model. What the products
+    can do beyond the four maps (select samples, multiply matrices, check themselves) is passed on.
+    """
+
+    def __init__(self, owner: AuditedModel, x: Tensor, jacobian: LayerJacobian) -> None:
+        self._owner, self._x, self._jacobian = owner, x, jacobian
         self.output = jacobian.output
+        # attributes of the instance, since protocols look for these
+        for name in ("multiply", "forward_transposes", "inverse_transposes"):
+            if hasattr(jacobian, name):
+                setattr(self, name, functools.partial(self._passed_on, name))
+        if hasattr(jacobian, "select"):
+            self.select = self._selected
 
     def jvp(self, v: Tensor) -> Tensor:
-        return self._owner._named("the derivative J v", lambda: self._jacobian.jvp(v))
+        return self._product("J v", "jvp", v)
 
     def vjp(self, u: Tensor) -> Tensor:
-        return self._owner._named("the derivative J^T u", lambda: self._jacobian.vjp(u))
+        return self._product("J^T u", "vjp", u)
 
     def inverse_jvp(self, u: Tensor) -> Tensor:
-        return self._owner._named("the derivative J^-1 u", lambda: self._jacobian.inverse_jvp(u))
+        return self._product("J^-1 u", "inverse_jvp", u)
 
     def inverse_vjp(self, v: Tensor) -> Tensor:
-        return self._owner._named("the derivative J^-T v", lambda: self._jacobian.inverse_vjp(v))
+        return self._product("J^-T v", "inverse_vjp", v)
+
+    def _product(self, what: str, name: str, vector: Tensor) -> Tensor:
+        if not isinstance(self._jacobian, AutogradJacobian):
+            try:
+                return getattr(self._jacobian, name)(vector)
+            except Exception:  # ours, and no finding about the model
+                self._owner.recovery()
+            owner = self._owner
+            self._jacobian = AutogradJacobian(owner.forward, owner.inverse, self._x)
+        call = getattr(self._jacobian, name)
+        return self._owner._named(f"the derivative {what}", lambda: call(vector))
+
+    def _passed_on(self, name: str, *given: Any) -> Any:
+        return getattr(self._jacobian, name)(*given)
+
+    def _selected(self, rows: Tensor) -> _AuditedJacobian | None:
+        part = self._jacobian.select(rows)  # type: ignore[attr-defined]
+        if part is None:
+            return None
+        return _AuditedJacobian(self._owner.select(rows), self._x[rows], part)
 
 
 def _described(error: BaseException) -> str:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from inn_guard.audits.audited_model import AuditedModel
 from inn_guard.audits.context import AuditContext
@@ -20,6 +20,7 @@ from inn_guard.core.layer_jacobian import (
     random_vectors,
 )
 from inn_guard.execution.parallel import WorkSharing
+from inn_guard.execution.progress import ProgressBar
 from inn_guard.jacobian.dense import composed_jacobian, is_composable
 from inn_guard.jacobian.singular_values import Spectrum, full_jacobian, resolution, spectrum
 from inn_guard.report.result import AuditResult
@@ -102,7 +103,7 @@ def _spectra(context: AuditContext, rows: Tensor) -> tuple[Tensor, Tensor]:
     """
     parallel = context.parallel
     found: list[Spectrum] = []
-    with tqdm(
+    with ProgressBar(
         total=len(rows), desc="spectrum", delay=PATIENCE, disable=True if parallel.rank else None
     ) as bar:
         for together in rows.split(parallel.size):
@@ -124,12 +125,14 @@ def _jacobian(model: AuditedModel, x: Tensor, parallel: WorkSharing) -> Tensor:
     Its columns, or its rows, are shared over the processes, which go the same way.
     """
     if all(parallel.all_gather(lambda: is_composable(model, x))):
-        columns = torch.arange(x[0].numel(), device=x.device)
-        (found,) = parallel.map(
-            columns, lambda part: (composed_jacobian(model, x, columns=_range(part))[0].T,)
-        )
-        if all(parallel.all_gather(lambda: _agrees(model, x, found.T))):
-            return found.T[None]
+        # factors that raise are ours, and no finding about the model
+        with contextlib.suppress(Exception):
+            columns = torch.arange(x[0].numel(), device=x.device)
+            (found,) = parallel.map(
+                columns, lambda part: (composed_jacobian(model, x, columns=_range(part))[0].T,)
+            )
+            if all(parallel.all_gather(lambda: _agrees(model, x, found.T))):
+                return found.T[None]
     rows = torch.arange(model(x)[0].numel(), device=x.device)
     return parallel.map(
         rows, lambda part: (full_jacobian(model.forward, x, rows=_range(part))[0],)

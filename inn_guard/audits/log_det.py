@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,42 +15,46 @@ from inn_guard.audits.audited_model import AuditedModel, ModelError
 from inn_guard.audits.context import AuditContext
 from inn_guard.audits.cost_model import Cost, Passes, Task
 from inn_guard.audits.level import Level
+from inn_guard.audits.round_trip import round_trip
 from inn_guard.audits.spec import audit_check
 from inn_guard.audits.thresholds import worst
+from inn_guard.core.invertible import Invertible
 from inn_guard.core.missing import Missing, NotApplicable
 from inn_guard.core.tensors import dtype_name, finite_rows
-from inn_guard.jacobian.log_det import composed_log_det, stochastic_log_det
+from inn_guard.jacobian.chain import Linearization
+from inn_guard.jacobian.log_det import LayerLogDet, layer_log_det, stochastic_log_det
 from inn_guard.report.result import AuditResult, to_full_batch
 from inn_guard.report.uses import Finding
 from inn_guard.report.verdict import Verdict
 
 __all__ = ["log_det"]
 
-EXACT_UP_TO = 512  #: dimensions up to which every layer's Jacobian is formed
-ENTRIES = 4096  #: samples x dimensions that are compared exactly; a batch of 64 up to 64 dimensions
-LEAST, MOST = 8, 256  #: samples that are compared
+ENTRIES = 4096  #: samples x dimensions that are compared in small dimensions
+LEAST, USUAL, MOST = 8, 64, 256  #: samples that are compared
+#: Of the dense matrices of all samples of a layer without structure; it allows for 64 samples up to
+#: 256 dimensions.
+DENSE_ENTRIES = 2**22
+#: Up to this dimension a layer without structure is decomposed. Quadrature takes 512 products.
+DENSE = {Level.QUICK: 1024, Level.STANDARD: 1024, Level.FULL: 4096}
 SIGMAS = 4.0  #: standard errors that a stochastic estimate may be off
-QUADRATURE_STEPS = 16  #: of the stochastic reference
+PROBES, QUADRATURE_STEPS = 8, 32  #: of the stochastic reference
 DRAWS = 16  #: of a model whose log-determinant is itself random
 DERIVE = "Derive the log-determinant again; training by likelihood follows this number."
+FOLDS = "Keep the derivative of the map from changing sign; where it does, there is no inverse."
 
 
 def _samples(dimension: int) -> int:
     """How many samples are compared by default."""
-    return max(LEAST, min(MOST, ENTRIES // dimension))
+    return max(USUAL, min(MOST, ENTRIES // dimension))
 
 
 def _cost(task: Task) -> Cost:
     chosen = min(task.samples, int(task.settings["samples"] or _samples(task.dimension)))
     own = Passes(forward=3, inverse=1)
-    if task.dimension <= EXACT_UP_TO:
-        reference = Passes(forward=1, product=task.dimension)
-        vectors = task.dimension
-    else:
-        reference = Passes(linearize=1, product=8 * 2 * QUADRATURE_STEPS)
-        vectors = 2 * QUADRATURE_STEPS
+    # layers without structure take a product for each row, but of fewer samples
+    reference = Passes(forward=2, product=min(task.dimension, USUAL))
     passes = Passes(forward=1) * task.samples + (own + reference) * chosen
-    return Cost(passes, chosen, linearized=True, vectors=vectors)
+    return Cost(passes, chosen, linearized=True, vectors=2 * QUADRATURE_STEPS)
 
 
 @audit_check(
@@ -61,13 +68,19 @@ def log_det(context: AuditContext, *, samples: int | None = None) -> AuditResult
 
         error_b = | log_det(x_b) - log|det dF/dx(x_b)| |
 
-    Up to 512 dimensions the reference is exact: slogdet of every layer's Jacobian by autograd,
-    added up, in a float64 copy where there is one. Layer by layer matters: one Jacobian of a whole
-    chain loses digits with its condition. The model's side is the copy's, too, so that this is the
-    formula's error; what float32 adds is asked by ``density``. Beyond 512 dimensions the reference
-    is stochastic Lanczos quadrature, with a standard error: an error is only called one if it
-    exceeds the limit by four standard errors. A log-determinant that is random itself (Hutchinson's
+    The reference is exact, layer by layer, by autograd in a float64 copy where there is one: the
+    structure of each layer's Jacobian is measured, which makes couplings, elementwise maps and 1x1
+    convolutions cheap in thousands of dimensions; layers without structure are decomposed up to
+    1,024 dimensions (4,096 at level full). Layer by layer matters: one Jacobian of a whole chain
+    loses digits with its condition. The model's side is the copy's, too, so that this is the
+    formula's error; what float32 adds is asked by ``density``. For larger layers without structure
+    the reference is stochastic Lanczos quadrature between two bounds: an error is only called one
+    if it exceeds the limit beyond bounds and four standard errors, and where these are wider than
+    the limit the answer is undecided. A log-determinant that is random itself (Hutchinson's
     estimator) is averaged.
+
+    A map whose det J changes sign between samples folds: it has no inverse there, and log|det J| is
+    no density. It is unstable unless these samples come back.
 
     The inverse's own log-determinant ought to be the negative at the same point. It matters for the
     density of draws, not for that of data: it is reported, and decides nothing here.
@@ -75,31 +88,43 @@ def log_det(context: AuditContext, *, samples: int | None = None) -> AuditResult
     Args:
         context: a bijective model, and data.
         samples: how many of the samples with finite latents are compared, the first ones. Default:
-            4096 entries, at least 8 and at most 256 samples.
+            64, up to 256 in small dimensions; fewer where a layer is large and has no structure.
+            All samples are looked at for NaN and Inf.
 
     Returns:
-        max_error, forward_plus_inverse; per sample log_det, reference and error.
+        max_error, forward_plus_inverse; per sample log_det, reference and error; per layer its
+        error.
 
     Raises:
         NotApplicable: if the model has no log-determinant.
     """
-    rows = _rows(context, samples)
-    if not len(rows):
+    if samples is not None and samples < 1:
+        raise ValueError(f"expected at least 1 sample; got {samples}")
+    usable = context.usable_rows()
+    if not len(usable):
         reason = "no sample has a finite latent: there is no log-determinant to compare"
         return log_det.without_answer(Verdict.NON_FINITE, reason)
-    compared = _compare(context, rows)
-    finding = _finding(context, compared)
+    lost = _not_finite(context, usable)
+    if isinstance(lost, tuple):
+        return log_det.without_answer(Verdict.UNSTABLE, _wrong_shape(lost), advice=DERIVE)
+    compared = _compare(context, usable, samples)
+    finding = _finding(context, compared, lost=int(lost.sum()), of=len(usable))
+    advice = ""
+    if finding.verdict.failed:
+        advice = FOLDS if compared.folded else DERIVE
+    values = _values(compared)
     return AuditResult(
         "log_det",
         finding.verdict,
         finding.reason,
         uses={"density": finding},
         headline=("max_error",),
-        values=_values(compared),
-        units={name: "nats" for name in _values(compared)},
-        **to_full_batch(_by_sample(compared), rows, len(context.x)),
+        values=values,
+        units={**dict.fromkeys(values, "nats"), "error": "nats"},
+        **to_full_batch(_by_sample(compared), compared.rows, len(context.x)),
+        per_layer=compared.reference.layer_rows(),
         settings={
-            "samples": len(rows),
+            "samples": len(compared.rows),
             "of": len(context.x),
             "reference": compared.reference.label,
             "draws": compared.own.draws,
@@ -109,7 +134,7 @@ def log_det(context: AuditContext, *, samples: int | None = None) -> AuditResult
             "limit": context.limits.density,
             "seed": context.seed,
         },
-        advice=DERIVE if finding.verdict.failed else "",
+        advice=advice,
     )
 
 
@@ -120,52 +145,167 @@ class _Own:
     value: Tensor
     standard_error: Tensor
     draws: int
-    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class _Layer:
+    """One layer's determinant and what the layer says of it, (B,) float64 on the CPU.
+
+    Attributes:
+        index: its number.
+        name: of it.
+        value: log|det J|.
+        unknown: how far off ``value`` may be, for want of an exact method.
+        sign: of det J, up to one that all samples share; NaN where it is not known.
+        own: the layer's own log-determinant, if it has one.
+        dense: the size of the dense matrices that were decomposed.
+    """
+
+    index: int
+    name: str
+    value: Tensor
+    unknown: Tensor
+    sign: Tensor
+    own: Tensor | Missing
+    dense: int
+
+    @property
+    def place(self) -> str:
+        return f"layer {self.index} ({self.name})"
+
+    @property
+    def error(self) -> float:
+        """The largest one beyond what is unknown; NaN where the layer has no log-determinant."""
+        if isinstance(self.own, Missing):
+            return math.nan
+        return worst(((self.own - self.value).abs() - self.unknown).clamp(min=0))
+
+    @property
+    def folds(self) -> bool:
+        return bool((self.sign > 0).any()) and bool((self.sign < 0).any())
 
 
 @dataclass(frozen=True)
 class _Reference:
-    """log|det J|, (B,) float64 on the CPU."""
+    """log|det J| of all layers in a row, and in which dtype it was measured."""
 
-    value: Tensor
-    standard_error: Tensor
-    label: str
+    layers: tuple[_Layer, ...]
+    dtype: str
+
+    @functools.cached_property
+    def value(self) -> Tensor:
+        return torch.stack([layer.value for layer in self.layers]).sum(0)
+
+    @functools.cached_property
+    def unknown(self) -> Tensor:
+        return torch.stack([layer.unknown for layer in self.layers]).sum(0)
+
+    @property
+    def label(self) -> str:
+        estimated = sum(bool((layer.unknown > 0).any()) for layer in self.layers)
+        how = "exact" if not estimated else "stochastic Lanczos quadrature"
+        if 0 < estimated < len(self.layers):
+            how += f" of {estimated} of {len(self.layers)} layers, the others exact"
+        how += ", of the whole map" if len(self.layers) == 1 else ", layer by layer"
+        return f"{how}, {self.dtype}"
+
+    def layer_rows(self) -> tuple[dict[str, Any], ...]:
+        """A row for each layer, if there are several."""
+        if len(self.layers) == 1:
+            return ()
+        return tuple(
+            {"index": layer.index, "name": layer.name, "error": layer.error}
+            for layer in self.layers
+        )
 
 
 @dataclass(frozen=True)
 class _Compared:
-    """Both, and the sum of forward and inverse log-determinant in the model's own dtype."""
+    """Both for some samples, and what forward and inverse leave in the model's own dtype.
 
+    Attributes:
+        rows: the samples.
+        own: the model's log-determinant.
+        reference: that of the Jacobian.
+        cancelled: the sum of forward and inverse log-determinant.
+        folded: the layers whose det J changes sign.
+        comes_back: whether all samples come back nevertheless.
+    """
+
+    rows: Tensor
     own: _Own
     reference: _Reference
     cancelled: Tensor | Missing
+    folded: tuple[str, ...]
+    comes_back: bool
 
     @property
     def error(self) -> Tensor:
         return (self.own.value - self.reference.value).abs()
 
     @property
-    def statistical(self) -> Tensor:
-        """What chance may add to the error."""
-        variance = self.own.standard_error.square() + self.reference.standard_error.square()
-        return SIGMAS * variance.sqrt()
+    def allowed(self) -> Tensor:
+        """What chance and the bounds of the reference may add to the error."""
+        return SIGMAS * self.own.standard_error + self.reference.unknown
 
 
-def _rows(context: AuditContext, samples: int | None) -> Tensor:
-    if samples is not None and samples < 1:
-        raise ValueError(f"expected at least 1 sample; got {samples}")
-    fits = context.max_linearized(2 * QUADRATURE_STEPS)
+def _not_finite(context: AuditContext, usable: Tensor) -> Tensor | tuple[int, ...]:
+    """Of all samples with finite latents, whose log-determinant is not finite; or its wrong shape.
+
+    Raises:
+        NotApplicable: if the model has no log-determinant.
+    """
+    shapes = []
+
+    def measure(part: Tensor) -> tuple[Tensor]:
+        model, x = context.at(part)
+        with torch.no_grad():
+            value = model.forward_and_log_det(x)[1]
+        if value.shape != (len(x),):
+            shapes.append(tuple(value.shape))
+            value = value.new_zeros(len(x))
+        return (~value.isfinite(),)
+
+    (lost,) = context.parallel.map(usable, measure, at_most=context.max_forward())
+    return shapes[0] if shapes else lost.cpu()
+
+
+def _wrong_shape(shape: tuple[int, ...]) -> str:
+    return f"the log-determinant has shape {shape}, expected (B,)"
+
+
+def _compare(context: AuditContext, usable: Tensor, samples: int | None) -> _Compared:
     wanted = _samples(context.x[0].numel()) if samples is None else samples
-    return context.usable_rows()[: int(min(wanted, fits))]
-
-
-def _compare(context: AuditContext, rows: Tensor) -> _Compared:
-    model, x = context.at(rows)
+    wanted = min(wanted, len(usable))
+    model, x = context.at(usable[:wanted])
     precise = _float64_copy(model, x)
+    few = min(LEAST, wanted)
+    reference = _reference(context, model, precise, x, torch.arange(few, device=x.device))
+    more = min(wanted, _affordable(reference, x[0].numel())) if samples is None else wanted
+    if more > few:
+        rest = torch.arange(few, more, device=x.device)
+        reference = _joined(reference, _reference(context, model, precise, x, rest))
+    rows = usable[:more]
+    model, x = context.at(rows)
     with torch.no_grad():
         cancelled = _forward_plus_inverse(model, x)
-        own = _own(model, x) if isinstance(precise, Missing) else _own(precise, x.double())
-    return _Compared(own, _reference(context, model, precise, x), cancelled)
+        if isinstance(precise, Missing):
+            own = _own(model, x)
+        else:
+            own = _own(precise.select(torch.arange(more, device=x.device)), x.double())
+    folded = tuple(layer.place for layer in reference.layers if layer.folds)
+    comes_back = bool(folded) and _comes_back(context, model, x)
+    return _Compared(rows, own, reference, cancelled, folded, comes_back)
+
+
+def _affordable(reference: _Reference, dimension: int) -> int:
+    """How many samples may be compared at the cost that the first ones have shown."""
+    if bool((reference.unknown > 0).any()):
+        return LEAST
+    dense = max(layer.dense for layer in reference.layers)
+    if dense == 0:
+        return MOST
+    return max(LEAST, DENSE_ENTRIES // (dense * dimension))
 
 
 def _float64_copy(model: AuditedModel, x: Tensor) -> AuditedModel | Missing:
@@ -182,20 +322,17 @@ def _float64_copy(model: AuditedModel, x: Tensor) -> AuditedModel | Missing:
 def _own(model: AuditedModel, x: Tensor) -> _Own:
     first = model.forward_and_log_det(x)[1]
     again = model.forward_and_log_det(x)[1]
-    if first.shape != (len(x),):
-        nothing = torch.full((len(x),), math.nan, dtype=torch.float64)
-        return _Own(nothing, nothing, 1, tuple(first.shape))
     # two evaluations of the same formula may add up in another order
     scale = first.abs().double() + x[0].numel()
     same = (first - again).abs().double() <= 100 * torch.finfo(first.dtype).eps * scale
     if bool(same.all()) or not bool(first.isfinite().all()):
         exact = torch.zeros(len(x), dtype=torch.float64)
-        return _Own(first.double().cpu(), exact, 1, tuple(first.shape))
+        return _Own(first.double().cpu(), exact, 1)
     draws = [first, again]
     draws += [model.forward_and_log_det(x)[1] for _ in range(DRAWS - 2)]
     stacked = torch.stack(draws).double().cpu()
     standard_error = stacked.std(0) / math.sqrt(DRAWS)
-    return _Own(stacked.mean(0), standard_error, DRAWS, tuple(first.shape))
+    return _Own(stacked.mean(0), standard_error, DRAWS)
 
 
 def _forward_plus_inverse(model: AuditedModel, x: Tensor) -> Tensor | Missing:
@@ -212,74 +349,152 @@ def _forward_plus_inverse(model: AuditedModel, x: Tensor) -> Tensor | Missing:
 
 
 def _reference(
-    context: AuditContext, model: AuditedModel, precise: AuditedModel | Missing, x: Tensor
+    context: AuditContext,
+    model: AuditedModel,
+    precise: AuditedModel | Missing,
+    x: Tensor,
+    rows: Tensor,
 ) -> _Reference:
-    if x[0].numel() > EXACT_UP_TO:
-        linearization = context.linearization(context.usable_rows()[: len(x)])
-        value, error = stochastic_log_det(
-            linearization, steps=QUADRATURE_STEPS, generator=context.generator()
-        )
-        # with the same probes: what half of the steps change bounds the bias that is left, as far
-        # as it is known
-        coarse, _ = stochastic_log_det(
-            linearization, steps=QUADRATURE_STEPS // 2, generator=context.generator()
-        )
-        bias = (value - coarse).abs().cpu()
-        return _Reference(value.cpu(), error.cpu() + bias, "stochastic Lanczos quadrature")
-    exact = torch.zeros(len(x), dtype=torch.float64)
-    how = "layer by layer" if model.layers() else "of the whole map"
-    if not isinstance(precise, Missing):
+    """Of these rows of x, in float64 where that is possible, in parts that fit the memory."""
+    vectors = max(2 * QUADRATURE_STEPS, min(x[0].numel(), DENSE[context.level]))
+    at_once = max(1, int(min(len(rows), context.max_linearized(vectors))))
+    parts = []
+    for part in rows.split(at_once):
+        found = None
+        if not isinstance(precise, Missing):
+            # a layer without a derivative in float64 may have one in its own dtype
+            with contextlib.suppress(NotApplicable, ModelError):
+                found = _measured(context, precise.select(part), x[part].double())
+        parts.append(found or _measured(context, model.select(part), x[part]))
+    return functools.reduce(_joined, parts)
+
+
+def _measured(context: AuditContext, model: AuditedModel, x: Tensor) -> _Reference:
+    kind = "float64 copy" if context.x.dtype != x.dtype else dtype_name(x.dtype)
+    found = []
+    for k, layer in enumerate(model.layers() or (model,)):
+        exact = layer_log_det(layer, x, max_dense=DENSE[context.level])
+        if isinstance(exact, LayerLogDet):
+            value, unknown = exact.log_abs, torch.zeros_like(exact.log_abs)
+            sign, dense = exact.sign, exact.dense
+        else:
+            value, unknown = _quadrature(context, layer, x)
+            sign, dense = torch.full_like(value, math.nan), 0
+        x, own = _step(layer, x)
+        found.append(_Layer(k, layer.name, value.cpu(), unknown.cpu(), sign.cpu(), own, dense))
+    return _Reference(tuple(found), kind)
+
+
+def _quadrature(context: AuditContext, layer: Invertible, x: Tensor) -> tuple[Tensor, Tensor]:
+    found = stochastic_log_det(
+        Linearization(layer, x),
+        0,
+        probes=PROBES,
+        steps=QUADRATURE_STEPS,
+        generator=context.generator(),
+    )
+    return found.value, found.bias + SIGMAS * found.standard_error
+
+
+def _step(layer: Invertible, x: Tensor) -> tuple[Tensor, Tensor | Missing]:
+    """The layer's output, and its own log-determinant."""
+    with torch.no_grad():
         try:
-            value = composed_log_det(precise, x.double())
-            return _Reference(value.cpu(), exact, f"exact, {how}, float64 copy")
-        except (NotApplicable, ModelError):
-            pass  # a layer that has no derivative in float64 may have one in its own dtype
-    value = composed_log_det(model, x)
-    return _Reference(value.cpu(), exact, f"exact, {how}, {dtype_name(x.dtype)}")
+            z, own = layer.forward_and_log_det(x)
+        except (NotApplicable, ModelError) as error:
+            return layer(x), Missing(str(error))
+    if own.shape != (len(x),):
+        return z, Missing(f"it has shape {tuple(own.shape)}")
+    return z, own.double().cpu()
 
 
-def _finding(context: AuditContext, compared: _Compared) -> Finding:
+def _joined(first: _Reference, second: _Reference) -> _Reference:
+    """Of the samples of both."""
+    layers = []
+    for a, b in zip(first.layers, second.layers, strict=True):
+        own: Tensor | Missing = Missing("some samples have none")
+        if isinstance(a.own, Tensor) and isinstance(b.own, Tensor):
+            own = torch.cat([a.own, b.own])
+        layers.append(
+            _Layer(
+                a.index,
+                a.name,
+                torch.cat([a.value, b.value]),
+                torch.cat([a.unknown, b.unknown]),
+                torch.cat([a.sign, b.sign]),
+                own,
+                max(a.dense, b.dense),
+            )
+        )
+    return _Reference(tuple(layers), first.dtype)
+
+
+def _comes_back(context: AuditContext, model: AuditedModel, x: Tensor) -> bool:
+    try:
+        errors = round_trip(model, x, batch_size=len(x)).by_feature
+    except (NotApplicable, ModelError):
+        return False
+    return worst(errors) <= context.limits.round_trip(x.dtype)
+
+
+def _finding(context: AuditContext, compared: _Compared, *, lost: int, of: int) -> Finding:
     own, reference = compared.own, compared.reference
     limit, count = context.limits.density, len(reference.value)
     figure = math.inf
-    if own.shape != (count,):
-        verdict = Verdict.UNSTABLE
-        reason = f"the log-determinant has shape {own.shape}, expected ({count},)"
-    elif not bool(own.value.isfinite().all()):
+    if lost or not bool(own.value.isfinite().all()):
         verdict = Verdict.NON_FINITE
-        lost = int((~own.value.isfinite()).sum())
-        reason = f"{lost} of {count} log-determinants are NaN or Inf"
+        reason = f"{lost} of {of} log-determinants are NaN or Inf"
+        if not lost:
+            lost, of = int((~own.value.isfinite()).sum()), count
+            reason = f"{lost} of {of} log-determinants are NaN or Inf in a float64 copy"
+    elif compared.folded and not compared.comes_back:
+        verdict = Verdict.UNSTABLE
+        reason = f"det J changes sign between samples, in {', '.join(compared.folded)}"
+        reason += ": the map folds, so that no inverse and no density exist there"
     elif not bool(reference.value.isfinite().all()):
         verdict = Verdict.UNDECIDED
-        lost = int((~reference.value.isfinite()).sum())
+        singular = int((~reference.value.isfinite()).sum())
         reason = (
-            f"the Jacobian of {lost} of {count} samples is singular or not finite "
+            f"the Jacobian of {singular} of {count} samples is singular or not finite "
             f"({reference.label}): the formula could not be checked there"
         )
     else:
-        figure = worst((compared.error - compared.statistical).clamp(min=0))
+        figure = worst((compared.error - compared.allowed).clamp(min=0))
         verdict = context.limits.verdict(figure, limit)
         reason = _reason(compared, limit)
+        unknown = worst(reference.unknown)
+        if verdict.passed and unknown > limit:
+            verdict, figure = Verdict.UNDECIDED, math.nan
+            reason = (
+                f"the log-determinant of a Jacobian without structure is known to {unknown:.1e} "
+                f"nats only ({reference.label}), and within that the formula agrees"
+            )
     return Finding(verdict, figure, limit, "nats", reason, count, len(context.x))
 
 
 def _reason(compared: _Compared, limit: float) -> str:
     count = len(compared.reference.value)
     how = compared.reference.label
-    scatter = compared.statistical.max().item() / SIGMAS
+    scatter = compared.own.standard_error.max().item()
     if scatter > 0:
         how += f", standard error {scatter:.1e}"
-    wrong = compared.error - compared.statistical > limit
+    unknown = worst(compared.reference.unknown)
+    if unknown > 0:
+        how += f", within {unknown:.1e}"
+    wrong = compared.error - compared.allowed > limit
     if bool(wrong.any()):
         text = (
             f"the log-determinant of {int(wrong.sum())} of {count} samples differs from the "
             f"Jacobian's by up to {worst(compared.error):.1e} nats ({how})"
         )
+        text += _at_fault(compared.reference, limit)
     else:
         text = (
             f"the formula of the log-determinant agrees with the Jacobian of {count} samples to "
             f"{worst(compared.error):.1e} nats ({how})"
         )
+    if compared.folded:
+        text += f"; det J changes sign in {', '.join(compared.folded)}, but all samples come back"
     if isinstance(compared.cancelled, Tensor):
         left = worst(compared.cancelled.abs())
         if left > limit:
@@ -287,11 +502,27 @@ def _reason(compared: _Compared, limit: float) -> str:
     return text
 
 
+def _at_fault(reference: _Reference, limit: float) -> str:
+    """The layers whose own log-determinants are wrong, in words."""
+    if len(reference.layers) == 1:
+        return ""
+    wrong = [layer for layer in reference.layers if layer.error > limit]
+    if wrong:
+        wrong.sort(key=lambda layer: layer.error, reverse=True)
+        named = [f"{layer.place} by {layer.error:.1e}" for layer in wrong[:3]]
+        more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
+        return f": off in {', '.join(named)}{more}"
+    if all(isinstance(layer.own, Tensor) for layer in reference.layers):
+        return "; every layer's own is right, their sum is not"
+    return ""
+
+
 def _values(compared: _Compared) -> dict[str, float]:
     values = {
         "max_error": worst(compared.error),
         "largest_log_det": worst(compared.own.value.abs()),
-        "standard_error": worst(compared.statistical) / SIGMAS,
+        "standard_error": worst(compared.own.standard_error),
+        "unknown": worst(compared.reference.unknown),
     }
     if isinstance(compared.cancelled, Tensor):
         values["forward_plus_inverse"] = worst(compared.cancelled.abs())

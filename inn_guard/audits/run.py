@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
 from inn_guard.adapters import wrap
 from inn_guard.audits.advice import advise
@@ -29,7 +28,9 @@ from inn_guard.core.context import Context
 from inn_guard.core.invertible import Invertible
 from inn_guard.core.tensors import dtype_name
 from inn_guard.execution.parallel import Group, WorkSharing
-from inn_guard.execution.state import preserve_state
+from inn_guard.execution.progress import ProgressBar
+from inn_guard.execution.state import preserve_state, real_default_device
+from inn_guard.jacobian.allocator import freed_memory_returned
 from inn_guard.memory_saving import MemorySaving
 from inn_guard.report.audit_report import NAMED, AuditReport
 from inn_guard.report.limits import Limits
@@ -43,6 +44,8 @@ DECLARED = "every model declares it"  #: why density, reconstruction and gradien
 Check = AuditSpec | Callable[..., AuditResult]
 
 
+@real_default_device()
+@freed_memory_returned()
 def audit(  # noqa: PLR0913
     model: Any,
     x: Any,
@@ -232,7 +235,9 @@ def _run(
     hidden = parallel.rank > 0 or not (_is_watched() if progress is None else progress)
     delay = 0.0 if progress else PATIENCE
     results: dict[int, AuditResult] = {}
-    with tqdm(total=len(checks), desc="audit", delay=delay, disable=hidden, leave=False) as bar:
+    with ProgressBar(
+        total=len(checks), desc="audit", delay=delay, disable=hidden, leave=False
+    ) as bar:
 
         def one(k: int, within: AuditContext) -> AuditResult:
             bar.set_postfix_str(checks[k].name, refresh=False)

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import inspect
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
-from inn_guard.audits.audited_model import ModelError
+from inn_guard.audits.audited_model import AuditedModel, ModelError
 from inn_guard.audits.batch import checked_batch
 from inn_guard.audits.context import AuditContext, audited_model
 from inn_guard.audits.cost_model import Cost, Task
@@ -111,7 +112,11 @@ class AuditSpec:
         """
         model = context.model
         plain = torch.autocast(context.x.device.type, enabled=False)
-        with torch.inference_mode(mode=False), torch.enable_grad(), plain, preserve_state(model):
+        with contextlib.ExitStack() as stack:
+            for surroundings in (torch.inference_mode(mode=False), torch.enable_grad(), plain):
+                stack.enter_context(surroundings)
+            recover = stack.enter_context(preserve_state(model))
+            stack.enter_context(_recovering(model, recover))
             model.eval()
             try:
                 return self.function(context, **self.settings)
@@ -179,6 +184,21 @@ class AuditSpec:
 
         question = inspect.getdoc(check) or name
         return cls(name, question.splitlines()[0], function)
+
+
+@contextlib.contextmanager
+def _recovering(model: AuditedModel, recover: Callable[[], None]) -> Iterator[None]:
+    """Within the block, a call that raises leaves the model as it was before the check."""
+
+    def action() -> None:
+        recover()
+        model.eval()
+
+    before, model.recovery.action = model.recovery.action, action
+    try:
+        yield
+    finally:
+        model.recovery.action = before
 
 
 def audit_check(

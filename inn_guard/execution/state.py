@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.grad_mode import _unsafe_preserve_version_counter
 
-__all__ = ["changed_state", "preserve_state"]
+__all__ = ["changed_state", "preserve_state", "real_default_device", "snapshot_of"]
 
 Restore = Callable[[], None]
 Found = list[tuple[Any, int]]  #: values still to be looked into, each with its depth
@@ -33,12 +33,23 @@ _EXACT_CONTAINERS = frozenset((*_CONTAINERS, collections.OrderedDict))
 _GENERATORS = (torch.Generator, np.random.Generator, np.random.RandomState, random.Random)
 _ONE_AT_A_TIME = threading.RLock()
 _DEPTH = 3  #: how far plain objects inside plain attributes are followed
+CUDNN = ("enabled", "benchmark", "deterministic", "allow_tf32")
+_SDP = torch.backends.cuda
+ATTENTION = (
+    (_SDP.flash_sdp_enabled, _SDP.enable_flash_sdp),
+    (_SDP.mem_efficient_sdp_enabled, _SDP.enable_mem_efficient_sdp),
+    (_SDP.math_sdp_enabled, _SDP.enable_math_sdp),
+)
 _INTEGER_OF_SIZE = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 @contextmanager
-def preserve_state(model: nn.Module) -> Iterator[None]:
+def preserve_state(model: nn.Module) -> Iterator[Restore]:
     """Restore, also after an error, everything that a call of ``model`` can change.
+
+    The block gets a function that restores the model at once, for a call that was broken off in
+    the middle: it leaves the process as it is, and parameters and buffers to which nothing was
+    written.
 
     Of the model: parameters and buffers (values, identity, version), ``.grad``, ``requires_grad``,
     the training flag of every module, and the plain attributes of every module: hooks, flags,
@@ -47,8 +58,8 @@ def preserve_state(model: nn.Module) -> Iterator[None]:
 
     Of the process: the global random number generators of torch (CPU and every initialised CUDA
     device), numpy and Python; environment variables; warning filters; the number of threads, the
-    default dtype and device, the grad mode, the determinism and the float32 precision of torch;
-    the error handling of numpy.
+    default dtype and device, the grad mode, the anomaly mode, the determinism, the float32
+    precision and the switches of cuDNN and of attention of torch; the error handling of numpy.
 
     A tensor that did not change is not written to. One that did gets its values and its version
     back, so that graphs that the caller holds can still be differentiated.
@@ -60,12 +71,30 @@ def preserve_state(model: nn.Module) -> Iterator[None]:
     would revert the changes of the others.
     """
     with _ONE_AT_A_TIME:
-        restorations = [_global_generators(), *_process_settings(), *_snapshots(model)]
+        of_process = [_global_generators(), *_process_settings()]
+        of_model = list(_snapshots(model))
+        restorations = [*of_process, *of_model]
         try:
-            yield
+            yield lambda: _restore_all(map(_if_written, reversed(of_model)))
         finally:
             # in reverse: the content of modules, the modules, and last what restoring itself uses
             _restore_all(reversed(restorations))
+
+
+def snapshot_of(model: nn.Module) -> Restore:
+    """A function that restores this model as `preserve_state` does, at any later time."""
+    of_model = list(_snapshots(model))
+    return lambda: _restore_all(map(_if_written, reversed(of_model)))
+
+
+@contextmanager
+def real_default_device() -> Iterator[None]:
+    """New tensors have numbers inside, also under ``torch.device("meta")``."""
+    if torch.get_default_device().type != "meta":
+        yield
+        return
+    with torch.device("cpu"):
+        yield
 
 
 @contextmanager
@@ -127,7 +156,7 @@ def _clear(containers: list[Any]) -> None:
 def _snapshot(value: Any, depth: int) -> tuple[Found, Restore | None]:
     """What lies inside ``value``, and how to restore ``value`` itself."""
     if isinstance(value, Tensor):
-        return [], _tensor(value)
+        return [], _TensorState(value)
     if isinstance(value, nn.Module):
         return _inside_module(value), _module(value)
     if isinstance(value, tuple):
@@ -220,39 +249,61 @@ def _same_content(now: Any, before: Any) -> bool:
     return True
 
 
-def _tensor(tensor: Tensor) -> Restore:
-    """Restore one tensor: its values, its gradient and whether it requires one."""
-    restore_values = _values(tensor)
-    if not tensor.is_leaf:
-        return restore_values
-    requires_grad, grad = tensor.requires_grad, tensor.grad
-    restorations = [restore_values]
-    if grad is not None:
-        restorations.append(_values(grad))
+class _TensorState:
+    """Restores one tensor: its values, its gradient and whether it requires one."""
 
-    def restore() -> None:
-        for restoration in restorations:
-            restoration()
-        if tensor.requires_grad != requires_grad:
-            tensor.requires_grad_(requires_grad)
-        if tensor.grad is not grad:
-            tensor.grad = grad
+    def __init__(self, tensor: Tensor) -> None:
+        self.tensor = tensor
+        self.values = [_Values(tensor)]
+        self.requires_grad = tensor.requires_grad
+        self.grad = tensor.grad if tensor.is_leaf else None
+        if self.grad is not None:
+            self.values.append(_Values(self.grad))
 
-    return restore
+    def __call__(self) -> None:
+        for values in self.values:
+            values()
+        self._flags()
+
+    def if_written(self) -> None:
+        """The same without a comparison of all values where no operation was seen that writes."""
+        for values in self.values:
+            values.if_written()
+        self._flags()
+
+    def _flags(self) -> None:
+        if not self.tensor.is_leaf:
+            return
+        if self.tensor.requires_grad != self.requires_grad:
+            self.tensor.requires_grad_(self.requires_grad)
+        if self.tensor.grad is not self.grad:
+            self.tensor.grad = self.grad
 
 
-def _values(tensor: Tensor) -> Restore:
-    memory, value = tensor.data, tensor.detach().clone()
-    restore_version = _version(tensor)
+class _Values:
+    """Restores the values and the version of one tensor."""
 
-    def restore() -> None:
-        if not _same_memory(tensor, memory):
-            tensor.data = memory
-        if not _identical(tensor.detach(), value):
-            tensor.data.copy_(value)
-        restore_version()
+    def __init__(self, tensor: Tensor) -> None:
+        self.tensor, self.memory, self.value = tensor, tensor.data, tensor.detach().clone()
+        self.restore_version = _version(tensor)
+        self.version = None if tensor.is_inference() else tensor._version
 
-    return restore
+    def __call__(self) -> None:
+        if not _same_memory(self.tensor, self.memory):
+            self.tensor.data = self.memory
+        if not _identical(self.tensor.detach(), self.value):
+            self.tensor.data.copy_(self.value)
+        self.restore_version()
+
+    def if_written(self) -> None:
+        """The same without a comparison of all values where no operation was seen that writes."""
+        unseen = self.version is not None and self.tensor._version == self.version
+        if not (unseen and _same_memory(self.tensor, self.memory)):
+            self()
+
+
+def _if_written(restore: Restore) -> Restore:
+    return getattr(restore, "if_written", restore)
 
 
 def _version(tensor: Tensor) -> Restore:
@@ -329,10 +380,17 @@ def _process_settings() -> list[Restore]:
         _setting(torch.get_default_dtype, torch.set_default_dtype),
         _setting(torch.get_default_device, _set_default_device),
         _setting(torch.is_grad_enabled, torch.set_grad_enabled),
+        _setting(torch.is_anomaly_enabled, torch.set_anomaly_enabled),
+        *(_switch(torch.backends.cudnn, name) for name in CUDNN),
+        *(_setting(*switch) for switch in ATTENTION),
         _setting(torch.get_deterministic_debug_mode, torch.set_deterministic_debug_mode),
         _setting(torch.get_float32_matmul_precision, torch.set_float32_matmul_precision),
         _setting(np.geterr, lambda modes: np.seterr(**modes)),
     ]
+
+
+def _switch(module: Any, name: str) -> Restore:
+    return _setting(lambda: getattr(module, name), lambda value: setattr(module, name, value))
 
 
 def _setting(get: Callable[[], Any], set_: Callable[[Any], Any]) -> Restore:

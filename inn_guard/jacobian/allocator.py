@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
+from collections.abc import Iterator
+
 import torch
 
-__all__ = ["retain_freed_memory"]
+__all__ = ["freed_memory_returned", "retain_freed_memory"]
 
 LARGE = 2**25 - 2**16  #: bytes: just below the largest block to which glibc adapts
 
@@ -17,3 +21,17 @@ def retain_freed_memory() -> None:
     M_TRIM_THRESHOLD). This allocates and frees one. Other allocators are not affected.
     """
     torch.UntypedStorage(LARGE, device="cpu")
+
+
+@contextlib.contextmanager
+def freed_memory_returned() -> Iterator[None]:
+    """After the block glibc gives memory that it keeps back to the system, also after an error.
+
+    Its threshold stays where it is, as after any program that has freed a large tensor.
+    """
+    try:
+        yield
+    finally:
+        # AttributeError: another C library; OSError, TypeError: a system without one to load
+        with contextlib.suppress(AttributeError, OSError, TypeError):
+            ctypes.CDLL(None).malloc_trim(0)

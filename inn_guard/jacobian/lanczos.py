@@ -223,6 +223,15 @@ class Bidiagonalization:
         """SVD of B: left vectors, values in descending order, right vectors transposed."""
         return torch.linalg.svd(self._matrix())
 
+    def gram(self) -> tuple[Tensor, Tensor]:
+        """B^T B, which is tridiagonal, and what would couple it to the next vector, (B,).
+
+        Both in the square of the unit of alpha and beta.
+        """
+        matrix = self._matrix()
+        last = self.alpha[:, self.size - 1] * self.beta[:, self.size - 1]
+        return matrix.mT @ matrix, last
+
     def largest(self) -> Tensor:
         """The largest singular value of U^T A, (B,): of B with its last beta as one more column."""
         last = torch.zeros_like(self.alpha[:, : self.size])

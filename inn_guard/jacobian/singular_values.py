@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -26,6 +26,7 @@ __all__ = [
     "Spectrum",
     "extreme_singular_values",
     "full_jacobian",
+    "jacobian_rows",
     "resolution",
     "spectrum",
 ]
@@ -141,6 +142,11 @@ def full_jacobian(
     jacobian = AutogradJacobian(function, function, x)
     if rows is None:
         rows = range(jacobian.output[0].numel())
+    return jacobian_rows(jacobian, x, rows)
+
+
+def jacobian_rows(jacobian: AutogradJacobian, x: Tensor, rows: Sequence[int]) -> Tensor:
+    """These rows of the Jacobian at every sample, (B, len(rows), dim x), as in `full_jacobian`."""
     J = x.new_empty(len(x), len(rows), x[0].numel())
     for part in _chunks(len(rows)):
         J[:, part.start : part.stop] = _rows_of(jacobian, rows[part.start : part.stop])
@@ -202,11 +208,11 @@ def _chunks(size: int) -> Iterator[range]:
         begin = rows.stop
 
 
-def _rows_of(jacobian: AutogradJacobian, rows: range) -> Tensor:
+def _rows_of(jacobian: AutogradJacobian, rows: Sequence[int]) -> Tensor:
     """These rows of the Jacobian, (B, len(rows), dim x)."""
     output = jacobian.output
     basis = output.new_zeros(len(rows), len(output), output[0].numel())
-    basis[range(len(rows)), :, rows] = 1
+    basis[range(len(rows)), :, list(rows)] = 1
     basis = basis.reshape(len(rows), *output.shape)
     try:
         products = jacobian.vjp(basis)

@@ -8,8 +8,15 @@ import pytest
 import torch
 from torch import Tensor
 
+from inn_guard.audits.level import Level
 from inn_guard.audits.log_det import log_det
+from inn_guard.core.invertible import Invertible
+from inn_guard.layers.actnorm import Diagonal
 from inn_guard.layers.chain import Chain
+from inn_guard.layers.coupling import AffineCoupling
+from inn_guard.layers.linear import InvertibleLinear
+from inn_guard.layers.networks import ConvNet
+from inn_guard.layers.permutation import Permutation
 from inn_guard.report.verdict import Verdict
 from tests.cases.toys import Linear, Warp
 
@@ -127,24 +134,146 @@ def test_a_random_estimator_is_averaged():
     assert "standard error" in bad.reason
 
 
-def test_beyond_512_dimensions_the_reference_is_stochastic_and_still_finds_a_wrong_sign():
-    scales = torch.exp(0.3 * torch.randn(600, generator=torch.Generator().manual_seed(0)))
-    turn = torch.linalg.qr(torch.randn(600, 600, generator=torch.Generator().manual_seed(1))).Q
+def with_condition(dimension: int, condition: float, seed: int = 0) -> Tensor:
+    """A dense matrix with singular values from 1 down to 1 / condition."""
+    generator = torch.Generator().manual_seed(seed)
+    left, right = (
+        torch.linalg.qr(torch.randn(dimension, dimension, generator=generator).double()).Q
+        for _ in range(2)
+    )
+    values = torch.logspace(0, -math.log10(condition), dimension, dtype=torch.float64)
+    return left @ torch.diag(values) @ right
 
-    class Signed(Linear):
-        sign = 1.0
 
+class Dense(Linear):
+    """A matrix, whose claimed log-determinant is off by ``by``."""
+
+    def __init__(self, matrix: Tensor, by: float = 0.0) -> None:
+        super().__init__(matrix)
+        self.by = by
+
+    def forward_and_log_det(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        z, true = super().forward_and_log_det(x)
+        return z, true + self.by
+
+
+@pytest.mark.parametrize("condition", [1e2, 1e6])
+def test_a_large_layer_without_structure_is_exact(condition):
+    x = torch.randn(2, 600, dtype=torch.float64)
+    matrix = with_condition(600, condition)
+    right, wrong = (log_det(Dense(matrix, by), x) for by in (0.0, 0.5))
+    assert right.verdict is Verdict.STABLE, right.reason
+    assert right.values["max_error"] < 1e-6
+    assert wrong.verdict is Verdict.UNSTABLE
+
+
+@pytest.fixture
+def quadrature_only(monkeypatch):
+    """No dense matrix is formed for a layer without structure."""
+    monkeypatch.setattr("inn_guard.audits.log_det.DENSE", dict.fromkeys(Level, 0))
+
+
+@pytest.mark.parametrize("condition", [10.0, 1e3, 1e6])
+def test_quadrature_accuses_no_right_log_determinant(quadrature_only, condition):
+    result = log_det(Dense(with_condition(60, condition)), torch.randn(2, 60).double())
+    assert result.verdict is Verdict.UNDECIDED, result.reason
+    assert "quadrature" in result.settings["reference"]
+    assert f"known to {result.values['unknown']:.1e} nats only" in result.reason
+
+
+def test_quadrature_finds_an_error_beyond_its_bounds(quadrature_only):
+    x = torch.randn(2, 60).double()
+    known = log_det(Dense(with_condition(60, 10.0)), x).values["unknown"]
+    wrong = log_det(Dense(with_condition(60, 10.0), by=3 * known), x)
+    assert wrong.verdict is Verdict.UNSTABLE
+    assert "within" in wrong.reason
+
+
+def image_chain(by: float) -> Chain:
+    """Actnorm, 1x1 convolution and two couplings of 3,072 dimensions, the first one off."""
+
+    class Off(AffineCoupling):
         def forward_and_log_det(self, x: Tensor) -> tuple[Tensor, Tensor]:
             z, true = super().forward_and_log_det(x)
-            return z, self.sign * true
+            return z, true + by
 
-    model = Signed(3 * turn @ torch.diag(scales))
-    x = torch.randn(2, 600)
-    right = log_det(model, x)
+    torch.manual_seed(0)
+    nets = [ConvNet(6, 8, 12) for _ in range(2)]
+    layers = [Diagonal(12), InvertibleLinear(12), Off(nets[0])]
+    return Chain(*layers, Permutation.reverse(12), AffineCoupling(nets[1])).float()
+
+
+def test_an_error_of_1_nat_in_3072_dimensions_is_found_and_its_layer_named():
+    x = torch.randn(8, 12, 16, 16, dtype=torch.float32)
+    right = log_det(image_chain(0.0), x)
     assert right.verdict is Verdict.STABLE, right.reason
-    assert "stochastic" in right.settings["reference"]
-    model.sign = -1.0
-    assert log_det(model, x).verdict is Verdict.UNSTABLE
+    assert right.values["max_error"] < 1e-6
+    assert "exact, layer by layer" in right.settings["reference"]
+    wrong = log_det(image_chain(1.0), x)
+    assert wrong.verdict is Verdict.UNSTABLE
+    assert "off in layer 2 (Off) by 1.0e+00" in wrong.reason
+    assert wrong.per_layer[2]["error"] == pytest.approx(1.0)
+
+
+def test_nan_in_one_of_all_samples_is_found():
+    x = data(300)
+    claim = Claim(lambda true, t: torch.where(t[:, 0] == x[-1, 0], torch.nan, true))
+    result = log_det(claim, x, samples=8)
+    assert result.verdict is Verdict.NON_FINITE
+    assert "1 of 300 log-determinants" in result.reason
+
+
+@pytest.mark.parametrize("dimension", [3, 100])
+def test_64_samples_are_compared(dimension):
+    result = log_det(Claim(dimension=3), data(300))
+    assert len(result.per_sample["error"][result.per_sample["error"].isfinite()]) >= 64
+    wide = Dense(with_condition(dimension, 10.0))
+    assert log_det(wide, data(80, dimension)).uses["density"].samples >= 64
+
+
+class Folding(Invertible):
+    """z_0 = x_0^2 or x_0^3, the others as they are; det J has the sign of x_0 or none."""
+
+    def __init__(self, power: int) -> None:
+        super().__init__()
+        self.power = power
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.cat([x[:, :1] ** self.power, x[:, 1:]], dim=1)
+
+    def inverse(self, z: Tensor) -> Tensor:
+        first = z[:, :1].sign() * z[:, :1].abs() ** (1 / self.power)
+        return torch.cat([first, z[:, 1:]], dim=1)
+
+    def forward_and_log_det(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return self(x), (self.power * x[:, 0].abs() ** (self.power - 1)).log()
+
+
+@pytest.mark.parametrize("dimension", [3, 40])
+def test_a_map_whose_det_changes_sign_has_no_density(dimension):
+    x = data(40, dimension)
+    folded, monotone = (log_det(Folding(power), x) for power in (2, 3))
+    assert folded.verdict is Verdict.UNSTABLE
+    assert "changes sign" in folded.reason
+    assert monotone.verdict is Verdict.STABLE, monotone.reason
+
+
+def test_a_det_that_changes_sign_where_all_samples_come_back_is_a_remark():
+    class Reciprocal(Invertible):
+        """1 / x_0 on both sides of 0 and the others scaled by it: det J = -1 / x_0^D."""
+
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.cat([1 / x[:, :1], x[:, 1:] * x[:, :1]], dim=1)
+
+        def inverse(self, z: Tensor) -> Tensor:
+            return torch.cat([1 / z[:, :1], z[:, 1:] * z[:, :1]], dim=1)
+
+        def forward_and_log_det(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            return self(x), (x.shape[1] - 3) * x[:, 0].abs().log()
+
+    result = log_det(Reciprocal(), data(40, 4))
+    assert result.verdict is Verdict.STABLE, result.reason
+    assert "but all samples come back" in result.reason
 
 
 def test_ill_conditioned_chains_keep_an_exact_reference():

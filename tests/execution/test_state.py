@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from inn_guard.execution.state import changed_state, preserve_state
+from inn_guard.execution.state import changed_state, preserve_state, snapshot_of
 
 
 class Cache:
@@ -379,3 +379,48 @@ def test_changed_state_names_what_changed():
         model.weight[0] = 5
         model.register_buffer("new", torch.ones(1))
     assert sorted(changed) == ["new", "running", "weight"]
+
+
+def of_model(model: Restless) -> dict[str, object]:
+    """What belongs to the model: type checks of the tests draw from Python's generator."""
+    return {name: value for name, value in photograph(model).items() if name != "global"}
+
+
+def test_the_model_can_be_restored_within_the_block():
+    model = Restless()
+    before = of_model(model)
+    with preserve_state(model) as recover:
+        model.running.add_(1)
+        model.flag = True
+        model.in_list.append(torch.ones(1))
+        model.part.train()
+        recover()
+        assert of_model(model) == before
+        model.running.add_(2)
+    assert of_model(model) == before
+
+
+def test_a_snapshot_restores_at_any_later_time():
+    model = Restless()
+    before, restore = of_model(model), snapshot_of(model)
+    for _ in range(2):
+        model.running.mul_(3).add_(1)
+        model.names.add("b")
+        restore()
+        assert of_model(model) == before
+
+
+@pytest.mark.parametrize("name", ["enabled", "benchmark", "deterministic", "allow_tf32"])
+def test_the_switches_of_cudnn_come_back(name):
+    before = getattr(torch.backends.cudnn, name)
+    with preserve_state(nn.Identity()):
+        setattr(torch.backends.cudnn, name, not before)
+    assert getattr(torch.backends.cudnn, name) == before
+
+
+def test_the_anomaly_mode_and_the_switches_of_attention_come_back():
+    with preserve_state(nn.Identity()):
+        torch.set_anomaly_enabled(True)
+        torch.backends.cuda.enable_flash_sdp(not torch.backends.cuda.flash_sdp_enabled())
+    assert not torch.is_anomaly_enabled()
+    assert torch.backends.cuda.flash_sdp_enabled()

@@ -15,7 +15,6 @@ from inn_guard.core.layer_jacobian import NotApplicable
 from inn_guard.jacobian.chain import Linearization, LogScaledVector
 from inn_guard.jacobian.inverse_gains import inverse_gains, layer_extremes
 from inn_guard.jacobian.lanczos import gap_free_error, largest_singular_value
-from inn_guard.jacobian.log_det import composed_log_det, stochastic_log_det
 from inn_guard.jacobian.singular_values import extreme_singular_values, full_jacobian, spectrum
 from inn_guard.layers.chain import Chain
 from tests.cases.case import seeded
@@ -244,41 +243,3 @@ def test_layer_extremes_are_the_svd_of_the_layer():
     forward, backward = layer_extremes(model.linearize(x), x, generator=generator(), tolerance=1e-6)
     torch.testing.assert_close(forward.log_value.exp(), exact[:, 0], rtol=1e-5, atol=0)
     torch.testing.assert_close(backward.log_value.exp(), 1 / exact[:, -1], rtol=1e-5, atol=0)
-
-
-def test_log_det_layer_by_layer_is_that_of_the_product():
-    model, x = random_chain(depth=4), torch.randn(3, 6)
-    exact = reference.log_abs_det(reference.jacobian(model.forward, x))
-    torch.testing.assert_close(composed_log_det(model, x), exact)
-
-
-def test_log_det_layer_by_layer_holds_where_the_product_is_singular_in_float64():
-    scales = torch.tensor([1e-9, 1.0, 1e9])
-    rotations = [
-        torch.linalg.qr(torch.randn(3, 3, generator=generator(k), dtype=torch.float64)).Q
-        for k in range(4)
-    ]
-    model = Chain(*(Linear(q @ torch.diag(scales)) for q in rotations))
-    assert composed_log_det(model, torch.zeros(1, 3)).item() == pytest.approx(0, abs=1e-6)
-
-
-def test_stochastic_log_det_is_right_within_its_standard_error():
-    model, x = random_chain(depth=1, dimension=30), torch.randn(4, 30)
-    exact = reference.log_abs_det(reference.jacobian(model.forward, x))
-    linearization = Linearization(model, x)
-    within = 0
-    for seed in range(5):
-        value, error = stochastic_log_det(
-            linearization, probes=6, steps=16, generator=generator(seed)
-        )
-        within += int(((value - exact).abs() <= 3 * error).sum())
-    assert within >= 17, "of 20; three standard errors from six probes hold about 97 %"
-
-
-def test_stochastic_log_det_of_a_diagonal_map_is_exact():
-    model = Linear(torch.diag(torch.tensor([0.5, 2.0, 8.0])))
-    value, error = stochastic_log_det(
-        Linearization(model, torch.zeros(1, 3)), generator=generator()
-    )
-    assert value.item() == pytest.approx(math.log(8))
-    assert error.item() == pytest.approx(0, abs=1e-12)

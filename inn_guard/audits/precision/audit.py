@@ -84,10 +84,11 @@ def precision(
 
     For all dtypes together the forecast costs one forward pass and ``probes`` sweeps, each about
     one inverse pass, in a float64 copy (more where there is no such copy or its inverse does not
-    come back: then the sweeps are products with derivatives). Under autocast a state is rounded to the dtype of the
-    layer that made it, but a coarser rounding inside a sub-network may come out otherwise in the
-    inverse, whose input differs in the last bits: works is said only if every layer could round to
-    the coarse dtype, breaks only if the finer roundings do it alone; the larger forecast is
+    come back: then the sweeps are products with derivatives). Under autocast a state is rounded to
+    the dtype of the layer that made it, but a coarser rounding inside a sub-network may come out
+    otherwise in the inverse, whose input differs in the last bits: works is said only if every
+    layer could round to the coarse dtype, breaks only if the finer roundings do it alone; the
+    larger forecast is
     printed. The measurement runs the model; a round trip that takes longer than 50 times the
     model's own, and 10 s, is given up and counts as broken: an adaptive solver may never reach its
     tolerance in a coarse dtype. Data that a dtype cannot hold to ``usable`` count as an error of
