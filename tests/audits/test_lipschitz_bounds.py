@@ -59,6 +59,7 @@ def test_samples_that_are_not_finite_are_left_out(bad):
     assert lipschitz_bounds(model, torch.full_like(x, bad)).verdict is Verdict.NOT_APPLICABLE
 
 
+@pytest.mark.thorough
 def test_a_batch_longer_than_what_is_sampled_keeps_its_conditions():
     rows = SAMPLED + 3
     model = AffineCoupling(Conditional(MLP([3, 8, 4]))).with_context(torch.randn(rows, 1))

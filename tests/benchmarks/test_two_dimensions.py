@@ -72,6 +72,7 @@ def test_a_loss_that_is_not_finite_ends_a_regression_with_a_row():
     assert rows[-1]["step"] < 50
 
 
+@pytest.mark.thorough
 def test_certified_bounds_enclose_the_grid_within_the_box():
     config = dataclasses.replace(preset(checkerboard, "smoke"), extent=4.0, points=9)
     frame = checkerboard.run(config)

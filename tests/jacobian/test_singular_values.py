@@ -130,6 +130,7 @@ def nflows_chain(depth: int, grown: float):
         return wrap(flow.eval()), torch.randn(2, 19)
 
 
+@pytest.mark.thorough
 def test_chained_at_the_forward_states_float32_beats_a_dense_float64_decomposition():
     model, x = nflows_chain(32, grown=1.75)
     found = extreme_singular_values(Linearization(model, x), generator=generator(), tolerance=1e-4)

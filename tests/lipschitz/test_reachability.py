@@ -152,6 +152,7 @@ def test_the_reach_alone_holds_every_state():
             assert bool(((inside.lo <= z + 1e-9) & (z - 1e-9 <= inside.hi)).all())
 
 
+@pytest.mark.thorough
 def test_it_is_far_tighter_than_intervals():
     torch.manual_seed(0)
     model, box = affine(8), Box(-0.01 * torch.ones(4), 0.01 * torch.ones(4))

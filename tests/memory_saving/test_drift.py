@@ -12,6 +12,7 @@ from inn_guard.layers.chain import Chain
 from inn_guard.layers.networks import MLP
 from inn_guard.memory_saving import memory_saving
 from inn_guard.memory_saving.drift import PROJECTIONS, Guard
+from tests.cases.trials import first
 from tests.memory_saving import nets
 from tests.memory_saving.test_model import assert_close, moments
 
@@ -25,7 +26,7 @@ def gradients_of(f, x, parameters):
     return torch.autograd.grad(moments(f(x)), parameters)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("dtype", first(1, [torch.float32, torch.float64]))
 def test_wrong_gradient_without_true_one_with(dtype):
     model = nets.exploding().to(dtype)
     x, parameters = nets.vectors().to(dtype), list(model.parameters())
@@ -156,6 +157,7 @@ def test_tolerance_is_relative_per_sample(dtype):
     assert guard.accepts(x[:0], fingerprint[:0])
 
 
+@pytest.mark.thorough
 def test_in_float32_nets_the_guard_alarms_where_the_error_is():
     model = Chain(nets.flow(), nets.coupling(network=MLP([3, 8, 6]))).float()
     x, parameters = nets.vectors().float(), list(model.parameters())

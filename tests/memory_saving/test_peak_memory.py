@@ -51,15 +51,21 @@ def test_the_meter_counts_bytes():
     assert peak_allocated(step) == pytest.approx(2 * 800_000, abs=1000)
 
 
+@pytest.mark.thorough
+def test_peak_memory_does_not_grow_with_depth_up_to_64_blocks():
+    ours = [peak_beside_gradients(blocks, memory_saving) for blocks in (8, 64)]
+    assert ours[1] <= 1.15 * ours[0]
+
+
 def test_peak_memory_does_not_grow_with_depth():
-    ours = [peak_beside_gradients(blocks, memory_saving) for blocks in (8, 16, 64)]
+    ours = [peak_beside_gradients(blocks, memory_saving) for blocks in (8, 16)]
     assert ours[1] <= 1.02 * ours[0]
-    assert ours[2] <= 1.15 * ours[0]
     stored = [peak_beside_gradients(blocks, lambda model: model) for blocks in (8, 16)]
     assert stored[1] > 1.8 * stored[0]
     assert ours[1] < 0.25 * stored[1]
 
 
+@pytest.mark.thorough
 def test_a_guard_holds_nine_numbers_a_sample_and_layer_and_a_few_states():
     def guarded(model):
         return memory_saving(model, guard=1e-3)
@@ -74,7 +80,7 @@ def test_a_guard_holds_nine_numbers_a_sample_and_layer_and_a_few_states():
 
 def test_nothing_stays_behind():
     """Graphs hold no states after their backward pass; dropped graphs are freed without one."""
-    model, x = deep(16), torch.randn(BATCH, FEATURES)
+    model, x = deep(4), torch.randn(BATCH, FEATURES)
     saving, kept = memory_saving(model, guard=1e-3), []
 
     def step():

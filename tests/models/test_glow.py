@@ -25,6 +25,7 @@ from inn_guard.models.iresnet import IResNetConfig, checkerboard_residual_flow, 
 from inn_guard.models.toy import checkerboard_net, regression_net
 
 
+@pytest.mark.thorough
 def test_the_papers_sizes():
     affine = glow_classifier()
     additive = glow_classifier(config=GlowConfig(3, 16, 128, AdditiveCoupling.on_halves))

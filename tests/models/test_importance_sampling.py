@@ -44,6 +44,7 @@ def test_the_estimate_is_the_integral_within_its_error_bars_for_every_number_of_
     assert bool(((result.log_prob - LOG_EVIDENCE).abs() < 5 * result.standard_error).all())
 
 
+@pytest.mark.thorough
 def test_the_error_bars_are_the_spread_of_independent_estimates():
     results = [
         importance_log_prob(
@@ -71,6 +72,7 @@ def test_the_posterior_as_proposal_is_exact():
     assert torch.allclose(result.standard_error, torch.tensor(0.0), atol=1e-12)
 
 
+@pytest.mark.thorough
 def test_the_mean_of_logarithms_is_below_and_rises_with_the_draws():
     few, many = (estimate(3.0, draws=draws, repetitions=2000) for draws in (1, 64))
     assert bool((few.lower_bound < many.lower_bound).all())

@@ -52,6 +52,7 @@ def painted(drawing) -> list[np.ndarray]:
     ]
 
 
+@pytest.mark.thorough
 @settings(max_examples=settings().max_examples // 3)  # a drawing takes half a second
 @given(arrays.arrays(np.float64, st.integers(1, 30), elements=st.floats(allow_subnormal=True)))
 def test_any_numbers_can_be_drawn_and_the_missing_are_counted(values):

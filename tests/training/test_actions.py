@@ -312,6 +312,7 @@ def test_rollback_between_forward_and_backward_is_an_error_not_a_wrong_gradient(
         loss.backward()
 
 
+@pytest.mark.thorough
 def test_a_training_run_that_explodes_comes_back():
     """One absurd step ruins the weights; the next audit puts the last stable ones back."""
     torch.manual_seed(0)

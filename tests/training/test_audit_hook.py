@@ -24,6 +24,7 @@ from inn_guard.training.actions import AdaptCoefficient, DisableMemorySaving, Ro
 from inn_guard.training.audit_hook import AuditHook
 from inn_guard.training.regularizer_hook import RegularizerHook
 from inn_guard.training.regularizers import AdaptiveCoefficient, FiniteDifferences
+from tests.cases.trials import first
 from tests.oracles.regularizers import Embedding, LinearMap, Scaling, TwoCouplings
 
 
@@ -73,7 +74,7 @@ def train(model, hook, steps=range(8), autocast=False):
 EVERYTHING = ["reconstruction", "jacobian_spectrum", "precision", gradient_angle]
 
 
-@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("autocast", first(1, [False, True]))
 @pytest.mark.parametrize("make", [Noisy, chain], ids=["noisy", "chain"])
 def test_training_does_not_notice(make, autocast):
     torch.manual_seed(0)
@@ -228,6 +229,7 @@ def test_recorded_before_acted_upon_with_the_numbers_in_force():
     assert coefficient.value > 1e-3
 
 
+@pytest.mark.thorough
 def test_resuming_continues_bit_for_bit():
     def setup(seed):
         torch.manual_seed(seed)

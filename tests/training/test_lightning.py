@@ -123,6 +123,7 @@ def test_a_run_gives_the_numbers_of_a_plain_loop():
         assert torch.equal(ours, theirs)
 
 
+@pytest.mark.thorough
 def test_training_does_not_notice_the_audits():
     with_audits, without = Module(flow()), Module(flow())
     fit(with_audits, StabilityCallback(lambda module: module.flow, every=2))
@@ -131,6 +132,7 @@ def test_training_does_not_notice_the_audits():
         assert torch.equal(ours, theirs)
 
 
+@pytest.mark.thorough
 def test_every_number_is_logged():
     module = Module(flow())
     callback = StabilityCallback(lambda module: module.flow, every=5, checks=["reconstruction"])
@@ -141,6 +143,7 @@ def test_every_number_is_logged():
     assert float(logged["inn_guard/reconstruction/max_error"]) == pytest.approx(last, rel=1e-6)
 
 
+@pytest.mark.thorough
 def test_accumulated_batches_are_one_step():
     callback = StabilityCallback(lambda module: module.flow, every=1)
     fit(Module(flow()), callback, accumulate_grad_batches=4)
@@ -170,6 +173,7 @@ def test_actions_are_taken():
         fit(Module(flow()), callback)
 
 
+@pytest.mark.thorough
 def test_a_checkpoint_resumes_the_schedule(tmp_path):
     callback = StabilityCallback(lambda module: module.flow, every=4)
     trainer = fit(Module(flow()), callback, limit_train_batches=6)

@@ -21,7 +21,7 @@ TABLE = Path(__file__).parents[2] / "benchmarks" / "results" / "zoo" / "uses.csv
 #: inverse
 QUICK = (
     "nflows affine 4, gain 1, clusters",
-    "FrEIA GLOWCouplingBlock 16, gain 2, normal",
+    "FrEIA GLOWCouplingBlock 4, gain 3, normal",
     "own log-det + 1 4, gain 1, clusters",
     "own tail beyond 3 4, gain 1, clusters",
     "own inverse x 1.1 4, gain 1, clusters",

@@ -70,8 +70,9 @@ def compared(said: bool, known: Truth) -> str:
     return "miss" if known is Truth.BAD else "passed"
 
 
-def test_no_miss_and_no_false_alarm_in_a_fifth_of_the_zoo():
-    table, errors = judged(SPECIMENS[::5])
+def test_no_miss_and_no_false_alarm_in_a_small_part_of_the_zoo():
+    """Every 23rd specimen: among them each check meets one that is broken."""
+    table, errors = judged(SPECIMENS[::23])
     assert errors == []
     for name, counts in table.items():
         assert counts["found"] >= 1, name
@@ -106,7 +107,7 @@ def test_condition_numbers_are_those_of_forty_digits(specimen):
 
 
 def test_a_zoo_with_blind_audits_would_fail():
-    known = [truth.spectrum(specimen) for specimen in SPECIMENS]
+    known = [truth.spectrum(specimen) for specimen in SPECIMENS[::10]]
     assert {compared(False, each) for each in known} >= {"miss", "passed"}
     assert {compared(True, each) for each in known} >= {"found", "false alarm"}
 
