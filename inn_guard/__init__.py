@@ -14,6 +14,7 @@ from inn_guard.core.invertible import Invertible
 from inn_guard.core.missing import NotApplicable
 from inn_guard.exact import exact
 from inn_guard.memory_saving import memory_saving
+from inn_guard.repair.fine_tuning import Look, Stabilized, stabilize
 from inn_guard.report.audit_report import AuditReport
 from inn_guard.report.comparison import Comparison, compare
 from inn_guard.report.from_json import load
@@ -54,9 +55,11 @@ __all__ = [
     "Level",
     "Limits",
     "LipschitzBounds",
+    "Look",
     "NormalizingFlowLoss",
     "NotApplicable",
     "RegularizerHook",
+    "Stabilized",
     "TensorBoardRecorder",
     "Verdict",
     "actions",
@@ -68,6 +71,7 @@ __all__ = [
     "lipschitz_bounds",
     "load",
     "memory_saving",
+    "stabilize",
     "wrap",
 ]
 

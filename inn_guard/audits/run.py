@@ -37,7 +37,7 @@ from inn_guard.report.limits import Limits
 from inn_guard.report.result import AuditResult
 from inn_guard.report.uses import checked_uses
 
-__all__ = ["Check", "audit", "resolve_check"]
+__all__ = ["PATIENCE", "Check", "audit", "is_watched", "resolve_check"]
 
 PATIENCE = 3.0  #: seconds after which a progress bar appears
 DECLARED = "every model declares it"  #: why density, reconstruction and gradients count
@@ -232,7 +232,7 @@ def _run(
     All processes run together the checks that share samples; each of the others runs in one.
     """
     parallel = context.parallel
-    hidden = parallel.rank > 0 or not (_is_watched() if progress is None else progress)
+    hidden = parallel.rank > 0 or not (is_watched() if progress is None else progress)
     delay = 0.0 if progress else PATIENCE
     results: dict[int, AuditResult] = {}
     with ProgressBar(
@@ -258,7 +258,7 @@ def _run(
     return tuple(results[k] for k in range(len(checks)))
 
 
-def _is_watched() -> bool:
+def is_watched() -> bool:
     """Whether somebody sees a progress bar: in a terminal or a notebook."""
     return sys.stderr.isatty() or "ipykernel" in sys.modules
 

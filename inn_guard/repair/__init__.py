@@ -1,0 +1,1 @@
+"""Repairs of models that are already trained."""
