@@ -1,4 +1,9 @@
-"""wrap(): any invertible model as an Invertible, without copying or changing it."""
+"""wrap(): any invertible model as an Invertible, without copying or changing it.
+
+Each library has a folder: ``adapter`` makes Invertibles of its models, ``jacobians`` registers the
+Jacobians of its layers whose structure is known. ``base`` and ``structured_jacobians`` are what the
+folders share. ``callables`` and ``captured_modules`` serve models that are given as functions.
+"""
 
 from __future__ import annotations
 
@@ -98,6 +103,7 @@ def wrap(
 def _from_callables(
     encode: Any, decode: Any, layers: Any, log_det: Any, context: Context
 ) -> Invertible:
+    """What the arguments of `wrap` other than a model describe."""
     chain: list[Invertible] = []
     if layers is not None:
         chain = [_layer(layer) for layer in layers]
@@ -168,6 +174,7 @@ def _unknown(name: str) -> str:
 
 
 def _refusal_of_a_module(model: nn.Module, name: str) -> str:
+    """The same for a module, which may hold the model that was meant."""
     for wrapper in ("module", "_orig_mod"):  # of DataParallel and torch.compile
         if isinstance(getattr(model, wrapper, None), nn.Module):
             return (

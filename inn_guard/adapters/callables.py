@@ -12,7 +12,7 @@ from inn_guard.adapters.captured_modules import Closure
 from inn_guard.core.invertible import Context, Invertible
 from inn_guard.layers.chain import Chain
 
-__all__ = ["ForwardAndInverse", "Functions", "adapt"]
+__all__ = ["ForwardAndInverse", "Functions", "adapt", "value_and_log_det"]
 
 
 def adapt(model: nn.Module, context: Context = None) -> Invertible:
@@ -66,7 +66,9 @@ class Functions(Adapted):
             log_det_closure = Closure(log_det)
             closures.append(log_det_closure)
         super().__init__(_registered(closures), context)
-        self._encoder, self._decoder, self._log_det = encoder, decoder, log_det_closure
+        self._encoder = encoder
+        self._decoder = decoder
+        self._log_det = log_det_closure
         self._chain = Chain(*layers)
 
     def _encode(self, x: Tensor) -> tuple[Tensor, Any]:

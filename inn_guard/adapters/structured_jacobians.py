@@ -133,7 +133,9 @@ class SelectedOutputs:
     """
 
     def __init__(self, network: NetworkJacobian, order: Tensor) -> None:
-        self._network, self._order, self._back = network, order, order.argsort()
+        self._network = network
+        self._order = order
+        self._back = order.argsort()
         self._dim = 1 - network.output.dim()
         self.output = network.output.index_select(self._dim, order)
 

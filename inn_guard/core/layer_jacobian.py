@@ -17,6 +17,20 @@ from torch.autograd import forward_ad
 from inn_guard.core.missing import NotApplicable
 from inn_guard.core.tensors import finite_rows
 
+__all__ = [
+    "INEXACT",
+    "ROUNDING",
+    "AutogradJacobian",
+    "LayerJacobian",
+    "Map",
+    "NotApplicable",
+    "Selectable",
+    "SelfChecking",
+    "is_adjoint_pair",
+    "random_vectors",
+]
+
+#: a function of one tensor: a map of a batch, or a product with its Jacobian
 Map = Callable[[Tensor], Tensor]
 
 ROUNDING = 100.0  #: accepted error of a product, in units of eps
@@ -123,6 +137,7 @@ class _Recorded:
         return jvp
 
     def _forward_mode(self, v: Tensor) -> Tensor:
+        """J v by one more pass of the map, in forward mode."""
         with forward_ad.dual_level(), torch.enable_grad():
             # both are copies: a map that writes into its input would write into v, too
             dual = forward_ad.make_dual(self.leaf.detach().clone(), v.detach().clone())

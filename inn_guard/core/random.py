@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+__all__ = ["Noise", "SampleNoise", "as_noise"]
+
 #: shape (B, ...) -> standard normal numbers, float64, on the CPU
 Noise = Callable[[Sequence[int]], Tensor]
 

@@ -19,6 +19,7 @@ __all__ = [
     "peak",
     "per_channel",
     "per_sample",
+    "same_tensor",
     "split_flat",
     "standard_normal",
     "unit_vectors",
@@ -137,6 +138,16 @@ def split_flat(t: Tensor, shapes: Sequence[Sequence[int]]) -> list[Tensor]:
     sizes = [math.prod(shape) for shape in shapes]
     pieces = t.split(sizes, dim=1)
     return [piece.reshape(-1, *shape) for piece, shape in zip(pieces, shapes, strict=True)]
+
+
+def same_tensor(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors have the same shape, entries, dtype and device; NaN differs from NaN.
+
+    >>> ones = torch.ones(2)
+    >>> same_tensor(ones, ones.clone()), same_tensor(ones, ones.double())
+    (True, False)
+    """
+    return a.dtype == b.dtype and a.device == b.device and torch.equal(a, b)
 
 
 def dtype_name(dtype: torch.dtype) -> str:

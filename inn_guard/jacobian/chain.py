@@ -21,6 +21,7 @@ from inn_guard.core.invertible import Invertible
 from inn_guard.core.layer_jacobian import (
     AutogradJacobian,
     LayerJacobian,
+    Map,
     Selectable,
     random_vectors,
 )
@@ -31,7 +32,6 @@ from inn_guard.jacobian.checks import check_inverse, check_inverse_jvp, check_jv
 
 __all__ = ["Linearization", "LogScaledVector", "log_scaled"]
 
-Product = Callable[[Tensor], Tensor]
 #: (jacobian, x, name, *, draw) -> the Jacobian itself, or one that is right
 Check = Callable[..., LayerJacobian]
 
@@ -86,7 +86,7 @@ class LogScaledVector:
         return LogScaledVector(vector, self.log_scale + size.double().log())
 
 
-def log_scaled(product: Product) -> Callable[[Tensor], LogScaledVector]:
+def log_scaled(product: Map) -> Callable[[Tensor], LogScaledVector]:
     """The same product with its result as a LogScaledVector."""
     return lambda v: LogScaledVector.from_vector(product(v))
 
@@ -169,8 +169,8 @@ class Linearization:
             self._inverse_jvp_checked.add(k)
         return self.jacobians[k]
 
-    def inverse_product(self, k: int) -> Product:
-        """u -> J^-1 u of layer k, checked once."""
+    def inverse_product(self, k: int) -> Map:
+        """The function u -> J^-1 u of layer k; it has been checked once against J v."""
         return self.inverse_jvp_checked(k).inverse_jvp
 
     def inverse_checked(self, k: int) -> LayerJacobian:
@@ -206,7 +206,8 @@ class Linearization:
 
     def _checked(self, k: int, check: Check) -> LayerJacobian:
         """What ``check`` returns for layer k. If a few samples pass, the others are not checked."""
-        jacobian, x = self.jacobians[k], self.states[k]
+        jacobian = self.jacobians[k]
+        x = self.states[k]
         name = f"layer {k} ({self.layers[k].name})"
         few = None
         if isinstance(jacobian, Selectable) and len(x) > FEW:
@@ -226,7 +227,7 @@ class Linearization:
         rows = finite.nonzero()[:, 0]
         return rows[torch.linspace(0, len(rows) - 1, FEW, device=rows.device).round().long()]
 
-    def _chain(self, v: Tensor | LogScaledVector, products: Sequence[Product]) -> LogScaledVector:
+    def _chain(self, v: Tensor | LogScaledVector, products: Sequence[Map]) -> LogScaledVector:
         """The products one after the other, applied to v; the length is kept as a logarithm."""
         scaled = v if isinstance(v, LogScaledVector) else LogScaledVector.from_vector(v)
         if not self._needs_renormalizing:
@@ -252,6 +253,7 @@ class Linearization:
 
 
 def _linearize(layer: Invertible, x: Tensor) -> LayerJacobian:
+    """The layer's own Jacobian if the layer computes what its class says, else by autograd."""
     if why_patched(layer.block) is None and is_as_written(layer, "linearize"):
         return layer.linearize(x)
     # hooks, methods of this instance and overridden ones change the map, which only autograd

@@ -43,7 +43,8 @@ class FromLU:
 
     def __init__(self, jacobian: LayerJacobian, x: Tensor) -> None:
         self._data_shape = x.shape
-        self.output, self.jvp, self.vjp = jacobian.output, jacobian.jvp, jacobian.vjp
+        self.output = jacobian.output
+        self.jvp, self.vjp = jacobian.jvp, jacobian.vjp
         self._factors = torch.linalg.lu_factor_ex(dense_jacobian(jacobian, x).double())[:2]
 
     def inverse_jvp(self, u: Tensor) -> Tensor:
@@ -155,10 +156,11 @@ def check_inverse_jvp(
     """
 
     def reason() -> str | None:
+        """What is wrong with J^-1 u; None if nothing is."""
         (v,) = draw(x)
         difference = jacobian.inverse_jvp(jacobian.jvp(v)) - v
-        gap, length = difference.flatten(1).norm(dim=1), v.flatten(1).norm(dim=1)
-        if bool((gap <= INEXACT * length).all()):
+        gap = difference.flatten(1).norm(dim=1)
+        if bool((gap <= INEXACT * v.flatten(1).norm(dim=1)).all()):
             return None
         # rounding may explain it in an ill-conditioned layer, which only its transpose can tell
         return _disagreement(jacobian, x, draw)
@@ -204,7 +206,8 @@ def _disagreement(jacobian: LayerJacobian, x: Tensor, draw: Draw) -> str | None:
     """What is wrong with the inverse products; None if nothing is."""
     v, w = draw(x, x)
     u = jacobian.jvp(v)
-    back, adjoint = jacobian.inverse_jvp(u), jacobian.inverse_vjp(w)
+    back = jacobian.inverse_jvp(u)
+    adjoint = jacobian.inverse_vjp(w)
     eps = torch.finfo(x.dtype).eps
     gaps = _gaps(v, w, u, back, adjoint, eps=eps)
     if gaps.agree():
@@ -246,6 +249,7 @@ class _Gaps:
 
 
 def _gaps(v: Tensor, w: Tensor, u: Tensor, back: Tensor, adjoint: Tensor, *, eps: float) -> _Gaps:
+    """The deviations, from u = J v, back = J^-1 u and adjoint = J^-T w."""
     v, w, u, back, adjoint = (
         t.flatten(1).to(torch.promote_types(t.dtype, torch.float32))
         for t in (v, w, u, back, adjoint)

@@ -77,15 +77,17 @@ class InverseDifferences:
             the sum, (B, *data); None where a displacement does not stay small, or the inverse does
             not return to the states.
         """
-        count, state = len(self.states[0]), self.states[-1]
+        count = len(self.states[0])
+        state = self.states[-1]
         # these samples are not displaced: they show what the inverse alone does
         free = state[:CHECKED]
         with torch.no_grad():
             moved = SMALL * errors[0]
             for k in reversed(range(len(self.layers))):
                 both = self.layers[k].select(self._rows).inverse(torch.cat([state + moved, free]))
-                state, free = self.states[k], both[count:]
+                state = self.states[k]
                 moved = both[:count] - state
+                free = both[count:]
                 if bool((peak(moved) > FIRST_ORDER * peak(state)).any()):
                     return None
                 moved = moved + SMALL * errors[len(self.layers) - k]
@@ -96,15 +98,18 @@ class InverseDifferences:
         return moved / SMALL
 
     def _product(self, k: int, u: Tensor) -> Tensor:
+        """(F_k^-1(h_k + s u) - h_(k-1)) / s, if the inverse returns from h_k to h_(k-1)."""
         before, state = self.states[k], self.states[k + 1]
         # largest entries as lengths: no square that could exceed the range
-        length, step = _divisor(u), STEP * _divisor(state)
+        length = _divisor(u)
+        step = STEP * _divisor(state)
         displaced = state + per_sample(step, state) * (u / per_sample(length, u))
         with torch.no_grad():
             both = torch.cat([displaced, state[:CHECKED]])
             moved, back = self.layers[k].select(self._rows).inverse(both).tensor_split([len(u)])
         difference = moved - before
-        off, size = peak(back - before[:CHECKED]), peak(difference[:CHECKED])
+        off = peak(back - before[:CHECKED])
+        size = peak(difference[:CHECKED])
         # comparisons with NaN are false: samples that are not finite do not stop the others
         if bool(((size > 0) & (off > INEXACT * size)).any()):
             name = self.layers[k].name

@@ -95,7 +95,7 @@ def layer_extremes(
 
 
 def _sweep(linearization: Linearization, probe: LogScaledVector) -> list[LogScaledVector]:
-    """P_k^T w for every k."""
+    """The images P_k^T w of one probe, for k = 0 ... n."""
     sweep = [probe]
     for k in range(len(linearization.layers)):
         product = linearization.inverse_checked(k).inverse_vjp(sweep[-1].vector)

@@ -23,8 +23,10 @@ __all__ = [
 ]
 
 Self = TypeVar("Self", bound="Bidiagonalization")
-Product = Callable[[Tensor], LogScaledVector]
-Restrict = Callable[[Tensor], tuple[Product, Product] | None]
+#: v (B, *) -> A v, or u -> A^T u, with lengths as logarithms
+ScaledProduct = Callable[[Tensor], LogScaledVector]
+#: rows of the batch -> both products of these samples only; None where that is not possible
+Restrict = Callable[[Tensor], tuple[ScaledProduct, ScaledProduct] | None]
 
 LIKELY = 0.1  #: probability with which the error that ends the iteration may be exceeded
 ALMOST_NEVER = 0.01  #: probability with which the wide error bar may be exceeded
@@ -59,8 +61,8 @@ class LargestSingularValue:
 
 
 def largest_singular_value(
-    product: Product,
-    adjoint: Product,
+    product: ScaledProduct,
+    adjoint: ScaledProduct,
     start: Tensor,
     *,
     tolerance: float = 1e-3,
@@ -166,7 +168,9 @@ class Bidiagonalization:
         non_finite: samples for which a product was not finite, (B,) bool.
     """
 
-    def __init__(self, product: Product, adjoint: Product, start: Tensor, max_steps: int) -> None:
+    def __init__(
+        self, product: ScaledProduct, adjoint: ScaledProduct, start: Tensor, max_steps: int
+    ) -> None:
         self._product = product
         self._adjoint = adjoint
         self._dtype = start.dtype
@@ -209,11 +213,21 @@ class Bidiagonalization:
         self.size += 1
 
     def select(
-        self: Self, chosen: Tensor, product: Product | None = None, adjoint: Product | None = None
+        self: Self,
+        chosen: Tensor,
+        product: ScaledProduct | None = None,
+        adjoint: ScaledProduct | None = None,
     ) -> Self:
-        """These samples only. Further steps need their own products."""
+        """The space of these samples only.
+
+        Args:
+            chosen: rows of the batch, as a mask.
+            product: with A, of these samples. Without it the space cannot be extended.
+            adjoint: with A^T, of these samples.
+        """
         clone = copy.copy(self)
-        clone._product, clone._adjoint = product or self._product, adjoint or self._adjoint
+        clone._product = product or self._product
+        clone._adjoint = adjoint or self._adjoint
         clone.converged_exactly = self.converged_exactly[chosen]
         for name in ("_right", "_left", "alpha", "beta", "reference", "non_finite"):
             setattr(clone, name, getattr(self, name)[chosen])
@@ -359,6 +373,7 @@ def _still_to_come(values: list[Tensor]) -> Tensor:
 
 
 def _result(space: Bidiagonalization, steps: Tensor) -> LargestSingularValue:
+    """What the space tells about sigma_1; ``steps`` are those after which a sample was finished."""
     value = space.largest()
     right = space.projection_svd()[2]
     error = probable_error(space, value, failure=LIKELY)

@@ -128,6 +128,7 @@ def _sign_is_known(J: Tensor, sign: Tensor) -> Tensor:
 
 
 def _everything(jacobian: AutogradJacobian, x: Tensor) -> Remainder:
+    """All rows and columns: what is left where nothing has been eliminated."""
     zero = torch.zeros(len(x), dtype=torch.float64, device=x.device)
     rows = torch.arange(jacobian.output[0].numel(), device=x.device)
     return Remainder(zero, zero + 1, rows, torch.arange(x[0].numel(), device=x.device))
@@ -177,7 +178,8 @@ def stochastic_log_det(
         Fast Estimation of tr(f(A)) via Stochastic Lanczos Quadrature (Ubaru, Chen, Saad, 2017),
         Algorithm 1. Matrices, Moments and Quadrature (Golub, Meurant, 1994), sections 3 and 4.
     """
-    jacobian, like = linearization.forward_checked(k), linearization.states[k]
+    jacobian = linearization.forward_checked(k)
+    like = linearization.states[k]
     smallest = _log_smallest(linearization, k, generator)
     product, adjoint = log_scaled(jacobian.jvp), log_scaled(jacobian.vjp)
     upper, lower = [], []
@@ -218,6 +220,7 @@ def _gauss(space: Bidiagonalization) -> Tensor:
     """D v^T log(J^T J) v / 2 from above, (B,), with v the direction that the space began with."""
     _, theta, right = space.projection_svd()
     weights = right[:, :, 0].square()
+    # without a weight, theta may be 0: B is padded where a sample's space was complete earlier
     used = weights > torch.finfo(weights.dtype).eps ** 2
     logs = torch.where(used, theta.log() + space.reference.unsqueeze(1), torch.zeros_like(theta))
     estimate = space.dimension * (weights * logs).sum(1)

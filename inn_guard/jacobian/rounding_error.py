@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, Protocol, runtime_checkable
@@ -24,12 +24,11 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
+from inn_guard.core.layer_jacobian import Map
 from inn_guard.core.tensors import per_sample
 from inn_guard.jacobian.chain import LogScaledVector
 
 __all__ = ["RoundingForecast", "rounding_forecast", "unit_roundoff"]
-
-Product = Callable[[Tensor], Tensor]
 
 
 @runtime_checkable
@@ -46,7 +45,7 @@ class LinearizedModel(Protocol):
         """The layers' inputs and then the output."""
         ...
 
-    def inverse_product(self, k: int) -> Product:
+    def inverse_product(self, k: int) -> Map:
         """The function u -> J^-1 u of layer k."""
         ...
 

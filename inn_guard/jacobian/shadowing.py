@@ -112,8 +112,10 @@ def shadowing_window(
     scale = torch.ones_like(start[:, :, 0])
     if relative:
         scale = nonzero_or_one(start.norm(dim=2))
-    orbit = best = start
-    first = residual = torch.full_like(scale[0], math.inf)
+    orbit = start
+    best = start  # the orbit with the smallest residual so far, sample by sample
+    residual = torch.full_like(scale[0], math.inf)
+    first = residual
     system = None
     for step in range(steps + 1):
         jacobians, errors = _linearized(layers, orbit, shapes, scale)
@@ -173,7 +175,8 @@ class BlockBidiagonal:
         size = right.shape[2]
         for k in reversed(range(len(self._rotations))):
             pair = self._rotations[k] @ torch.cat(blocks[k : k + 2], dim=1)
-            blocks[k], blocks[k + 1] = pair[:, :size], pair[:, size:]
+            blocks[k] = pair[:, :size]
+            blocks[k + 1] = pair[:, size:]
         return torch.stack(blocks).squeeze(3)
 
     def inverse_norm(self, *, steps: int = POWER_STEPS) -> Float[Tensor, " batch"]:

@@ -17,7 +17,7 @@ from inn_guard.core.tensors import finite_rows
 from inn_guard.jacobian.chain import Linearization
 from inn_guard.jacobian.lanczos import (
     LargestSingularValue,
-    Product,
+    ScaledProduct,
     largest_singular_value,
 )
 
@@ -32,7 +32,7 @@ __all__ = [
 ]
 
 #: a linearization -> products with a map and with its transpose
-Products = Callable[[Linearization], tuple[Product, Product]]
+Products = Callable[[Linearization], tuple[ScaledProduct, ScaledProduct]]
 
 CHUNKS = (64, 32, 128)  #: rows per backward pass that are tried; the fastest does the rest
 
@@ -93,7 +93,9 @@ def extreme_singular_values(
     noise = as_noise(generator)
 
     def extreme(products: Products, like: Tensor) -> LargestSingularValue:
-        def restrict(rows: Tensor) -> tuple[Product, Product] | None:
+        """sigma_max of the map with these products, from a random start shaped as ``like``."""
+
+        def restrict(rows: Tensor) -> tuple[ScaledProduct, ScaledProduct] | None:
             part = linearization.select(rows)
             if part is None:
                 return None
@@ -111,11 +113,11 @@ def extreme_singular_values(
     return ExtremeSingularValues(forward, extreme(_of_inverse, z))
 
 
-def _of_jacobian(linearization: Linearization) -> tuple[Product, Product]:
+def _of_jacobian(linearization: Linearization) -> tuple[ScaledProduct, ScaledProduct]:
     return linearization.jvp, linearization.vjp
 
 
-def _of_inverse(linearization: Linearization) -> tuple[Product, Product]:
+def _of_inverse(linearization: Linearization) -> tuple[ScaledProduct, ScaledProduct]:
     return linearization.inverse_jvp, linearization.inverse_vjp
 
 

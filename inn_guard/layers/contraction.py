@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.utils import parametrize
 
+from inn_guard.core.tensors import same_tensor
 from inn_guard.jacobian.network import linearize_elementwise, linearize_module
 from inn_guard.layers.networks import Activation
 from inn_guard.numerics.convolution_norm import riesz_norm
@@ -70,7 +71,8 @@ class Contraction(nn.Module):
     def _bound(self, weight: Tensor) -> tuple[float, Tensor]:
         """The certified bound, and the frequency at which a kernel's norm is largest."""
         weight = weight.detach()
-        if self._known is None or not _is_same(self._known[0], weight):
+        # by its entries: a version counter does not see what is written through ``.data``
+        if self._known is None or not same_tensor(self._known[0], weight):
             kernel = weight.double().cpu()
             bound = spectral_norm(kernel) if kernel.dim() == 2 else riesz_norm(kernel, (1, 1))
             self._known = (weight.clone(), bound, _worst_frequency(kernel))
@@ -181,8 +183,3 @@ def _norm_at(weight: Tensor, frequency: Tensor) -> Tensor:
     angle = (frequency[0] * rows[:, None] + frequency[1] * columns).to(weight)
     symbol = (weight * torch.polar(torch.ones_like(angle), -angle)).sum((2, 3))
     return torch.linalg.matrix_norm(symbol, 2)
-
-
-def _is_same(a: Tensor, b: Tensor) -> bool:
-    """Whether two weights have the same entries, dtype and device."""
-    return a.dtype == b.dtype and a.device == b.device and torch.equal(a, b)

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from inn_guard.core.layer_jacobian import Map
 from inn_guard.core.missing import NotApplicable
 
 __all__ = ["Convergence", "FixedPoint", "implicit_gradient"]
-
-Map = Callable[[Tensor], Tensor]
 
 
 @dataclass

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import abc
 import dataclasses
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -12,8 +11,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from inn_guard.core.invertible import Invertible
-from inn_guard.core.layer_jacobian import LayerJacobian
-from inn_guard.core.tensors import per_channel
+from inn_guard.core.layer_jacobian import LayerJacobian, Map
+from inn_guard.core.tensors import per_channel, same_tensor
 
 __all__ = [
     "ChannelMixing",
@@ -23,12 +22,9 @@ __all__ = [
     "LULinear",
     "LinearMapJacobian",
     "PermutationJacobian",
-    "Product",
     "mix_channels",
 ]
 
-
-Product = Callable[[Tensor], Tensor]
 
 CHUNK = 2**18  #: entries that are multiplied at once, so that they stay in a cache
 
@@ -40,12 +36,6 @@ class _ComputedInverse:
     weight: Tensor
     inverse: Tensor
     log_abs_det: Tensor
-
-    def belongs_to(self, weight: Tensor) -> bool:
-        """Whether this is the weight of which they have been computed."""
-        # by its entries: a version counter does not see what is written through ``.data``
-        same_kind = weight.dtype == self.weight.dtype and weight.device == self.weight.device
-        return same_kind and torch.equal(weight, self.weight)
 
 
 class ChannelMixing(Invertible):
@@ -109,7 +99,8 @@ class ChannelMixing(Invertible):
     def _computed(self) -> _ComputedInverse:
         """W^-1 and log|det W|, computed if W has changed since the last call."""
         weight = self.weight
-        if self._inverse is None or not self._inverse.belongs_to(weight):
+        # by its entries: a version counter does not see what is written through ``.data``
+        if self._inverse is None or not same_tensor(self._inverse.weight, weight):
             self._inverse = _ComputedInverse(
                 weight.clone(), self.inverse_weight(), self.log_abs_det()
             )
@@ -225,10 +216,10 @@ class LinearMapJacobian:
     """
 
     output: Tensor
-    jvp: Product
-    vjp: Product
-    inverse_jvp: Product
-    inverse_vjp: Product
+    jvp: Map
+    vjp: Map
+    inverse_jvp: Map
+    inverse_vjp: Map
     shape: torch.Size  #: of x, (B, *data)
 
     def multiply(self, matrix: Tensor) -> Tensor:
@@ -292,7 +283,7 @@ class PermutationJacobian(LinearMapJacobian):
 
     @classmethod
     def of_moves(
-        cls, x: Tensor, forward: Product, inverse: Product, *, output: Tensor | None = None
+        cls, x: Tensor, forward: Map, inverse: Map, *, output: Tensor | None = None
     ) -> PermutationJacobian:
         """The Jacobian at x of a map that only moves entries.
 

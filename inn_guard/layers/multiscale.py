@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from inn_guard.core.invertible import DerivedMap, Invertible
-from inn_guard.core.layer_jacobian import LayerJacobian
-from inn_guard.layers.linear import LinearMapJacobian, Product
+from inn_guard.core.layer_jacobian import LayerJacobian, Map
+from inn_guard.layers.linear import LinearMapJacobian
 from inn_guard.layers.partition import Halves
 from inn_guard.layers.reshape import Rearrangement
 
@@ -40,7 +40,7 @@ class FactorOut(Rearrangement):
         self.shape = tuple(shape)
 
     def forward(self, x: Tensor) -> Tensor:
-        """[finished, remaining], (B, D)."""
+        """The flat vector [finished, remaining], (B, D)."""
         remaining, finished = x.split(Halves().sizes(self.shape[0]), dim=1)
         return torch.cat([finished.flatten(1), remaining.flatten(1)], dim=1)
 
@@ -138,7 +138,7 @@ class OnRemaining(DerivedMap):
         head, tail = x.split([finished, self.size], dim=-1)
         return head, tail.unflatten(-1, shape)
 
-    def _on_tail(self, product: Product, shape: tuple[int, ...]) -> Product:
+    def _on_tail(self, product: Map, shape: tuple[int, ...]) -> Map:
         """``product``, which takes vectors (..., B, *shape), on the tails of flat vectors."""
 
         def apply(v: Tensor) -> Tensor:

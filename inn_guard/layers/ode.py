@@ -181,6 +181,7 @@ class NeuralODE(Invertible):
         return self._integrate_with_trace(z, start=self.duration, end=0.0)
 
     def _integrate(self, x: Tensor, *, start: float, end: float) -> Tensor:
+        """The state at ``end`` from x at ``start``; NaN for samples that are not finite."""
         finite = finite_rows(x)
         if not bool(finite.all()):
             rows = finite.nonzero().squeeze(1)
@@ -195,6 +196,7 @@ class NeuralODE(Invertible):
     def _integrate_with_trace(
         self, x: Tensor, *, start: float, end: float
     ) -> tuple[Tensor, Tensor]:
+        """As ``_integrate``, with the integral of the trace, (B,)."""
         finite = finite_rows(x)
         if not bool(finite.all()):
             rows = finite.nonzero().squeeze(1)
@@ -202,6 +204,7 @@ class NeuralODE(Invertible):
             nan = torch.full_like(x, torch.nan)
             no_log_det = nan.flatten(1)[:, 0]
             return nan.index_copy(0, rows, solved), no_log_det.index_copy(0, rows, log_det)
+        # drawn once: the integrand must be the same function at every step of the solver
         vectors = self.trace.prepare(x)
         graph = torch.is_grad_enabled()
 

@@ -9,8 +9,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from inn_guard.core.invertible import Invertible
-from inn_guard.core.layer_jacobian import LayerJacobian
-from inn_guard.layers.linear import PermutationJacobian, Product
+from inn_guard.core.layer_jacobian import LayerJacobian, Map
+from inn_guard.layers.linear import PermutationJacobian
 
 __all__ = ["Flatten", "Rearrangement", "Squeeze", "ZeroPadding", "squeezed_shape"]
 
@@ -147,7 +147,7 @@ class ZeroPadding(Invertible):
         return torch.cat([z, z.new_zeros(len(z), self.channels, *z.shape[2:])], dim=1)
 
 
-def _over_leading(function: Product, *, dims: int) -> Product:
+def _over_leading(function: Map, *, dims: int) -> Map:
     """``function`` of (B, ...) applied to vectors with more leading dimensions."""
 
     def apply(v: Tensor) -> Tensor:

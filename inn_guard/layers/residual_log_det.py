@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import abc
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
 
-__all__ = ["ExactLogDet", "PowerSeries", "ResidualLogDet", "RussianRoulette"]
+from inn_guard.core.layer_jacobian import Map
 
-Map = Callable[[Tensor], Tensor]
+__all__ = ["ExactLogDet", "PowerSeries", "ResidualLogDet", "RussianRoulette"]
 
 
 class ResidualLogDet(nn.Module, abc.ABC):

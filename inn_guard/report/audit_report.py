@@ -126,7 +126,7 @@ class AuditReport:
         return self._by_name().keys()
 
     def items(self) -> ItemsView[str, AuditResult]:
-        """(name, result) of every check."""
+        """Pairs (name, result), one for every check."""
         return self._by_name().items()
 
     def __iter__(self) -> Iterator[AuditResult]:
@@ -399,7 +399,8 @@ def require(what: str, *libraries: str) -> None:
     """
     missing = [library for library in libraries if importlib.util.find_spec(library) is None]
     if missing:
-        needed, absent = " and ".join(libraries), " and ".join(missing)
+        needed = " and ".join(libraries)
+        absent = " and ".join(missing)
         raise ImportError(
             f"{what} needs {needed}; {absent} cannot be found: pip install '.[report]'"
         )

@@ -120,7 +120,7 @@ class Comparison:
         write_comparison(self, path)
 
     def _repr_html_(self) -> str:
-        """The table, for notebooks."""
+        """The printed table as HTML, which notebooks show."""
         lines = []
         for row in self._rows():
             cells = "</td><td>".join(map(html.escape, row))

@@ -99,11 +99,9 @@ def _drawings(audits: Sequence[Row]) -> tuple[list[Drawing], list[Drawing]]:
         measured = [row for row in audits if name in row]
         if name in ("step", "verdict") or _has_better(name, names, measured):
             continue
-        steps, values, failed = [], [], []
-        for row in measured:
-            steps.append(int(row["step"]))
-            values.append(row[name])
-            failed.append(_verdict(row).failed)
+        steps = [int(row["step"]) for row in measured]
+        values = [row[name] for row in measured]
+        failed = [_verdict(row).failed for row in measured]
         drawn = rest
         if _rank(name) < len(FIRST):
             drawn = first

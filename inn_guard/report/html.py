@@ -117,6 +117,10 @@ class _Page:
 
     @classmethod
     def of(cls, report: AuditReport, *, prefix: str = "", drawn: bool = True) -> _Page:
+        """The page of a report. ``prefix`` tells the anchors of several reports apart.
+
+        ``drawn`` makes the sections of the checks; a comparison leaves them out.
+        """
         sections = []
         for index, result in enumerate(report.results):
             if drawn:

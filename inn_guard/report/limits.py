@@ -11,8 +11,8 @@ from inn_guard.report.verdict import Verdict
 
 __all__ = ["Limits"]
 
-#: In units of eps: what a round trip of a few operations cannot fall below in its dtype. A bfloat16
-#: round trip cannot come back to 1 %.
+#: In units of the dtype's eps: rounding alone may cost a round trip of a few operations half of
+#: this. A bfloat16 round trip cannot come back to 1 %.
 RESOLUTION = 8.0
 
 

@@ -109,6 +109,7 @@ def _same(a: Any, b: Any) -> bool:
 
 
 def _same_tensor(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors have the same shape, dtype and entries; NaN equals NaN."""
     if a.shape != b.shape or a.dtype != b.dtype:
         return False
     if not a.is_floating_point():

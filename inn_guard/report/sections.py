@@ -112,7 +112,8 @@ def _gradient_angle(result: AuditResult) -> Iterator[Drawing]:
 def _other_inputs(result: AuditResult) -> Iterator[Drawing]:
     rows = result.tables.get("families", ())
     if rows:
-        labels, values = [], np.full(len(rows), np.nan)
+        labels = []
+        values = np.full(len(rows), np.nan)
         for place, row in enumerate(rows):
             labels.append(str(row.get("family", "")))
             if is_number(row.get("max_error")):

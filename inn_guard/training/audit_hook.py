@@ -139,7 +139,8 @@ class AuditHook:
             model = model.with_context(context)
         if self.samples is not None and self.samples < len(x):
             rows = torch.arange(self.samples, device=x.device)
-            model, x = model.select(rows), x[rows]
+            model = model.select(rows)
+            x = x[rows]
         start = time.perf_counter()
         results = tuple(check(model, x) for check in self.checks)
         settings = {
@@ -173,7 +174,8 @@ class AuditHook:
                 f"expected the state of {len(mine)} actions, {names}; got that of {len(theirs)} "
                 "others: build the hook with the same actions in the same order"
             )
-        self.next_step, self._audited = int(state["step"]), state["audited"]
+        self.next_step = int(state["step"])
+        self._audited = state["audited"]
         for action, saved in zip(self.actions, theirs, strict=True):
             if saved is not None:
                 action.load_state_dict(saved)  # type: ignore[attr-defined]

@@ -177,7 +177,8 @@ class RegularizerHook:
         Raises:
             ValueError: if ``state`` is not that of a hook with the same regularizers.
         """
-        if missing := STATE_KEYS - set(state):
+        missing = STATE_KEYS - set(state)
+        if missing:
             raise ValueError(
                 "expected what a RegularizerHook's state_dict() returned; "
                 f"it lacks {sorted(missing)}"

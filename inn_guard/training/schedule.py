@@ -5,6 +5,8 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 
+__all__ = ["Schedule", "every", "schedule"]
+
 Schedule = Callable[[int], bool]  #: step (0, 1, 2, ...) -> whether something is due
 
 

@@ -41,6 +41,7 @@ def adapt(model: nn.Module, context: Context = None) -> Invertible:
 def _adapt(
     model: nn.Module, context: Context, shapes: tuple[Shapes, Shapes] | None = None
 ) -> FreiaModule:
+    """`adapt`, with the shapes of inputs and outputs if the net around the model knows them."""
     if isinstance(model, GraphINN):
         return FreiaGraph(model, context, shapes)
     if isinstance(model, SequenceINN):
@@ -247,6 +248,7 @@ class FreiaGraph(FreiaModule):
         graph: Any = self.module
 
         def expand(node: Any, inputs: Shapes, outputs: Shapes) -> tuple[Invertible, ...]:
+            """The layers of one node; () if another node computes one of its conditions."""
             context: list[Any] = []
             for source in node.conditions:
                 source_node = source[0] if isinstance(source, tuple) else source

@@ -33,6 +33,7 @@ def _permutation(module: modules.PermuteRandom, x: Tensor, context: Any) -> Laye
 
 @known_jacobian.register
 def _all_in_one(module: modules.AllInOneBlock, x: Tensor, context: Any) -> LayerJacobian | None:
+    """One affine coupling, then a scale and an offset per channel, then a matrix over channels."""
     if module.GIN or module.reverse_pre_permute or module.householder or x.dim() not in (2, 4):
         return None
     identity = x[:, : module.splits[0]]
@@ -54,6 +55,8 @@ def _all_in_one(module: modules.AllInOneBlock, x: Tensor, context: Any) -> Layer
 
 @known_jacobian.register
 def _glow(module: modules.GLOWCouplingBlock, x: Tensor, context: Any) -> LayerJacobian | None:
+    """Two affine couplings, each with one network for scale and shift."""
+
     def half(x: Tensor, identity: Tensor, subnet: Any, partition: Leading) -> CouplingJacobian:
         network = PermutedOutputs(_linearized(subnet, identity, context))
         return coupling_jacobian(x, network, partition, _scale_of(module))
@@ -63,6 +66,8 @@ def _glow(module: modules.GLOWCouplingBlock, x: Tensor, context: Any) -> LayerJa
 
 @known_jacobian.register
 def _real_nvp(module: modules.RNVPCouplingBlock, x: Tensor, context: Any) -> LayerJacobian | None:
+    """Two affine couplings, each with one network for the scale and one for the shift."""
+
     def half(x: Tensor, identity: Tensor, subnets: Any, partition: Leading) -> CouplingJacobian:
         shift, h = subnets
 
@@ -79,6 +84,8 @@ def _real_nvp(module: modules.RNVPCouplingBlock, x: Tensor, context: Any) -> Lay
 
 @known_jacobian.register
 def _nice(module: modules.NICECouplingBlock, x: Tensor, context: Any) -> LayerJacobian | None:
+    """Two additive couplings."""
+
     def half(x: Tensor, identity: Tensor, subnet: Any, partition: Leading) -> CouplingJacobian:
         return coupling_jacobian(x, _linearized(subnet, identity, context), partition, None)
 

@@ -30,6 +30,8 @@ def _wrapper(module: InvertibleModuleWrapper, x: Tensor, context: Any) -> LayerJ
 
 @known_jacobian.register
 def _additive(module: AdditiveCoupling, x: Tensor, context: Any) -> LayerJacobian | None:
+    """z1 = x1 + Fm(x2), z2 = x2 + Gm(z1)."""
+
     def half(x: Tensor, network: nn.Module, partition: Halves) -> CouplingJacobian:
         identity, _ = partition.split(x, dims=x.dim())
         return coupling_jacobian(x, linearize_network(network, identity), partition, None)
@@ -39,6 +41,8 @@ def _additive(module: AdditiveCoupling, x: Tensor, context: Any) -> LayerJacobia
 
 @known_jacobian.register
 def _affine(module: AffineCoupling, x: Tensor, context: Any) -> LayerJacobian | None:
+    """z1 = x1 * s + t with (s, t) = Fm(x2), and z2 = x2 * s + t with (s, t) = Gm(z1)."""
+
     def half(x: Tensor, network: nn.Module, partition: Halves) -> CouplingJacobian:
         identity, _ = partition.split(x, dims=x.dim())
 

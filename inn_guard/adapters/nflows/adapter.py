@@ -185,7 +185,7 @@ class Chunk(Rearrangement):
         self.shape, self.dim = shape, dim
 
     def forward(self, x: Tensor) -> Tensor:
-        """[finished, remaining], (B, D)."""
+        """The flat vector [finished, remaining], (B, D)."""
         return concatenate_flat(x.chunk(2, self.dim))
 
     def inverse(self, z: Tensor) -> Tensor:

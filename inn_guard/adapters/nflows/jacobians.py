@@ -39,6 +39,7 @@ def _linear_map(module: Any, x: Tensor, context: Any) -> LayerJacobian | None:
 @known_jacobian.register(AdditiveCouplingTransform)
 @known_jacobian.register(AffineCouplingTransform)
 def _coupling(module: Any, x: Tensor, context: Any) -> LayerJacobian | None:
+    """z1 = x1, and z2 = x2 + t(x1) or z2 = x2 * g(s(x1)) + t(x1)."""
     if module.unconditional_transform is not None:
         return None
     partition = Features(module.identity_features, module.transform_features)

@@ -237,6 +237,7 @@ class NormflowsMultiscale(Adapted):
         return total
 
     def _exact_deviation(self) -> Tensor | None:
+        """Standard deviation of each entry of z; None if one of the bases does not tell it."""
         deviations: list[Tensor] = []
         for base in self.module.q0:
             deviation = _exact_deviation(base)
@@ -327,7 +328,7 @@ class SplitOff(Rearrangement):
         self.finished = _finished_shape(merge, shape, remaining)
 
     def forward(self, x: Tensor) -> Tensor:
-        """[finished, remaining], (B, D)."""
+        """The flat vector [finished, remaining], (B, D)."""
         latents, _ = self.merge.inverse(x)
         return _packed(latents)
 

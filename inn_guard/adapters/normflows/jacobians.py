@@ -45,6 +45,7 @@ def _linearize_net(module: Any, x: Tensor) -> NetworkJacobian:
 def _coupling_block(
     module: flows.AffineCouplingBlock, x: Tensor, context: Any
 ) -> LayerJacobian | None:
+    """An additive or affine coupling of two halves of the channels."""
     split, coupling, _ = module.flows
     # the Jacobian is that of the library's forward, latent -> data, at z, and then inverted
     if split.mode not in ("channel", "channel_inv") or coupling.scale_map not in SCALES:
@@ -62,9 +63,10 @@ def _coupling_block(
 
 @known_jacobian.register
 def _masked_affine(module: flows.MaskedAffineFlow, x: Tensor, context: Any) -> LayerJacobian | None:
+    """An affine coupling whose identity part is where the mask is 1."""
     mask = module.b[0] > 0
     if not torch.equal(mask.to(module.b), module.b[0]):
-        return None  # the library allows masks between 0 and 1, which make it another map
+        return None  # numbers between 0 and 1, which nothing forbids, make it another map
     z = module.inverse(x)[0]
 
     def shift_and_scale(identity: Tensor) -> Tensor:

@@ -40,6 +40,7 @@ def _linearize_linear(module: zuko.nn.Linear, x: Tensor) -> NetworkJacobian:
 
 @known_jacobian.register
 def _coupling(module: GeneralCouplingTransform, x: Tensor, context: Any) -> LayerJacobian | None:
+    """A coupling whose univariate map is affine or additive."""
     probe = _affine_or_additive(module)
     if probe is None or x.dim() != 2:
         return None
@@ -58,6 +59,7 @@ def _coupling(module: GeneralCouplingTransform, x: Tensor, context: Any) -> Laye
 
 @known_jacobian.register
 def _unconditional(module: UnconditionalTransform, x: Tensor, context: Any) -> LayerJacobian | None:
+    """A permutation, a rotation or an LU-factorised matrix of the features."""
     transform = module(context)
     if x.dim() != 2:
         return None

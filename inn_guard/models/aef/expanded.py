@@ -64,7 +64,8 @@ class ExpandedAutoencoder(nn.Module, abc.ABC):
 
     def preprocessed(self, x: Tensor) -> tuple[Float[Tensor, "batch dims"], Float[Tensor, "batch"]]:
         """Preprocessed images, flat, and the log-determinant of the preprocessing, (B,)."""
-        state, total = x.flatten(1), x.new_zeros(len(x))
+        state = x.flatten(1)
+        total = x.new_zeros(len(x))
         # the last two steps are the permutation and the flow
         for step in self.joint.steps[:-2]:
             state, log_det = step.forward_and_log_det(state)  # type: ignore[operator]

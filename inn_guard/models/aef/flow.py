@@ -87,20 +87,23 @@ class AutoencoderConfig:
 
     @property
     def dims(self) -> int:
-        """D = C H W."""
+        """The number of values in one image, D = C H W."""
         channels, height, width = self.shape
         return channels * height * width
 
     def flow(self, nets: AutoencoderNets, *, shell: int) -> CoreShellFlow:
         """The flow of [shell, core] with these nets and the config's core encoder and prior."""
-        core_encoder, prior = self.core_encoder(self.latent), self.prior(self.latent)
         return CoreShellFlow(
-            nets, core_encoder=core_encoder, prior=prior, shell=shell, latent=self.latent
+            nets,
+            core_encoder=self.core_encoder(self.latent),
+            prior=self.prior(self.latent),
+            shell=shell,
+            latent=self.latent,
         )
 
 
 class Negated(nn.Module):
-    """-network: z -> -f(z)."""
+    """A network f with the other sign: z -> -f(z)."""
 
     def __init__(self, network: nn.Module) -> None:
         super().__init__()

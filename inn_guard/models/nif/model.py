@@ -65,7 +65,8 @@ class GaussianNIF(Invertible):
         -1/2 r^T Sigma^-1 r + 1/2 mu^T Lambda mu - 1/2 ln|Sigma| - 1/2 ln|Lambda|
         - (D - d)/2 ln 2 pi
         """
-        gram, w = self.gram(), self._weighted(x)
+        gram = self.gram()
+        w = self._weighted(x)
         mu = gram.solve(w)
         explained = (w * mu).flatten(1).sum(1)
         dims = x[0].numel() - mu[0].numel()
@@ -107,7 +108,8 @@ class GaussianNIF(Invertible):
         By Woodbury and the determinant lemma it is -1/2 [r^T Sigma^-1 r - w^T (I + Lambda)^-1 w]
         - 1/2 ln|Sigma| - 1/2 ln|I + Lambda| - D/2 ln 2 pi.
         """
-        widened, w = self.gram().plus_identity(), self._weighted(x)
+        widened = self.gram().plus_identity()
+        w = self._weighted(x)
         explained = (w * widened.solve(w)).flatten(1).sum(1)
         constant = self.log_variance.sum() + widened.log_det() + x[0].numel() * LOG_2PI
         return 0.5 * (explained - self._mahalanobis(x) - constant)

@@ -44,7 +44,7 @@ class Scale:
         return np.where(np.isfinite(shown), shown, np.nan)
 
     def text(self, value: float) -> str:
-        """One of the numbers in words."""
+        """One of the numbers as a caption names it."""
         if not self.exponents:
             return format_number(value)
         if value == -math.inf:

@@ -131,7 +131,8 @@ def _spread(numbers: np.ndarray, scale: Scale) -> str:
     shown = numbers[np.isfinite(numbers)]
     if not shown.size:
         return f"{numbers.size} samples."
-    middle, largest = scale.text(_median(shown)), scale.text(float(shown.max()))
+    middle = scale.text(_median(shown))
+    largest = scale.text(float(shown.max()))
     return f"{numbers.size} samples: median {middle}, largest {largest}."
 
 

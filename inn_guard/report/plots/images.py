@@ -21,8 +21,9 @@ __all__ = ["pictures"]
 _MOST = 8  #: images in a row
 #: A pixel that is NaN or Inf: no grey, and no step of the blue-red scale.
 _NON_FINITE = (0.91, 0.12, 0.55)
-# the width of the other figures, so that letters have the same size
-_WIDTH, _GAP, _LETTERS = 374, 6, 16
+_WIDTH = 374  #: of the other figures, so that letters have the same size
+_GAP = 6  #: between images
+_LETTERS = 16  #: height of a line of text
 
 
 def pictures(images: Mapping[str, Tensor]) -> Drawing:
@@ -42,7 +43,9 @@ def pictures(images: Mapping[str, Tensor]) -> Drawing:
         arrays[name] = to_numpy(tensor)
     bounds = _bounds(_reference(arrays))
     size = (_WIDTH - (_MOST - 1) * _GAP) / _MOST
-    parts, notes, top = [], [], 0.0
+    parts: list[str] = []
+    notes: list[str] = []
+    top = 0.0
     for name, array in arrays.items():
         parts.append(_words(heading(name), top + _LETTERS - 4))
         top += _LETTERS
