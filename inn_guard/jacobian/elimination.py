@@ -21,7 +21,13 @@ from torch import Tensor
 from inn_guard.core.layer_jacobian import AutogradJacobian
 from inn_guard.core.tensors import finite_rows
 
-__all__ = ["Remainder", "eliminate_columns", "eliminate_halves", "eliminate_positions"]
+__all__ = [
+    "Remainder",
+    "eliminate_columns",
+    "eliminate_halves",
+    "eliminate_positions",
+    "nothing_eliminated",
+]
 
 PROBES = 3  #: products that find the columns with one entry
 #: Relative error of a product of one entry that rounding explains in float64; a column with a
@@ -83,10 +89,11 @@ def eliminate_columns(jacobian: AutogradJacobian, x: Tensor) -> Remainder:
         jacobian: of a layer at x, in float64.
         x: (B, *data).
     """
-    return _eliminated(_of(jacobian), _nothing_eliminated(jacobian, x))
+    return _eliminated(_of(jacobian), nothing_eliminated(jacobian, x))
 
 
 def _eliminated(pull: _Pullback, left: Remainder) -> Remainder:
+    """What is left after all columns with one entry have dropped out, round by round."""
     rows, columns, log_abs, sign = left.rows, left.columns, left.log_abs, left.sign
     while len(columns):
         places, entries, single = _single_entries(pull, rows, columns)
@@ -111,7 +118,8 @@ def eliminate_halves(jacobian: AutogradJacobian, x: Tensor) -> Remainder | None:
     Returns:
         no rows or columns are left; None where the layer has no such structure.
     """
-    pull, whole = _of(jacobian), _nothing_eliminated(jacobian, x)
+    pull = _of(jacobian)
+    whole = nothing_eliminated(jacobian, x)
     channels = jacobian.output.shape[1]
     each = jacobian.output[0].numel() // channels
     for cut in sorted({channels // 2, channels - channels // 2}):
@@ -187,7 +195,7 @@ def eliminate_positions(jacobian: AutogradJacobian, x: Tensor) -> Remainder | No
     if x.dim() < 3 or jacobian.output.shape != x.shape or channels > MAX_CHANNELS:
         return None
     positions = x[0, 0].numel()
-    whole = _nothing_eliminated(jacobian, x)
+    whole = nothing_eliminated(jacobian, x)
     log_abs, sign = whole.log_abs, whole.sign
     left = torch.arange(channels, device=x.device)
     basis = torch.eye(channels, dtype=x.dtype, device=x.device)
@@ -248,7 +256,8 @@ def _close(a: Tensor, b: Tensor, size: Tensor) -> Tensor:
     return (a - b).abs() <= TOLERANCE * size
 
 
-def _nothing_eliminated(jacobian: AutogradJacobian, x: Tensor) -> Remainder:
+def nothing_eliminated(jacobian: AutogradJacobian, x: Tensor) -> Remainder:
+    """What is left of J before anything has dropped out: all rows and columns."""
     rows = torch.arange(jacobian.output[0].numel(), device=x.device)
     columns = torch.arange(x[0].numel(), device=x.device)
     zero = torch.zeros(len(x), dtype=torch.float64, device=x.device)

@@ -15,10 +15,10 @@ from inn_guard.core.missing import Missing, NotApplicable
 from inn_guard.core.tensors import finite_rows
 from inn_guard.jacobian.chain import Linearization, log_scaled
 from inn_guard.jacobian.elimination import (
-    Remainder,
     eliminate_columns,
     eliminate_halves,
     eliminate_positions,
+    nothing_eliminated,
 )
 from inn_guard.jacobian.lanczos import Bidiagonalization
 from inn_guard.jacobian.singular_values import (
@@ -98,8 +98,7 @@ def layer_log_det(
         NotApplicable: if the output does not depend on the input through autograd.
     """
     jacobian = AutogradJacobian(layer.forward, layer.forward, x)
-    everything = _everything(jacobian, x)
-    left = everything
+    left = nothing_eliminated(jacobian, x)
     if x.dtype == torch.float64 and x[0].numel() > SMALL:
         left = eliminate_columns(jacobian, x)
         if len(left.rows):
@@ -125,13 +124,6 @@ def _sign_is_known(J: Tensor, sign: Tensor) -> Tensor:
         return known
     sigma = torch.linalg.svdvals(J.nan_to_num(0.0))
     return sigma[:, -1] > resolution(torch.float64) * sigma[:, 0]
-
-
-def _everything(jacobian: AutogradJacobian, x: Tensor) -> Remainder:
-    """All rows and columns: what is left where nothing has been eliminated."""
-    zero = torch.zeros(len(x), dtype=torch.float64, device=x.device)
-    rows = torch.arange(jacobian.output[0].numel(), device=x.device)
-    return Remainder(zero, zero + 1, rows, torch.arange(x[0].numel(), device=x.device))
 
 
 @dataclass(frozen=True)
