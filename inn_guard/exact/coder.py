@@ -14,8 +14,15 @@ from torch import Tensor
 
 from inn_guard.adapters import wrap
 from inn_guard.core.invertible import Invertible
-from inn_guard.core.tensors import dtype_name, finite_rows, norms
-from inn_guard.exact.fixed_point import SEED, FixedPoint, NoExactRule
+from inn_guard.core.tensors import dtype_name
+from inn_guard.exact.fixed_point import (
+    SEED,
+    FixedPoint,
+    NoExactRule,
+    check_data,
+    close,
+    fraction_bits_for,
+)
 from inn_guard.exact.rules import rule_of, steps_of
 from inn_guard.exact.steps import Step, StoredInput, run, undo
 from inn_guard.exact.tape import Mismatch, Packed, Tape, digest
@@ -24,13 +31,6 @@ from inn_guard.execution.state import preserve_state
 __all__ = ["Coder", "Kept", "PlannedLayer", "exact"]
 
 STORED = "stored input"
-FRACTION_BITS = 32  #: of data between 1 and 2^16
-MORE_BITS = 12  #: fraction bits that are added for smaller data, or removed for larger ones
-LARGE = 16  #: data below 2^LARGE have room for growth in a word
-#: Relative distance of a rule's output from the layer's own above which the rule is not used. Far
-#: more than rounding, far less than another map.
-SAME_MAP = 1e-3
-
 
 @dataclass(frozen=True)
 class PlannedLayer:
@@ -171,7 +171,7 @@ class Coder:
             TypeError: if x is no floating-point tensor.
             ValueError: if x is empty or not finite, or a layer maps it to values that are not.
         """
-        _refuse_bad_input(x)
+        check_data(x)
         x = x.detach()
         key = (tuple(x.shape), x.dtype, x.device)
         with preserve_state(self.model), torch.no_grad():
@@ -387,16 +387,9 @@ class _CodedLayer:
             before = undo(steps, after, tape.copy())
         except Mismatch:
             raise NoExactRule("it does not repeat itself bit for bit") from None
-        same = (
-            torch.equal(before.units, state.units)
-            and torch.equal(before.pushed, state.pushed)
-            and torch.equal(before.exponents(), state.exponents())
-        )
-        if not same:
+        if not before.equals(state):
             raise NoExactRule("it does not repeat itself bit for bit")
-        own = self.layer(state.values(self.dtype))
-        resolution = 2.0**-state.fraction_bits * math.sqrt(own[0].numel())
-        if not _close(after.values(self.dtype), own, resolution=resolution):
+        if not after.shows(self.layer(state.values(self.dtype))):
             raise NoExactRule("its output differs from the rule's")
 
 
@@ -411,7 +404,7 @@ class _Quantization:
     @classmethod
     def of(cls, x: Tensor) -> tuple[FixedPoint, _Quantization]:
         """The state nearest to x, and the rest."""
-        fraction_bits = _fraction_bits(x)
+        fraction_bits = fraction_bits_for(x)
         state = FixedPoint.of(x, fraction_bits)
         nearest = state.values(x.dtype)
         differs = (nearest != x) | (nearest.signbit() != x.signbit())
@@ -439,28 +432,6 @@ class _Quantization:
         return values.reshape(state.units.shape).to(dtype)
 
 
-def _refuse_bad_input(x: Any) -> None:
-    if not isinstance(x, Tensor) or not x.is_floating_point():
-        kind = dtype_name(x.dtype) if isinstance(x, Tensor) else type(x).__name__
-        raise TypeError(f"expected a floating-point tensor, got {kind}; pass x.float()")
-    if x.dim() < 1 or not x.numel():
-        raise ValueError(f"expected at least one sample, got shape {tuple(x.shape)}")
-    bad = int((~finite_rows(x)).sum())
-    if bad:
-        raise ValueError(
-            f"expected finite data, got NaN or Inf in {bad} of {len(x)} samples; "
-            "pass x[x.flatten(1).isfinite().all(1)]"
-        )
-
-
-def _fraction_bits(x: Tensor) -> int:
-    """More for small data, fewer for large ones."""
-    places = int(torch.frexp(x.abs().max().double()).exponent)
-    more = min(max(-places, 0), MORE_BITS)
-    fewer = min(max(places - LARGE, 0), MORE_BITS)
-    return FRACTION_BITS + more - fewer
-
-
 def _grid(state: FixedPoint) -> str:
     """The coarsest power of two of which all values are multiples."""
     if state.exponent is not None or not bool(state.units.any()):
@@ -485,16 +456,7 @@ def _is_another_map(model: Invertible, x: Tensor) -> bool:
         z = x
         for layer in layers:
             z = layer(z)
-    return not _close(z, expected, resolution=0.0)
-
-
-def _close(a: Tensor, b: Tensor, *, resolution: float) -> bool:
-    """Whether finite rows agree up to rounding."""
-    if a.shape != b.shape:
-        return False
-    rows = finite_rows(a) & finite_rows(b)
-    a, b = a[rows].double(), b[rows].double()
-    return bool((norms(a - b) <= SAME_MAP * norms(b) + resolution).all())
+    return not close(z, expected, resolution=0.0)
 
 
 def _final_state(z: Tensor, kept: Kept) -> FixedPoint:

@@ -26,10 +26,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from inn_guard.core.tensors import dtype_name, finite_rows, norms
 from inn_guard.exact.tape import Packed, PackedMask, Tape
 
 __all__ = [
@@ -37,6 +39,9 @@ __all__ = [
     "FixedPoint",
     "NoExactRule",
     "affine",
+    "check_data",
+    "close",
+    "fraction_bits_for",
     "scale_by_ratio",
     "shear",
     "undo_affine",
@@ -53,6 +58,14 @@ LIMIT = 2.0**60  #: below which ``units`` stay
 TARGET = 58  #: bits of ``units`` after an exponent has been raised
 SPILL = 16  #: bits of an entry that are moved to the tape at once
 STEP = 32  #: largest power of two in one change of the radix
+
+
+FRACTION_BITS = 32  #: of data between 1 and 2^16
+MORE_BITS = 12  #: fraction bits that are added for smaller data, or removed for larger ones
+LARGE = 16  #: data below 2^LARGE have room for growth in a word
+#: Relative distance of a rule's output from the layer's own above which the rule is not used. Far
+#: more than rounding, far less than another map.
+SAME_MAP = 1e-3
 
 
 class NoExactRule(ValueError):
@@ -111,6 +124,19 @@ class FixedPoint:
         """Values (float64) in units of this state, not rounded."""
         return self._times_unit(values, 1)
 
+    def equals(self, other: FixedPoint) -> bool:
+        """Whether all integers are the same."""
+        return (
+            torch.equal(self.units, other.units)
+            and torch.equal(self.pushed, other.pushed)
+            and torch.equal(self.exponents(), other.exponents())
+        )
+
+    def shows(self, values: Tensor) -> bool:
+        """Whether the values of the state are these, up to rounding and its own resolution."""
+        resolution = 2.0**-self.fraction_bits * math.sqrt(values[0].numel())
+        return close(self.values(values.dtype), values, resolution=resolution)
+
     def pushed_bits(self) -> float:
         """Bits in ``pushed``, summed over all entries."""
         return float((self.pushed.double() + 1).log2().sum())
@@ -119,6 +145,49 @@ class FixedPoint:
         if self.exponent is None:
             return values * 2.0 ** (sign * self.fraction_bits)
         return values * _power_of_two(sign * (self.fraction_bits - self.exponent))
+
+
+def check_data(x: Any) -> None:
+    """Check that a batch can be converted to fixed point.
+
+    Raises:
+        TypeError: if it is no floating-point tensor.
+        ValueError: if it is empty or not finite.
+    """
+    if not isinstance(x, Tensor) or not x.is_floating_point():
+        kind = dtype_name(x.dtype) if isinstance(x, Tensor) else type(x).__name__
+        raise TypeError(f"expected a floating-point tensor, got {kind}; pass x.float()")
+    if x.dim() < 1 or not x.numel():
+        raise ValueError(f"expected at least one sample, got shape {tuple(x.shape)}")
+    bad = int((~finite_rows(x)).sum())
+    if bad:
+        raise ValueError(
+            f"expected finite data, got NaN or Inf in {bad} of {len(x)} samples; "
+            "pass x[x.flatten(1).isfinite().all(1)]"
+        )
+
+
+def fraction_bits_for(x: Tensor) -> int:
+    """How many fraction bits represent a batch: more for small data, fewer for large ones."""
+    places = int(torch.frexp(x.abs().max().double()).exponent)
+    more = min(max(-places, 0), MORE_BITS)
+    fewer = min(max(places - LARGE, 0), MORE_BITS)
+    return FRACTION_BITS + more - fewer
+
+
+def close(a: Tensor, b: Tensor, *, resolution: float) -> bool:
+    """Whether the finite rows of two results of one map agree up to rounding.
+
+    Args:
+        a: (B, *data).
+        b: the same shape, or another one, which is not close.
+        resolution: a distance that is accepted at any size.
+    """
+    if a.shape != b.shape:
+        return False
+    rows = finite_rows(a) & finite_rows(b)
+    a, b = a[rows].double(), b[rows].double()
+    return bool((norms(a - b) <= SAME_MAP * norms(b) + resolution).all())
 
 
 def _nearest(values: Tensor, fraction_bits: int) -> tuple[Tensor, Tensor | None]:

@@ -69,6 +69,10 @@ class Step(abc.ABC):
     def inverted(self: Self) -> Self:
         """The step of the inverse map."""
 
+    def passes_of_undo(self) -> int:
+        """How often ``undo`` evaluates the parameters."""
+        return 1
+
 
 def run(steps: Sequence[Step], state: FixedPoint, tape: Tape) -> FixedPoint:
     """The state after all steps."""
@@ -267,6 +271,10 @@ class Autoregressive(Step):
         clone = copy.copy(self)
         clone.divide = not self.divide
         return clone
+
+    def passes_of_undo(self) -> int:
+        """One more than there are entries, unless the parameters depend on the result."""
+        return 1 if self.divide else len(self.order) + 1
 
     def _evaluated(self, state: FixedPoint) -> tuple[Tensor | None, Tensor | None]:
         return self.parameters(state.values(self.dtype))
@@ -526,6 +534,10 @@ class OnTail(Step):
         """The inverse steps on the tail."""
         steps = [step.inverted() for step in reversed(self.steps)]
         return OnTail(steps, self.latent_shape, self.shape, dtype=self.dtype)
+
+    def passes_of_undo(self) -> int:
+        """Those of the step with the most."""
+        return max((step.passes_of_undo() for step in self.steps), default=1)
 
     @staticmethod
     def _tail(state: FixedPoint, shape: tuple[int, ...]) -> tuple[FixedPoint, Tensor]:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import math
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -132,6 +133,21 @@ class Tape:
     def copy(self) -> Tape:
         """A tape with the same events, to be taken off without changing this one."""
         return Tape(list(self.events))
+
+    def mapped(self, function: Callable[[Tensor], Tensor]) -> Tape:
+        """The tape with ``function(tensor)`` in the place of every tensor on it."""
+        return replace(self, events=[(kind, _mapped(v, function)) for kind, v in self.events])
+
+
+def _mapped(value: Any, function: Callable[[Tensor], Tensor]) -> Any:
+    """A value of an event with ``function(tensor)`` in the place of every tensor in it."""
+    if isinstance(value, Tensor):
+        return function(value)
+    if isinstance(value, Packed | PackedMask):
+        return replace(value, content=function(value.content))
+    if isinstance(value, list | tuple):
+        return type(value)(_mapped(part, function) for part in value)
+    return value
 
 
 def digest(*tensors: Tensor | None) -> bytes:

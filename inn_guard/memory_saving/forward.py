@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 
@@ -16,7 +16,15 @@ from inn_guard.core.readable import first_reason, is_as_written, why_patched
 from inn_guard.memory_saving.drift import Guard
 from inn_guard.memory_saving.replay import Autocast, Modules, RandomAndBufferState
 
-__all__ = ["ForwardPass", "Record", "Step", "Tape"]
+__all__ = [
+    "ForwardPass",
+    "Record",
+    "Step",
+    "Tape",
+    "check_not_cached",
+    "results",
+    "with_known_conditioner",
+]
 
 
 @dataclass(frozen=True)
@@ -100,6 +108,13 @@ class Tape:
     checkpoints: dict[int, Tensor] = field(default_factory=dict)
     fingerprints: list[Tensor] = field(default_factory=list)
 
+    def mapped(self, function: Callable[[Tensor], Tensor]) -> Tape:
+        """The tape with ``function(tensor)`` in the place of every tensor that it stores."""
+        checkpoints = {k: function(state) for k, state in self.checkpoints.items()}
+        return replace(
+            self, checkpoints=checkpoints, fingerprints=list(map(function, self.fingerprints))
+        )
+
     @contextmanager
     def restored(self) -> Iterator[None]:
         """A block with the training modes and the autocast state of the forward pass."""
@@ -142,17 +157,15 @@ class ForwardPass:
             RuntimeError: inside ``torch.nn.utils.parametrize.cached()``.
         """
         modules = Modules(step.layer for step in self.steps)
-        _check_not_cached(modules)
+        check_not_cached(modules)
         tape = Tape(Autocast.current(x), modules)
         state, log_dets = x, []
         before = None
         with torch.no_grad(), tape.autocast.restored():
             for k, step in enumerate(self.steps):
                 before = RandomAndBufferState(step.layer, state, before)
-                evaluated = step
                 hooked = _has_hooks(step.layer)
-                if not hooked and is_as_written(step.layer, "with_cached_conditioner"):
-                    evaluated = step.through(step.layer.with_cached_conditioner(state))
+                evaluated = with_known_conditioner(step, state)
                 output, *log_det = evaluated.apply(state)
                 fused = evaluated.layer is not step.layer
                 needed = None
@@ -168,7 +181,7 @@ class ForwardPass:
                     tape.fingerprints.append(self.guard.fingerprint(state))
                 state = output
                 log_dets += log_det
-        return _results(state, log_dets), tape
+        return results(state, log_dets), tape
 
     def repeat(self, x: Tensor, tape: Tape) -> tuple[Tensor, ...]:
         """The results once more, with the graph that autograd records."""
@@ -179,7 +192,7 @@ class ForwardPass:
                 with record.restored():
                     state, *log_det = step.apply(state)
                 log_dets += log_det
-        return _results(state, log_dets)
+        return results(state, log_dets)
 
     def rerun(self, tape: Tape, start: int, state: Tensor, stop: int) -> dict[int, Tensor]:
         """Inputs of the steps start + 1, ..., stop from that of ``start``, without a graph."""
@@ -216,7 +229,20 @@ def tensors_in(context: Context) -> list[Tensor]:
     return found
 
 
-def _results(state: Tensor, log_dets: list[Tensor]) -> tuple[Tensor, ...]:
+def with_known_conditioner(step: Step, state: Tensor) -> Step:
+    """The step with its conditioner evaluated once, at ``state``; itself if it has none.
+
+    Args:
+        step: the step.
+        state: its input or its output.
+    """
+    if _has_hooks(step.layer) or not is_as_written(step.layer, "with_cached_conditioner"):
+        return step
+    return step.through(step.layer.with_cached_conditioner(state))
+
+
+def results(state: Tensor, log_dets: list[Tensor]) -> tuple[Tensor, ...]:
+    """The last state, and the sum of the log-determinants if there are any."""
     if not log_dets:
         return (state,)
     return state, torch.stack(log_dets).sum(0)
@@ -226,7 +252,12 @@ def _dependencies_of(step: Step) -> list[Tensor]:
     return [*step.layer.parameters(), *tensors_in(step.layer.context)]
 
 
-def _check_not_cached(modules: Modules) -> None:
+def check_not_cached(modules: Modules) -> None:
+    """Check that no weights are cached.
+
+    Raises:
+        RuntimeError: inside ``torch.nn.utils.parametrize.cached()``.
+    """
     if modules.cache_parametrizations:
         raise RuntimeError(
             "expected a call outside torch.nn.utils.parametrize.cached(): it would keep weights of "

@@ -145,6 +145,11 @@ class RandomAndBufferState:
         self._buffers_used = self._buffers.changed()
         return self._random_used or self._buffers_used
 
+    def rewind(self) -> None:
+        """Go back to the recorded state."""
+        self._random.go_to(self._states)
+        self._buffers.rewind()
+
     @contextmanager
     def restored(self) -> Iterator[None]:
         """A block with the recorded state. What it draws and writes is undone at its end."""
@@ -223,12 +228,13 @@ class _Random:
         """A block that starts with these states."""
         before = self.states()
         try:
-            self._set(states)
+            self.go_to(states)
             yield
         finally:
-            self._set(before)
+            self.go_to(before)
 
-    def _set(self, states: list[Any]) -> None:
+    def go_to(self, states: list[Any]) -> None:
+        """Set the generators to these states."""
         for source, state in zip(self._sources, states, strict=True):
             source.set(state)
 
@@ -265,6 +271,16 @@ class _Buffers:
             if now is None or not torch.equal(now, value):
                 return True
         return False
+
+    @torch.no_grad()
+    def rewind(self) -> None:
+        """Give the buffers their recorded values."""
+        for (module, name), value in zip(self._live, self._values, strict=True):
+            now = module._buffers[name]
+            if now is None or now.shape != value.shape:
+                module._buffers[name] = value.clone()
+            else:
+                now.copy_(value)
 
     def _parameter_versions(self) -> list[tuple[int, int]]:
         owners = {id(module): module for module, _ in self._live}
