@@ -32,6 +32,7 @@ __all__ = ["Coder", "Kept", "PlannedLayer", "exact"]
 
 STORED = "stored input"
 
+
 @dataclass(frozen=True)
 class PlannedLayer:
     """What exact mode does with one layer.

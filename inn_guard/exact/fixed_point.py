@@ -95,8 +95,12 @@ class FixedPoint:
         return cls(units, torch.full_like(units, SEED), exponent, fraction_bits)
 
     def values(self, dtype: torch.dtype) -> Tensor:
-        """The values, rounded."""
-        return self._times_unit(self.units.double(), -1).to(dtype)
+        """The values, rounded, in contiguous memory with the strides of a new tensor.
+
+        Convolutions round in another order for other strides, also where those are of size one.
+        """
+        rounded = torch.empty(self.units.shape, dtype=dtype, device=self.units.device)
+        return rounded.copy_(self._times_unit(self.units.double(), -1))
 
     def take(self, entries: Tensor) -> FixedPoint:
         """The entries (indices into one flat sample) as a state of shape (B, n)."""

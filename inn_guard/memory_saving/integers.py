@@ -191,7 +191,10 @@ class ExactForwardPass(ForwardPass):
             ) from error
         needed = before if before.changed() else None
         shape = tuple(state.units.shape)
-        return after, log_dets, ExactRecord(dtype, False, needed, shape, tape, stored=True)
+        record = ExactRecord(
+            dtype, fused_inverse=False, state=needed, shape=shape, integers=tape, stored=True
+        )
+        return after, log_dets, record
 
 
 class ExactBackwardPass(BackwardPass):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -66,7 +67,7 @@ def memory_saving(
     contractions push out. Stored, with 5 bytes an entry or so, is the input of layers without an
     exact rule; of autoregressive layers, whose input would take one pass of the network for each
     entry; and of layers that draw random numbers or update statistics, unless one evaluation of
-    their network restores and differentiates. ``saving.plan`` says which. The first batch of a
+    their network restores and differentiates. ``saving.plan()`` says which. The first batch of a
     shape takes longer: every layer is restored at once and compared.
 
     Args:
@@ -111,6 +112,21 @@ def memory_saving(
     return MemorySaving(model, checked, exact=exact)
 
 
+@dataclass(frozen=True)
+class _Kind:
+    """What batches have in common that share a plan.
+
+    Attributes:
+        modes: training modes of the model's modules.
+    """
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    device: torch.device
+    modes: tuple[bool, ...]
+    reverse: bool
+
+
 class MemorySaving(InvertibleWrapper):
     """A chain of layers that is differentiated without stored activations; see ``memory_saving``.
 
@@ -127,7 +143,7 @@ class MemorySaving(InvertibleWrapper):
     def __init__(self, inner: Invertible, guard: Guard | None, *, exact: bool = False) -> None:
         super().__init__(inner)
         self.exact = exact
-        self._plans: dict[Any, Plan] = {}
+        self._plans: dict[_Kind, Plan] = {}
         self.enabled = True
         self._guard = guard
         self._compared: set[bool] = set()
@@ -179,6 +195,19 @@ class MemorySaving(InvertibleWrapper):
         vars(clone)["forward_and_log_det"] = self.forward_and_log_det
         return clone.log_prob(x)
 
+    def plan(self) -> str:
+        """A table of the layers whose input exact mode stores, and why, for the last batch."""
+        if not self._plans:
+            return "no batch yet: call the model once"
+        layers = self.layers()
+        kind, plan = list(self._plans.items())[-1]
+        if kind.reverse:
+            layers = layers[::-1]
+        lines = [f"{len(layers) - len(plan.stored)} of {len(layers)} layers restored in integers"]
+        for number, reason in sorted(plan.stored.items()):
+            lines.append(f"{number} {layers[number].name}  stored input  {reason}")
+        return "\n".join(lines)
+
     def _saves(self, forward: ForwardPass, start: Tensor, *, reverse: bool) -> bool:
         if not self.enabled or not forward.wants_gradients(start):
             return False
@@ -224,8 +253,10 @@ class MemorySaving(InvertibleWrapper):
     def _plan_of(self, start: Tensor, *, reverse: bool) -> Plan:
         """The plan of batches like this one, in the present training modes."""
         modes = tuple(module.training for module in self.inner.modules())
-        kind = (tuple(start.shape), start.dtype, start.device, reverse, hash(modes))
-        return self._plans.setdefault(kind, Plan())
+        kind = _Kind(tuple(start.shape), start.dtype, start.device, modes, reverse=reverse)
+        plan = self._plans.pop(kind, None) or Plan()
+        self._plans[kind] = plan
+        return plan
 
 
 class _Differentiable(torch.autograd.Function):
