@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -82,8 +83,8 @@ class ExactTape(Tape):
         """The tape with ``function(tensor)`` in the place of every tensor that it stores."""
         records: list[Record] = []
         for record in self.records:
-            assert isinstance(record, ExactRecord)
-            records.append(replace(record, integers=record.integers.mapped(function)))
+            integers = cast(ExactRecord, record).integers.mapped(function)
+            records.append(replace(cast(ExactRecord, record), integers=integers))
         final = None if self.final is None else self.final.mapped(function)
         return replace(self, records=records, final=final)
 
@@ -206,8 +207,7 @@ class ExactBackwardPass(BackwardPass):
 
     def __init__(self, forward: ForwardPass, tape: ExactTape) -> None:
         super().__init__(forward, tape)
-        assert tape.final is not None
-        self._state = tape.final
+        self._state = cast(FixedPoint, tape.final)
 
     def run(self, output: Tensor, gradients: Sequence[Tensor | None], first: int) -> Tensor | None:
         """The gradient of the input of step ``first``. Fills in ``self.gradients``.
@@ -221,8 +221,7 @@ class ExactBackwardPass(BackwardPass):
         return gradient
 
     def _rebuild(self, k: int, output: Tensor) -> LocalGraph:
-        record = self.tape.records[k]
-        assert isinstance(record, ExactRecord)
+        record = cast(ExactRecord, self.tape.records[k])
         step, contexts = self._with_context_leaves(k)
         with record.restored():
             try:
