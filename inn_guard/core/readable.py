@@ -32,6 +32,7 @@ __all__ = [
     "is_as_written",
     "is_of_library",
     "is_plain",
+    "is_unchanged",
     "runs_code_of",
     "why_patched",
     "why_unreadable",
@@ -52,6 +53,8 @@ HARMLESS = frozenset(
         *("_abc_impl", "__constants__", "__type_params__"),
     )
 )
+#: methods of nn.Module that a call goes through before it comes to forward
+CALLING = ("__call__", "_call_impl", "_wrapped_call_impl", "__getattr__", "__getattribute__")
 #: library class -> names of its methods
 _methods: weakref.WeakKeyDictionary[type, frozenset[str]] = weakref.WeakKeyDictionary()
 
@@ -59,8 +62,8 @@ _methods: weakref.WeakKeyDictionary[type, frozenset[str]] = weakref.WeakKeyDicti
 def why_patched(module: nn.Module) -> Missing | None:
     """Why a call of this one module may run more than the methods of its class; None if it cannot.
 
-    That is so with hooks, its own or global ones, and with methods replaced in the instance. The
-    modules inside it are not looked at.
+    That is so with hooks, its own or global ones, with methods replaced in the instance, and with
+    a class that changes what calling a module means. The modules inside it are not looked at.
 
     >>> why_patched(nn.Tanh()) is None
     True
@@ -77,9 +80,23 @@ def why_patched(module: nn.Module) -> Missing | None:
             return Missing(
                 f"{_name(module)} has a {kind} ({called}), which may change what it computes"
             )
-    replaced = own.keys() & _methods_of(type(module))
+    for name in CALLING:
+        calling = getattr(type(module), name)
+        if calling is not getattr(nn.Module, name) and not _is_from(calling, nn.Module):
+            return Missing(f"{_name(module)} defines {name}, which a call goes through")
+    if parametrize.is_parametrized(module):
+        # the class that parametrize has put on top holds properties, and nothing of a user's
+        for name, method in vars(type(module)).items():
+            if isinstance(method, FunctionType) and not _is_from(method, nn.Module):
+                return Missing(f"{name} of {_name(module)} has been replaced")
+    return _why_replaced(module)
+
+
+def _why_replaced(part: Any) -> Missing | None:
+    """Why a method of an object is not that of its class; None if all are."""
+    replaced = getattr(part, "__dict__", {}).keys() & _methods_of(type(part))
     if replaced:
-        return Missing(f"this {_name(module)} has a method {min(replaced)} of its own")
+        return Missing(f"this {_name(part)} has a method {min(replaced)} of its own")
     return None
 
 
@@ -146,7 +163,14 @@ def is_plain(module: Any, *kinds: type) -> bool:
     """Whether a call of the module runs the code of one of these classes and nothing else."""
     if isinstance(class_of_call(module, kinds), Missing):
         return False
-    return not isinstance(module, nn.Module) or why_patched(module) is None
+    if isinstance(module, nn.Module):
+        return why_patched(module) is None
+    return _why_replaced(module) is None
+
+
+def is_unchanged(kind: type) -> bool:
+    """Whether the methods of a class are those that its library wrote."""
+    return not isinstance(_unchanged(kind, kind), Missing)
 
 
 def runs_code_of(module: Any, kind: type, methods: Collection[str]) -> bool:
@@ -295,9 +319,9 @@ def _unchanged(own: type, kind: type) -> type | Missing:
     return kind
 
 
-def _is_from(method: FunctionType, *classes: type) -> bool:
+def _is_from(method: Any, *classes: type) -> bool:
     roots = [each.__module__.partition(".")[0] for each in classes]
-    return (method.__module__ or roots[0]).partition(".")[0] in roots
+    return (getattr(method, "__module__", None) or roots[0]).partition(".")[0] in roots
 
 
 def _reads_the_same(module: nn.Module, name: str, chain: nn.Module) -> bool:
@@ -317,5 +341,7 @@ def _copied(state: Any) -> dict[str, Tensor]:
     return {key: value.clone() for key, value in state.items() if isinstance(value, Tensor)}
 
 
-def _name(module: nn.Module) -> str:
-    return parametrize.type_before_parametrizations(module).__name__
+def _name(part: Any) -> str:
+    if isinstance(part, nn.Module):
+        return parametrize.type_before_parametrizations(part).__name__
+    return type(part).__name__

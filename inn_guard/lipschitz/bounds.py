@@ -24,6 +24,7 @@ from inn_guard.lipschitz.cross_check import (
     contradiction,
     cross_checked,
     why_no_chain,
+    without_bounds,
 )
 from inn_guard.lipschitz.maps.base import BoundedMap, NoRule, bounded_map
 from inn_guard.lipschitz.maps.closed_forms import Pair
@@ -273,6 +274,9 @@ class _Run:
         wrong = contradiction(best, measured, method)
         if wrong:
             best = Pair(Upper(math.inf), Upper(math.inf))
+            per_layer = [without_bounds(layer, wrong, layer.box.shape) for layer in per_layer]
+            nothing = (Factor(0, len(per_layer), math.inf),)
+            certificate = Certificate(nothing, nothing, weights=weights)
         lower, found = _lower_bounds(self.model, witnesses, best)
         scope = f"on the {_text_of(self.box)}"
         is_global = all(layer.bounds.is_global for layer in per_layer)

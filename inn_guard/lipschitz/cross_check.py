@@ -10,6 +10,7 @@ import math
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,14 +20,17 @@ from inn_guard.core.layer_jacobian import AutogradJacobian
 from inn_guard.core.missing import Missing
 from inn_guard.core.readable import composes, first_reason, why_patched
 from inn_guard.core.tensors import finite_rows, norms, unit_vectors
+from inn_guard.jacobian.checks import dense_jacobian
 from inn_guard.lipschitz.maps.base import BlockBounds, NoRule, bounded_map
 from inn_guard.lipschitz.maps.closed_forms import Pair
 from inn_guard.lipschitz.whole_network import LayerBound, LayerBounds
 from inn_guard.numerics.intervals import Interval
 
-__all__ = ["contradiction", "cross_checked", "why_no_chain"]
+__all__ = ["contradiction", "cross_checked", "why_no_chain", "without_bounds"]
 
 POINTS = 4  #: samples that are compared
+NAN = torch.tensor(math.nan, dtype=torch.float64)
+DENSE = 8  #: dimensions up to which whole Jacobians are compared
 STEPS = 3  #: power iterations per layer
 VALUES = 1e-6  #: relative error allowed to values of the model, which round
 SLOPES = 1e-6  #: relative error allowed to measured ratios
@@ -78,10 +82,10 @@ def cross_checked(found: LayerBounds, layers: Sequence[Invertible], points: Tens
                 z = layer(state.clone())
         except FAILURES:
             break
-        reason = _objection(bound, z, following, _ratios(layer, state))
+        reason = _objection(bound, z, following, _measured(layer, state))
         if reason:
             reason = f"internal error in {_rule_of(layer)}, please report it: {reason}"
-            checked[k] = _without_bounds(bound, reason, following.shape)
+            checked[k] = without_bounds(bound, reason, following.shape)
             break
         state = z
     return tuple(checked)
@@ -100,36 +104,71 @@ def contradiction(upper: Pair, lower: Pair, methods: Sequence[str]) -> str:
     return ""
 
 
-def _ratios(layer: Invertible, x: Tensor) -> Tensor:
-    """||J v|| / ||v|| for some directions at every point, (steps, B); none without derivatives."""
-    ratios = []
+class _Measured(NamedTuple):
+    """Ratios ||J v|| / ||v|| at points, (directions, B); none where there are no derivatives."""
+
+    stretched: Tensor
+    shrunk: Tensor
+
+
+def _measured(layer: Invertible, x: Tensor) -> _Measured:
+    """The extreme singular values of small Jacobians, or ratios for some directions of large ones.
+
+    ``shrunk`` is empty where J forgets directions: then no bound of J^-1 speaks of them.
+    """
+    stretched: list[Tensor] = []
+    shrunk: list[Tensor] = []
     with suppress(*FAILURES):
         jacobian = AutogradJacobian(lambda t: layer(t.clone()), layer.inverse, x)
-        generator = torch.Generator().manual_seed(0)
-        u = torch.randn(jacobian.output.shape, generator=generator, dtype=torch.float64)
-        for _ in range(STEPS):
-            v = jacobian.vjp(unit_vectors(u))
-            # the norm of J^T is that of J
-            ratios.append(norms(v))
-            u = jacobian.jvp(unit_vectors(v))
-            ratios.append(norms(u))
+        inputs, outputs = x[0].numel(), jacobian.output[0].numel()
+        if inputs == outputs <= DENSE:
+            J = dense_jacobian(jacobian, x)
+            sigma = torch.linalg.svdvals(J.nan_to_num(0, 0, 0)).where(finite_rows(J)[:, None], NAN)
+            stretched.append(sigma[:, 0])
+            shrunk.append(sigma[:, -1])
+        else:
+            _iterate(jacobian, stretched, shrunk)
+        if not layer.bijective or outputs < inputs:
+            shrunk = []
+    return _Measured(_stacked(stretched, x), _stacked(shrunk, x))
+
+
+def _stacked(ratios: list[Tensor], x: Tensor) -> Tensor:
     if not ratios:
-        return torch.zeros(0, len(x))
+        return torch.zeros(0, len(x), dtype=torch.float64)
     return torch.stack(ratios)
 
 
-def _objection(bound: LayerBound, z: Tensor, image: Interval, ratios: Tensor) -> str:
+def _iterate(jacobian: AutogradJacobian, stretched: list[Tensor], shrunk: list[Tensor]) -> None:
+    """Append the ratios of a few power iterations, (B,) each."""
+    generator = torch.Generator().manual_seed(0)
+    u = torch.randn(jacobian.output.shape, generator=generator, dtype=torch.float64)
+    for _ in range(STEPS):
+        v = jacobian.vjp(unit_vectors(u))
+        # the norm of J^T is that of J
+        stretched.append(norms(v))
+        u = jacobian.jvp(unit_vectors(v))
+        stretched.append(norms(u))
+        shrunk.append(norms(u))
+
+
+def _objection(bound: LayerBound, z: Tensor, image: Interval, measured: _Measured) -> str:
     rows = finite_rows(z)
     margin = VALUES * (1 + z.abs())
     inside = (image.lo <= z + margin) & (z - margin <= image.hi)
     if not bool(inside[rows].all()):
         return "a value of the layer lies outside the box of its values"
-    ratios = ratios[:, rows]
-    ratios = ratios[ratios.isfinite()]
-    if not len(ratios):
-        return ""
-    if float(ratios.max()) > bound.bounds.forward * (1 + SLOPES):
+    stretched, shrunk = (ratios[:, rows] for ratios in measured)
+    most, least = 0.0, math.inf
+    if stretched.numel():
+        most = float(stretched.nan_to_num(0, 0).max())
+    if most > bound.bounds.forward * (1 + SLOPES):
         return "the layer stretches a direction by more than the bound of ||J||"
+    if shrunk.numel():
+        least = float(shrunk.nan_to_num(math.inf).min())
+    # a direction that is shrunk much is known up to the rounding of the largest entries
+    if (least + CONDITION * most) * (1 + SLOPES) * bound.bounds.inverse < 1:
+        return "the layer shrinks a direction by more than the bound of ||J^-1||"
     return ""
 
 
@@ -141,7 +180,8 @@ def _rule_of(layer: Invertible) -> str:
     return f"{name} of {layer.name}"
 
 
-def _without_bounds(bound: LayerBound, reason: str, shape: torch.Size) -> LayerBound:
+def without_bounds(bound: LayerBound, reason: str, shape: torch.Size) -> LayerBound:
+    """The layer with nothing claimed about it, and why."""
     nothing = NoRule(reason, lambda _: shape)
     infinite = Pair(math.inf, math.inf)
     bounds = BlockBounds.none(reason)

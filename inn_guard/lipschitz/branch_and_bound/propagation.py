@@ -97,7 +97,7 @@ def step_of(bounded: BoundedMap, domain: Interval) -> Step:
 @step_of.register
 def step_of_shape_dependent(bounded: ShapeDependent, domain: Interval) -> Step:
     """That of the map for this shape."""
-    return step_of(bounded.make(domain), domain)
+    return step_of(bounded.at(domain), domain)
 
 
 @step_of.register

@@ -21,13 +21,17 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn.functional import softplus
 
 from inn_guard.lipschitz.branch_and_bound.affine_forms import AffineForm
 from inn_guard.lipschitz.branch_and_bound.coupling import CoupledEntries
 from inn_guard.lipschitz.branch_and_bound.lookup_table import Table
 from inn_guard.lipschitz.branch_and_bound.taylor import Jet, NetworkOnBoxes
-from inn_guard.lipschitz.transformers.base import ones
+from inn_guard.lipschitz.transformers.base import (
+    ones,
+    softplus,
+    softplus_curvature,
+    softplus_slope,
+)
 from inn_guard.lipschitz.transformers.rational_quadratic import RationalQuadraticSpline
 from inn_guard.lipschitz.transformers.spline import SoftmaxBounds
 from inn_guard.numerics.intervals import Interval
@@ -156,9 +160,9 @@ def _softmax(u: list[_Curve]) -> tuple[list[_Curve], list[_Curve]]:
 
 
 def _softplus(u: _Curve, floor: float) -> _Curve:
-    rate, rest = u.value.increasing(torch.sigmoid), (-u.value).increasing(torch.sigmoid)
-    value = u.value.increasing(softplus) + floor
-    return _Curve(value, rate * u.first, rate * rest * u.first.square() + rate * u.second)
+    rate, bend = softplus_slope(u.value), softplus_curvature(u.value)
+    value = softplus(u.value) + floor
+    return _Curve(value, rate * u.first, bend * u.first.square() + rate * u.second)
 
 
 def _sum(parts: list[Interval]) -> Interval:

@@ -104,6 +104,12 @@ class ByChannel:
         """The other way round."""
         return ByChannel(self.change, self.keep)
 
+    @property
+    def is_partition(self) -> bool:
+        """Whether every channel is either kept or changed."""
+        order = torch.cat([self.keep, self.change]).sort().values
+        return torch.equal(order, torch.arange(len(order)))
+
     def kept(self, x: Tensor) -> Tensor:
         return x[self.keep]
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
@@ -23,7 +23,7 @@ from inn_guard.lipschitz.networks.graph import Unbounded
 from inn_guard.lipschitz.networks.interpreters import over_channels
 from inn_guard.lipschitz.transformers.base import clamped, product_with_complement
 from inn_guard.numerics.intervals import Box, Interval, linear
-from inn_guard.numerics.rounding import TINY, Upper, enlarged, frobenius_norm
+from inn_guard.numerics.rounding import TINY, Upper, enlarged, frobenius_norm, gamma
 from inn_guard.numerics.spectral_norm import (
     cheap_norm,
     exact,
@@ -44,7 +44,8 @@ __all__ = [
     "per_channel",
 ]
 
-PRODUCT_ERROR = 1e-13  #: relative error of a product of stored factors, some tens of roundings
+PRODUCT_ERROR = 1e-13  #: relative error of a computed matrix, some hundreds of roundings
+DERIVED = 64  #: roundings allowed to each entry of a factor
 
 
 @dataclass(frozen=True)
@@ -60,7 +61,13 @@ class Rearrangement(BoundedMap):
     channels: Tensor | None = None
 
     def bounds(self, box: Interval, effort: SearchBudget) -> BlockBounds:
+        if self.channels is not None and not self._is_permutation(self.channels):
+            return BlockBounds.none("its order of channels is no permutation")
         return BlockBounds(1.0, 1.0, method="isometry")
+
+    @staticmethod
+    def _is_permutation(order: Tensor) -> bool:
+        return torch.equal(order.sort().values, torch.arange(len(order)))
 
     def image(self, box: Interval) -> Interval:
         return box.map(lambda t: self.move(t[None])[0])
@@ -89,6 +96,8 @@ class Rearrangement(BoundedMap):
             Unbounded: if it does not only permute channels.
         """
         if self.channels is not None:
+            if not self._is_permutation(self.channels):
+                raise Unbounded("its order of channels is no permutation")
             return self.channels
         if len(box.shape) != 1:
             raise Unbounded("entries move between pixels")
@@ -103,38 +112,45 @@ class ShapeDependent(BoundedMap):
     """A map that is known only once the shape of its input is.
 
     Attributes:
-        make: the map for a box.
+        make: the map for boxes of the shape of one.
         networks: those in it.
     """
 
     make: Callable[[Interval], BoundedMap]
     networks: tuple[nn.Module, ...] = ()
+    _made: dict[torch.Size, BoundedMap] = field(default_factory=dict, init=False, repr=False)
+
+    def at(self, box: Interval) -> BoundedMap:
+        """The map for the shape of a box, made once: networks are traced in it."""
+        if box.shape not in self._made:
+            self._made[box.shape] = self.make(box)
+        return self._made[box.shape]
 
     def bounds(self, box: Interval, effort: SearchBudget) -> BlockBounds:
-        return self.make(box).bounds(box, effort)
+        return self.at(box).bounds(box, effort)
 
     def image(self, box: Interval) -> Interval:
-        return self.make(box).image(box)
+        return self.at(box).image(box)
 
     def preimage(self, box: Interval) -> Interval:
-        return self.make(box).preimage(box)
+        return self.at(box).preimage(box)
 
     def paper_formula(self, box: Interval, effort: SearchBudget) -> Pair:
-        return self.make(box).paper_formula(box, effort)
+        return self.at(box).paper_formula(box, effort)
 
     def lipsdp_jacobian(self, builder: ChainBuilder, x: Linear, box: Interval) -> Linear:
-        return self.make(box).lipsdp_jacobian(builder, x, box)
+        return self.at(box).lipsdp_jacobian(builder, x, box)
 
     def lipsdp_inverse(self, builder: ChainBuilder, z: Linear, box: Interval) -> Linear:
-        return self.make(box).lipsdp_inverse(builder, z, box)
+        return self.at(box).lipsdp_inverse(builder, z, box)
 
     def secant_chain(
         self, builder: ChainBuilder, x: Linear, box: Interval, centre: Tensor
     ) -> Linear:
-        return self.make(box).secant_chain(builder, x, box, centre)
+        return self.at(box).secant_chain(builder, x, box, centre)
 
     def comparison_matrices(self, box: Interval, bounds: BlockBounds) -> tuple[Tensor, Tensor]:
-        return self.make(box).comparison_matrices(box, bounds)
+        return self.at(box).comparison_matrices(box, bounds)
 
     def subnetworks(self) -> list[nn.Module]:
         return list(self.networks)
@@ -193,8 +209,21 @@ class LinearMap(BoundedMap):
 
     @classmethod
     def computed(cls, weight: Tensor, shift: Tensor | None = None) -> LinearMap:
-        """For a product of stored factors, computed in float64 with some tens of roundings."""
+        """For a matrix computed in float64 with some tens of roundings, and no cancellation."""
         return cls(weight, shift, frobenius_norm(exact(weight)) * PRODUCT_ERROR + TINY)
+
+    @classmethod
+    def product(cls, *factors: Tensor, shift: Tensor | None = None) -> LinearMap:
+        """For a product of matrices, the first applied last, in which much may cancel.
+
+        The rounding error is one of the product of the factors' absolute values.
+        """
+        weight, size, operations = exact(factors[0]), frobenius_norm(exact(factors[0])), DERIVED
+        for factor in factors[1:]:
+            weight = weight @ exact(factor)
+            size = size * frobenius_norm(exact(factor))
+            operations += factor.shape[0] + DERIVED
+        return cls(weight, shift, gamma(operations) * size + TINY)
 
     def bounds(self, box: Interval, effort: SearchBudget) -> BlockBounds:
         n = max(self.weight.shape)
@@ -346,16 +375,28 @@ class KnownConstants(BoundedMap):
 
 @dataclass(frozen=True)
 class LogitMap(BoundedMap):
-    """logit(alpha + (1 - 2 alpha) x) / temperature for data in [0, 1]; local."""
+    """logit(alpha + (1 - 2 alpha) x) / temperature for data in [0, 1]; local.
+
+    Attributes:
+        alpha: distance of the logit's argument from 0 and 1.
+        temperature: divides.
+        eps: arguments are clamped to [eps, 1 - eps], beyond which nothing moves.
+    """
 
     alpha: float
     temperature: float = 1.0
+    eps: float = 0.0
 
     def bounds(self, box: Interval, effort: SearchBudget) -> BlockBounds:
         p = self._argument(box)
         if p.inf() <= 0 or p.sup() >= 1:
             return BlockBounds.none(
                 "the logit is unbounded at 0 and 1; pass domain=Box(lo, hi) with 0 < lo and hi < 1"
+            )
+        if p.inf() <= self.eps or p.sup() >= 1 - self.eps:
+            return BlockBounds.none(
+                f"the logit clamps its argument to [{self.eps:.2g}, 1 - {self.eps:.2g}], beyond "
+                "which its slope is zero; pass a smaller domain"
             )
         width = 1.0 - Interval.of(self.alpha) * 2.0
         slope = width / product_with_complement(p) / self.temperature

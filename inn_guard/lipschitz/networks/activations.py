@@ -68,6 +68,10 @@ class Activation:
     def second_derivative(self, x: Interval) -> Interval:
         """An enclosure of f'' over x, from its value in the middle and the bound of f'''."""
         most = torch.full_like(x.lo, self.curvature)
+        for point, (low, high) in self.critical_points.items():
+            # softplus has a curvature everywhere but where torch switches to the identity
+            if low < high:
+                most = most.masked_fill(_is_near(x, point), math.inf)
         if self.second is None:
             return Interval(-most, most)
         reach = self.third * (1 + SLACK) * x.radius + SLACK * (1 + self.third)
@@ -87,11 +91,15 @@ def _enclose(x: Interval, low: Tensor, high: Tensor, extrema: CriticalPoints) ->
     margin = SLACK * (1 + x.magnitude.clamp_max(REACH) + size)
     lo, hi = torch.minimum(low, high) - margin, torch.maximum(low, high) + margin
     for point, (least, most) in extrema.items():
-        # a little wider than the interval: the point itself is rounded
-        inside = (x.lo <= point + 1e-6) & (x.hi >= point - 1e-6)
+        inside = _is_near(x, point)
         lo = torch.where(inside, lo.clamp_max(least - SLACK * (1 + abs(least))), lo)
         hi = torch.where(inside, hi.clamp_min(most + SLACK * (1 + abs(most))), hi)
     return Interval.unless_nan(lo, hi)
+
+
+def _is_near(x: Interval, point: float) -> Tensor:
+    """Whether the point lies in an interval, which is widened: the point itself is rounded."""
+    return (x.lo <= point + 1e-6) & (x.hi >= point - 1e-6)
 
 
 @RulesByClass

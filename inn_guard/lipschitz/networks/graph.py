@@ -136,6 +136,8 @@ class Network:
                 f"torch.fx cannot trace {name} as a graph ({type(error).__name__}: {error})"
             ) from error
         self.modules = dict(module.named_modules())
+        self._known: dict[str, Operation] = {}
+        self._checked: set[fx.Node] = set()
 
     def interpret(self, x: Value, interpreter: Interpreter[Value]) -> Value:
         """The network's output for an input x, by an interpreter.
@@ -165,12 +167,14 @@ class Network:
         target: Any = node.target
         if node.op == "get_attr":
             return operator.attrgetter(target)(self.module)
-        self._refuse_aliases(node)
+        if node not in self._checked:
+            self._refuse_aliases(node)
+            self._checked.add(node)
         if node.op == "call_module":
             if len(args) != 1 or kwargs:
                 raise Unbounded(f"{target} is called with other arguments than one value")
             x = _value_of(args[0], self.module)
-            return Dependent(_apply_module(self.modules[target], x, interpreter, node.name))
+            return Dependent(self._operation(target)(x, interpreter, node.name))
         is_function = node.op == "call_function"
         if not _has_dependent(args) and not _has_dependent(tuple(kwargs.values())):
             if is_function:
@@ -182,6 +186,12 @@ class Network:
         if function is None:
             raise Unbounded(f"the operation .{target}() is not known")
         return Dependent(_apply_function(function, args, kwargs, interpreter, node.name))
+
+    def _operation(self, target: str) -> Operation:
+        """What a module in the graph does, looked up once."""
+        if target not in self._known:
+            self._known[target] = _operation_of(self.modules[target])
+        return self._known[target]
 
     def _refuse_aliases(self, node: fx.Node) -> None:
         """Raise if an operation in place changes a value that is used elsewhere, too."""
@@ -293,29 +303,39 @@ def _value_of(argument: Any, module: nn.Module) -> Any:
     return argument.value
 
 
-def _apply_module(module: Any, x: Value, interpreter: Interpreter[Value], node: str) -> Value:
-    if is_plain(module, nn.Identity):
-        return x
-    if is_plain(module, *DROPOUTS) and (module.p == 0 or not module.training):
-        return x
+#: (a value, an interpreter, the name of the node) -> the value after a module
+Operation = Callable[[Any, Interpreter[Any], str], Any]
+
+
+def _operation_of(module: Any) -> Operation:
+    """What a module does to a value; one that is not known raises Unbounded when it is applied."""
+    drops = module.training and getattr(module, "p", 0) != 0
+    if is_plain(module, nn.Identity) or (is_plain(module, *DROPOUTS) and not drops):
+        return lambda x, interpreter, node: x
     function = activation(module)
     if function is not None:
-        return interpreter.activate(x, function, node)
+        return lambda x, interpreter, node: interpreter.activate(x, function, node)
     if is_plain(module, nn.Linear):
-        return interpreter.linear(x, module.weight, module.bias)
+        return lambda x, interpreter, node: interpreter.linear(x, module.weight, module.bias)
     if is_plain(module, *CONVOLUTIONS):
-        return interpreter.convolution(x, module)
+        return lambda x, interpreter, node: interpreter.convolution(x, module)
     if is_plain(module, *NORMALISATIONS):
-        return _normalise(module, x, interpreter)
+        return lambda x, interpreter, node: _normalise(module, x, interpreter)
     if is_plain(module, nn.Flatten) and (module.start_dim, module.end_dim) == (1, -1):
-        return interpreter.flatten(x)
+        return lambda x, interpreter, node: interpreter.flatten(x)
     move = _rearranging_module(module)
     if move is not None:
-        return interpreter.rearrange(x, move)
+        return lambda x, interpreter, node: interpreter.rearrange(x, move)
     training = ""
     if module.training:
         training = " in training mode"
-    raise Unbounded(f"no bound is known for {module}{training} (its name in the network: {node})")
+
+    def unknown(x: Any, interpreter: Interpreter[Any], node: str) -> Any:
+        raise Unbounded(
+            f"no bound is known for {module}{training} (its name in the network: {node})"
+        )
+
+    return unknown
 
 
 def _rearranging_module(module: Any) -> LinearRearrangement | None:

@@ -15,13 +15,18 @@ from inn_guard.lipschitz.maps.spline_closed_forms import rational_quadratic_spli
 from inn_guard.lipschitz.transformers.rational_quadratic import RationalQuadraticSpline
 
 __all__ = [
+    "CACHED",
     "SideBySide",
     "fixed_rational_quadratic",
     "fixed_spline",
+    "permutation_matrix",
     "rational_quadratic",
     "spline_ends",
     "temperature",
+    "uses_cache",
 ]
+
+CACHED = "a linear map that calls a weight cached earlier; call use_cache(False)"
 
 KNOT_ERROR = 1e-12  #: relative error of slopes between knots computed by a softmax in float64
 
@@ -43,9 +48,20 @@ class SideBySide(nn.Module):
         raw = outputs[0]
         if len(outputs) > 1:
             raw = torch.cat(outputs, 1)
-        if self.factor == 1.0:
-            return raw
-        return raw * self.factor
+        if self.factor != 1.0:
+            # in place, as FrEIA does: where a network returns its own input, that changes, too
+            raw *= self.factor
+        return raw
+
+
+def uses_cache(linear: Any) -> bool:
+    """Whether a linear map in the layout of nflows calls a weight that it computed earlier."""
+    return linear.using_cache and not linear.training
+
+
+def permutation_matrix(order: Tensor) -> Tensor:
+    """P with (P x)_i = x_order(i)."""
+    return torch.eye(len(order), dtype=torch.float64)[order.cpu()]
 
 
 def spline_ends(block: Any) -> tuple[float, float, bool]:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from inn_guard.lipschitz.maps import closed_forms
 from inn_guard.lipschitz.maps import elementary as maps
 from inn_guard.lipschitz.maps.base import BoundedMap, NoRule, bounded_map
 from inn_guard.lipschitz.maps.closed_forms import Pair
@@ -20,6 +21,8 @@ from inn_guard.lipschitz.maps.composition import Composition
 from inn_guard.lipschitz.maps.coupling import ByChannel, Coupling, blocked_rows
 from inn_guard.lipschitz.maps.residual import Residual
 from inn_guard.lipschitz.networks.activations import Activation, activation, known_activation
+from inn_guard.lipschitz.networks.conditioner import analyse, trace_network
+from inn_guard.lipschitz.networks.graph import Unbounded
 from inn_guard.lipschitz.rules.blocks import SideBySide
 from inn_guard.lipschitz.transformers.affine import (
     Additive,
@@ -186,9 +189,15 @@ def bound_conditional_affine(block: Ff.ConditionalAffineTransform, layer: Any) -
         return NoRule(
             "a conditional transform without its condition, or with a clamp of the user's own"
         )
-    with torch.no_grad():
-        raw = block.subnet(context)[:, : block.channels]
-        return _known_scale((block.clamp * block.f_clamp(raw)).double().exp(), 10 * ROUNDINGS)
+    network, pair = trace_network(block.subnet), Pair(0.0, 0.0)
+    try:
+        for condition in context:
+            raw = analyse(network, Interval.of(condition)).output
+            own = closed_forms.elementwise(scale.value(raw[: block.channels]))
+            pair = Pair(*map(Upper.max, pair, own))
+    except Unbounded as error:
+        return NoRule(str(error))
+    return maps.KnownConstants(pair)
 
 
 @bounded_map.register
@@ -212,7 +221,8 @@ def _all_in_one(block: Ff.AllInOneBlock, layer: Any) -> BoundedMap:
     weight = block.w_perm
     if block.householder:
         weight = block._construct_householder_permutation()
-    mixing = weight.detach().double().reshape(block.in_channels, block.in_channels)
+    shape = (block.in_channels, block.in_channels)
+    mixing = weight.detach().double().reshape(shape)
     split = ByChannel.halves(block.in_channels, block.splits[0])
     tanh = scaled(known_activation(nn.Tanh()), float(block.clamp))
     network: nn.Module = SideBySide(block.subnet, factor=0.1)
@@ -228,7 +238,10 @@ def _all_in_one(block: Ff.AllInOneBlock, layer: Any) -> BoundedMap:
         maps.LinearMap.computed(mixing),
     ]
     if block.reverse_pre_permute:
-        parts = [maps.LinearMap.computed(mixing.T), *parts]
+        before = mixing.T
+        if not block.householder:
+            before = block.w_perm_inv.detach().reshape(shape)
+        parts = [maps.LinearMap.computed(before), *parts]
     return Composition(tuple(parts))
 
 
@@ -296,9 +309,9 @@ def bound_elementwise_scaling(block: Ff.LearnedElementwiseScaling, layer: Any) -
     return _known_scale(block.s.detach().double().exp())
 
 
-def _known_scale(scale: Tensor, roundings: int = ROUNDINGS) -> BoundedMap:
+def _known_scale(scale: Tensor) -> BoundedMap:
     """A diagonal map of scales that were computed with some roundings."""
-    one = Upper.computed(1.0, roundings)
+    one = Upper.computed(1.0, ROUNDINGS)
     return maps.KnownConstants(Pair(float(scale.max()) * one, one / float(scale.min())))
 
 
@@ -310,11 +323,19 @@ def bound_rearrangement(block: Any, layer: Any) -> BoundedMap:
     return maps.Rearrangement(lambda x: layer(x))
 
 
+def _is_haar(block: Any) -> bool:
+    """Whether the four filters of every channel are orthogonal, and of ones."""
+    filters = block.haar_weights.detach().double().flatten(1).unflatten(0, (-1, 4))
+    return torch.equal(filters @ filters.mT, 4 * torch.eye(4).to(filters).expand_as(filters))
+
+
 @bounded_map.register
 def bound_haar_downsampling(block: Ff.HaarDownsampling, layer: Any) -> BoundedMap:
     def after(shape: torch.Size) -> torch.Size:
         return torch.Size([shape[0] * 4, shape[1] // 2, shape[2] // 2])
 
+    if not _is_haar(block):
+        return NoRule("a Haar transform with other filters")
     return maps.KnownConstants(_similarity(2.0 * block.fac_fwd), shape_of=after)
 
 
@@ -323,6 +344,8 @@ def bound_haar_upsampling(block: Ff.HaarUpsampling, layer: Any) -> BoundedMap:
     def after(shape: torch.Size) -> torch.Size:
         return torch.Size([shape[0] // 4, shape[1] * 2, shape[2] * 2])
 
+    if not _is_haar(block):
+        return NoRule("a Haar transform with other filters")
     return maps.KnownConstants(_similarity(2.0 * block.fac_rev), shape_of=after)
 
 

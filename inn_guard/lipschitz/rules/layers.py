@@ -142,10 +142,14 @@ def bound_diagonal(block: Any, layer: Any) -> BoundedMap:
     return maps.Diagonal(block.log_scale.detach().double().exp(), block.shift.detach())
 
 
-@bounded_map.register(ChannelMixing)
-@bounded_map.register(LULinear)
-def bound_channel_mixing(block: Any, layer: Any) -> BoundedMap:
+@bounded_map.register
+def bound_channel_mixing(block: ChannelMixing, layer: Any) -> BoundedMap:
     return maps.LinearMap.computed(block.weight.detach())
+
+
+@bounded_map.register
+def bound_lu_linear(block: LULinear, layer: Any) -> BoundedMap:
+    return maps.LinearMap.product(block.pivots, *block._factors())
 
 
 @bounded_map.register

@@ -28,6 +28,7 @@ from nflows.transforms.normalization import ActNorm, BatchNorm
 from nflows.transforms.orthogonal import HouseholderSequence
 from torch import Tensor, nn
 
+from inn_guard.core.readable import is_of_library
 from inn_guard.lipschitz.maps import closed_forms
 from inn_guard.lipschitz.maps import elementary as maps
 from inn_guard.lipschitz.maps.autoregressive import Autoregressive
@@ -36,10 +37,13 @@ from inn_guard.lipschitz.maps.coupling import ByChannel, Coupling, blocked_rows,
 from inn_guard.lipschitz.maps.spline_closed_forms import linear_spline
 from inn_guard.lipschitz.networks.activations import known_activation
 from inn_guard.lipschitz.rules.blocks import (
+    CACHED,
     fixed_rational_quadratic,
     fixed_spline,
+    permutation_matrix,
     rational_quadratic,
     spline_ends,
+    uses_cache,
 )
 from inn_guard.lipschitz.transformers.affine import (
     Additive,
@@ -64,6 +68,8 @@ def _coupling(
     if block.unconditional_transform is not None:
         return NoRule(f"{type(block).__name__} with an unconditional transform of the kept part")
     split = ByChannel(block.identity_features.cpu(), block.transform_features.cpu())
+    if not split.is_partition:
+        return NoRule("kept and changed entries that are no partition")
     if rows is None:
         rows = interleaved_rows(block.num_transform_features, transformer.count)
     return Coupling(split, block.transform_net, transformer, rows, layer.context)
@@ -96,7 +102,8 @@ def bound_additive_coupling(block: nf.AdditiveCouplingTransform, layer: Any) -> 
 def bound_affine_coupling(block: nf.AffineCouplingTransform, layer: Any) -> BoundedMap:
     # in the development version an argument
     default = getattr(type(block), "DEFAULT_SCALE_ACTIVATION", None)
-    if getattr(block, "scale_activation", default) is not default:
+    known = getattr(default, "__module__", "nflows").startswith("nflows")
+    if not known or getattr(block, "scale_activation", default) is not default:
         return NoRule("a scale activation of the user's own")
     rows = blocked_rows(block.num_transform_features, 2)
     return _coupling(block, layer, Affine(AFFINE_SCALE), rows)
@@ -228,19 +235,31 @@ def bound_squeeze(block: nf.SqueezeTransform, layer: Any) -> BoundedMap:
 
 
 @bounded_map.register(nf.NaiveLinear)
-@bounded_map.register(nf.LULinear)
 @bounded_map.register(nf.QRLinear)
 @bounded_map.register(nf.SVDLinear)
 def bound_linear(block: Any, layer: Any) -> BoundedMap:
+    if uses_cache(block):
+        return NoRule(CACHED)
     return maps.LinearMap.computed(block.weight().detach(), block.bias.detach())
 
 
 @bounded_map.register
+def bound_lu_linear(block: nf.LULinear, layer: Any) -> BoundedMap:
+    if uses_cache(block):
+        return NoRule(CACHED)
+    return maps.LinearMap.product(*block._create_lower_upper(), shift=block.bias.detach())
+
+
+@bounded_map.register
 def bound_one_by_one_convolution(block: nf.OneByOneConvolution, layer: Any) -> BoundedMap:
-    order = block.permutation._permutation.cpu()
-    weight = block.weight().detach().cpu()
-    mixed = torch.zeros_like(weight).index_copy(1, order, weight)
-    return maps.LinearMap.computed(mixed, block.bias.detach())
+    if uses_cache(block):
+        return NoRule(CACHED)
+    if not is_of_library(block.permutation, "nflows"):
+        return NoRule("a permutation of the user's own")
+    lower, upper = block._create_lower_upper()
+    return maps.LinearMap.product(
+        lower, upper, permutation_matrix(block.permutation._permutation), shift=block.bias.detach()
+    )
 
 
 @bounded_map.register
@@ -262,4 +281,4 @@ def bound_tanh(block: nf.Tanh, layer: Any) -> BoundedMap:
 def bound_sigmoid(block: nf.Sigmoid, layer: Any) -> BoundedMap:
     factor = float(block.temperature)
     sigmoid = scaled(known_activation(nn.Sigmoid()), 1.0, factor)
-    return maps.Elementwise(sigmoid, inverse=maps.LogitMap(0.0, factor))
+    return maps.Elementwise(sigmoid, inverse=maps.LogitMap(0.0, factor, float(block.eps)))

@@ -12,7 +12,6 @@ from normflows import flows as nf
 from normflows.transforms import Logit, Shift
 from torch import Tensor
 
-from inn_guard.adapters.normflows.jacobians import permuted_weight, weight_of
 from inn_guard.core.readable import is_of_library
 from inn_guard.lipschitz.maps import elementary as maps
 from inn_guard.lipschitz.maps.autoregressive import Autoregressive, InverseAutoregressive
@@ -27,9 +26,12 @@ from inn_guard.lipschitz.maps.coupling import (
 )
 from inn_guard.lipschitz.maps.residual import Residual
 from inn_guard.lipschitz.rules.blocks import (
+    CACHED,
     SideBySide,
     fixed_rational_quadratic,
+    permutation_matrix,
     rational_quadratic,
+    uses_cache,
 )
 from inn_guard.lipschitz.transformers.affine import Affine, SigmoidScaleBounds
 from inn_guard.lipschitz.transformers.base import ScaleBounds, Transformer
@@ -95,12 +97,15 @@ def bound_rational_quadratic_coupling(
     block: nf.CoupledRationalQuadraticSpline, layer: Any
 ) -> BoundedMap:
     inner = block.prqct
-    if not is_of_library(inner, "normflows"):
+    parts = (inner, inner.unconditional_transform)
+    if not all(is_of_library(part, "normflows") for part in parts):
         return NoRule("a spline coupling of the user's own")
     if inner.tails not in ("linear", None) or isinstance(inner.tail_bound, Tensor):
         return NoRule("a spline with circular tails, or with bounds of its own for every entry")
     spline = rational_quadratic(inner, inner.transform_net)
     split = ByChannel(inner.identity_features.cpu(), inner.transform_features.cpu())
+    if not split.is_partition:
+        return NoRule("kept and changed entries that are no partition")
     rows = interleaved_rows(len(split.change), spline.count)
     coupling = Coupling(split, inner.transform_net, spline, rows, layer.context)
     # kept entries go through a spline of their own
@@ -164,17 +169,34 @@ def bound_squeeze(block: nf.Squeeze, layer: Any) -> BoundedMap:
 
 @bounded_map.register
 def bound_invertible_affine(block: nf.InvertibleAffine, layer: Any) -> BoundedMap:
-    return maps.LinearMap.computed(weight_of(block).T)
+    # data -> latent is x W
+    return maps.LinearMap.product(*[factor.T for factor in reversed(_factors(block))])
 
 
 @bounded_map.register
 def bound_invertible_1x1_convolution(block: nf.Invertible1x1Conv, layer: Any) -> BoundedMap:
-    return maps.LinearMap.computed(weight_of(block))
+    return maps.LinearMap.product(*_factors(block))
+
+
+def _factors(block: Any) -> list[Tensor]:
+    """The matrices whose product is W, data -> latent."""
+    if not block.use_lu:
+        return [block.W.detach()]
+    lower = block.L.detach().tril(-1) + block.eye
+    diagonal = torch.diag(block.sign_S * block.log_S.detach().exp())
+    return [block.P, lower, block.U.detach().triu(1) + diagonal]
 
 
 @bounded_map.register
 def bound_lu_linear_permute(block: nf.LULinearPermute, layer: Any) -> BoundedMap:
-    return maps.LinearMap.computed(permuted_weight(block), block.linear.bias.detach())
+    linear = block.linear
+    if not all(is_of_library(part, "normflows") for part in (linear, block.permutation)):
+        return NoRule("a linear map with a part of the user's own")
+    if uses_cache(linear):
+        return NoRule(CACHED)
+    lower, upper = linear._create_lower_upper()
+    order = permutation_matrix(block.permutation._permutation)
+    return maps.LinearMap.product(lower, upper, order, shift=linear.bias.detach())
 
 
 @bounded_map.register

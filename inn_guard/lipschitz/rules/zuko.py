@@ -18,7 +18,7 @@ from zuko.flows.autoregressive import MaskedAutoregressiveTransform
 from zuko.flows.coupling import GeneralCouplingTransform
 from zuko.lazy import UnconditionalTransform
 
-from inn_guard.core.readable import is_plain
+from inn_guard.core.readable import is_plain, is_unchanged
 from inn_guard.lipschitz.maps import elementary as maps
 from inn_guard.lipschitz.maps.autoregressive import Autoregressive
 from inn_guard.lipschitz.maps.base import BoundedMap, NoRule, bounded_map
@@ -71,6 +71,8 @@ def _transformer(block: Any) -> Transformer | None:
     options: dict[str, Any] = {}
     if isinstance(univariate, functools.partial) and not univariate.args:
         univariate, options = univariate.func, univariate.keywords
+    if isinstance(univariate, type) and not is_unchanged(univariate):
+        return None
     if univariate is transforms.AdditiveTransform and len(block.shapes) == 1:
         return Additive()
     if univariate is transforms.MonotonicRQSTransform and set(options) <= {"slope", "bound"}:
@@ -131,7 +133,7 @@ def bound_unconditional(block: UnconditionalTransform, layer: Any) -> BoundedMap
     if is_plain(transform, transforms.RotationTransform):
         return maps.LinearMap.computed(transform.R.detach())
     if is_plain(transform, transforms.LULinearTransform):
-        return maps.LinearMap.computed((transform.L.double() @ transform.U.double()).detach())
+        return maps.LinearMap.product(transform.L.detach(), transform.U.detach())
     if is_plain(transform, transforms.MonotonicAffineTransform):
         return maps.Diagonal(transform.scale.detach(), transform.shift.detach())
     if is_plain(transform, transforms.AdditiveTransform):

@@ -11,7 +11,6 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn.functional import softplus
 
 from inn_guard.lipschitz.networks.activations import Activation
 from inn_guard.lipschitz.transformers.base import (
@@ -20,6 +19,9 @@ from inn_guard.lipschitz.transformers.base import (
     clamped,
     ones,
     product_with_complement,
+    softplus,
+    softplus_curvature,
+    softplus_slope,
 )
 from inn_guard.numerics.intervals import Interval
 
@@ -151,15 +153,13 @@ class SoftplusScaleBounds:
     floor: float
 
     def value(self, s: Interval) -> Interval:
-        g = s.increasing(softplus)
-        return Interval(g.lo.clamp_min(0), g.hi) + self.floor
+        return softplus(s) + self.floor
 
     def slope(self, s: Interval) -> Interval:
-        return s.increasing(torch.sigmoid)
+        return softplus_slope(s)
 
     def second_derivative(self, s: Interval) -> Interval:
-        p = s.increasing(torch.sigmoid)
-        return p * (1.0 - p)
+        return softplus_curvature(s)
 
     def log_slope(self, s: Interval) -> Interval:
         ratio = self.slope(s) / self.value(s)

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from inn_guard.numerics.intervals import Interval
+
+SWITCH = 20.0  #: from which on torch's softplus is the identity, unless told otherwise
+JUMP = 2.07e-9  #: more than softplus(20) - 20
 
 __all__ = [
     "ScaleBounds",
@@ -17,6 +22,9 @@ __all__ = [
     "hull_of",
     "ones",
     "product_with_complement",
+    "softplus",
+    "softplus_curvature",
+    "softplus_slope",
     "weighted_sum",
     "where",
 ]
@@ -99,6 +107,32 @@ def product_with_complement(p: Interval) -> Interval:
     ends = (left * (1.0 - left)).hull(right * (1.0 - right))
     holds_half = (p.lo <= 0.5) & (p.hi >= 0.5)
     return Interval(ends.lo.clamp_min(0), torch.where(holds_half, ends.hi.clamp_min(0.25), ends.hi))
+
+
+def softplus(x: Interval) -> Interval:
+    """log(1 + e^x) as torch computes it, with a step down to the identity at ``SWITCH``."""
+    smooth, switches = x.increasing(functional.softplus), _holds_switch(x)
+    lo = torch.where(switches, smooth.lo.clamp_max(SWITCH), smooth.lo)
+    hi = torch.where(switches, smooth.hi.clamp_min(SWITCH + JUMP), smooth.hi)
+    return Interval(lo.clamp_min(0), hi)
+
+
+def softplus_slope(x: Interval) -> Interval:
+    """The derivative of ``softplus``: a sigmoid, and one behind the step."""
+    smooth = x.increasing(torch.sigmoid)
+    return Interval(smooth.lo, torch.where(x.hi >= SWITCH, smooth.hi.clamp_min(1), smooth.hi))
+
+
+def softplus_curvature(x: Interval) -> Interval:
+    """The second derivative of ``softplus``: unknown where the first one jumps."""
+    p = x.increasing(torch.sigmoid)
+    smooth, switches = p * (1.0 - p), _holds_switch(x)
+    lo = torch.where(switches, -math.inf, smooth.lo)
+    return Interval(lo, torch.where(switches, math.inf, smooth.hi))
+
+
+def _holds_switch(x: Interval) -> Tensor:
+    return (x.lo <= SWITCH) & (x.hi >= SWITCH)
 
 
 def weighted_sum(weights: list[Interval], parts: list[Interval]) -> Interval:

@@ -10,9 +10,14 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from torch.nn.functional import softplus
 
-from inn_guard.lipschitz.transformers.base import clamped, hull_of, weighted_sum
+from inn_guard.lipschitz.transformers.base import (
+    clamped,
+    hull_of,
+    softplus,
+    softplus_slope,
+    weighted_sum,
+)
 from inn_guard.lipschitz.transformers.spline import MonotoneSpline, SoftmaxBounds, position_in
 from inn_guard.numerics.intervals import Interval
 
@@ -112,8 +117,8 @@ class _Density:
             w.append(part * free + floor)
         for raw in theta[n:]:
             height = raw * tall
-            e.append(height.increasing(softplus) + LEAST)
-            rates.append(height.increasing(torch.sigmoid) * tall)
+            e.append(softplus(height) + LEAST)
+            rates.append(softplus_slope(height) * tall)
         if spline.tails:
             # the outer height is a mean of the others with weights of sum below one
             outer = weighted_sum(_outer_weights(w), e) / _inner_area(w)

@@ -10,9 +10,14 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from torch.nn.functional import softplus
 
-from inn_guard.lipschitz.transformers.base import clamped, ones, product_with_complement
+from inn_guard.lipschitz.transformers.base import (
+    clamped,
+    ones,
+    product_with_complement,
+    softplus,
+    softplus_slope,
+)
 from inn_guard.lipschitz.transformers.spline import MonotoneSpline, SoftmaxBounds, position_in
 from inn_guard.numerics.intervals import Interval
 
@@ -45,11 +50,11 @@ class RationalQuadraticSpline(MonotoneSpline):
 
     def derivative(self, raw: Interval) -> Interval:
         """The derivative at a knot."""
-        return raw.increasing(softplus) + self.floors[2]
+        return softplus(raw) + self.floors[2]
 
     def derivative_rate(self, raw: Interval) -> Interval:
         """d derivative / d raw."""
-        return raw.increasing(torch.sigmoid)
+        return softplus_slope(raw)
 
     def value(self, x: Interval, theta: list[Interval]) -> Interval:
         """y_k + h_k alpha."""
