@@ -115,6 +115,10 @@ EXPERIMENTS = (
         "finite differences on a share of the batch, against all of it",
     ),
     Experiment(
+        "exploding_inverses.lost_draws",
+        "a penalty on the inverse alone repairs lost draws, one on both directions does not",
+    ),
+    Experiment(
         "exploding_inverses.adaptive_coefficient",
         "an adaptive coefficient holds a target condition number without a search",
     ),

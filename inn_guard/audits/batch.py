@@ -7,12 +7,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributions import constraints
 from torch.utils.data import DataLoader, Dataset
 
 from inn_guard.core.context import Context, map_tensors
 from inn_guard.core.invertible import Invertible
+from inn_guard.core.tensors import finite_rows
 
-__all__ = ["as_batch", "check_context", "checked_batch"]
+__all__ = ["as_batch", "check_context", "checked_batch", "checked_domain"]
 
 MAX_SAMPLES = 256  #: taken from a DataLoader or a Dataset; a batch is used whole
 
@@ -138,6 +140,43 @@ def checked_batch(model: nn.Module, x: Any) -> Tensor:
             f"expected x on the model's device, {where}; got {x.device}: pass x.to('{where}')"
         )
     return x
+
+
+def checked_domain(domain: Any, x: Tensor) -> Callable[[Tensor], Tensor] | None:
+    """Where data can lie, as a function x (B, *data) -> (B,) bool; None stands for everywhere.
+
+    Args:
+        domain: None, a constraint of torch.distributions, or such a function.
+        x: data, which must lie within.
+
+    Raises:
+        TypeError: if ``domain`` is none of these, or returns anything else.
+        ValueError: if a finite sample of x lies outside.
+    """
+    if domain is None:
+        return None
+    check = domain.check if isinstance(domain, constraints.Constraint) else domain
+    if not callable(check) or isinstance(check, type):
+        raise TypeError(
+            "expected domain as a constraint of torch.distributions or a function x -> (B,) bool; "
+            f"got {domain!r}: pass domain=torch.distributions.constraints.simplex"
+        )
+
+    def within(t: Tensor) -> Tensor:
+        inside = check(t)
+        if not isinstance(inside, Tensor) or inside.dtype != torch.bool or len(inside) != len(t):
+            got = inside.dtype if isinstance(inside, Tensor) else type(inside).__name__
+            raise TypeError(f"expected domain to return {len(t)} bools, one per sample; got {got}")
+        return inside.reshape(len(t), -1).all(1)
+
+    finite = x[finite_rows(x)]
+    outside = int((~within(finite)).sum()) if len(finite) else 0
+    if outside:
+        raise ValueError(
+            f"expected data inside of the domain; got {outside} of {len(finite)} samples outside: "
+            "pass a wider domain"
+        )
+    return within
 
 
 def _named(x: Any) -> str:

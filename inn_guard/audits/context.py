@@ -37,6 +37,7 @@ class AuditContext:
         limits: up to which figure the model is fit for a use.
         base: where latents are drawn from; ``declared`` tells whether the model or the caller named
             it.
+        domain: x (B, *data) -> which samples lie where data can lie, (B,) bool; None: everywhere.
         loss: z -> scalar, for the check that needs one; None: its default.
         seed: of everything random.
         parallel: with which processes samples are shared, and within how much memory.
@@ -48,6 +49,7 @@ class AuditContext:
     x: Tensor
     base: BaseDistribution
     limits: Limits = field(default_factory=Limits)
+    domain: Callable[[Tensor], Tensor] | None = None
     loss: Callable[..., Tensor] | None = None
     seed: int = 0
     parallel: WorkSharing = SERIAL

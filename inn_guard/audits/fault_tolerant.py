@@ -98,6 +98,25 @@ class Guarded:
         clone.failures = Failures()
         return clone
 
+    def refuses(self, x: Tensor) -> Tensor:
+        """Whether the model's forward raises for a finite sample, (B,) bool."""
+        refused = torch.zeros(len(x), dtype=torch.bool, device=x.device)
+        rows = finite_rows(x).nonzero()[:, 0]
+        if not len(rows):
+            return refused
+        try:
+            with torch.no_grad(), time_limit(self.seconds):
+                self.model.select(rows)(x[rows])
+        except TimedOut:
+            return refused
+        except (ModelError, NotApplicable):
+            if len(rows) == 1:
+                refused[rows] = True
+                return refused
+            for half in rows.tensor_split(2):
+                refused[half] = self.select(half).refuses(x[half])
+        return refused
+
     def forward(self, x: Tensor) -> Tensor:
         """F(x), (B, *latent); NaN for samples that failed."""
         return self._run(self.model, x, self.latent_shape, lambda part, t: part(t))

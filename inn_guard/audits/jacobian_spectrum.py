@@ -12,10 +12,10 @@ from inn_guard.audits.context import AuditContext
 from inn_guard.audits.cost_model import Cost, Passes, Task
 from inn_guard.audits.level import Level
 from inn_guard.audits.spec import audit_check
-from inn_guard.audits.thresholds import format_log10
+from inn_guard.audits.thresholds import feature_deviation, format_log10
 from inn_guard.core.random import SampleNoise
 from inn_guard.core.tensors import dtype_name
-from inn_guard.jacobian.chain import Linearization
+from inn_guard.jacobian.chain import Linearization, ScaledLinearization
 from inn_guard.jacobian.lanczos import LargestSingularValue
 from inn_guard.jacobian.singular_values import (
     ExtremeSingularValues,
@@ -29,6 +29,7 @@ from inn_guard.report.verdict import Verdict
 __all__ = ["jacobian_spectrum"]
 
 LN10 = math.log(10)
+MIXED_UNITS = 2.0  #: ratio of the deviations of a table's features above which units differ
 _FIELDS = tuple(field.name for field in dataclasses.fields(LargestSingularValue))
 
 
@@ -57,7 +58,9 @@ def jacobian_spectrum(
     formed and decomposed densely.
 
     The verdict is unstable where one rounding, eps cond, exceeds ``limits.reconstruction`` in the
-    worst direction. It explains; no use depends on it.
+    worst direction. Of a table (B, features) whose features have deviations s that differ, this is
+    the condition number of J diag(s), which does not depend on their units. It explains; no use
+    depends on it.
 
     Args:
         context: model and data.
@@ -68,7 +71,7 @@ def jacobian_spectrum(
     Returns:
         the values as powers of ten (log10_...), which fit where the numbers do not; per sample
         sigma_max, sigma_min and condition_number, error estimates, and the gap-free error bar that
-        holds with 99 % probability.
+        holds with 99 % probability. condition_number_in_units is that of J diag(s), if it decides.
 
     References:
         Understanding and Mitigating Exploding Inverses in Invertible Neural Networks (Behrmann,
@@ -91,19 +94,30 @@ def jacobian_spectrum(
     if not context.model.bijective:
         return _rectangular(context, rows, settings)
     ends = _extremes(context, rows, tolerance, max_steps)
+    log_condition = ends.log_condition
+    values: dict[str, float] = {}
+    in_units = ""
+    if context.x.dim() == 2:
+        # a feature in other units is the same feature, and rounding is relative to its size
+        unit = feature_deviation(context.x[context.finite_rows()])
+        if bool(unit.max() > MIXED_UNITS * unit.min()):
+            scaled = _extremes(context, rows, tolerance, max_steps, unit=unit)
+            log_condition = scaled.log_condition
+            values["condition_number_in_units"] = log_condition.max().exp().item()
+            in_units = " with every feature in units of its deviation"
     logs = {
         "sigma_max": ends.log_max,
         "sigma_min": ends.log_min,
         "condition_number": ends.log_condition,
     }
     sides = {"sigma_max": ends.forward, "sigma_min": ends.backward}
-    verdict, reason, advice = _judged(context, ends.log_condition.cpu())
+    verdict, reason, advice = _judged(context, log_condition.cpu(), in_units)
     return AuditResult(
         "jacobian_spectrum",
         verdict,
         reason,
         headline=("condition_number", "sigma_max", "sigma_min"),
-        values=_values(logs, sides),
+        values=_values(logs, sides) | values,
         units={name: "log10" for name in _values(logs, sides) if name.startswith("log10")},
         **to_full_batch(_per_sample(logs, sides), rows, len(x)),
         settings=settings | {"method": "Lanczos on J and J^-1"},
@@ -112,17 +126,24 @@ def jacobian_spectrum(
 
 
 def _extremes(
-    context: AuditContext, rows: Tensor, tolerance: float, max_steps: int
+    context: AuditContext,
+    rows: Tensor,
+    tolerance: float,
+    max_steps: int,
+    unit: Tensor | None = None,
 ) -> ExtremeSingularValues:
     """Extreme singular values at these rows, in parts if shared out or if memory is short."""
     alone = context.parallel.size == 1 and context.parallel.memory is None
 
     def measure(part: Tensor) -> tuple[Tensor, ...]:
         noise = SampleNoise(context.generator(), part, len(rows))
+        linearization: Linearization | ScaledLinearization
         if alone:
             linearization = context.linearization(rows)
         else:
             linearization = Linearization(*context.at(rows[part]))
+        if unit is not None:
+            linearization = ScaledLinearization(linearization, unit)
         ends = extreme_singular_values(
             linearization, generator=noise, tolerance=tolerance, max_steps=max_steps
         )
@@ -138,12 +159,15 @@ def _extremes(
     )
 
 
-def _judged(context: AuditContext, log_condition: Tensor) -> tuple[Verdict, str, str]:
+def _judged(
+    context: AuditContext, log_condition: Tensor, in_units: str = ""
+) -> tuple[Verdict, str, str]:
     """Verdict, reason and advice: is eps times cond still usable.
 
     Args:
         context: for dtype and limits.
         log_condition: natural logarithms of condition numbers, (B,).
+        in_units: in which units they are, in words.
     """
     count, of = len(log_condition), len(context.x)
     if not bool(log_condition.isfinite().all()):
@@ -155,8 +179,8 @@ def _judged(context: AuditContext, log_condition: Tensor) -> tuple[Verdict, str,
     log_error = worst + math.log10(torch.finfo(dtype).eps)
     seen = f"in {count} samples" if count == of else f"in {count} of {of} samples"
     reason = (
-        f"the largest condition number {seen} is {format_log10(worst)}: a rounding error in "
-        f"{dtype_name(dtype)} can grow to {format_log10(log_error)} relative to x"
+        f"the largest condition number {seen}{in_units} is {format_log10(worst)}: a rounding error "
+        f"in {dtype_name(dtype)} can grow to {format_log10(log_error)} relative to x"
     )
     if log_error <= math.log10(context.limits.round_trip(dtype)):
         return Verdict.STABLE, reason, ""

@@ -222,10 +222,15 @@ def _coupled(model: AuditedModel, x: Tensor, rows: Tensor, findings: _Findings) 
     """Whether the first sample's output moves when the other samples of its batch do."""
     rows = rows if len(rows) > 1 else rows.repeat(2)
     part, batch = model.select(rows), x[rows]
-    others = batch.clone()
-    others[1:] = 0.5 * batch[1:].flip(0)
+    halved, repeated = batch.clone(), batch.clone()
+    halved[1:] = 0.5 * batch[1:].flip(0)
+    repeated[1:] = batch[:1]
     try:
-        z, moved = part(batch)[:1], part(others)[:1]
+        z = part(batch)[:1]
+        try:
+            moved = part(halved)[:1]
+        except ModelError:  # half of the data may lie where there can be no data
+            moved = part(repeated)[:1]
     except ModelError as error:
         findings.remarks.append(f"whether samples are independent could not be measured: {error}")
         return

@@ -12,7 +12,7 @@ from torch import Tensor
 from inn_guard.audits.fault_tolerant import Guarded
 from inn_guard.audits.thresholds import data_scale, feature_scale
 from inn_guard.core.invertible import Invertible
-from inn_guard.core.tensors import finite_rows
+from inn_guard.core.tensors import finite_rows, per_sample
 from inn_guard.execution.parallel import SERIAL, WorkSharing
 
 __all__ = [
@@ -183,7 +183,7 @@ class GuardedRoundTrip:
         start: where it began.
         x: the data side; where it ended, if it began with data.
         end: what came back.
-        error: largest entry of end - start over the start's scale; inf where not finite.
+        error: largest entry of end - start over its unit; inf where not finite.
         bits: |log|det J| + log|det J^-1||, which ought to be 0, in bits per dimension; inf where
             not finite, None where the model has no log-determinants.
         log_det: the forward log-determinant in nats, None likewise.
@@ -198,17 +198,26 @@ class GuardedRoundTrip:
 
 
 def guarded_from_data(
-    guarded: Guarded, x: Tensor, *, log_det: bool, bijective: bool = True
+    guarded: Guarded,
+    x: Tensor,
+    *,
+    log_det: bool,
+    bijective: bool = True,
+    unit: Tensor | None = None,
 ) -> GuardedRoundTrip:
-    """x -> z -> x; for a map that is injective only, z -> x -> z from the latents of x."""
+    """x -> z -> x; for a map that is injective only, z -> x -> z from the latents of x.
+
+    ``unit`` is what the errors of x are divided by, in a shape that broadcasts against it. Default:
+    each sample's root mean square (`data_scale`), which is always that of latents.
+    """
     if not bijective:
         return guarded_from_latents(guarded, guarded.forward(x), log_det=False)
     if not log_det:
         back = guarded.inverse(guarded.forward(x))
-        return _measured(x, x, back, None, None)
+        return _measured(x, x, back, None, None, unit)
     z, forward = guarded.forward_and_log_det(x)
     back, backward = guarded.inverse_and_log_det(z)
-    return _measured(x, x, back, forward, backward)
+    return _measured(x, x, back, forward, backward, unit)
 
 
 def guarded_from_latents(guarded: Guarded, z: Tensor, *, log_det: bool) -> GuardedRoundTrip:
@@ -222,9 +231,16 @@ def guarded_from_latents(guarded: Guarded, z: Tensor, *, log_det: bool) -> Guard
 
 
 def _measured(
-    start: Tensor, x: Tensor, end: Tensor, forward: Tensor | None, backward: Tensor | None
+    start: Tensor,
+    x: Tensor,
+    end: Tensor,
+    forward: Tensor | None,
+    backward: Tensor | None,
+    unit: Tensor | None = None,
 ) -> GuardedRoundTrip:
-    off = (end.double() - start.double()).flatten(1).abs().amax(1) / data_scale(start)
+    if unit is None:
+        unit = per_sample(data_scale(start), start)
+    off = ((end.double() - start.double()) / unit).flatten(1).abs().amax(1)
     whole = finite_rows(start) & finite_rows(end)
     error = torch.where(whole, off, torch.full_like(off, math.inf)).cpu()
     if forward is None or backward is None:

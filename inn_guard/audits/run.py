@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from inn_guard.adapters import wrap
 from inn_guard.audits.advice import advise
-from inn_guard.audits.batch import as_batch, check_context, checked_batch
+from inn_guard.audits.batch import as_batch, check_context, checked_batch, checked_domain
 from inn_guard.audits.context import AuditContext, audited_model
 from inn_guard.audits.dry_run import dry_run as estimate
 from inn_guard.audits.level import Level
@@ -55,6 +55,7 @@ def audit(  # noqa: PLR0913
     checks: Iterable[str | Check] | None = None,
     context: Context = None,
     prior: Any = None,
+    domain: Any = None,
     limits: Limits | None = None,
     loss: Callable[..., Tensor] | None = None,
     name: str | None = None,
@@ -85,6 +86,9 @@ def audit(  # noqa: PLR0913
         context: what the model is conditioned on, one row for each sample.
         prior: where latents are drawn from for sampling: a distribution with ``sample((n,))``, or a
             function n -> latents (n, *latent). Default: the model's own base, else N(0, I).
+        domain: where data can lie, if not everywhere: a constraint of torch.distributions, such as
+            ``constraints.simplex``, or a function x (B, *data) -> (B,) bool. Other inputs outside
+            of it are left out.
         limits: up to which figure the model is fit for a use. Default: ``Limits()``.
         loss: z -> scalar or (z, log_det) -> scalar, whose gradient is compared. Default: the
             negative log-likelihood.
@@ -105,7 +109,8 @@ def audit(  # noqa: PLR0913
         an AuditReport; print it.
 
     Raises:
-        TypeError: if x is no floating-point tensor, tuple of tensors, DataLoader or Dataset.
+        TypeError: if x is no floating-point tensor, tuple of tensors, DataLoader or Dataset, or
+            another argument has the wrong type.
         ValueError: if x is empty, has the wrong shape, dtype or device, or a use, check or level is
             unknown; or processes of the group hold different data or weights.
     """
@@ -128,6 +133,7 @@ def audit(  # noqa: PLR0913
         x,
         base_of(audited, x, prior=prior),
         limits=limits or Limits(),
+        domain=checked_domain(domain, x),
         loss=loss,
         seed=_seed(seed),
         parallel=parallel,

@@ -17,6 +17,7 @@ from inn_guard.audits.operation_count import count_operations
 from inn_guard.audits.rates import draws_that_decide, percent, rate_interval
 from inn_guard.audits.round_trip import first_non_finite
 from inn_guard.audits.spec import audit_check
+from inn_guard.audits.thresholds import feature_deviation
 from inn_guard.core.missing import Missing, NotApplicable
 from inn_guard.core.tensors import finite_rows, nonzero_or_one, norms
 from inn_guard.execution.time_limit import TimedOut, time_limit
@@ -27,9 +28,9 @@ from inn_guard.report.verdict import Verdict
 __all__ = [
     "BLOCK",
     "BUDGET",
+    "DataRange",
     "block_of_draws",
     "context_rows",
-    "data_radius",
     "draw_error",
     "guarded_model",
     "inverse_cost",
@@ -46,7 +47,7 @@ PROBED = 4  #: rows from which the cost of an inverse is counted
 FAR = 1e3  #: radii of the data beyond which a draw that comes back is mentioned
 EXPLAINED = 64  #: lost draws that a float64 copy repeats
 NEAR = 10.0  #: radii of the data within which a lost draw may be right
-AGREES = 0.01  #: relative distance up to which the float64 copy sends a latent to the same place
+AGREES = 0.01  #: distance, of the data's radius or the draw's, up to which float64 agrees on a draw
 
 
 def _cost(task: Task) -> Cost:
@@ -245,7 +246,7 @@ class _Measure:
         self.context = context
         self.guarded = guarded_model(context)
         self.with_log_det = self._has_log_dets()
-        self.radius = data_radius(context)
+        self.data = DataRange.of(context)
         self.deviation = context.base.deviation.double()
 
     def add(self, drawn: _Draws, block: int, *, first: int, last: int) -> None:
@@ -264,7 +265,7 @@ class _Measure:
         drawn.seen += len(z)
         drawn.lost += int(lost.sum())
         drawn.non_finite += int((~finite).sum())
-        drawn.far += int((kept & (size > FAR * self.radius)).sum())
+        drawn.far += int((kept & (size > FAR)).sum())
         drawn.disagreeing += int((kept & ~(gap <= limits.density)).sum())
         if bool(kept.any()):
             drawn.worst = max(drawn.worst, off[kept].max().item())
@@ -278,7 +279,7 @@ class _Measure:
         return "; ".join(dict.fromkeys(reason for reason in reasons if reason))
 
     def _round_trips(self, z: Tensor, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Errors in units of the base's deviation, |x|, and what log-determinants leave in nats."""
+        """Errors in units of the base's deviation, data radii, what log-determinants leave."""
         guarded = self.guarded.select(context_rows(self.context, rows))
         gap = torch.zeros(len(z), dtype=torch.float64, device=z.device)
         if self.with_log_det:
@@ -288,7 +289,7 @@ class _Measure:
         else:
             x = guarded.inverse(z)
             again = guarded.forward(x)
-        return draw_error(z, again, self.deviation), _size(x), gap
+        return draw_error(z, again, self.deviation), self.data.distances(x), gap
 
     def _has_log_dets(self) -> bool:
         """Whether both directions answer with a log-determinant."""
@@ -357,17 +358,38 @@ def draw_error(z: Tensor, again: Tensor, deviation: Tensor) -> Tensor:
     return off.nan_to_num(nan=math.inf, posinf=math.inf)
 
 
-def data_radius(context: AuditContext) -> float:
-    """The largest |x| of the finite samples; 1 if there is none."""
-    x = context.x[context.finite_rows()]
-    largest = norms(x).max().item() if len(x) else 1.0
-    return largest or 1.0
+@dataclass(frozen=True)
+class DataRange:
+    """Where the data lie, to tell how far away a draw is.
 
+    Attributes:
+        centre: of the data, which broadcasts against x; of images 0.
+        unit: of each feature of a table, its deviation; of images 1.
+        radius: the largest distance of the data from the centre, in these units.
+    """
 
-def _size(x: Tensor) -> Tensor:
-    """|x| per sample, infinite where x is not finite."""
-    size = norms(x)
-    return torch.where(finite_rows(x), size, torch.full_like(size, math.inf))
+    centre: Tensor
+    unit: Tensor
+    radius: float
+
+    @classmethod
+    def of(cls, context: AuditContext) -> DataRange:
+        """Of the finite samples."""
+        x = context.x[context.finite_rows()].double()
+        centre, unit = x.new_zeros(()), x.new_ones(())
+        if x.dim() == 2 and len(x):
+            centre, unit = x.mean(0), feature_deviation(x)
+        largest = norms((x - centre) / unit).max().item() if len(x) else 1.0
+        return cls(centre, unit, largest or 1.0)
+
+    def distances(self, x: Tensor) -> Tensor:
+        """Of the centre, in data radii, (B,) float64; infinite where x is not finite."""
+        distance = norms((x.double() - self.centre) / self.unit) / self.radius
+        return torch.where(finite_rows(x), distance, torch.full_like(distance, math.inf))
+
+    def apart(self, x: Tensor, y: Tensor) -> Tensor:
+        """The distance of x and y, in data radii, (B,) float64."""
+        return norms((x.double() - y.double()) / self.unit) / self.radius
 
 
 @dataclass(frozen=True)
@@ -421,18 +443,19 @@ def _explained(context: AuditContext, drawn: _Draws) -> _Lost:
     model = context.model.select(context_rows(context, rows))
     guarded = guarded_model(context)
     x = guarded.select(context_rows(context, rows)).inverse(z)
-    radius = data_radius(context)
-    sizes = norms(x[finite_rows(x)]) / radius
-    radii = sizes.median().item() if len(sizes) else math.nan
+    data = DataRange.of(context)
+    distances = data.distances(x)
+    finite = distances[distances.isfinite()]
+    radii = finite.median().item() if len(finite) else math.nan
     layer = _layer(model, z)
     precise = _in_float64(context, guarded.seconds, z, rows)
     if isinstance(precise, Missing):
         return _Lost(radii=radii, layer=layer, cause="unknown")
     there, error = precise
-    apart = norms(there - x.double())
-    same = apart <= AGREES * norms(there)
+    far = data.distances(there)
+    same = data.apart(there, x) <= AGREES * far.clamp(min=1.0)
     nowhere = ~finite_rows(there)
-    beyond = (_size(there) > FAR * radius) & (_size(x) > FAR * radius)
+    beyond = (far > FAR) & (distances > FAR)
     agreeing = int((same | nowhere | beyond).sum())
     returning = int((error <= context.limits.draw).sum())
     cause = "unknown"

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from inn_guard.audits.audited_model import AuditedModel, ModelError
-from inn_guard.audits.batch import checked_batch
+from inn_guard.audits.batch import checked_batch, checked_domain
 from inn_guard.audits.context import AuditContext, audited_model
 from inn_guard.audits.cost_model import Cost, Task
 from inn_guard.audits.level import Level
@@ -33,7 +33,7 @@ __all__ = ["AuditSpec", "audit_check"]
 Function = Callable[..., AuditResult]
 
 #: What a call of a check may set apart from the check's own settings.
-_CONTEXT_SETTINGS = ("limits", "prior", "loss", "seed", "parallel", "level")
+_CONTEXT_SETTINGS = ("limits", "prior", "domain", "loss", "seed", "parallel", "level")
 
 
 @dataclass(frozen=True, eq=False)
@@ -96,6 +96,7 @@ class AuditSpec:
             x,
             base_of(audited, x, prior=given.pop("prior", None)),
             limits=given.get("limits") or Limits(),
+            domain=checked_domain(given.get("domain"), x),
             loss=given.get("loss"),
             seed=given.get("seed", 0),
             parallel=given.get("parallel", SERIAL),

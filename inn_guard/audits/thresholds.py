@@ -14,9 +14,11 @@ from inn_guard.report.limits import Limits
 __all__ = [
     "ROUNDING_FACTOR",
     "data_scale",
+    "feature_deviation",
     "feature_scale",
     "format_log10",
     "max_usable_error",
+    "table_unit",
     "worst",
 ]
 
@@ -86,6 +88,30 @@ def feature_scale(x: Float[Tensor, "batch *data"]) -> Float[Tensor, "batch *data
     spread = spread.reshape(1, -1, *[1] * (x.dim() - 2))
     own = values.abs().nan_to_num(nan=0.0, posinf=0.0)
     return nonzero_or_one(torch.maximum(spread.expand_as(values), own))
+
+
+def table_unit(like: Float[Tensor, "batch *data"], x: Tensor) -> Tensor | None:
+    """One unit for each entry of x in the features of a table ``like``; None if it is no table.
+
+    The deviation of the feature in ``like``, or the entry's own size, whichever is larger.
+    """
+    if like.dim() != 2:
+        return None
+    deviation = feature_deviation(like)
+    return torch.maximum(deviation.expand_as(x), x.double().abs().nan_to_num(0.0, 0.0, 0.0))
+
+
+def feature_deviation(x: Float[Tensor, "batch features"]) -> Tensor:
+    """The deviation of each feature of a table, (features,) float64.
+
+    Of a feature that never varies it is the scale of `feature_scale`.
+    """
+    values = x.detach().double()[finite_rows(x)]
+    if not len(values):
+        return torch.ones(x.shape[1], dtype=torch.float64, device=x.device)
+    deviation = values.std(0, correction=0)
+    noise = 4 * torch.finfo(x.dtype).eps * values.abs().amax(0)
+    return torch.where(deviation > noise, deviation, feature_scale(values).amin(0))
 
 
 def worst(values: Tensor) -> float:

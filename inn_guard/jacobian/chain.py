@@ -30,7 +30,7 @@ from inn_guard.core.tensors import finite_rows, nonzero_or_one, peak, per_sample
 from inn_guard.jacobian.allocator import retain_freed_memory
 from inn_guard.jacobian.checks import check_inverse, check_inverse_jvp, check_jvp
 
-__all__ = ["Linearization", "LogScaledVector", "log_scaled"]
+__all__ = ["Linearization", "LogScaledVector", "ScaledLinearization", "log_scaled"]
 
 #: (jacobian, x, name, *, draw) -> the Jacobian itself, or one that is right
 Check = Callable[..., LayerJacobian]
@@ -250,6 +250,46 @@ class Linearization:
         if key not in self._drawn:
             self._drawn[key] = random_vectors(*like)
         return self._drawn[key]
+
+
+class ScaledLinearization:
+    """The products of J S and its inverse, with S a diagonal matrix: x in other units.
+
+    Args:
+        linearization: of J.
+        scale: the diagonal of S, in a shape that broadcasts against x.
+    """
+
+    def __init__(self, linearization: Linearization, scale: Tensor) -> None:
+        self._inner, self._scale = linearization, scale.to(linearization.states[0])
+        self.states, self.output = linearization.states, linearization.output
+
+    def jvp(self, v: Tensor | LogScaledVector) -> LogScaledVector:
+        """J S v."""
+        return self._inner.jvp(self._times(v, self._scale))
+
+    def vjp(self, u: Tensor | LogScaledVector) -> LogScaledVector:
+        """S J^T u."""
+        return self._times(self._inner.vjp(u), self._scale)
+
+    def inverse_jvp(self, u: Tensor | LogScaledVector) -> LogScaledVector:
+        """S^-1 J^-1 u."""
+        return self._times(self._inner.inverse_jvp(u), 1 / self._scale)
+
+    def inverse_vjp(self, v: Tensor | LogScaledVector) -> LogScaledVector:
+        """J^-T S^-1 v."""
+        return self._inner.inverse_vjp(self._times(v, 1 / self._scale))
+
+    def select(self, rows: Tensor) -> ScaledLinearization | None:
+        """The same for these samples; None where a layer cannot select them."""
+        part = self._inner.select(rows)
+        return None if part is None else ScaledLinearization(part, self._scale)
+
+    @staticmethod
+    def _times(v: Tensor | LogScaledVector, scale: Tensor) -> LogScaledVector:
+        if not isinstance(v, LogScaledVector):
+            v = LogScaledVector.from_vector(v)
+        return LogScaledVector(v.vector * scale, v.log_scale).normalized()
 
 
 def _linearize(layer: Invertible, x: Tensor) -> LayerJacobian:

@@ -14,7 +14,7 @@ from torch import Tensor
 from inn_guard.core.layer_jacobian import AutogradJacobian
 from inn_guard.core.random import Noise, as_noise
 from inn_guard.core.tensors import finite_rows
-from inn_guard.jacobian.chain import Linearization
+from inn_guard.jacobian.chain import Linearization, ScaledLinearization
 from inn_guard.jacobian.lanczos import (
     LargestSingularValue,
     ScaledProduct,
@@ -32,7 +32,8 @@ __all__ = [
 ]
 
 #: a linearization -> products with a map and with its transpose
-Products = Callable[[Linearization], tuple[ScaledProduct, ScaledProduct]]
+AnyLinearization = Linearization | ScaledLinearization
+Products = Callable[[AnyLinearization], tuple[ScaledProduct, ScaledProduct]]
 
 CHUNKS = (64, 32, 128)  #: rows per backward pass that are tried; the fastest does the rest
 
@@ -66,7 +67,7 @@ class ExtremeSingularValues:
 
 
 def extreme_singular_values(
-    linearization: Linearization,
+    linearization: AnyLinearization,
     *,
     generator: torch.Generator | Noise,
     tolerance: float = 1e-3,
@@ -113,11 +114,11 @@ def extreme_singular_values(
     return ExtremeSingularValues(forward, extreme(_of_inverse, z))
 
 
-def _of_jacobian(linearization: Linearization) -> tuple[ScaledProduct, ScaledProduct]:
+def _of_jacobian(linearization: AnyLinearization) -> tuple[ScaledProduct, ScaledProduct]:
     return linearization.jvp, linearization.vjp
 
 
-def _of_inverse(linearization: Linearization) -> tuple[ScaledProduct, ScaledProduct]:
+def _of_inverse(linearization: AnyLinearization) -> tuple[ScaledProduct, ScaledProduct]:
     return linearization.inverse_jvp, linearization.inverse_vjp
 
 

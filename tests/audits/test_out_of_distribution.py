@@ -15,6 +15,7 @@ import torch
 from nflows.nn.nets import ResidualNet
 from nflows.transforms import AffineCouplingTransform, CompositeTransform
 from torch import nn
+from torch.distributions import constraints
 
 from inn_guard.adapters import wrap
 from inn_guard.audits import Level
@@ -22,7 +23,7 @@ from inn_guard.audits.audited_model import AuditedModel
 from inn_guard.audits.fault_tolerant import Guarded
 from inn_guard.audits.out_of_distribution import input_families as families
 from inn_guard.audits.out_of_distribution.audit import out_of_distribution
-from inn_guard.audits.out_of_distribution.input_families import DATA_FAMILIES, LATENT_FAMILIES
+from inn_guard.audits.out_of_distribution.input_families import BASE_FAMILIES, DATA_FAMILIES
 from inn_guard.audits.out_of_distribution.radius_search import smallest_failing_radius
 from inn_guard.core.invertible import Invertible
 from inn_guard.execution.time_limit import TimedOut, time_limit
@@ -69,7 +70,8 @@ def rows(result):
 
 def data(*shape):
     x = torch.randn(*(shape or (24, 5)))
-    return (x - x.mean(0)) / (x - x.mean(0)).flatten(1).norm(dim=1).median()  # centre 0, radius 1
+    x = (x - x.mean(0)) / x.std(0, correction=0)  # every feature has the same deviation
+    return x / x.flatten(1).norm(dim=1).median()  # centre 0, radius 1
 
 
 # closed forms
@@ -148,10 +150,20 @@ def test_what_the_families_are():
         x.min().item(),
         x.max().item(),
     }
-    z = torch.zeros(200, 50)
-    assert LATENT_FAMILIES["N(0, I), temperature 1.5"].make(
-        z, generator
-    ).std().item() == pytest.approx(1.5, rel=0.03)
+    z = 7 + 3 * torch.randn(200, 50)
+    made = BASE_FAMILIES["base, temperature 1.5"].make(z, generator)
+    torch.testing.assert_close(made.std(0), 1.5 * z.std(0))
+    torch.testing.assert_close(made.mean(0), z.mean(0))
+
+
+def test_the_families_of_a_table_have_the_range_of_every_feature():
+    units, offset = torch.tensor([1e-6, 1.0, 1e6]), torch.tensor([1e-6, -5.0, 0.0])
+    x = torch.randn(16, 3)
+    for name, family in DATA_FAMILIES.items():
+        if family.fits(x):
+            plain = family.make(x, torch.Generator().manual_seed(0))
+            other = family.make(x * units + offset, torch.Generator().manual_seed(0))
+            torch.testing.assert_close((other - offset) / units, plain, msg=name)
 
 
 def test_what_means_nothing_is_left_out_and_said_so():
@@ -195,8 +207,8 @@ def test_the_share_that_may_fail_is_a_limit():
 def test_hot_latents_decide_nothing():
     x = data()
     result = out_of_distribution(Ball(2.0), 0.1 * x)
-    assert rows(result)["N(0, I), temperature 2"]["verdict"] == "not invertible"
-    assert rows(result)["N(0, I), temperature 2"]["decides"] == "no"
+    assert rows(result)["base, temperature 2"]["verdict"] == "not invertible"
+    assert rows(result)["base, temperature 2"]["decides"] == "no"
     assert result.verdict is Verdict.STABLE
 
 
@@ -232,6 +244,55 @@ def test_nan_and_exceptions_are_counted_where_they_happen():
     assert table["far"]["non_finite"] == table["farther"]["non_finite"] == 3
     assert table["mixed"]["non_finite"] == 1
     assert "outside of the domain" in result.settings["failures"]
+
+
+class Positive(Scale):
+    """Refuses what is not positive, as the logarithm of a count would, or answers NaN."""
+
+    def __init__(self, *, raises):
+        super().__init__()
+        self.raises = raises
+
+    def forward(self, x):
+        if self.raises and bool((x <= 0).any()):
+            raise ValueError("expected positive numbers")
+        return x.log()
+
+    def inverse(self, z):
+        return z.exp()
+
+    def forward_and_log_det(self, x):
+        return self.forward(x), -x.log().sum(1)
+
+    def inverse_and_log_det(self, z):
+        return self.inverse(z), z.sum(1)
+
+
+def test_inputs_that_the_model_refuses_are_left_out():
+    x = data().exp()
+    result = out_of_distribution(Positive(raises=True), x)
+    assert result.verdict is Verdict.STABLE, result.reason
+    assert "contrast x 5: the model refuses" in result.settings["left_out"]
+    assert rows(result)["rademacher noise"]["samples"] == 24
+    assert out_of_distribution(Positive(raises=False), x).values["invertible_radius"] < 10
+
+
+@pytest.mark.parametrize("domain", [constraints.positive, lambda x: (x > 0).all(1)])
+def test_inputs_outside_of_the_domain_are_left_out(domain):
+    x = data().exp()
+    result = out_of_distribution(Positive(raises=False), x, domain=domain)
+    assert result.verdict is Verdict.STABLE, result.reason
+    assert "contrast x 5: outside of the domain" in result.settings["left_out"]
+    assert result.values["invertible_radius"] == math.inf
+
+
+def test_the_domain_holds_the_data_and_answers_with_one_bool_per_sample():
+    with pytest.raises(ValueError, match="24 of 24 samples outside"):
+        out_of_distribution(Scale(), data(), domain=constraints.simplex)
+    with pytest.raises(TypeError, match="24 bools"):
+        out_of_distribution(Scale(), data(), domain=lambda x: x.sum())
+    with pytest.raises(TypeError, match=r"constraints\.simplex"):
+        out_of_distribution(Scale(), data(), domain="simplex")
 
 
 def test_other_sets_must_look_like_the_data():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -16,8 +16,10 @@ from inn_guard.audits.cost_model import Cost, Passes, Task
 from inn_guard.audits.fault_tolerant import Guarded, patience
 from inn_guard.audits.level import Level
 from inn_guard.audits.out_of_distribution.input_families import (
+    BASE_FAMILIES,
     DATA_FAMILIES,
     LATENT_FAMILIES,
+    InputFamily,
     Scope,
 )
 from inn_guard.audits.out_of_distribution.radius_search import (
@@ -33,6 +35,7 @@ from inn_guard.audits.round_trip import (
     guarded_from_latents,
 )
 from inn_guard.audits.spec import audit_check
+from inn_guard.audits.thresholds import feature_deviation, table_unit
 from inn_guard.core.layer_jacobian import NotApplicable
 from inn_guard.core.tensors import finite_rows, norms, per_sample
 from inn_guard.execution.memory import forward_footprint
@@ -59,7 +62,7 @@ ADVICE = (
 
 
 def _cost(task: Task) -> Cost:
-    families = 1 + len(DATA_FAMILIES) + len(LATENT_FAMILIES)
+    families = 1 + len(DATA_FAMILIES) + len(LATENT_FAMILIES) + len(BASE_FAMILIES)
     searched = 2 * (LARGEST - SMALLEST + 1 + BISECTIONS) * DIRECTIONS
     round_trip = Passes(forward=1, inverse=1)
     passes = round_trip * (families * task.chosen + searched + 3 * task.chosen)
@@ -81,13 +84,16 @@ def out_of_distribution(
     """Round-trip errors, shares that are not finite, log-determinants and spectra off the data.
 
     Inputs: ``others``; noise, constants, blurred, inverted and shuffled data within the range of x;
-    the same data with more contrast or scale, beyond it; the latents of x, and hot draws from
-    N(0, I). A family fails if some round trip is off by more than ``limits.reconstruction`` of the
-    input's root mean square, or not finite, or if the forward and the inverse log-determinant leave
-    more than 0.1 bits per dimension: then the change of variables means nothing there. The verdict
-    is that of ``others``, of what lies within the data's range, and of the latents of x; the rest
-    is reported. Draws from the base itself are the matter of ``sampling``. Whatever the model does
-    on an input (raise, loop, return NaN) is its answer.
+    the same data with more contrast or scale, beyond it; the latents of x, and hot draws from the
+    base. Of a table (B, features) every feature has its own range and unit. A family fails if some
+    round trip is off by more than ``limits.reconstruction`` of the input's root mean square (of a
+    table: of the feature's deviation or the entry's size), or not finite, or if the forward and the
+    inverse log-determinant leave more than 0.1 bits per dimension: then the change of variables
+    means nothing there. The verdict is that of ``others``, of what lies within the data's range,
+    and of the latents of x; the rest is reported. Draws from the base itself are the matter of
+    ``sampling``. What the model does on an input (loop, return NaN) is its answer. Inputs outside
+    of the audit's ``domain`` are left out; so are those that the model's forward refuses by an
+    exception, since it says so itself.
 
     The radius search goes from the batch's mean along random directions, in units of the data's
     distance from it, to the first radius where an inverse or a likelihood fails.
@@ -137,8 +143,8 @@ def out_of_distribution(
         headline=("failed_families", "invertible_radius"),
         values=measured.values(invertible, likelihood),
         units={
-            "max_error": "of the input's root mean square",
-            "median_error": "of the input's root mean square",
+            "max_error": measured.unit,
+            "median_error": measured.unit,
             "log_det_gap": "bits per dimension",
             "invertible_radius": "radii of the data",
             "likelihood_radius": "radii of the data",
@@ -168,6 +174,7 @@ class _Families:
         self, context: AuditContext, rows: Tensor, directions: int, spectrum_samples: int
     ) -> None:
         self.model, self.x = context.at(rows)
+        self.base, self.domain = context.base, context.domain
         self.seed = context.seed
         self.limit = context.limits.round_trip(self.x.dtype)
         self.allowed_share = context.limits.other_inputs
@@ -182,24 +189,51 @@ class _Families:
         if not self.has_log_det:
             self.left_out.append("log-determinants: the model has none in both directions")
 
+    @property
+    def unit(self) -> str:
+        """What errors are relative to, in words."""
+        if self.x.dim() == 2:
+            return "of the feature's deviation or size"
+        return "of the input's root mean square"
+
     def measure_built_in(self) -> None:
         """The families that mean something for this data."""
         z = self.guarded.forward(self.x)
-        for name, family in {**DATA_FAMILIES, **LATENT_FAMILIES}.items():
-            start = z if family.scope.latent else self.x
-            if not family.fits(self.x):
-                self.left_out.append(
-                    f"{name}: x {tuple(self.x.shape)} holds no images of 4 x 4 pixels or more"
-                )
-            elif not bool(finite_rows(start).all()):
-                self.left_out.append(f"{name}: the latents of the data are not finite")
+        for name, family in DATA_FAMILIES.items():
+            if family.fits(self.x):
+                self._make(name, family, self.x)
             else:
-                made = family.make(start, torch.Generator().manual_seed(self.seed))
-                self.measure(name, made, family.scope)
+                shape = tuple(self.x.shape)
+                self.left_out.append(f"{name}: x {shape} holds no images of 4 x 4 pixels or more")
+        for name, family in LATENT_FAMILIES.items():
+            if bool(finite_rows(z).all()):
+                self._make(name, family, z)
+            else:
+                self.left_out.append(f"{name}: the latents of the data are not finite")
+        try:
+            draws = self.base.draw(len(self.x), seed=self.seed)
+        except NotApplicable as error:
+            self.left_out.append(f"hot draws: {error}")
+            return
+        for name, family in BASE_FAMILIES.items():
+            self._make(name, family, draws)
 
-    def measure(self, name: str, start: Tensor, scope: Scope) -> None:
+    def _make(self, name: str, family: InputFamily, start: Tensor) -> None:
+        made = family.make(start, torch.Generator().manual_seed(self.seed))
+        contexts = torch.arange(len(made), device=made.device) % len(self.x)
+        if not family.scope.latent:
+            kept = self._accepted(name, made, contexts)
+            made, contexts = made[kept], contexts[kept]
+        if len(made):
+            self.measure(name, made, family.scope, contexts)
+
+    def measure(
+        self, name: str, start: Tensor, scope: Scope, contexts: Tensor | None = None
+    ) -> None:
         """One family: round trips, log-determinants, spectrum, and the first image."""
-        trip = self._round_trip(start, scope)
+        if contexts is None:
+            contexts = torch.arange(len(start), device=start.device) % len(self.x)
+        trip = self._round_trip(start, scope, contexts)
         finite = trip.error[trip.error.isfinite()]
         row: dict[str, Any] = {
             "family": name,
@@ -214,32 +248,54 @@ class _Families:
             row["log_det_gap"] = trip.bits.max().item()
             known = trip.log_det[trip.log_det.isfinite()]
             row["log_det"] = known.median().item() if len(known) else math.nan
-        self.rows.append({**row, **self._spectrum(trip)})
+        self.rows.append({**row, **self._spectrum(trip, contexts)})
         self._show(name, trip, scope)
 
     def radii(self) -> tuple[Radii, Radii | None]:
         """Where the inverse fails, and where log p does; None without log-determinants."""
         centre = self.x.double().mean(0, keepdim=True)
-        radius = norms(self.x.double() - centre).median().item() or 1.0
+        feature = torch.ones_like(centre)
+        if self.x.dim() == 2:
+            feature = feature_deviation(self.x)[None]
+        radius = norms((self.x.double() - centre) / feature).median().item() or 1.0
         generator = torch.Generator().manual_seed(self.seed)
         shape = (self.directions, *self.x.shape[1:])
         noise = torch.randn(shape, generator=generator, device="cpu", dtype=torch.float64)
-        directions = (radius * noise / per_sample(norms(noise), noise)).to(centre)
+        directions = feature * (radius * noise / per_sample(norms(noise), noise)).to(centre)
         contexts = torch.arange(self.directions, device=self.x.device) % len(self.x)
         guarded = self.guarded.select(contexts)
 
+        def at(radii: Tensor) -> Tensor:
+            return (centre + per_sample(radii.to(centre), noise) * directions).to(self.x)
+
         def go(radii: Tensor) -> GuardedRoundTrip:
-            start = (centre + per_sample(radii.to(centre), noise) * directions).to(self.x)
+            start = at(radii)
             return guarded_from_data(
-                guarded, start, log_det=self.has_log_det, bijective=self.model.bijective
+                guarded,
+                start,
+                log_det=self.has_log_det,
+                bijective=self.model.bijective,
+                unit=table_unit(self.x, start),
             )
 
+        def failing(wrong: Callable[[GuardedRoundTrip], Tensor]) -> Callable[[Tensor], Tensor]:
+            def fails(radii: Tensor) -> Tensor:
+                found = wrong(go(radii))
+                if not bool(found.any()):
+                    return found
+                # where there are no data the model need not hold
+                return found & ~self._left(at(radii), contexts).cpu()
+
+            return fails
+
         invertible = smallest_failing_radius(
-            lambda radii: go(radii).error > self.limit, self.directions
+            failing(lambda trip: trip.error > self.limit), self.directions
         )
         if not self.has_log_det:
             return invertible, None
-        likelihood = smallest_failing_radius(lambda radii: _bits(go(radii)) > BITS, self.directions)
+        likelihood = smallest_failing_radius(
+            failing(lambda trip: _bits(trip) > BITS), self.directions
+        )
         return invertible, likelihood
 
     def values(self, invertible: Radii, likelihood: Radii | None) -> dict[str, float]:
@@ -260,13 +316,30 @@ class _Families:
         """The rows of the families that decide, apart from the data themselves."""
         return [row for row in self.rows[1:] if row["decides"] == "yes"]
 
-    def _round_trip(self, start: Tensor, scope: Scope) -> GuardedRoundTrip:
-        contexts = torch.arange(len(start), device=start.device) % len(self.x)
+    def _left(self, start: Tensor, contexts: Tensor) -> Tensor:
+        """Samples outside of the domain, or that the model refuses, (B,) bool."""
+        if self.domain is not None:
+            return ~self.domain(start)
+        return self.guarded.select(contexts).refuses(start)
+
+    def _accepted(self, name: str, start: Tensor, contexts: Tensor) -> Tensor:
+        """The samples of a family that lie where there can be data, (B,) bool."""
+        left = self._left(start, contexts)
+        if bool(left.any()):
+            why = "the model refuses" if self.domain is None else "outside of the domain are"
+            self.left_out.append(f"{name}: {why} {int(left.sum())} of {len(start)} samples")
+        return ~left
+
+    def _round_trip(self, start: Tensor, scope: Scope, contexts: Tensor) -> GuardedRoundTrip:
         guarded = self.guarded.select(contexts)
         if scope.latent:
             return guarded_from_latents(guarded, start, log_det=self.has_log_det)
         return guarded_from_data(
-            guarded, start, log_det=self.has_log_det, bijective=self.model.bijective
+            guarded,
+            start,
+            log_det=self.has_log_det,
+            bijective=self.model.bijective,
+            unit=table_unit(self.x, start),
         )
 
     def _verdict(self, trip: GuardedRoundTrip) -> str:
@@ -278,14 +351,14 @@ class _Families:
             return "likelihood meaningless"
         return "passes"
 
-    def _spectrum(self, trip: GuardedRoundTrip) -> dict[str, float]:
+    def _spectrum(self, trip: GuardedRoundTrip, contexts: Tensor) -> dict[str, float]:
         if self.spectrum_samples < 1 or not self.model.bijective:
             return {}
         rows = finite_rows(trip.x).nonzero()[: self.spectrum_samples, 0]
         nothing = {"log10_sigma_max": math.nan, "log10_sigma_min": math.nan}
         try:
             with time_limit(self.guarded.seconds):
-                ends = self._extremes(trip.x[rows], rows % len(self.x))
+                ends = self._extremes(trip.x[rows], contexts[rows])
         except (NotApplicable, ModelError, TimedOut):
             return nothing
         if ends is None:

@@ -1,4 +1,8 @@
-"""Families of inputs that no training set holds, made from one batch."""
+"""Families of inputs that no training set holds, made from one batch.
+
+A table (B, features) has a mean, a deviation and a range for each feature, so that a family is the
+same inputs whatever the units are. Images and sequences have one for the whole batch.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-__all__ = ["DATA_FAMILIES", "LATENT_FAMILIES", "InputFamily", "Scope"]
+__all__ = ["BASE_FAMILIES", "DATA_FAMILIES", "LATENT_FAMILIES", "InputFamily", "Scope"]
 
 Make = Callable[[Tensor, torch.Generator], Tensor]
 
@@ -35,7 +39,7 @@ class InputFamily:
     """A family of inputs.
 
     Attributes:
-        make: (finite data x or latents z (B, *), generator) -> inputs of that shape.
+        make: (finite data x, or draws of the base (B, *), generator) -> inputs of that shape.
         scope: where they lie. Only families within the data's range decide a verdict.
         images: whether it needs images (B, C, H, W) of at least 4 x 4 pixels.
     """
@@ -57,47 +61,63 @@ def _unit(like: Tensor, generator: torch.Generator) -> Tensor:
     return torch.rand(like.shape, generator=generator, device="cpu", dtype=torch.float64).to(like)
 
 
+def _over_samples(x: Tensor) -> tuple[int, ...]:
+    """The dimensions that share one mean, deviation and range."""
+    return (0,) if x.dim() == 2 else tuple(range(x.dim()))
+
+
+def _mean(x: Tensor) -> Tensor:
+    return x.mean(_over_samples(x), keepdim=True)
+
+
+def _range(x: Tensor) -> tuple[Tensor, Tensor]:
+    dims = _over_samples(x)
+    return x.amin(dims, keepdim=True), x.amax(dims, keepdim=True)
+
+
 def gaussian(x: Tensor, generator: torch.Generator) -> Tensor:
-    """White noise of the batch's mean and deviation, cut at its range."""
-    return (x.mean() + x.std(correction=0) * _normal(x, generator)).clamp(x.min(), x.max())
+    """White noise of the data's mean and deviation, cut at their range."""
+    deviation = x.std(_over_samples(x), correction=0, keepdim=True)
+    lowest, highest = _range(x)
+    return (_mean(x) + deviation * _normal(x, generator)).clamp(lowest, highest)
 
 
 def uniform(x: Tensor, generator: torch.Generator) -> Tensor:
-    """White noise, uniform over the batch's range."""
-    return x.min() + (x.max() - x.min()) * _unit(x, generator)
+    """White noise, uniform over the data's range."""
+    lowest, highest = _range(x)
+    return lowest + (highest - lowest) * _unit(x, generator)
 
 
 def rademacher(x: Tensor, generator: torch.Generator) -> Tensor:
-    """Every value at one of the two ends of the batch's range."""
-    return torch.where(_unit(x, generator) < 0.5, x.min(), x.max())
+    """Every value at one of the two ends of its range."""
+    lowest, highest = _range(x)
+    return torch.where(_unit(x, generator) < 0.5, lowest, highest)
 
 
 def constant(x: Tensor, generator: torch.Generator) -> Tensor:
-    """One value per sample, evenly spread over the batch's range."""
-    levels = (
-        torch.linspace(0, 1, len(x), dtype=x.dtype, device=x.device)
-        if len(x) > 1
-        else x.new_tensor([0.5])
-    )
-    return (
-        (x.min() + (x.max() - x.min()) * levels)
-        .reshape(-1, *[1] * (x.dim() - 1))
-        .expand_as(x)
-        .clone()
-    )
+    """One share of the range per sample for all its values, evenly spread over the batch."""
+    shares = torch.linspace(0, 1, len(x), dtype=x.dtype, device=x.device)
+    if len(x) == 1:
+        shares = x.new_tensor([0.5])
+    lowest, highest = _range(x)
+    return (lowest + (highest - lowest) * shares.reshape(-1, *[1] * (x.dim() - 1))).expand_as(x)
 
 
 def inverted(x: Tensor, generator: torch.Generator) -> Tensor:
     """The negative: lowest + highest - x."""
-    return x.min() + x.max() - x
+    lowest, highest = _range(x)
+    return lowest + highest - x
 
 
 def shuffled(x: Tensor, generator: torch.Generator) -> Tensor:
-    """The values of every sample in random order, another one for each."""
-    order = (
-        torch.rand(len(x), x[0].numel(), generator=generator, device="cpu").argsort(1).to(x.device)
-    )
-    return x.flatten(1).gather(1, order).reshape(x.shape)
+    """The values of every feature in random order over the samples; of an image, over its pixels.
+
+    Either way, what depends on each other is torn apart.
+    """
+    mixed = 0 if x.dim() == 2 else 1
+    flat = x.flatten(1)
+    order = torch.rand(flat.shape, generator=generator, device="cpu").argsort(mixed).to(x.device)
+    return flat.gather(mixed, order).reshape(x.shape)
 
 
 def blurred(x: Tensor, generator: torch.Generator) -> Tensor:
@@ -117,18 +137,22 @@ def blurred(x: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def contrast(factor: float) -> Make:
-    """Distances from the batch's mean multiplied by ``factor``."""
-    return lambda x, generator: x.mean() + factor * (x - x.mean())
+    """Distances from the data's mean multiplied by ``factor``."""
+    return lambda x, generator: _mean(x) + factor * (x - _mean(x))
 
 
 def scale(factor: float) -> Make:
-    """x multiplied by ``factor``."""
-    return lambda x, generator: factor * x
+    """x multiplied by ``factor``; of a table, whose zero means nothing, distances from the mean."""
+
+    def make(x: Tensor, generator: torch.Generator) -> Tensor:
+        return contrast(factor)(x, generator) if x.dim() == 2 else factor * x
+
+    return make
 
 
-def normal(temperature: float) -> Make:
-    """z ~ N(0, temperature^2 I)."""
-    return lambda z, generator: temperature * _normal(z, generator)
+def hot(temperature: float) -> Make:
+    """Draws of the base with their distances from its mean multiplied by the temperature."""
+    return lambda z, generator: z.mean(0) + temperature * (z - z.mean(0))
 
 
 def encoded(z: Tensor, generator: torch.Generator) -> Tensor:
@@ -153,9 +177,13 @@ DATA_FAMILIES: dict[str, InputFamily] = {
     "scale x 100": InputFamily(scale(100.0), _BEYOND),
 }
 
-#: made from latents; hotter than N(0, I) is beyond it
+#: made from the latents of the data
 LATENT_FAMILIES: dict[str, InputFamily] = {
     "encoded latents": InputFamily(encoded, Scope(in_range=True, latent=True)),
-    "N(0, I), temperature 1.5": InputFamily(normal(1.5), Scope(in_range=False, latent=True)),
-    "N(0, I), temperature 2": InputFamily(normal(2.0), Scope(in_range=False, latent=True)),
+}
+
+#: made from draws of the model's own base, and beyond it
+BASE_FAMILIES: dict[str, InputFamily] = {
+    "base, temperature 1.5": InputFamily(hot(1.5), Scope(in_range=False, latent=True)),
+    "base, temperature 2": InputFamily(hot(2.0), Scope(in_range=False, latent=True)),
 }

@@ -1,0 +1,74 @@
+"""A flow and the same flow of data in other units get the same verdicts for every use."""
+
+from __future__ import annotations
+
+import functools
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+import inn_guard as ig
+from inn_guard.layers.actnorm import Diagonal
+from inn_guard.layers.chain import Chain
+from inn_guard.layers.coupling import AffineCoupling
+from inn_guard.layers.networks import MLP
+from inn_guard.layers.permutation import Permutation
+from inn_guard.layers.scales import ExpScale
+from inn_guard.report.uses import USES
+
+FEATURES = 4
+CHECKS = ("density", "log_det", "reconstruction", "gradient_angle", "out_of_distribution")
+EVERY = (*CHECKS, "sampling", "jacobian_spectrum", "layer_blame", "precision")
+
+
+def flow(gain: float, units: Tensor, offset: Tensor) -> Chain:
+    """Couplings with unbounded scales, after an affine layer that undoes the units."""
+    torch.manual_seed(0)
+    first = Diagonal(FEATURES)
+    with torch.no_grad():
+        first.log_scale.copy_(-units.log())
+        first.shift.copy_(-offset)
+    layers = []
+    for _ in range(2):
+        coupling = AffineCoupling(MLP([2, 16, 4]), scale=ExpScale())
+        with torch.no_grad():
+            coupling.network[-1].weight.mul_(gain)
+        layers += [coupling, Permutation.reverse(FEATURES)]
+    return Chain(first, *layers).float()
+
+
+def verdicts(gain: float, units: Tensor, offset: Tensor, checks: tuple[str, ...]) -> dict[str, str]:
+    x = torch.randn(16, FEATURES, generator=torch.Generator().manual_seed(1))
+    data = ((x + offset) * units).float()
+    report = ig.audit(flow(gain, units, offset), data, uses=list(USES), checks=list(checks))
+    found = {result.name: str(result.verdict) for result in report}
+    return found | {use: str(one.verdict) for use, one in report.uses.items()}
+
+
+@functools.cache
+def standardised(gain: float, checks: tuple[str, ...]) -> dict[str, str]:
+    return verdicts(gain, torch.ones(FEATURES), torch.zeros(FEATURES), checks)
+
+
+@pytest.mark.parametrize(
+    ("gain", "units"),
+    [(1.0, (1.0, 10.0, 0.1, 1.0)), (1.0, (1e-6, 1.0, 1e6, 1.0)), (8.0, (1e-3, 1.0, 1e3, 10.0))],
+)
+def test_the_same_verdicts_in_other_units(gain, units):
+    offset = torch.tensor([0.0, -2.0, 1.0, 3.0])
+    assert verdicts(gain, torch.tensor(units), offset, CHECKS) == standardised(gain, CHECKS)
+
+
+@pytest.mark.thorough
+@given(
+    gain=st.sampled_from([1.0, 2.0, 8.0]),
+    powers=st.lists(st.floats(-6, 6), min_size=FEATURES, max_size=FEATURES),
+    offset=st.lists(st.floats(-3, 3), min_size=FEATURES, max_size=FEATURES),
+)
+def test_the_same_verdicts_in_any_units(gain, powers, offset):
+    units = 10 ** torch.tensor(powers)
+    found = verdicts(gain, units, torch.tensor(offset), EVERY)
+    assert found == standardised(gain, EVERY)
