@@ -22,6 +22,7 @@ from inn_guard.report.limits import Limits
 from inn_guard.report.result import AuditResult
 from inn_guard.report.uses import USES
 from inn_guard.report.verdict import Verdict
+from inn_guard.testing import assert_stable
 from inn_guard.training import actions
 from inn_guard.training.audit_hook import AuditHook
 from inn_guard.training.records import CsvRecorder, TensorBoardRecorder
@@ -63,6 +64,7 @@ __all__ = [
     "TensorBoardRecorder",
     "Verdict",
     "actions",
+    "assert_stable",
     "audit",
     "audit_check",
     "compare",

@@ -18,7 +18,7 @@ from inn_guard.adapters.callables import Functions
 from inn_guard.core.invertible import Context, Invertible
 from inn_guard.layers.chain import Chain
 
-__all__ = ["ADAPTERS", "wrap"]
+__all__ = ["ADAPTERS", "is_known", "wrap"]
 
 #: module that defines the model's class, or one of its bases -> adapter with adapt(model, context)
 ADAPTERS: dict[str, str] = {
@@ -98,6 +98,11 @@ def wrap(
     if adapter is None:
         raise TypeError(_refusal(model))
     return importlib.import_module(adapter).adapt(model, context)
+
+
+def is_known(model: Any) -> bool:
+    """Whether `wrap` takes the model as it is; nothing is imported to find out."""
+    return isinstance(model, Invertible) or _adapter_of(model) is not None
 
 
 def _from_callables(

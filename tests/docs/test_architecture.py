@@ -28,6 +28,7 @@ PACKAGES = [
     "audits",
     "training",
     "repair",
+    "testing",
     "cli",
 ]
 #: other library -> the parts of the package that may import it
