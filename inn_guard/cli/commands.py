@@ -133,6 +133,9 @@ def audit(  # noqa: PLR0913  (one parameter for each option)
     json: Annotated[
         Path | None, typer.Option(help="Write the report as JSON; 'inn-guard report' reads it.")
     ] = None,
+    junit: Annotated[
+        Path | None, typer.Option(help="Write JUnit XML, one test case for each use.")
+    ] = None,
     dtype: Annotated[
         Precision | None, typer.Option(help="Audit in this dtype. Default: the model's own.")
     ] = None,
@@ -157,7 +160,7 @@ def audit(  # noqa: PLR0913  (one parameter for each option)
     chosen_checks = _names(checks, "--checks", AUDITS)
     place = _device(device)
     limit = _bytes(memory)
-    _can_write(html, json)
+    _can_write(html, json, junit)
     rows = read_data(data, samples=samples)
     made = make(model, seed=seed, arguments=arguments)
     if weights is not None:
@@ -200,7 +203,7 @@ def audit(  # noqa: PLR0913  (one parameter for each option)
                 "prior": prior,
                 "seed": seed,
             }
-            _finish(_with_settings(report, asked), html, json)
+            _finish(_with_settings(report, asked), html=html, json=json, junit=junit)
     if dry_run or not is_first():
         raise typer.Exit(0)
     raise typer.Exit(exit_code(report.verdict))
@@ -220,7 +223,7 @@ def report(
         read = from_json(saved.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise WrongUsage(f"{saved} cannot be shown: {error}") from error
-    _finish(read, html, None)
+    _finish(read, html=html)
 
 
 app.command(context_settings=ANY_OPTION)(bench)
@@ -314,9 +317,16 @@ def _with_settings(report: AuditReport, asked: dict[str, Any]) -> AuditReport:
     return dataclasses.replace(report, settings=settings)
 
 
-def _finish(report: AuditReport, html: Path | None, json: Path | None) -> None:
+def _finish(
+    report: AuditReport,
+    *,
+    html: Path | None = None,
+    json: Path | None = None,
+    junit: Path | None = None,
+) -> None:
     typer.echo(str(report))
-    for path, write in ((json, report.to_json), (html, report.to_html)):
+    files = ((json, report.to_json), (html, report.to_html), (junit, report.to_junit))
+    for path, write in files:
         if path is None:
             continue
         try:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from inn_guard.execution.files import atomic_write
+from inn_guard.report.exchange import badge, junit, model_card
 from inn_guard.report.result import AuditResult
 from inn_guard.report.uses import USES, UseVerdict
 from inn_guard.report.verdict import Verdict
@@ -282,6 +283,29 @@ class AuditReport:
         for number, text in enumerate(self.advice, start=1):
             lines += _markdown_item(number, text)
         return "\n".join(lines)
+
+    def to_junit(self, path: str | os.PathLike[str] | None = None) -> str:
+        """JUnit XML with one test case for each use, as CI servers read it.
+
+        Args:
+            path: file to write, atomically. None writes nothing.
+
+        Returns:
+            the XML text.
+        """
+        text = junit(self)
+        if path is not None:
+            with atomic_write(path) as partial:
+                partial.write_text(text, encoding="utf-8")
+        return text
+
+    def to_badge(self) -> dict[str, Any]:
+        """The verdict as the JSON of a badge endpoint: schemaVersion, label, message, color."""
+        return badge(self)
+
+    def to_model_card(self) -> str:
+        """A model card in Markdown: the figures as a ``model-index``, then the table of uses."""
+        return model_card(self)
 
     def to_frame(self) -> pd.DataFrame:
         """A table with one row per named value of every result.

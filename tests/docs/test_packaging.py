@@ -14,6 +14,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 SHIPPED = (
     "pyproject.toml",
+    "pytest_inn_guard.py",
     "README.md",
     "LICENSE",
     "MANIFEST.in",
