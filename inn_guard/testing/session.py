@@ -114,11 +114,15 @@ class ModelCalls:
             return
         outermost = not self._inside
         self._inside.append(module)
-        batch = inputs[0] if isinstance(inputs, tuple) and len(inputs) == 1 else None
-        takes_batch = isinstance(batch, Tensor) and batch.is_floating_point() and batch.dim() > 1
-        if outermost and takes_batch and len(batch):
-            self.calls.setdefault(id(module), (module, batch[:ROWS].detach().clone()))
+        if outermost and isinstance(inputs, tuple) and len(inputs) == 1 and _is_batch(inputs[0]):
+            self.calls.setdefault(id(module), (module, inputs[0][:ROWS].detach().clone()))
 
     def _leave(self, module: nn.Module, inputs: Any, output: Any) -> None:
         if self._inside and self._inside[-1] is module:
             self._inside.pop()
+
+
+def _is_batch(given: Any) -> bool:
+    if not isinstance(given, Tensor):
+        return False
+    return given.is_floating_point() and given.dim() > 1 and len(given) > 0

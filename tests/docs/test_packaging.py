@@ -92,6 +92,7 @@ def test_the_wheel_holds_every_module_and_nothing_else(built):
         for path in (ROOT / "inn_guard").rglob("*")
         if path.suffix in (".py", ".html", ".css", ".typed")
     }
+    here.add("pytest_inn_guard.py")
     assert {name for name in names if ".dist-info/" not in name} == here
     metadata = (
         zipfile.ZipFile(built[0]).read(next(n for n in names if n.endswith("METADATA"))).decode()
