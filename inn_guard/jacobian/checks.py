@@ -111,7 +111,7 @@ def check_jvp(
         return jacobian
     if x.numel() * jacobian.output[0].numel() > MAX_ENTRIES:
         raise NotApplicable(
-            f"{name}: {reason}; it is too large to form its Jacobian from reverse mode instead"
+            f"{name}: {reason}; the layer is too large to form its Jacobian row by row instead"
         )
     return FromRows(jacobian, x)
 
@@ -185,7 +185,7 @@ def _else_lu(
         )
     if len(x) * size * size > MAX_ENTRIES:
         raise NotApplicable(
-            f"{name}: {reason}; D = {size} is too large to solve with its forward Jacobian instead"
+            f"{name}: {reason}; D = {size} is too large to solve with the forward Jacobian instead"
         )
     return FromLU(jacobian, x)
 

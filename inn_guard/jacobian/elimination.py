@@ -209,7 +209,7 @@ def eliminate_positions(jacobian: AutogradJacobian, x: Tensor) -> Remainder | No
         diagonal = R.diagonal(dim1=2, dim2=3)[..., :count]
         broken = ~finite_rows(matrices)
         gained = diagonal.abs().log().flatten(1).sum(1)
-        log_abs = log_abs + torch.where(broken, torch.full_like(gained, math.nan), gained)
+        log_abs = log_abs + torch.where(broken, math.nan, gained)
         turned = torch.linalg.slogdet(Q).sign.prod(1)
         sign = sign * turned * diagonal.sign().flatten(1).prod(1)
         basis = Q[..., count:].mT @ basis

@@ -114,7 +114,7 @@ class InverseDifferences:
         if bool(((size > 0) & (off > INEXACT * size)).any()):
             name = self.layers[k].name
             raise NotApplicable(
-                f"layer {k} ({name}): its inverse is too far off for differences of it"
+                f"layer {k} ({name}): its inverse is too far off for finite differences"
             )
         return difference / per_sample(step, before) * per_sample(length, before)
 

@@ -110,14 +110,14 @@ def _log_norms(images: Sequence[LogScaledVector]) -> tuple[Tensor, Tensor]:
 
     # relative to the longest image, so that the Gram matrix is in range
     unit = logs.amax(1, keepdim=True)
-    unit = torch.where(unit.isfinite(), unit, torch.zeros_like(unit))
+    unit = torch.where(unit.isfinite(), unit, 0.0)
     scales = torch.stack([image.log_scale for image in images], dim=1)
     columns = torch.stack([image.vector.flatten(1).double() for image in images], dim=1)
     columns = columns * (scales - unit).exp().unsqueeze(2)
     # eigvalsh refuses the whole batch if one matrix has a NaN
     finite = finite_rows(columns)
-    columns = torch.where(finite[:, None, None], columns, torch.zeros_like(columns))
+    columns = torch.where(finite[:, None, None], columns, 0.0)
     # one eigenvalue decomposition of the small Gram matrix; rounding may leave it below zero
     squares = torch.linalg.eigvalsh(columns @ columns.transpose(1, 2))[:, -1].clamp(min=0)
     largest = squares.sqrt().log() + unit[:, 0]
-    return rms, torch.where(finite, largest, torch.full_like(largest, math.nan))
+    return rms, torch.where(finite, largest, math.nan)

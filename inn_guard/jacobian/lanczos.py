@@ -112,7 +112,7 @@ def largest_singular_value(
         space.extend()
         values.append(space.largest())
         done = _is_done(space, values, tolerance)
-        steps = torch.where((steps == 0) & done, torch.full_like(steps, space.size), steps)
+        steps = torch.where((steps == 0) & done, space.size, steps)
         left = steps == 0
         if not bool(left.any()):
             break
@@ -125,7 +125,7 @@ def largest_singular_value(
             rows = rows[left]
             steps = steps[left]
             values = [value[left] for value in values]
-    steps = torch.where(steps == 0, torch.full_like(steps, space.size), steps)
+    steps = torch.where(steps == 0, space.size, steps)
     return _joined([*parts, (rows, _result(space, steps))])
 
 
@@ -292,7 +292,7 @@ class Bidiagonalization:
         self._other_shape = image.vector.shape[1:]
         self._left = self._right.new_zeros(len(self._right), self.capacity, image.vector[0].numel())
         length = image.log_norm()
-        self.reference = torch.where(length.isfinite(), length, torch.zeros_like(length))
+        self.reference = torch.where(length.isfinite(), length, 0.0)
 
     def _relative(self, scaled: LogScaledVector) -> Tensor:
         """The vector in units of the reference; 0 where it is not finite."""
@@ -300,7 +300,7 @@ class Bidiagonalization:
         vector = scaled.vector.flatten(1).to(self._right.dtype) * scale.unsqueeze(1)
         good = finite_rows(vector)
         self.non_finite |= ~good
-        return torch.where(good.unsqueeze(1), vector, torch.zeros_like(vector))
+        return torch.where(good.unsqueeze(1), vector, 0.0)
 
     def _orthogonalized(self, vector: Tensor, basis: Tensor) -> tuple[Tensor, Tensor]:
         """Length and direction of ``vector`` outside the basis; both 0 for rounding noise."""
@@ -314,8 +314,8 @@ class Bidiagonalization:
         length = rest.norm(dim=1).double()
         unit = NEGLIGIBLE * torch.finfo(self._dtype).eps
         largest = torch.maximum(self.alpha.amax(1), self.beta.amax(1))
-        length = torch.where(length > unit * largest, length, torch.zeros_like(length))
-        inverse = torch.where(length > 0, 1 / length, torch.zeros_like(length))
+        length = torch.where(length > unit * largest, length, 0.0)
+        inverse = torch.where(length > 0, 1 / length, 0.0)
         return length, rest * inverse.to(rest.dtype).unsqueeze(1)
 
 
@@ -343,7 +343,7 @@ def probable_error(space: Bidiagonalization, value: Tensor, *, failure: float) -
         low = points.gather(1, first - 1).squeeze(1)
         high = points.gather(1, first).squeeze(1)
     error = torch.where(beyond, torch.inf, high.exp())
-    return torch.where(space.converged_exactly, torch.zeros_like(error), error)
+    return torch.where(space.converged_exactly, 0.0, error)
 
 
 def _exceeds(space: Bidiagonalization, value: Tensor, errors: Tensor, failure: float) -> Tensor:

@@ -111,9 +111,9 @@ def layer_log_det(
     J = jacobian_rows(jacobian, x, left.rows.tolist())[:, :, left.columns].double()
     # a NaN in one sample's matrix must not decide what the others get
     finite = finite_rows(J)
-    sign, log_abs = torch.linalg.slogdet(torch.where(finite[:, None, None], J, torch.zeros_like(J)))
-    log_abs = torch.where(finite, log_abs, torch.full_like(log_abs, math.nan))
-    sign = torch.where(finite & _sign_is_known(J, sign), sign, torch.full_like(sign, math.nan))
+    sign, log_abs = torch.linalg.slogdet(torch.where(finite[:, None, None], J, 0.0))
+    log_abs = torch.where(finite, log_abs, math.nan)
+    sign = torch.where(finite & _sign_is_known(J, sign), sign, math.nan)
     return LayerLogDet(left.log_abs + log_abs, left.sign * sign, size)
 
 
@@ -214,15 +214,15 @@ def _gauss(space: Bidiagonalization) -> Tensor:
     weights = right[:, :, 0].square()
     # without a weight, theta may be 0: B is padded where a sample's space was complete earlier
     used = weights > torch.finfo(weights.dtype).eps ** 2
-    logs = torch.where(used, theta.log() + space.reference.unsqueeze(1), torch.zeros_like(theta))
+    logs = torch.where(used, theta.log() + space.reference.unsqueeze(1), 0.0)
     estimate = space.dimension * (weights * logs).sum(1)
-    return torch.where(space.non_finite, torch.full_like(estimate, math.nan), estimate)
+    return torch.where(space.non_finite, math.nan, estimate)
 
 
 def _radau(space: Bidiagonalization, log_smallest: Tensor) -> Tensor:
     """The same from below: a rule with a node at the square of the smallest singular value."""
     known = log_smallest.isfinite()
-    floor = torch.where(known, log_smallest - space.reference, torch.zeros_like(log_smallest))
+    floor = torch.where(known, log_smallest - space.reference, 0.0)
     node = (2 * floor).exp()
     tridiagonal, last = space.gram()
     size = tridiagonal.shape[1]
@@ -235,11 +235,9 @@ def _radau(space: Bidiagonalization, log_smallest: Tensor) -> Tensor:
     bordered[:, size, size] = node + correction
     bordered[:, size, size - 1] = bordered[:, size - 1, size] = last
     finite = finite_rows(bordered) & known
-    values, vectors = torch.linalg.eigh(
-        torch.where(finite[:, None, None], bordered, torch.zeros_like(bordered))
-    )
+    values, vectors = torch.linalg.eigh(torch.where(finite[:, None, None], bordered, 0.0))
     # the node is the smallest eigenvalue, which the decomposition knows to eps of the largest only
     values = torch.maximum(values, node[:, None])
     logs = 0.5 * values.log() + space.reference.unsqueeze(1)
     estimate = space.dimension * (vectors[:, 0].square() * logs).sum(1)
-    return torch.where(finite, estimate, torch.full_like(estimate, -math.inf))
+    return torch.where(finite, estimate, -math.inf)
