@@ -74,7 +74,7 @@ def _checked(rows: Iterable[Row]) -> list[Row]:
             )
         if "step" not in row or row.get("verdict") not in _LABELS:
             raise ValueError(
-                f"expected rows with a step and one of the verdicts {', '.join(_LABELS)}; "
+                f"expected rows with a step and a verdict, one of {', '.join(_LABELS)}; "
                 f"got {dict(row)}"
             )
     return audits
