@@ -223,7 +223,7 @@ def affine(
     if shift is not None and divide:
         state = _translate(state, -shift.double(), tape)
     if scale is not None:
-        state = _rescale(state, scale.double(), tape, divide=divide)
+        state = _rescale(state, scale, tape, divide=divide)
     if shift is not None and not divide:
         state = _translate(state, shift.double(), tape)
     return state
@@ -236,16 +236,21 @@ def undo_affine(
     if shift is not None and not divide:
         state = _undo_translate(state, shift.double(), tape)
     if scale is not None:
-        state = _undo_rescale(state, scale.double(), tape, divide=divide)
+        state = _undo_rescale(state, scale, tape, divide=divide)
     if shift is not None and divide:
         state = _undo_translate(state, -shift.double(), tape)
     return state
 
 
 def _translate(state: FixedPoint, shift: Tensor, tape: Tape) -> FixedPoint:
-    if not bool(shift.isfinite().all()):
+    low, high = (float(end) for end in torch.aminmax(shift))
+    if not (math.isfinite(low) and math.isfinite(high)):
         raise NoExactRule("a shift is not finite")
-    state = _make_room(state, shift.abs(), torch.ones_like(shift), tape)
+    size = max(-low, high) * 2.0**state.fraction_bits
+    if state.exponent is None and _size(state) + size < LIMIT:
+        tape.push("exponents", None)
+    else:
+        state = _make_room(state, shift.abs(), torch.ones_like(shift), tape)
     return replace(state, units=state.units + _rounded(state.in_units(shift)))
 
 
@@ -255,6 +260,11 @@ def _undo_translate(state: FixedPoint, shift: Tensor, tape: Tape) -> FixedPoint:
 
 
 def _rescale(state: FixedPoint, scale: Tensor, tape: Tape, *, divide: bool) -> FixedPoint:
+    if _is_near(state, scale, divide=divide):
+        state = _near_scale(state, scale, tape, divide=divide)
+        tape.push("near", None)
+        return state
+    scale = scale.double()
     size = scale.abs()
     if not bool((scale.isfinite() & (size > 0)).all()):
         raise NoExactRule("a scale is zero or not finite")
@@ -268,10 +278,94 @@ def _rescale(state: FixedPoint, scale: Tensor, tape: Tape, *, divide: bool) -> F
 
 
 def _undo_rescale(state: FixedPoint, scale: Tensor, tape: Tape, *, divide: bool) -> FixedPoint:
+    if tape.events and tape.events[-1][0] == "near":
+        tape.pop("near")
+        return _undo_near_scale(state, scale, tape, divide=divide)
+    scale = scale.double()
     num, den, power = _rational(scale.abs(), divide=divide)
     state = replace(state, units=state.units * _sign(scale))
     state = undo_scale_by_ratio(state, num, den, tape)
     return _undo_make_room(state, tape, power=power)
+
+
+def _is_near(state: FixedPoint, scale: Tensor, *, divide: bool) -> bool:
+    """Whether all scales are near one, and ``units * num`` fits into a word.
+
+    Then ``scale_by_ratio`` needs one division, and shifts for all others.
+    """
+    if state.exponent is not None:
+        return False
+    low, high = (float(end) for end in torch.aminmax(scale.abs()))
+    # NaN compares false
+    if not (low >= 2.0**-NEAR and high < 2.0**NEAR):
+        return False
+    factor = 2.0**MANTISSA
+    if divide:
+        factor /= 2.0 ** (math.frexp(low)[1])
+    return (_size(state) + 1) * factor < 2.0**62
+
+
+def _near_scale(state: FixedPoint, scale: Tensor, tape: Tape, *, divide: bool) -> FixedPoint:
+    mantissa, places = _mantissa_and_places(scale)
+    if divide:
+        low = state.pushed & _ones(places)
+        pushed = _spill(state.pushed >> places, 1 << 62 - MANTISSA, tape)
+        return _divided(_with_sign(state, scale), low, pushed, mantissa, places)
+    pushed = torch.div(state.pushed, mantissa, rounding_mode="trunc")
+    low = state.pushed - pushed * mantissa
+    pushed = _spill(pushed, (1 << 62) >> int(places.max()), tape)
+    return _with_sign(_multiplied(state, low, pushed, mantissa, places), scale)
+
+
+def _undo_near_scale(state: FixedPoint, scale: Tensor, tape: Tape, *, divide: bool) -> FixedPoint:
+    mantissa, places = _mantissa_and_places(scale)
+    if divide:
+        pushed = torch.div(state.pushed, mantissa, rounding_mode="trunc")
+        low = state.pushed - pushed * mantissa
+        pushed = _undo_spill(pushed, tape)
+        return _with_sign(_multiplied(state, low, pushed, mantissa, places), scale)
+    low = state.pushed & _ones(places)
+    pushed = _undo_spill(state.pushed >> places, tape)
+    return _divided(_with_sign(state, scale), low, pushed, mantissa, places)
+
+
+def _multiplied(
+    state: FixedPoint, low: Tensor, pushed: Tensor, mantissa: Tensor, places: Tensor
+) -> FixedPoint:
+    """``_mixed`` with num = mantissa and den = 2^places."""
+    full = torch.addcmul(low, state.units, mantissa)
+    pushed = (pushed << places).bitwise_or_(full & _ones(places))
+    return replace(state, units=full.bitwise_right_shift_(places), pushed=pushed)
+
+
+def _divided(
+    state: FixedPoint, low: Tensor, pushed: Tensor, mantissa: Tensor, places: Tensor
+) -> FixedPoint:
+    """``_mixed`` with num = 2^places and den = mantissa."""
+    full = (state.units << places).bitwise_or_(low)
+    units = _floor_divide(full, mantissa)
+    rest = full.sub_(units * mantissa)
+    return replace(state, units=units, pushed=rest.addcmul_(pushed, mantissa))
+
+
+def _mantissa_and_places(scale: Tensor) -> tuple[Tensor, Tensor]:
+    """Integers with |scale| = mantissa / 2^places, from the bits of float32."""
+    bits = scale.float().view(torch.int32)
+    mantissa = (bits & (1 << MANTISSA - 1) - 1).bitwise_or_(1 << MANTISSA - 1)
+    places = 126 + MANTISSA - ((bits >> MANTISSA - 1) & 255)
+    return mantissa.long(), places.long()
+
+
+def _ones(places: Tensor) -> Tensor:
+    """Numbers with that many lowest bits set."""
+    return (torch.ones_like(places) << places).sub_(1)
+
+
+def _with_sign(state: FixedPoint, scale: Tensor) -> FixedPoint:
+    negative = scale < 0
+    if not bool(negative.any()):
+        return state
+    return replace(state, units=torch.where(negative, -state.units, state.units))
 
 
 def scale_by_ratio(state: FixedPoint, num: Tensor, den: Tensor, tape: Tape) -> FixedPoint:
@@ -417,10 +511,18 @@ def _combined(power: Tensor | None, change: Tensor) -> Tensor:
 
 
 def _largest(state: FixedPoint, added: Tensor, growth: Tensor) -> float:
-    low, high = torch.aminmax(state.units)
-    size = max(-float(low), float(high))
     # one more unit: an expansion fills the new places with bits from ``pushed``
-    return (size + 1) * float(growth.max()) + float(state.in_units(added).max())
+    return (_size(state) + 1) * float(growth.max()) + float(state.in_units(added).max())
+
+
+def _size_of(values: Tensor) -> float:
+    low, high = torch.aminmax(values)
+    return max(-float(low), float(high))
+
+
+def _size(state: FixedPoint) -> float:
+    """The largest of the units."""
+    return _size_of(state.units)
 
 
 def shear(state: FixedPoint, matrix: Tensor, tape: Tape) -> FixedPoint:
@@ -432,6 +534,11 @@ def shear(state: FixedPoint, matrix: Tensor, tape: Tape) -> FixedPoint:
         tape: for changed exponents.
     """
     added = state.values(torch.float64) @ matrix.T
+    if state.exponent is None:
+        in_units = state.in_units(added)
+        if _size(state) + _size_of(in_units) < LIMIT:
+            tape.push("exponents", None)
+            return replace(state, units=state.units + _rounded(in_units))
     state = _make_room(state, 2 * added.abs(), torch.ones_like(added), tape)
     # the sources may have other exponents now: what is added is computed from them as the decoder
     # sees them

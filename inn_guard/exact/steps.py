@@ -25,7 +25,7 @@ from inn_guard.exact.fixed_point import (
     undo_affine,
     undo_shear,
 )
-from inn_guard.exact.tape import Packed, Tape, digest
+from inn_guard.exact.tape import Packed, Tape, checksum
 
 __all__ = [
     "Affine",
@@ -110,15 +110,24 @@ class Moves(Step):
         self.rows, self.shape, self.latent_shape = rows, tuple(shape), tuple(latent_shape)
 
     @classmethod
-    def of(cls, function: Callable[[Tensor], Tensor], x: Tensor) -> Moves:
+    def of(
+        cls, function: Callable[[Tensor], Tensor], x: Tensor, *, samples: int | None = None
+    ) -> Moves:
         """The moves that a function makes on samples like those of x.
+
+        Args:
+            function: of a batch of float64.
+            x: a batch.
+            samples: how many are passed to the function. Default: as many as in x, as a function
+                may expect them.
 
         Raises:
             NoExactRule: if the function does something else than moving entries.
         """
         numbers = torch.arange(x[0].numel(), device=x.device)
-        # the whole batch: a function may expect its size
-        moved = function(numbers.to(torch.float64).reshape(1, *x.shape[1:]).expand_as(x).clone())
+        sample = numbers.to(torch.float64).reshape(1, *x.shape[1:])
+        batch = len(x) if samples is None else samples
+        moved = function(sample.expand(batch, *x.shape[1:]).clone())
         rows = moved[0].flatten().round().long()
         if moved.shape[1:].numel() != len(numbers) or not torch.equal(rows.sort()[0], numbers):
             raise NoExactRule("it does more than moving entries")
@@ -164,18 +173,20 @@ class Affine(Step):
     ) -> None:
         super().__init__(dtype)
         self.parameters, self.changed, self.divide = parameters, changed, divide
+        #: whether the parameters depend on the state; set to False where they are known
+        self.reads_state = True
 
     def run(self, state: FixedPoint, tape: Tape) -> FixedPoint:
         """Scaled and shifted."""
         part, scale, shift = self._evaluated(state)
         part = affine(part, scale, shift, tape, divide=self.divide)
-        tape.push("digest", digest(scale, shift))
+        tape.push("digest", checksum(scale, shift))
         return self._put(state, part)
 
     def undo(self, state: FixedPoint, tape: Tape) -> FixedPoint:
         """Shifted and scaled back."""
         part, scale, shift = self._evaluated(state)
-        tape.compare(digest(scale, shift))
+        tape.compare(checksum(scale, shift))
         return self._put(state, undo_affine(part, scale, shift, tape, divide=self.divide))
 
     def inverted(self) -> Affine:
@@ -186,15 +197,20 @@ class Affine(Step):
 
     def _evaluated(self, state: FixedPoint) -> tuple[FixedPoint, Tensor | None, Tensor | None]:
         """(changed entries, scale, shift), all (B, n)."""
-        x = state.values(self.dtype)
         if self.changed is None:
-            known = torch.zeros_like(x)
             part = state.mapped(lambda t: t.flatten(1))
         else:
-            known = x.flatten(1).index_fill(1, self.changed, 0).reshape(x.shape)
             part = state.take(self.changed)
-        scale, shift = self.parameters(known)
+        scale, shift = self.parameters(self._known(state))
         return part, _flat(scale, part), _flat(shift, part)
+
+    def _known(self, state: FixedPoint) -> Tensor:
+        """The values of the entries that stay, and zeros."""
+        if self.changed is None or not self.reads_state:
+            zero = torch.zeros((), dtype=self.dtype, device=state.units.device)
+            return zero.expand(state.units.shape)
+        x = state.values(self.dtype)
+        return x.flatten(1).index_fill_(1, self.changed, 0).reshape(x.shape)
 
     def _put(self, state: FixedPoint, part: FixedPoint) -> FixedPoint:
         if self.changed is None:
@@ -245,9 +261,9 @@ class Autoregressive(Step):
             )
         scale, shift = self._evaluated(known)
         after = affine(state, scale, shift, tape, divide=self.divide)
-        logged = digest(scale, shift)
+        logged = checksum(scale, shift)
         # exponents depend on all entries, so that entries found one by one may be others
-        if self.divide and digest(*self._evaluated(after)) != logged:
+        if self.divide and checksum(*self._evaluated(after)) != logged:
             raise NoExactRule("its values need exponents, which change its parameters")
         tape.push("digest", logged)
         return after
@@ -263,7 +279,7 @@ class Autoregressive(Step):
             )
         scale, shift = self._evaluated(known)
         tape.push("digest", expected)
-        tape.compare(digest(scale, shift))
+        tape.compare(checksum(scale, shift))
         return undo_affine(state, scale, shift, tape, divide=self.divide)
 
     def inverted(self) -> Autoregressive:
@@ -325,7 +341,7 @@ class Matrix(Step):
         self.order = pivots.argmax(1)
         self.upper = _shears(upper / self.diagonal[:, None], lower=False)
         self.lower = _shears(lower, lower=True)
-        self.digest = digest(weight, bias)
+        self.digest = checksum(weight, bias)
 
     def run(self, state: FixedPoint, tape: Tape) -> FixedPoint:
         """z, or x if ``inverse``."""
@@ -398,37 +414,36 @@ class Matrix(Step):
 def _shears(triangle: Tensor, *, lower: bool) -> list[Tensor]:
     """Matrices M_k with M_k^2 = 0 and triangle = (I + M_n) ... (I + M_1): log2(C) of them.
 
-    T = [[T11, 0], [T21, T22]] is one shear by T21 T11^-1 after both diagonal blocks, whose shears
-    are made at the same time.
+    T = [[T11, 0], [T21, T22]] is one shear by T21 T11^-1 after both diagonal blocks. The blocks of
+    one size are sheared at the same time.
     """
-    size = len(triangle)
-    if size == 1:
-        return []
-    half = size // 2
-    first, second = triangle[:half, :half], triangle[half:, half:]
-    blocks = (_shears(first, lower=lower), _shears(second, lower=lower))
+    count = len(triangle)
+    size = 1 << (count - 1).bit_length()
+    padded = torch.eye(size, dtype=triangle.dtype, device=triangle.device)
+    padded[:count, :count] = triangle
+    if not lower:
+        # with rows and columns in reverse order it is a lower triangle
+        padded = padded.flip(0, 1)
     shears = []
-    for k in range(max(len(block) for block in blocks)):
-        both = torch.zeros_like(triangle)
-        if k < len(blocks[0]):
-            both[:half, :half] = blocks[0][k]
-        if k < len(blocks[1]):
-            both[half:, half:] = blocks[1][k]
-        shears.append(both)
-    last = torch.zeros_like(triangle)
-    if lower:
-        last[half:, :half] = _right_quotient(triangle[half:, :half], first, upper=False)
-    else:
-        last[:half, half:] = _right_quotient(triangle[:half, half:], second, upper=True)
-    shears.append(last)
+    half = 1
+    while half < size:
+        blocks = padded.reshape(size // (2 * half), 2 * half, size // (2 * half), 2 * half)
+        blocks = blocks.diagonal(dim1=0, dim2=2).movedim(-1, 0)
+        quotient = torch.linalg.solve_triangular(
+            blocks[:, :half, :half],
+            blocks[:, half:, :half],
+            upper=False,
+            left=False,
+            unitriangular=True,
+        )
+        shear = torch.zeros_like(blocks)
+        shear[:, half:, :half] = quotient
+        whole = torch.block_diag(*shear)
+        if not lower:
+            whole = whole.flip(0, 1)
+        shears.append(whole[:count, :count].contiguous())
+        half *= 2
     return [matrix for matrix in shears if bool(matrix.any())]
-
-
-def _right_quotient(block: Tensor, triangle: Tensor, *, upper: bool) -> Tensor:
-    """The block times the inverse of the unit triangle."""
-    return torch.linalg.solve_triangular(
-        triangle, block, upper=upper, left=False, unitriangular=True
-    )
 
 
 def _as_rows(state: FixedPoint) -> FixedPoint:

@@ -18,8 +18,9 @@ from inn_guard.exact.fixed_point import (
     fraction_bits_for,
 )
 from inn_guard.exact.rules import rule_of, steps_of
+from inn_guard.exact.rules.families import moves
+from inn_guard.exact.steps import Affine, StoredInput
 from inn_guard.exact.steps import Step as IntegerStep
-from inn_guard.exact.steps import StoredInput
 from inn_guard.exact.steps import run as run_integers
 from inn_guard.exact.steps import undo as undo_integers
 from inn_guard.exact.tape import Mismatch
@@ -62,11 +63,13 @@ class ExactRecord(Record):
         shape: of the step's input.
         integers: what its integer arithmetic has left behind.
         stored: whether that is the step's input.
+        moves: of a layer that only moves entries: its step on integer states; else None.
     """
 
     shape: tuple[int, ...]
     integers: IntegerTape
     stored: bool
+    moves: list[IntegerStep] | None = None
 
 
 @dataclass
@@ -132,10 +135,11 @@ class ExactForwardPass(ForwardPass):
         self, k: int, state: FixedPoint, dtype: torch.dtype, before: RandomAndBufferState
     ) -> tuple[FixedPoint, list[Tensor], ExactRecord]:
         """The state after step k, its log-determinant if it is asked for, and its record."""
-        values = state.values(dtype)
         if k not in self.plan.stored:
             try:
-                return self._by_rule(k, state, values, before)
+                if k in self.plan.checked and rule_of(self.steps[k].layer).steps is moves:
+                    return self._moved(k, state, dtype)
+                return self._by_rule(k, state, state.values(dtype), before)
             except NoExactRule as error:
                 if before.changed():
                     # the layer is evaluated once more: it must draw and count only once
@@ -155,7 +159,7 @@ class ExactForwardPass(ForwardPass):
         rule_of(step.layer)
         evaluated = with_known_conditioner(step, values)
         fused = evaluated.layer is not step.layer
-        steps = _integer_steps(evaluated, shape, values)
+        steps = _integer_steps(evaluated, shape, values, fused=fused)
         tape = IntegerTape()
         after = run_integers(steps, state, tape)
         needed = before if before.changed() else None
@@ -167,6 +171,26 @@ class ExactForwardPass(ForwardPass):
         if not step.with_log_det:
             return after, [], record
         return after, [evaluated.apply(values)[1]], record
+
+    def _moved(
+        self, k: int, state: FixedPoint, dtype: torch.dtype
+    ) -> tuple[FixedPoint, list[Tensor], ExactRecord]:
+        """Step k, which only moves entries, as the first batch has shown: it is not evaluated."""
+        step, shape = self.steps[k], tuple(state.units.shape)
+        like = torch.empty(0, dtype=dtype, device=state.units.device)
+        steps = _integer_steps(step, shape, like, fused=False)
+        record = ExactRecord(
+            dtype,
+            fused_inverse=False,
+            state=None,
+            shape=shape,
+            integers=IntegerTape(),
+            stored=False,
+            moves=steps,
+        )
+        after = run_integers(steps, state, record.integers)
+        log_det = [like.new_zeros(shape[0])] if step.with_log_det else []
+        return after, log_det, record
 
     def _stored(
         self, k: int, state: FixedPoint, dtype: torch.dtype, before: RandomAndBufferState
@@ -250,7 +274,10 @@ def _restored(
             step = step.through(step.layer.with_cached_conditioner(leaf))
     with torch.no_grad():
         like = torch.empty(0, dtype=record.dtype, device=after.units.device)
-        before = undo_integers(_integer_steps(step, record.shape, like), after, tape)
+        steps = record.moves
+        if steps is None:
+            steps = _integer_steps(step, record.shape, like, fused=record.fused_inverse)
+        before = undo_integers(steps, after, tape)
         if tape.events:
             raise Mismatch("the tape has more events")
         values = before.values(record.dtype)
@@ -282,8 +309,16 @@ def _check(step: Step, state: FixedPoint, after: FixedPoint, record: ExactRecord
         raise NoExactRule("its output differs from the rule's")
 
 
-def _integer_steps(step: Step, shape: Sequence[int], like: Tensor) -> list[IntegerStep]:
+def _integer_steps(
+    step: Step, shape: Sequence[int], like: Tensor, *, fused: bool
+) -> list[IntegerStep]:
     """The steps of one layer on integer states.
+
+    Args:
+        step: the layer.
+        shape: of its input.
+        like: a tensor of its dtype, on its device.
+        fused: its conditioner is known.
 
     Raises:
         NoExactRule: if there are none, or going back would evaluate its network many times.
@@ -293,6 +328,9 @@ def _integer_steps(step: Step, shape: Sequence[int], like: Tensor) -> list[Integ
     passes = max((one.passes_of_undo() for one in steps), default=1)
     if passes > 1:
         raise NoExactRule(f"restoring its input would take {passes} passes of its network")
+    for one in steps:
+        if fused and isinstance(one, Affine):
+            one.reads_state = False
     return steps
 
 

@@ -16,7 +16,8 @@ __all__ = ["channels_of", "coupling", "elementwise_affine", "matrix", "moves"]
 
 def moves(layer: Invertible, x: Tensor) -> list[Step]:
     """Of a map that only moves entries."""
-    return [Moves.of(layer.to_dtype(torch.float64), x)]
+    samples = 1 if layer.context is None else None
+    return [Moves.of(layer.to_dtype(torch.float64), x, samples=samples)]
 
 
 def elementwise_affine(layer: Invertible, x: Tensor) -> list[Step]:
@@ -24,7 +25,8 @@ def elementwise_affine(layer: Invertible, x: Tensor) -> list[Step]:
     if layer.training:
         raise NoExactRule("it is in training mode and may change in a forward pass")
     double = layer.to_dtype(torch.float64)
-    zeros = torch.zeros_like(x, dtype=torch.float64)
+    samples = x if layer.context is not None else x[:1]
+    zeros = torch.zeros_like(samples, dtype=torch.float64)
     shift = double(zeros)
     scale = double(zeros + 1) - shift
     return [Affine(lambda known: (scale, shift), None, dtype=x.dtype)]
@@ -36,13 +38,13 @@ def matrix(layer: Invertible, x: Tensor) -> list[Step]:
         raise NoExactRule("its matrix may depend on the context")
     double = layer.to_dtype(torch.float64)
     channels = x.shape[1]
-    zeros = x.new_zeros(channels, *x.shape[1:], dtype=torch.float64)
+    # every position has the same matrix: one is enough
+    zeros = x.new_zeros(channels, channels, *[1] * (x.dim() - 2), dtype=torch.float64)
     units = zeros.clone()
     index = torch.arange(channels, device=x.device)
     units[index, index] = 1
     origin = double(zeros)
     columns = double(units) - origin
-    # every position has the same matrix
     weight = columns.reshape(channels, channels, -1)[:, :, 0].T
     bias = origin.reshape(channels, channels, -1)[0, :, 0]
     if not bool(bias.any()):
