@@ -25,7 +25,7 @@ from inn_guard.report.verdict import Verdict
 from inn_guard.testing import assert_stable
 from inn_guard.training import actions
 from inn_guard.training.audit_hook import AuditHook
-from inn_guard.training.records import CsvRecorder, TensorBoardRecorder
+from inn_guard.training.records import CsvRecorder, MetricsRecorder, TensorBoardRecorder
 from inn_guard.training.regularizer_hook import RegularizerHook
 from inn_guard.training.regularizers import (
     AdaptiveCoefficient,
@@ -57,6 +57,7 @@ __all__ = [
     "Limits",
     "LipschitzBounds",
     "Look",
+    "MetricsRecorder",
     "NormalizingFlowLoss",
     "NotApplicable",
     "RegularizerHook",

@@ -1,11 +1,11 @@
-"""Records of the audits in a training run, written to a CSV file or TensorBoard."""
+"""Records of the audits in a training run: to CSV, TensorBoard, W&B, MLflow, Lightning loggers."""
 
 from __future__ import annotations
 
 import csv
 import io
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol, runtime_checkable
@@ -13,7 +13,15 @@ from typing import Protocol, runtime_checkable
 from inn_guard.execution.files import atomic_write
 from inn_guard.report.audit_report import AuditReport
 
-__all__ = ["CsvRecorder", "Record", "ScalarWriter", "TensorBoardRecorder", "read_csv", "scalars"]
+__all__ = [
+    "CsvRecorder",
+    "MetricsRecorder",
+    "Record",
+    "ScalarWriter",
+    "TensorBoardRecorder",
+    "read_csv",
+    "scalars",
+]
 
 Row = dict[str, float | int | str]
 
@@ -155,6 +163,37 @@ class TensorBoardRecorder:
         """Log every number of the record at its step."""
         for tag, value in scalars(record, self.prefix).items():
             self.writer.add_scalar(tag, value, record.step)
+
+
+class MetricsRecorder:
+    """Hands every number of every audit, by ``prefix/check/quantity``, to a function that logs.
+
+        ig.MetricsRecorder(wandb.init().log)
+        ig.MetricsRecorder(mlflow.log_metrics)
+        ig.MetricsRecorder(trainer.logger.log_metrics)  # any logger of Lightning
+
+    ``prefix/failed`` is 1 if the verdict is unstable or non_finite, else 0.
+
+    Args:
+        log: called as ``log({name: number}, step=step)``.
+        prefix: first part of every name.
+
+    Raises:
+        TypeError: if ``log`` cannot be called.
+    """
+
+    def __init__(self, log: Callable[..., object], *, prefix: str = "audit") -> None:
+        if not callable(log):
+            raise TypeError(
+                f"expected a function that logs, got {log!r}: pass its method, such as run.log or "
+                "logger.log_metrics"
+            )
+        self.log = log
+        self.prefix = prefix
+
+    def __call__(self, record: Record) -> None:
+        """Log the numbers of the record at its step."""
+        self.log(scalars(record, self.prefix), step=record.step)
 
 
 def scalars(record: Record, prefix: str) -> dict[str, float]:

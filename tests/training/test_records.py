@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import csv
+import importlib
 import math
 
 import pytest
@@ -12,7 +14,13 @@ from inn_guard.report.result import AuditResult
 from inn_guard.report.verdict import Verdict
 from inn_guard.training.actions import AdaptCoefficient
 from inn_guard.training.audit_hook import AuditHook
-from inn_guard.training.records import CsvRecorder, Record, TensorBoardRecorder, read_csv
+from inn_guard.training.records import (
+    CsvRecorder,
+    MetricsRecorder,
+    Record,
+    TensorBoardRecorder,
+    read_csv,
+)
 from inn_guard.training.regularizers import AdaptiveCoefficient, NormalizingFlowLoss
 from tests.oracles.regularizers import TwoCouplings
 
@@ -129,6 +137,43 @@ def test_tensorboard_gets_every_number():
         ("run/quick_round_trip/error", math.inf, 3),
         ("run/coefficient", 0.5, 3),
     ]
+
+
+def test_metrics_go_to_any_logger(tmp_path):
+    loggers = pytest.importorskip("lightning.pytorch.loggers")
+    logger = loggers.CSVLogger(tmp_path, name="", version="")
+    recorder = MetricsRecorder(logger.log_metrics, prefix="run")
+    recorder(record(3, Verdict.UNSTABLE, error=0.25, extra={"coefficient": 0.5}))
+    logger.save()
+    (row,) = csv.DictReader((tmp_path / "metrics.csv").open())
+    assert {name: float(value) for name, value in row.items()} == {
+        "step": 3.0,
+        "run/failed": 1.0,
+        "run/quick_round_trip/error": 0.25,
+        "run/coefficient": 0.5,
+    }
+    with pytest.raises(TypeError, match="pass its method"):
+        MetricsRecorder(logger)
+
+
+@pytest.mark.library("wandb")
+def test_metrics_go_to_weights_and_biases(tmp_path):
+    wandb = importlib.import_module("wandb")
+    run = wandb.init(mode="offline", dir=tmp_path)
+    MetricsRecorder(run.log)(record(3, Verdict.UNSTABLE, error=0.25))
+    run.finish()
+    (written,) = tmp_path.rglob("*.wandb")
+    assert b"audit/quick_round_trip/error" in written.read_bytes()
+
+
+@pytest.mark.library("mlflow")
+def test_metrics_go_to_mlflow(tmp_path):
+    mlflow = importlib.import_module("mlflow")
+    mlflow.set_tracking_uri(f"sqlite:///{tmp_path}/mlflow.db")
+    with mlflow.start_run() as run:
+        MetricsRecorder(mlflow.log_metrics)(record(3, Verdict.UNSTABLE, error=0.25))
+    metrics = mlflow.get_run(run.info.run_id).data.metrics
+    assert metrics["audit/quick_round_trip/error"] == 0.25
 
 
 def test_through_a_hook(tmp_path):
