@@ -261,29 +261,33 @@ class ScaledLinearization:
     """
 
     def __init__(self, linearization: Linearization, scale: Tensor) -> None:
-        self._inner, self._scale = linearization, scale.to(linearization.states[0])
-        self.states, self.output = linearization.states, linearization.output
+        self._inner = linearization
+        self._scale = scale.to(linearization.states[0])
+        self.states = linearization.states
+        self.output = linearization.output
 
     def jvp(self, v: Tensor | LogScaledVector) -> LogScaledVector:
-        """J S v."""
+        """The product J S v, for one v (B, *data) per sample."""
         return self._inner.jvp(self._times(v, self._scale))
 
     def vjp(self, u: Tensor | LogScaledVector) -> LogScaledVector:
-        """S J^T u."""
+        """The product S J^T u, for one u (B, *latent) per sample."""
         return self._times(self._inner.vjp(u), self._scale)
 
     def inverse_jvp(self, u: Tensor | LogScaledVector) -> LogScaledVector:
-        """S^-1 J^-1 u."""
+        """The product S^-1 J^-1 u, for one u (B, *latent) per sample."""
         return self._times(self._inner.inverse_jvp(u), 1 / self._scale)
 
     def inverse_vjp(self, v: Tensor | LogScaledVector) -> LogScaledVector:
-        """J^-T S^-1 v."""
+        """The product J^-T S^-1 v, for one v (B, *data) per sample."""
         return self._inner.inverse_vjp(self._times(v, 1 / self._scale))
 
     def select(self, rows: Tensor) -> ScaledLinearization | None:
         """The same for these samples; None where a layer cannot select them."""
         part = self._inner.select(rows)
-        return None if part is None else ScaledLinearization(part, self._scale)
+        if part is None:
+            return None
+        return ScaledLinearization(part, self._scale)
 
     @staticmethod
     def _times(v: Tensor | LogScaledVector, scale: Tensor) -> LogScaledVector:

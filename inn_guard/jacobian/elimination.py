@@ -94,7 +94,8 @@ def eliminate_columns(jacobian: AutogradJacobian, x: Tensor) -> Remainder:
 
 def _eliminated(pull: _Pullback, left: Remainder) -> Remainder:
     """What is left after all columns with one entry have dropped out, round by round."""
-    rows, columns, log_abs, sign = left.rows, left.columns, left.log_abs, left.sign
+    rows, columns = left.rows, left.columns
+    log_abs, sign = left.log_abs, left.sign
     while len(columns):
         places, entries, single = _single_entries(pull, rows, columns)
         found = int(single.sum())
@@ -104,7 +105,8 @@ def _eliminated(pull: _Pullback, left: Remainder) -> Remainder:
         sign = sign * entries[:, single].sign().prod(1)
         used = torch.zeros_like(rows, dtype=torch.bool)
         used[places[single]] = True
-        rows, columns = rows[~used], columns[~single]
+        rows = rows[~used]
+        columns = columns[~single]
     return Remainder(log_abs, sign, rows, columns)
 
 
@@ -127,7 +129,9 @@ def eliminate_halves(jacobian: AutogradJacobian, x: Tensor) -> Remainder | None:
         places, entries, single = _single_entries(pull, top, whole.columns)
         if not 0 < int(single.sum()) == len(top):
             continue
-        A, rows, columns = entries[:, single], top[places[single]], whole.columns[single]
+        A = entries[:, single]
+        rows = top[places[single]]
+        columns = whole.columns[single]
         start = Remainder(
             A.abs().log().sum(1), A.sign().prod(1), whole.rows[cut * each :], whole.columns[~single]
         )
@@ -161,9 +165,9 @@ def _single_entries(
     count = len(rows)
     first, second = _codes(2, count, rows.device)
     numbers = torch.arange(1, count + 1, dtype=torch.float64, device=rows.device)
-    plain, numbered, other = (
-        pull.of(rows, code)[:, columns] for code in (first, first * numbers, second)
-    )
+    plain = pull.of(rows, first)[:, columns]
+    numbered = pull.of(rows, first * numbers)[:, columns]
+    other = pull.of(rows, second)[:, columns]
     finite = finite_rows(plain) & finite_rows(numbered) & finite_rows(other)
     if not bool(finite.any()):
         nowhere = torch.zeros_like(columns)
@@ -230,7 +234,8 @@ def _local_channels(
     samples, positions, count, channels = basis.shape
     first, second = _codes(2, positions, x.device)
     matrices = x.new_zeros(samples, positions, count, len(left))
-    gap, size = x.new_zeros(samples, len(left)), x.new_zeros(samples, len(left))
+    gap = x.new_zeros(samples, len(left))
+    size = x.new_zeros(samples, len(left))
     for a in range(count):
         pulled = []
         for code in (first, second):
@@ -238,7 +243,8 @@ def _local_channels(
             pulled.append(jacobian.vjp(u).flatten(2)[:, left].mT)
         matrices[:, :, a] = pulled[0] / first[:, None]
         off = (matrices[:, :, a] * second[:, None] - pulled[1]).abs().amax(1)
-        gap, size = torch.maximum(gap, off), torch.maximum(size, pulled[0].abs().amax(1))
+        gap = torch.maximum(gap, off)
+        size = torch.maximum(size, pulled[0].abs().amax(1))
     finite = finite_rows(size) & finite_rows(gap)
     if not bool(finite.any()):
         return matrices, torch.zeros_like(left, dtype=torch.bool)

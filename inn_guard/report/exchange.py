@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 __all__ = ["badge", "junit", "model_card"]
 
+#: colours of a badge, by the names that badge services know
 COLORS = {
     Verdict.NOT_APPLICABLE: "lightgrey",
     Verdict.STABLE: "brightgreen",
@@ -99,4 +100,5 @@ def _metric(use: str, finding: Finding) -> dict[str, Any]:
 
 
 def _xml(text: str) -> str:
+    """The text with ? for characters that XML cannot hold; the tree escapes the others."""
     return _NOT_XML.sub("?", text)

@@ -15,7 +15,6 @@ from inn_guard.core.missing import Missing
 from inn_guard.jacobian.chain import Linearization
 from inn_guard.jacobian.log_det import (
     LayerLogDet,
-    composed_log_det,
     layer_log_det,
     stochastic_log_det,
 )
@@ -138,11 +137,19 @@ def test_a_column_of_zeros_is_singular():
     assert found.log_abs.tolist() == [-math.inf, -math.inf]
 
 
+def sum_over_layers(model: Invertible, x: Tensor) -> Tensor:
+    total = torch.zeros(len(x), dtype=torch.float64)
+    for layer in model.layers():
+        total = total + layer_log_det(layer, x, max_dense=24).log_abs
+        x = layer(x)
+    return total
+
+
 def test_the_sum_over_layers_is_that_of_the_product():
     model = Chain(Linear(normal(6, 6)), Warp(6), Linear(normal(6, 6, seed=1)))
     x = normal(3, 6)
     exact = reference.log_abs_det(reference.jacobian(model.forward, x))
-    torch.testing.assert_close(composed_log_det(model, x), exact)
+    torch.testing.assert_close(sum_over_layers(model, x), exact)
 
 
 def test_the_sum_over_layers_holds_where_the_product_is_singular_in_float64():
@@ -150,7 +157,7 @@ def test_the_sum_over_layers_holds_where_the_product_is_singular_in_float64():
     rotations = [torch.linalg.qr(normal(3, 3, seed=k)).Q for k in range(4)]
     model = Chain(*(Linear(q @ torch.diag(scales)) for q in rotations))
     x = torch.zeros(1, 3, dtype=torch.float64)
-    assert composed_log_det(model, x).item() == pytest.approx(0, abs=1e-6)
+    assert sum_over_layers(model, x).item() == pytest.approx(0, abs=1e-6)
 
 
 def spread(dimension: int, condition: float) -> Tensor:
