@@ -9,6 +9,7 @@ from typing import cast
 import torch
 from torch import Tensor
 
+from inn_guard.core.invertible import Invertible
 from inn_guard.core.tensors import dtype_name
 from inn_guard.exact.fixed_point import (
     SEED,
@@ -17,7 +18,7 @@ from inn_guard.exact.fixed_point import (
     check_data,
     fraction_bits_for,
 )
-from inn_guard.exact.rules import rule_of, steps_of
+from inn_guard.exact.rules import Rule, rule_of
 from inn_guard.exact.rules.families import moves
 from inn_guard.exact.steps import Affine, StoredInput
 from inn_guard.exact.steps import Step as IntegerStep
@@ -62,13 +63,13 @@ class ExactRecord(Record):
     Attributes:
         shape: of the step's input.
         integers: what its integer arithmetic has left behind.
-        stored: whether that is the step's input.
+        rule: of the step's layer; None: its input is stored, that is what ``integers`` hold.
         moves: of a layer that only moves entries: its step on integer states; else None.
     """
 
     shape: tuple[int, ...]
     integers: IntegerTape
-    stored: bool
+    rule: Rule | None
     moves: list[IntegerStep] | None = None
 
 
@@ -137,9 +138,10 @@ class ExactForwardPass(ForwardPass):
         """The state after step k, its log-determinant if it is asked for, and its record."""
         if k not in self.plan.stored:
             try:
-                if k in self.plan.checked and rule_of(self.steps[k].layer).steps is moves:
-                    return self._moved(k, state, dtype)
-                return self._by_rule(k, state, state.values(dtype), before)
+                rule = self._rule(k)
+                if rule.steps is moves and k in self.plan.checked:
+                    return self._moved(k, rule, state, dtype)
+                return self._by_rule(k, rule, state, state.values(dtype), before)
             except NoExactRule as error:
                 if before.changed():
                     # the layer is evaluated once more: it must draw and count only once
@@ -150,22 +152,30 @@ class ExactForwardPass(ForwardPass):
                 self.plan.checked.add(k)
         return self._stored(k, state, dtype, before)
 
-    def _by_rule(
-        self, k: int, state: FixedPoint, values: Tensor, before: RandomAndBufferState
-    ) -> tuple[FixedPoint, list[Tensor], ExactRecord]:
-        step, shape = self.steps[k], tuple(values.shape)
+    def _rule(self, k: int) -> Rule:
+        step = self.steps[k]
         if step.reverse:
             raise NoExactRule("it is the inverse of a layer that is injective only")
-        rule_of(step.layer)
+        return rule_of(step.layer)
+
+    def _by_rule(
+        self,
+        k: int,
+        rule: Rule,
+        state: FixedPoint,
+        values: Tensor,
+        before: RandomAndBufferState,
+    ) -> tuple[FixedPoint, list[Tensor], ExactRecord]:
+        step, shape = self.steps[k], tuple(values.shape)
         evaluated = with_known_conditioner(step, values)
         fused = evaluated.layer is not step.layer
-        steps = _integer_steps(evaluated, shape, values, fused=fused)
+        steps = _integer_steps(rule, evaluated.layer, shape, values, fused=fused)
         tape = IntegerTape()
         after = run_integers(steps, state, tape)
         needed = before if before.changed() else None
         if needed is not None and not fused:
             raise NoExactRule("it draws random numbers or updates statistics")
-        record = ExactRecord(values.dtype, fused, needed, shape, tape, stored=False)
+        record = ExactRecord(values.dtype, fused, needed, shape, tape, rule)
         if k not in self.plan.checked:
             _check(step, state, after, record)
         if not step.with_log_det:
@@ -173,19 +183,19 @@ class ExactForwardPass(ForwardPass):
         return after, [evaluated.apply(values)[1]], record
 
     def _moved(
-        self, k: int, state: FixedPoint, dtype: torch.dtype
+        self, k: int, rule: Rule, state: FixedPoint, dtype: torch.dtype
     ) -> tuple[FixedPoint, list[Tensor], ExactRecord]:
         """Step k, which only moves entries, as the first batch has shown: it is not evaluated."""
         step, shape = self.steps[k], tuple(state.units.shape)
         like = torch.empty(0, dtype=dtype, device=state.units.device)
-        steps = _integer_steps(step, shape, like, fused=False)
+        steps = _integer_steps(rule, step.layer, shape, like, fused=False)
         record = ExactRecord(
             dtype,
             fused_inverse=False,
             state=None,
             shape=shape,
             integers=IntegerTape(),
-            stored=False,
+            rule=rule,
             moves=steps,
         )
         after = run_integers(steps, state, record.integers)
@@ -217,7 +227,7 @@ class ExactForwardPass(ForwardPass):
         needed = before if before.changed() else None
         shape = tuple(state.units.shape)
         record = ExactRecord(
-            dtype, fused_inverse=False, state=needed, shape=shape, integers=tape, stored=True
+            dtype, fused_inverse=False, state=needed, shape=shape, integers=tape, rule=None
         )
         return after, log_dets, record
 
@@ -264,7 +274,7 @@ def _restored(
 ) -> tuple[Tensor, Step, FixedPoint]:
     """(input as a leaf, the step to be differentiated at it, the state before the step)."""
     tape = record.integers.copy()
-    if record.stored:
+    if record.rule is None:
         before = undo_integers([StoredInput(step.layer, dtype=record.dtype)], after, tape)
         return before.values(record.dtype).requires_grad_(), step, before
     leaf = None
@@ -276,7 +286,9 @@ def _restored(
         like = torch.empty(0, dtype=record.dtype, device=after.units.device)
         steps = record.moves
         if steps is None:
-            steps = _integer_steps(step, record.shape, like, fused=record.fused_inverse)
+            steps = _integer_steps(
+                record.rule, step.layer, record.shape, like, fused=record.fused_inverse
+            )
         before = undo_integers(steps, after, tape)
         if tape.events:
             raise Mismatch("the tape has more events")
@@ -310,12 +322,13 @@ def _check(step: Step, state: FixedPoint, after: FixedPoint, record: ExactRecord
 
 
 def _integer_steps(
-    step: Step, shape: Sequence[int], like: Tensor, *, fused: bool
+    rule: Rule, layer: Invertible, shape: Sequence[int], like: Tensor, *, fused: bool
 ) -> list[IntegerStep]:
     """The steps of one layer on integer states.
 
     Args:
-        step: the layer.
+        rule: of the layer.
+        layer: with its conditioner known, if ``fused``.
         shape: of its input.
         like: a tensor of its dtype, on its device.
         fused: its conditioner is known.
@@ -324,7 +337,7 @@ def _integer_steps(
         NoExactRule: if there are none, or going back would evaluate its network many times.
     """
     # an example of one element: rules read its shape, dtype and device
-    steps = steps_of(step.layer, like.new_zeros(()).expand(tuple(shape)))
+    steps = rule.steps(layer, like.new_zeros(()).expand(tuple(shape)))
     passes = max((one.passes_of_undo() for one in steps), default=1)
     if passes > 1:
         raise NoExactRule(f"restoring its input would take {passes} passes of its network")
