@@ -15,6 +15,7 @@ from inn_guard.core.missing import NotApplicable
 from inn_guard.exact import exact
 from inn_guard.memory_saving import memory_saving
 from inn_guard.repair.fine_tuning import Look, Stabilized, stabilize
+from inn_guard.repair.mixed_precision import MixedPrecision, PrecisionSummary, raise_precision
 from inn_guard.report.audit_report import AuditReport
 from inn_guard.report.comparison import Comparison, compare
 from inn_guard.report.from_json import load
@@ -58,8 +59,10 @@ __all__ = [
     "LipschitzBounds",
     "Look",
     "MetricsRecorder",
+    "MixedPrecision",
     "NormalizingFlowLoss",
     "NotApplicable",
+    "PrecisionSummary",
     "RegularizerHook",
     "Stabilized",
     "TensorBoardRecorder",
@@ -74,6 +77,7 @@ __all__ = [
     "lipschitz_bounds",
     "load",
     "memory_saving",
+    "raise_precision",
     "stabilize",
     "wrap",
 ]

@@ -135,6 +135,10 @@ EXPERIMENTS = (
         "which search finds the worst dequantized samples at equal cost",
         "Behrmann 2021, appendix E",
     ),
+    Experiment(
+        "repair.density_flows",
+        "trained flows that lose draws pass after a tenth of their training's steps",
+    ),
     Experiment("attacks.step_cost", "what one step of the attack costs, in forward passes"),
     Experiment("lipschitz.soundness", "certificates against 40-digit truth and dense matrices"),
     Experiment(
