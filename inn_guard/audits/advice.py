@@ -25,28 +25,31 @@ INITIALISE = (
 STANDARDISE = "Standardise the data, {what}: train and audit on (x - x.mean(0)) / x.std(0) instead."
 FORMULA = "Derive the log-determinant again: training by likelihood follows this number."
 DENSITY_FLOAT64 = (
-    "Evaluate log p in float64, against which it was measured: flow.double().log_prob(x.double())"
+    "Evaluate log p with the layers that need it in float64, against which it was measured:\n"
+    'flow = ig.raise_precision(flow, x, uses=["density"])'
 )
 BOUND_SAMPLING = (
     "If the flow will be trained again, bound the scales of {layer}: exp(s) becomes exp(tanh(s)), "
     "or a sigmoid that stays above 1/2."
 )
 REPAIR_SAMPLING = (
-    "Else fine-tune for 100 steps on loss + hook(x) by hook.step(loss, optimizer, clip=10.0); "
-    "raise the coefficient by 3 while draws are lost:\n"
-    'penalty = ig.FiniteDifferences(0.1, direction="inverse", at="prior", form="log")\n'
-    "hook = ig.RegularizerHook(flow, penalty, every=1)"
+    "Else fine-tune it until its draws come back, on the batches that it was trained on:\n"
+    'flow = ig.stabilize(flow, batches, {loss}uses=["sampling"]).model'
 )
 SAMPLING_FLOAT64 = (
-    "Draw in float64, where the lost draws were measured to come back: flow.double()."
+    "Draw with the layers that need it in float64, where the lost draws were measured to come "
+    "back:\n"
+    'flow = ig.raise_precision(flow, x, uses=["sampling"])'
 )
 RECONSTRUCTION_FLOAT64 = (
-    "Invert in float64, where the round trips were measured to come back: flow.double()."
+    "Invert with the layers that need it in float64, where the round trips were measured to come "
+    "back:\n"
+    'flow = ig.raise_precision(flow, x, uses=["reconstruction"])'
 )
 PENALISE_INVERSE = (
-    "Train on loss + hook(x), a penalty of the inverse alone, bounding the scales of {layer} if it "
-    "can be changed:\n"
-    'hook = ig.RegularizerHook(flow, ig.FiniteDifferences(1.0, direction="inverse"), every=5)'
+    "Fine-tune it until its inverse comes back, on the batches that it was trained on; bound the "
+    "scales of {layer} if it will be trained again:\n"
+    'flow = ig.stabilize(flow, batches, {loss}uses=["reconstruction"]).model'
 )
 WRONG_INVERSE = "Compare the inverse with the forward formula: it is the inverse of another map."
 ITERATIONS = (
@@ -94,9 +97,9 @@ def _advice(report: AuditReport, context: AuditContext) -> Iterator[str]:
     if "density" in failing:
         yield from _density(report)
     if "sampling" in failing:
-        yield from _sampling(report)
+        yield from _sampling(report, _loss(context))
     if "reconstruction" in failing:
-        yield from _reconstruction(report)
+        yield from _reconstruction(report, _loss(context))
     if "gradients" in failing:
         yield STORED
     lost = failing & {"sampling", "reconstruction", "gradients"}
@@ -115,23 +118,29 @@ def _density(report: AuditReport) -> Iterator[str]:
         yield DENSITY_FLOAT64
 
 
-def _sampling(report: AuditReport) -> Iterator[str]:
+def _sampling(report: AuditReport, loss: str) -> Iterator[str]:
     cause = report["sampling"].settings.get("cause")
     if cause == "rounding":
         yield SAMPLING_FLOAT64
         return
     yield BOUND_SAMPLING.format(layer=_layer(report))
-    yield REPAIR_SAMPLING
+    yield REPAIR_SAMPLING.format(loss=loss)
 
 
-def _reconstruction(report: AuditReport) -> Iterator[str]:
+def _reconstruction(report: AuditReport, loss: str) -> Iterator[str]:
     cause = report["reconstruction"].settings.get("cause")
     if cause in ("wrong inverse", "unconverged"):
         yield WRONG_INVERSE if cause == "wrong inverse" else ITERATIONS
         return
     if cause == "rounding":
         yield RECONSTRUCTION_FLOAT64
-    yield PENALISE_INVERSE.format(layer=_layer(report))
+    yield PENALISE_INVERSE.format(layer=_layer(report), loss=loss)
+
+
+def _loss(context: AuditContext) -> str:
+    """The argument with the loss, which a model without a base distribution needs."""
+    declared = context.model.base() is not None
+    return "" if declared else "loss=loss, "
 
 
 def _other(report: AuditReport) -> Iterator[str]:

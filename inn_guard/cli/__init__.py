@@ -1,4 +1,4 @@
-"""The command line: ``inn-guard audit | report | bench``, also as ``python -m inn_guard``."""
+"""The command line: ``inn-guard audit | repair | report | bench``, or ``python -m inn_guard``."""
 
 from __future__ import annotations
 

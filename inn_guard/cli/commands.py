@@ -12,6 +12,7 @@ from typing import Annotated, Any
 import torch
 import typer
 from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
 
 from inn_guard.adapters import wrap
 from inn_guard.audits import AUDITS, Level
@@ -21,9 +22,18 @@ from inn_guard.audits.run import audit as run_audit
 from inn_guard.cli import FAULT
 from inn_guard.cli.bench import ANY_OPTION, bench
 from inn_guard.cli.data import Rows, read_context, read_data
-from inn_guard.cli.models import check_name, load_weights, make, own_dtype, parse_arguments
+from inn_guard.cli.models import (
+    check_name,
+    find,
+    load_weights,
+    make,
+    own_dtype,
+    parse_arguments,
+    save_weights,
+)
 from inn_guard.cli.processes import is_first, processes
 from inn_guard.cli.usage import WrongUsage, exit_on_usage_error, notice
+from inn_guard.repair.fine_tuning import AUDITED, stabilize
 from inn_guard.report.audit_report import AuditReport
 from inn_guard.report.from_json import from_json
 from inn_guard.report.uses import USES
@@ -38,6 +48,8 @@ Exit codes:
   1  unstable or non_finite
   2  wrong usage: nothing was measured
   3  nothing was decided (undecided or not applicable), or a fault of inn_guard"""
+
+ALL_ROWS = 2**40  #: more than any file has
 
 app = typer.Typer(
     help=f"Audit the numerical stability of invertible neural networks.\n\n{EXIT_CODES}",
@@ -207,6 +219,99 @@ def audit(  # noqa: PLR0913  (one parameter for each option)
     if dry_run or not is_first():
         raise typer.Exit(0)
     raise typer.Exit(exit_code(report.verdict))
+
+
+REPAIR_HELP = f"""Fine-tune a model until it is fit for the uses.
+
+\b
+  inn-guard repair nets.py:make_flow x.npy --weights flow.pt --uses sampling --out repaired.pt
+
+The loss is the negative log-likelihood if the model has a base distribution. For other models
+--loss names the function (model, batch) -> scalar that they were trained with. --out gets the state
+dict of the best state, also where a use still fails; it is written at once or not at all.
+
+{EXIT_CODES}"""
+
+
+@app.command(help=REPAIR_HELP)
+@exit_on_usage_error
+def repair(  # noqa: PLR0913  (one parameter for each option)
+    words: Annotated[
+        list[str] | None, typer.Argument(metavar="MODEL DATA", show_default=False)
+    ] = None,
+    *,
+    model: Annotated[str | None, typer.Option(help="MODEL, as an option.")] = None,
+    data: Annotated[Path | None, typer.Option(help="DATA, as an option.")] = None,
+    arg: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME=VALUE", help="An argument of the factory; repeatable."),
+    ] = None,
+    weights: Annotated[
+        Path | None, typer.Option(help="A safetensors file, or a torch file of tensors.")
+    ] = None,
+    uses: Annotated[
+        str, typer.Option(metavar="USE,...", help=f"What must pass: out of {', '.join(USES)}.")
+    ] = "",
+    loss: Annotated[
+        str | None, typer.Option(metavar="MODULE:NAME", help="A function (model, batch) -> loss.")
+    ] = None,
+    prior: Annotated[
+        str | None,
+        typer.Option(
+            metavar="MODULE:NAME", help="The distribution of z, if the model declares none."
+        ),
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Write the repaired weights: .pt, .pth or .safetensors.")
+    ] = None,
+    html: Annotated[Path | None, typer.Option(help="Write before and after as one page.")] = None,
+    steps: Annotated[int, typer.Option(min=1, help="How many steps at most.")] = 200,
+    every: Annotated[int, typer.Option(min=1, help="Steps between two audits.")] = 20,
+    batch_size: Annotated[int, typer.Option(min=1, help="Samples in a step.")] = 128,
+    learning_rate: Annotated[float, typer.Option(help="Of Adam.")] = 5e-4,
+    device: Annotated[str, typer.Option(help="Train on this device: cpu, cuda, cuda:1.")] = "cpu",
+    seed: Annotated[int, typer.Option(min=0, help="Seed of everything random.")] = 0,
+) -> None:
+    """Fine-tune a model until it is fit for the uses."""
+    model, data = _model_and_data(words or [], model, data)
+    check_name(model)
+    if loss is not None:
+        check_name(loss, "--loss")
+    arguments = parse_arguments(arg or [])
+    chosen_uses = _names(uses, "--uses", USES)
+    place = _device(device)
+    _can_write(out, html)
+    rows = read_data(data, samples=ALL_ROWS)
+    made = make(model, seed=seed, arguments=arguments)
+    if weights is not None:
+        load_weights(made, weights)
+    if not isinstance(made, nn.Module):
+        raise WrongUsage(f"repair needs a torch.nn.Module, but {model} is a {type(made).__name__}")
+    made = made.to(place)
+    x = rows.to(own_dtype(made)).to(place)
+    try:
+        steady = stabilize(
+            made,
+            DataLoader(TensorDataset(x), batch_size=batch_size, shuffle=True),
+            loss=None if loss is None else find(loss),
+            uses=chosen_uses,
+            prior=None if prior is None else make(prior, seed=seed),
+            x=x[:AUDITED],
+            steps=steps,
+            every=every,
+            learning_rate=learning_rate,
+            seed=seed,
+        )
+    except (TypeError, ValueError) as error:
+        raise WrongUsage(str(error)) from error
+    typer.echo(str(steady))
+    if out is not None:
+        save_weights(steady.model, out)
+        notice(f"wrote the weights after {steady.kept_step} steps to {out}")
+    if html is not None:
+        steady.to_html(html)
+        notice(f"wrote {html}")
+    raise typer.Exit(exit_code(steady.verdict))
 
 
 @app.command()

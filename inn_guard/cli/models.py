@@ -16,8 +16,17 @@ import torch
 from torch import Tensor, nn
 
 from inn_guard.cli.usage import WrongUsage, error_location, notice
+from inn_guard.execution.files import atomic_write
 
-__all__ = ["check_name", "load_weights", "make", "own_dtype", "parse_arguments"]
+__all__ = [
+    "check_name",
+    "find",
+    "load_weights",
+    "make",
+    "own_dtype",
+    "parse_arguments",
+    "save_weights",
+]
 
 # where training loops put the weights in a checkpoint
 NESTED = ("state_dict", "model_state_dict", "model")
@@ -79,10 +88,8 @@ def make(name: str, *, seed: int, arguments: Mapping[str, Any] | None = None) ->
     Raises:
         WrongUsage: if there is no such name, or the code behind it raises.
     """
-    check_name(name)
     arguments = arguments or {}
-    module_name, _, attribute = name.rpartition(":")
-    found = _attribute(_import(module_name), attribute, module_name)
+    found = find(name)
     if isinstance(found, nn.Module) or not callable(found):
         if arguments:
             raise WrongUsage(f"--arg is for a factory, but {name} is a {type(found).__name__}")
@@ -93,6 +100,17 @@ def make(name: str, *, seed: int, arguments: Mapping[str, Any] | None = None) ->
             return found(**arguments)
     except (Exception, SystemExit) as error:
         raise WrongUsage(f"calling {name}() raised {error_location(error)}") from error
+
+
+def find(name: str) -> Any:
+    """What a name refers to: "package.module:name" or "path/to/file.py:name".
+
+    Raises:
+        WrongUsage: if there is no such name, or importing its module raises.
+    """
+    check_name(name)
+    module_name, _, attribute = name.rpartition(":")
+    return _attribute(_import(module_name), attribute, module_name)
 
 
 def _import(name: str) -> ModuleType:
@@ -172,6 +190,25 @@ def load_weights(model: Any, path: Path) -> None:
         model.load_state_dict(state)
     except RuntimeError as error:
         raise WrongUsage(f"{path} does not fit the model: {error}") from error
+
+
+def save_weights(model: nn.Module, path: Path) -> None:
+    """Write the state dict of a model: safetensors by its suffix, else a torch file.
+
+    Raises:
+        WrongUsage: if it cannot be written.
+    """
+    state = model.state_dict()
+    try:
+        with atomic_write(path) as partial:
+            if path.suffix == ".safetensors":
+                # it refuses tensors that share memory, and takes no others than tensors
+                tensors = {k: v.clone().contiguous() for k, v in state.items()}
+                safetensors.torch.save_file(tensors, partial)
+            else:
+                torch.save(state, partial)
+    except (OSError, AttributeError) as error:
+        raise WrongUsage(f"the weights could not be written to {path}: {error}") from error
 
 
 def _read_weights(path: Path) -> Mapping[str, Any]:

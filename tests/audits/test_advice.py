@@ -95,20 +95,22 @@ def test_bounding_the_scales_saves_draws():
     assert ig.audit(bounded, x, **SAMPLING).verdict.passed
 
 
-def test_a_hundred_steps_of_the_penalty_save_draws():
+def test_a_hundred_steps_of_fine_tuning_save_draws():
     torch.set_default_dtype(torch.float32)
     model, x = exponential(0.4).to_dtype(torch.float32), 0.3 * data().float()
     failing = ig.audit(model, x, **SAMPLING)
     assert failing.verdict.failed
     assert begins(failing, advice.REPAIR_SAMPLING)
-    penalty = ig.FiniteDifferences(0.1, direction="inverse", at="prior", form="log")
-    hook = ig.RegularizerHook(model, [penalty], every=1)
-    optimizer = torch.optim.Adam(model.parameters(), lr=5e-3)
-    for _ in range(100):
-        optimizer.zero_grad()
-        loss = -model.log_prob(x).mean() + hook(x)
-        hook.step(loss, optimizer, clip=10.0)
-    assert ig.audit(model, x, **SAMPLING).verdict.passed
+    assert "loss=loss" in "".join(failing.advice)
+    steady = ig.stabilize(
+        model,
+        [x],
+        loss=lambda flow, batch: -flow.log_prob(batch).mean(),
+        uses=["sampling"],
+        steps=100,
+        learning_rate=5e-3,
+    )
+    assert ig.audit(steady.model, x, **SAMPLING).verdict.passed
 
 
 def test_float64_saves_draws_that_rounding_loses():
@@ -118,7 +120,9 @@ def test_float64_saves_draws_that_rounding_loses():
     assert failing.verdict.failed
     assert begins(failing, advice.SAMPLING_FLOAT64)
     assert not begins(failing, advice.BOUND_SAMPLING)
-    assert ig.audit(model.to_dtype(torch.float32).double(), x, **SAMPLING).verdict.passed
+    saved = ig.raise_precision(model.to_dtype(torch.float32), x.float(), uses=["sampling"])
+    assert saved.summary.passed
+    assert ig.audit(saved, x, **SAMPLING).verdict.passed
 
 
 def test_float64_saves_round_trips_that_rounding_loses():
@@ -126,7 +130,10 @@ def test_float64_saves_round_trips_that_rounding_loses():
     failing = ig.audit(model.to_dtype(torch.float32), data().float(), **settings)
     assert failing.verdict.failed
     assert begins(failing, advice.RECONSTRUCTION_FLOAT64)
-    saved = model.to_dtype(torch.float32).double()
+    saved = ig.raise_precision(
+        model.to_dtype(torch.float32), data().float(), uses=["reconstruction"]
+    )
+    assert saved.summary.passed
     assert ig.audit(saved, data(), **settings).verdict.passed
 
 
@@ -141,7 +148,9 @@ def test_float64_saves_densities():
     failing = ig.audit(model.to_dtype(torch.float32), data().float(), **settings)
     assert failing.verdict.failed
     assert begins(failing, advice.DENSITY_FLOAT64)
-    assert ig.audit(model, data(), **settings).verdict.passed
+    saved = ig.raise_precision(model.to_dtype(torch.float32), data().float(), uses=["density"])
+    assert saved.summary.passed
+    assert ig.audit(saved, data(), **settings).verdict.passed
 
 
 def test_a_formula_derived_again():
@@ -256,12 +265,16 @@ def test_a_penalty_of_the_inverse_saves_round_trips():
     before = ig.audit(model, x, **settings)
     assert before.verdict.failed
     assert begins(before, advice.PENALISE_INVERSE)
-    hook = ig.RegularizerHook(model, [ig.FiniteDifferences(1.0, direction="inverse")], every=5)
-    optimizer = torch.optim.Adam(model.parameters(), lr=0.2)
-    for _ in range(200):
-        optimizer.zero_grad()
-        hook.step(0.0 * model(x).sum() + hook(x), optimizer)
-    assert ig.audit(model, x, **settings).verdict.passed
+    steady = ig.stabilize(
+        model,
+        [x],
+        loss=lambda flow, batch: 0.0 * flow(batch).sum(),
+        uses=["reconstruction"],
+        steps=200,
+        every=50,
+        learning_rate=0.2,
+    )
+    assert ig.audit(steady.model, x, **settings).verdict.passed
 
 
 class Shrink(ig.Invertible):
