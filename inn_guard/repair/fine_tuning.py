@@ -45,7 +45,7 @@ Part = Callable[[nn.Module], Any]
 FACTOR = 3.0  #: by which a coefficient changes, and a figure must fall between two looks
 AUDITED = 256  #: rows of the first batch that are audited
 KEPT = 4  #: batches at which the loss is compared before and after
-WARM_UP = 20  #: steps in which the learning rate rises
+WARM_UP = 20  #: steps in which the learning rate rises, at most a quarter of all
 EXACT = "Or keep what the inverse loses, which restores x bit for bit: coder = ig.exact(flow)"
 
 
@@ -217,7 +217,7 @@ def stabilize(  # noqa: PLR0913
         steps: how many at most. A tenth of the training's is usually enough.
         every: how many steps between two looks.
         coefficient: of every penalty in the first steps. Default: 0.1 for sampling, else 1e-3.
-        learning_rate: of Adam, after a rise over the first 20 steps.
+        learning_rate: of Adam, after a rise over the first 20 steps or quarter of the steps.
         clip: largest norm of the gradient of all parameters.
         tolerance: increase of the loss that ends the repair once the uses pass, relative to the
             loss before, or absolute where that is below 1.
@@ -445,6 +445,7 @@ class _Repair:
         optimizer = torch.optim.Adam(trainable, lr=settings.learning_rate)
         hook = RegularizerHook(self._map(None), [])  # for its step alone
         losses: list[float] = []
+        warm_up = min(WARM_UP, max(1, settings.steps // 4))
         for step in range(1, settings.steps + 1):
             batch = self.batches.next()
             if batch is None:
@@ -452,7 +453,7 @@ class _Repair:
                 return f"The batches ended after {self.steps} steps{self._ending()}"
             # the moments of Adam begin at zero: its first steps would be too long
             for group in optimizer.param_groups:
-                group["lr"] = min(1.0, step / WARM_UP) * settings.learning_rate
+                group["lr"] = min(1.0, step / warm_up) * settings.learning_rate
             value = self._task_loss(batch)
             if hook.step(value + self._penalty(batch), optimizer, clip=settings.clip):
                 self.steps += 1

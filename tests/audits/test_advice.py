@@ -95,6 +95,7 @@ def test_bounding_the_scales_saves_draws():
     assert ig.audit(bounded, x, **SAMPLING).verdict.passed
 
 
+@pytest.mark.thorough  # its fast counterpart is in tests/repair
 def test_a_hundred_steps_of_fine_tuning_save_draws():
     torch.set_default_dtype(torch.float32)
     model, x = exponential(0.4).to_dtype(torch.float32), 0.3 * data().float()

