@@ -136,6 +136,11 @@ EXPERIMENTS = (
         "Behrmann 2021, appendix E",
     ),
     Experiment(
+        "repair.classifiers",
+        "exploded classifiers invert again after a tenth of their training's steps",
+        "Behrmann 2021, tables 9, 10",
+    ),
+    Experiment(
         "repair.density_flows",
         "trained flows that lose draws pass after a tenth of their training's steps",
     ),

@@ -262,8 +262,11 @@ def _finding(context: AuditContext, measured: _Measured) -> tuple[Finding, str]:
 
 _ADVICE = {
     "": "",
-    "rounding": "Run the inverse in float64: it was measured to come back there.",
-    "condition": "Bound the scales of the layers, or train with a RegularizerHook.",
+    "rounding": (
+        "Invert with a few layers in float64, where the round trips were measured to come back: "
+        "ig.raise_precision(flow, x)."
+    ),
+    "condition": "Bound the scales of the layers, or fine-tune: ig.stabilize(flow, batches).",
     "unconverged": (
         "Compare the error at twice the iterations. If it falls, raise them; if it grows, the "
         "iteration does not converge: bound the Lipschitz constant below 1."

@@ -142,10 +142,12 @@ def sampling(context: AuditContext, *, draws: int | None = None) -> AuditResult:
 _ADVICE = {
     "": "",
     "model": (
-        "Bound the scales of the layers, or fine-tune with "
-        "FiniteDifferences(0.1, direction='inverse', at='prior', form='log')."
+        "Bound the scales of the layers, or fine-tune the model: ig.stabilize(flow, batches)."
     ),
-    "rounding": "Draw in float64: the lost draws were measured to come back there.",
+    "rounding": (
+        "Draw with a few layers in float64, where the lost draws were measured to come back: "
+        "ig.raise_precision(flow, x)."
+    ),
     "unknown": "Bound the scales of the layers.",
 }
 
