@@ -35,7 +35,7 @@ from inn_guard.cli.processes import is_first, processes
 from inn_guard.cli.usage import WrongUsage, exit_on_usage_error, notice
 from inn_guard.repair.fine_tuning import AUDITED, stabilize
 from inn_guard.report.audit_report import AuditReport
-from inn_guard.report.from_json import from_json
+from inn_guard.report.from_json import load
 from inn_guard.report.uses import USES
 from inn_guard.report.verdict import Verdict
 
@@ -325,7 +325,7 @@ def report(
     """Show a saved report again. Exit code: 0 if it could be read, else 2."""
     _can_write(html)
     try:
-        read = from_json(saved.read_text(encoding="utf-8"))
+        read = load(saved)
     except (OSError, ValueError) as error:
         raise WrongUsage(f"{saved} cannot be shown: {error}") from error
     _finish(read, html=html)

@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from inn_guard.cli.archives import check_archive
 from inn_guard.cli.usage import WrongUsage, notice
 from inn_guard.core.tensors import dtype_name
 
@@ -23,7 +24,8 @@ IMAGE_SUFFIXES = {
 IMAGE_FORMATS = ["PNG", "JPEG", "BMP", "TIFF", "WEBP", "GIF", "PPM"]
 TORCH_SUFFIXES = {".pt", ".pth"}
 MOST_BYTES = 2**34  # 16 GiB of float64
-MOST_PIXELS = 2**26
+MOST_IMAGE_BYTES = 2**31  # 2 GiB, of which several copies are made
+MOST_PIXELS = 2**26  # of one image
 
 
 @dataclass(frozen=True)
@@ -69,9 +71,12 @@ def read_data(path: Path, *, samples: int) -> Rows:
     Raises:
         WrongUsage: if there is no such data, or it cannot be a batch.
     """
-    if path.is_dir():
-        return _read_images(path, samples)
-    return _read_file(path, samples, least_dimensions=2)
+    try:
+        if path.is_dir():
+            return _read_images(path, samples)
+        return _read_file(path, samples, least_dimensions=2)
+    except MemoryError as error:
+        raise WrongUsage(f"{path} does not fit into memory: pass a smaller --samples") from error
 
 
 def read_context(path: Path, *, rows: Rows, dtype: torch.dtype) -> Tensor:
@@ -141,6 +146,7 @@ def _numpy_array(path: Path) -> np.ndarray:
 
 def _torch_array(path: Path) -> np.ndarray:
     """The tensor of a file of ``torch.save``; no code in it is run."""
+    check_archive(path)
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged or hostile file may raise anything
@@ -151,9 +157,19 @@ def _torch_array(path: Path) -> np.ndarray:
             f"expected one tensor in {path}, got {type(content).__name__}: save the batch alone, "
             "torch.save(x, path)"
         )
+    if content.numel() * 8 > MOST_BYTES:
+        # a view can have more entries than its file
+        size = content.numel() * 8 / 2**30
+        raise WrongUsage(f"the tensor in {path} takes {size:.0f} GiB: save fewer samples")
     if content.dtype is torch.bfloat16:  # numpy has no such type
         content = content.float()
-    return content.detach().numpy()
+    try:
+        return content.detach().resolve_conj().resolve_neg().numpy()
+    except (TypeError, RuntimeError) as error:  # sparse, quantized, on the meta device, 8 bits
+        raise WrongUsage(
+            f"expected a dense tensor of numbers in {path}, got {content.dtype}, {content.layout}: "
+            "save x.to_dense().float()"
+        ) from error
 
 
 def _csv_array(path: Path) -> np.ndarray:
@@ -189,6 +205,7 @@ def _read_images(folder: Path, samples: int) -> Rows:
         raise WrongUsage(f"expected images ({suffixes}) in the folder {folder}, found none")
     if len(paths) < len(entries):
         notice(f"{len(entries) - len(paths)} entries of {folder} are not images and are left out")
+    _check_total(folder, paths[:samples])
     pixels = [_pixels(path) for path in paths[:samples]]
     height, width, channels = pixels[0].shape
     for path, image in zip(paths, pixels, strict=False):
@@ -204,6 +221,22 @@ def _read_images(folder: Path, samples: int) -> Rows:
     stack = np.stack([np.broadcast_to(image, (height, width, channels)) for image in pixels])
     notice(f"{len(stack)} of {len(paths)} images of {folder}, scaled to [0, 1]")
     return Rows(np.ascontiguousarray(np.moveaxis(stack, -1, 1)), len(paths), folder.name)
+
+
+def _check_total(folder: Path, paths: list[Path]) -> None:
+    """Refuse images that take too much memory together, by the sizes in their headers."""
+    total = 0
+    for path in paths:
+        try:
+            with Image.open(path, formats=IMAGE_FORMATS) as image:
+                total += 3 * 8 * image.width * image.height
+        except Exception as error:  # a damaged or hostile image may raise anything
+            raise WrongUsage(f"{path} cannot be read as an image: {error}") from error
+    if total > MOST_IMAGE_BYTES:
+        raise WrongUsage(
+            f"{len(paths)} images of {folder} take {total / 2**30:.1f} GiB, at most "
+            f"{MOST_IMAGE_BYTES / 2**30:.0f} fit: pass a smaller --samples"
+        )
 
 
 def _pixels(path: Path) -> np.ndarray:

@@ -15,6 +15,7 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
+from inn_guard.cli.archives import check_archive
 from inn_guard.cli.usage import WrongUsage, error_location, notice
 from inn_guard.execution.files import atomic_write
 
@@ -214,6 +215,7 @@ def save_weights(model: nn.Module, path: Path) -> None:
 def _read_weights(path: Path) -> Mapping[str, Any]:
     if not path.is_file():
         raise WrongUsage(f"there is no file of weights {path}")
+    check_archive(path)
     try:
         if path.suffix == ".safetensors":
             return safetensors.torch.load_file(path)

@@ -19,6 +19,18 @@ from inn_guard.report.verdict import Verdict
 __all__ = ["from_json", "load"]
 
 MAX_BYTES = 2**28  #: of a file that is read
+LARGEST = 10**18  #: whole number, which counts and seeds never reach
+
+#: settings of a report or of a check that are shown as numbers
+_NUMBERS = frozenset(
+    ("dimensions", "samples", "of", "limit", "rate_limit", "angle_limit", "length_limit")
+)
+#: table of a check that is drawn -> columns that hold finite numbers, and others that it needs
+_DRAWN: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
+    "looks": (("draws", "lost", "rate_low", "rate_high"), ()),
+    "attack_curve": (("forward_equivalents",), ("largest_error", "median_error", "broken_samples")),
+    "number format": ((), ("number format", "forecast", "measured", "forecast verdict")),
+}
 
 _NON_FINITE = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
 _VERDICTS = dict(zip(map(str, Verdict), Verdict, strict=True))
@@ -82,6 +94,9 @@ def _report(content: Any) -> AuditReport:
 
 
 def _result(row: Mapping[str, Any]) -> AuditResult:
+    tables = _each(row, "tables", _rows)
+    for name, (numbers, others) in _DRAWN.items():
+        _check_columns(name, tables.get(name, ()), numbers, others)
     return AuditResult(
         _field(row, "name", str),
         _verdict(row),
@@ -93,7 +108,7 @@ def _result(row: Mapping[str, Any]) -> AuditResult:
         per_sample=_each(row, "per_sample", _tensor),
         measured_mask=_each(row, "measured_mask", _mask),
         per_layer=_rows(row.get("per_layer", [])),
-        tables=_each(row, "tables", _rows),
+        tables=tables,
         settings=_settings(_mapping(row.get("settings", {}), "settings")),
         advice=_text(row.get("advice", "")),
     )
@@ -162,18 +177,51 @@ def _rows(value: Any) -> tuple[dict[str, Any], ...]:
         raise ValueError(f"expected a saved report with a list of rows, got {value!r:.60}")
     rows = []
     for row in value:
-        rows.append(_settings(_mapping(row, "a row of a table")))
+        cells = {key: _plain(value) for key, value in _mapping(row, "a row of a table").items()}
+        if any(isinstance(cell, (tuple, dict)) for cell in cells.values()):
+            raise ValueError(
+                f"expected a saved report with a number or text in every cell, got {row!r:.60}"
+            )
+        rows.append(cells)
     return tuple(rows)
 
 
+def _check_columns(
+    table: str,
+    rows: tuple[dict[str, Any], ...],
+    numbers: tuple[str, ...],
+    others: tuple[str, ...],
+) -> None:
+    """See to it that a table can be drawn.
+
+    ``numbers`` hold finite numbers in every row; ``others`` are there.
+    """
+    for row in rows:
+        for name in (*numbers, *others):
+            if name not in row:
+                raise ValueError(f"expected the table {table!r} with a column {name!r}")
+        for name in numbers:
+            if not math.isfinite(_number(row[name])) or row[name] < 0:
+                raise ValueError(
+                    f"expected positive numbers in {name!r} of {table!r}, got {row[name]!r:.60}"
+                )
+
+
 def _settings(values: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: _plain(value) for key, value in values.items()}
+    settings = {key: _plain(value) for key, value in values.items()}
+    for name in _NUMBERS & settings.keys():
+        _number(settings[name])
+    if "rate_limit" in settings and not 0 < _number(settings["rate_limit"]) < math.inf:
+        raise ValueError(f"expected a positive rate_limit, got {settings['rate_limit']!r:.60}")
+    return settings
 
 
 def _plain(value: Any) -> Any:
     """A setting or a cell: "nan" and "inf" stand for numbers, lists for tuples."""
     if isinstance(value, list):
         return tuple(map(_plain, value))
+    if isinstance(value, int) and abs(value) > LARGEST:
+        raise ValueError("expected a saved report with whole numbers of at most 18 digits")
     return _parsed(value)
 
 

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import zipfile
+
 import numpy as np
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from torch import nn
 
 from inn_guard.cli import data
 from inn_guard.cli.data import Rows, read_context, read_data
+from inn_guard.cli.models import load_weights
 from inn_guard.cli.usage import WrongUsage
 
 
@@ -242,3 +246,49 @@ def test_tables_that_are_none_are_refused(text, tmp_path):
     (tmp_path / "x.csv").write_text(text)
     with pytest.raises(WrongUsage):
         load(tmp_path / "x.csv")
+
+
+def deflated(path, seed):
+    """The archive again, compressed, as a trap would be."""
+    packed = path.with_name(f"packed{seed}{path.suffix}")
+    with zipfile.ZipFile(path) as old, zipfile.ZipFile(packed, "w", zipfile.ZIP_DEFLATED) as new:
+        for name in old.namelist():
+            new.writestr(name, old.read(name))
+    return packed
+
+
+def test_archives_that_unpack_to_much_more_than_their_size_are_refused_unread(tmp_path):
+    path = tmp_path / "x.pt"
+    torch.save(torch.zeros(2**21, 4), path)
+    assert load(path, samples=1).total == 2**21
+    bomb = deflated(path, 0)
+    with pytest.raises(WrongUsage, match=r"unpacks to .* without compression; save it again"):
+        load(bomb)
+    with pytest.raises(WrongUsage, match="without compression"):
+        load_weights(nn.Linear(2, 2), bomb)
+
+
+@pytest.mark.parametrize(
+    "tensor",
+    [torch.eye(3).to_sparse(), torch.zeros(2, 2, dtype=torch.float8_e5m2)],
+    ids=["sparse", "8 bits"],
+)
+def test_tensors_that_numpy_does_not_know_are_refused_with_the_remedy(tensor, tmp_path):
+    torch.save(tensor, tmp_path / "x.pt")
+    with pytest.raises(WrongUsage, match=r"save x\.to_dense\(\)\.float\(\)"):
+        load(tmp_path / "x.pt")
+
+
+def test_a_view_that_is_larger_than_its_file_is_refused(tmp_path):
+    torch.save(torch.zeros(1, dtype=torch.bfloat16).expand(2**32, 2**10), tmp_path / "x.pt")
+    with pytest.raises(WrongUsage, match="takes 32768 GiB"):
+        load(tmp_path / "x.pt")
+
+
+def test_images_that_take_too_much_together_are_refused_by_their_headers(tmp_path, monkeypatch):
+    for k in range(4):
+        Image.new("L", (64, 64)).save(tmp_path / f"{k}.png")
+    monkeypatch.setattr(data, "MOST_IMAGE_BYTES", 3 * 64 * 64 * 24)
+    with pytest.raises(WrongUsage, match=r"4 images .* pass a smaller --samples"):
+        load(tmp_path)
+    assert len(load(tmp_path, samples=3).tensor) == 3

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import json
+import random
+from typing import Any
 
 import pytest
 import torch
 
+import inn_guard as ig
 from inn_guard.report.audit_report import AuditReport
 from inn_guard.report.from_json import from_json, load
 from inn_guard.report.html import render
 from inn_guard.report.result import AuditResult
 from inn_guard.report.verdict import Verdict
+from tests.cases.toys import random_chain
 from tests.report.examples import unstable_report
 
 NAN = float("nan")
@@ -156,3 +160,82 @@ def test_a_file_that_is_too_large_or_no_text_is_refused(tmp_path, monkeypatch):
         load(tmp_path / "r.json")
     with pytest.raises(FileNotFoundError):
         load(tmp_path / "absent.json")
+
+
+#: what a damaged file may hold in place of anything
+STRAY = (
+    *(None, True, 0, -1, 1e308, 10**400, "", "nan", "inf", "x" * 200, "<script>", "\ud800"),
+    *([], {}, [1, 2], [[1], [2, 3]], {"a": 1}, {"a": [1]}, [None], ["nan"], [{}], [{"index": "x"}]),
+)
+
+
+def places(node: object, prefix: tuple = ()) -> list[tuple]:
+    """The paths to everything inside a JSON document; of a long list to its first entries."""
+    found = [prefix] if prefix else []
+    if isinstance(node, dict):
+        for key in node:
+            found += places(node[key], (*prefix, key))
+    elif isinstance(node, list):
+        for k in range(min(len(node), 3)):
+            found += places(node[k], (*prefix, k))
+    return found
+
+
+def damaged(document: dict, rng: random.Random) -> str:
+    """The document with one to four of its values replaced, removed or cut."""
+    for _ in range(rng.choice([1, 1, 2, 4])):
+        path = rng.choice(places(document))
+        *above, last = path
+        node: Any = document
+        for key in above:
+            node = node[key]
+        deed = rng.random()
+        if deed < 0.6:
+            node[last] = rng.choice(STRAY)
+        elif deed < 0.8:
+            del node[last]
+        elif isinstance(node[last], list):
+            node[last] = node[last][: len(node[last]) // 2]
+    return json.dumps(document)
+
+
+def check_damaged(seeds: range, report: AuditReport) -> None:
+    """Either refused by a ValueError, or shown in every way."""
+    text = report.to_json()
+    for seed in seeds:
+        try:
+            read = from_json(damaged(json.loads(text), random.Random(seed)))
+        except ValueError:
+            continue
+        for show in (str, repr, AuditReport.details, AuditReport.to_markdown, AuditReport.to_json):
+            show(read)
+        if seed % 10 == 0:
+            render(read)
+
+
+def test_a_damaged_report_is_refused_or_shown():
+    check_damaged(range(40), unstable_report(samples=4, layers=3))
+
+
+@pytest.mark.thorough
+def test_many_damaged_reports_are_refused_or_shown():
+    model, x = random_chain(), torch.randn(8, 6)
+    check_damaged(range(1000), ig.audit(model, x, level="full"))
+
+
+@pytest.mark.parametrize(
+    ("change", "match"),
+    [
+        ({"settings": {"samples": [1, 2]}}, "number"),
+        ({"settings": {"rate_limit": "inf"}}, "rate_limit"),
+        ({"tables": {"looks": [{"draws": 3}]}}, "column 'lost'"),
+        ({"tables": {"looks": [dict.fromkeys(("draws", "lost", "rate_low"), 1)]}}, "rate_high"),
+        ({"per_layer": [{"gain": [1, 2]}]}, "in every cell"),
+        ({"per_layer": [{"gain": 10**30}]}, "18 digits"),
+    ],
+)
+def test_what_could_not_be_drawn_is_refused(change, match):
+    document = json.loads(unstable_report(samples=4, layers=3).to_json())
+    document["results"][0] |= change
+    with pytest.raises(ValueError, match=match):
+        from_json(json.dumps(document))
