@@ -14,6 +14,7 @@ import sys
 import tarfile
 import threading
 import time
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -163,22 +164,28 @@ def test_a_killed_writer_leaves_the_old_file_whole(tmp_path):
     assert path.read_text() == "new"
 
 
-@pytest.fixture
+@contextmanager
 def no_room():
-    """Files of this process may not grow beyond 100 bytes, as on a disk that is full."""
+    """Files of this process may not grow beyond 100 bytes, as on a disk that is full.
+
+    Only inside the block: pytest's own output may go to a file.
+    """
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100, hard))
-    yield
-    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    signal.signal(signal.SIGXFSZ, handler)
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        signal.signal(signal.SIGXFSZ, handler)
 
 
-def test_a_full_disk_is_an_error_and_keeps_the_old_report(tmp_path, no_room):
+def test_a_full_disk_is_an_error_and_keeps_the_old_report(tmp_path):
     path = tmp_path / "report.json"
     path.write_text("old")
-    with pytest.raises(OSError, match="File too large"):
-        from_json(saved()).to_json(path)
+    report = from_json(saved())
+    with no_room(), pytest.raises(OSError, match="File too large"):
+        report.to_json(path)
     assert path.read_text() == "old"
     assert os.listdir(tmp_path) == ["report.json"]
 
