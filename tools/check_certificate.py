@@ -24,7 +24,7 @@ from typing import Any
 
 import numpy as np
 
-FORMAT = "inn_guard Lipschitz certificate 2"
+FORMAT = "inn_guard Lipschitz certificate 3"
 LARGEST = 2**33  # bytes that a file may unpack to
 WIDEST = 2**15  # entries of a chain's state
 U = 2.0**-53  # unit roundoff

@@ -1,17 +1,42 @@
-"""A deadline for a computation: asked in loops, and before a step whose cost can be estimated."""
+"""A deadline for a computation: asked in loops, and before a step whose cost can be estimated.
+
+Deadlines are moments on a clock of work, not on the wall: what a computation does moves the clock
+on by the operations that it is known to take. So a budget gives the same result on every machine
+and under every load. One second is that of a slow core.
+"""
 
 from __future__ import annotations
 
 import math
-import time
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 
-__all__ = ["Deadline", "now"]
+__all__ = ["Deadline", "now", "spend"]
 
-now: Callable[[], float] = time.monotonic  #: seconds; every deadline reads this clock
-SPEED = 4e9  #: assumed floating-point operations per second: one slow core
+SPEED = 4e9  #: floating-point operations in one second of the clock: one slow core
 NEGLIGIBLE = 1e6  #: operations that every deadline can afford
+
+
+class _Work(threading.local):
+    """The seconds of work that this thread has done."""
+
+    seconds = 0.0
+
+
+_work = _Work()
+
+
+def _work_done() -> float:
+    return _work.seconds
+
+
+now: Callable[[], float] = _work_done  #: seconds of work; every deadline reads this clock
+
+
+def spend(operations: float) -> None:
+    """Move the clock of this thread on by some floating-point operations."""
+    _work.seconds += operations / SPEED
 
 
 @dataclass(frozen=True)
@@ -19,7 +44,7 @@ class Deadline:
     """A moment on the clock ``now``. Work that can be interrupted ends at about this moment.
 
     Attributes:
-        end: the moment in seconds; infinite: no deadline.
+        end: the moment in seconds of work; infinite: no deadline.
     """
 
     end: float = math.inf

@@ -17,8 +17,8 @@ from inn_guard.core.missing import NotApplicable
 from inn_guard.core.readable import evaluate_weight_norms
 from inn_guard.execution.deadline import Deadline
 from inn_guard.lipschitz import rules
-from inn_guard.lipschitz.branch_and_bound.search import branch_and_bound
-from inn_guard.lipschitz.certificate import Certificate, weights_hash
+from inn_guard.lipschitz.branch_and_bound.search import BranchAndBoundResult, branch_and_bound
+from inn_guard.lipschitz.certificate import Certificate, Conditions
 from inn_guard.lipschitz.cross_check import (
     POINTS,
     contradiction,
@@ -26,6 +26,7 @@ from inn_guard.lipschitz.cross_check import (
     why_no_chain,
     without_bounds,
 )
+from inn_guard.lipschitz.fingerprint import fingerprint, weights_hash
 from inn_guard.lipschitz.maps.base import BoundedMap, NoRule, bounded_map
 from inn_guard.lipschitz.maps.closed_forms import Pair
 from inn_guard.lipschitz.networks.conditioner import SearchBudget
@@ -50,7 +51,7 @@ from inn_guard.lipschitz.witness import (
 from inn_guard.numerics.intervals import Box, Interval
 from inn_guard.numerics.rounding import Upper
 
-__all__ = ["LipschitzBounds", "lipschitz_bounds"]
+__all__ = ["LipschitzBounds", "bounds_again", "lipschitz_bounds"]
 
 Progress = Callable[[str, float], None]
 BRANCHING = 4  #: dimensions up to which a box is branched
@@ -75,7 +76,7 @@ class LipschitzBounds:
         scope: "global", or the box.
         per_layer: every layer with its box, its bounds and Table 3's.
         paper_bound: the product of Table 3's formulas, with norm products for subnetworks; NaN if
-            time ran out.
+            the budget ran out.
         reason: why a bound is infinite; empty where both are finite.
         certificate: the proof of the bounds; ``certificate.save(path)``.
         witnesses: (most stretched, most shrunk) points and directions, each None where there is
@@ -154,9 +155,9 @@ def lipschitz_bounds(
             smallest box is taken.
         data: samples (B, *shape) at which the search for witnesses begins; default: the samples of
             ``domain``, or random points of the box.
-        seconds: wall-clock budget for everything together. A slow machine gives looser bounds,
-            never wrong ones: work that is expected to take longer is left out or replaced. A single
-            operation is not interrupted.
+        seconds: budget of work for everything together, in seconds of one slow core. Operations
+            are counted, so that the bounds are the same on every machine and under every load.
+            Work that is expected to take longer is left out or replaced by looser bounds.
         effort: budget per chain; default: derived from ``seconds``.
         progress: called with a sentence and the fraction that is done.
 
@@ -190,7 +191,20 @@ def lipschitz_bounds(
         )
     model = wrap(model)
     rules.load()
-    return _Run(model, box, data, Deadline.after(seconds), seconds, effort, progress).bounds()
+    return _Run(model, Conditions(box, seconds, effort), data, progress).bounds()
+
+
+def bounds_again(model: Invertible, conditions: Conditions, *, goal: tuple[float, float]) -> Pair:
+    """The bounds of a model, computed again as far as they are needed to prove a goal.
+
+    Args:
+        model: the model.
+        conditions: box and budget of the first computation.
+        goal: the first bounds; branch and bound ends there.
+    """
+    rules.load()
+    found = _Run(model, conditions, None, None, goal=Pair(*goal)).bounds()
+    return Pair(found.forward, found.inverse)
 
 
 def _as_box(domain: Any) -> Box:
@@ -209,19 +223,21 @@ def _as_box(domain: Any) -> Box:
 class _Run:
     """One computation of bounds: the model, the box and the time."""
 
-    def __init__(  # noqa: PLR0913 - the arguments of lipschitz_bounds
+    def __init__(
         self,
         model: Invertible,
-        box: Box,
+        conditions: Conditions,
         data: Tensor | None,
-        deadline: Deadline,
-        seconds: float,
-        effort: SearchBudget | None,
         progress: Progress | None,
+        *,
+        goal: Pair | None = None,
     ) -> None:
-        self.model, self.box, self.data = model, box, data
-        self.deadline, self.seconds, self.effort = deadline, seconds, effort
+        self.model, self.conditions, self.data = model, conditions, data
+        self.box, self.seconds, self.effort = conditions.box, conditions.seconds, conditions.effort
+        self.deadline = Deadline.after(self.seconds)
         self.progress = progress or (lambda sentence, share: None)
+        self.goal = goal
+        box = self.box
         self.branches = box.bounded and box.lo.dim() == 1 and box.lo.numel() <= BRANCHING
 
     def bounds(self) -> LipschitzBounds:
@@ -246,21 +262,20 @@ class _Run:
         forward, inverse = self._whole_network(per_layer)
         best = Pair(product([f.bound for f in forward]), product([f.bound for f in inverse]))
         method = [_method(forward), _method(inverse)]
-        weights = weights_hash(self.model.state_dict())
-        certificate = Certificate(tuple(forward), tuple(inverse), weights=weights)
+        certificate = Certificate(
+            tuple(forward),
+            tuple(inverse),
+            weights=weights_hash(self.model.state_dict()),
+            map=fingerprint(self.model),
+            conditions=self.conditions,
+        )
         self.progress("witnesses", 0.6)
         witnesses = _Witnesses(exact)
         witnesses.search(self.box, self.data, self._fraction(0.2, 0.8))
-        if self.branches and not is_refuted:
+        if self.branches and not is_refuted and not self._is_settled(best, witnesses.lower):
             self.progress("branch and bound", 0.7)
             with suppress(Unbounded):
-                branched = branch_and_bound(
-                    [described for _, described in maps],
-                    self.box,
-                    lower=witnesses.lower,
-                    probe=witnesses.measure,
-                    deadline=self.deadline,
-                )
+                branched = self._branched([described for _, described in maps], witnesses)
                 certificate = replace(certificate, leaves=branched.leaves)
                 for k, bound in enumerate(branched.pair):
                     if bound < best[k]:
@@ -276,7 +291,7 @@ class _Run:
             best = Pair(Upper(math.inf), Upper(math.inf))
             per_layer = [without_bounds(layer, wrong, layer.box.shape) for layer in per_layer]
             nothing = (Factor(0, len(per_layer), math.inf),)
-            certificate = Certificate(nothing, nothing, weights=weights)
+            certificate = replace(certificate, forward=nothing, inverse=nothing, leaves={})
         lower, found = _lower_bounds(self.model, witnesses, best)
         scope = f"on the {_text_of(self.box)}"
         is_global = all(layer.bounds.is_global for layer in per_layer)
@@ -297,6 +312,27 @@ class _Run:
             reason,
             certificate,
             found,
+        )
+
+    def _is_settled(self, best: Pair, measured: Pair) -> bool:
+        """Whether the goal, if there is one, is reached already, or is out of reach."""
+        if self.goal is None:
+            return False
+        reached = all(own <= goal for own, goal in zip(best, self.goal, strict=True))
+        return reached or any(own > goal for own, goal in zip(measured, self.goal, strict=True))
+
+    def _branched(self, maps: list[BoundedMap], witnesses: _Witnesses) -> BranchAndBoundResult:
+        """Bounds by branch and bound, down to the goal, or to what was witnessed."""
+        if self.goal is not None:
+            return branch_and_bound(
+                maps, self.box, lower=self.goal, deadline=self.deadline, tolerance=1.0
+            )
+        return branch_and_bound(
+            maps,
+            self.box,
+            lower=witnesses.lower,
+            probe=witnesses.measure,
+            deadline=self.deadline,
         )
 
     def _exact_copy(self) -> Invertible:

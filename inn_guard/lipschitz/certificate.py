@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import zipfile
@@ -16,21 +15,25 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from inn_guard.core.invertible import Invertible
+from inn_guard.adapters import wrap
 from inn_guard.execution.files import atomic_write
+from inn_guard.lipschitz.fingerprint import fingerprint, weights_hash
 from inn_guard.lipschitz.lipsdp.chain import Chain, Layer
 from inn_guard.lipschitz.lipsdp.recursion import certify
-from inn_guard.lipschitz.networks.conditioner import Proof
+from inn_guard.lipschitz.networks.conditioner import Proof, SearchBudget
 from inn_guard.lipschitz.whole_network import Factor, product
+from inn_guard.numerics.intervals import Box
 from inn_guard.numerics.rounding import Upper, is_finite
 from inn_guard.numerics.spectral_norm import spectral_norm
 
-__all__ = ["Certificate", "weights_hash"]
+__all__ = ["Certificate", "Conditions"]
 
-FORMAT = "inn_guard Lipschitz certificate 2"
+FORMAT = "inn_guard Lipschitz certificate 3"
 LARGEST = 2**33  #: bytes that a file may unpack to
 WIDEST = 2**15  #: entries of a chain's state, of which the recursion makes square matrices
-AGREEMENT = 1e-12  #: relative difference allowed when a bound is computed again elsewhere
+LONGEST = 1e5  #: seconds of work that a check may take
+AGREEMENT = 1e-12  #: relative difference allowed when a proof is checked elsewhere
+AGAIN = 1e-9  #: and when all of a model's bounds are computed again
 PARTS = ("keep", "weight", "lower", "upper", "multipliers")  #: arrays of a layer in the file
 #: what reading a damaged or forged file may raise
 DAMAGED = (
@@ -40,23 +43,42 @@ DAMAGED = (
 
 
 @dataclass(frozen=True)
+class Conditions:
+    """What bounds were computed for, so that they can be computed again.
+
+    Attributes:
+        box: where they hold.
+        seconds: the budget of work.
+        effort: budget per chain, or None for that which follows from ``seconds``.
+    """
+
+    box: Box
+    seconds: float
+    effort: SearchBudget | None = None
+
+
+@dataclass(frozen=True)
 class Certificate:
     """Factors whose products bound the forward and the inverse map, with their proofs.
 
-    Factors without a chain are closed forms of single layers, or leaves of a branch and bound. To
-    check those, compute the bounds of the model again.
+    Factors without a chain are closed forms of single layers, or leaves of a branch and bound: the
+    file only claims them. ``check(model)`` computes all bounds again, from the model.
 
     Attributes:
         forward: factors of the bound of ||J||.
         inverse: factors of the bound of ||J^-1||.
         leaves: the least bounds by branch and bound, by direction; empty if there was none.
         weights: hash of the model's weights.
+        map: hash of everything else that decides the map: see ``fingerprint``.
+        conditions: what the bounds were computed for; None where that is not known.
     """
 
     forward: tuple[Factor, ...]
     inverse: tuple[Factor, ...]
     leaves: Mapping[str, float] = field(default_factory=dict)
     weights: str = ""
+    map: str = ""
+    conditions: Conditions | None = None
 
     @property
     def bounds(self) -> tuple[float, float]:
@@ -68,21 +90,44 @@ class Certificate:
         """Factors without a chain: the file only claims them."""
         return tuple(f for f in (*self.forward, *self.inverse) if f.proof is None)
 
-    def check(self, model: Invertible | None = None) -> bool:
-        """Whether every chain's bound follows from its multipliers, by the recursion.
+    def check(self, model: Any = None) -> bool:
+        """Whether the bounds are proved.
+
+        Without a model: whether every chain's bound follows from its multipliers, by the recursion.
+        That says nothing about which model the chains belong to, or about factors without one.
 
         Args:
-            model: the model of the certificate; the hash of its weights and its number of layers
-                must agree.
+            model: the model of the certificate, or one that ``wrap`` accepts. Its weights, its
+                attributes and the code of its functions must be those of the certificate; and its
+                bounds, computed again from it within the same box and the same budget of work, no
+                larger than the certificate's.
         """
-        if model is not None:
-            count = len(model.layers() or (model,))
-            if weights_hash(model.state_dict()) != self.weights or self.forward[-1].last != count:
-                return False
         for factor in (*self.forward, *self.inverse):
             if factor.proof is not None and not _proves(factor.proof, factor.bound):
                 return False
-        return True
+        return model is None or self._holds_for(wrap(model))
+
+    def _holds_for(self, model: Any) -> bool:
+        # the bounds' module imports this one
+        from inn_guard.lipschitz.bounds import bounds_again
+
+        count = len(model.layers() or (model,))
+        if self.conditions is None or self.forward[-1].last != count:
+            return False
+        if weights_hash(model.state_dict()) != self.weights or fingerprint(model) != self.map:
+            return False
+        claimed = self._least()
+        found = bounds_again(model, self.conditions, goal=claimed)
+        pairs = zip(found, claimed, strict=True)
+        return all(own <= claim * (1 + AGAIN) for own, claim in pairs)
+
+    def _least(self) -> tuple[float, float]:
+        """The least that is claimed, forward and inverse."""
+        forward, inverse = self.bounds
+        return (
+            min(forward, self.leaves.get("forward", math.inf)),
+            min(inverse, self.leaves.get("inverse", math.inf)),
+        )
 
     def save(self, path: str | Path) -> None:
         """Write the certificate, atomically, as arrays (.npz) with a JSON header."""
@@ -90,8 +135,14 @@ class Certificate:
         header: dict[str, Any] = {
             "format": FORMAT,
             "weights": self.weights,
+            "map": self.map,
             "leaves": dict(self.leaves),
+            "budget": None,
         }
+        if self.conditions is not None:
+            header["budget"] = _described_budget(self.conditions)
+            arrays["box.lo"] = self.conditions.box.lo.numpy()
+            arrays["box.hi"] = self.conditions.box.hi.numpy()
         for side, factors in (("forward", self.forward), ("inverse", self.inverse)):
             header[side] = []
             for k, factor in enumerate(factors):
@@ -121,16 +172,6 @@ class Certificate:
             ) from error
 
 
-def weights_hash(state: Mapping[str, Tensor]) -> str:
-    """SHA-256 over names, shapes, types and bytes of a state dict, in the order of names."""
-    digest = hashlib.sha256()
-    for name in sorted(state):
-        array = state[name].detach().cpu().contiguous()
-        digest.update(f"{name} {tuple(array.shape)} {array.dtype}".encode())
-        digest.update(array.reshape(-1).view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
-
-
 def _read(path: str | Path) -> Certificate:
     with zipfile.ZipFile(path) as packed:
         size = sum(member.file_size for member in packed.infolist())
@@ -144,13 +185,45 @@ def _read(path: str | Path) -> Certificate:
             raise ValueError("expected bounds of leaves as numbers")
         forward = _factors(header, "forward", file)
         inverse = _factors(header, "inverse", file)
+        conditions = _restored_conditions(header["budget"], file)
     last = _checked_end(forward)
     if _checked_end(inverse) != last or last == 0:
         raise ValueError(
             "expected factors over the same layers in both directions, "
             f"got {last} and {_checked_end(inverse)}"
         )
-    return Certificate(forward, inverse, header["leaves"], header["weights"])
+    return Certificate(
+        forward,
+        inverse,
+        header["leaves"],
+        header["weights"],
+        str(header["map"]),
+        conditions,
+    )
+
+
+def _described_budget(conditions: Conditions) -> dict[str, Any]:
+    entry: dict[str, Any] = {"seconds": conditions.seconds, "effort": None}
+    effort = conditions.effort
+    if effort is not None:
+        entry["effort"] = [effort.steps, effort.seconds, effort.width]
+    return entry
+
+
+def _restored_conditions(
+    entry: Mapping[str, Any] | None, file: Mapping[str, np.ndarray]
+) -> Conditions | None:
+    if entry is None:
+        return None
+    effort = None
+    if entry["effort"] is not None:
+        steps, seconds, width = entry["effort"]
+        effort = SearchBudget(int(steps), float(seconds), int(width))
+    box = Box(torch.from_numpy(file["box.lo"]), torch.from_numpy(file["box.hi"]))
+    conditions = Conditions(box, float(entry["seconds"]), effort)
+    if not 0 <= conditions.seconds <= LONGEST:
+        raise ValueError(f"expected a budget of at most {LONGEST:.0f} seconds of work")
+    return conditions
 
 
 def _factors(

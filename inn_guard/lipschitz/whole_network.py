@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from inn_guard.execution.deadline import Deadline
+from inn_guard.execution.deadline import Deadline, spend
 from inn_guard.lipschitz.lipsdp.chain import Chain
 from inn_guard.lipschitz.maps.base import BlockBounds, BoundedMap
 from inn_guard.lipschitz.maps.closed_forms import Pair
@@ -101,8 +101,10 @@ def comparison_factors(matrices: Sequence[Tensor | None], deadline: Deadline) ->
             step = matrices[last]
             if total is None or step is None or max(*step.shape, *total.shape) > WIDE:
                 break
-            if not deadline.can_afford(norm_operations(*step.shape)):
+            operations = norm_operations(*step.shape)
+            if not deadline.can_afford(operations):
                 return found
+            spend(operations)
             # TINY: zeros may be products that underflowed
             total = enlarged(step @ total, step.shape[1]) + TINY
             bound = spectral_norm(total)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from inn_guard.core.invertible import Invertible
 from inn_guard.core.tensors import finite_rows
-from inn_guard.execution.deadline import Deadline
+from inn_guard.execution.deadline import Deadline, spend
 from inn_guard.jacobian.chain import Linearization, LogScaledVector
 from inn_guard.jacobian.checks import dense_jacobian
 from inn_guard.numerics.intervals import Interval
@@ -21,6 +21,7 @@ __all__ = ["Witness", "larger", "measure", "search", "smaller", "starting_points
 DENSE = 64  #: dimensions up to which whole Jacobians are taken
 FEW = 4  #: points that are measured even if there is no time
 POWERS = 20  #: power iterations
+CALL = 1e6  #: operations in the time that a product with one layer's Jacobian takes at least
 EDGE = 1e-9  #: distance of points from the faces of the box, in widths of the box
 
 
@@ -146,19 +147,22 @@ def smaller(a: Witness | None, b: Witness | None) -> Witness | None:
 
 
 def _by_singular_vectors(model: Invertible, points: Tensor) -> Found:
-    J = size = torch.eye(points[0].numel(), dtype=torch.float64).expand(len(points), -1, -1)
+    eye = torch.eye(points[0].numel(), dtype=torch.float64)
+    J = magnitude = eye.expand(len(points), -1, -1)
     line = Linearization(model, points)
+    size = points[0].numel()
+    spend(len(line.jacobians) * (CALL * size + len(points) * size * _operations(model, points)))
     for jacobian, state in zip(line.jacobians, line.states, strict=False):
         factor = dense_jacobian(jacobian, state)
-        J, size = factor @ J, factor.abs() @ size
+        J, magnitude = factor @ J, factor.abs() @ magnitude
     finite = finite_rows(J)
     if not bool(finite.any()):
         return None, None
-    points, J, size = points[finite], J[finite], size[finite]
+    points, J, magnitude = points[finite], J[finite], magnitude[finite]
     values, V = torch.linalg.svd(J, full_matrices=False)[1:]
     top, bottom = int(values[:, 0].argmax()), int(values[:, -1].argmin())
     # entries that nearly cancel in the product of the factors may be nothing but rounding
-    rounding = len(line.jacobians) * J.shape[2] * 2 * UNIT * size.flatten(1).norm(dim=1)
+    rounding = len(line.jacobians) * J.shape[2] * 2 * UNIT * magnitude.flatten(1).norm(dim=1)
     stretched = float(values[top, 0] - rounding[top])
     shrunk = float((J[bottom] @ V[bottom, -1]).norm() + rounding[bottom])
     shape = points.shape[1:]
@@ -184,6 +188,7 @@ def _by_power_iteration(model: Invertible, points: Tensor, deadline: Deadline) -
     for _ in range(POWERS):
         if deadline.passed:
             break
+        spend(4 * (len(line.jacobians) * CALL + len(points) * _operations(model, points)))
         v = _unit(line.vjp(_unit(line.jvp(v).vector)).vector)
         if not has_inverse:
             continue
@@ -194,6 +199,13 @@ def _by_power_iteration(model: Invertible, points: Tensor, deadline: Deadline) -
     stretched, shrunk = _measured(line, v, points), _measured(line, w, points)
     stretch = max(stretched, key=lambda witness: witness.ratio, default=None)
     return stretch, min(shrunk, key=lambda witness: witness.ratio, default=None)
+
+
+def _operations(model: Invertible, points: Tensor) -> float:
+    """About how many operations one product with the Jacobian takes for one sample."""
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    positions = points.shape[2:].numel()
+    return 4.0 * (parameters * positions + points[0].numel())
 
 
 def _unit(vector: Tensor) -> LogScaledVector:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from inn_guard.core.tensors import finite_rows
-from inn_guard.execution.deadline import Deadline
+from inn_guard.execution.deadline import Deadline, spend
 from inn_guard.lipschitz.branch_and_bound.affine_forms import ROUNDED, AffineForm
 from inn_guard.lipschitz.branch_and_bound.propagation import State, Step, step_of
 from inn_guard.lipschitz.maps.base import BoundedMap
@@ -33,6 +33,7 @@ GRID = 1024  #: boxes to begin with
 BATCH = 8192  #: boxes evaluated at once
 FIRST = 256  #: boxes evaluated at first, to measure how long they take
 PROBED = 32  #: middles of the worst boxes at which the lower bound is measured
+STEP, BOX = 4e6, 2e4  #: operations in the time of one layer, for all boxes and for each in 2-D
 SPREAD = 0.5  #: margin of a table beyond the values seen, in units of their range
 ENLARGED = 1e-10  #: by which a singular value is enlarged before it is checked
 
@@ -170,6 +171,8 @@ class _Direction:
 
     def _after(self, state: State) -> State:
         for step in self.steps:
+            boxes, size = state.x.middle.shape[:2]
+            spend(STEP + BOX * boxes * (size / 2) ** 4)
             state = step(state)
         return state
 

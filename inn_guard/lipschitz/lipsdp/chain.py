@@ -29,6 +29,8 @@ from torch import Tensor
 
 __all__ = ["Chain", "Layer", "Multipliers", "product"]
 
+OVERHEAD = 1e6  #: operations in the time that the calls of one small layer take
+
 Multipliers: TypeAlias = tuple[Tensor, ...]
 
 
@@ -115,7 +117,7 @@ class Chain:
             total += (
                 8.0 * frequencies * rows * (m + 2 * n) * rank
                 + 10.0 * shared * rows**2 * max(rows, m)
-                + 1e5
+                + OVERHEAD
             )
             if rows <= 2 * rank:
                 total, rank, shared = total + 8.0 * frequencies * rows**3, rows, 0

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from inn_guard.execution.deadline import spend
 from inn_guard.lipschitz.lipsdp.chain import Chain, Layer, Multipliers, product
 from inn_guard.numerics.rounding import (
     UNIT,
@@ -26,6 +27,7 @@ from inn_guard.numerics.rounding import (
 __all__ = ["certify", "covering_factor"]
 
 CHUNK = 2**22  #: entries of the matrices of several frequencies that are certified at once
+CERTIFICATE = 6.0  #: times an evaluation of the recursion that its certificate takes
 FOLDS = 8  #: shifts that are tried to make a matrix positive definite
 
 
@@ -48,6 +50,7 @@ def certify(chain: Chain, multipliers: Multipliers) -> Upper:
         semidefinite program; slopes per neuron; slopes of exactly one; one problem per frequency of
         a convolution.
     """
+    spend(CERTIFICATE * chain.operations)
     return Upper.max(*[_certified(chain.at(part), multipliers) for part in _chunks(chain)])
 
 
@@ -120,6 +123,7 @@ def covering_factor(chain: Chain, multipliers: Multipliers) -> Tensor | None:
         F, (1 or frequencies, out, r); None if the multipliers prove nothing.
     """
     parts = []
+    spend(CERTIFICATE * chain.operations)
     for part in _chunks(chain):
         state = _output_state(chain.at(part), multipliers)
         if state is None:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 import inn_guard.lipschitz.maps.closed_forms as blocks
+from inn_guard.execution.deadline import spend
 from inn_guard.lipschitz.maps.base import BlockBounds, BoundedMap
 from inn_guard.lipschitz.maps.closed_forms import Pair, supremum
 from inn_guard.lipschitz.maps.coupling import Coupling, Derivatives, dependence
@@ -58,8 +59,10 @@ class Autoregressive(BoundedMap):
             return BlockBounds.none("the network's masks are not autoregressive")
         largest, is_global = supremum(d.slope), is_everywhere(box)
         forward = largest + coupling.norms(d, effort.deadline.fraction(0.3)).forward
-        if not effort.deadline.can_afford(2 * norm_operations(*off_diagonal.shape)):
+        operations = 2 * norm_operations(*off_diagonal.shape)
+        if not effort.deadline.can_afford(operations):
             return BlockBounds(forward, math.inf, is_global, "time ran out for its inverse")
+        spend(operations)
         ordered = off_diagonal[order][:, order]
         pair = blocks.autoregressive(d.slope.lo[order], ordered, forward=forward)
         proof, proofs, reason = self.recursion_proof(box, effort), {}, ""

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 import inn_guard.lipschitz.maps.closed_forms as blocks
+from inn_guard.execution.deadline import spend
 from inn_guard.lipschitz.maps.base import BlockBounds, BoundedMap
 from inn_guard.lipschitz.maps.closed_forms import Pair
 from inn_guard.lipschitz.maps.preimage import everywhere, preimage
@@ -227,9 +228,11 @@ class LinearMap(BoundedMap):
 
     def bounds(self, box: Interval, effort: SearchBudget) -> BlockBounds:
         n = max(self.weight.shape)
-        if not effort.deadline.can_afford(2 * norm_operations(n, n) + 4.0 * n**3):
+        operations = 2 * norm_operations(n, n) + 4.0 * n**3
+        if not effort.deadline.can_afford(operations):
             forward = cheap_norm(self.weight) + self.error
             return BlockBounds(forward, math.inf, reason="time ran out for its inverse")
+        spend(operations)
         exact_product = blocks.linear(self.weight)
         forward, inverse = Upper(exact_product.forward), Upper(exact_product.inverse)
         inverse, reason = inverse / (1 - inverse * self.error), ""

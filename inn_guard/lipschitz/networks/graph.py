@@ -20,11 +20,13 @@ from torch import Tensor, fx, nn
 
 from inn_guard.core.missing import Missing
 from inn_guard.core.readable import RulesByClass, class_of_call, first_reason, is_plain
+from inn_guard.execution.deadline import spend
 from inn_guard.lipschitz.networks.activations import FUNCTIONS, Activation, activation
 from inn_guard.numerics.rounding import UNIT, Upper
 
 __all__ = ["Interpreter", "LinearRearrangement", "Network", "Unbounded", "fx_equivalent"]
 
+NODE = 4e5  #: operations in the time that an interpreter takes for one small node
 Value = TypeVar("Value")
 TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, *TRANSPOSED)
@@ -145,6 +147,7 @@ class Network:
         Raises:
             Unbounded: at the first operation that the interpreter does not know.
         """
+        spend(NODE * len(self.graph.nodes))
         known: dict[fx.Node, Any] = {}
         inputs: list[Any] = [Dependent(x), *self._defaults.values()]
         if self.context is not None:

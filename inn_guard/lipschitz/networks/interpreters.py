@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from inn_guard.execution.deadline import Deadline
+from inn_guard.execution.deadline import Deadline, spend
 from inn_guard.lipschitz.networks.activations import Activation
 from inn_guard.lipschitz.networks.graph import LinearRearrangement, Unbounded
 from inn_guard.numerics.convolution_norm import (
@@ -139,8 +139,9 @@ class NormProduct:
 
     def linear(self, x: Constant, weight: Tensor, bias: Tensor | None) -> Constant:
         """Times ||W||."""
-        norm = cheap_norm
-        if self.deadline.can_afford(norm_operations(*weight.shape)):
+        norm, operations = cheap_norm, norm_operations(*weight.shape)
+        if self.deadline.can_afford(operations):
+            spend(operations)
             norm = spectral_norm
         return Constant(x.lipschitz * norm(weight), (*x.shape[:-1], weight.shape[0]))
 
@@ -149,7 +150,9 @@ class NormProduct:
         zeros = torch.zeros(x.shape, dtype=torch.float64)
         shape = tuple(apply(module, exact(module.weight), zeros).shape)
         size = x.shape[1:]
-        if self.deadline.can_afford(convolution_operations(module, size)):
+        operations = convolution_operations(module, size)
+        if self.deadline.can_afford(operations):
+            spend(operations)
             return Constant(x.lipschitz * convolution_norm(module, size), shape)
         return Constant(x.lipschitz * cheap_convolution_norm(module, size), shape)
 
