@@ -50,7 +50,7 @@ def lipschitz_bounds(
     *,
     domain: Box | None = None,
     margin: float = 0.0,
-    seconds: float = 60.0,
+    seconds: float = 10.0,
 ) -> AuditResult:
     """Certified upper and witnessed lower bounds of sup ||J|| and sup ||J^-1|| over a box, no unit.
 
@@ -63,8 +63,8 @@ def lipschitz_bounds(
         context: model and data; the witnesses' search begins at x.
         domain: the box. Default: the smallest one that holds the finite samples of x.
         margin: widens that box on every side, in units of its largest width.
-        seconds: by the clock on the wall, roughly: a time budget. Bounds are as tight as it allows
-            on this machine.
+        seconds: budget of work, in seconds of one slow core: operations are counted, so that the
+            result is the same on every machine. A larger budget makes tighter bounds.
 
     Returns:
         values: upper and lower bounds, their ratios, Table 3's product; per_layer: the same for
@@ -127,15 +127,18 @@ def _judged(bounds: LipschitzBounds, usable: float) -> tuple[Verdict, str]:
             "usable.",
         )
     if not math.isfinite(upper):
-        return Verdict.UNDECIDED, f"{bracket}: no finite bound is known. {bounds.reason}"
+        return Verdict.UNDECIDED, (
+            f"{bracket}: no finite bound is known; the largest product measured is {lower:.3g}, "
+            f"the limit {usable:.2g}. {bounds.reason}"
+        )
     if upper <= usable:
         return (
             Verdict.STABLE,
             f"{bracket}: certified below {usable:.2g}, so rounding stays usable everywhere there.",
         )
     return Verdict.UNDECIDED, (
-        f"{bracket}: no witness is beyond {usable:.2g} (worst product {lower:.3g}), but the "
-        "certificate is too loose to exclude it."
+        f"{bracket}: the largest product measured is {lower:.3g}, the limit {usable:.2g}, and the "
+        f"certificate, {upper:.3g}, is too loose to exclude more."
     )
 
 
