@@ -176,13 +176,17 @@ EXPERIMENTS = (
     Experiment("performance.scale", "audits within a memory budget, up to 196,608 dimensions"),
     Experiment(
         "performance.memory_saving",
-        "peak memory and time of a training step; stored activations, checkpoints, MemCNN",
+        "memory, time, gradient error of a training step; stored activations, checkpoints, MemCNN",
     ),
     Experiment(
         "performance.regularizer_cost",
         "a regularized training step against one without",
         "Behrmann 2021, table 11",
         "regularizer_cost_table11.csv",
+    ),
+    Experiment(
+        "exact.lossless",
+        "8-bit images through trained nets and back without a wrong bit, exploded inverses too",
     ),
     Experiment(
         "injflow.table1",
