@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from inn_guard.audits.bits_lost import bits_lost
 from inn_guard.audits.context import AuditContext
 from inn_guard.audits.cost_model import Cost, Passes, Task
 from inn_guard.audits.level import Level
@@ -32,7 +33,7 @@ LAYER_STEPS = 20  #: of the iteration for a layer's own condition number
 def _cost(task: Task) -> Cost:
     sweeps = Passes(product=min(task.dimension, int(task.settings["probes"])))
     extremes = Passes(linearize=1, product=4 * task.steps(LAYER_STEPS))
-    each = sweeps + extremes + Passes(inverse=1)
+    each = sweeps + extremes + Passes(forward=1, inverse=1)
     passes = Passes(forward=1) * task.samples + each * task.chosen
     return Cost(passes, task.chosen, linearized=True, vectors=2 * LAYER_STEPS + task.layers)
 
@@ -53,6 +54,10 @@ def layer_blame(context: AuditContext, *, samples: int = 32, probes: int = 8) ->
     rounded and did not amplify what comes from behind it; its share is its part of all digits. A
     change of unit, which amplifies absolute but not relative errors, costs none. |x| is that of the
     sample, or of its batch's median sample where that is larger (``data_scale``).
+
+    A layer's ``bits_lost``, -log2|det J_k| / D, are those that it throws away at an absolute
+    resolution, as the mean over the samples. Exact mode keeps as many. They are left out where a
+    layer has no log-determinant.
 
     Args:
         context: a bijective model, and data.
@@ -92,11 +97,13 @@ def layer_blame(context: AuditContext, *, samples: int = 32, probes: int = 8) ->
             "log10_expected_error": measured.log_relative[sample].item() / LN10,
             "digits_lost": sum(row["digits_lost"] for row in table),
             "worst_share": worst["share"],
+            **({"bits_lost": measured.bits_lost} if measured.knows_bits else {}),
         },
         units={
             "expected_error": "of |x|",
             "log10_expected_error": "of |x|",
             "contribution": "units of x",
+            "bits_lost": "bits per entry of x",
         },
         per_layer=table,
         settings={
@@ -148,12 +155,21 @@ def _log_root_sum_squares(logs: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class _Measurement:
-    tensors: ClassVar = ("log_condition", "log_gain", "log_local", "digits", "log_x", "log_base")
+    tensors: ClassVar = (
+        "log_condition",
+        "log_gain",
+        "log_local",
+        "digits",
+        "bits",
+        "log_x",
+        "log_base",
+    )
 
     log_condition: Tensor  #: (n, B), as all below
     log_gain: Tensor
     log_local: Tensor
     digits: Tensor
+    bits: Tensor
     log_x: Tensor  #: (B,)
     log_base: Tensor  #: (B,)
     exact: bool
@@ -180,11 +196,21 @@ class _Measurement:
     def log_relative(self) -> Tensor:
         return self.log_total - self.log_x
 
+    @property
+    def knows_bits(self) -> bool:
+        return not bool(self.bits.isnan().any())
+
+    @property
+    def bits_lost(self) -> float:
+        """Of all layers, the mean over the samples."""
+        return self.bits.sum(0).mean().item()
+
     def table(self, names: Sequence[str], sample: int) -> tuple[Mapping[str, Any], ...]:
         lost = self.digits[:, sample].nan_to_num(0.0, posinf=0.0).clamp(min=0)
         shares = lost / lost.sum().clamp(min=torch.finfo(lost.dtype).tiny)
-        return tuple(
-            {
+        rows = []
+        for k, name in enumerate(names):
+            row = {
                 "index": k,
                 "name": name,
                 "log10_condition_number": self.log_condition[k, sample].item() / LN10,
@@ -194,8 +220,10 @@ class _Measurement:
                 "digits_lost": lost[k].item(),
                 "share": shares[k].item(),
             }
-            for k, name in enumerate(names)
-        )
+            if self.knows_bits:
+                row["bits_lost"] = self.bits[k].mean().item()
+            rows.append(row)
+        return tuple(rows)
 
 
 def _measured(context: AuditContext, rows: Tensor, probes: int) -> _Measurement:
@@ -222,17 +250,19 @@ def _measure(
     linearization: Linearization, probes: int, noise: Noise, scales: Tensor
 ) -> _Measurement:
     gains = inverse_gains(linearization, probes=probes, generator=noise)
-    conditions, errors = [], []
+    conditions, errors, bits = [], [], []
+    dimension = linearization.states[0][0].numel()
     for k, layer in enumerate(linearization.layers):
         state, tangent = linearization.states[k], linearization.inverse_checked(k)
         forward, backward = layer_extremes(tangent, state, generator=noise, max_steps=LAYER_STEPS)
         conditions.append(forward.log_value + backward.log_value)
         with torch.no_grad():
             errors.append(log_norm(layer.inverse(tangent.output).double() - state.double()))
+        bits.append(bits_lost(layer, state, dimension=dimension))
     eps = math.log(torch.finfo(linearization.output.dtype).eps)
     log_states = torch.stack([log_norm(state.double()) for state in linearization.states])
     # a sample of zeros, or nearly, is held to the size of its neighbours
-    log_x = (scales * math.sqrt(linearization.states[0][0].numel())).log()
+    log_x = (scales * math.sqrt(dimension)).log()
     base = log_x + eps
     log_gain, log_local = gains.log_rms[:-1], torch.stack(errors)
     amplification = (gains.log_rms + log_states).diff(dim=0).nan_to_num(0.0)
@@ -245,6 +275,7 @@ def _measure(
         log_gain.cpu(),
         log_local.cpu(),
         digits.cpu(),
+        torch.stack(bits).cpu(),
         log_x.cpu(),
         base.cpu(),
         gains.exact,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor
 
 from inn_guard.audits.audited_model import ModelError
+from inn_guard.audits.bits_lost import bits_lost_by_layer
 from inn_guard.audits.context import AuditContext
 from inn_guard.audits.cost_model import Cost, Passes, Task
 from inn_guard.audits.explained_rounding import MAX_STEPS, Explanation, explain
@@ -67,7 +69,8 @@ def reconstruction(context: AuditContext, *, batch_size: int = 128) -> AuditResu
     A float64 copy runs the same round trip. Where the model fails, its error tells the cause:
     float64 comes back (rounding: more precision helps); float64 fails, too, by no more than ten
     times its rounding and condition explain (no precision helps much); or by more (the inverse is
-    another map, or an iteration that did not converge).
+    another map, or an iteration that did not converge). Where it fails, the layers are listed with
+    the bits that each throws away at the first samples.
 
     Args:
         context: model and data.
@@ -75,7 +78,7 @@ def reconstruction(context: AuditContext, *, batch_size: int = 128) -> AuditResu
 
     Returns:
         per sample max_error and l2_error (units of x), relative_error (of the feature),
-        latent_error (z -> x -> z).
+        latent_error (z -> x -> z); per layer, of a model that fails, bits_lost (per entry of x).
     """
     rows = context.finite_rows()
     if not len(rows):
@@ -94,6 +97,7 @@ def reconstruction(context: AuditContext, *, batch_size: int = 128) -> AuditResu
         values=_values(measured),
         units=_UNITS,
         **_by_sample(measured, len(context.x)),
+        per_layer=_bits_by_layer(context, measured) if finding.verdict.failed else (),
         settings={
             "samples": len(rows),
             "of": len(context.x),
@@ -114,6 +118,7 @@ _UNITS = {
     "relative_error": "of the feature",
     "float64_error": "of the feature",
     "latent_error": "of |z|",
+    "bits_lost": "bits per entry of x",
 }
 
 
@@ -231,6 +236,20 @@ def _explain(context: AuditContext, rows: Tensor) -> Explanation | None:
         return explain(context.linearization(rows), seed=context.seed)
     except (ModelError, NotApplicable):
         return None
+
+
+def _bits_by_layer(context: AuditContext, measured: _Measured) -> tuple[Mapping[str, Any], ...]:
+    """What each layer of a bijective model throws away, where it is known of all."""
+    if not measured.bijective:
+        return ()
+    model, x = context.at(measured.rows[:FIRST])
+    try:
+        rows = bits_lost_by_layer(model, x)
+    except (ModelError, NotApplicable):
+        return ()
+    if any(math.isnan(row["bits_lost"]) for row in rows):
+        return ()
+    return rows
 
 
 def _finding(context: AuditContext, measured: _Measured) -> tuple[Finding, str]:
