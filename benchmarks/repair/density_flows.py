@@ -43,11 +43,11 @@ class Config:
     flows: tuple[str, ...] = ("nflows couplings", "normflows couplings", "zuko MAF")
     data: tuple[str, ...] = ("heavy tails", "moons")
     seeds: int = 5
-    layers: int = 12
+    layers: int = 8
     width: int = 32
-    steps: int = 300  # of the training
+    steps: int = 500  # of the training
     share: float = 0.1  # of these, at most as many for the repair
-    every: int = 5  # steps of the repair between two audits
+    every: int = 10  # steps of the repair between two audits
     batch_size: int = 64
     learning_rate: float = 1e-3  # of training and repair
 

@@ -25,7 +25,7 @@ from inn_guard.core.invertible import Invertible, InvertibleWrapper
 from inn_guard.core.missing import NotApplicable
 from inn_guard.execution.state import preserve_state
 from inn_guard.repair.copies import independent_copy
-from inn_guard.repair.measure import Examination, badness, open_uses
+from inn_guard.repair.measure import Examination, badness, excess, open_uses
 from inn_guard.repair.penalties import Penalty, penalties_for
 from inn_guard.report.audit_report import AuditReport
 from inn_guard.report.comparison import Comparison, compare
@@ -42,7 +42,6 @@ __all__ = ["Look", "Stabilized", "stabilize"]
 Loss = Callable[[nn.Module, Any], Tensor]
 Part = Callable[[nn.Module], Any]
 
-FACTOR = 3.0  #: by which a coefficient changes, and a figure must fall between two looks
 AUDITED = 256  #: rows of the first batch that are audited
 KEPT = 4  #: batches at which the loss is compared before and after
 WARM_UP = 20  #: steps in which the learning rate rises, at most a quarter of all
@@ -179,12 +178,12 @@ def stabilize(  # noqa: PLR0913
     penalty: if they alone fail, no step is made.
 
     After every ``every`` steps the counted uses are audited. A use passes if its verdict is stable
-    or marginal. A coefficient is multiplied by 3 where the figure of its use has not fallen by
-    that factor since the last look. When all uses pass, in an audit with other random numbers too,
-    the coefficients are divided by 3 at each further look. The repair ends as soon as all uses
-    pass and the loss is at most ``tolerance`` above that before, and otherwise after ``steps``
-    steps. Kept is the state with which most uses pass and, among those with which all do, the one
-    of the smallest loss.
+    or marginal. A coefficient is tried for at least 20 steps, and multiplied by 3 if the figure of
+    its use has not fallen by that factor in them. When all uses pass, in an audit with other
+    random numbers too, the coefficients are divided by 3 at each further look. The repair ends as
+    soon as all uses pass and the loss is at most ``tolerance`` above that before, and otherwise
+    after ``steps`` steps. Kept is the state with which most uses pass and, among those with which
+    all do, the one of the smallest loss.
 
     **What is changed.** Nothing in ``model``: a deep copy is trained and returned, in the best
     state. It is trained in the mode in which the model comes: in eval mode dropout and the
@@ -435,6 +434,10 @@ class _Repair:
                 coefficient=settings.coefficient,
                 seed=settings.seed,
             )
+        for penalty in self.penalties:
+            penalty.figure = max(
+                excess(use) for use in open_uses(self.before) if use.use in penalty.uses
+            )
         if not self.penalties:
             return f"No penalty is known for {' and '.join(failing)}: nothing was changed."
         return ""
@@ -482,18 +485,16 @@ class _Repair:
         if not open_uses(report):
             # passing once in many looks may be luck of the draws
             report = self.examination.look(model, self.audited, seed=seed)
-        before = self.looks[-1]
         self._record(report, sum(losses) / len(losses))
         loss = self._loss_at_kept()
         open_now = [use.use for use in open_uses(report)]
         self._keep(report, loss)
         for penalty in self.penalties:
-            if not open_now:
-                penalty.scale(1 / FACTOR)
-            for use in set(penalty.uses) & set(open_now):
-                if not report.uses[use].figure * FACTOR <= before.figures.get(use, math.inf):
-                    penalty.scale(FACTOR)
-                    break
+            mine = [use for use in open_uses(report) if use.use in penalty.uses]
+            if mine:
+                penalty.adapt(max(map(excess, mine)), self.steps)
+            elif not open_now:
+                penalty.relax()
         return not open_now and loss <= self._accepted_loss()
 
     def _accepted_loss(self) -> float:

@@ -18,7 +18,7 @@ from inn_guard.report.limits import Limits
 from inn_guard.report.uses import UseVerdict
 from inn_guard.report.verdict import Verdict
 
-__all__ = ["Examination", "badness", "open_uses"]
+__all__ = ["Examination", "badness", "excess", "open_uses"]
 
 
 @dataclass(frozen=True)
@@ -87,9 +87,10 @@ def open_uses(report: AuditReport) -> tuple[UseVerdict, ...]:
 def badness(report: AuditReport) -> tuple[int, float]:
     """How far a report is from passing: how many uses are open, and the worst figure / limit."""
     left = open_uses(report)
-    return len(left), max(map(_excess, left), default=0.0)
+    return len(left), max(map(excess, left), default=0.0)
 
 
-def _excess(use: UseVerdict) -> float:
-    excess = use.figure / use.limit if use.limit > 0 else math.inf
-    return excess if math.isfinite(excess) else math.inf
+def excess(use: UseVerdict) -> float:
+    """Figure over limit; inf where there is no finite figure."""
+    ratio = use.figure / use.limit if use.limit > 0 else math.inf
+    return ratio if math.isfinite(ratio) else math.inf

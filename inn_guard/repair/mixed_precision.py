@@ -42,7 +42,7 @@ __all__ = ["MixedPrecision", "PrecisionSummary", "raise_precision"]
 REPEATS = 5  #: timed passes of each kind
 COMPARED = 4  #: samples at which layers are compared with their model
 EXACT = "Keep what the inverse loses, which restores x bit for bit: coder = ig.exact(flow)"
-GUARD = "Let wrong layers be noticed and recomputed: ig.memory_saving(flow, guard=1e-3)"
+GUARD = "Or let gradients be exact, whatever the inverse does: ig.memory_saving(flow, exact=True)"
 
 
 @dataclass(frozen=True)

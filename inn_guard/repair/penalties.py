@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -16,6 +17,8 @@ from inn_guard.training.regularizers import FiniteDifferences
 __all__ = ["MOST", "Penalty", "VolumeAgainstSize", "penalties_for"]
 
 MOST = 1e3  #: times its first coefficient a penalty may grow; beyond it the loss no longer counts
+FACTOR = 3.0  #: by which a coefficient changes, and a figure must fall in a trial
+TRIAL = 20  #: steps for which a coefficient is tried at least
 FIRST_AT_PRIOR = 0.1
 FIRST_AT_DATA = 1e-3
 AT_DATA = ("reconstruction", "gradients")
@@ -49,20 +52,38 @@ class Penalty:
         regularizer: with coefficient 1.
         coefficient: by which it is multiplied now.
         most: largest coefficient.
+        held_since: after how many steps the current trial of the coefficient began.
+        figure: of the worst of its uses then, over the limit.
     """
 
     uses: tuple[str, ...]
     regularizer: Regularizer
     coefficient: float
     most: float
+    held_since: int = 0
+    figure: float = math.inf
 
     def __call__(self, model: Invertible, x: Tensor) -> Tensor:
         """The penalty at a batch."""
         return self.coefficient * self.regularizer(model, x)
 
-    def scale(self, factor: float) -> None:
-        """Multiply the coefficient, up to the largest one."""
-        self.coefficient = min(self.coefficient * factor, self.most)
+    def relax(self) -> None:
+        """All uses pass: divide the coefficient by 3."""
+        self.coefficient /= FACTOR
+
+    def adapt(self, figure: float, step: int) -> None:
+        """A use is open: multiply the coefficient by 3 if 20 steps have not brought enough.
+
+        Args:
+            figure: of the worst of the uses, over the limit.
+            step: steps made so far.
+        """
+        if step - self.held_since < TRIAL:
+            return
+        fell = math.isfinite(figure) and figure * FACTOR <= self.figure
+        if not fell:
+            self.coefficient = min(self.coefficient * FACTOR, self.most)
+        self.held_since, self.figure = step, figure
 
 
 def penalties_for(
