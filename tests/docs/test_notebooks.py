@@ -28,11 +28,12 @@ def pictures(notebook):
     ]
 
 
-def test_there_are_three():
+def test_there_are_four():
     assert [path.stem for path in NOTEBOOKS] == [
         "01_audit_a_flow",
         "02_stabilize_training",
         "03_four_papers",
+        "04_repair_a_trained_flow",
     ]
 
 
