@@ -7,6 +7,7 @@ BIN    := $(VENV)/bin
 READY  := $(VENV)/.installed
 JOBS   ?= 2
 SELECT ?=
+SHARE  ?= 1/1
 COVERAGE ?=
 
 .PHONY: demo test thorough lint docs clean
@@ -30,10 +31,10 @@ test: $(READY)
 	@$(MAKE) --no-print-directory lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) $(COVERAGE)
 
-# SELECT=thorough: only what `make test` leaves out
+# SELECT=thorough: only what `make test` leaves out; SHARE=1/3: the first of three equal parts of it
 thorough: $(READY)
-	@echo "Every test on every case, longer searches for counterexamples: about 20 minutes on two cores."
-	OMP_NUM_THREADS=1 HYPOTHESIS_PROFILE=thorough $(BIN)/python -m pytest -n $(JOBS) -m "$(SELECT)"
+	@echo "Every test on every case, longer searches for counterexamples: about 45 minutes on two cores."
+	OMP_NUM_THREADS=1 HYPOTHESIS_PROFILE=thorough $(BIN)/python -m pytest -n $(JOBS) -m "$(SELECT)" --share $(SHARE)
 
 lint: $(READY)
 	$(BIN)/ruff check .

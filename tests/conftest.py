@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 from importlib.util import find_spec
+from zlib import crc32
 
 import pytest
 import torch
@@ -20,12 +21,22 @@ settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
 torch.set_num_threads(1)
 
 
+def pytest_addoption(parser):
+    parser.addoption("--share", default="1/1", help="K/N: the K-th of N equal parts of the tests")
+
+
 def pytest_collection_modifyitems(config, items):
-    """Tests of a library that is in no extra of the developers are not collected without it."""
+    """Tests of a library that is in no extra of the developers are not collected without it.
+
+    Of the others, those of the wanted share: tests are dealt by their names, so that every process
+    picks the same.
+    """
+    share, shares = map(int, config.getoption("--share").split("/"))
     kept, without = [], []
     for item in items:
         libraries = [mark.args[0] for mark in item.iter_markers("library")]
-        if all(find_spec(name) for name in libraries):
+        wanted = crc32(item.nodeid.encode()) % shares == share - 1
+        if wanted and all(find_spec(name) for name in libraries):
             kept.append(item)
         else:
             without.append(item)
