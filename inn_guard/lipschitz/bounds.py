@@ -20,10 +20,12 @@ from inn_guard.lipschitz import rules
 from inn_guard.lipschitz.branch_and_bound.search import BranchAndBoundResult, branch_and_bound
 from inn_guard.lipschitz.certificate import Certificate, Conditions
 from inn_guard.lipschitz.cross_check import (
+    FAILURES,
     POINTS,
     contradiction,
     cross_checked,
     why_no_chain,
+    why_no_copy,
     without_bounds,
 )
 from inn_guard.lipschitz.fingerprint import fingerprint, weights_hash
@@ -209,6 +211,11 @@ def bounds_again(model: Invertible, conditions: Conditions, *, goal: tuple[float
 
 def _as_box(domain: Any) -> Box:
     if isinstance(domain, Box):
+        if not domain.shape or not domain.lo.numel():
+            raise ValueError(
+                "expected a domain of the shape of one sample, such as Box(lo, hi) with corners of "
+                f"shape (D,), got corners of shape {tuple(domain.shape)}"
+            )
         return domain
     if not isinstance(domain, Tensor):
         raise TypeError(
@@ -249,7 +256,7 @@ class _Run:
         points = self._points()
         layers = exact.layers() or (exact,)
         called_layers = called.layers() or (called,)
-        why = why_no_chain(called, called_layers, points)
+        why = why_no_copy(self.model) or why_no_chain(called, called_layers, points)
         if why is None:
             maps = [(layer.name, bounded_map(layer.block, layer)) for layer in layers]
         else:
@@ -407,13 +414,13 @@ class _Witnesses:
             if box.lo.numel() <= 64:
                 count = 256
             data = starting_points(box, count, generator)
-        with suppress(NotApplicable, RuntimeError, ValueError):
+        with suppress(NotApplicable, *FAILURES):
             found = search(self.model, data, box, deadline=deadline, generator=generator)
             self._keep(*found)
 
     def measure(self, points: Tensor) -> Pair:
         """The lower bounds after a measurement at some points."""
-        with suppress(NotApplicable, RuntimeError, ValueError):
+        with suppress(NotApplicable, *FAILURES):
             self._keep(*measure(self.model, points))
         return self.lower
 

@@ -10,7 +10,7 @@ import math
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -26,7 +26,7 @@ from inn_guard.lipschitz.maps.closed_forms import Pair
 from inn_guard.lipschitz.whole_network import LayerBound, LayerBounds
 from inn_guard.numerics.intervals import Interval
 
-__all__ = ["contradiction", "cross_checked", "why_no_chain", "without_bounds"]
+__all__ = ["contradiction", "cross_checked", "why_no_chain", "why_no_copy", "without_bounds"]
 
 POINTS = 4  #: samples that are compared
 NAN = torch.tensor(math.nan, dtype=torch.float64)
@@ -35,7 +35,11 @@ STEPS = 3  #: power iterations per layer
 VALUES = 1e-6  #: relative error allowed to values of the model, which round
 SLOPES = 1e-6  #: relative error allowed to measured ratios
 CONDITION = 1e-12  #: more of it for each unit of the condition number, for directions that shrink
-FAILURES = (NotImplementedError, RuntimeError, ValueError, TypeError)
+#: what a model may raise at some points
+FAILURES = (
+    *(NotImplementedError, RuntimeError, ValueError, TypeError, AttributeError, LookupError),
+    AssertionError,
+)
 
 
 def why_no_chain(model: Invertible, layers: Sequence[Invertible], points: Tensor) -> Missing | None:
@@ -57,6 +61,26 @@ def why_no_chain(model: Invertible, layers: Sequence[Invertible], points: Tensor
             return known or Missing(f"{model.name} gives other values at every call")
         if layers[0] is not model and not composes(model, layers, points):
             return Missing(f"the layers of {model.name} do not compose to its forward")
+    return None
+
+
+def why_no_copy(model: Invertible) -> Missing | None:
+    """Why a float64 copy of a model may be another map than the model; None if it is the same."""
+    for tensor in model.state_dict().values():
+        if tensor.is_complex():
+            return Missing("complex weights: their imaginary parts have no place in float64")
+    for part in model.modules():
+        # linear maps in the layout of nflows; a copy computes the weight anew
+        cached: Any = getattr(getattr(part, "cache", None), "weight", None)
+        is_called = getattr(part, "using_cache", False) and not part.training
+        weight: Any = getattr(part, "weight", None)
+        if cached is None or not is_called or not callable(weight):
+            continue
+        if not torch.allclose(cached, weight(), atol=0.0):
+            return Missing(
+                f"{type(part).__name__} calls a weight that it cached before its parameters "
+                "changed; call use_cache(False), and on again"
+            )
     return None
 
 

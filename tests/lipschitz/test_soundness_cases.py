@@ -19,24 +19,34 @@ from FrEIA import modules as freia
 from nflows.transforms import (
     AffineCouplingTransform,
     CompositeTransform,
+    LULinear,
     ReversePermutation,
 )
+from nflows.transforms.nonlinearities import Logit
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 
 import inn_guard as ig
+from inn_guard.execution import deadline
 from inn_guard.jacobian.chain import Linearization
 from inn_guard.layers.coupling import AdditiveCoupling, AffineCoupling
+from inn_guard.layers.ode import FixedStep, NeuralODE, RungeKutta
 from inn_guard.lipschitz.bounds import LipschitzBounds
-from inn_guard.numerics.intervals import Box
+from inn_guard.lipschitz.maps.base import bounded_map
+from inn_guard.lipschitz.maps.closed_forms import Pair
+from inn_guard.lipschitz.maps.elementary import KnownConstants
+from inn_guard.lipschitz.transformers.base import softplus, softplus_slope
+from inn_guard.numerics.intervals import Box, Interval
 
 ROUNDING = 1 + 1e-9
 D = 4
 
 
 @pytest.fixture(autouse=True)
-def _seeded():
+def _seeded(monkeypatch):
     torch.manual_seed(0)
+    # budgets in work, as outside of the tests
+    monkeypatch.setattr(deadline, "now", deadline._work_done)
 
 
 def jacobians(function, x: Tensor) -> Tensor:
@@ -54,7 +64,7 @@ def assert_sound(model, *, width: float = 1.0, shape=(D,), count: int = 128) -> 
     """Bounds on a box, compared with the Jacobians of the model's own forward in it."""
     model = ig.wrap(model)
     box = Box(torch.full(shape, -width), torch.full(shape, width))
-    bounds = ig.lipschitz_bounds(model, box, seconds=0.3)
+    bounds = ig.lipschitz_bounds(model, box, seconds=0.05)
     exact = ig.wrap(model).to_dtype(torch.float64)
     x = width * (2 * torch.rand(count, *shape, dtype=torch.float64) - 1)
     sigma = torch.linalg.svdvals(jacobians(exact, x))
@@ -555,3 +565,148 @@ def test_affine_coupling_stays_bounded_in_evaluation_mode():
     model(torch.randn(64, D))
     assert_opaque(assert_sound(copy.deepcopy(model)), "BatchNorm")
     assert math.isfinite(assert_sound(model.eval()).forward)
+
+
+# ------------------------------------------------------------------- steps, caches, own inputs
+
+
+def test_spectral_norm_that_would_be_read_stale_is_evaluated_anew():
+    """The weight kept from the last call is several times smaller than that of the next one."""
+    linear = nn.utils.spectral_norm(nn.Linear(2, 8))
+    model = additive(nn.Sequential(linear, nn.Tanh(), nn.Linear(8, 2))).eval()
+    with torch.no_grad():
+        model(torch.zeros(1, D))
+        stale = torch.linalg.matrix_norm(linear.weight, 2)
+        left = torch.linalg.svd(linear.weight_orig).U
+        # a vector that is nearly orthogonal to the range: the quotient explodes
+        linear.weight_u.copy_(left[:, -1] + 0.05 * left[:, 0])
+        copied = copy.deepcopy(linear)
+        copied(torch.zeros(1, 2))
+        assert torch.linalg.matrix_norm(copied.weight, 2) > 3 * stale
+    bounds = assert_sound(model, width=0.1)
+    assert math.isfinite(bounds.forward)
+
+
+class Called(nn.Tanh):
+    def __call__(self, x):
+        return 10 * super().__call__(x)
+
+
+class CalledNetwork(nn.Sequential):
+    def __call__(self, x):
+        return 10 * super().__call__(x)
+
+
+@pytest.mark.parametrize(
+    "net", [lambda: network(2, 2, Called()), lambda: CalledNetwork(nn.Linear(2, 2))]
+)
+def test_a_class_that_changes_what_a_call_means_has_no_bound(net):
+    assert_opaque(assert_sound(additive(net())), "__call__")
+
+
+@pytest.mark.parametrize("raw", [19.0, 20.0, 21.0])
+def test_the_step_of_softplus_to_the_identity_is_counted(raw):
+    """torch switches at 20: there the slope is one, not sigmoid(20) = 1 - 2e-9."""
+    x = Interval(torch.full((1,), raw - 2), torch.full((1,), raw + 1e-12))
+    s = torch.linspace(raw - 2, raw, 1001).requires_grad_()
+    value = F.softplus(s)
+    (slope,) = torch.autograd.grad(value.sum(), s)
+    assert bool((softplus(x).lo <= value).all() and (value <= softplus(x).hi).all())
+    assert bool((softplus_slope(x).lo <= slope).all() and (slope <= softplus_slope(x).hi).all())
+
+
+def test_a_cached_weight_that_is_called_has_no_bound():
+    model = LULinear(D, using_cache=True).eval()
+    with torch.no_grad():
+        model(torch.zeros(1, D))
+        model.upper_entries.mul_(30).add_(5)
+    box = Box(-torch.ones(D), torch.ones(D))
+    assert_opaque(ig.lipschitz_bounds(model, box, seconds=0.1), "cached")
+
+
+def test_what_cancels_in_a_product_of_factors_counts_as_unknown():
+    """L U with entries of 1e8 whose product is of size one, in which float64 keeps half."""
+    model = LULinear(2, using_cache=False)
+    with torch.no_grad():
+        model.lower_entries.fill_(1e8)
+        model.upper_entries.fill_(1e8)
+        model.unconstrained_upper_diag[:] = torch.tensor([-17.0, 1.0])
+        lower, upper = model._create_lower_upper()
+    found = bounded_map(model, ig.wrap(model)).error
+    assert found >= float((lower.abs() @ upper.abs()).max()) * 1e-16
+
+
+def test_an_index_that_is_no_permutation_has_no_bound():
+    model = ReversePermutation(D)
+    model._permutation.copy_(torch.tensor([0, 0, 1, 2]))
+    box = Box(-torch.ones(D), torch.ones(D))
+    assert_opaque(ig.lipschitz_bounds(model, box, seconds=0.1), "permutation")
+
+
+def test_a_logit_that_clamps_has_no_bound_beyond():
+    model = Logit(eps=0.2)
+    inside = Box(torch.full((D,), 0.3), torch.full((D,), 0.7))
+    beyond = Box(torch.full((D,), 0.1), torch.full((D,), 0.7))
+    assert math.isfinite(ig.lipschitz_bounds(model, inside, seconds=0.1).inverse)
+    assert_opaque(ig.lipschitz_bounds(model, beyond, seconds=0.1), "clamps")
+
+
+def test_a_network_that_returns_its_input_is_not_changed_in_place_unseen():
+    model = freia.AllInOneBlock([(3,)], subnet_constructor=lambda n, m: nn.Identity())
+    box = Box(-torch.ones(3), torch.ones(3))
+    assert_opaque(ig.lipschitz_bounds(model, box, seconds=0.1), "own input")
+
+
+class LinearField(nn.Module):
+    def __init__(self, rate: float) -> None:
+        super().__init__()
+        self.linear = nn.Linear(2, 2, bias=False)
+        self.linear.weight.data = rate * torch.eye(2)
+
+    def forward(self, t, x):
+        return self.linear(x)
+
+
+def test_the_inverse_of_euler_steps_is_bounded_by_what_they_compute():
+    """x - 0.9 x: the inverse stretches by 10, that of the equation by e^0.9 = 2.5."""
+    model = NeuralODE(LinearField(-0.9), solver=FixedStep(1, RungeKutta.EULER))
+    bounds = ig.lipschitz_bounds(model, Box(-torch.ones(2), torch.ones(2)), seconds=0.1)
+    assert 10 <= bounds.inverse < 10.01
+    adaptive = NeuralODE(LinearField(-0.9))
+    assert_opaque(
+        ig.lipschitz_bounds(adaptive, Box(-torch.ones(2), torch.ones(2)), seconds=0.1), "adaptive"
+    )
+
+
+def test_complex_weights_and_compiled_code_have_no_bound():
+    box = Box(-torch.ones(D), torch.ones(D))
+    net = nn.Sequential(nn.Linear(2, 2).to(torch.complex64))
+    assert_opaque(ig.lipschitz_bounds(additive(net), box, seconds=0.1), "complex")
+    scripted = torch.jit.script(network(2, 2))
+    assert_opaque(ig.lipschitz_bounds(additive(scripted), box, seconds=0.1), "no Python code")
+
+
+@pytest.mark.parametrize("shape", [(), (0,)])
+def test_a_domain_without_entries_is_an_error(shape):
+    with pytest.raises(ValueError, match="expected a domain of the shape of one sample"):
+        ig.lipschitz_bounds(additive(network(2, 2)), Box(torch.zeros(shape), torch.zeros(shape)))
+
+
+def test_a_bound_of_the_inverse_below_what_is_measured_is_an_internal_error():
+    def wrong(block, layer):
+        return KnownConstants(Pair(10.0, 0.5))
+
+    bounded_map.register(Doubling, wrong)
+    box = Box(-torch.ones(D), torch.ones(D))
+    bounds = ig.lipschitz_bounds(Doubling(), box, seconds=0.1)
+    assert_opaque(bounds, "internal error in wrong of Doubling")
+    assert bounds.inverse == math.inf
+    assert bounds.certificate.bounds == (math.inf, math.inf)
+
+
+class Doubling(ig.Invertible):
+    def forward(self, x):
+        return x * torch.tensor([2.0, 2.0, 2.0, 1.0])
+
+    def inverse(self, z):
+        return z / torch.tensor([2.0, 2.0, 2.0, 1.0])

@@ -210,6 +210,16 @@ class Network:
                 return
             source = source.args[0]
 
+    @property
+    def may_return_input(self) -> bool:
+        """Whether the output may share memory with the input."""
+        source: Any = next(node.args[0] for node in self.graph.nodes if node.op == "output")
+        while isinstance(source, fx.Node) and source.op != "placeholder":
+            if source.op == "get_attr" or self._makes_new(source):
+                return False
+            source = source.args[0]
+        return True
+
     def _is_in_place(self, node: fx.Node) -> bool:
         if node.op == "call_module" and getattr(self.modules[str(node.target)], "inplace", False):
             return True
@@ -278,7 +288,11 @@ def _defaults(module: nn.Module) -> dict[str, Any]:
     Raises:
         Unbounded: if the second has another default: libraries pass None for it, or leave it out.
     """
-    parameters = list(inspect.signature(module.forward).parameters.values())[1:]
+    try:
+        signature = inspect.signature(module.forward)
+    except ValueError as error:
+        raise Unbounded(f"{type(module).__name__} has no Python code ({error})") from error
+    parameters = list(signature.parameters.values())[1:]
     defaults: dict[str, Any] = {}
     for k, parameter in enumerate(parameters):
         if parameter.kind is not parameter.POSITIONAL_OR_KEYWORD:

@@ -12,21 +12,24 @@ from torch.nn import functional
 from inn_guard.lipschitz.maps.closed_forms import Pair
 from inn_guard.lipschitz.maps.elementary import KnownConstants
 from inn_guard.lipschitz.maps.spline_closed_forms import rational_quadratic_spline
+from inn_guard.lipschitz.networks.conditioner import trace_network
+from inn_guard.lipschitz.networks.graph import Unbounded
 from inn_guard.lipschitz.transformers.rational_quadratic import RationalQuadraticSpline
 
 __all__ = [
-    "CACHED",
+    "OWN_INPUT",
     "SideBySide",
     "fixed_rational_quadratic",
     "fixed_spline",
     "permutation_matrix",
     "rational_quadratic",
+    "returns_input",
     "spline_ends",
     "temperature",
-    "uses_cache",
 ]
 
-CACHED = "a linear map that calls a weight cached earlier; call use_cache(False)"
+OWN_INPUT = "a network that returns its own input, which the block then changes in place"
+
 
 KNOT_ERROR = 1e-12  #: relative error of slopes between knots computed by a softmax in float64
 
@@ -48,15 +51,18 @@ class SideBySide(nn.Module):
         raw = outputs[0]
         if len(outputs) > 1:
             raw = torch.cat(outputs, 1)
-        if self.factor != 1.0:
-            # in place, as FrEIA does: where a network returns its own input, that changes, too
-            raw *= self.factor
-        return raw
+        if self.factor == 1.0:
+            return raw
+        return raw * self.factor
 
 
-def uses_cache(linear: Any) -> bool:
-    """Whether a linear map in the layout of nflows calls a weight that it computed earlier."""
-    return linear.using_cache and not linear.training
+def returns_input(network: Any) -> bool:
+    """Whether what a network returns may be its own input, which libraries then change in place."""
+    try:
+        return trace_network(network).may_return_input
+    except Unbounded:
+        # a network that is not understood has no bound anyway
+        return False
 
 
 def permutation_matrix(order: Tensor) -> Tensor:

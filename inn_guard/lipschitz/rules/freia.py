@@ -23,7 +23,7 @@ from inn_guard.lipschitz.maps.residual import Residual
 from inn_guard.lipschitz.networks.activations import Activation, activation, known_activation
 from inn_guard.lipschitz.networks.conditioner import analyse, trace_network
 from inn_guard.lipschitz.networks.graph import Unbounded
-from inn_guard.lipschitz.rules.blocks import SideBySide
+from inn_guard.lipschitz.rules.blocks import OWN_INPUT, SideBySide, returns_input
 from inn_guard.lipschitz.transformers.affine import (
     Additive,
     Affine,
@@ -212,6 +212,8 @@ def bound_gin_coupling(block: Ff.GINCouplingBlock, layer: Any) -> BoundedMap:
 
 @bounded_map.register
 def bound_all_in_one(block: Ff.AllInOneBlock, layer: Any) -> BoundedMap:
+    if not block.conditional and returns_input(block.subnet):
+        return NoRule(OWN_INPUT)
     if block.GIN:
         return _vectors_only(lambda: _all_in_one(block, layer))
     return _all_in_one(block, layer)

@@ -37,13 +37,13 @@ from inn_guard.lipschitz.maps.coupling import ByChannel, Coupling, blocked_rows,
 from inn_guard.lipschitz.maps.spline_closed_forms import linear_spline
 from inn_guard.lipschitz.networks.activations import known_activation
 from inn_guard.lipschitz.rules.blocks import (
-    CACHED,
+    OWN_INPUT,
     fixed_rational_quadratic,
     fixed_spline,
     permutation_matrix,
     rational_quadratic,
+    returns_input,
     spline_ends,
-    uses_cache,
 )
 from inn_guard.lipschitz.transformers.affine import (
     Additive,
@@ -70,6 +70,8 @@ def _coupling(
     split = ByChannel(block.identity_features.cpu(), block.transform_features.cpu())
     if not split.is_partition:
         return NoRule("kept and changed entries that are no partition")
+    if returns_input(block.transform_net):
+        return NoRule(OWN_INPUT)
     if rows is None:
         rows = interleaved_rows(block.num_transform_features, transformer.count)
     return Coupling(split, block.transform_net, transformer, rows, layer.context)
@@ -238,22 +240,16 @@ def bound_squeeze(block: nf.SqueezeTransform, layer: Any) -> BoundedMap:
 @bounded_map.register(nf.QRLinear)
 @bounded_map.register(nf.SVDLinear)
 def bound_linear(block: Any, layer: Any) -> BoundedMap:
-    if uses_cache(block):
-        return NoRule(CACHED)
     return maps.LinearMap.computed(block.weight().detach(), block.bias.detach())
 
 
 @bounded_map.register
 def bound_lu_linear(block: nf.LULinear, layer: Any) -> BoundedMap:
-    if uses_cache(block):
-        return NoRule(CACHED)
     return maps.LinearMap.product(*block._create_lower_upper(), shift=block.bias.detach())
 
 
 @bounded_map.register
 def bound_one_by_one_convolution(block: nf.OneByOneConvolution, layer: Any) -> BoundedMap:
-    if uses_cache(block):
-        return NoRule(CACHED)
     if not is_of_library(block.permutation, "nflows"):
         return NoRule("a permutation of the user's own")
     lower, upper = block._create_lower_upper()

@@ -26,12 +26,12 @@ from inn_guard.lipschitz.maps.coupling import (
 )
 from inn_guard.lipschitz.maps.residual import Residual
 from inn_guard.lipschitz.rules.blocks import (
-    CACHED,
+    OWN_INPUT,
     SideBySide,
     fixed_rational_quadratic,
     permutation_matrix,
     rational_quadratic,
-    uses_cache,
+    returns_input,
 )
 from inn_guard.lipschitz.transformers.affine import Affine, SigmoidScaleBounds
 from inn_guard.lipschitz.transformers.base import ScaleBounds, Transformer
@@ -102,6 +102,8 @@ def bound_rational_quadratic_coupling(
         return NoRule("a spline coupling of the user's own")
     if inner.tails not in ("linear", None) or isinstance(inner.tail_bound, Tensor):
         return NoRule("a spline with circular tails, or with bounds of its own for every entry")
+    if returns_input(inner.transform_net):
+        return NoRule(OWN_INPUT)
     spline = rational_quadratic(inner, inner.transform_net)
     split = ByChannel(inner.identity_features.cpu(), inner.transform_features.cpu())
     if not split.is_partition:
@@ -192,8 +194,6 @@ def bound_lu_linear_permute(block: nf.LULinearPermute, layer: Any) -> BoundedMap
     linear = block.linear
     if not all(is_of_library(part, "normflows") for part in (linear, block.permutation)):
         return NoRule("a linear map with a part of the user's own")
-    if uses_cache(linear):
-        return NoRule(CACHED)
     lower, upper = linear._create_lower_upper()
     order = permutation_matrix(block.permutation._permutation)
     return maps.LinearMap.product(lower, upper, order, shift=linear.bias.detach())
