@@ -17,7 +17,7 @@ from inn_guard.core.missing import NotApplicable
 from inn_guard.core.readable import evaluate_weight_norms
 from inn_guard.execution.deadline import Deadline
 from inn_guard.lipschitz import rules
-from inn_guard.lipschitz.branch_and_bound.search import BranchAndBoundResult, branch_and_bound
+from inn_guard.lipschitz.branch_and_bound.search import bounds_of_one_box, branch_and_bound
 from inn_guard.lipschitz.certificate import Certificate, Conditions
 from inn_guard.lipschitz.cross_check import (
     FAILURES,
@@ -57,6 +57,7 @@ __all__ = ["LipschitzBounds", "bounds_again", "lipschitz_bounds"]
 
 Progress = Callable[[str, float], None]
 BRANCHING = 4  #: dimensions up to which a box is branched
+WHOLE = 16  #: dimensions up to which Jacobians over the box as a whole are enclosed
 LOOSE = 1e3  #: an upper bound this many times above the witnessed lower bound is called loose
 
 
@@ -269,6 +270,7 @@ class _Run:
         forward, inverse = self._whole_network(per_layer)
         best = Pair(product([f.bound for f in forward]), product([f.bound for f in inverse]))
         method = [_method(forward), _method(inverse)]
+        by_layers = list(method)
         certificate = Certificate(
             tuple(forward),
             tuple(inverse),
@@ -279,15 +281,15 @@ class _Run:
         self.progress("witnesses", 0.6)
         witnesses = _Witnesses(exact)
         witnesses.search(self.box, self.data, self._fraction(0.2, 0.8))
-        if self.branches and not is_refuted and not self._is_settled(best, witnesses.lower):
-            self.progress("branch and bound", 0.7)
+        if not is_refuted and not self._is_settled(best, witnesses.lower):
             with suppress(Unbounded):
-                branched = self._branched([described for _, described in maps], witnesses)
-                certificate = replace(certificate, leaves=branched.leaves)
-                for k, bound in enumerate(branched.pair):
+                name, pair = self._enclosed([described for _, described in maps], witnesses)
+                leaves = {"forward": pair.forward, "inverse": pair.inverse}
+                certificate = replace(certificate, leaves=leaves)
+                for k, bound in enumerate(pair):
                     if bound < best[k]:
-                        method[k] = "branch and bound"
-                best = Pair(*map(min, branched.pair, best))
+                        method[k] = name
+                best = Pair(*map(min, pair, best))
         self.progress("done", 1.0)
         measured = witnesses.lower
         if not self.model.bijective:
@@ -302,7 +304,7 @@ class _Run:
         lower, found = _lower_bounds(self.model, witnesses, best)
         scope = f"on the {_text_of(self.box)}"
         is_global = all(layer.bounds.is_global for layer in per_layer)
-        if is_global and "branch and bound" not in method:
+        if is_global and method == by_layers:
             scope = "global"
         reason = ""
         if math.inf in best:
@@ -328,19 +330,28 @@ class _Run:
         reached = all(own <= goal for own, goal in zip(best, self.goal, strict=True))
         return reached or any(own > goal for own, goal in zip(measured, self.goal, strict=True))
 
-    def _branched(self, maps: list[BoundedMap], witnesses: _Witnesses) -> BranchAndBoundResult:
-        """Bounds by branch and bound, down to the goal, or to what was witnessed."""
+    def _enclosed(self, maps: list[BoundedMap], witnesses: _Witnesses) -> tuple[str, Pair]:
+        """Bounds by Jacobians over the box, whole or cut, and the name of the method.
+
+        Raises:
+            Unbounded: if there are none.
+        """
+        box = self.box
+        if not box.bounded or box.lo.dim() != 1 or box.lo.numel() > WHOLE:
+            raise Unbounded("images, many dimensions, or no bounded box")
+        if not self.branches:
+            if self.deadline.passed:
+                raise Unbounded("the budget is spent")
+            return "enclosed Jacobians", bounds_of_one_box(maps, box)
+        self.progress("branch and bound", 0.7)
         if self.goal is not None:
-            return branch_and_bound(
-                maps, self.box, lower=self.goal, deadline=self.deadline, tolerance=1.0
+            found = branch_and_bound(
+                maps, box, lower=self.goal, deadline=self.deadline, tolerance=1.0
             )
-        return branch_and_bound(
-            maps,
-            self.box,
-            lower=witnesses.lower,
-            probe=witnesses.measure,
-            deadline=self.deadline,
-        )
+        else:
+            lower, probe = witnesses.lower, witnesses.measure
+            found = branch_and_bound(maps, box, lower=lower, probe=probe, deadline=self.deadline)
+        return "branch and bound", found.pair
 
     def _exact_copy(self) -> Invertible:
         exact = self.model.to_dtype(torch.float64)
