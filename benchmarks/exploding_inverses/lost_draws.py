@@ -117,7 +117,7 @@ def negative_log_likelihood(model: Invertible, x: Tensor) -> Tensor:
 
 
 def measure(config: Config, case: tuple[str, int]) -> list[Row]:
-    """Train one flow; one row of its draws and its likelihood."""
+    """Train one flow; one row of its draws, and of the likelihood and round trips of test data."""
     repair, seed = case
     train, test = heavy_tails(4000, config.dimension).chunk(2)
     with torch.random.fork_rng():
@@ -143,8 +143,9 @@ def measure(config: Config, case: tuple[str, int]) -> list[Row]:
             "seed": seed,
             "lost": int((~(off <= LOST)).sum()),
             "draws": config.draws,
-            "median_nll": likelihood.median().item(),
-            "worst_trip": trip.max().item(),
+            "lost_test_samples": int((~(trip <= LOST)).sum()),
+            "median_nll": likelihood.nanmedian().item(),
+            "median_trip": trip.nanmedian().item(),
             "skipped_steps": hook.skipped_steps,
         }
     ]

@@ -110,6 +110,10 @@ def _from_callables(
 ) -> Invertible:
     """What the arguments of `wrap` other than a model describe."""
     chain: list[Invertible] = []
+    if layers is not None and (not isinstance(layers, Iterable) or isinstance(layers, Tensor)):
+        raise TypeError(
+            f"expected layers as a list, got {layers!r:.60}: call wrap(layers=[first, second])"
+        )
     if layers is not None:
         chain = [_layer(layer) for layer in layers]
     if encode is not None and decode is not None:

@@ -6,6 +6,7 @@ import dataclasses
 import datetime
 import functools
 import hashlib
+import numbers
 import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -13,6 +14,7 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from inn_guard.adapters import wrap
@@ -118,6 +120,17 @@ def audit(  # noqa: PLR0913
     level = _level(level)
     chosen = checks_of_level(level) if checks is None else _named_checks(checks)
     counted_uses = None if uses is None else checked_uses(uses)
+    if not isinstance(dry_run, bool) or not isinstance(progress, (bool, type(None))):
+        raise TypeError(
+            f"expected dry_run and progress as True or False; got {dry_run!r:.60}, {progress!r:.60}"
+        )
+    if not isinstance(name, (str, type(None))):
+        raise TypeError(f"expected name as text; got {name!r:.60}")
+    if group is not None and not isinstance(group, getattr(dist, "ProcessGroup", object)):
+        raise TypeError(
+            f"expected group as a torch.distributed group, got {group!r}: pass "
+            "torch.distributed.group.WORLD"
+        )
     parallel = WorkSharing(group, _memory(memory))
     wrapped = _inner_map(wrap(model, context=context))
     with preserve_state(wrapped):  # a DataLoader draws from the global generators
@@ -175,6 +188,8 @@ def _level(level: Level | str) -> Level:
 def _named_checks(checks: Iterable[str | Check]) -> list[AuditSpec]:
     if isinstance(checks, str):
         raise TypeError(f'expected a list of checks, got a string: pass checks=["{checks}"]')
+    if not isinstance(checks, Iterable) or isinstance(checks, Tensor):
+        raise TypeError(f'expected a list of checks, got {checks!r}: pass checks=["density"]')
     first = AUDITS["preflight"]
     named = [resolve_check(check) for check in checks]
     return [first, *(check for check in named if check.name != first.name)]
@@ -195,7 +210,7 @@ def _with_deciding(
 def _memory(memory: float | int | None) -> float | int | None:
     if memory is None:
         return None
-    if isinstance(memory, (str, bool)) or not memory > 0:
+    if not isinstance(memory, numbers.Real) or isinstance(memory, bool) or not 0 < memory < 1e300:
         raise ValueError(
             f"expected memory as a positive number of bytes, got {memory!r}: pass memory=2e9"
         )
@@ -204,7 +219,9 @@ def _memory(memory: float | int | None) -> float | int | None:
 
 def _seed(seed: int) -> int:
     if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:
-        raise ValueError(f"expected seed as a whole number, at least 0; got {seed!r}")
+        raise ValueError(f"expected seed as a whole number, at least 0; got {seed!r:.60}")
+    if seed >= 2**63:
+        raise ValueError(f"expected seed below 2**63; got a number of {len(str(seed))} digits")
     return seed
 
 

@@ -36,6 +36,8 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[Path]:
     ...     [(file.name, file.read_text()) for file in Path(folder).iterdir()]
     [('a.txt', 'whole')]
     """
+    if not isinstance(path, (str, os.PathLike)):
+        raise TypeError(f"expected the path of a file; got {path!r:.60}")
     if Path(path).is_dir():
         raise IsADirectoryError(f"expected the path of a file, got the folder {path}")
     if Path(path).exists() and not Path(path).is_file():

@@ -182,8 +182,9 @@ def lipschitz_bounds(
         Understanding and Mitigating Exploding Inverses in Invertible Neural Networks (Behrmann,
         Vicol, Wang, Grosse, Jacobsen, 2021), Table 3, Remark 3.
     """
-    if not seconds >= 0:
-        raise ValueError(f"expected a time of at least 0 seconds, got {seconds}")
+    usable = isinstance(seconds, (int, float)) and seconds >= 0
+    if not usable or (isinstance(seconds, int) and seconds > 10**18):
+        raise ValueError(f"expected a time of at least 0 seconds, got {seconds!r:.60}")
     if data is None and isinstance(domain, Tensor):
         data = domain
     box = _as_box(domain)
@@ -383,7 +384,8 @@ class _Run:
         except RuntimeError as error:
             shape = ", ".join(["B", *map(str, self.box.shape)])
             raise ValueError(
-                f"the model does not accept samples of the domain's shape, ({shape}): {error}"
+                "expected a domain of the shape of one sample, but the model does not accept "
+                f"samples of the domain's shape, ({shape}): {error}"
             ) from error
 
     def _whole_network(self, per_layer: LayerBounds) -> tuple[list[Factor], list[Factor]]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import numbers
+
 import torch
 from torch import Tensor
 
@@ -25,9 +27,11 @@ class Guard:
     """
 
     def __init__(self, tolerance: float) -> None:
-        if not tolerance > 0:
+        number = isinstance(tolerance, numbers.Real) and not isinstance(tolerance, bool)
+        if not number or not tolerance > 0:
             raise ValueError(
-                f"expected a positive guard, the largest accepted relative error; got {tolerance}"
+                "expected a positive guard, the largest accepted relative error; got "
+                f"{tolerance!r:.60}"
             )
         self.tolerance = tolerance
         self._projections: dict[tuple[int, torch.dtype, torch.device], Tensor] = {}

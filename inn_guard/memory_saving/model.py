@@ -102,6 +102,8 @@ def memory_saving(
         raise NotApplicable(
             f"{model.name} has no layers(): memory_saving needs a chain of layers to go back along"
         )
+    if not isinstance(exact, bool):
+        raise TypeError(f"expected exact as True or False; got {exact!r:.60}")
     if exact and guard is not None:
         raise ValueError(
             "expected exact=True or a guard, got both: exactly restored inputs need no guard"

@@ -6,10 +6,12 @@ Elementary functions of torch are taken to be accurate to eight units in the las
 from __future__ import annotations
 
 import math
+import numbers
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -241,7 +243,20 @@ class Box(Interval):
     """
 
     def __init__(self, lo: Tensor, hi: Tensor) -> None:
-        lo, hi = exact(torch.as_tensor(lo)), exact(torch.as_tensor(hi))
+        for corner in (lo, hi):
+            if not isinstance(corner, (Tensor, numbers.Real, list, tuple, np.ndarray)):
+                raise TypeError(
+                    f"expected the corners of a box as tensors, got {type(corner).__name__}: pass "
+                    "Box(lo, hi) of the shape of one sample, or Box.around(x)"
+                )
+        try:
+            lo, hi = exact(torch.as_tensor(lo)), exact(torch.as_tensor(hi))
+        except (TypeError, ValueError, RuntimeError, OverflowError) as error:
+            raise TypeError(
+                f"expected the corners of a box as tensors of numbers: {error}"
+            ) from error
+        if lo.is_complex() or hi.is_complex():
+            raise TypeError("expected the corners of a box as real numbers; got complex ones")
         if lo.shape != hi.shape:
             raise ValueError(
                 f"expected two corners of one shape, got {tuple(lo.shape)} and {tuple(hi.shape)}"
@@ -262,7 +277,9 @@ class Box(Interval):
         Raises:
             ValueError: if there is no sample, or an entry is NaN.
         """
-        if x.dim() == 0 or len(x) == 0:
+        if not x.is_floating_point():
+            raise TypeError(f"expected a batch of real floating-point numbers; got {x.dtype}")
+        if x.dim() < 2 or len(x) == 0:
             raise ValueError(f"expected a batch (B >= 1, *shape), got shape {tuple(x.shape)}")
         return cls(x.amin(0), x.amax(0))
 

@@ -138,10 +138,10 @@ class AuditReport:
 
     def __getitem__(self, name: str) -> AuditResult:
         """The result of the check of that name."""
-        if name in self:
+        if isinstance(name, str) and name in self:
             return self._by_name()[name]
         hint = ""
-        if name in USES:
+        if isinstance(name, str) and name in USES:
             hint = f"; {name!r} is a use: report.uses[{name!r}]"
         has = ", ".join(self.names) or "none"
         raise KeyError(f"no check {name!r} in this report; it has {has}{hint}")

@@ -274,6 +274,9 @@ def load(path: str | os.PathLike[str]) -> AuditReport:
         OSError: if it cannot be read.
         ValueError: if it is larger than 256 MB, not JSON, or not a saved report.
     """
+    if not isinstance(path, (str, os.PathLike)):
+        # a number would be taken for an open file, and closed
+        raise TypeError(f"expected the path of a saved report; got {path!r:.60}")
     size = os.path.getsize(path)
     if size > MAX_BYTES:
         raise ValueError(

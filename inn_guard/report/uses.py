@@ -113,6 +113,8 @@ def checked_uses(uses: str | Iterable[str]) -> tuple[str, ...]:
     """
     if isinstance(uses, str):
         uses = [uses]
+    if not isinstance(uses, Iterable) or getattr(uses, "ndim", 1) == 0:
+        raise TypeError(f"expected uses by name, out of {', '.join(USES)}; got {uses!r}")
     named = list(uses)
     for name in named:
         if not isinstance(name, str):

@@ -19,7 +19,7 @@ from inn_guard.memory_saving import MemorySaving
 from inn_guard.report.audit_report import AuditReport
 from inn_guard.training.actions import Action
 from inn_guard.training.records import Record
-from inn_guard.training.schedule import Schedule, schedule
+from inn_guard.training.schedule import Schedule, checked_step, schedule
 
 __all__ = ["AuditHook"]
 
@@ -75,9 +75,19 @@ class AuditHook:
     ) -> None:
         if isinstance(checks, str):
             raise TypeError(f'expected a list of checks, got a string: pass checks=["{checks}"]')
-        if samples is not None and samples < 1:
+        if not isinstance(checks, (list, tuple)):
+            raise TypeError(f"expected a list of checks, got {checks!r:.60}: pass checks=[...]")
+        whole = isinstance(samples, int) and not isinstance(samples, bool)
+        if samples is not None and not (whole and samples >= 1):
             raise ValueError(
-                f"expected at least 1 sample, or None for the whole batch; got {samples}"
+                f"expected at least 1 sample, or None for the whole batch; got {samples!r:.60}"
+            )
+        if record is not None and not callable(record):
+            raise TypeError(f"expected record as a function of a Record; got {record!r:.60}")
+        if not isinstance(actions, (list, tuple)) or not all(map(callable, actions)):
+            raise TypeError(
+                f"expected actions as a list of functions, got {actions!r:.60}: pass "
+                "actions=[inn_guard.actions.RaiseError()]"
             )
         wrapped = wrap(model)
         if isinstance(wrapped, MemorySaving):
@@ -114,8 +124,10 @@ class AuditHook:
             TypeError: if x is no floating-point tensor.
             ValueError: if x is empty or has another dtype or device than the model.
         """
-        if step is None:
-            step = self.next_step
+        step = checked_step(self.next_step if step is None else step)
+        if not isinstance(x, Tensor) or x.dim() < 2:
+            got = tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__
+            raise TypeError(f"expected x as a tensor (B, *data); got {got}")
         self.next_step = step + 1
         if step == self._audited or not self.due(step):
             return None

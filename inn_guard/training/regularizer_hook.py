@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Sequence
 from typing import Any, Protocol, runtime_checkable
 
@@ -12,7 +13,8 @@ from torch import Tensor, nn
 
 from inn_guard.adapters import wrap
 from inn_guard.core.invertible import Context, Invertible
-from inn_guard.training.schedule import Schedule, schedule
+from inn_guard.training.regularizers.checks import is_number
+from inn_guard.training.schedule import Schedule, checked_step, schedule
 
 __all__ = ["Regularizer", "RegularizerHook"]
 
@@ -64,6 +66,11 @@ class RegularizerHook:
         self.model: Invertible = wrap(model)
         if callable(regularizers):
             regularizers = [regularizers]
+        if not isinstance(regularizers, (list, tuple)):
+            raise TypeError(
+                "expected a regularizer or a list of regularizers, such as "
+                f"FiniteDifferences(1e-4); got {regularizers!r:.60}"
+            )
         for regularizer in regularizers:
             if not callable(regularizer) or isinstance(regularizer, type):
                 raise TypeError(
@@ -103,8 +110,12 @@ class RegularizerHook:
         Returns:
             A scalar to be added to the loss.
         """
-        if step is None:
-            step = self.next_step
+        if not isinstance(x, Tensor):
+            raise TypeError(f"expected x as a tensor (B, *data); got {type(x).__name__}")
+        if z is not None and not (isinstance(z, Tensor) and z.dim() > 1):
+            got = tuple(z.shape) if isinstance(z, Tensor) else type(z).__name__
+            raise TypeError(f"expected z as a tensor (B, *latent); got {got}")
+        step = checked_step(self.next_step if step is None else step)
         self.next_step = step + 1
         if not self.due(step) or not self.regularizers:
             return x.new_zeros(())
@@ -139,8 +150,13 @@ class RegularizerHook:
         Raises:
             ValueError: if ``clip`` is not positive.
         """
-        if clip is not None and not clip > 0:
-            raise ValueError(f"expected a largest gradient norm clip > 0; got {clip}")
+        if clip is not None and not (is_number(clip) and 0 < clip <= sys.float_info.max):
+            raise ValueError(f"expected a largest gradient norm clip > 0; got {clip!r:.60}")
+        if not isinstance(optimizer, torch.optim.Optimizer):
+            raise TypeError(f"expected an optimizer of torch.optim; got {optimizer!r:.60}")
+        if not isinstance(loss, Tensor) or loss.numel() != 1 or not loss.requires_grad:
+            got = f"shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else f"{loss!r:.60}"
+            raise TypeError(f"expected loss as one number with a graph; got {got}")
         loss.backward()
         parameters: list[Tensor] = []
         for group in optimizer.param_groups:

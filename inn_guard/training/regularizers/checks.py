@@ -4,8 +4,31 @@ from __future__ import annotations
 
 import math
 import numbers
+from typing import Any
 
-__all__ = ["check_coefficient", "is_number"]
+from torch import Tensor
+
+from inn_guard.core.invertible import Invertible
+
+__all__ = ["check_batch", "check_coefficient", "is_number"]
+
+
+def check_batch(model: Any, x: Any, z: Any) -> None:
+    """Refuse what is no map with a batch of data.
+
+    Raises:
+        TypeError: if ``model`` is no Invertible, or x or z no tensor.
+        ValueError: if x is no batch.
+    """
+    if not isinstance(model, Invertible):
+        raise TypeError(f"expected an Invertible, got {type(model).__name__}: pass wrap(model)")
+    for name, value in (("x", x), ("z", z)):
+        if not isinstance(value, Tensor) and (name == "x" or value is not None):
+            raise TypeError(f"expected {name} as a tensor (B, ...); got {type(value).__name__}")
+    if isinstance(z, Tensor) and z.dim() < 2:
+        raise ValueError(f"expected z of shape (B, *latent); got {tuple(z.shape)}")
+    if x.dim() < 2:
+        raise ValueError(f"expected x of shape (B, *data); got {tuple(x.shape)}")
 
 
 def is_number(value: object) -> bool:

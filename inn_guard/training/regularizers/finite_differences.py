@@ -13,7 +13,7 @@ from torch import Tensor
 
 from inn_guard.core.invertible import Invertible
 from inn_guard.execution.parallel import Group, rank_noise
-from inn_guard.training.regularizers.checks import check_coefficient, is_number
+from inn_guard.training.regularizers.checks import check_batch, check_coefficient, is_number
 from inn_guard.training.regularizers.passes import (
     autocast_disabled,
     require_deterministic,
@@ -21,6 +21,8 @@ from inn_guard.training.regularizers.passes import (
 )
 
 __all__ = ["Direction", "FiniteDifferences"]
+
+LARGEST_STEP = 1e18  #: whose square is far from the largest float32
 
 
 class Direction(enum.Flag):
@@ -112,8 +114,9 @@ class FiniteDifferences:
 
     def __post_init__(self) -> None:
         check_coefficient(self.coefficient)
-        if not (is_number(self.eps) and 0 < self.eps < math.inf):
-            raise ValueError(f"expected a finite step eps > 0; got {self.eps!r}")
+        if not (is_number(self.eps) and 0 < self.eps < LARGEST_STEP):
+            raise ValueError(f"expected a finite step eps > 0, below 1e18; got {self.eps!r:.60}")
+        object.__setattr__(self, "eps", float(self.eps))
         if self.fraction is not None and not (is_number(self.fraction) and 0 < self.fraction <= 1):
             raise ValueError(
                 "expected a fraction of the batch in (0, 1], or None for all of it; "
@@ -133,6 +136,9 @@ class FiniteDifferences:
             raise ValueError(
                 'expected at="data", form="square" and no group with convention="published"'
             )
+        whole = isinstance(self.seed, int) and not isinstance(self.seed, bool)
+        if not whole or not abs(self.seed) < 2**63:
+            raise ValueError(f"expected seed as a whole number of 63 bits; got {self.seed!r:.60}")
         object.__setattr__(self, "generator", torch.Generator().manual_seed(self.seed))
 
     @classmethod
@@ -177,6 +183,7 @@ class FiniteDifferences:
         Raises:
             ValueError: if x is empty, z does not belong to it, or F(x) depends on random numbers.
         """
+        check_batch(model, x, z)
         z = z_if_exact(z, x)
         if z is not None and self.at == "data":
             _require_graph(model, z)
@@ -298,7 +305,7 @@ def _checked_direction(direction: object) -> Direction:
 
 
 def _check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
-    if value not in choices:
+    if not isinstance(value, str) or value not in choices:
         expected = " or ".join(f'"{choice}"' for choice in choices)
         raise ValueError(f"expected {name} as {expected}; got {value!r}")
 

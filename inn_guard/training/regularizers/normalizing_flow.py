@@ -8,7 +8,7 @@ from jaxtyping import Float, Shaped
 from torch import Tensor
 
 from inn_guard.core.invertible import Invertible, standard_normal_log_prob
-from inn_guard.training.regularizers.checks import check_coefficient
+from inn_guard.training.regularizers.checks import check_batch, check_coefficient
 from inn_guard.training.regularizers.passes import autocast_disabled
 
 __all__ = ["NormalizingFlowLoss"]
@@ -57,6 +57,7 @@ class NormalizingFlowLoss:
         Raises:
             NotApplicable: if the map has no log-determinant.
         """
+        check_batch(model, x, z)
         with autocast_disabled(x) as x:
             return self.from_forward(*model.forward_and_log_det(x))
 
