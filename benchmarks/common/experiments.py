@@ -189,6 +189,10 @@ EXPERIMENTS = (
         "8-bit images through trained nets and back without a wrong bit, exploded inverses too",
     ),
     Experiment(
+        "exact.round_trips",
+        "10 million values through every model of the test suite and back in exact mode",
+    ),
+    Experiment(
         "injflow.table1",
         "InjFlow and its baselines",
         "Kumar 2020, table 1",

@@ -53,8 +53,8 @@ class Config:
         "digits freia",
         "mnist glow",
         "mnist freia",
-        "cifar10 glow",
-        "cifar10 affine shuffle none",
+        "digits affine shuffle none",
+        "digits affine conv none",
         "cifar10 affine conv none",
     )
     data_root: str = "data"  # folder of the official files
