@@ -99,8 +99,15 @@ class AuditContext:
             return Linearization(*self.at(rows))
         known = self.shared.get(self._key("linearization"))
         if known is not None and known[0].tolist() == rows.tolist():
+            if isinstance(known[1], Exception):
+                raise known[1]
             return known[1]
-        made = Linearization(*self.at(rows))
+        try:
+            made = Linearization(*self.at(rows))
+        except (ModelError, NotApplicable) as error:
+            # the next check need not find out again
+            self.shared[self._key("linearization")] = (rows, error)
+            raise
         self.shared[self._key("linearization")] = (rows, made)
         return made
 

@@ -111,8 +111,10 @@ def gradient_angle(context: AuditContext, *, batch_size: int = 64) -> AuditResul
 
         angle = arccos( <g, h> / (|g| |h|) ),    length = | |g| - |h| | / |h|
 
-    g is what ``memory_saving(model)`` computes from z, h plain backpropagation; both at the same
-    minibatches, with the same randomness. The loss is ``context.loss``, which takes (z) or (z,
+    g is what ``memory_saving(model)`` computes, which keeps x and z and rebuilds the inputs of all
+    layers but the first one; h is plain backpropagation. Both are at the same minibatches, with the
+    same randomness. The paper's code keeps z alone: its gradients, which also hold the error of the
+    rebuilt x, can be further off. The loss is ``context.loss``, which takes (z) or (z,
     log_det) and returns one number; by default the negative log-likelihood under a standard normal,
     or the mean square of z where there is no log-determinant. Angles come from the difference of
     the unit vectors, which small angles survive.

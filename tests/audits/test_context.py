@@ -120,3 +120,17 @@ def test_same_up_to_rounding():
     assert not same_up_to_rounding(a, torch.ones(3), 1.0)
     assert not same_up_to_rounding(a, a[:2], 1.0)
     assert same_up_to_rounding(a * math.nan, a * math.nan, 0.0)
+
+
+def test_a_linearization_that_fails_is_not_tried_again(monkeypatch):
+    class Raising(Linear):
+        def forward(self, x):
+            raise RuntimeError("no")
+
+    calls = counted(monkeypatch, "inn_guard.audits.context.Linearization")
+    x = data()
+    checked = context(Raising(torch.eye(6)), x)
+    for _ in range(2):
+        with pytest.raises(ModelError, match="RuntimeError: no"):
+            checked.linearization(torch.arange(4))
+    assert len(calls) == 1
