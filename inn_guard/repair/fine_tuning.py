@@ -7,7 +7,7 @@ import itertools
 import math
 import os
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -316,7 +316,8 @@ class _Batches:
                 "[x] for a single batch"
             )
         self._source = source
-        self._iterator = iter(source)
+        # a DataLoader draws from the global generator when its iteration begins
+        self._iterator: Iterator[Any] = iter(())
         self._ahead: list[Any] = []
 
     def first(self, count: int) -> list[Any]:
@@ -325,6 +326,7 @@ class _Batches:
         Raises:
             ValueError: if there is none at all.
         """
+        self._iterator = iter(self._source)
         self._ahead = list(itertools.islice(self._iterator, count))
         if not self._ahead:
             raise ValueError("expected at least one batch, got none")
@@ -412,7 +414,7 @@ class _Repair:
             warnings.warn("stabilize was interrupted; the best state is returned", stacklevel=3)
             return self._result("Interrupted.", interrupted=True)
         except Exception as error:
-            with suppress(AttributeError):  # an exception that takes no attributes
+            with suppress(Exception):  # the error itself matters more
                 error.stabilized = self._result(f"Ended by {type(error).__name__}.")  # type: ignore[attr-defined]
             raise
         return self._result(reason)
@@ -420,6 +422,8 @@ class _Repair:
     def _why_no_step(self) -> str:
         """Why training cannot help; "" if it may."""
         failing = [use.use for use in open_uses(self.before)]
+        if not failing and not self.before.verdict.passed:
+            return "No use that counts can be measured of this model: nothing was changed."
         if not failing:
             return "Every use that counts passes already: nothing was changed."
         for name, tensor in self.model.state_dict().items():

@@ -441,8 +441,8 @@ class _Search:
             report = self.examination.look(mixed, self.data(mixed), seed=self.seed)
         except (RuntimeError, TypeError, ValueError):
             return False  # a dtype in which this model does not run at all
-        decided = [use for use in report.uses.values() if use.counted]
-        return not open_uses(report) and bool(decided) and self.is_the_same_density(mixed, report)
+        passed = report.verdict.passed and not open_uses(report)
+        return passed and self.is_the_same_density(mixed, report)
 
     def is_the_same_density(self, mixed: MixedPrecision, report: AuditReport) -> bool:
         """Whether log p is that of the weights before they were rounded."""

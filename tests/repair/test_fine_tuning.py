@@ -9,6 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
 
 import inn_guard as ig
 from inn_guard.core.base import BaseDistribution
@@ -88,12 +89,28 @@ def test_saves_draws_and_leaves_the_model_alone():
     assert steady.advice == ()
 
 
-def test_the_same_seed_gives_the_same_weights():
-    model, x = lossy(), data()
-    runs = [
-        ig.stabilize(model, [x], uses=["sampling"], seed=5, steps=10, every=10) for _ in range(2)
-    ]
-    assert same(state(runs[0].model), state(runs[1].model))
+def test_a_loader_that_shuffles_leaves_the_generators_alone():
+    loader = DataLoader(TensorDataset(data()), batch_size=16, shuffle=True)
+    generator = torch.get_rng_state()
+    runs = []
+    for _ in range(2):
+        steady = ig.stabilize(lossy(), loader, uses=["sampling"], steps=2, every=2)
+        assert torch.equal(torch.get_rng_state(), generator)
+        torch.rand(3)
+        generator = torch.get_rng_state()
+        runs.append(state(steady.model))
+    assert same(*runs)
+
+
+def test_says_where_nothing_can_be_measured():
+    class Opaque(Linear):
+        pass
+
+    model = Flow(Opaque(torch.eye(6)))
+    model.layers = lambda: ()
+    steady = ig.stabilize(model, [data()], uses=["gradients"])
+    assert not steady.passed
+    assert "measured" in steady.reason
 
 
 def test_saves_round_trips_of_a_part_with_a_loss_of_its_own():
