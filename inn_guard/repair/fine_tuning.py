@@ -426,8 +426,8 @@ class _Repair:
             return "No use that counts can be measured of this model: nothing was changed."
         if not failing:
             return "Every use that counts passes already: nothing was changed."
-        for name, tensor in self.model.state_dict().items():
-            if isinstance(tensor, Tensor) and not bool(tensor.isfinite().all()):
+        for name, parameter in self.model.named_parameters():
+            if not bool(parameter.isfinite().all()):
                 return f"The weights hold NaN or Inf ({name}), which no gradient step repairs."
         settings = self.settings
         with preserve_state(self.model):
