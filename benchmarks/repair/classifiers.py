@@ -1,6 +1,7 @@
 r"""Classifiers whose inverse training has exploded, repaired by ``ig.stabilize``.
 
-    inn-guard bench repair.classifiers --preset cpu --data-root FOLDER
+    inn-guard bench repair.classifiers --preset cpu
+    inn-guard bench repair.classifiers --preset cpu --images "affine conv" --data-root FOLDER
 
 The nets of the demo (three libraries' affine couplings on scikit-learn's digits) and affine nets on
 CIFAR-10 are trained without a regularizer, which explodes their inverses
@@ -64,7 +65,8 @@ PRESETS = {
         "width": 8, "image_preset": "smoke", "data": "digits", "data_root": "", "audited": 8,
         "looks": 1,
     },
-    "cpu": {"data_root": "data"},
+    # A few minutes, digits alone; the second command above adds a net on CIFAR-10
+    "cpu": {"images": (), "data_root": ""},
 }  # fmt: skip
 
 

@@ -31,7 +31,9 @@ def repair(factory, data, *options):
     return CliRunner().invoke(app, [str(word) for word in words])
 
 
-@pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
+@pytest.mark.parametrize(
+    "suffix", [".pt", pytest.param(".safetensors", marks=pytest.mark.thorough)]
+)
 def test_the_repaired_weights_pass(suffix, data, tmp_path):
     out = tmp_path / f"repaired{suffix}"
     done = repair("shrinking", data, "--uses", "reconstruction", "--out", out, *FAST)

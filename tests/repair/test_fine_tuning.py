@@ -89,6 +89,7 @@ def test_saves_draws_and_leaves_the_model_alone():
     assert steady.advice == ()
 
 
+@pytest.mark.thorough
 def test_a_loader_that_shuffles_leaves_the_generators_alone():
     loader = DataLoader(TensorDataset(data()), batch_size=16, shuffle=True)
     generator = torch.get_rng_state()
@@ -172,7 +173,7 @@ def test_density_and_other_inputs_have_no_penalty():
     assert penalties_for(["density", "other_inputs"], model, data(), coefficient=None, seed=0) == []
 
 
-@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize("value", [math.nan, pytest.param(math.inf, marks=pytest.mark.thorough)])
 def test_weights_that_are_not_finite_are_a_finding(value):
     model = lossy()
     with torch.no_grad():
@@ -216,6 +217,7 @@ def test_an_interrupt_returns_the_best_state():
     assert same(state(model), before)
 
 
+@pytest.mark.thorough
 def test_an_iterator_that_ends_ends_the_repair():
     steady = ig.stabilize(
         lossy(), iter([data()] * 7), uses=["sampling"], tolerance=1e-9, every=4, steps=50
@@ -345,6 +347,7 @@ def test_without_a_log_determinant_the_inverse_is_penalised():
     assert two.coefficient == 2.0
 
 
+@pytest.mark.thorough
 def test_a_conditional_flow_by_the_context_of_its_batches():
     flows = pytest.importorskip("zuko.flows")
     torch.manual_seed(0)

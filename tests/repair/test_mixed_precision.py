@@ -109,6 +109,7 @@ def test_says_where_no_dtype_helps():
     assert "no dtype finer" in finest.summary.reason
 
 
+@pytest.mark.thorough
 def test_the_rest_in_bfloat16_when_asked():
     x = data()
     mixed = ig.raise_precision(squeezed(), x, uses=["reconstruction"], rest=torch.bfloat16)
@@ -122,6 +123,7 @@ def test_the_rest_in_bfloat16_when_asked():
     assert sound.summary.weight_bytes == 0.5
 
 
+@pytest.mark.thorough
 def test_rounded_weights_are_another_density():
     """1.0059 in bfloat16 is 1.0078: the log det of 16 layers in 4 dimensions moves by 0.12 nats."""
     model = Chain(*(Scale(1.0 + 2.0**-8 + 2.0**-9) for _ in range(16)))
@@ -163,6 +165,7 @@ def test_it_is_a_module_like_the_model():
         mixed.sample(3)
 
 
+@pytest.mark.thorough
 def test_the_float64_copy_is_that_of_the_model():
     x = data()
     mixed = ig.raise_precision(squeezed(), x, uses=["reconstruction"])
@@ -170,6 +173,7 @@ def test_the_float64_copy_is_that_of_the_model():
     assert torch.equal(precise(x.double()), squeezed().to_dtype(FLOAT64)(x.double()))
 
 
+@pytest.mark.thorough
 def test_layers_that_share_weights_are_raised_together():
     shared = Scale(1e-6, 1.0)
 
@@ -202,7 +206,7 @@ def test_an_opaque_model_is_one_layer():
     assert "The only layer" in mixed.summary.reason
 
 
-@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize("value", [math.nan, pytest.param(math.inf, marks=pytest.mark.thorough)])
 def test_weights_that_are_not_finite(value):
     model = squeezed()
     with torch.no_grad():
@@ -222,6 +226,7 @@ def test_bad_input_is_refused():
         ig.raise_precision(squeezed(), data(), uses=["speed"])
 
 
+@pytest.mark.thorough
 def test_random_numbers_and_weights_stay():
     model, x = squeezed(), data()
     before, generator = copy.deepcopy(model.state_dict()), torch.get_rng_state()
@@ -238,7 +243,14 @@ def test_the_forecast_leaves_out_no_layer_that_is_too_much(shares, roundoff):
     assert count == 0 or 5 * roundoff * math.hypot(*ordered[count - 1 :]) > 1
 
 
-@pytest.mark.parametrize("library", ["nflows", "normflows", "zuko"])
+@pytest.mark.parametrize(
+    "library",
+    [
+        "nflows",
+        pytest.param("normflows", marks=pytest.mark.thorough),
+        pytest.param("zuko", marks=pytest.mark.thorough),
+    ],
+)
 def test_flows_of_the_libraries_keep_their_base(library):
     pytest.importorskip(library)
     flow = LIBRARY[library]()
