@@ -121,7 +121,11 @@ def why_unreadable(module: nn.Module) -> Missing | None:
                 why = why_patched(part)
                 if why is not None:
                     return why
-        if not _reads_the_same(module, name, chain):
+        try:
+            same = _reads_the_same(module, name, chain)
+        except (RuntimeError, ValueError, TypeError) as error:
+            return Missing(f"the parametrization of {_name(module)}.{name} raises: {error}")
+        if not same:
             return Missing(
                 f"the parametrization of {_name(module)}.{name} gives another weight at every read"
             )

@@ -17,16 +17,18 @@ from torch import Tensor
 
 from inn_guard.adapters import wrap
 from inn_guard.execution.files import atomic_write
+from inn_guard.lipschitz.computation import Conditions, compute
 from inn_guard.lipschitz.fingerprint import fingerprint, weights_hash
 from inn_guard.lipschitz.lipsdp.chain import Chain, Layer
 from inn_guard.lipschitz.lipsdp.recursion import certify
+from inn_guard.lipschitz.maps.closed_forms import Pair
 from inn_guard.lipschitz.networks.conditioner import Proof, SearchBudget
 from inn_guard.lipschitz.whole_network import Factor, product
 from inn_guard.numerics.intervals import Box
 from inn_guard.numerics.rounding import Upper, is_finite
 from inn_guard.numerics.spectral_norm import spectral_norm
 
-__all__ = ["Certificate", "Conditions"]
+__all__ = ["Certificate"]
 
 FORMAT = "inn_guard Lipschitz certificate 3"
 LARGEST = 2**33  #: bytes that a file may unpack to
@@ -40,21 +42,6 @@ DAMAGED = (
     ValueError, KeyError, TypeError, AttributeError, IndexError, OverflowError, RecursionError,
     MemoryError, EOFError, OSError, RuntimeError, zipfile.BadZipFile, zlib.error,
 )  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Conditions:
-    """What bounds were computed for, so that they can be computed again.
-
-    Attributes:
-        box: where they hold.
-        seconds: the budget of work.
-        effort: budget per chain, or None for that which follows from ``seconds``.
-    """
-
-    box: Box
-    seconds: float
-    effort: SearchBudget | None = None
 
 
 @dataclass(frozen=True)
@@ -108,16 +95,13 @@ class Certificate:
         return model is None or self._holds_for(wrap(model))
 
     def _holds_for(self, model: Any) -> bool:
-        # the bounds' module imports this one
-        from inn_guard.lipschitz.bounds import bounds_again
-
         count = len(model.layers() or (model,))
         if self.conditions is None or self.forward[-1].last != count:
             return False
         if weights_hash(model.state_dict()) != self.weights or fingerprint(model) != self.map:
             return False
         claimed = self._least()
-        found = bounds_again(model, self.conditions, goal=claimed)
+        found = compute(model, self.conditions, goal=Pair(*claimed)).best
         pairs = zip(found, claimed, strict=True)
         return all(own <= claim * (1 + AGAIN) for own, claim in pairs)
 

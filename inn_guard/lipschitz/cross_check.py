@@ -71,12 +71,15 @@ def why_no_copy(model: Invertible) -> Missing | None:
             return Missing("complex weights: their imaginary parts have no place in float64")
     for part in model.modules():
         # linear maps in the layout of nflows; a copy computes the weight anew
-        cached: Any = getattr(getattr(part, "cache", None), "weight", None)
-        is_called = getattr(part, "using_cache", False) and not part.training
-        weight: Any = getattr(part, "weight", None)
-        if cached is None or not is_called or not callable(weight):
+        if part.training or not getattr(part, "using_cache", False):
             continue
-        if not torch.allclose(cached, weight(), atol=0.0):
+        cached: Any = getattr(getattr(part, "cache", None), "weight", None)
+        weight: Any = getattr(part, "weight", None)
+        if cached is None or not callable(weight):
+            continue
+        with torch.no_grad():
+            is_fresh = torch.allclose(cached, weight(), atol=0.0)
+        if not is_fresh:
             return Missing(
                 f"{type(part).__name__} calls a weight that it cached before its parameters "
                 "changed; call use_cache(False), and on again"

@@ -1,0 +1,386 @@
+"""The computation of bounds: layers, chains, Jacobians over the box, witnesses, cross-checks."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+
+from inn_guard.core.invertible import Invertible
+from inn_guard.core.missing import NotApplicable
+from inn_guard.core.readable import evaluate_weight_norms
+from inn_guard.execution.deadline import Deadline
+from inn_guard.lipschitz import rules
+from inn_guard.lipschitz.branch_and_bound.search import bounds_of_one_box, branch_and_bound
+from inn_guard.lipschitz.cross_check import (
+    FAILURES,
+    POINTS,
+    contradiction,
+    cross_checked,
+    why_no_chain,
+    why_no_copy,
+    without_bounds,
+)
+from inn_guard.lipschitz.maps.base import BoundedMap, NoRule, bounded_map
+from inn_guard.lipschitz.maps.closed_forms import Pair
+from inn_guard.lipschitz.networks.conditioner import SearchBudget
+from inn_guard.lipschitz.networks.graph import Unbounded
+from inn_guard.lipschitz.whole_network import (
+    Factor,
+    LayerBound,
+    LayerBounds,
+    bound_layers,
+    forward_factors,
+    inverse_factors,
+    product,
+)
+from inn_guard.lipschitz.witness import (
+    Witness,
+    larger,
+    measure,
+    search,
+    smaller,
+    starting_points,
+)
+from inn_guard.numerics.intervals import Box, Interval
+from inn_guard.numerics.rounding import Upper
+
+__all__ = ["Computed", "Conditions", "Progress", "compute"]
+
+Progress = Callable[[str, float], None]
+BRANCHING = 4  #: dimensions up to which a box is branched
+WHOLE = 16  #: dimensions up to which Jacobians over the box as a whole are enclosed
+
+
+@dataclass(frozen=True)
+class Conditions:
+    """What bounds were computed for, so that they can be computed again.
+
+    Attributes:
+        box: where they hold.
+        seconds: the budget of work.
+        effort: budget per chain, or None for that which follows from ``seconds``.
+    """
+
+    box: Box
+    seconds: float
+    effort: SearchBudget | None = None
+
+
+@dataclass(frozen=True)
+class Computed:
+    """What a computation found.
+
+    Attributes:
+        best: the least bounds of both directions.
+        lower: what is witnessed, or follows from the other direction.
+        method: names of the methods that gave ``best``.
+        scope: "global", or the box.
+        per_layer: every layer with its box and its bounds.
+        paper_bound: the product of Table 3's formulas.
+        reason: why a bound is infinite; empty where both are finite.
+        factors_forward: factors whose product bounds the forward map.
+        factors_inverse: those of the inverse map.
+        witnesses: (most stretched, most shrunk) points and directions.
+        leaves: bounds by Jacobians over the box, by direction.
+    """
+
+    best: Pair
+    lower: Pair
+    method: tuple[str, str]
+    scope: str
+    per_layer: tuple[LayerBound, ...]
+    paper_bound: Pair
+    reason: str
+    factors_forward: tuple[Factor, ...]
+    factors_inverse: tuple[Factor, ...]
+    witnesses: tuple[Witness | None, Witness | None]
+    leaves: Mapping[str, float] = field(default_factory=dict)
+
+
+def compute(
+    model: Invertible,
+    conditions: Conditions,
+    data: Tensor | None = None,
+    progress: Progress | None = None,
+    *,
+    goal: Pair | None = None,
+) -> Computed:
+    """The bounds of a model.
+
+    Args:
+        model: the model.
+        conditions: the box and the budget.
+        data: samples at which the search for witnesses begins; default: random points of the box.
+        progress: called with a sentence and the fraction that is done.
+        goal: bounds to be proved again: nothing more is searched for once they are reached.
+    """
+    rules.load()
+    return _Run(model, conditions, data, progress, goal=goal).bounds()
+
+
+class _Run:
+    """One computation of bounds: the model, the box and the time."""
+
+    def __init__(
+        self,
+        model: Invertible,
+        conditions: Conditions,
+        data: Tensor | None,
+        progress: Progress | None,
+        *,
+        goal: Pair | None = None,
+    ) -> None:
+        self.model, self.conditions, self.data = model, conditions, data
+        self.box, self.seconds, self.effort = conditions.box, conditions.seconds, conditions.effort
+        self.deadline = Deadline.after(self.seconds)
+        self.progress = progress or (lambda sentence, share: None)
+        self.goal = goal
+        box = self.box
+        self.branches = box.bounded and box.lo.dim() == 1 and box.lo.numel() <= BRANCHING
+
+    def bounds(self) -> Computed:
+        """The best bounds by all methods."""
+        self.progress("layer by layer", 0.0)
+        exact = self._exact_copy()
+        # calls of a model that initialises itself change it: rules read a copy that is not called
+        called = self._exact_copy()
+        points = self._points()
+        layers = exact.layers() or (exact,)
+        called_layers = called.layers() or (called,)
+        why = why_no_copy(self.model) or why_no_chain(called, called_layers, points)
+        if why is None:
+            maps = [(layer.name, bounded_map(layer.block, layer)) for layer in layers]
+        else:
+            called_layers = (called,)
+            maps = [(exact.name, NoRule(why.reason))]
+        computed = self._per_layer(maps)
+        per_layer = cross_checked(computed, called_layers, points)
+        is_refuted = per_layer != computed
+        self.progress("whole network", 0.2)
+        forward, inverse = self._whole_network(per_layer)
+        best = Pair(product([f.bound for f in forward]), product([f.bound for f in inverse]))
+        method = [_method(forward), _method(inverse)]
+        by_layers = list(method)
+        leaves: dict[str, float] = {}
+        self.progress("witnesses", 0.6)
+        witnesses = _Witnesses(exact)
+        witnesses.search(self.box, self.data, self._fraction(0.2, 0.8))
+        if not is_refuted and not self._is_settled(best, witnesses.lower):
+            with suppress(Unbounded):
+                name, pair = self._enclosed([described for _, described in maps], witnesses)
+                leaves = {"forward": pair.forward, "inverse": pair.inverse}
+                for k, bound in enumerate(pair):
+                    if bound < best[k]:
+                        method[k] = name
+                best = Pair(*map(min, pair, best))
+        self.progress("done", 1.0)
+        measured = witnesses.lower
+        if not self.model.bijective:
+            # a direction that an encoder forgets has no inverse that its bound could contradict
+            measured = Pair(measured.forward, 0.0)
+        wrong = contradiction(best, measured, method)
+        if wrong:
+            best = Pair(Upper(math.inf), Upper(math.inf))
+            per_layer = [without_bounds(layer, wrong, layer.box.shape) for layer in per_layer]
+            forward = inverse = [Factor(0, len(per_layer), math.inf)]
+            leaves = {}
+        lower, found = _lower_bounds(self.model, witnesses, best)
+        scope = f"on the {_text_of(self.box)}"
+        is_global = all(layer.bounds.is_global for layer in per_layer)
+        if is_global and method == by_layers:
+            scope = "global"
+        reason = ""
+        if math.inf in best:
+            reason = wrong or _first_reason(per_layer)
+        return Computed(
+            best,
+            lower,
+            (method[0], method[1]),
+            scope,
+            tuple(per_layer),
+            _paper_bound(per_layer),
+            reason,
+            tuple(forward),
+            tuple(inverse),
+            found,
+            leaves,
+        )
+
+    def _is_settled(self, best: Pair, measured: Pair) -> bool:
+        """Whether the goal, if there is one, is reached already, or is out of reach."""
+        if self.goal is None:
+            return False
+        reached = all(own <= goal for own, goal in zip(best, self.goal, strict=True))
+        return reached or any(own > goal for own, goal in zip(measured, self.goal, strict=True))
+
+    def _enclosed(self, maps: list[BoundedMap], witnesses: _Witnesses) -> tuple[str, Pair]:
+        """Bounds by Jacobians over the box, whole or cut, and the name of the method.
+
+        Raises:
+            Unbounded: if there are none.
+        """
+        box = self.box
+        if not box.bounded or box.lo.dim() != 1 or box.lo.numel() > WHOLE:
+            raise Unbounded("images, many dimensions, or no bounded box")
+        if not self.branches:
+            if self.deadline.passed:
+                raise Unbounded("the budget is spent")
+            return "enclosed Jacobians", bounds_of_one_box(maps, box)
+        self.progress("branch and bound", 0.7)
+        if self.goal is not None:
+            found = branch_and_bound(
+                maps, box, lower=self.goal, deadline=self.deadline, tolerance=1.0
+            )
+        else:
+            lower, probe = witnesses.lower, witnesses.measure
+            found = branch_and_bound(maps, box, lower=lower, probe=probe, deadline=self.deadline)
+        return "branch and bound", found.pair
+
+    def _exact_copy(self) -> Invertible:
+        exact = self.model.to_dtype(torch.float64)
+        evaluate_weight_norms(exact)
+        return exact
+
+    def _points(self) -> Tensor:
+        """Some points of the box: of the data if there are any, else random ones."""
+        points = starting_points(self.box, POINTS, torch.Generator().manual_seed(1))
+        if self.data is None:
+            return points
+        given = self.data[:POINTS].detach().double().cpu()
+        return torch.minimum(torch.maximum(given, self.box.lo), self.box.hi)
+
+    def _fraction(self, branching: float, otherwise: float) -> Deadline:
+        """A share of the time left, which is smaller if branch and bound still has to run."""
+        if self.branches:
+            return self.deadline.fraction(branching)
+        return self.deadline.fraction(otherwise)
+
+    def _per_layer(self, maps: list[tuple[str, BoundedMap]]) -> LayerBounds:
+        effort = self.effort
+        if effort is None:
+            seconds = min(10.0, 0.4 * self.seconds / len(maps))
+            effort = SearchBudget(steps=30, seconds=seconds)
+        effort = replace(effort, deadline=self._fraction(0.2, 0.4))
+        try:
+            return bound_layers(maps, self.box, effort)
+        except RuntimeError as error:
+            shape = ", ".join(["B", *map(str, self.box.shape)])
+            raise ValueError(
+                "expected a domain of the shape of one sample, but the model does not accept "
+                f"samples of the domain's shape, ({shape}): {error}"
+            ) from error
+
+    def _whole_network(self, per_layer: LayerBounds) -> tuple[list[Factor], list[Factor]]:
+        effort = self.effort
+        if effort is None:
+            share = 0.3
+            if self.branches:
+                share = 0.05
+            effort = SearchBudget(steps=400, seconds=share * self.seconds)
+        effort = replace(effort, deadline=self._fraction(0.1, 0.4))
+        forward = forward_factors(per_layer, effort)
+        effort = replace(effort, deadline=self._fraction(0.1, 0.6))
+        return forward, inverse_factors(per_layer, effort)
+
+
+class _Witnesses:
+    """The most stretched and the most shrunk direction found so far."""
+
+    def __init__(self, model: Invertible) -> None:
+        self.model = model
+        self.stretch: Witness | None = None
+        self.shrink: Witness | None = None
+
+    @property
+    def lower(self) -> Pair:
+        """The lower bounds that they prove."""
+        forward = inverse = 0.0
+        if self.stretch is not None:
+            forward = self.stretch.ratio
+        if self.shrink is not None:
+            inverse = 1 / self.shrink.ratio
+        return Pair(forward, inverse)
+
+    def search(self, box: Box, data: Tensor | None, deadline: Deadline) -> None:
+        """Search uphill from the data, or from random points of the box."""
+        generator = torch.Generator().manual_seed(0)
+        if data is None:
+            count = 4
+            if box.lo.numel() <= 64:
+                count = 256
+            data = starting_points(box, count, generator)
+        with suppress(NotApplicable, *FAILURES):
+            found = search(self.model, data, box, deadline=deadline, generator=generator)
+            self._keep(*found)
+
+    def measure(self, points: Tensor) -> Pair:
+        """The lower bounds after a measurement at some points."""
+        with suppress(NotApplicable, *FAILURES):
+            self._keep(*measure(self.model, points))
+        return self.lower
+
+    def _keep(self, stretch: Witness | None, shrink: Witness | None) -> None:
+        self.stretch = larger(self.stretch, stretch)
+        self.shrink = smaller(self.shrink, shrink)
+
+
+def _lower_bounds(
+    model: Invertible, witnesses: _Witnesses, upper: Pair
+) -> tuple[Pair, tuple[Witness | None, Witness | None]]:
+    lower = witnesses.lower
+    if not model.bijective:
+        # directions that the forward map forgets say nothing about the inverse
+        return Pair(lower.forward, 0.0), (witnesses.stretch, None)
+    # Remark 3: the reciprocal of an upper bound of one direction is a lower bound of the other
+    forward = max(lower.forward, _reciprocal(upper.inverse))
+    inverse = max(lower.inverse, _reciprocal(upper.forward))
+    # where both are equal, the measured one may be larger by its rounding
+    forward, inverse = min(forward, upper.forward), min(inverse, upper.inverse)
+    return Pair(forward, inverse), (witnesses.stretch, witnesses.shrink)
+
+
+def _reciprocal(bound: float) -> float:
+    if not 0 < bound < math.inf:
+        return 0.0
+    return math.nextafter(1 / float(bound), 0.0)
+
+
+def _paper_bound(layers: LayerBounds) -> Pair:
+    forward = [layer.paper_bound.forward for layer in layers]
+    inverse = [layer.paper_bound.inverse for layer in layers]
+    if any(map(math.isnan, forward + inverse)):
+        return Pair(math.nan, math.nan)
+    return Pair(float(product(forward)), float(product(inverse)))
+
+
+def _first_reason(layers: LayerBounds) -> str:
+    for k, layer in enumerate(layers):
+        if layer.bounds.reason:
+            return f"layer {k} ({layer.name}): {layer.bounds.reason}"
+    return ""
+
+
+def _method(factors: list[Factor]) -> str:
+    longest = max(factors, key=lambda f: f.last - f.first)
+    count, total = longest.last - longest.first, factors[-1].last
+    if count == 1:
+        return "product of layers"
+    kind = "recursion"
+    if longest.compared:
+        kind = "comparison matrices"
+    if count < total:
+        return f"{kind} over runs of up to {count} of {total} layers"
+    if longest.compared:
+        return kind
+    return "whole-network recursion"
+
+
+def _text_of(box: Interval) -> str:
+    if not box.bounded:
+        return "unbounded box"
+    return f"box within [{box.inf():.4g}, {box.sup():.4g}]^{box.lo.numel()}"
