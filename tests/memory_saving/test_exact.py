@@ -284,6 +284,7 @@ def test_a_network_that_computes_other_bits_is_named():
         z.sum().backward()
 
 
+@pytest.mark.thorough
 def test_memory_does_not_grow_with_depth_and_is_freed():
     def step_of(layers):
         model = couplings(layers=layers, gain=1.0)
