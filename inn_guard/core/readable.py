@@ -62,8 +62,8 @@ _methods: weakref.WeakKeyDictionary[type, frozenset[str]] = weakref.WeakKeyDicti
 def why_patched(module: nn.Module) -> Missing | None:
     """Why a call of this one module may run more than the methods of its class; None if it cannot.
 
-    That is so with hooks, its own or global ones, with methods replaced in the instance, and with
-    a class that changes what calling a module means. The modules inside it are not looked at.
+    That is so with hooks, its own or global ones, and with methods replaced in the instance. The
+    modules inside it are not looked at.
 
     >>> why_patched(nn.Tanh()) is None
     True
@@ -80,10 +80,6 @@ def why_patched(module: nn.Module) -> Missing | None:
             return Missing(
                 f"{_name(module)} has a {kind} ({called}), which may change what it computes"
             )
-    for name in CALLING:
-        calling = getattr(type(module), name)
-        if calling is not getattr(nn.Module, name) and not _is_from(calling, nn.Module):
-            return Missing(f"{_name(module)} defines {name}, which a call goes through")
     if parametrize.is_parametrized(module):
         # the class that parametrize has put on top holds properties, and nothing of a user's
         for name, method in vars(type(module)).items():
@@ -103,10 +99,10 @@ def _why_replaced(part: Any) -> Missing | None:
 def why_unreadable(module: nn.Module) -> Missing | None:
     """Why the weights of this one module may not be read; None if the next call uses what is read.
 
-    The reasons of ``why_patched``, and parametrizations that give another weight at every read, as
-    spectral_norm does in training mode.
+    The reasons of ``why_patched``, a class that changes what calling a module means, and
+    parametrizations that give another weight at every read, as spectral_norm does in training mode.
     """
-    why = why_patched(module)
+    why = _why_called_otherwise(module) or why_patched(module)
     if why is not None or not parametrize.is_parametrized(module):
         return why
     parametrizations: Any = module.parametrizations
@@ -129,6 +125,15 @@ def why_unreadable(module: nn.Module) -> Missing | None:
             return Missing(
                 f"the parametrization of {_name(module)}.{name} gives another weight at every read"
             )
+    return None
+
+
+def _why_called_otherwise(module: nn.Module) -> Missing | None:
+    """Why a call of the module may do more than its forward; None if it does not."""
+    for name in CALLING:
+        calling = getattr(type(module), name)
+        if calling is not getattr(nn.Module, name) and not _is_from(calling, nn.Module):
+            return Missing(f"{_name(module)} defines {name}, which a call goes through")
     return None
 
 
