@@ -6,7 +6,7 @@ import functools
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -63,6 +63,7 @@ def test_the_same_verdicts_in_other_units(gain, units):
 
 
 @pytest.mark.thorough
+@settings(max_examples=20)  # two audits each, of every check
 @given(
     gain=st.sampled_from([1.0, 2.0, 8.0]),
     powers=st.lists(st.floats(-6, 6), min_size=FEATURES, max_size=FEATURES),
