@@ -51,6 +51,7 @@ PENALISE_INVERSE = (
     "scales of {layer} if it will be trained again:\n"
     'flow = ig.stabilize(flow, batches, {loss}uses=["reconstruction"]).model'
 )
+REPLACE = "There is nothing to train in the model: replace {layer} by a map that can be inverted."
 WRONG_INVERSE = "Compare the inverse with the forward formula: it is the inverse of another map."
 ITERATIONS = (
     "Compare the error of the inverse at twice the iterations. If it falls, raise them; if it "
@@ -97,9 +98,9 @@ def _advice(report: AuditReport, context: AuditContext) -> Iterator[str]:
     if "density" in failing:
         yield from _density(report)
     if "sampling" in failing:
-        yield from _sampling(report, _loss(context))
+        yield from _sampling(report, context)
     if "reconstruction" in failing:
-        yield from _reconstruction(report, _loss(context))
+        yield from _reconstruction(report, context)
     if "gradients" in failing:
         yield STORED
     lost = failing & {"sampling", "reconstruction", "gradients"}
@@ -118,23 +119,33 @@ def _density(report: AuditReport) -> Iterator[str]:
         yield DENSITY_FLOAT64
 
 
-def _sampling(report: AuditReport, loss: str) -> Iterator[str]:
+def _sampling(report: AuditReport, context: AuditContext) -> Iterator[str]:
     cause = report["sampling"].settings.get("cause")
     if cause == "rounding":
         yield SAMPLING_FLOAT64
         return
+    if not _can_be_trained(context):
+        yield REPLACE.format(layer=_layer(report))
+        return
     yield BOUND_SAMPLING.format(layer=_layer(report))
-    yield REPAIR_SAMPLING.format(loss=loss)
+    yield REPAIR_SAMPLING.format(loss=_loss(context))
 
 
-def _reconstruction(report: AuditReport, loss: str) -> Iterator[str]:
+def _reconstruction(report: AuditReport, context: AuditContext) -> Iterator[str]:
     cause = report["reconstruction"].settings.get("cause")
     if cause in ("wrong inverse", "unconverged"):
         yield WRONG_INVERSE if cause == "wrong inverse" else ITERATIONS
         return
     if cause == "rounding":
         yield RECONSTRUCTION_FLOAT64
-    yield PENALISE_INVERSE.format(layer=_layer(report), loss=loss)
+    if not _can_be_trained(context):
+        yield REPLACE.format(layer=_layer(report))
+        return
+    yield PENALISE_INVERSE.format(layer=_layer(report), loss=_loss(context))
+
+
+def _can_be_trained(context: AuditContext) -> bool:
+    return next(context.model.parameters(), None) is not None
 
 
 def _loss(context: AuditContext) -> str:

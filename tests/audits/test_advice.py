@@ -329,3 +329,12 @@ def test_every_advice_has_its_test():
         name for name in vars(advice) if name.isupper() and name not in ("UNUSUAL_SCALE", "GIVES")
     ]
     assert [name for name in names if f"advice.{name}" not in text] == []
+
+
+def test_what_cannot_be_trained_is_replaced():
+    rounding = ig.wrap(encode=torch.round, decode=lambda z: z)
+    report = ig.audit(rounding, data(), uses=["reconstruction"], level="quick")
+    assert begins(report, advice.REPLACE)
+    assert not begins(report, advice.PENALISE_INVERSE)
+    fixed = ig.wrap(encode=lambda x: 2 * x, decode=lambda z: z / 2)
+    assert ig.audit(fixed, data(), uses=["reconstruction"], level="quick").verdict == "stable"
