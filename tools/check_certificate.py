@@ -45,10 +45,16 @@ def read(path: str) -> tuple[Any, dict[str, Any]]:
     """The arrays and the header of a file, after a check of its size and format."""
     size = sum(member.file_size for member in zipfile.ZipFile(path).infolist())
     expect(size < LARGEST, "less than 8 GiB")
-    file = np.load(path, allow_pickle=False)
+    with np.load(path, allow_pickle=False) as archive:
+        file = dict(archive)
+    # numpy hands out the raw bytes of an entry that is no array
+    expect(all(isinstance(array, np.ndarray) for array in file.values()), "arrays only")
     header = json.loads(file["header"].tobytes())
     expect(header["format"] == FORMAT, f"the format {FORMAT!r}")
     expect(isinstance(header["weights"], str), "a hash of the weights")
+    if header["budget"] is not None:
+        for corner in ("box.lo", "box.hi"):
+            expect(corner in file, "the box in which the bounds hold")
     for bound in header["leaves"].values():
         expect(isinstance(bound, float), "bounds of leaves as numbers")
     ends = []

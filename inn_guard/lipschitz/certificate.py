@@ -161,7 +161,11 @@ def _read(path: str | Path) -> Certificate:
         size = sum(member.file_size for member in packed.infolist())
     if size > LARGEST:
         raise ValueError(f"it unpacks to {size} bytes, more than {LARGEST}")
-    with np.load(path, allow_pickle=False) as file:
+    with np.load(path, allow_pickle=False) as archive:
+        file = dict(archive)
+        # numpy hands out the raw bytes of an entry that is no array
+        if not all(isinstance(array, np.ndarray) for array in file.values()):
+            raise ValueError("expected arrays only")
         header = json.loads(file["header"].tobytes())
         if header["format"] != FORMAT or not isinstance(header["weights"], str):
             raise ValueError(f"expected the format {FORMAT!r}, got {header['format']!r}")
