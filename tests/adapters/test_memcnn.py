@@ -43,6 +43,7 @@ def test_no_input_storage_is_freed(make, batch):
     assert torch.equal(z, kept)
 
 
+@pytest.mark.thorough
 def test_an_audit_leaves_model_and_data_alone():
     net, x = chain(), torch.randn(8, FEATURES)
     before = x.clone()

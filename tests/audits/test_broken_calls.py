@@ -118,6 +118,7 @@ class _Products:
         raise IndexError("Dimension out of range")
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     "broken", ["linearize", "jvp", "vjp", "inverse_jvp", "inverse_vjp", "multiply"]
 )

@@ -83,6 +83,7 @@ def test_gains_are_those_of_the_dense_inverses():
     assert [row["log10_gain"] for row in rows] == pytest.approx(rms[:-1, 0].log10().tolist())
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("seed", range(4))
 def test_the_expected_error_is_of_the_size_of_the_measured_one(dtype, seed):

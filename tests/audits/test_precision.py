@@ -139,6 +139,7 @@ def test_no_forecast_without_a_differentiable_inverse_but_still_a_measurement():
     assert table["float32"]["forecast verdict"] in ("none", "uncertain")
 
 
+@pytest.mark.thorough
 def test_forecast_and_measurement_of_a_coupling_stack_agree_where_decided():
     torch.manual_seed(1)
     table = rows(precision(couplings(8, 16, 2.0).float(), data(128, 8)))

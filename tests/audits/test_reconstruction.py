@@ -232,6 +232,7 @@ def test_an_iteration_that_did_not_arrive_is_said():
     assert "converge" not in reconstruction(Chain(patient), torch.randn(5, 3)).reason
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(("linear", "called_wrong"), [(math.inf, True), (LINEAR, False)])
 def test_an_explosion_beyond_first_order_is_not_called_a_wrong_inverse(
     monkeypatch, linear, called_wrong

@@ -275,6 +275,7 @@ def test_a_meta_model_is_refused():
         audit(good().to("meta"), data().to("meta"))
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     ("broken", "says"),
     [

@@ -91,6 +91,7 @@ def test_smoke(one, tmp_path):
     assert ("paper's numbers" in done.stdout) == bool(one.reference)
 
 
+@pytest.mark.thorough
 def test_the_demo_writes_reports_and_an_index_that_links_them(tmp_path):
     experiment = importlib.import_module("benchmarks.exploding_inverses.digits_classifier")
     config = dataclasses.replace(

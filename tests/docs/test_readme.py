@@ -79,6 +79,7 @@ def _runnable(block, page):
 
 
 @pytest.mark.parametrize("page", WITH_CODE, ids=name)
+@pytest.mark.xdist_group("examples")
 def test_the_examples_run(page, examples):
     """One after the other, as a reader would paste them, without those of absent libraries."""
     assert not examples[name(page)]["error"], examples[name(page)]["error"]
@@ -120,14 +121,11 @@ def test_the_readme_is_one_page():
     assert README.stat().st_size <= 10_000
 
 
-def test_the_readmes_example_writes_its_page(examples):
-    pytest.importorskip("nflows")
-    assert examples["README.md"]["written"] == ["report.html"]
-
-
+@pytest.mark.xdist_group("examples")
 def test_the_readme_shows_the_report_that_its_example_prints(examples):
     """Figures may differ in their last digits from machine to machine; the words may not."""
     pytest.importorskip("nflows")
+    assert examples["README.md"]["written"] == ["report.html"]
     text = README.read_text(encoding="utf-8")
     shown = re.search(r"```text\n(.*?)```", text, flags=re.DOTALL).group(1)
     printed = examples["README.md"]["printed"]

@@ -70,6 +70,7 @@ def test_footprints_are_lines_in_the_number_of_samples():
     assert 0.3 * measured <= line.of(8) <= 4 * measured
 
 
+@pytest.mark.thorough
 def test_a_linearisation_holds_more_than_a_pass():
     x, model = torch.randn(4, 6), random_chain(depth=3, spread=0.5)
     assert linearized_footprint(model, x).each > 2 * forward_footprint(model, x).each

@@ -95,6 +95,7 @@ def assert_no_false_pass(path, known, checker):
         )
 
 
+@pytest.mark.thorough
 @many
 @given(place=st.integers(0, 10**6), junk=st.binary(max_size=40), cut=st.integers(0, 10**5))
 def test_damaged_files(known, checker, tmp_path, place, junk, cut):

@@ -122,6 +122,7 @@ def test_no_state_of_a_vector_leaves_its_box(name, radius):
     assert_states_inside(VECTORS[name](), Box(centre - radius, centre + radius), 500)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("radius", first(1, [0.3, 1e-3]))
 @pytest.mark.parametrize("name", PICTURES)
 def test_no_state_of_an_image_leaves_its_box(name, radius):

@@ -449,6 +449,7 @@ class Broadcast(nn.Module):
         return self.wide(x) + self.narrow(x)
 
 
+@pytest.mark.thorough
 def test_a_sum_that_broadcasts_is_counted_or_refused():
     net = Broadcast()
     with torch.no_grad():

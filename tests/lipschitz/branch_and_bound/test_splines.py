@@ -38,6 +38,7 @@ def coupling(tails: str | None, mask=(0, 1), activation=torch.nn.SiLU):
     return ig.wrap(kind(list(mask), make, num_bins=4, tails=tails, tail_bound=2.0))
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("width", [0.3, 1e-2, 1e-4])
 @pytest.mark.parametrize("tails", ["linear", None])
 @pytest.mark.parametrize("mask", [(0, 1), (0, 1, 1)])

@@ -15,7 +15,7 @@ from torch import nn
 from inn_guard.lipschitz.networks.conditioner import SearchBudget, analyse, subnetwork_lipschitz
 from inn_guard.lipschitz.networks.graph import Unbounded
 from inn_guard.numerics.intervals import Box
-from tests.cases.trials import trials
+from tests.cases.trials import first, trials
 
 ACTIVATIONS = [
     nn.ReLU, nn.LeakyReLU, nn.ELU, nn.SELU, nn.SiLU, nn.GELU, nn.Tanh, nn.Sigmoid, nn.Softplus,
@@ -41,7 +41,7 @@ def mlp(activation: type[nn.Module], sizes: list[int]) -> nn.Sequential:
     return nn.Sequential(*steps[:-1])
 
 
-@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("activation", first(2, ACTIVATIONS))
 def test_dense_networks_global_and_local(activation):
     for sizes in ([3, 8, 2], [2, 6, 6, 3], [1, 5, 5, 5, 1]):
         net = mlp(activation, sizes)

@@ -107,7 +107,7 @@ def shaken(transform: torch.nn.Module, std: float) -> torch.nn.Module:
 
 
 @trials(1, 4)
-@pytest.mark.parametrize("name", LOCAL)
+@pytest.mark.parametrize("name", first(12, LOCAL))
 def test_vectors_on_boxes(name, trials):
     for trial in range(trials):
         layer = ig.wrap(shaken(LOCAL[name](), 0.1 + 0.2 * trial))
@@ -127,6 +127,7 @@ def test_global_bounds(name):
     assert bounds.is_global
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     "make",
     [
@@ -204,6 +205,7 @@ def test_what_has_no_rule_is_unknown_with_a_reason(make):
     assert "slope" in described.reason
 
 
+@pytest.mark.thorough
 @trials(2, 6)
 @pytest.mark.parametrize("tails", [True, False])
 def test_enclosures_of_quadratic_splines(tails, trials):
