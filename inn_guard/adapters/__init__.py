@@ -49,7 +49,8 @@ def wrap(
 
     ``model`` may be an Invertible (returned as it is, with ``context`` if one is given), a model of
     a library in ADAPTERS, or a module whose ``forward`` and ``inverse`` return a tensor or (tensor,
-    log_det). Anything else is given by two callables. Common conventions::
+    log_det). Of a model from ``torch.compile`` the module inside is taken. Anything else is given
+    by two callables. Common conventions::
 
         # forward(x, reverse=False): one method and a flag
         model = wrap(encode=net, decode=functools.partial(net, reverse=True))
@@ -92,6 +93,7 @@ def wrap(
             "expected either a model or callables, got both; "
             "call wrap(model) or wrap(encode=..., decode=...)"
         )
+    model = _uncompiled(model)
     if isinstance(model, Invertible):
         return model if context is None else model.with_context(context)
     adapter = _adapter_of(model)
@@ -100,8 +102,19 @@ def wrap(
     return importlib.import_module(adapter).adapt(model, context)
 
 
+def _uncompiled(model: Any) -> Any:
+    """The module inside of ``torch.compile(model)``, whose map is the same.
+
+    Compiled code keeps no graph for a second backward pass, so that it has no spectrum.
+    """
+    if type(model).__module__ == "torch._dynamo.eval_frame" and isinstance(model, nn.Module):
+        return model._orig_mod
+    return model
+
+
 def is_known(model: Any) -> bool:
     """Whether `wrap` takes the model as it is; nothing is imported to find out."""
+    model = _uncompiled(model)
     return isinstance(model, Invertible) or _adapter_of(model) is not None
 
 
@@ -184,12 +197,11 @@ def _unknown(name: str) -> str:
 
 def _refusal_of_a_module(model: nn.Module, name: str) -> str:
     """The same for a module, which may hold the model that was meant."""
-    for wrapper in ("module", "_orig_mod"):  # of DataParallel and torch.compile
-        if isinstance(getattr(model, wrapper, None), nn.Module):
-            return (
-                f"expected the model inside {type(model).__name__}; "
-                f"pass its attribute: wrap(model.{wrapper})"
-            )
+    if isinstance(getattr(model, "module", None), nn.Module):  # of DataParallel
+        return (
+            f"expected the model inside {type(model).__name__}; pass its attribute: "
+            "wrap(model.module)"
+        )
     for part, child in model.named_children():
         if isinstance(child, Invertible) or _adapter_of(child) is not None:
             return f"{_unknown(name)}, or pass its invertible part: wrap(model.{part})"

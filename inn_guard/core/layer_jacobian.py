@@ -102,9 +102,23 @@ class _Recorded:
                 "its output does not depend on its input through autograd"
             )
         batched = u.dim() > self.value.dim()
-        (gradient,) = torch.autograd.grad(
-            self.value, self.leaf, u, retain_graph=True, allow_unused=True, is_grads_batched=batched
-        )
+        try:
+            (gradient,) = torch.autograd.grad(
+                self.value,
+                self.leaf,
+                u,
+                retain_graph=True,
+                allow_unused=True,
+                is_grads_batched=batched,
+            )
+        except torch.OutOfMemoryError:
+            raise
+        # an autograd function of the model's own may raise anything
+        except Exception as error:
+            said = f"{type(error).__name__}: {error}".partition("\n")[0]
+            raise NotApplicable(
+                f"the map has no derivative: its backward pass raises {said}"
+            ) from error
         if gradient is None:
             raise NotApplicable(
                 "the map has no derivative: autograd found no path from its output to its input"

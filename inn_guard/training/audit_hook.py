@@ -25,7 +25,7 @@ __all__ = ["AuditHook"]
 
 
 class AuditHook:
-    """Audits the model during training every few steps, on a few samples of the batch.
+    """Audits the model during training every few steps, on a few samples.
 
         hook = AuditHook(
             model, every=100, record=CsvRecorder("stability.csv"), actions=[EmitWarning()]
@@ -33,6 +33,9 @@ class AuditHook:
         ...
         optimizer.step()
         hook(x)
+
+    ``AuditHook(model, x)`` audits the same batch every time, so that its figures show how the model
+    changes; then ``hook()`` is enough.
 
     Training is not affected. The model is audited in eval mode, with autocast off and gradients on
     whatever surrounds the call, and afterwards weights, gradients, statistics, modes and random
@@ -48,6 +51,7 @@ class AuditHook:
 
     Args:
         model: an Invertible, or a model that ``wrap`` accepts.
+        x: what is audited every time, (B, *data). Default: the batch of the call.
         checks: names in AUDITS, or checks themselves.
         every: period in steps (due at 0, k, 2k, ...), or any function step -> bool.
         samples: how many samples of the batch are audited, the first ones; None: all.
@@ -59,13 +63,14 @@ class AuditHook:
         next_step: number of the next call's step.
 
     Raises:
-        TypeError: if ``checks`` is a string.
+        TypeError: if ``checks`` is a string, or x is no tensor (B, *data).
         ValueError: if ``samples`` is below 1.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913
         self,
         model: nn.Module,
+        x: Shaped[Tensor, "batch *data"] | None = None,
         *,
         checks: Sequence[str | Check] = (quick_round_trip,),
         every: int | Schedule = 100,
@@ -93,6 +98,7 @@ class AuditHook:
         if isinstance(wrapped, MemorySaving):
             wrapped = wrapped.inner
         self.model: Invertible = wrapped
+        self.x = None if x is None else _checked(x).detach().clone()
         self.checks = tuple(resolve_check(check) for check in checks)
         self.due: Schedule = schedule(every)
         self.samples = samples
@@ -111,23 +117,25 @@ class AuditHook:
         )
 
     def __call__(
-        self, x: Shaped[Tensor, "batch *data"], context: Context = None, *, step: int | None = None
+        self,
+        x: Shaped[Tensor, "batch *data"] | None = None,
+        context: Context = None,
+        *,
+        step: int | None = None,
     ) -> AuditReport | None:
         """Audit, record and act if this step is due; the report, or None if it is not due.
 
         Args:
-            x: data, (B, *data).
-            context: condition for this batch, in place of the model's own.
+            x: data, (B, *data); not used by a hook that has a batch of its own.
+            context: condition for the audited batch, in place of the model's own.
             step: the optimizer's step. Default: the hook's own count of calls.
 
         Raises:
-            TypeError: if x is no floating-point tensor.
+            TypeError: if x is no floating-point tensor, or neither the hook nor the call has one.
             ValueError: if x is empty or has another dtype or device than the model.
         """
         step = checked_step(self.next_step if step is None else step)
-        if not isinstance(x, Tensor) or x.dim() < 2:
-            got = tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__
-            raise TypeError(f"expected x as a tensor (B, *data); got {got}")
+        x = _checked(x if self.x is None else self.x)
         self.next_step = step + 1
         if step == self._audited or not self.due(step):
             return None
@@ -191,6 +199,13 @@ class AuditHook:
         for action, saved in zip(self.actions, theirs, strict=True):
             if saved is not None:
                 action.load_state_dict(saved)  # type: ignore[attr-defined]
+
+
+def _checked(x: object) -> Tensor:
+    if isinstance(x, Tensor) and x.dim() >= 2:
+        return x
+    got = tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__
+    raise TypeError(f"expected x as a tensor (B, *data); got {got}: call hook(x)")
 
 
 def _state(action: Action) -> dict[str, Any] | None:

@@ -171,3 +171,33 @@ def test_no_thread_stays():
     torch.manual_seed(0)
     ig.audit(Chain(AffineCoupling(MLP([2, 8, 4]))), torch.randn(8, 4), level="quick", progress=True)
     assert set(threading.enumerate()) == before
+
+
+class NoBackward(torch.autograd.Function):
+    """2 x, whose backward pass raises."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return 2 * x
+
+    @staticmethod
+    def backward(ctx, gradient):
+        raise KeyError("no backward pass here")
+
+
+@pytest.mark.parametrize("check", ["log_det", "jacobian_spectrum", "layer_blame"])
+def test_a_backward_pass_that_raises_is_no_derivative(check):
+    class Doubled(Invertible):
+        def forward_and_log_det(self, x):
+            return NoBackward.apply(x), x.new_full((len(x),), 4 * torch.log(torch.tensor(2.0)))
+
+        def forward(self, x):
+            return self.forward_and_log_det(x)[0]
+
+        def inverse(self, z):
+            return z / 2
+
+    report = ig.audit(Doubled(), torch.randn(8, 4), checks=[check], progress=False)
+    assert report[check].verdict in ("stable", "not_applicable")
+    if report[check].verdict == "not_applicable":
+        assert "its backward pass raises KeyError" in report[check].reason

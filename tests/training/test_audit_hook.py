@@ -112,6 +112,17 @@ def test_due_at_multiples_and_nothing_runs_between():
     assert due == [True, False, False, True, False, False, True]
 
 
+def test_a_hook_with_a_batch_of_its_own_audits_that():
+    x = data()
+    hook = AuditHook(TwoCouplings().double(), x, every=1)
+    x.zero_()
+    own = hook()
+    assert own["quick_round_trip"] == hook.report(data())["quick_round_trip"]
+    assert hook(data(seed=5))["quick_round_trip"] == own["quick_round_trip"]
+    with pytest.raises(TypeError, match=r"call hook\(x\)"):
+        AuditHook(TwoCouplings().double(), every=1)()
+
+
 def test_a_function_of_the_step_is_a_schedule_and_accumulation_audits_a_step_once():
     hook = AuditHook(TwoCouplings().double(), every=lambda step: step in (1, 2))
     found = [[hook(part, step=step) is not None for part in data().split(4)] for step in range(4)]
