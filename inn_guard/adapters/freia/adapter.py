@@ -11,6 +11,7 @@ import warnings
 from typing import Any
 
 import torch
+from FrEIA import framework
 from FrEIA.framework import GraphINN, SequenceINN
 from FrEIA.modules import InvertibleModule
 from torch import Tensor, nn
@@ -23,6 +24,9 @@ from inn_guard.core.missing import MissingContextError
 from inn_guard.core.readable import runs_code_of
 
 __all__ = ["FreiaGraph", "FreiaModule", "FreiaSequence", "adapt"]
+
+#: ReversibleGraphNet, which later versions do not have, warns and calls the forward of GraphINN
+GRAPHS = (GraphINN, getattr(framework, "ReversibleGraphNet", GraphINN))
 
 
 def adapt(model: nn.Module, context: Context = None) -> Invertible:
@@ -242,7 +246,7 @@ class FreiaGraph(FreiaModule):
 
     def layers(self) -> tuple[Invertible, ...]:
         """The nodes in order, each acting on the concatenation of the edges alive there."""
-        if not runs_code_of(self.module, GraphINN, ("__call__", "forward")):
+        if not any(runs_code_of(self.module, kind, ("__call__", "forward")) for kind in GRAPHS):
             return ()
         conditions = self._conditions()
         graph: Any = self.module
