@@ -102,6 +102,7 @@ def test_the_same_net_is_unusable_in_float32_and_stable_in_float64():
     assert reconstruction(model, data()).verdict is Verdict.STABLE
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize("spread", [0.0, 1.0, 2.0])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

@@ -141,6 +141,10 @@ REPRESENTATIVE = frozenset(
 )
 
 
+#: for tests that take long on every case: a third of the representative ones
+A_THIRD = frozenset(sorted(REPRESENTATIVE)[::3])
+
+
 def one_of_each_kind(cases: Iterable[Case], fast: frozenset[str] = REPRESENTATIVE) -> list[Any]:
     """Parameters over cases; ids that are not in ``fast`` are left to ``make thorough``."""
     parameters = []

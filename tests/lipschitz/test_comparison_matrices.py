@@ -27,7 +27,7 @@ NARROW = SearchBudget(
 )  # no recursion: what is left are products and comparison matrices
 
 
-@pytest.mark.parametrize("affine", [False, True])
+@pytest.mark.parametrize("affine", first(1, [True, False]))
 @pytest.mark.parametrize("seed", first(1, range(2)))
 def test_no_sampled_ratio_is_above(affine, seed):
     torch.manual_seed(seed)

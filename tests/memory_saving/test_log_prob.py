@@ -10,7 +10,7 @@ from torch import nn
 
 from inn_guard.adapters import wrap
 from inn_guard.memory_saving import memory_saving
-from tests.cases.all import CASES, one_of_each_kind
+from tests.cases.all import A_THIRD, CASES, one_of_each_kind
 from tests.cases.case import randomize, seeded
 from tests.cases.trials import first
 
@@ -132,7 +132,7 @@ def test_log_prob_keeps_no_activations_and_has_the_plain_gradient(make):
 WITH_DENSITY = [case for case in CASES if case.has_layers and case.has_log_det]
 
 
-@pytest.mark.parametrize("case", one_of_each_kind(WITH_DENSITY))
+@pytest.mark.parametrize("case", one_of_each_kind(WITH_DENSITY, A_THIRD))
 def test_log_prob_is_that_of_every_model(case):
     model, x = case.make()
     found = memory_saving(model).log_prob(x)

@@ -12,7 +12,7 @@ from inn_guard.layers.chain import Chain
 from inn_guard.layers.networks import MLP
 from inn_guard.memory_saving import memory_saving
 from inn_guard.training.regularizers import Direction, FiniteDifferences
-from tests.cases.all import CASES, one_of_each_kind
+from tests.cases.all import A_THIRD, CASES, one_of_each_kind
 from tests.memory_saving import nets
 from tests.oracles import memory_saving as reference
 
@@ -80,7 +80,7 @@ def test_the_passes_written_out_give_the_same(net_and_x):
     assert_close(fast, reference.true_gradients(model, x, nets.nll), 1e-9)
 
 
-@pytest.mark.parametrize("case", one_of_each_kind(LAYERED))
+@pytest.mark.parametrize("case", one_of_each_kind(LAYERED, A_THIRD))
 def test_every_layered_model_of_the_contract(case):
     torch.set_default_dtype(torch.float32)
     model, x = case.make()

@@ -91,6 +91,7 @@ def test_nothing_is_raised_where_everything_passes():
     assert mixed.summary.passed
 
 
+@pytest.mark.thorough
 def test_says_where_no_dtype_helps():
     class Wrong(Scale):
         def inverse(self, z: Tensor) -> Tensor:
