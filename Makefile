@@ -27,7 +27,7 @@ $(VENV)/.demo: pyproject.toml constraints.txt
 
 # COVERAGE=--cov: which lines of inn_guard run, half as long again. What is left: tests/README.md
 test: $(READY)
-	@echo "Linters, types, doctests and every feature once: five to six minutes on two cores."
+	@echo "Linters, types, doctests and every feature once: about 6 minutes on two cores."
 	@$(MAKE) --no-print-directory lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) $(COVERAGE)
 
