@@ -48,7 +48,7 @@ class FiniteDifferences:
     F^-1(F(x)), a projection of x, is computed.
 
     **What helps against which failure.** The default protects the gradients and inverses at the
-    data. It does not repair a flow whose *samples* are lost: the forward half can make them worse.
+    data. It does not repair a flow whose *samples* are lost: too many stay lost.
     For sampling penalise F^-1 alone, either at the data, steady and cheap, with a coefficient of 1
     to 10 every 5th step,
 
