@@ -79,14 +79,17 @@ class AuditSpec:
         Args:
             model: the map.
             x: data, (B, *data).
-            settings: the check's own, and limits, prior, loss, seed, parallel and level, as
-                ``audit`` has them.
+            settings: the check's own, and limits, prior, domain, loss, seed, parallel and level, as
+                ``audit`` has them. Of one name, the check's own: the domain of lipschitz_bounds
+                is a box.
 
         Raises:
             TypeError: if a setting is unknown, or x is no real floating-point tensor.
             ValueError: if x has no samples, or another dtype or device than the model.
         """
-        given = {name: settings.pop(name) for name in _CONTEXT_SETTINGS if name in settings}
+        own = inspect.signature(self.function).parameters
+        shared = [name for name in _CONTEXT_SETTINGS if name in settings and name not in own]
+        given = {name: settings.pop(name) for name in shared}
         if settings:
             return self.with_settings(**settings)(model, x, **given)
         x = checked_batch(model, x).detach().clone()

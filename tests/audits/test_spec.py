@@ -42,6 +42,12 @@ def test_every_check_declares_itself(check):
     assert check in checks_of_level(check.level)
 
 
+def test_of_one_name_the_own_setting_of_a_check_is_meant():
+    box = ig.Box.everywhere((6,))
+    result = AUDITS["lipschitz_bounds"](random_chain(), data(), domain=box)
+    assert result.settings["scope"] == "on the unbounded box"
+
+
 def test_unknown_settings_are_refused_with_those_there_are():
     with pytest.raises(TypeError, match="no setting 'size'; its settings are batch_size"):
         reconstruction(random_chain(), data(), size=3)
