@@ -513,7 +513,10 @@ def _finding(context: AuditContext, drawn: _Draws, lost: _Lost) -> Finding:
     if verdict is Verdict.UNDECIDED:
         reason += _undecided(context, drawn)
     if drawn.far:
-        reason += f"; {drawn.far} draws come back but lie beyond {FAR:g} data radii"
+        draws = f"{drawn.far:,} draws come back but lie"
+        if drawn.far == 1:
+            draws = "1 draw comes back but lies"
+        reason += f"; {draws} beyond {FAR:g} data radii"
     if not context.base.declared:
         reason += "; drawn from N(0, I), since the model has no base"
     return Finding(

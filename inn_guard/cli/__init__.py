@@ -1,4 +1,4 @@
-"""The command line: ``inn-guard audit | repair | report | bench``, or ``python -m inn_guard``."""
+"""The command line ``inn-guard``, which is also ``python -m inn_guard``."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import traceback
 __all__ = ["FAULT", "main"]
 
 FAULT = 3  #: exit code, so that neither a crash nor a missing package looks like a finding
-EXTRA = {"typer": "typer", "safetensors": "safetensors", "PIL": "pillow"}
+DISTRIBUTIONS = {"PIL": "pillow"}  #: module -> what pip calls it, where that differs
 
 
 def main() -> None:
@@ -18,9 +18,8 @@ def main() -> None:
         # the commands need the extra "cli", which a core install does not have
         commands = importlib.import_module("inn_guard.cli.commands")
     except ModuleNotFoundError as error:
-        package = EXTRA.get((error.name or "").partition(".")[0])
-        if package is None:
-            raise
+        module = (error.name or "").partition(".")[0]
+        package = DISTRIBUTIONS.get(module, module)
         print(f"inn-guard needs {package}: pip install '.[cli]'", file=sys.stderr)
         sys.exit(FAULT)
     try:

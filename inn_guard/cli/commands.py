@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import enum
-import importlib
 from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any
@@ -19,9 +17,11 @@ from inn_guard.audits import AUDITS, Level
 from inn_guard.audits.audited_model import InputRejected
 from inn_guard.audits.batch import checked_batch
 from inn_guard.audits.run import audit as run_audit
-from inn_guard.cli import FAULT
+from inn_guard.cli import options
 from inn_guard.cli.bench import ANY_OPTION, bench
 from inn_guard.cli.data import Rows, read_context, read_data
+from inn_guard.cli.draws import USES_OF_DRAWS, advice_on_draws, checks_of_draws, draw
+from inn_guard.cli.limits import read_limits
 from inn_guard.cli.models import (
     check_name,
     find,
@@ -31,25 +31,19 @@ from inn_guard.cli.models import (
     parse_arguments,
     save_weights,
 )
+from inn_guard.cli.output import EXIT_CODES, can_write, exit_code, finish, show, write_file
 from inn_guard.cli.processes import is_first, processes
 from inn_guard.cli.usage import WrongUsage, exit_on_usage_error, notice
 from inn_guard.repair.fine_tuning import AUDITED, stabilize
 from inn_guard.report.audit_report import AuditReport
+from inn_guard.report.comparison import compare as side_by_side
 from inn_guard.report.from_json import load
 from inn_guard.report.uses import USES
-from inn_guard.report.verdict import Verdict
 
 __all__ = ["app", "exit_code"]
 
-# \b keeps the line breaks of a paragraph in --help
-EXIT_CODES = """\b
-Exit codes:
-  0  stable or marginal
-  1  unstable or non_finite
-  2  wrong usage: nothing was measured
-  3  nothing was decided (undecided or not applicable), or a fault of inn_guard"""
-
 ALL_ROWS = 2**40  #: more than any file has
+MOST = 2**63 - 1  #: the largest seed of torch
 
 app = typer.Typer(
     help=f"Audit the numerical stability of invertible neural networks.\n\n{EXIT_CODES}",
@@ -58,20 +52,6 @@ app = typer.Typer(
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
 )
-
-
-class Precision(str, enum.Enum):
-    """The dtypes that a model can be audited in."""
-
-    FLOAT64 = "float64"
-    FLOAT32 = "float32"
-    BFLOAT16 = "bfloat16"
-    FLOAT16 = "float16"
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """The torch.dtype of this name."""
-        return getattr(torch, self.value)
 
 
 def _print_version(wanted: bool) -> bool:  # noqa: FBT001
@@ -99,9 +79,14 @@ AUDIT_HELP = f"""Measure how stable a model and its inverse are.
 \b
   inn-guard audit nets.py:make_flow x.npy --weights flow.pt
   inn-guard audit package.module:Flow x.csv --arg layers=8 --uses density,sampling
+  inn-guard audit nets.py:make_flow                          without data
 
-MODEL is package.module:factory or path/to/file.py:factory; its module is imported, that is, its
-code is run. DATA is a .npy, .pt or .csv file (samples, ...), or a folder of images of one size.
+MODEL is package.module:factory or path/to/file.py:factory. Its module is imported, that is, its
+code is run. DATA is a .npy, .pt, .csv or .parquet file (samples, ...), or a folder of images of one
+size. No code in a file of data or weights is run.
+
+Without DATA the model is audited on its own draws, with z from its base distribution or from
+--prior: are they lost, and do they come back?
 
 Under torchrun (torchrun --nproc-per-node 2 -m inn_guard audit ...) the processes share the work,
 and the first one writes.
@@ -112,50 +97,43 @@ and the first one writes.
 @app.command(help=AUDIT_HELP)
 @exit_on_usage_error
 def audit(  # noqa: PLR0913  (one parameter for each option)
-    words: Annotated[
-        list[str] | None, typer.Argument(metavar="MODEL DATA", show_default=False)
-    ] = None,
+    words: options.Words = None,
     *,
-    model: Annotated[str | None, typer.Option(help="MODEL, as an option.")] = None,
-    data: Annotated[Path | None, typer.Option(help="DATA, as an option.")] = None,
-    arg: Annotated[
-        list[str] | None,
-        typer.Option(metavar="NAME=VALUE", help="An argument of the factory; repeatable."),
-    ] = None,
-    weights: Annotated[
-        Path | None, typer.Option(help="A safetensors file, or a torch file of tensors.")
-    ] = None,
+    model: options.ModelOption = None,
+    data: options.DataOption = None,
+    arg: options.Arguments = None,
+    weights: options.Weights = None,
     context: Annotated[
-        Path | None, typer.Option(help="A .npy, .pt or .csv file with a row for each sample.")
+        Path | None, typer.Option(help="A file like DATA with a row for each sample.")
     ] = None,
     uses: Annotated[
-        str, typer.Option(metavar="USE,...", help=f"What counts: out of {', '.join(USES)}.")
+        str, typer.Option(metavar="USE,...", help=f"What counts: out of {options.LISTED_USES}.")
     ] = "",
-    prior: Annotated[
-        str | None,
-        typer.Option(
-            metavar="MODULE:NAME", help="The distribution of z, if the model declares none."
-        ),
-    ] = None,
+    limits: options.LimitsFile = None,
+    prior: options.Prior = None,
     level: Annotated[Level, typer.Option(help="How much is measured.")] = Level.STANDARD,
     checks: Annotated[
         str, typer.Option(metavar="CHECK,...", help="Checks by name, in place of --level.")
     ] = "",
-    html: Annotated[Path | None, typer.Option(help="Write the report as one web page.")] = None,
+    html: options.Html = None,
     json: Annotated[
         Path | None, typer.Option(help="Write the report as JSON; 'inn-guard report' reads it.")
     ] = None,
     junit: Annotated[
         Path | None, typer.Option(help="Write JUnit XML, one test case for each use.")
     ] = None,
+    details: options.Details = False,
     dtype: Annotated[
-        Precision | None, typer.Option(help="Audit in this dtype. Default: the model's own.")
+        options.Precision | None,
+        typer.Option(help="Audit in this dtype. Default: the model's own."),
     ] = None,
-    device: Annotated[str, typer.Option(help="Audit on this device: cpu, cuda, cuda:1.")] = "cpu",
+    device: options.Device = "cpu",
     samples: Annotated[
-        int, typer.Option(min=1, help="How many samples of the data are used, the first ones.")
+        int, typer.Option(min=1, help="How many samples are used, the first ones of the data.")
     ] = 256,
-    seed: Annotated[int, typer.Option(min=0, help="Seed for model construction and audits.")] = 0,
+    seed: Annotated[
+        int, typer.Option(min=0, max=MOST, help="Seed for model construction and audits.")
+    ] = 0,
     memory: Annotated[
         float | None, typer.Option(help="Extra memory per check, in GiB. Default: no limit.")
     ] = None,
@@ -165,15 +143,18 @@ def audit(  # noqa: PLR0913  (one parameter for each option)
 ) -> None:
     """Measure how stable a model and its inverse are."""
     # Everything that needs no code of the user's is checked before the model is imported.
-    model, data = _model_and_data(words or [], model, data)
+    model, data = options.model_and_data(words, model, data)
     check_name(model)
+    if prior is not None:
+        check_name(prior, "--prior")
     arguments = parse_arguments(arg or [])
-    chosen_uses = _names(uses, "--uses", USES)
-    chosen_checks = _names(checks, "--checks", AUDITS)
-    place = _device(device)
-    limit = _bytes(memory)
-    _can_write(html, json, junit)
-    rows = read_data(data, samples=samples)
+    chosen_uses = options.names(uses, "--uses", USES)
+    chosen_checks = options.names(checks, "--checks", AUDITS)
+    chosen_limits = read_limits(limits)
+    place = options.device_named(device)
+    limit = options.bytes_of(memory)
+    can_write(html, json, junit)
+    rows = None if data is None else read_data(data, samples=samples)
     made = make(model, seed=seed, arguments=arguments)
     if weights is not None:
         load_weights(made, weights)
@@ -181,14 +162,17 @@ def audit(  # noqa: PLR0913  (one parameter for each option)
         made = made.to(place)
         if dtype is not None:
             made = made.to(dtype.dtype)
-    wanted = own_dtype(made)
-    if dtype is not None:
-        wanted = dtype.dtype
-    x = rows.to(wanted).to(place)
-    base = None
-    if prior is not None:
-        base = make(prior, seed=seed)
-    wrapped = _wrapped(made, x, _context(context, rows, wanted, place))
+    like = torch.zeros((), dtype=dtype.dtype if dtype else own_dtype(made), device=place)
+    base = None if prior is None else make(prior, seed=seed)
+    conditions = _context(context, rows, samples, like)
+    if rows is not None:
+        x = rows.to(like.dtype).to(place)
+    else:
+        count = samples if conditions is None else len(conditions)
+        x = draw(made, context=conditions, prior=base, samples=count, seed=seed, like=like)
+        chosen_uses = chosen_uses or USES_OF_DRAWS
+        chosen_checks = chosen_checks or checks_of_draws(level, chosen_uses)
+    wrapped = _wrapped(made, x, conditions)
     with processes() as group:
         try:
             report = run_audit(
@@ -198,6 +182,7 @@ def audit(  # noqa: PLR0913  (one parameter for each option)
                 level=level,
                 checks=chosen_checks,
                 prior=base,
+                limits=chosen_limits,
                 seed=seed,
                 memory=limit,
                 group=group,
@@ -210,12 +195,16 @@ def audit(  # noqa: PLR0913  (one parameter for each option)
                 "model": model,
                 "arguments": " ".join(arg or []) or None,
                 "weights": weights,
-                "data": data,
+                "data": data or f"{len(x)} draws of the model",
                 "context": context,
                 "prior": prior,
+                "limits": limits,
                 "seed": seed,
             }
-            _finish(_with_settings(report, asked), html=html, json=json, junit=junit)
+            report = _with_settings(report, asked)
+            if data is None:
+                report = dataclasses.replace(report, advice=advice_on_draws(report.advice))
+            finish(report, details=details, html=html, json=json, junit=junit)
     if dry_run or not is_first():
         raise typer.Exit(0)
     raise typer.Exit(exit_code(report.verdict))
@@ -236,31 +225,20 @@ dict of the best state, also where a use still fails; it is written at once or n
 @app.command(help=REPAIR_HELP)
 @exit_on_usage_error
 def repair(  # noqa: PLR0913  (one parameter for each option)
-    words: Annotated[
-        list[str] | None, typer.Argument(metavar="MODEL DATA", show_default=False)
-    ] = None,
+    words: options.Words = None,
     *,
-    model: Annotated[str | None, typer.Option(help="MODEL, as an option.")] = None,
-    data: Annotated[Path | None, typer.Option(help="DATA, as an option.")] = None,
-    arg: Annotated[
-        list[str] | None,
-        typer.Option(metavar="NAME=VALUE", help="An argument of the factory; repeatable."),
-    ] = None,
-    weights: Annotated[
-        Path | None, typer.Option(help="A safetensors file, or a torch file of tensors.")
-    ] = None,
+    model: options.ModelOption = None,
+    data: options.DataOption = None,
+    arg: options.Arguments = None,
+    weights: options.Weights = None,
     uses: Annotated[
-        str, typer.Option(metavar="USE,...", help=f"What must pass: out of {', '.join(USES)}.")
+        str, typer.Option(metavar="USE,...", help=f"What must pass: out of {options.LISTED_USES}.")
     ] = "",
     loss: Annotated[
         str | None, typer.Option(metavar="MODULE:NAME", help="A function (model, batch) -> loss.")
     ] = None,
-    prior: Annotated[
-        str | None,
-        typer.Option(
-            metavar="MODULE:NAME", help="The distribution of z, if the model declares none."
-        ),
-    ] = None,
+    limits: options.LimitsFile = None,
+    prior: options.Prior = None,
     out: Annotated[
         Path | None, typer.Option(help="Write the repaired weights: .pt, .pth or .safetensors.")
     ] = None,
@@ -269,18 +247,25 @@ def repair(  # noqa: PLR0913  (one parameter for each option)
     every: Annotated[int, typer.Option(min=1, help="Steps between two audits.")] = 20,
     batch_size: Annotated[int, typer.Option(min=1, help="Samples in a step.")] = 128,
     learning_rate: Annotated[float, typer.Option(help="Of Adam.")] = 5e-4,
-    device: Annotated[str, typer.Option(help="Train on this device: cpu, cuda, cuda:1.")] = "cpu",
-    seed: Annotated[int, typer.Option(min=0, help="Seed of everything random.")] = 0,
+    device: options.Device = "cpu",
+    seed: Annotated[int, typer.Option(min=0, max=MOST, help="Seed of everything random.")] = 0,
 ) -> None:
     """Fine-tune a model until it is fit for the uses."""
-    model, data = _model_and_data(words or [], model, data)
+    model, data = options.model_and_data(words, model, data)
+    if data is None:
+        raise WrongUsage(
+            "expected MODEL and DATA: a model is repaired on the data it was trained on"
+        )
     check_name(model)
     if loss is not None:
         check_name(loss, "--loss")
+    if prior is not None:
+        check_name(prior, "--prior")
     arguments = parse_arguments(arg or [])
-    chosen_uses = _names(uses, "--uses", USES)
-    place = _device(device)
-    _can_write(out, html)
+    chosen_uses = options.names(uses, "--uses", USES)
+    place = options.device_named(device)
+    chosen_limits = read_limits(limits)
+    can_write(out, html)
     rows = read_data(data, samples=ALL_ROWS)
     made = make(model, seed=seed, arguments=arguments)
     if weights is not None:
@@ -296,6 +281,7 @@ def repair(  # noqa: PLR0913  (one parameter for each option)
             loss=None if loss is None else find(loss),
             uses=chosen_uses,
             prior=None if prior is None else make(prior, seed=seed),
+            limits=chosen_limits,
             x=x[:AUDITED],
             steps=steps,
             every=every,
@@ -308,9 +294,7 @@ def repair(  # noqa: PLR0913  (one parameter for each option)
     if out is not None:
         save_weights(steady.model, out)
         notice(f"wrote the weights after {steady.kept_step} steps to {out}")
-    if html is not None:
-        steady.to_html(html)
-        notice(f"wrote {html}")
+    write_file(html, steady.to_html)
     raise typer.Exit(exit_code(steady.verdict))
 
 
@@ -320,67 +304,85 @@ def report(
     saved: Annotated[
         Path, typer.Argument(help="A file that 'inn-guard audit --json' or to_json() wrote.")
     ],
-    html: Annotated[Path | None, typer.Option(help="Write the report as one web page.")] = None,
+    *,
+    html: options.Html = None,
+    junit: Annotated[
+        Path | None, typer.Option(help="Write JUnit XML, one test case for each use.")
+    ] = None,
+    details: options.Details = False,
 ) -> None:
     """Show a saved report again. Exit code: 0 if it could be read, else 2."""
-    _can_write(html)
-    try:
-        read = load(saved)
-    except (OSError, ValueError) as error:
-        raise WrongUsage(f"{saved} cannot be shown: {error}") from error
-    _finish(read, html=html)
+    can_write(html, junit)
+    finish(_read(saved), details=details, html=html, junit=junit)
+
+
+@app.command()
+@exit_on_usage_error
+def compare(
+    saved: Annotated[
+        list[Path],
+        typer.Argument(help="Files that 'inn-guard audit --json' or to_json() wrote."),
+    ],
+    *,
+    html: options.Html = None,
+    fail_if_worse: Annotated[
+        bool,
+        typer.Option(
+            "--fail-if-worse",
+            help="End with exit code 1 if a use that counts and passes in the first report does "
+            "not pass in another.",
+        ),
+    ] = False,
+) -> None:
+    """Put saved reports next to each other, use by use.
+
+    Exit code: 0 if they could be read, else 2; with --fail-if-worse 1 if one is worse than the
+    first.
+    """
+    can_write(html)
+    reports = [_read(path) for path in saved]
+    comparison = side_by_side(dict(zip(_different_names(saved), reports, strict=True)))
+    show(comparison)
+    write_file(html, comparison.to_html)
+    if fail_if_worse and _lost_uses(reports[0], reports[1:]):
+        raise typer.Exit(1)
 
 
 app.command(context_settings=ANY_OPTION)(bench)
 
 
-def _model_and_data(words: list[str], model: str | None, data: Path | None) -> tuple[str, Path]:
-    """Both from the arguments, or from the options of the same names."""
-    left = list(words)
-    if model is None and left:
-        model = left.pop(0)
-    if data is None and left:
-        data = Path(left.pop(0))
-    if model is None or data is None:
-        raise WrongUsage("expected MODEL and DATA: inn-guard audit package.module:factory x.npy")
-    if left:
-        raise WrongUsage(f"expected MODEL and DATA, got more: {' '.join(left)}")
-    return model, data
-
-
-def _names(text: str, option: str, known: Any) -> list[str] | None:
-    """The names between the commas; None if there are none."""
-    names = [name.strip() for name in text.split(",") if name.strip()]
-    unknown = [name for name in names if name not in known]
-    if unknown:
-        raise WrongUsage(f"expected {option} out of {', '.join(known)}; got {', '.join(unknown)}")
-    return names or None
-
-
-def _device(name: str) -> torch.device:
+def _read(path: Path) -> AuditReport:
     try:
-        device = torch.device(name)
-        torch.zeros(1, device=device).cpu()
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        first = str(error).partition("\n")[0]
-        raise WrongUsage(f"expected a --device of this machine, got {name!r}: {first}") from error
-    return device
+        return load(path)
+    except (OSError, ValueError) as error:
+        raise WrongUsage(f"{path} cannot be shown: {error}") from error
 
 
-def _bytes(memory: float | None) -> float | None:
-    if memory is None:
-        return None
-    if not 0 < memory < float("inf"):
-        raise WrongUsage(f"expected --memory as a positive number of GiB, got {memory:g}")
-    return memory * 2**30
+def _different_names(paths: list[Path]) -> list[str]:
+    """What files are called in a table: as short as they differ, else numbered."""
+    for names in ([path.stem for path in paths], [str(path) for path in paths]):
+        if len(set(names)) == len(names):
+            return names
+    return [f"{k}: {path}" for k, path in enumerate(paths, start=1)]
 
 
-def _context(
-    path: Path | None, rows: Rows, dtype: torch.dtype, device: torch.device
-) -> Tensor | None:
+def _lost_uses(before: AuditReport, others: list[AuditReport]) -> list[str]:
+    """The uses that count and pass before, once for each of the others in which they do not."""
+    lost = []
+    for name, use in before.uses.items():
+        if not use.counted or not use.verdict.passed:
+            continue
+        for other in others:
+            after = other.uses.get(name)
+            if after is None or not after.verdict.passed:
+                lost.append(name)
+    return lost
+
+
+def _context(path: Path | None, rows: Rows | None, samples: int, like: Tensor) -> Tensor | None:
     if path is None:
         return None
-    return read_context(path, rows=rows, dtype=dtype).to(device)
+    return read_context(path, rows=rows, samples=samples, dtype=like.dtype).to(like.device)
 
 
 def _wrapped(model: Any, x: Tensor, context: Tensor | None) -> Any:
@@ -393,24 +395,6 @@ def _wrapped(model: Any, x: Tensor, context: Tensor | None) -> Any:
     return wrapped
 
 
-def _can_write(*paths: Path | None) -> None:
-    """Refuse before the audit what would fail after it."""
-    for path in paths:
-        if path is None:
-            continue
-        if path.is_dir() or not path.resolve().parent.is_dir():
-            raise WrongUsage(f"expected the path of a file in a folder that exists, got {path}")
-        if path.suffix == ".html":
-            _require_html()
-
-
-def _require_html() -> None:
-    try:
-        importlib.import_module("inn_guard.report.html")
-    except ModuleNotFoundError as error:
-        raise WrongUsage(f"--html needs {error.name}: pip install '.[report]'") from error
-
-
 def _with_settings(report: AuditReport, asked: dict[str, Any]) -> AuditReport:
     """The report with what was asked for on the command line among its settings."""
     settings = dict(report.settings)
@@ -420,31 +404,3 @@ def _with_settings(report: AuditReport, asked: dict[str, Any]) -> AuditReport:
         if value is not None:
             settings[name] = value
     return dataclasses.replace(report, settings=settings)
-
-
-def _finish(
-    report: AuditReport,
-    *,
-    html: Path | None = None,
-    json: Path | None = None,
-    junit: Path | None = None,
-) -> None:
-    typer.echo(str(report))
-    files = ((json, report.to_json), (html, report.to_html), (junit, report.to_junit))
-    for path, write in files:
-        if path is None:
-            continue
-        try:
-            write(path)
-        except OSError as error:
-            raise WrongUsage(f"the report above could not be written to {path}: {error}") from error
-        notice(f"wrote {path}")
-
-
-def exit_code(verdict: Verdict) -> int:
-    """The exit code of a verdict: 0 passed, 1 failed, 3 not decided."""
-    if verdict.failed:
-        return 1
-    if verdict.passed:
-        return 0
-    return FAULT

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import csv
+import importlib
 import warnings
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -13,7 +16,7 @@ from PIL import Image
 from torch import Tensor
 
 from inn_guard.cli.archives import check_archive
-from inn_guard.cli.usage import WrongUsage, notice
+from inn_guard.cli.usage import MissingPackage, WrongUsage, notice
 from inn_guard.core.tensors import dtype_name
 
 __all__ = ["Rows", "read_context", "read_data"]
@@ -23,6 +26,14 @@ IMAGE_SUFFIXES = {
 }
 IMAGE_FORMATS = ["PNG", "JPEG", "BMP", "TIFF", "WEBP", "GIF", "PPM"]
 TORCH_SUFFIXES = {".pt", ".pth"}
+#: what --data and --context may be, in messages
+KINDS = "a .npy, .pt, .csv or .parquet file"
+#: types of columns, as pyarrow writes them
+PARQUET_NUMBERS = {
+    *("bool", "halffloat", "float", "double"),
+    *("int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64"),
+}
+PARQUET_ROWS = 4096  #: decoded at once
 MOST_BYTES = 2**34  # 16 GiB of float64
 MOST_IMAGE_BYTES = 2**31  # 2 GiB, of which several copies are made
 MOST_PIXELS = 2**26  # of one image
@@ -64,7 +75,9 @@ class Rows:
 
 
 def read_data(path: Path, *, samples: int) -> Rows:
-    """The first ``samples`` of a .npy, .pt or .csv file (samples, *data), or of a folder of images.
+    """The first ``samples`` of a file (samples, *data), or of a folder of images.
+
+    A file is .npy, .pt, .csv or .parquet.
 
     Images are taken in the order of their names, as (C, H, W) in [0, 1].
 
@@ -79,14 +92,17 @@ def read_data(path: Path, *, samples: int) -> Rows:
         raise WrongUsage(f"{path} does not fit into memory: pass a smaller --samples") from error
 
 
-def read_context(path: Path, *, rows: Rows, dtype: torch.dtype) -> Tensor:
+def read_context(path: Path, *, rows: Rows | None, samples: int, dtype: torch.dtype) -> Tensor:
     """The rows of a file that belong to ``rows``: in ``dtype``, or int64 for integers (labels).
+
+    Without data, the first ``samples`` rows.
 
     Raises:
         WrongUsage: if the file cannot be read, or has another number of rows than the data.
     """
-    context = _read_file(path, len(rows.array), least_dimensions=1)
-    if context.total != rows.total:
+    count = samples if rows is None else len(rows.array)
+    context = _read_file(path, count, least_dimensions=1)
+    if rows is not None and context.total != rows.total:
         raise WrongUsage(
             f"expected --context with {rows.total} rows, as many as the data have; {path} has "
             f"{context.total}"
@@ -108,6 +124,8 @@ def _read_file(path: Path, count: int, *, least_dimensions: int) -> Rows:
         array = _torch_array(path)
     elif path.suffix.lower() == ".csv":
         array = _csv_array(path)
+    elif path.suffix.lower() == ".parquet":
+        return _parquet_rows(path, count)
     else:
         array = _numpy_array(path)
     expected = f"expected numbers of shape (samples, ...) in {path}, got"
@@ -116,11 +134,7 @@ def _read_file(path: Path, count: int, *, least_dimensions: int) -> Rows:
     if array.ndim < least_dimensions or array.size == 0:
         raise WrongUsage(f"{expected} shape {array.shape}")
     part = array[:count]
-    if part.size * 8 > MOST_BYTES:
-        size = part.size * 8 / 2**30
-        raise WrongUsage(
-            f"{len(part)} samples of {path} take {size:.0f} GiB: pass a smaller --samples"
-        )
+    _check_size(len(part), part[:1].size, path)
     return Rows(np.array(part), len(array), path.name)
 
 
@@ -135,8 +149,7 @@ def _numpy_array(path: Path) -> np.ndarray:
         )
     if magic != b"\x93NUMPY":
         raise WrongUsage(
-            f"expected a .npy, .pt or .csv file or a folder of images, but {path} does not begin "
-            "as a .npy file does"
+            f"expected {KINDS} or a folder of images, but {path} does not begin as a .npy file does"
         )
     try:
         return np.load(path, mmap_mode="r", allow_pickle=False)
@@ -187,6 +200,55 @@ def _csv_array(path: Path) -> np.ndarray:
             return np.loadtxt(path, delimiter=",", skiprows=int(header), ndmin=2, encoding="utf-8")
     except (ValueError, csv.Error) as error:
         raise WrongUsage(f"{path} cannot be read as a table of numbers: {error}") from error
+
+
+def _parquet_rows(path: Path, count: int) -> Rows:
+    """The first rows of a table whose columns are numbers; no more is decoded than they need."""
+    try:
+        parquet = importlib.import_module("pyarrow.parquet")
+    except ModuleNotFoundError as error:
+        raise MissingPackage("pyarrow", "parquet") from error
+    try:
+        with parquet.ParquetFile(path) as file:
+            schema = file.schema_arrow
+            other = [field for field in schema if str(field.type) not in PARQUET_NUMBERS]
+            if other:
+                raise WrongUsage(
+                    f"expected columns of numbers in {path}, but column {other[0].name!r} is "
+                    f"{other[0].type}: leave it out"
+                )
+            total = file.metadata.num_rows
+            _check_size(min(count, total), len(schema), path)
+            parts = [np.zeros((0, len(schema)))]
+            parts += _parquet_parts(file, count)
+            values = np.concatenate(parts)
+    except (WrongUsage, MemoryError):
+        raise
+    except Exception as error:  # a damaged or hostile file may raise anything
+        raise WrongUsage(f"{path} cannot be read as a table of numbers: {error}") from error
+    if values.size == 0:
+        raise WrongUsage(
+            f"expected numbers of shape (samples, ...) in {path}, got shape {values.shape}"
+        )
+    return Rows(values, total, path.name)
+
+
+def _parquet_parts(file: Any, count: int) -> Iterator[np.ndarray]:
+    """Parts of the first ``count`` rows, (rows, columns); missing values are NaN."""
+    left = count
+    for batch in file.iter_batches(batch_size=PARQUET_ROWS):
+        part = batch.slice(0, left)
+        columns = [column.cast("float64").to_numpy(zero_copy_only=False) for column in part.columns]
+        yield np.stack(columns, axis=1)
+        left -= part.num_rows
+        if left <= 0:
+            return
+
+
+def _check_size(rows: int, columns: int, path: Path) -> None:
+    if rows * columns * 8 > MOST_BYTES:
+        size = rows * columns * 8 / 2**30
+        raise WrongUsage(f"{rows} samples of {path} take {size:.0f} GiB: pass a smaller --samples")
 
 
 def _is_number(cell: str) -> bool:

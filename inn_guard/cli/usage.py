@@ -10,9 +10,17 @@ from typing import Any
 
 import typer
 
+from inn_guard.cli import FAULT
 from inn_guard.cli.processes import is_first
 
-__all__ = ["WrongUsage", "error_location", "exit_on_usage_error", "notice", "one_line"]
+__all__ = [
+    "MissingPackage",
+    "WrongUsage",
+    "error_location",
+    "exit_on_usage_error",
+    "notice",
+    "one_line",
+]
 
 LENGTH = 300
 WRONG_USAGE = 2  # exit code, as of the shell's own commands
@@ -22,8 +30,18 @@ class WrongUsage(Exception):
     """The command cannot be carried out: what was expected, what came, what to pass instead."""
 
 
+class MissingPackage(Exception):
+    """The command needs a package that is not installed."""
+
+    def __init__(self, package: str, extra: str) -> None:
+        super().__init__(f"inn-guard needs {package}: pip install '.[{extra}]'")
+
+
 def exit_on_usage_error(command: Callable[..., None]) -> Callable[..., None]:
-    """A command that answers WrongUsage with one line on standard error and exit code 2."""
+    """A command that answers its errors with one line on standard error and an exit code.
+
+    The code is 2 after WrongUsage, 3 after MissingPackage.
+    """
 
     @functools.wraps(command)
     def run(*args: Any, **options: Any) -> None:
@@ -32,6 +50,9 @@ def exit_on_usage_error(command: Callable[..., None]) -> Callable[..., None]:
         except WrongUsage as error:
             typer.echo(f"error: {one_line(error)}", err=True)
             raise typer.Exit(WRONG_USAGE) from None
+        except MissingPackage as error:
+            typer.echo(str(error), err=True)
+            raise typer.Exit(FAULT) from None
 
     return run
 

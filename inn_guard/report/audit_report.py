@@ -10,7 +10,7 @@ import os
 import textwrap
 from collections.abc import ItemsView, Iterator, KeysView, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from torch import Tensor
 
@@ -23,7 +23,7 @@ from inn_guard.report.verdict import Verdict
 if TYPE_CHECKING:
     import pandas as pd
 
-__all__ = ["NAMED", "SCHEMA", "AuditReport", "require"]
+__all__ = ["NAMED", "SCHEMA", "AuditReport", "Row", "require"]
 
 SCHEMA = 2  #: of the JSON; raised whenever a reader of an older one would misread it
 WIDTH = 100  #: characters in a line of the printed report
@@ -53,6 +53,20 @@ _RESULT_FIELDS = (
     "settings",
     "advice",
 )
+
+
+class Row(NamedTuple):
+    """One entry of the printed report.
+
+    Attributes:
+        label: what it is about.
+        word: the verdict in one word; None where there is none.
+        text: what was found. Further lines are code.
+    """
+
+    label: str
+    word: str | None
+    text: str
 
 
 @dataclass(frozen=True, eq=False)
@@ -169,17 +183,39 @@ class AuditReport:
 
     def __str__(self) -> str:
         lines = [_title(self.subject, self.headline), ""]
-        for use in self.sorted_uses():
-            lines += _use_lines(use)
+        for row in self.findings():
+            lines += _wrapped_row(row)
+        remarks = self.remarks()
+        if remarks:
+            lines.append("")
+        for row in remarks:
+            lines += _wrapped_row(row)
+        lines.append('details: print(report.details()), report.to_html("report.html")')
+        return "\n".join(lines)
+
+    def findings(self) -> list[Row]:
+        """The upper part of the printed report: one entry for each use, the counted ones first."""
+        rows = [_use_row(use) for use in self.sorted_uses()]
         for result in self.results:
             # an estimate of the cost decides nothing, but is all that a dry run has to say
             if result in self.alone or result.name == "dry_run":
-                lines += _row(result.name.replace("_", " "), WORDS[result.verdict], result.reason)
-        remarks = self._remarks()
-        if remarks:
-            lines += ["", *remarks]
-        lines.append('details: print(report.details()), report.to_html("report.html")')
-        return "\n".join(lines)
+                word = WORDS[result.verdict]
+                rows.append(Row(result.name.replace("_", " "), word, result.reason))
+        return rows
+
+    def remarks(self) -> list[Row]:
+        """The lower part of the printed report: weakest layer, lowest precision, advice."""
+        rows = []
+        if self.worst_layer is not None:
+            rows.append(Row("weakest layer", None, self.worst_layer))
+        for result in self.results:
+            if "lowest" in result.settings:
+                rows.append(Row("lowest precision", None, str(result.settings["lowest"])))
+        label = "what to do"
+        for number, text in enumerate(self.advice, start=1):
+            rows.append(Row(label, None, f"{number}. {text}"))
+            label = ""
+        return rows
 
     @property
     def headline(self) -> str:
@@ -238,7 +274,7 @@ class AuditReport:
         """
         uses = {}
         for name, use in self.uses.items():
-            uses[name] = _use_row(use)
+            uses[name] = _use_fields(use)
         return {
             "schema": SCHEMA,
             "model": self.model,
@@ -396,20 +432,6 @@ class AuditReport:
             return False
         return self.asked is None or result.name in self.asked
 
-    def _remarks(self) -> list[str]:
-        """The lines under the table: weakest layer, lowest precision, advice."""
-        lines = []
-        if self.worst_layer is not None:
-            lines += _row("weakest layer", None, self.worst_layer)
-        for result in self.results:
-            if "lowest" in result.settings:
-                lines += _row("lowest precision", None, str(result.settings["lowest"]))
-        label = "what to do"
-        for number, text in enumerate(self.advice, start=1):
-            lines += _row(label, None, f"{number}. {text}")
-            label = ""
-        return lines
-
 
 def require(what: str, *libraries: str) -> None:
     """Refuse a method whose libraries are not installed, with the remedy.
@@ -437,11 +459,12 @@ def _title(left: str, right: str) -> str:
     return f"{left}{right:>{WIDTH - len(left)}}"
 
 
-def _row(label: str, word: str | None, text: str) -> list[str]:
+def _wrapped_row(row: Row) -> list[str]:
     """Label, word and text in columns; the text is wrapped, further lines in it are code and stay.
 
     Without a word the text begins in the word's column.
     """
+    label, word, text = row
     head = f"  {label:<{_LABEL - 2}} "
     if word is not None:
         head += f"{word:<{_WORD}}"
@@ -462,12 +485,12 @@ def _row(label: str, word: str | None, text: str) -> list[str]:
     return lines
 
 
-def _use_lines(use: UseVerdict) -> list[str]:
-    """The row of one use in the printed table."""
+def _use_row(use: UseVerdict) -> Row:
+    """The entry of one use in the printed report."""
     word = "-"
     if use.counted:
         word = WORDS[use.verdict]
-    return _row(use.use.replace("_", " "), word, use.reason + _aside(use))
+    return Row(use.use.replace("_", " "), word, use.reason + _aside(use))
 
 
 def _aside(use: UseVerdict) -> str:
@@ -526,7 +549,7 @@ def _html_item(text: str) -> str:
     return f"<li>{html.escape(prose)}<pre>{html.escape(code)}</pre></li>"
 
 
-def _use_row(use: UseVerdict) -> dict[str, Any]:
+def _use_fields(use: UseVerdict) -> dict[str, Any]:
     row = {
         "verdict": use.verdict.label,
         "check": use.check,

@@ -76,7 +76,7 @@ class Comparison:
         return str(self)
 
     def __str__(self) -> str:
-        rows = self._rows()
+        rows = self.rows()
         widths = []
         for column in zip(*rows, strict=True):
             widths.append(max(map(len, column)))
@@ -86,8 +86,12 @@ class Comparison:
             lines.append(line.rstrip())
         return "\n".join(lines)
 
-    def _rows(self) -> list[list[str]]:
-        """The table: names, then verdict and figure of every use, then the verdicts."""
+    def rows(self) -> list[list[str]]:
+        """The printed table, cell by cell.
+
+        The first row holds the names, the last one the verdicts. Each row between them is a use
+        with verdict and figure.
+        """
         rows = [["", *self.reports]]
         for use in self.uses:
             row = [use.replace("_", " ")]
@@ -122,7 +126,7 @@ class Comparison:
     def _repr_html_(self) -> str:
         """The printed table as HTML, which notebooks show."""
         lines = []
-        for row in self._rows():
+        for row in self.rows():
             cells = "</td><td>".join(map(html.escape, row))
             lines.append(f"<tr><td>{cells}</td></tr>")
         return f"<table>{''.join(lines)}</table>"

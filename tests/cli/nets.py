@@ -5,6 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+import inn_guard as ig
+from inn_guard.core.base import BaseDistribution
+
 
 class Scale(nn.Module):
     """x -> s x, whose inverse is exact up to rounding, useless, or NaN, depending on s."""
@@ -38,6 +41,30 @@ class Shift(nn.Module):
 
     def inverse(self, z: Tensor, context: Tensor) -> Tensor:
         return z - context
+
+
+class Drawn(Scale, ig.Invertible):
+    """Scale with a standard normal base of its own."""
+
+    def __init__(self, scale: float = 2.0) -> None:
+        super().__init__(scale)
+
+    def base(self) -> BaseDistribution:
+        def sample(n: int, context: object) -> Tensor:
+            return torch.randn(n, 4)
+
+        return BaseDistribution(sample, self.scale.detach())
+
+
+class DrawnLossy(Lossy, Drawn):
+    """Draws of which float32 loses the digits."""
+
+
+class Unwilling(Drawn):
+    """Cannot be drawn from."""
+
+    def inverse(self, z: Tensor) -> Tensor:
+        raise RuntimeError("no inverse today")
 
 
 def stable() -> nn.Module:

@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import errno
+import functools
 import json
 import os
+import re
 import subprocess
 import sys
 
 import numpy as np
 import pytest
 import torch
+from rich.console import Console
 from typer.testing import CliRunner
 
 from inn_guard.cli import main
 from inn_guard.cli.commands import app, exit_code
 from inn_guard.report.verdict import Verdict
+from tests.cases.trials import first
 
 NETS = "tests.cli.nets"
 
@@ -178,6 +182,8 @@ def test_seed_repeats_the_factory_and_leaves_the_global_generator(data, tmp_path
         (["--arg", "width=3"], "unexpected keyword argument 'width'"),
         (["more.npy"], "error: expected MODEL and DATA, got more: more.npy"),
         (["--samples", "0"], "--samples"),
+        (["--seed", str(2**63)], "--seed"),
+        (["--memory", "nan"], "error: expected --memory as a positive number of GiB, got nan"),
         (["--level", "extreme"], "extreme"),
         (["--dtype", "int8"], "int8"),
     ],
@@ -265,7 +271,7 @@ def test_model_and_data_are_arguments_or_options(data):
     for words in ([name, data], ["--model", name, data], [name, "--data", data]):
         done = run("audit", *words, *checks)
         assert done.exit_code == expected.exit_code == 0, done.output
-    for words in ([], [name], ["--data", data]):
+    for words in ([], ["--data", data]):
         done = run("audit", *words)
         assert done.exit_code == 2
         assert "expected MODEL and DATA" in done.stderr
@@ -304,17 +310,163 @@ def test_uses_and_prior_reach_the_audit(monkeypatch, data):
 
 
 def test_exit_codes_are_in_help():
-    for words in (["--help"], ["audit", "--help"]):
+    for words in (["--help"], ["audit", "--help"], ["repair", "--help"]):
         said = run(*words).stdout
         for line in ("0  stable or marginal", "1  unstable or non_finite", "2  wrong usage"):
             assert line in said
 
 
-@pytest.mark.parametrize(
-    ("module", "package"), [("typer", "typer"), ("safetensors", "safetensors"), ("PIL", "pillow")]
-)
-def test_without_its_extra_the_command_says_what_to_install(module, package):
+@pytest.mark.parametrize("module", first(1, ["PIL", "typer", "safetensors", "rich"]))
+def test_without_its_extra_the_command_says_what_to_install(module):
+    package = {"PIL": "pillow"}.get(module, module)
     code = f"import sys; sys.modules[{module!r}] = None; from inn_guard.cli import main; main()"
     done = subprocess.run([sys.executable, "-c", code, "--help"], capture_output=True, text=True)
     assert done.returncode == 3
     assert done.stderr == f"inn-guard needs {package}: pip install '.[cli]'\n"
+
+
+def test_without_its_extra_a_page_is_refused_with_code_three(monkeypatch, data, tmp_path):
+    monkeypatch.delitem(sys.modules, "inn_guard.report.html", raising=False)
+    monkeypatch.setitem(sys.modules, "jinja2", None)
+    done = audit("stable", data, "--html", tmp_path / "a.html")
+    assert done.exit_code == 3
+    assert done.stderr == "inn-guard needs jinja2: pip install '.[report]'\n"
+
+
+@pytest.mark.parametrize(("factory", "code"), [("Drawn", 0), ("DrawnLossy", 1)])
+def test_without_data_a_model_is_audited_on_its_own_draws(factory, code, tmp_path):
+    saved = tmp_path / "a.json"
+    done = run("audit", f"{NETS}:{factory}", "--dtype", "float32", "--json", saved)
+    assert done.exit_code == code, done.output
+    assert "note: no data: the model is audited on 256 draws" in done.stderr
+    report = json.loads(saved.read_text())
+    assert list(report["counted"]) == ["sampling", "reconstruction"]
+    assert report["settings"]["data"] == "256 draws of the model"
+    assert {row["name"] for row in report["results"]} == {
+        "preflight",
+        "sampling",
+        "reconstruction",
+    }
+    assert not any("Standardise" in advice for advice in report["advice"])
+
+
+def test_without_data_draws_come_from_the_prior_and_fit_the_context(tmp_path):
+    prior = ["--prior", f"{NETS}:wide_base", "--samples", "5", "--uses", "reconstruction"]
+    done = run("audit", f"{NETS}:stable", *prior, "--json", tmp_path / "a.json")
+    assert done.exit_code == 0, done.output
+    settings = json.loads((tmp_path / "a.json").read_text())["settings"]
+    assert settings["shape"] == [5, 4]
+    assert settings["base"] == "prior Normal"
+    np.save(tmp_path / "c.npy", np.ones((3, 4)))
+    words = ["audit", f"{NETS}:Shift", *prior, "--context", tmp_path / "c.npy"]
+    done = run(*words, "--json", tmp_path / "b.json")
+    assert done.exit_code == 0, done.output
+    assert json.loads((tmp_path / "b.json").read_text())["settings"]["shape"] == [3, 4]
+
+
+@pytest.mark.parametrize(
+    ("factory", "options", "words"),
+    [
+        ("stable", [], "error: expected DATA, because the model declares no base distribution"),
+        ("Unwilling", [], "error: drawing from the model raised RuntimeError: no inverse today"),
+        ("stable", ["--prior", "nets"], "error: expected --prior as package.module:factory"),
+        ("stable", ["--prior", f"{NETS}:number"], "error: drawing from the model raised TypeError"),
+        ("number", [], "error: "),
+        ("Drawn", ["--samples", str(10**12)], "error: expected --samples of at most 1,048,576"),
+    ],
+)
+def test_without_data_what_cannot_be_drawn_from_is_wrong_usage(factory, options, words):
+    done = run("audit", f"{NETS}:{factory}", *options)
+    assert done.exit_code == 2, done.output
+    assert done.stderr.splitlines()[-1].startswith(words)
+
+
+def test_limits_are_read_from_a_file(data, tmp_path):
+    path = tmp_path / "limits.toml"
+    assert audit("unstable", data, "--dtype", "float32").exit_code == 1
+    for content in ("reconstruction = 100", "[limits]\nreconstruction = 1e2"):
+        path.write_text(content)
+        done = audit("unstable", data, "--dtype", "float32", "--limits", path)
+        assert done.exit_code == 0, done.output
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (b"speed = 1", "expected limits out of density, sampling"),
+        (b"density = 'low'", "expected the limit density as a number; got 'low'"),
+        (b"density = -1", "expected a positive limit density; got -1"),
+        (b"density = nan", "expected a positive limit density; got nan"),
+        (b"density =", "cannot be read as TOML"),
+        (b"\xff\xfe", "cannot be read as TOML"),
+        (b"limits = 3", "expected a table [limits]"),
+        (b"a = " + b"[" * 10_000, "cannot be read as TOML"),
+        (b"#" * 2**20 + b"##", "more than 1 MiB"),
+    ],
+)
+def test_limits_that_are_none_are_wrong_usage_before_the_model_is_imported(
+    content, words, data, tmp_path
+):
+    (tmp_path / "limits.toml").write_bytes(content)
+    done = audit("stable", data, "--limits", tmp_path / "limits.toml")
+    assert done.exit_code == 2, done.output
+    (line,) = done.stderr.splitlines()
+    assert words in line
+    assert audit("stable", data, "--limits", tmp_path / "none.toml").exit_code == 2
+
+
+@pytest.fixture
+def saved(data, tmp_path):
+    """A report that passes and one that fails, as files of the same name."""
+    paths = []
+    for factory in ("stable", "unstable"):
+        folder = tmp_path / factory
+        folder.mkdir()
+        paths.append(folder / "report.json")
+        audit(factory, data, "--dtype", "float32", "--json", paths[-1])
+    return paths
+
+
+def test_saved_reports_are_put_side_by_side(saved, tmp_path):
+    done = run("compare", *saved, "--html", tmp_path / "c.html")
+    assert done.exit_code == 0, done.output
+    head, *rows = done.stdout.splitlines()
+    assert head.split() == [str(path) for path in saved]
+    assert rows[-1].split() == ["verdict", "stable", "unstable"]
+    assert "unstable" in (tmp_path / "c.html").read_text()
+    same = run("compare", saved[0], saved[0]).stdout.splitlines()[0].split()
+    assert same == ["1:", str(saved[0]), "2:", str(saved[0])]
+
+
+def test_a_comparison_fails_on_demand_if_a_use_no_longer_passes(saved):
+    good, bad = saved
+    codes = [
+        run("compare", *pair, "--fail-if-worse").exit_code
+        for pair in ((good, bad), (bad, good), (good, good), (bad, bad))
+    ]
+    assert codes == [1, 0, 0, 0]
+
+
+def test_what_cannot_be_compared_is_wrong_usage(saved, tmp_path):
+    assert run("compare").exit_code == 2
+    done = run("compare", saved[0], tmp_path / "none.json")
+    assert done.exit_code == 2
+    assert done.stderr.startswith("error: ")
+
+
+def test_details_name_every_check(saved):
+    said = run("report", saved[0], "--details").stdout
+    assert "preflight" in said
+    assert "relative error 0 of the feature" in said
+
+
+def test_a_terminal_gets_tables_of_its_width(saved, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "60")
+    monkeypatch.setattr(
+        "inn_guard.cli.output.Console", functools.partial(Console, force_terminal=True)
+    )
+    for words in (["report", saved[1]], ["compare", *saved]):
+        plain = re.sub(r"\x1b\[[\d;]*m", "", run(*words).stdout)
+        assert max(map(len, plain.splitlines())) <= 60
+        assert "reconstruction" in plain
+    assert "FAILS" in run("report", saved[1]).stdout

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import zipfile
 
 import numpy as np
@@ -15,7 +16,7 @@ from torch import nn
 from inn_guard.cli import data
 from inn_guard.cli.data import Rows, read_context, read_data
 from inn_guard.cli.models import load_weights
-from inn_guard.cli.usage import WrongUsage
+from inn_guard.cli.usage import MissingPackage, WrongUsage
 
 
 class Loaded:
@@ -133,19 +134,24 @@ def test_more_than_memory_should_hold_is_refused_before_reading(tmp_path, monkey
 def test_context_keeps_labels_and_demands_a_row_for_each_sample(tmp_path):
     rows = Rows(np.zeros((2, 3)), 5, "x.npy")
     labels = read_context(
-        array(tmp_path, np.arange(5, dtype=np.uint8), "c.npy"), rows=rows, dtype=torch.float32
+        array(tmp_path, np.arange(5, dtype=np.uint8), "c.npy"),
+        rows=rows,
+        samples=9,
+        dtype=torch.float32,
     )
     assert labels.dtype is torch.int64
     assert labels.tolist() == [0, 1]
     numbers = read_context(
-        array(tmp_path, np.ones((5, 2)), "c.npy"), rows=rows, dtype=torch.float32
+        array(tmp_path, np.ones((5, 2)), "c.npy"), rows=rows, samples=9, dtype=torch.float32
     )
     assert numbers.shape == (2, 2)
     assert numbers.dtype is torch.float32
     with pytest.raises(
         WrongUsage, match=r"expected --context with 5 rows, as many as the data have; .* has 4"
     ):
-        read_context(array(tmp_path, np.ones((4, 2)), "c.npy"), rows=rows, dtype=torch.float32)
+        read_context(
+            array(tmp_path, np.ones((4, 2)), "c.npy"), rows=rows, samples=9, dtype=torch.float32
+        )
 
 
 def picture(folder, name, pixels, mode=None):
@@ -292,3 +298,54 @@ def test_images_that_take_too_much_together_are_refused_by_their_headers(tmp_pat
     with pytest.raises(WrongUsage, match=r"4 images .* pass a smaller --samples"):
         load(tmp_path)
     assert len(load(tmp_path, samples=3).tensor) == 3
+
+
+def write_parquet(path, columns):
+    arrow = pytest.importorskip("pyarrow")
+    arrow.parquet = pytest.importorskip("pyarrow.parquet")
+    arrow.parquet.write_table(arrow.table(columns), path)
+    return path
+
+
+@pytest.mark.library("pyarrow")
+def test_the_columns_of_a_parquet_file_are_the_features(tmp_path):
+    columns = {"a": [1, 2, 3], "b": [0.5, None, 2.5], "c": [True, False, True]}
+    rows = read_data(write_parquet(tmp_path / "x.parquet", columns), samples=2)
+    assert rows.total == 3
+    assert np.array_equal(rows.array, [[1, 0.5, 1], [2, np.nan, 0]], equal_nan=True)
+
+
+@pytest.mark.library("pyarrow")
+def test_parquet_rows_of_several_batches_are_joined(tmp_path, monkeypatch):
+    monkeypatch.setattr(data, "PARQUET_ROWS", 4)
+    path = write_parquet(tmp_path / "x.parquet", {"a": list(range(11))})
+    for samples in (3, 4, 9, 11, 100):
+        assert read_data(path, samples=samples).array[:, 0].tolist() == list(range(11))[:samples]
+
+
+@pytest.mark.library("pyarrow")
+def test_parquet_files_that_are_no_table_of_numbers(tmp_path):
+    path = write_parquet(tmp_path / "x.parquet", {"a": [1.0], "name": ["x"]})
+    with pytest.raises(WrongUsage, match="column 'name' is string: leave it out"):
+        read_data(path, samples=2)
+    nested = write_parquet(tmp_path / "n.parquet", {"a": [[1.0, 2.0]]})
+    with pytest.raises(WrongUsage, match="column 'a' is list"):
+        read_data(nested, samples=2)
+    empty = write_parquet(tmp_path / "e.parquet", {"a": []})
+    with pytest.raises(WrongUsage, match="column 'a' is null"):
+        read_data(empty, samples=2)
+    whole = write_parquet(tmp_path / "x.parquet", {"a": [1.0, 2.0]}).read_bytes()
+    for content in (b"", b"PAR1", whole[:-9], whole[:-30] + b"\xff" * 20 + whole[-10:]):
+        path.write_bytes(content)
+        with pytest.raises(WrongUsage, match="cannot be read as a table of numbers"):
+            read_data(path, samples=2)
+
+
+def test_without_pyarrow_parquet_says_what_to_install(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    (tmp_path / "x.parquet").write_bytes(b"PAR1")
+    with pytest.raises(
+        MissingPackage, match=r"^inn-guard needs pyarrow: pip install '.\[parquet\]'$"
+    ):
+        read_data(tmp_path / "x.parquet", samples=2)

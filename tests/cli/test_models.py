@@ -226,3 +226,32 @@ def test_of_two_prefixes_the_usual_one_is_taken_and_the_other_said(tmp_path, cap
 def test_a_prefix_of_some_weights_is_none(tmp_path):
     with pytest.raises(WrongUsage, match=r"1 missing \(scale\)"):
         load_weights(Scale(), saved(tmp_path / "w.pt", {"module.shift": torch.ones(4)}))
+
+
+def test_a_checkpoint_of_lightning_is_loaded_without_its_prefix(tmp_path, capsys):
+    pl = pytest.importorskip("lightning.pytorch")
+
+    class Module(pl.LightningModule):
+        def __init__(self, width):
+            super().__init__()
+            self.save_hyperparameters()
+            self.flow = Scale(features=width)
+
+        def training_step(self, batch, index):
+            return self.flow(batch).sum()
+
+        def configure_optimizers(self):
+            return torch.optim.Adam(self.parameters())
+
+    trainer = pl.Trainer(
+        max_steps=1, logger=False, enable_progress_bar=False, default_root_dir=tmp_path
+    )
+    module = Module(4)
+    trainer.fit(module, torch.utils.data.DataLoader(torch.ones(4, 4)))
+    trainer.save_checkpoint(tmp_path / "last.ckpt")
+    model = Scale()
+    load_weights(model, tmp_path / "last.ckpt")
+    assert torch.equal(model.scale, module.flow.scale)
+    told = capsys.readouterr().err
+    assert "under 'state_dict' in last.ckpt" in told
+    assert "whose names begin with 'flow.'" in told

@@ -46,6 +46,8 @@ FOREIGN = {
     "matplotlib": ("report/",),
     "jinja2": ("report/",),
     "typer": ("cli/",),
+    "rich": ("cli/",),
+    "tomli": ("cli/",),
     "torchdiffeq": ("layers/ode.py",),
     "lightning": ("training/lightning.py",),
 }
