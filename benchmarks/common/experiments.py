@@ -144,6 +144,10 @@ EXPERIMENTS = (
         "repair.density_flows",
         "trained flows that lose draws pass after a tenth of their training's steps",
     ),
+    Experiment(
+        "census.census",
+        "which default flows can be trusted for what: five uses, depths, training, precisions",
+    ),
     Experiment("attacks.step_cost", "what one step of the attack costs, in forward passes"),
     Experiment("lipschitz.soundness", "certificates against 40-digit truth and dense matrices"),
     Experiment("lipschitz.adversary", "bounds of altered models against gradient ascent"),

@@ -1,0 +1,1 @@
+"""The census: which default flows can be trusted for what."""
