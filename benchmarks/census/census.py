@@ -8,7 +8,7 @@ A part is any part of the grid: data sets, seeds or flows go to several processe
 flags, each with an ``--out`` of its own below ``benchmarks/results/census``, and
 ``python -m benchmarks.census.page`` reads them all. A part that is killed goes on where it was.
 
-Every row is one model in one dtype: what the audit says of the five uses, and, for a tenth of the
+Every row is one model in one dtype: what the audit says of the five uses, and, for a fifth of the
 rows that their keys choose, what plain formulas say (``truth.py``). The rows in float32 have the
 checks of level standard; those in other dtypes only the ones that decide a use.
 """
@@ -56,7 +56,7 @@ class Config:
     batch_size: int = 64
     learning_rate: float = 1e-3
     rows: int = 128  # held-out samples at which models are audited
-    truth_of: int = 10  # one row of so many is checked by plain formulas
+    truth_of: int = 5  # one row of so many is checked by plain formulas
 
 
 PRESETS = {
@@ -191,7 +191,7 @@ def bits(flow: nn.Module, x: Tensor) -> float:
 
 
 def audited(config: Config, flow: nn.Module, x: Tensor, dtype: str, key: str) -> Row:
-    """What the audit says of a copy in this dtype, and of a tenth of the rows what is true."""
+    """What the audit says of a copy in this dtype, and of some of the rows what is true."""
     flow = copy.deepcopy(flow).to(DTYPES[dtype])
     x = x.to(DTYPES[dtype])
     level = "quick"

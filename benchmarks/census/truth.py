@@ -260,8 +260,8 @@ def sampling(flow: nn.Module, x: Tensor) -> Truth:
 
 
 def _both_ways(flow: nn.Module) -> list[Step]:
-    """The layers; of an injective map without log-determinants."""
-    if isinstance(flow, NIF):
+    """The layers; of our own without log-determinants, which some do not have in every dtype."""
+    if isinstance(flow, Invertible):
         zero = torch.zeros(())
         return [Step(lambda x, s=s: (s(x), zero), s.inverse) for s in flow.layers()]
     return steps_of(flow)
@@ -297,7 +297,9 @@ def reconstruction(flow: nn.Module, x: Tensor) -> Truth:
     else:
         end = decode(steps, encode(steps, x)[0])
     wide = start.double()
-    unit = torch.maximum(wide.std(0, correction=0), wide.abs())
+    shared = (0, *range(2, wide.dim()))  # the pixels of a channel are one feature
+    deviation = wide.std(shared, correction=0, keepdim=True)
+    unit = torch.maximum(deviation, wide.abs())
     error = largest(((end.double() - wide).abs() / unit).nan_to_num(nan=math.inf, posinf=math.inf))
     return Truth(judged(error, max(FEATURE, 8 * torch.finfo(x.dtype).eps)), error)
 
