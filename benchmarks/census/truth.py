@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import nflows.flows
@@ -30,7 +30,7 @@ NATS, FEATURE, RATE, DRAW, DEGREES, LENGTH = 0.1, 0.01, 1e-3, 0.01, 1.0, 0.01
 MARGIN = 2.0  #: between a figure and its limit
 FORMULA_ROWS = 8  #: at which log-determinants are compared with dense Jacobians
 GRADIENT_ROWS = 64
-MOST_DRAWS, DRAWN_VALUES = 16384, 2**17
+MOST_DRAWS, DRAWN_VALUES = 8192, 2**17
 CONFIDENCE = 0.99
 REFUSALS = (AssertionError, RuntimeError, ValueError)  #: what libraries raise on bad numbers
 
@@ -162,11 +162,11 @@ def density(flow: nn.Module, x: Tensor) -> Truth:
 
     At all rows against the copy's own formula, and that at 8 rows against the Jacobians.
     """
-    wide = copy.deepcopy(flow).double()
     if isinstance(flow, NIF):
         own = _nif_log_prob(flow, x).double()
-        precise = _nif_by_covariance(wide, x.double())
+        precise = _nif_by_covariance(copy.deepcopy(flow).double(), x.double())
         return _density_truth(own, precise, formula=0.0, dtype=x.dtype)
+    wide = copy.deepcopy(flow).double()
     with torch.no_grad():
         own = _log_prob(flow, x).double()
         precise = _log_prob(wide, x.double())
@@ -329,7 +329,7 @@ def gradients(flow: nn.Module, x: Tensor) -> Truth:
     return Truth(answer, angle)
 
 
-def _rebuilt(steps: list[Step], x: Tensor, parameters: list[Tensor]) -> Tensor:
+def _rebuilt(steps: list[Step], x: Tensor, parameters: Sequence[Tensor]) -> Tensor:
     with torch.no_grad():
         state = encode(steps, x)[0]
     total = torch.zeros(sum(p.numel() for p in parameters), dtype=torch.float64)
@@ -345,9 +345,9 @@ def _rebuilt(steps: list[Step], x: Tensor, parameters: list[Tensor]) -> Tensor:
     return total
 
 
-def _flat(found: object, parameters: list[Tensor]) -> Tensor:
+def _flat(found: Iterable[Tensor | None], parameters: Sequence[Tensor]) -> Tensor:
     parts = []
-    for gradient, parameter in zip(found, parameters, strict=True):  # type: ignore[call-overload]
+    for gradient, parameter in zip(found, parameters, strict=True):
         part = torch.zeros_like(parameter) if gradient is None else gradient
         parts.append(part.flatten().double())
     return torch.cat(parts)
