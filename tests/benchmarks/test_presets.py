@@ -35,6 +35,7 @@ FEWER_CASES = {
 #: experiments that take about a second; the others run under ``make thorough``
 QUICK = {
     "attacks.step_cost",
+    "census.census",
     "exploding_inverses.regularizer_cost",
     "exploding_inverses.toy_regression",
     "lipschitz.depth",
