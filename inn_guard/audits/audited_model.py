@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from inn_guard.core.composition import Composition
 from inn_guard.core.invertible import Invertible, InvertibleWrapper
 from inn_guard.core.layer_jacobian import AutogradJacobian, LayerJacobian
 from inn_guard.core.missing import NotApplicable
@@ -56,13 +57,13 @@ class AuditedModel(InvertibleWrapper):
 
     Attributes:
         data_shape: what the inverse must return, per sample; None where it is not known.
-        is_opaque: whether ``layers()`` is hidden, because the layers were measured to compose to
-            another map.
+        composition: how the layers were measured to differ from the map. Where they are another
+            map, ``layers()`` is hidden.
         recovery: what runs after a call that raised; shared with the layers.
     """
 
     data_shape: torch.Size | None = None
-    is_opaque: bool = False
+    composition: Composition = Composition()
 
     def __init__(
         self, inner: Invertible, label: str = "the model", *, trained: tuple[str, ...] = ()
@@ -101,7 +102,7 @@ class AuditedModel(InvertibleWrapper):
 
     def layers(self) -> tuple[Invertible, ...]:
         """The inner map's layers, audited alike; () if they compose to another map."""
-        if self.is_opaque:
+        if self.composition.other_map:
             return ()
         layers = self._named("layers()", self.inner.layers)
         audited = [
@@ -119,17 +120,17 @@ class AuditedModel(InvertibleWrapper):
             self.recovery()
         return _AuditedJacobian(self, x, AutogradJacobian(self.forward, self.inverse, x))
 
-    def overwrites(self, t: Tensor, *, inverse: bool = False) -> bool:
-        """Whether a call writes into the tensor it is given, or frees its memory."""
-        given = t.clone()
+    def call_on(self, given: Tensor, *, inverse: bool = False) -> tuple[Tensor, bool]:
+        """The value of a call on this tensor itself, and whether it was written into or freed."""
+        before = given.clone()
         if inverse:
-            self._named("inverse", lambda: self.inner.inverse(given))
+            value = self._named("inverse", lambda: self.inner.inverse(given))
         else:
-            self._named("forward", lambda: self.inner(given))
-        if given.shape != t.shape or given.untyped_storage().nbytes() == 0:
+            value = self._named("forward", lambda: self.inner(given))
+        if given.shape != before.shape or given.untyped_storage().nbytes() == 0:
             # a tensor whose memory is gone must not even be read
-            return True
-        return not torch.equal(given, t)
+            return value, True
+        return value, not torch.equal(given, before)
 
     def with_cached_conditioner(self, state: Tensor) -> AuditedModel:
         """The inner map with its conditioner evaluated once, audited alike."""

@@ -13,6 +13,7 @@ from torch import Tensor
 from inn_guard.audits.audited_model import AuditedModel, ModelError
 from inn_guard.audits.level import Level
 from inn_guard.core.base import BaseDistribution
+from inn_guard.core.composition import compare_layers
 from inn_guard.core.invertible import Invertible
 from inn_guard.core.missing import NotApplicable
 from inn_guard.core.tensors import finite_rows
@@ -23,8 +24,6 @@ from inn_guard.jacobian.chain import Linearization
 from inn_guard.report.limits import Limits
 
 __all__ = ["AuditContext", "audited_model", "same_up_to_rounding"]
-
-COMPARED = 4  #: samples at which layers are compared with their model
 
 
 @dataclass(frozen=True)
@@ -136,31 +135,20 @@ class AuditContext:
 
 
 def audited_model(model: Invertible, x: Tensor) -> AuditedModel:
-    """The model as checks see it: with its layers if these compose to it, else opaque."""
+    """The model as checks see it: with its layers if these are the same map, else opaque."""
     # inside the block no audit in another thread has set its mode
-    with torch.no_grad(), preserve_state(model):
+    with torch.no_grad(), preserve_state(model) as recover:
         trained = tuple(name for name, part in model.named_modules() if part.training)
         audited = AuditedModel(model, trained=trained)
         audited.data_shape = x.shape[1:]
         audited.eval()
-        audited.is_opaque = not _composes(audited, x)
+
+        def restore() -> None:
+            recover()
+            audited.eval()
+
+        audited.composition = compare_layers(audited, x, restore=restore)
     return audited
-
-
-def _composes(model: AuditedModel, x: Tensor) -> bool:
-    """Whether the layers, one after the other, are the model; True where it cannot be measured."""
-    rows = finite_rows(x).nonzero()[:COMPARED, 0]
-    if not len(rows):
-        return True
-    part, state = model.select(rows), x[rows]
-    try:
-        layers = part.layers()
-        z = part(state) if layers else state
-        for layer in layers:
-            state = layer(state)
-    except (ModelError, NotApplicable):
-        return True
-    return not layers or same_up_to_rounding(z, state, torch.finfo(z.dtype).eps ** 0.5)
 
 
 def same_up_to_rounding(a: Tensor, b: Tensor, tolerance: float) -> bool:

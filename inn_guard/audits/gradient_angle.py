@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import inspect
 import math
@@ -12,13 +13,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from inn_guard.audits.audited_model import AuditedModel, ModelError
 from inn_guard.audits.context import AuditContext
 from inn_guard.audits.cost_model import Cost, Passes, Task
 from inn_guard.audits.level import Level
 from inn_guard.audits.spec import audit_check
 from inn_guard.core.invertible import Invertible, standard_normal_log_prob
 from inn_guard.core.layer_jacobian import NotApplicable
-from inn_guard.memory_saving import RandomAndBufferState, memory_saving
+from inn_guard.execution.state import preserve_state
+from inn_guard.memory_saving import INPUT, OUTPUT, RandomAndBufferState, memory_saving
 from inn_guard.report.limits import Limits
 from inn_guard.report.result import AuditResult
 from inn_guard.report.uses import Finding
@@ -106,17 +109,22 @@ def _cost(task: Task) -> Cost:
     cost=_cost,
     shares_samples=True,
 )
-def gradient_angle(context: AuditContext, *, batch_size: int = 64) -> AuditResult:
+def gradient_angle(
+    context: AuditContext, *, batch_size: int = 64, keep: str = INPUT
+) -> AuditResult:
     """Angle in degrees between memory-saving gradient g and true gradient h, over all parameters.
 
         angle = arccos( <g, h> / (|g| |h|) ),    length = | |g| - |h| | / |h|
 
-    g is what ``memory_saving(model)`` computes, which keeps x and z and rebuilds the inputs of all
-    layers but the first one; h is plain backpropagation. Both are at the same minibatches, with the
-    same randomness. The paper's code keeps z alone: its gradients, which also hold the error of the
-    rebuilt x, can be further off. The loss is ``context.loss``, which takes (z) or (z,
+    g is what ``memory_saving(model, keep=keep)`` computes; h is plain backpropagation. Both are at
+    the same minibatches, with the same randomness. With "input", the default of ``memory_saving``,
+    x and z are kept and the inputs of all layers but the first one are rebuilt. With "output" z
+    alone is kept, as in the paper's code: these gradients also hold the error of the rebuilt x, and
+    can be further off. The angle that the other choice has in the first minibatch is reported, too.
+    The loss is ``context.loss``, which takes (z) or (z,
     log_det) and returns one number; by default the negative log-likelihood under a standard normal,
-    or the mean square of z where there is no log-determinant. Angles come from the difference of
+    or the mean square of z where there is no log-determinant, or where those of the layers do not
+    add up to the model's own: that is no fault of memory saving. Angles come from the difference of
     the unit vectors, which small angles survive.
 
     The verdict holds the worst minibatch against ``limits.gradient_angle`` and
@@ -128,14 +136,16 @@ def gradient_angle(context: AuditContext, *, batch_size: int = 64) -> AuditResul
         context: a chain of layers with parameters, and data; the parameters that require grad
             count, or all if none does.
         batch_size: samples per gradient.
+        keep: what is kept between the passes, "input" or "output"; it decides.
 
     Returns:
-        mean and largest angle, length and distance |g - h| / |h|, a row per minibatch, a row per
-        layer with parameters.
+        mean and largest angle, length and distance |g - h| / |h|, other_angle (of the other
+        choice), a row per minibatch, a row per layer with parameters.
 
     Raises:
         NotApplicable: if the model has no layers() or no parameters.
-        ValueError: if the loss returns anything but one differentiable number.
+        ValueError: if the loss returns anything but one differentiable number, or ``keep`` is
+            neither "input" nor "output".
 
     References:
         Understanding and Mitigating Exploding Inverses in Invertible Neural Networks (Behrmann,
@@ -151,7 +161,7 @@ def gradient_angle(context: AuditContext, *, batch_size: int = 64) -> AuditResul
         reason = "every sample of x contains NaN or Inf already: the true gradient is not finite"
         return gradient_angle.without_answer(Verdict.NON_FINITE, reason, advice=CLEAN)
     batches = usable.split(at_once)
-    saving = memory_saving(model)
+    saving = memory_saving(model, keep=keep)
 
     def compare(rows: Tensor) -> tuple[GradientComparison, list[GradientComparison]]:
         rebuilt, stored = (saving.select(rows), x[rows]), (model.select(rows), x[rows])
@@ -162,7 +172,9 @@ def gradient_angle(context: AuditContext, *, batch_size: int = 64) -> AuditResul
     compared = context.parallel.map_items(batches, compare)
     minibatches = tuple(whole.row() for whole, _ in compared)
     rounding = _rounding(model.select(batches[0]), x[batches[0]], measure, parameters, context.seed)
+    other = _other_choice(model, x, batches[0], keep, measure, parameters)
     finding = _finding(minibatches, rounding, context.limits)
+    finding = dataclasses.replace(finding, reason=finding.reason + _remarks(context, other, keep))
     finding = dataclasses.replace(finding, samples=len(usable), of=len(x))
     return AuditResult(
         "gradient_angle",
@@ -170,10 +182,11 @@ def gradient_angle(context: AuditContext, *, batch_size: int = 64) -> AuditResul
         finding.reason,
         uses={"gradients": finding},
         headline=("max_angle", "max_length_error"),
-        values=_values(minibatches, rounding),
+        values=_values(minibatches, rounding) | other,
         units={
             "mean_angle": "degrees",
             "max_angle": "degrees",
+            "other_angle": "degrees",
             "angle": "degrees",
             **dict.fromkeys(_OF_LENGTH, "of |h|"),
         },
@@ -181,6 +194,7 @@ def gradient_angle(context: AuditContext, *, batch_size: int = 64) -> AuditResul
         tables={"minibatch": minibatches},
         settings={
             "loss": "default" if loss is None else getattr(loss, "__name__", type(loss).__name__),
+            "keep": keep,
             "batch_size": at_once,
             "minibatches": len(batches),
             "angle_limit": context.limits.gradient_angle,
@@ -212,6 +226,35 @@ def _values(minibatches: Sequence[Mapping[str, float]], rounding: float) -> dict
         "max_length_error": _worst(_column(minibatches, "length_error")),
         "rounding_distance": rounding,
     }
+
+
+def _other_choice(
+    model: Invertible,
+    x: Tensor,
+    rows: Tensor,
+    keep: str,
+    measure: Measured,
+    parameters: list[Tensor],
+) -> dict[str, float]:
+    """The angle of the choice that does not decide, in one minibatch; nothing where it raises."""
+    other = memory_saving(model, keep=OUTPUT if keep == INPUT else INPUT)
+    part, batch = model.select(rows), x[rows]
+    with preserve_state(model), contextlib.suppress(NotApplicable, ModelError):
+        pairs = _pairs((other.select(rows), batch), (part, batch), measure, parameters)
+        return {"other_angle": GradientComparison.of(pairs).row()["angle"]}
+    return {}
+
+
+def _remarks(context: AuditContext, other: Mapping[str, float], keep: str) -> str:
+    """What is said besides the figure that decides."""
+    text = ""
+    angle = other.get("other_angle", 0.0)
+    if not context.limits.verdict(angle, context.limits.gradient_angle).passed:
+        kept = "z alone" if keep == INPUT else "x and z"
+        text += f"; with {kept} kept it is off by {angle:.1e} degrees"
+    if context.loss is None and context.model.composition.log_det:
+        text += f"; of z alone, since {context.model.composition.log_det}"
+    return text
 
 
 def _layer_rows(
@@ -301,6 +344,9 @@ def _parameters(model: Invertible) -> list[Tensor]:
 
 def _default_loss(model: Invertible, x: Tensor) -> Measured:
     """The likelihood where there is a log-determinant, else the mean square."""
+    if isinstance(model, AuditedModel) and model.composition.log_det:
+        # memory saving adds up the layers' own: the difference would look like its error
+        return _differentiable(_scalar(_mean_square))
     try:
         with torch.no_grad():
             model.select(torch.arange(1, device=x.device)).forward_and_log_det(x[:1])

@@ -89,9 +89,9 @@ def preflight(context: AuditContext) -> AuditResult:
     Measured, never recognised by a class name: a call in eval mode that rewrites parameters or
     buffers (uninitialised data-dependent layers, running statistics), a forward that differs from
     call to call, an output that depends on the other samples of the batch, an input written in
-    place, an inverse that is missing or raises, layers that do not compose to the model, parameters
-    of several dtypes or devices. Where calls are not of one and the same map, the uses that other
-    checks measure are undecided.
+    place, an inverse that is missing or raises, layers that do not compose to the model, latents
+    that differ with and without the log-determinant, parameters of several dtypes or devices. Where
+    calls are not of one and the same map, the uses that other checks measure are undecided.
 
     Raises:
         InputRejected: if the model's forward refuses every batch of this shape and dtype.
@@ -105,12 +105,7 @@ def preflight(context: AuditContext) -> AuditResult:
     chosen, batch = context.at(rows)
     findings = _Findings()
     _modes_and_weights(model, findings)
-    if model.is_opaque:
-        findings.add(
-            "its layers do not compose to its forward, so that the model is taken as one opaque "
-            "layer",
-            "Give wrap(...) the layers in the order in which they are applied, or none.",
-        )
+    _layers(model, findings)
     settings: dict[str, object] = {"samples": len(rows), "of": len(x)}
     with torch.no_grad():
         try:
@@ -122,9 +117,21 @@ def preflight(context: AuditContext) -> AuditResult:
             return findings.result(settings)
         _initialised(chosen, batch, findings)
         _repeated(chosen, batch, z, findings)
+        _agrees(chosen, batch, z, findings)
         _coupled(model, x, rows, findings)
         _inverted(chosen, z, findings)
     return findings.result(settings)
+
+
+def _layers(model: AuditedModel, findings: _Findings) -> None:
+    composition = model.composition
+    if composition.other_map:
+        findings.add(
+            f"{composition.other_map}, so that the model is taken as one opaque layer",
+            "Give wrap(...) the layers in the order in which they are applied, or none.",
+        )
+    if composition.log_det:
+        findings.remarks.append(f"{composition.log_det}: see log_det for which of them is wrong")
 
 
 def _modes_and_weights(model: AuditedModel, findings: _Findings) -> None:
@@ -155,7 +162,8 @@ def _forward(model: AuditedModel, x: Tensor, findings: _Findings) -> Tensor:
             f"({_names(changed)})"
         )
         findings.add(what, INITIALISE, unmeasurable=ALL_USES)
-    if model.overwrites(x):
+    _, writes = model.call_on(x.clone())
+    if writes:
         findings.add(
             "forward writes into its input", "Pass clones, or make the layer out-of-place."
         )
@@ -218,6 +226,25 @@ def _repeated(model: AuditedModel, x: Tensor, z: Tensor, findings: _Findings) ->
         findings.add(what, advice)
 
 
+def _agrees(model: AuditedModel, x: Tensor, z: Tensor, findings: _Findings) -> None:
+    """Whether ``forward_and_log_det`` returns the latents that ``forward`` does."""
+    try:
+        other = model.forward_and_log_det(x)[0]
+    except (ModelError, NotApplicable):
+        return  # the checks that need a log-determinant say so
+    if z.shape == other.shape and same_up_to_rounding(z, other, torch.finfo(z.dtype).eps ** 0.5):
+        return
+    # a map that is random is told so already
+    if not _same(z, model(x)):
+        return
+    findings.add(
+        "forward_and_log_det returns other latents than forward, so that log p(x) is that of "
+        "another map",
+        "Override both of them, or neither.",
+        unmeasurable=("density",),
+    )
+
+
 def _coupled(model: AuditedModel, x: Tensor, rows: Tensor, findings: _Findings) -> None:
     """Whether the first sample's output moves when the other samples of its batch do."""
     rows = rows if len(rows) > 1 else rows.repeat(2)
@@ -256,8 +283,8 @@ def _inverted(model: AuditedModel, z: Tensor, findings: _Findings) -> None:
     part, latents = model.select(rows), z[rows]
     try:
         with changed_state(part) as changed:
-            part.inverse(latents)
-        writes = part.overwrites(latents, inverse=True)
+            x = part.inverse(latents)
+        again, writes = part.call_on(latents.clone(), inverse=True)
     except (ModelError, NotApplicable) as error:
         findings.add(f"it cannot be inverted: {error}", "See the error message of its inverse.")
         return
@@ -268,6 +295,12 @@ def _inverted(model: AuditedModel, z: Tensor, findings: _Findings) -> None:
         findings.add(
             "inverse writes into its input", "Pass clones, or make the layer out-of-place."
         )
+    elif not _same(x, again):
+        what = (
+            f"the inverse is random: two calls on the same z differ by {_difference(x, again):.1e}"
+        )
+        advice = "Switch off what is random (dropout, noise), or keep what was drawn in z."
+        findings.add(what, advice)
 
 
 def _same(a: Tensor, b: Tensor) -> bool:

@@ -98,7 +98,14 @@ class BackwardPass:
             local = self._invert(k, output)
             if local is not None:
                 return local
-            start = max(j for j in self._exact if j < k)
+            before = [j for j in self._exact if j < k]
+            if not before:
+                name = self.forward.steps[k].layer.name
+                raise NotApplicable(
+                    f"the input of layer {k} ({name}) is not stored and its inverse is missing: "
+                    'pass keep="input"'
+                )
+            start = max(before)
             self._exact |= self.forward.rerun(self.tape, start, self._exact[start], k)
         return self._evaluate(k, self._exact.pop(k))
 

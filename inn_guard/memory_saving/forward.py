@@ -98,7 +98,7 @@ class Tape:
         autocast: the autocast state of the forward pass.
         modules: the modules' modes and parameters.
         records: one for each step.
-        checkpoints: number of a step -> its input, stored; that of the first step always.
+        checkpoints: number of a step -> its input, stored.
         fingerprints: with a guard, one for each step's input; without one, empty.
     """
 
@@ -129,12 +129,18 @@ class ForwardPass:
         steps: the steps in their order.
         parameters: every parameter that a step may use.
         guard: compares rebuilt inputs with those of the forward pass; None: they are not compared.
+        keep_input: whether the input of the first step is stored; else its inverse rebuilds it.
     """
 
     def __init__(
-        self, steps: Sequence[Step], parameters: Sequence[Tensor], guard: Guard | None
+        self,
+        steps: Sequence[Step],
+        parameters: Sequence[Tensor],
+        guard: Guard | None,
+        *,
+        keep_input: bool = True,
     ) -> None:
-        self.steps, self.guard = steps, guard
+        self.steps, self.guard, self.keep_input = steps, guard, keep_input
         contexts = [tensor for step in steps for tensor in tensors_in(step.layer.context)]
         dependencies = {id(tensor): tensor for tensor in (*parameters, *contexts)}
         self.dependencies = list(dependencies.values())
@@ -175,7 +181,8 @@ class ForwardPass:
                 # a layer that draws random numbers or updates statistics does so in its forward,
                 # which its inverse does not repeat unless one evaluation serves both
                 rebuildable = step.invertible and not hooked and (needed is None or fused)
-                if k % self._stride == 0 or not rebuildable:
+                at_checkpoint = k % self._stride == 0 and self.keep_input
+                if at_checkpoint or not rebuildable:
                     tape.checkpoints[k] = state
                 if self.guard is not None:
                     tape.fingerprints.append(self.guard.fingerprint(state))
@@ -204,10 +211,14 @@ class ForwardPass:
                 states[k + 1] = state
         return states
 
-    def first_differentiable(self, x: Tensor) -> int:
-        """The number of the first step that has to be differentiated."""
+    def first_differentiable(self, *, input_wanted: bool) -> int:
+        """The number of the first step that has to be differentiated.
+
+        Args:
+            input_wanted: whether the gradient of the first step's input is asked for.
+        """
         wanted = {id(tensor) for tensor in self.dependencies if tensor.requires_grad}
-        if x.requires_grad or len(wanted) == len(self.dependencies):
+        if input_wanted or len(wanted) == len(self.dependencies):
             return 0
         first = None
         found: set[int] = set()

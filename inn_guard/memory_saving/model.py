@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,8 +11,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from inn_guard.core.composition import Composition, compare_inverses, compare_layers
 from inn_guard.core.invertible import Invertible, InvertibleWrapper, NotApplicable
-from inn_guard.core.readable import composes
 from inn_guard.execution.state import preserve_state
 from inn_guard.memory_saving.backward import BackwardPass
 from inn_guard.memory_saving.drift import Guard
@@ -26,13 +25,13 @@ from inn_guard.memory_saving.integers import (
 )
 from inn_guard.memory_saving.replay import hooks_suspended
 
-__all__ = ["MemorySaving", "memory_saving"]
+__all__ = ["INPUT", "OUTPUT", "MemorySaving", "memory_saving"]
 
-COMPARED = 4  #: samples at which the layers are compared with the map
+INPUT, OUTPUT = "input", "output"  #: what is stored between the two passes
 
 
 def memory_saving(
-    model: nn.Module, *, guard: float | None = None, exact: bool = False
+    model: nn.Module, *, guard: float | None = None, exact: bool = False, keep: str = INPUT
 ) -> MemorySaving:
     """The same map with gradients that need no stored activations: the peak memory of one layer.
 
@@ -42,16 +41,18 @@ def memory_saving(
     evaluation of every layer and one of its inverse. Coupling layers need one evaluation of their
     network for both (``Invertible.with_cached_conditioner``).
 
-    The input of the first layer is x itself. The input of some layers is stored: layers that are
-    only injective, layers with hooks, and layers that draw random numbers or update statistics
-    (dropout, BatchNorm in training mode), unless one evaluation serves forward and inverse. Every
-    layer is repeated with the training mode, random numbers, statistics and autocast state of the
-    forward pass. Hooks on layers run in both passes. Hooks on ``model`` itself, or on a container
-    whose layers it lists, do not run. Double backward works, but stores the activations.
+    The input of the first layer is x itself, unless ``keep`` says otherwise. The input of some
+    layers is stored: layers that are only injective, layers with hooks, and layers that draw random
+    numbers or update statistics (dropout, BatchNorm in training mode), unless one evaluation serves
+    forward and inverse. Every layer is repeated with the training mode, random numbers, statistics
+    and autocast state of the forward pass. Hooks on layers run in both passes. Hooks on ``model``
+    itself, or on a container whose layers it lists, do not run. Double backward works, but stores
+    the activations.
 
     At the first call in each direction the layers are compared with the model, at a few samples:
     layers that compose to another map, as with a hook on a container that changes its output, are
-    refused with NotApplicable.
+    refused with NotApplicable. So are calls with a log-determinant that is not the sum of those of
+    the layers.
 
     The gradient is that of the rebuilt inputs. Where the inverse is wrong it is wrong, too, and
     nothing shows that. With ``guard``, every rebuilt input is compared with a fingerprint of the
@@ -76,6 +77,9 @@ def memory_saving(
         guard: largest accepted relative error |x' - x| / |x| of a rebuilt layer input, per sample;
             None: rebuilt inputs are not checked.
         exact: restore the inputs of layers bit for bit. There is nothing to guard then.
+        keep: "input": x is stored beside z, so that the first layer is differentiated at x itself.
+            "output": z alone, as in the published code; x is rebuilt like any other input, with its
+            error, and there is no double backward.
 
     Returns:
         An Invertible to be called like ``model``, in both directions.
@@ -83,7 +87,8 @@ def memory_saving(
     Raises:
         TypeError: if ``model`` is not an Invertible.
         NotApplicable: if ``model`` has no layers().
-        ValueError: if ``guard`` is not positive, or given together with ``exact``.
+        ValueError: if ``guard`` is not positive, or given together with ``exact``; if ``keep`` is
+            neither "input" nor "output", or "output" together with one of them.
 
     References:
         The Reversible Residual Network: Backpropagation Without Storing Activations (Gomez, Ren,
@@ -109,10 +114,17 @@ def memory_saving(
         raise ValueError(
             "expected exact=True or a guard, got both: exactly restored inputs need no guard"
         )
+    if keep not in (INPUT, OUTPUT):
+        raise ValueError(f'expected keep as "{INPUT}" or "{OUTPUT}"; got {keep!r:.60}')
+    if keep == OUTPUT and (exact or guard is not None):
+        raise ValueError(
+            f'expected keep="{INPUT}" with a guard or exact=True, which start from the stored '
+            f'input; got keep="{OUTPUT}"'
+        )
     checked = None
     if guard is not None:
         checked = Guard(guard)
-    return MemorySaving(model, checked, exact=exact)
+    return MemorySaving(model, checked, exact=exact, keep=keep)
 
 
 @dataclass(frozen=True)
@@ -137,24 +149,34 @@ class MemorySaving(InvertibleWrapper):
         inner: the map.
         guard: compares rebuilt layer inputs with the true ones; None: they are not compared.
         exact: restore layer inputs bit for bit, in integers.
+        keep: whether the "input" is stored beside the output, or the "output" alone.
 
     Attributes:
         enabled: set it to False for plain backpropagation through stored activations.
         exact: whether layer inputs are restored bit for bit.
+        keep: "input" or "output".
     """
 
-    def __init__(self, inner: Invertible, guard: Guard | None, *, exact: bool = False) -> None:
+    def __init__(
+        self,
+        inner: Invertible,
+        guard: Guard | None,
+        *,
+        exact: bool = False,
+        keep: str = INPUT,
+    ) -> None:
         super().__init__(inner)
         self.exact = exact
+        self.keep = keep
         self._plans: dict[_Kind, Plan] = {}
         self.enabled = True
         self._guard = guard
-        self._compared: set[bool] = set()
+        self._compositions: dict[bool, Composition] = {}
 
     def forward(self, x: Float[Tensor, "batch *data"]) -> Float[Tensor, "batch *latent"]:
         """z = F(x)."""
         forward = self._pass(x, reverse=False, with_log_det=False)
-        if not self._saves(forward, x, reverse=False):
+        if not self._saves(forward, x, reverse=False, with_log_det=False):
             return self.inner(x)
         return _apply(forward, x)[0]
 
@@ -163,7 +185,7 @@ class MemorySaving(InvertibleWrapper):
     ) -> tuple[Float[Tensor, "batch *latent"], Float[Tensor, "batch"]]:
         """F(x) and log|det dF(x)/dx|, (B,)."""
         forward = self._pass(x, reverse=False, with_log_det=True)
-        if not self._saves(forward, x, reverse=False):
+        if not self._saves(forward, x, reverse=False, with_log_det=True):
             return self.inner.forward_and_log_det(x)
         z, log_det = _apply(forward, x)
         return z, log_det
@@ -171,7 +193,7 @@ class MemorySaving(InvertibleWrapper):
     def inverse(self, z: Float[Tensor, "batch *latent"]) -> Float[Tensor, "batch *data"]:
         """x = F^-1(z)."""
         forward = self._pass(z, reverse=True, with_log_det=False)
-        if not self._saves(forward, z, reverse=True):
+        if not self._saves(forward, z, reverse=True, with_log_det=False):
             return self.inner.inverse(z)
         return _apply(forward, z)[0]
 
@@ -180,7 +202,7 @@ class MemorySaving(InvertibleWrapper):
     ) -> tuple[Float[Tensor, "batch *data"], Float[Tensor, "batch"]]:
         """F^-1(z) and log|det dF^-1(z)/dz|, (B,)."""
         forward = self._pass(z, reverse=True, with_log_det=True)
-        if not self._saves(forward, z, reverse=True):
+        if not self._saves(forward, z, reverse=True, with_log_det=True):
             return self.inner.inverse_and_log_det(z)
         x, log_det = _apply(forward, z)
         return x, log_det
@@ -211,36 +233,46 @@ class MemorySaving(InvertibleWrapper):
             lines.append(f"{number} {layers[number].name}  stored input  {reason}")
         return "\n".join(lines)
 
-    def _saves(self, forward: ForwardPass, start: Tensor, *, reverse: bool) -> bool:
-        if not self.enabled or not forward.wants_gradients(start):
-            return False
-        if reverse not in self._compared and not torch.compiler.is_compiling():
-            self._compare_layers(start, reverse=reverse)
-            self._compared.add(reverse)
-        return True
-
-    def _compare_layers(self, start: Tensor, *, reverse: bool) -> None:
-        """Compare the layers with the map once, at a few samples and in evaluation mode.
+    def _saves(
+        self, forward: ForwardPass, start: Tensor, *, reverse: bool, with_log_det: bool
+    ) -> bool:
+        """Whether this call saves memory.
 
         Raises:
-            NotApplicable: if they compose to another map.
+            NotApplicable: if the layers compute something else than the map.
         """
-        same = True
-        with preserve_state(self.inner), suppress(RuntimeError, ValueError, TypeError):
-            self.inner.eval()
-            some = self.inner.select(torch.arange(min(len(start), COMPARED), device=start.device))
-            few = start[:COMPARED].detach()
-            if reverse:
-                inverses = [layer.inverse for layer in reversed(some.layers())]
-                same = composes(some.inverse, inverses, few)
-            else:
-                same = composes(some, some.layers(), few)
-        if not same:
+        if not self.enabled or not forward.wants_gradients(start):
+            return False
+        if torch.compiler.is_compiling():
+            return True
+        found = self._compared(start, reverse=reverse)
+        why = found.inverse if reverse else found.forward
+        if why:
             raise NotApplicable(
-                f"the layers of {self.name} do not compose to its own map, which memory_saving "
-                "would replace by them: return () from its layers(), or override nothing of a "
-                "chain and register no hooks on it"
+                f"{self.name}: {why}, and memory_saving would replace it by its layers: return () "
+                "from its layers(), or override nothing of a chain and register no hooks on it"
             )
+        if with_log_det and found.log_det:
+            raise NotApplicable(
+                f"{self.name}: {found.log_det}, and memory_saving would replace it by their sum: "
+                "correct the log-determinant first"
+            )
+        return True
+
+    def _compared(self, start: Tensor, *, reverse: bool) -> Composition:
+        """How the layers differ from the map, measured once at a few samples, in eval mode."""
+        if reverse not in self._compositions:
+            compare = compare_inverses if reverse else compare_layers
+            inner = self.inner
+            with preserve_state(inner) as recover:
+
+                def restore() -> None:
+                    recover()
+                    inner.eval()
+
+                inner.eval()
+                self._compositions[reverse] = compare(inner, start.detach(), restore=restore)
+        return self._compositions[reverse]
 
     def _pass(self, start: Tensor, *, reverse: bool, with_log_det: bool) -> ForwardPass:
         steps = [Step(layer, reverse, with_log_det) for layer in self.layers()]
@@ -251,7 +283,7 @@ class MemorySaving(InvertibleWrapper):
             parameters += step.layer.parameters()
         if self.exact:
             return ExactForwardPass(steps, parameters, self._plan_of(start, reverse=reverse))
-        return ForwardPass(steps, parameters, self._guard)
+        return ForwardPass(steps, parameters, self._guard, keep_input=self.keep == INPUT)
 
     def _plan_of(self, start: Tensor, *, reverse: bool) -> Plan:
         """The plan of batches like this one, in the present training modes."""
@@ -284,7 +316,8 @@ class _Differentiable(torch.autograd.Function):
         # saved by autograd, which notices changes in place and frees all of it after the backward
         constants = [*dependencies, *tape.modules.constants()]
         ctx.count = len(constants)
-        ctx.save_for_backward(x, outputs[0], *constants, *stored)
+        kept = x if forward_pass.keep_input else x.new_empty(0)
+        ctx.save_for_backward(kept, outputs[0], *constants, *stored)
         return outputs
 
     @staticmethod
@@ -300,9 +333,13 @@ class _Differentiable(torch.autograd.Function):
         stored = iter(rest[ctx.count :])
         tape = ctx.tape.mapped(lambda _: next(stored))
         if torch.is_grad_enabled():
+            if not ctx.forward_pass.keep_input:
+                raise NotApplicable(
+                    f'no double backward without the stored input: pass keep="{INPUT}"'
+                )
             return None, *_recorded_gradients(ctx.forward_pass, tape, x, gradients)
         backward_pass = _backward_pass(ctx.forward_pass, tape)
-        first = ctx.forward_pass.first_differentiable(x)
+        first = ctx.forward_pass.first_differentiable(input_wanted=ctx.needs_input_grad[1])
         x_gradient = backward_pass.run(output, gradients, first)
         return None, x_gradient, *backward_pass.gradients
 

@@ -58,7 +58,8 @@ class Limits:
             if isinstance(value, bool) or not isinstance(value, (int, float)):
                 raise TypeError(f"expected the limit {field.name} as a number; got {value!r}")
             if not least <= value < math.inf:
-                raise ValueError(f"expected a positive limit {field.name}; got {value!r}")
+                what = "a positive" if least else "a non-negative"
+                raise ValueError(f"expected {what} limit {field.name}; got {value!r}")
         for name in ("sampling", "confidence", "marginal"):
             if getattr(self, name) > 1:
                 raise ValueError(f"expected {name} between 0 and 1; got {getattr(self, name)!r}")

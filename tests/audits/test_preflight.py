@@ -69,6 +69,11 @@ class InverseRaises(Base):
         raise ArithmeticError("singular")
 
 
+class InverseRandom(Base):
+    def inverse(self, z: Tensor) -> Tensor:
+        return super().inverse(z) + 0.1 * torch.randn_like(z)
+
+
 class InverseMissing(Base):
     def inverse(self, z: Tensor) -> Tensor:
         raise NotImplementedError("not written yet")

@@ -49,6 +49,12 @@ def test_limits_are_positive_and_finite(wrong):
         Limits(**wrong)
 
 
+@pytest.mark.parametrize("wrong", [-0.1, math.nan, math.inf])
+def test_a_share_of_zero_is_allowed_and_the_message_says_so(wrong):
+    with pytest.raises(ValueError, match="a non-negative limit other_inputs"):
+        Limits(other_inputs=wrong)
+
+
 @pytest.mark.parametrize("wrong", [{"sampling": 1.5}, {"marginal": 2.0}, {"confidence": 1.01}])
 def test_shares_are_at_most_one(wrong):
     with pytest.raises(ValueError, match="between 0 and 1"):
