@@ -501,8 +501,9 @@ def _finding(context: AuditContext, drawn: _Draws, lost: _Lost) -> Finding:
     low, high = drawn.interval(context)
     confidence = f"{100 * context.limits.confidence:g} %"
     if drawn.lost:
+        are = "is" if drawn.lost == 1 else "are"
         reason = (
-            f"{drawn.lost:,} of {drawn.seen:,} draws are lost: {percent(low)} to {percent(high)} % "
+            f"{drawn.lost:,} of {drawn.seen:,} draws {are} lost: {percent(low)} to {percent(high)} % "
             f"({confidence}), limit {100 * limit:g} %{lost.sentence()}"
         )
     else:
