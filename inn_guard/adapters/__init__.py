@@ -10,11 +10,15 @@ from __future__ import annotations
 import importlib
 import os
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from typing import Any, TypeGuard
 
+import torch
 from torch import Tensor, nn
 
-from inn_guard.adapters.callables import Functions
+from inn_guard.adapters.callables import ForwardAndInverse, Functions
+from inn_guard.adapters.captured_modules import Closure
+from inn_guard.adapters.conventions.calls import Call, Pair, pairs
+from inn_guard.adapters.conventions.recognise import Unrecognised, recognise
 from inn_guard.core.invertible import Context, Invertible
 from inn_guard.layers.chain import Chain
 
@@ -32,8 +36,10 @@ ADAPTERS: dict[str, str] = {
     "torch.distributions.transformed_distribution": "inn_guard.adapters.torch_transforms",
 }
 
+_BY_METHODS = "inn_guard.adapters.callables"  #: of modules with forward and inverse
 
-def wrap(
+
+def wrap(  # noqa: PLR0913
     model: Any = None,
     *,
     encode: Callable[..., Any] | None = None,
@@ -41,6 +47,7 @@ def wrap(
     layers: Iterable[Any] | None = None,
     log_det: Callable[..., Any] | None = None,
     context: Context = None,
+    x: Tensor | None = None,
 ) -> Invertible:
     """The model as an Invertible: forward is data x -> latent z, inverse is z -> x.
 
@@ -49,21 +56,18 @@ def wrap(
 
     ``model`` may be an Invertible (returned as it is, with ``context`` if one is given), a model of
     a library in ADAPTERS, or a module whose ``forward`` and ``inverse`` return a tensor or (tensor,
-    log_det). Of a model from ``torch.compile`` the module inside is taken. Anything else is given
-    by two callables. Common conventions::
+    log_det). Of a model from ``torch.compile`` the module inside is taken.
 
-        # forward(x, reverse=False): one method and a flag
+    A model that obeys another convention is recognised by trying it on a batch x, as ``audit`` and
+    ``AuditHook`` do by themselves: ``encode`` and ``decode``, ``forward(x, reverse=True)`` and the
+    like, results with further entries, several latents, log-determinants for the whole batch. What
+    comes back to x is taken, and what is log|det| by autograd. The attribute ``convention`` says
+    what was recognised. Where nothing fits, or two things do, the error says what to pass.
+
+    Anything is accepted as two callables::
+
         model = wrap(encode=net, decode=functools.partial(net, reverse=True))
-        audit(model, x)
-
-        # forward(x) -> (z, log_det) and decode(z): methods by other names
-        model = wrap(encode=net, decode=net.decode)
-        audit(model, x)
-
-        # forward(x, logp) -> (z, logp - log_det): a running sum with a minus sign
-        zero = torch.zeros(1)
-        model = wrap(encode=net, decode=net.inverse, log_det=lambda x: -net(x, zero)[1])
-        audit(model, x)
+        model = wrap(encode=net, decode=net.inverse, log_det=lambda x: -net(x, logp=0)[1])
 
     Modules that the callables use are found and registered, also in closures (see
     ``captured_modules.Closure``).
@@ -82,11 +86,16 @@ def wrap(
             anything that ``wrap`` accepts. Without ``encode`` and ``decode`` they are the model.
         log_det: x -> log|det d encode(x)/dx|, if ``encode`` does not return it.
         context: a tensor (B, ...) or a nested tuple, list or dict of tensors, one row per sample.
+        x: data, (B, *data), on which the convention of an unknown model is tried.
 
     Raises:
         TypeError: if the model is of an unknown kind, or the arguments do not describe one.
     """
     if model is None:
+        only_directions = layers is None and log_det is None
+        if _can_be_tried(x) and callable(encode) and callable(decode) and only_directions:
+            given = Pair(Call(Closure(encode), "encode"), Call(Closure(decode), "decode"))
+            return recognise(encode, x, context, given=given)
         return _from_callables(encode, decode, layers, log_det, context)
     if any(given is not None for given in (encode, decode, layers, log_det)):
         raise TypeError(
@@ -97,9 +106,37 @@ def wrap(
     if isinstance(model, Invertible):
         return model if context is None else model.with_context(context)
     adapter = _adapter_of(model)
-    if adapter is None:
+    if adapter is not None and adapter != _BY_METHODS:
+        return importlib.import_module(adapter).adapt(model, context)
+    if _can_be_tried(x):
+        return _by_convention(model, x, context)
+    if adapter is not None:
+        return ForwardAndInverse(model, context)
+    if pairs(model, context):
+        raise TypeError(_needs_a_batch(model))
+    raise TypeError(_refusal(model))
+
+
+def _can_be_tried(x: Any) -> TypeGuard[Tensor]:
+    """Whether x is a batch; anything else is refused with advice by who checks batches."""
+    if not isinstance(x, Tensor) or x.is_meta or x.layout is not torch.strided:
+        return False
+    return x.is_floating_point() and x.dim() > 1 and x.numel() > 0
+
+
+def _by_convention(model: Any, x: Tensor, context: Context) -> Invertible:
+    """The model by what a batch shows; forward and inverse as documented where nothing is shown."""
+    if not pairs(model, context):
         raise TypeError(_refusal(model))
-    return importlib.import_module(adapter).adapt(model, context)
+    if isinstance(model, nn.Module) and any(tensor.is_meta for tensor in model.parameters()):
+        return ForwardAndInverse(model, context)  # is refused by who checks batches
+    try:
+        return recognise(model, x, context)
+    except Unrecognised:
+        if _adapter_of(model) is None:
+            raise
+    # a broken model, about which an audit has more to say
+    return ForwardAndInverse(model, context)
 
 
 def _uncompiled(model: Any) -> Any:
@@ -157,7 +194,7 @@ def _adapter_of(model: Any) -> str | None:
         for part in model.modules():
             if type(part).__module__.startswith("memcnn."):
                 return ADAPTERS["memcnn"]
-        return "inn_guard.adapters.callables"
+        return _BY_METHODS
     return None
 
 
@@ -185,10 +222,26 @@ def _refusal(model: Any) -> str:
             f"expected a model, got a tensor of shape {tuple(model.shape)} ({name}); "
             "pass the model first and the data second: audit(model, x)"
         )
-    return _unknown(name)
+    return _unknown(model, name)
 
 
-def _unknown(name: str) -> str:
+def _needs_a_batch(model: Any) -> str:
+    """Why a model with two directions is not accepted without a batch on which to try them."""
+    ways = [f"{pair.encode.written('x')} with {pair.decode.written('z')}" for pair in pairs(model)]
+    shown = ", ".join(list(dict.fromkeys(ways))[:2])
+    return (
+        f"expected data to see how {type(model).__name__} is to be called (perhaps {shown}); call "
+        "wrap(model, x=batch), or wrap(encode=f, decode=g) with its two directions"
+    )
+
+
+def _unknown(model: Any, name: str) -> str:
+    if callable(getattr(model, "log_prob", None)):
+        return (
+            f"expected a map with two directions, got {name}, which shows its density and no map "
+            "x -> z; call wrap(encode=f, decode=g) with its two directions, or pass the attribute "
+            "that holds its transform"
+        )
     return (
         f"expected an Invertible, a model of {', '.join(ADAPTERS)}, or a module with forward and "
         f"inverse; got {name}; call wrap(encode=f, decode=g) with its two directions"
@@ -204,8 +257,8 @@ def _refusal_of_a_module(model: nn.Module, name: str) -> str:
         )
     for part, child in model.named_children():
         if isinstance(child, Invertible) or _adapter_of(child) is not None:
-            return f"{_unknown(name)}, or pass its invertible part: wrap(model.{part})"
-    return _unknown(name)
+            return f"{_unknown(model, name)}, or pass its invertible part: wrap(model.{part})"
+    return _unknown(model, name)
 
 
 def _refusal_of_a_list(model: Iterable[Any], name: str) -> str:

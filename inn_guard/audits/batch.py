@@ -13,28 +13,42 @@ from torch.utils.data import DataLoader, Dataset
 from inn_guard.core.context import Context, map_tensors
 from inn_guard.core.invertible import Invertible
 from inn_guard.core.tensors import finite_rows
+from inn_guard.execution.state import preserve_state
 
-__all__ = ["as_batch", "check_context", "checked_batch", "checked_domain"]
+__all__ = ["as_batch", "check_context", "checked_batch", "checked_domain", "first_batch"]
 
 MAX_SAMPLES = 256  #: taken from a DataLoader or a Dataset; a batch is used whole
 
 
-def as_batch(model: Invertible, x: Any) -> Any:
-    """One batch of data, from whatever holds it.
+def first_batch(model: Any, x: Any) -> Any:
+    """One batch out of a DataLoader or a Dataset, on the model's device; anything else as it is.
 
     Args:
         model: whose data it is.
-        x: a batch (B, *data); a tuple of tensors for a model with several inputs; a DataLoader or a
-            Dataset, of which the first 256 samples are used.
+        x: a DataLoader or a Dataset, of which the first 256 samples are used; or a batch.
 
     Raises:
-        TypeError: if x is a tuple and the model takes one tensor, or items of x are no tensors.
+        TypeError: if items of x are no tensors.
         ValueError: if a DataLoader or Dataset is empty.
     """
-    if isinstance(x, DataLoader):
-        return _from_batches(model, x)
     if isinstance(x, Dataset):
-        return _from_batches(model, DataLoader(x, batch_size=MAX_SAMPLES))
+        x = DataLoader(x, batch_size=MAX_SAMPLES)
+    if not isinstance(x, DataLoader):
+        return x
+    with preserve_state(nn.Module()):  # a DataLoader draws from the global generators
+        return _from_batches(model, x)
+
+
+def as_batch(model: Invertible, x: Any) -> Any:
+    """One tensor (B, *data), also of several inputs.
+
+    Args:
+        model: whose data it is.
+        x: a batch (B, *data), or a tuple of tensors for a model with several inputs.
+
+    Raises:
+        TypeError: if x is a tuple and the model takes one tensor.
+    """
     if isinstance(x, (tuple, list)):
         return _packed(model, x)
     return x
@@ -59,7 +73,7 @@ def _shape_or_type(part: Any) -> str:
     return str(tuple(part.shape)) if isinstance(part, Tensor) else type(part).__name__
 
 
-def _from_batches(model: Invertible, loader: Iterable[Any]) -> Tensor:
+def _from_batches(model: Any, loader: Iterable[Any]) -> Tensor:
     batches: list[Tensor] = []
     for item in loader:
         batch = item[0] if isinstance(item, (tuple, list)) and item else item
@@ -74,7 +88,7 @@ def _from_batches(model: Invertible, loader: Iterable[Any]) -> Tensor:
     if not batches:
         raise ValueError("expected at least one batch of data, got none")
     x = torch.cat(batches)[:MAX_SAMPLES]
-    parameter = next(model.parameters(), None)
+    parameter = next(model.parameters(), None) if isinstance(model, nn.Module) else None
     return x if parameter is None else x.to(parameter.device)
 
 

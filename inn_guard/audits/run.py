@@ -19,7 +19,13 @@ from torch import Tensor, nn
 
 from inn_guard.adapters import wrap
 from inn_guard.audits.advice import advise
-from inn_guard.audits.batch import as_batch, check_context, checked_batch, checked_domain
+from inn_guard.audits.batch import (
+    as_batch,
+    check_context,
+    checked_batch,
+    checked_domain,
+    first_batch,
+)
 from inn_guard.audits.context import AuditContext, audited_model
 from inn_guard.audits.dry_run import dry_run as estimate
 from inn_guard.audits.level import Level
@@ -31,7 +37,7 @@ from inn_guard.core.invertible import Invertible
 from inn_guard.core.tensors import dtype_name
 from inn_guard.execution.parallel import Group, WorkSharing
 from inn_guard.execution.progress import ProgressBar
-from inn_guard.execution.state import preserve_state, real_default_device
+from inn_guard.execution.state import real_default_device
 from inn_guard.jacobian.allocator import freed_memory_returned
 from inn_guard.memory_saving import MemorySaving
 from inn_guard.report.audit_report import NAMED, AuditReport
@@ -132,9 +138,9 @@ def audit(  # noqa: PLR0913
             "torch.distributed.group.WORLD"
         )
     parallel = WorkSharing(group, _memory(memory))
-    wrapped = _inner_map(wrap(model, context=context))
-    with preserve_state(wrapped):  # a DataLoader draws from the global generators
-        x = as_batch(wrapped, x)
+    x = first_batch(model, x)
+    wrapped = _inner_map(wrap(model, context=context, x=x))
+    x = as_batch(wrapped, x)
     x = checked_batch(wrapped, x).detach().clone()
     check_context(wrapped.context, x)
     parallel.check_agreement(wrapped, x)
@@ -303,6 +309,9 @@ def _settings(wrapped: Invertible, context: AuditContext, *, named: bool) -> dic
         "torch": torch.__version__,
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
     }
+    convention = getattr(wrapped, "convention", "")
+    if convention:
+        settings["convention"] = convention
     if context.parallel.size > 1:
         settings["processes"] = context.parallel.size
     return settings

@@ -388,7 +388,7 @@ def _context(path: Path | None, rows: Rows | None, samples: int, like: Tensor) -
 def _wrapped(model: Any, x: Tensor, context: Tensor | None) -> Any:
     """The model ready for `audit()`; a model or data that do not fit are wrong usage."""
     try:
-        wrapped = wrap(model, context=context)
+        wrapped = wrap(model, context=context, x=x)
         checked_batch(wrapped, x)
     except (TypeError, ValueError) as error:
         raise WrongUsage(str(error)) from error

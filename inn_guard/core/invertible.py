@@ -239,13 +239,24 @@ def copies_of_computed_tensors(model: nn.Module) -> dict[int, Any]:
     """Detached copies, by id, of the tensors that modules keep with their graph.
 
     Pass it to ``copy.deepcopy`` as its memo: deepcopy refuses such tensors.
-    torch.nn.utils.weight_norm, for example, keeps its latest weight so.
+    torch.nn.utils.weight_norm, for example, keeps its latest weight so, and transformers their keys
+    and values, in lists or dicts.
     """
     copies: dict[int, Any] = {}
+
+    def collect(value: Any) -> None:
+        if isinstance(value, Tensor) and not value.is_leaf:
+            copies[id(value)] = value.detach().clone()
+        elif isinstance(value, (list, tuple)):
+            for part in value:
+                collect(part)
+        elif isinstance(value, dict):
+            collect(list(value.values()))
+
     for module in model.modules():
-        for value in vars(module).values():
-            if isinstance(value, Tensor) and not value.is_leaf:
-                copies[id(value)] = value.detach().clone()
+        for name, value in vars(module).items():
+            if name not in ("_modules", "_parameters"):
+                collect(value)
     return copies
 
 

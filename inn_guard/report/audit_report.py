@@ -206,6 +206,8 @@ class AuditReport:
     def remarks(self) -> list[Row]:
         """The lower part of the printed report: weakest layer, lowest precision, advice."""
         rows = []
+        if "convention" in self.settings:
+            rows.append(Row("recognised", None, str(self.settings["convention"])))
         if self.worst_layer is not None:
             rows.append(Row("weakest layer", None, self.worst_layer))
         for result in self.results:

@@ -94,7 +94,7 @@ class AuditHook:
                 f"expected actions as a list of functions, got {actions!r:.60}: pass "
                 "actions=[inn_guard.actions.RaiseError()]"
             )
-        wrapped = wrap(model)
+        wrapped = wrap(model, x=x)
         if isinstance(wrapped, MemorySaving):
             wrapped = wrapped.inner
         self.model: Invertible = wrapped
