@@ -21,6 +21,7 @@ from dataclasses import dataclass, field
 
 import memcnn
 import normflows
+import numpy as np
 import pandas as pd
 import torch
 import torch.nn.functional as F
@@ -248,9 +249,9 @@ def convolutions(n: int, m: int) -> nn.Module:
 class Field(nn.Module):
     """The right-hand side of an equation."""
 
-    def __init__(self) -> None:
+    def __init__(self, d: int) -> None:
         super().__init__()
-        self.network = nn.Sequential(nn.Linear(D, HIDDEN), nn.Tanh(), nn.Linear(HIDDEN, D))
+        self.network = nn.Sequential(nn.Linear(d, HIDDEN), nn.Tanh(), nn.Linear(HIDDEN, d))
 
     def forward(self, t, x):
         return self.network(x)
@@ -259,45 +260,49 @@ class Field(nn.Module):
 # ----------------------------------------------------------------------------------------- blocks
 
 
-def freia_block(kind, **options) -> nn.Module:
-    return kind([(D,)], subnet_constructor=network, **options)
+def freia_block(d: int, kind, **options) -> nn.Module:
+    return kind([(d,)], subnet_constructor=network, **options)
 
 
-def freia_sequence() -> nn.Module:
-    sequence = framework.SequenceINN(D)
+def freia_sequence(d: int) -> nn.Module:
+    sequence = framework.SequenceINN(d)
     sequence.append(freia.GLOWCouplingBlock, subnet_constructor=network, clamp=1.0)
     sequence.append(freia.PermuteRandom, seed=1)
     return sequence
 
 
-def freia_actnorm() -> nn.Module:
-    block = freia.ActNorm([(D,)])
+def freia_actnorm(d: int) -> nn.Module:
+    block = freia.ActNorm([(d,)])
     block.init_on_next_batch = False
     return block
 
 
-def memcnn_affine(adapter, factor: int) -> nn.Module:
-    return memcnn.AffineCoupling(network(2, 2 * factor), network(2, 2 * factor), adapter=adapter)
+def memcnn_affine(d: int, adapter, factor: int) -> nn.Module:
+    n = d // 2
+    return memcnn.AffineCoupling(network(n, n * factor), network(n, n * factor), adapter=adapter)
 
 
-MASK = torch.tensor([0, 1, 0, 1])
+def alternating(d: int) -> Tensor:
+    """0, 1, 0, 1, ..."""
+    return torch.arange(d) % 2
 
 
-def nflows_coupling() -> nn.Module:
-    return nflows.AffineCouplingTransform(MASK, network)
+def nflows_coupling(d: int) -> nn.Module:
+    return nflows.AffineCouplingTransform(alternating(d), network)
 
 
-def nflows_spline(kind, **options) -> nn.Module:
-    return kind(MASK, network, num_bins=2, tails="linear", tail_bound=pick(0.5, 2.0), **options)
+def nflows_spline(d: int, kind, **options) -> nn.Module:
+    ends = {"tails": "linear", "tail_bound": pick(0.5, 2.0)}
+    return kind(alternating(d), network, num_bins=2, **ends, **options)
 
 
-def zuko_flow(kind, **options) -> nn.Module:
-    flow = kind(D, transforms=1, hidden_features=(HIDDEN,), **options)
+def zuko_flow(d: int, kind, **options) -> nn.Module:
+    flow = kind(d, transforms=1, hidden_features=(HIDDEN,), **options)
     return scaled_weights(flow)
 
 
-def normflows_spline(kind) -> nn.Module:
-    return scaled_weights(kind(D, 1, HIDDEN, num_bins=2, tail_bound=pick(0.5, 2.0)))
+def normflows_spline(d: int, kind) -> nn.Module:
+    return scaled_weights(kind(d, 1, HIDDEN, num_bins=2, tail_bound=pick(0.5, 2.0)))
 
 
 def random_matrices(module: nn.Module) -> nn.Module:
@@ -308,52 +313,66 @@ def random_matrices(module: nn.Module) -> nn.Module:
     return module
 
 
-def masked_affine() -> nn.Module:
-    s, t = nn.Linear(D, D), nn.Linear(D, D)
-    return normflows.flows.MaskedAffineFlow(MASK.double(), t, s)
+def masked_affine(d: int) -> nn.Module:
+    s, t = nn.Linear(d, d), nn.Linear(d, d)
+    return normflows.flows.MaskedAffineFlow(alternating(d).double(), t, s)
 
 
-Blocks = dict[str, Callable[[], nn.Module]]
+#: from the entries of a sample to a block
+Blocks = dict[str, Callable[[int], nn.Module]]
 
 CHEAP: Blocks = {
-    "own additive": lambda: AdditiveCoupling(network(2, 2)),
-    "own sigmoid": lambda: AffineCoupling(
-        network(2, 4), scale=SigmoidScale(pick(0.0, 0.5), 1.0, pick(0.0, 2.0))
+    "own additive": lambda d: AdditiveCoupling(network(d // 2, d // 2)),
+    "own sigmoid": lambda d: AffineCoupling(
+        network(d // 2, d), scale=SigmoidScale(pick(0.0, 0.5), 1.0, pick(0.0, 2.0))
     ),
-    "own clamped": lambda: AffineCoupling(network(2, 4), scale=ClampedScale(pick(0.3, 2.0))),
-    "own softplus": lambda: AffineCoupling(network(2, 4), scale=SoftplusScale()),
-    "own exp": lambda: AffineCoupling(network(2, 4), scale=ExpScale()),
-    "own mask": lambda: AdditiveCoupling(network(D, D), partition=Mask(MASK.bool())),
-    "own chain": lambda: Chain(AdditiveCoupling(network(2, 2)), AffineCoupling(network(2, 4))),
-    "own twice the same": lambda: twice(AdditiveCoupling(network(2, 2))),
-    "own inverse": lambda: InverseLayer(AffineCoupling(network(2, 4), scale=SigmoidScale(0.5))),
-    "own linear": lambda: random_matrices(InvertibleLinear(D)),
-    "own LU": lambda: random_matrices(LULinear(D)),
-    "own diagonal": lambda: random_matrices(Diagonal(D)),
-    "own logit": lambda: Chain(Logit(pick(1e-6, 0.05)), AdditiveCoupling(network(2, 2))),
-    "own residual": lambda: Residual(contractive_mlp([D, HIDDEN, D], coefficient=0.7)),
-    "own ODE": lambda: NeuralODE(
-        Field(), duration=pick(0.2, 1.0), solver=FixedStep(pick(1, 4), random.choice([*RungeKutta]))
+    "own clamped": lambda d: AffineCoupling(network(d // 2, d), scale=ClampedScale(pick(0.3, 2.0))),
+    "own softplus": lambda d: AffineCoupling(network(d // 2, d), scale=SoftplusScale()),
+    "own exp": lambda d: AffineCoupling(network(d // 2, d), scale=ExpScale()),
+    "own mask": lambda d: AdditiveCoupling(network(d, d), partition=Mask(alternating(d).bool())),
+    "own chain": lambda d: Chain(
+        AdditiveCoupling(network(d // 2, d // 2)), AffineCoupling(network(d // 2, d))
+    ),
+    "own twice the same": lambda d: twice(AdditiveCoupling(network(d // 2, d // 2))),
+    "own inverse": lambda d: InverseLayer(
+        AffineCoupling(network(d // 2, d), scale=SigmoidScale(0.5))
+    ),
+    "own linear": lambda d: random_matrices(InvertibleLinear(d)),
+    "own LU": lambda d: random_matrices(LULinear(d)),
+    "own diagonal": lambda d: random_matrices(Diagonal(d)),
+    "own logit": lambda d: Chain(
+        Logit(pick(1e-6, 0.05)), AdditiveCoupling(network(d // 2, d // 2))
+    ),
+    "own residual": lambda d: Residual(contractive_mlp([d, HIDDEN, d], coefficient=0.7)),
+    "own ODE": lambda d: NeuralODE(
+        Field(d),
+        duration=pick(0.2, 1.0),
+        solver=FixedStep(pick(1, 4), random.choice([*RungeKutta])),
     ),
     "nflows affine": nflows_coupling,
-    "nflows additive": lambda: nflows.AdditiveCouplingTransform(MASK, network),
-    "nflows composite": lambda: nflows.CompositeTransform(
-        [nflows_coupling(), nflows.ReversePermutation(D)]
+    "nflows additive": lambda d: nflows.AdditiveCouplingTransform(alternating(d), network),
+    "nflows composite": lambda d: nflows.CompositeTransform(
+        [nflows_coupling(d), nflows.ReversePermutation(d)]
     ),
-    "nflows LU": lambda: random_matrices(nflows.LULinear(D, using_cache=pick(True, False))),
-    "nflows QR": lambda: random_matrices(nflows.QRLinear(D, num_householder=2)),
-    "nflows SVD": lambda: random_matrices(nflows.SVDLinear(D, num_householder=2)),
-    "nflows naive": lambda: random_matrices(nflows.NaiveLinear(D)),
-    "nflows permutation": lambda: nflows.RandomPermutation(D),
-    "nflows leaky": lambda: nflows.LeakyReLU(pick(0.01, 0.5)),
-    "nflows tanh": lambda: nflows.CompositeTransform([nonlinearities.Tanh(), nflows_coupling()]),
-    "nflows logit": lambda: nonlinearities.Logit(eps=pick(1e-6, 0.2)),
-    "FrEIA GLOW": lambda: freia_block(freia.GLOWCouplingBlock, clamp=pick(-1.0, 0.5, 2.0)),
-    "FrEIA NICE": lambda: freia_block(freia.NICECouplingBlock),
-    "FrEIA RNVP": lambda: freia_block(freia.RNVPCouplingBlock, clamp=1.0, clamp_activation="TANH"),
-    "FrEIA GIN": lambda: freia_block(freia.GINCouplingBlock, clamp=1.0, clamp_activation="SIGMOID"),
-    "FrEIA one-sided": lambda: freia_block(freia.AffineCouplingOneSided, clamp=1.0),
-    "FrEIA all in one": lambda: freia_block(
+    "nflows LU": lambda d: random_matrices(nflows.LULinear(d, using_cache=pick(True, False))),
+    "nflows QR": lambda d: random_matrices(nflows.QRLinear(d, num_householder=2)),
+    "nflows SVD": lambda d: random_matrices(nflows.SVDLinear(d, num_householder=2)),
+    "nflows naive": lambda d: random_matrices(nflows.NaiveLinear(d)),
+    "nflows permutation": lambda d: nflows.RandomPermutation(d),
+    "nflows leaky": lambda d: nflows.LeakyReLU(pick(0.01, 0.5)),
+    "nflows tanh": lambda d: nflows.CompositeTransform([nonlinearities.Tanh(), nflows_coupling(d)]),
+    "nflows logit": lambda d: nonlinearities.Logit(eps=pick(1e-6, 0.2)),
+    "FrEIA GLOW": lambda d: freia_block(d, freia.GLOWCouplingBlock, clamp=pick(-1.0, 0.5, 2.0)),
+    "FrEIA NICE": lambda d: freia_block(d, freia.NICECouplingBlock),
+    "FrEIA RNVP": lambda d: freia_block(
+        d, freia.RNVPCouplingBlock, clamp=1.0, clamp_activation="TANH"
+    ),
+    "FrEIA GIN": lambda d: freia_block(
+        d, freia.GINCouplingBlock, clamp=1.0, clamp_activation="SIGMOID"
+    ),
+    "FrEIA one-sided": lambda d: freia_block(d, freia.AffineCouplingOneSided, clamp=1.0),
+    "FrEIA all in one": lambda d: freia_block(
+        d,
         freia.AllInOneBlock,
         reverse_permutation=pick(True, False),
         permute_soft=pick(True, False),
@@ -361,36 +380,40 @@ CHEAP: Blocks = {
         learned_householder_permutation=pick(0, 0, 2),
     ),
     "FrEIA sequence": freia_sequence,
-    "FrEIA actnorm": lambda: random_matrices(freia_actnorm()),
-    "FrEIA scaling": lambda: random_matrices(freia.LearnedElementwiseScaling([(D,)])),
-    "FrEIA automatic": lambda: random_matrices(freia.InvAutoAct([(D,)])),
-    "memcnn additive": lambda: memcnn.AdditiveCoupling(network(2, 2), network(2, 2)),
-    "memcnn naive": lambda: memcnn_affine(memcnn.AffineAdapterNaive, 1),
-    "memcnn sigmoid": lambda: memcnn_affine(memcnn.AffineAdapterSigmoid, 2),
-    "normflows affine": lambda: normflows.flows.AffineCouplingBlock(
-        network(2, 4), scale_map=pick("exp", "sigmoid", "sigmoid_inv")
+    "FrEIA actnorm": lambda d: random_matrices(freia_actnorm(d)),
+    "FrEIA scaling": lambda d: random_matrices(freia.LearnedElementwiseScaling([(d,)])),
+    "FrEIA automatic": lambda d: random_matrices(freia.InvAutoAct([(d,)])),
+    "memcnn additive": lambda d: memcnn.AdditiveCoupling(
+        network(d // 2, d // 2), network(d // 2, d // 2)
+    ),
+    "memcnn naive": lambda d: memcnn_affine(d, memcnn.AffineAdapterNaive, 1),
+    "memcnn sigmoid": lambda d: memcnn_affine(d, memcnn.AffineAdapterSigmoid, 2),
+    "normflows affine": lambda d: normflows.flows.AffineCouplingBlock(
+        network(d // 2, d), scale_map=pick("exp", "sigmoid", "sigmoid_inv")
     ),
     "normflows masked": masked_affine,
-    "normflows matrix": lambda: random_matrices(normflows.flows.InvertibleAffine(D, pick(True))),
-    "normflows LU": lambda: random_matrices(normflows.flows.LULinearPermute(D)),
+    "normflows matrix": lambda d: random_matrices(normflows.flows.InvertibleAffine(d, pick(True))),
+    "normflows LU": lambda d: random_matrices(normflows.flows.LULinearPermute(d)),
 }
 DEAR: Blocks = {
-    "nflows spline": lambda: nflows_spline(nflows.PiecewiseRationalQuadraticCouplingTransform),
-    "nflows quadratic": lambda: nflows_spline(nflows.PiecewiseQuadraticCouplingTransform),
-    "nflows linear spline": lambda: nflows_spline(nflows.PiecewiseLinearCouplingTransform),
-    "nflows MAF": lambda: scaled_weights(
-        autoregressive.MaskedAffineAutoregressiveTransform(D, HIDDEN, num_blocks=1)
+    "nflows spline": lambda d: nflows_spline(d, nflows.PiecewiseRationalQuadraticCouplingTransform),
+    "nflows quadratic": lambda d: nflows_spline(d, nflows.PiecewiseQuadraticCouplingTransform),
+    "nflows linear spline": lambda d: nflows_spline(d, nflows.PiecewiseLinearCouplingTransform),
+    "nflows MAF": lambda d: scaled_weights(
+        autoregressive.MaskedAffineAutoregressiveTransform(d, HIDDEN, num_blocks=1)
     ),
-    "own MAF": lambda: scaled_weights(MaskedAutoregressive(MADE(D, hidden=HIDDEN, blocks=1))),
-    "normflows spline": lambda: normflows_spline(normflows.flows.CoupledRationalQuadraticSpline),
-    "normflows MAF": lambda: scaled_weights(
-        normflows.flows.MaskedAffineAutoregressive(D, HIDDEN, num_blocks=1)
+    "own MAF": lambda d: scaled_weights(MaskedAutoregressive(MADE(d, hidden=HIDDEN, blocks=1))),
+    "normflows spline": lambda d: normflows_spline(
+        d, normflows.flows.CoupledRationalQuadraticSpline
     ),
-    "zuko coupling": lambda: zuko_flow(zuko.flows.NICE),
-    "zuko MAF": lambda: zuko_flow(zuko.flows.MAF),
-    "zuko spline": lambda: zuko_flow(zuko.flows.NSF, bins=2),
-    "images": lambda: AdditiveCoupling(convolutions(1, 1)),
-    "images of more channels": lambda: AffineCoupling(
+    "normflows MAF": lambda d: scaled_weights(
+        normflows.flows.MaskedAffineAutoregressive(d, HIDDEN, num_blocks=1)
+    ),
+    "zuko coupling": lambda d: zuko_flow(d, zuko.flows.NICE),
+    "zuko MAF": lambda d: zuko_flow(d, zuko.flows.MAF),
+    "zuko spline": lambda d: zuko_flow(d, zuko.flows.NSF, bins=2),
+    "images": lambda d: AdditiveCoupling(convolutions(1, 1)),
+    "images of more channels": lambda d: AffineCoupling(
         convolutions(2, 4), scale=pick(SigmoidScale(0.5), ClampedScale(1.0))
     ),
 }
@@ -682,18 +705,22 @@ def of_inverse(model, x: Tensor, lo: Tensor, hi: Tensor, scale: Tensor) -> float
 # -------------------------------------------------------------------------------------------- run
 
 
-def configuration(seed: int) -> Case:
-    """A random model, changed, with a random box."""
+def configuration(
+    seed: int, change: Callable[[Case], None] | None = None, entries: int = D
+) -> Case:
+    """A random model with a random box, changed in one way, or in a random one."""
     random.seed(seed)
     torch.manual_seed(seed)
+    # FrEIA draws its permutations and rotations from numpy
+    np.random.seed(seed % 2**32)
     blocks = CHEAP
     if random.random() < 0.2:
         blocks = DEAR
     name = random.choice([*blocks])
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        model = blocks[name]()
-    shape = (D,)
+        model = blocks[name](entries)
+    shape = (entries,)
     if name.startswith("images"):
         shape = (2, 3, 3)
         if name != "images":
@@ -713,7 +740,7 @@ def configuration(seed: int) -> Case:
         radius = radius * 0
     elif odd < 0.15:
         radius = radius + math.inf
-    change = random.choice(CHANGES)
+    change = change or random.choice(CHANGES)
     case = Case(name, change.__name__, model, centre - radius, centre + radius)
     change(case)
     return case

@@ -32,4 +32,4 @@ def test_configurations_that_were_wrong(seed):
 
 @pytest.mark.parametrize("block", [*adversary.CHEAP, *adversary.DEAR])
 def test_every_block_is_one_that_can_be_built(block):
-    {**adversary.CHEAP, **adversary.DEAR}[block]()
+    {**adversary.CHEAP, **adversary.DEAR}[block](adversary.D)
