@@ -15,7 +15,7 @@ from inn_guard.core.missing import NotApplicable
 from inn_guard.core.readable import evaluate_weight_norms
 from inn_guard.execution.deadline import Deadline
 from inn_guard.lipschitz import rules
-from inn_guard.lipschitz.branch_and_bound.search import bounds_of_one_box, branch_and_bound
+from inn_guard.lipschitz.branch_and_bound.search import branch_and_bound
 from inn_guard.lipschitz.cross_check import (
     FAILURES,
     POINTS,
@@ -27,6 +27,7 @@ from inn_guard.lipschitz.cross_check import (
 )
 from inn_guard.lipschitz.maps.base import BoundedMap, NoRule, bounded_map
 from inn_guard.lipschitz.maps.closed_forms import Pair
+from inn_guard.lipschitz.maps.preimage import is_everywhere
 from inn_guard.lipschitz.networks.conditioner import SearchBudget
 from inn_guard.lipschitz.networks.graph import Unbounded
 from inn_guard.lipschitz.whole_network import (
@@ -53,7 +54,6 @@ __all__ = ["Computed", "Conditions", "Progress", "compute"]
 
 Progress = Callable[[str, float], None]
 BRANCHING = 4  #: dimensions up to which a box is branched
-WHOLE = 16  #: dimensions up to which Jacobians over the box as a whole are enclosed
 
 
 @dataclass(frozen=True)
@@ -86,7 +86,7 @@ class Computed:
         factors_forward: factors whose product bounds the forward map.
         factors_inverse: those of the inverse map.
         witnesses: (most stretched, most shrunk) points and directions.
-        leaves: bounds by Jacobians over the box, by direction.
+        leaves: bounds by branch and bound, by direction.
     """
 
     best: Pair
@@ -170,13 +170,13 @@ class _Run:
         self.progress("witnesses", 0.6)
         witnesses = _Witnesses(exact)
         witnesses.search(self.box, self.data, self._fraction(0.2, 0.8))
-        if not is_refuted and not self._is_settled(best, witnesses.lower):
+        if self.branches and not is_refuted and not self._is_settled(best, witnesses.lower):
             with suppress(Unbounded):
-                name, pair = self._enclosed([described for _, described in maps], witnesses)
+                pair = self._branched([described for _, described in maps], witnesses)
                 leaves = {"forward": pair.forward, "inverse": pair.inverse}
                 for k, bound in enumerate(pair):
                     if bound < best[k]:
-                        method[k] = name
+                        method[k] = "branch and bound"
                 best = Pair(*map(min, pair, best))
         self.progress("done", 1.0)
         measured = witnesses.lower
@@ -192,6 +192,8 @@ class _Run:
         lower, found = _lower_bounds(self.model, witnesses, best)
         scope = f"on the {_text_of(self.box)}"
         is_global = all(layer.bounds.is_global for layer in per_layer)
+        if any(factor.enclosed for factor in (*forward, *inverse)):
+            is_global = is_everywhere(self.box)
         if is_global and method == by_layers:
             scope = "global"
         reason = ""
@@ -218,19 +220,13 @@ class _Run:
         reached = all(own <= goal for own, goal in zip(best, self.goal, strict=True))
         return reached or any(own > goal for own, goal in zip(measured, self.goal, strict=True))
 
-    def _enclosed(self, maps: list[BoundedMap], witnesses: _Witnesses) -> tuple[str, Pair]:
-        """Bounds by Jacobians over the box, whole or cut, and the name of the method.
+    def _branched(self, maps: list[BoundedMap], witnesses: _Witnesses) -> Pair:
+        """Bounds by branch and bound.
 
         Raises:
             Unbounded: if there are none.
         """
         box = self.box
-        if not box.bounded or box.lo.dim() != 1 or box.lo.numel() > WHOLE:
-            raise Unbounded("images, many dimensions, or no bounded box")
-        if not self.branches:
-            if self.deadline.passed:
-                raise Unbounded("the budget is spent")
-            return "enclosed Jacobians", bounds_of_one_box(maps, box)
         self.progress("branch and bound", 0.7)
         if self.goal is not None:
             found = branch_and_bound(
@@ -239,7 +235,7 @@ class _Run:
         else:
             lower, probe = witnesses.lower, witnesses.measure
             found = branch_and_bound(maps, box, lower=lower, probe=probe, deadline=self.deadline)
-        return "branch and bound", found.pair
+        return found.pair
 
     def _exact_copy(self) -> Invertible:
         exact = self.model.to_dtype(torch.float64)
@@ -371,11 +367,11 @@ def _method(factors: list[Factor]) -> str:
     if count == 1:
         return "product of layers"
     kind = "recursion"
-    if longest.compared:
-        kind = "comparison matrices"
+    if longest.enclosed:
+        kind = "enclosed Jacobians"
     if count < total:
         return f"{kind} over runs of up to {count} of {total} layers"
-    if longest.compared:
+    if longest.enclosed:
         return kind
     return "whole-network recursion"
 

@@ -13,13 +13,15 @@ from inn_guard.execution.deadline import Deadline, spend
 from inn_guard.lipschitz.lipsdp.chain import Chain
 from inn_guard.lipschitz.maps.base import BlockBounds, BoundedMap
 from inn_guard.lipschitz.maps.closed_forms import Pair
+from inn_guard.lipschitz.maps.preimage import is_everywhere
 from inn_guard.lipschitz.networks.chain_builder import ChainBuilder, Linear, Torus
 from inn_guard.lipschitz.networks.conditioner import Proof, SearchBudget, bound_chain, torus_of
 from inn_guard.lipschitz.networks.graph import Unbounded
 from inn_guard.lipschitz.reachability import ReachableSet
+from inn_guard.numerics.interval_matrices import interval_norm, matmul
 from inn_guard.numerics.intervals import Interval
-from inn_guard.numerics.rounding import TINY, Upper, enlarged
-from inn_guard.numerics.spectral_norm import norm_operations, spectral_norm
+from inn_guard.numerics.rounding import TINY, Upper
+from inn_guard.numerics.spectral_norm import norm_operations
 
 __all__ = [
     "Factor",
@@ -27,13 +29,14 @@ __all__ = [
     "LayerBounds",
     "bound_layers",
     "cheapest",
-    "comparison_factors",
     "forward_factors",
     "inverse_factors",
+    "jacobian_factors",
     "product",
 ]
 
-WIDE = 256  #: channels up to which comparison matrices are multiplied
+WIDE = 256  #: entries of a sample up to which Jacobians are enclosed
+ENCLOSED = 8.0  #: operations on centres and radii for each parameter of a network and each input
 SHARE = 0.1  #: of the time left that one layer may take, or twice its equal share if that is more
 
 
@@ -46,14 +49,14 @@ class Factor:
         last: index after the last layer.
         bound: certified bound of the layers' Jacobian (or inverse Jacobian).
         proof: the chain and its multipliers, where a chain gave the bound.
-        compared: whether the bound is the norm of a product of comparison matrices.
+        enclosed: whether the bound is that of a product of enclosed Jacobians.
     """
 
     first: int
     last: int
     bound: float
     proof: Proof | None = None
-    compared: bool = False
+    enclosed: bool = False
 
 
 def product(bounds: Sequence[float]) -> Upper:
@@ -83,35 +86,35 @@ def cheapest(count: int, factors: Sequence[Factor]) -> list[Factor]:
     return paths[count]
 
 
-def comparison_factors(matrices: Sequence[Tensor | None], deadline: Deadline) -> list[Factor]:
-    """Every run of two and more layers with known comparison matrices, as a factor.
+def jacobian_factors(jacobians: Sequence[Interval | None], deadline: Deadline) -> list[Factor]:
+    """Every run of two and more layers with enclosed Jacobians, as a factor.
+
+    What products of norms lose where one Jacobian undoes another is kept.
 
     Args:
-        matrices: N_k of the layers in the order in which they are applied, nonnegative, (C', C);
-            None where unknown.
+        jacobians: of the layers in the order in which they are applied, (m, n); None where unknown.
         deadline: runs that would take longer are left out.
 
     Returns:
         Factors whose proofs are the products, as chains without layers.
     """
     found: list[Factor] = []
-    for first, start in enumerate(matrices):
+    for first, start in enumerate(jacobians):
         total = start
-        for last in range(first + 1, len(matrices)):
-            step = matrices[last]
-            if total is None or step is None or max(*step.shape, *total.shape) > WIDE:
+        for last in range(first + 1, len(jacobians)):
+            step = jacobians[last]
+            if total is None or step is None:
                 break
-            operations = norm_operations(*step.shape)
+            operations = 2 * norm_operations(*step.shape)
             if not deadline.can_afford(operations):
                 return found
             spend(operations)
-            # TINY: zeros may be products that underflowed
-            total = enlarged(step @ total, step.shape[1]) + TINY
-            bound = spectral_norm(total)
+            total = matmul(step, total)
+            bound, matrix, error = interval_norm(total)
             if not math.isfinite(bound):
                 break
-            proof = Proof(bound, Chain(total.shape[1], (), total[None]), ())
-            found.append(Factor(first, last + 1, bound, proof, compared=True))
+            proof = Proof(bound, Chain(total.shape[1], (), matrix[None], error), ())
+            found.append(Factor(first, last + 1, bound, proof, enclosed=True))
     return found
 
 
@@ -125,6 +128,7 @@ class LayerBound:
         box: box of its inputs.
         bounds: certified bounds on that box.
         paper_bound: bounds by the formula of Table 3; NaN where time ran out.
+        jacobians: enclosures of J and of J^-1, of few entries; None where there are none.
     """
 
     name: str
@@ -132,6 +136,7 @@ class LayerBound:
     box: Interval
     bounds: BlockBounds
     paper_bound: Pair
+    jacobians: tuple[Interval, Interval] | None = None
 
 
 LayerBounds = Sequence[LayerBound]
@@ -143,27 +148,109 @@ def bound_layers(
     """Every layer's bounds on the box that the layers before it make of ``box``.
 
     Boxes are the intersection of interval bounds and, if ``box`` is bounded, of the reachable set
-    of differences from its centre. Table 3's bounds are NaN where time ran out; they are only
-    shown.
+    of differences from its centre, and of what the mean-value theorem says of few entries. Table
+    3's bounds are NaN where time ran out; they are only shown.
     """
     result = []
-    reach = None
+    reach = moved_by_mean = None
     if box.bounded:
-        reach = ReachableSet.around(box)
+        reach, moved_by_mean = ReachableSet.around(box), _MeanValue.of(box)
     for k, (name, described) in enumerate(layers):
         own = effort.fraction(min(1.0, max(SHARE, 2 / (len(layers) - k))))
         following = [m for _, m in layers[k:]]
         moved = _moved(reach, following, box, own.fraction(0.7))
         bounds = described.bounds(box, own.fraction(0.7))
+        jacobians = _jacobians(described, box, own.deadline)
+        if jacobians is not None:
+            bounds = bounds.meet(_of_enclosed(jacobians, box))
         paper_bound = Pair(math.nan, math.nan)
         if not own.deadline.passed:
             paper_bound = described.paper_formula(box, own)
-        result.append(LayerBound(name, described, box, bounds, paper_bound))
+        result.append(LayerBound(name, described, box, bounds, paper_bound, jacobians))
         reach = moved or _stretched(reach, result[-1])
         box = described.image(box)
         if reach is not None:
             box = reach.intersect(box)
+        if moved_by_mean is not None:
+            moved_by_mean = moved_by_mean.after(described, jacobians)
+        if moved_by_mean is not None:
+            box = moved_by_mean.intersect(box)
     return tuple(result)
+
+
+@dataclass(frozen=True)
+class _MeanValue:
+    """x_k of a sample in a box: x_k(c) + J (x - c), J over the box.
+
+    Attributes:
+        centre: encloses x_k(c), c the centre of the box.
+        jacobian: encloses the Jacobian of x_k in x, (m, n); None for the identity.
+        radius: of the box, (n,).
+    """
+
+    centre: Interval
+    jacobian: Interval | None
+    radius: Tensor
+
+    @classmethod
+    def of(cls, box: Interval) -> _MeanValue | None:
+        """Before the first layer; None for many entries."""
+        if box.shape.numel() > WIDE:
+            return None
+        return cls(Interval.of(box.centre), None, box.radius.flatten())
+
+    def after(
+        self, described: BoundedMap, jacobians: tuple[Interval, Interval] | None
+    ) -> _MeanValue | None:
+        """Behind a layer; None where its Jacobian is not known."""
+        if jacobians is None:
+            return None
+        total = jacobians[0]
+        if self.jacobian is not None:
+            total = matmul(total, self.jacobian)
+        centre = described.image(self.centre)
+        if not centre.bounded or not total.bounded:
+            return None
+        return _MeanValue(centre, total, self.radius)
+
+    def intersect(self, box: Interval) -> Interval:
+        """What is left of another box that holds x_k."""
+        if self.jacobian is None:
+            return box
+        offset = Interval(-self.radius, self.radius)[:, None]
+        moved = matmul(self.jacobian, offset)[:, 0].map(lambda t: t.reshape(box.shape))
+        return box.meet(self.centre + moved)
+
+
+def _jacobians(
+    described: BoundedMap, box: Interval, deadline: Deadline
+) -> tuple[Interval, Interval] | None:
+    """Enclosures of J and of J^-1; None where there are none, of many entries, or without time."""
+    entries, pixels = box.shape.numel(), box.shape[1:].numel()
+    parameters = entries
+    for network in described.subnetworks():
+        parameters += sum(p.numel() for p in network.parameters())
+    operations = ENCLOSED * parameters * pixels * entries
+    if entries > WIDE or not deadline.can_afford(operations):
+        return None
+    spend(operations)
+    try:
+        found = described.jacobians(box)
+    except Unbounded:
+        return None
+    if not found[0].bounded or not found[1].bounded:
+        return None
+    return found
+
+
+def _of_enclosed(jacobians: tuple[Interval, Interval], box: Interval) -> BlockBounds:
+    """The bounds of enclosed Jacobians over a box, with their proofs."""
+    bounds, proofs = [], {}
+    for name, enclosed in zip(("forward", "inverse"), jacobians, strict=True):
+        bound, matrix, error = interval_norm(enclosed)
+        bounds.append(bound)
+        proofs[name] = Proof(bound, Chain(enclosed.shape[1], (), matrix[None], error), ())
+    return BlockBounds(*bounds, is_everywhere(box), method="enclosed Jacobian", proofs=proofs)
 
 
 def _moved(
@@ -195,7 +282,7 @@ def _stretched(reach: ReachableSet | None, layer: LayerBound) -> ReachableSet | 
 
 
 def forward_factors(layers: LayerBounds, effort: SearchBudget) -> list[Factor]:
-    """Factors of least product that bound the forward map: chains, comparison matrices, layers."""
+    """Factors of least product that bound the forward map: chains, enclosed Jacobians, layers."""
     return _factors(layers, effort, _Forward())
 
 
@@ -207,15 +294,15 @@ def inverse_factors(layers: LayerBounds, effort: SearchBudget) -> list[Factor]:
 
 
 class _Forward:
-    """The bounds, comparison matrices and chains of J."""
+    """The bounds, enclosures and chains of J."""
 
     name = "forward"
 
     def bound(self, layer: LayerBound) -> float:
         return layer.bounds.forward
 
-    def comparison_matrix(self, layer: LayerBound) -> Tensor:
-        return layer.map.comparison_matrices(layer.box, layer.bounds)[0]
+    def jacobian(self, layer: LayerBound) -> Interval | None:
+        return layer.jacobians and layer.jacobians[0]
 
     def append(self, layer: LayerBound, builder: ChainBuilder, x: Linear) -> Linear:
         return layer.map.lipsdp_jacobian(builder, x, layer.box)
@@ -232,8 +319,8 @@ class _Inverse(_Forward):
     def bound(self, layer: LayerBound) -> float:
         return layer.bounds.inverse
 
-    def comparison_matrix(self, layer: LayerBound) -> Tensor:
-        return layer.map.comparison_matrices(layer.box, layer.bounds)[1]
+    def jacobian(self, layer: LayerBound) -> Interval | None:
+        return layer.jacobians and layer.jacobians[1]
 
     def append(self, layer: LayerBound, builder: ChainBuilder, x: Linear) -> Linear:
         return layer.map.lipsdp_inverse(builder, x, layer.box)
@@ -247,8 +334,8 @@ def _factors(layers: LayerBounds, effort: SearchBudget, direction: _Forward) -> 
     for k, layer in enumerate(layers):
         proof = layer.bounds.proofs.get(direction.name)
         factors.append(Factor(k, k + 1, direction.bound(layer), proof))
-    matrices = _comparison_matrices(layers, direction, effort.deadline)
-    factors += comparison_factors(matrices, effort.deadline.fraction(0.1))
+    jacobians = [direction.jacobian(layer) for layer in layers]
+    factors += jacobian_factors(jacobians, effort.deadline.fraction(0.1))
     start = 0
     while start < len(layers):
         chain, stop = _longest_chain(layers, start, direction, effort)
@@ -259,23 +346,6 @@ def _factors(layers: LayerBounds, effort: SearchBudget, direction: _Forward) -> 
                 factors.append(Factor(start, stop, proof.bound, proof))
         start = stop
     return cheapest(len(layers), factors)
-
-
-def _comparison_matrices(
-    layers: LayerBounds, direction: _Forward, deadline: Deadline
-) -> list[Tensor | None]:
-    """The comparison matrices of all layers; None where there is none, or no time."""
-    matrices: list[Tensor | None] = [None] * len(layers)
-    for k, layer in enumerate(layers):
-        if deadline.passed:
-            break
-        try:
-            found = direction.comparison_matrix(layer)
-        except Unbounded:
-            continue
-        if bool(found.isfinite().all()):
-            matrices[k] = found
-    return matrices
 
 
 def _proved(chain: Chain, effort: SearchBudget) -> Proof | None:

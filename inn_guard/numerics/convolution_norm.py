@@ -206,12 +206,12 @@ def symbol(
 
 
 def apply(module: Any, weight: Tensor, x: Tensor) -> Tensor:
-    """``module`` with another weight and without bias, applied to one sample x (C, *size)."""
+    """``module`` with another weight and without bias, applied to a batch x (B, C, *size)."""
     if not is_transposed(module):
-        return module._conv_forward(x[None], weight, None)[0]
+        return module._conv_forward(x, weight, None)
     functions = {3: F.conv_transpose1d, 4: F.conv_transpose2d, 5: F.conv_transpose3d}
-    y = functions[weight.dim()](
-        x[None],
+    return functions[weight.dim()](
+        x,
         weight,
         None,
         module.stride,
@@ -220,7 +220,6 @@ def apply(module: Any, weight: Tensor, x: Tensor) -> Tensor:
         module.groups,
         module.dilation,
     )
-    return y[0]
 
 
 def polyphase(kernel: Tensor, stride: Sizes) -> Tensor:

@@ -723,4 +723,4 @@ def test_jacobians_enclosed_over_a_box_of_eight_dimensions(width):
     bounds = assert_sound(model, shape=(8,), width=width, count=512)
     if width == 1e-3:
         assert max(bounds.looseness) < 1.02
-        assert "enclosed Jacobians" in bounds.method
+        assert bounds.per_layer[0].bounds.method == "enclosed Jacobian"

@@ -27,7 +27,7 @@ from inn_guard.lipschitz.networks.graph import Unbounded
 from inn_guard.numerics.intervals import Interval
 from inn_guard.numerics.rounding import UNIT
 
-__all__ = ["BranchAndBoundResult", "bounds_of_one_box", "branch_and_bound", "form_norm"]
+__all__ = ["BranchAndBoundResult", "branch_and_bound", "form_norm"]
 
 CORNERS = 6  #: coordinates up to which all corners are looked at
 GRID = 1024  #: boxes to begin with
@@ -94,23 +94,6 @@ def branch_and_bound(
         Pair(float(first_count), float(last_count)),
         leaves={"forward": forward, "inverse": inverse},
     )
-
-
-def bounds_of_one_box(layers: Sequence[BoundedMap], box: Interval) -> Pair:
-    """Bounds of ||J|| and ||J^-1|| over a bounded box (d,) as a whole, d up to a few dozen.
-
-    For narrow boxes: what products of layers lose where Jacobians nearly undo each other is kept.
-
-    Raises:
-        Unbounded: if a layer has no interval Jacobian.
-    """
-    steps = _steps(_flattened(layers), box, Deadline())
-    lo, hi = box.lo[None], box.hi[None]
-    found = []
-    for of_inverse in (False, True):
-        direction = _Direction(steps, None, of_inverse=of_inverse)
-        found.append(float(direction.bounds(lo, hi)[0]))
-    return Pair(*found)
 
 
 def form_norm(J: AffineForm) -> Tensor:

@@ -15,18 +15,18 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-import inn_guard.lipschitz.maps.closed_forms as blocks
 from inn_guard.execution.deadline import spend
-from inn_guard.lipschitz.maps.base import BlockBounds, BoundedMap
+from inn_guard.lipschitz.maps.base import BlockBounds, BoundedMap, for_last_box
 from inn_guard.lipschitz.maps.closed_forms import Pair, supremum
-from inn_guard.lipschitz.maps.coupling import Coupling, Derivatives, dependence
+from inn_guard.lipschitz.maps.coupling import Coupling, Derivatives
 from inn_guard.lipschitz.maps.preimage import everywhere, is_everywhere
 from inn_guard.lipschitz.networks.chain_builder import ChainBuilder, Linear
 from inn_guard.lipschitz.networks.conditioner import SearchBudget, analyse
 from inn_guard.lipschitz.networks.graph import Unbounded
+from inn_guard.numerics.interval_matrices import diagonal, interval_norm, triangular_inverse
 from inn_guard.numerics.intervals import Interval
-from inn_guard.numerics.rounding import is_finite
-from inn_guard.numerics.spectral_norm import inverse_with_error, norm_operations
+from inn_guard.numerics.rounding import Upper
+from inn_guard.numerics.spectral_norm import norm_operations
 
 __all__ = ["Autoregressive", "InverseAutoregressive"]
 
@@ -47,30 +47,30 @@ class Autoregressive(BoundedMap):
     coupling: Coupling
 
     def bounds(self, box: Interval, effort: SearchBudget) -> BlockBounds:
-        """Forward by the recursion on all of J, inverse by the M-matrix of entrywise bounds."""
+        """Forward by the recursion on all of J, or by norms; the inverse from the enclosed J."""
         coupling = self.coupling
         try:
             d = coupling.derivatives(box)
-            off_diagonal = self._off_diagonal(d)
+            J, order = self._jacobian(d)
         except Unbounded as error:
             return BlockBounds.none(str(error))
-        order = _triangular_order(off_diagonal)
-        if order is None:
-            return BlockBounds.none("the network's masks are not autoregressive")
-        largest, is_global = supremum(d.slope), is_everywhere(box)
+        largest, is_global, proofs, reason = supremum(d.slope), is_everywhere(box), {}, ""
         forward = largest + coupling.norms(d, effort.deadline.fraction(0.3)).forward
-        operations = 2 * norm_operations(*off_diagonal.shape)
+        operations = 2 * norm_operations(*J.shape)
         if not effort.deadline.can_afford(operations):
             return BlockBounds(forward, math.inf, is_global, "time ran out for its inverse")
         spend(operations)
-        ordered = off_diagonal[order][:, order]
-        pair = blocks.autoregressive(d.slope.lo[order], ordered, forward=forward)
-        proof, proofs, reason = self.recursion_proof(box, effort), {}, ""
+        inverse = Upper(math.inf)
+        if J.bounded:
+            forward = Upper.min(forward, interval_norm(J)[0])
+            inverse = interval_norm(_inverse(J, order))[0]
+        proof = self.recursion_proof(box, effort)
         if proof is not None and proof.bound < forward:
-            pair, proofs = Pair(proof.bound, pair.inverse), {"forward": proof}
-        if not pair.finite:
+            forward, proofs = proof.bound, {"forward": proof}
+        if not Pair(forward, inverse).finite:
             reason = coupling.reason_for_infinity(d, Pair(largest, 1.0))
-        return BlockBounds(*pair, is_global, reason, "LipSDP recursion, M-matrix", proofs)
+        method = "LipSDP recursion, enclosed Jacobian"
+        return BlockBounds(forward, inverse, is_global, reason, method, proofs)
 
     def image(self, box: Interval) -> Interval:
         return self.coupling.image(box)
@@ -99,25 +99,26 @@ class Autoregressive(BoundedMap):
     def lipsdp_jacobian(self, builder: ChainBuilder, x: Linear, box: Interval) -> Linear:
         return self.coupling.lipsdp_jacobian(builder, x, box)
 
-    def comparison_matrices(self, box: Interval, bounds: BlockBounds) -> tuple[Tensor, Tensor]:
-        """diag(slopes) + |N|, and the inverse of the M-matrix diag(least slopes) - |N|."""
-        d = self.coupling.derivatives(box)
-        off_diagonal, least = self._off_diagonal(d), d.slope.lo
-        known = bool((least > 0).all()) and is_finite(off_diagonal)
-        if not known or _triangular_order(off_diagonal) is None:
-            raise Unbounded(
-                "the network's masks are not autoregressive, or its bounds are infinite"
-            )
-        inverse, error = inverse_with_error(torch.diag(least) - off_diagonal)
-        return torch.diag(d.slope.magnitude) + off_diagonal, inverse.clamp_min(0) + error
+    def jacobians(self, box: Interval) -> tuple[Interval, Interval]:
+        J, order = self._jacobian(self.coupling.derivatives(box))
+        if not J.bounded:
+            raise Unbounded("a slope is not finite")
+        inverse = _inverse(J, order)
+        if not inverse.bounded:
+            raise Unbounded("a slope comes arbitrarily close to zero")
+        return J, inverse
 
-    def _off_diagonal(self, d: Derivatives) -> Tensor:
-        """|N|, entry by entry."""
-        entries = d.network.entries()
-        off_diagonal = torch.zeros(len(d.slope.lo), entries.shape[1], dtype=torch.float64)
-        for rows, factor in zip(self.coupling.rows, d.sensitivities, strict=True):
-            off_diagonal = off_diagonal + dependence(factor.magnitude, entries[rows])
-        return off_diagonal
+    def _jacobian(self, d: Derivatives) -> tuple[Interval, Tensor]:
+        """J, and an order of the entries in which it is triangular.
+
+        Raises:
+            Unbounded: if there is none.
+        """
+        N = self.coupling.dependence(d, d.sensitivities)
+        order = _triangular_order(N.magnitude)
+        if order is None:
+            raise Unbounded("the network's masks are not autoregressive")
+        return N + diagonal(d.slope), order
 
     def subnetworks(self) -> list[nn.Module]:
         return self.coupling.subnetworks()
@@ -140,6 +141,7 @@ class InverseAutoregressive(BoundedMap):
     def bounds(self, box: Interval, effort: SearchBudget) -> BlockBounds:
         return self.solved.bounds(self.image(box), effort).swapped
 
+    @for_last_box
     def image(self, box: Interval) -> Interval:
         """As many passes as entries: each makes one more of them right, whatever the start."""
         coupling = self.solved.coupling
@@ -153,6 +155,10 @@ class InverseAutoregressive(BoundedMap):
             return everywhere(box)
         return z
 
+    def jacobians(self, box: Interval) -> tuple[Interval, Interval]:
+        J, inverse = self.solved.jacobians(self.image(box))
+        return inverse, J
+
     def paper_formula(self, box: Interval, effort: SearchBudget) -> Pair:
         return self.solved.paper_formula(self.image(box), effort).swapped
 
@@ -161,6 +167,12 @@ class InverseAutoregressive(BoundedMap):
 
     def subnetworks(self) -> list[nn.Module]:
         return self.solved.subnetworks()
+
+
+def _inverse(J: Interval, order: Tensor) -> Interval:
+    """Of a J that is triangular in an order of its entries."""
+    back = order.argsort()
+    return triangular_inverse(J[order][:, order])[back][:, back]
 
 
 def _triangular_order(dependence: Tensor) -> Tensor | None:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import abc
+import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +21,9 @@ from inn_guard.lipschitz.networks.conditioner import Proof, SearchBudget, bound_
 from inn_guard.lipschitz.networks.graph import Unbounded
 from inn_guard.numerics.intervals import Box, Interval
 
-__all__ = ["BlockBounds", "BoundedMap", "NoRule", "bounded_map"]
+__all__ = ["BlockBounds", "BoundedMap", "NoRule", "bounded_map", "for_last_box"]
+
+ROUNDED = 1 + 1e-9  #: bounds that differ by less are taken for equal
 
 
 @dataclass(frozen=True)
@@ -34,7 +36,7 @@ class BlockBounds:
         is_global: whether they hold on all of R^d.
         reason: why a bound is infinite; empty where both are finite.
         method: what gave them.
-        proofs: chains with multipliers that prove norms that went in, by name.
+        proofs: of ``forward`` and of ``inverse``, by these names, where a chain gave them.
     """
 
     forward: float
@@ -56,13 +58,44 @@ class BlockBounds:
 
     @property
     def swapped(self) -> BlockBounds:
-        """Those of the inverse map; proofs of parts of the block are left out."""
-        proofs = {}
-        if "forward" in self.proofs:
-            proofs["inverse"] = self.proofs["forward"]
-        if "inverse" in self.proofs:
-            proofs["forward"] = self.proofs["inverse"]
+        """Those of the inverse map."""
+        other = {"forward": "inverse", "inverse": "forward"}
+        proofs = {other[name]: proof for name, proof in self.proofs.items()}
         return replace(self, forward=self.inverse, inverse=self.forward, proofs=proofs)
+
+    def meet(self, other: BlockBounds) -> BlockBounds:
+        """The smaller bound of each direction, of two for the same box; if equal, its own."""
+        best = self
+        for name in ("forward", "inverse"):
+            if getattr(other, name) * ROUNDED < getattr(self, name):
+                proofs = dict(best.proofs)
+                proofs.pop(name, None)
+                if name in other.proofs:
+                    proofs[name] = other.proofs[name]
+                best = replace(best, **{name: getattr(other, name)}, proofs=proofs)
+                best = replace(best, method=other.method, is_global=other.is_global)
+        if best.pair.finite:
+            best = replace(best, reason="")
+        return best
+
+
+Result = TypeVar("Result")
+
+
+def for_last_box(method: Callable[[Any, Interval], Result]) -> Callable[[Any, Interval], Result]:
+    """The method, whose result is kept for the last box: several bounds begin with it."""
+    name = f"_last_{method.__name__}"
+
+    @functools.wraps(method)
+    def kept(self: Any, box: Interval) -> Result:
+        last = self.__dict__.get(name)
+        if last is None or last[0] is not box:
+            last = (box, method(self, box))
+            # the owner is a frozen dataclass
+            self.__dict__[name] = last
+        return last[1]
+
+    return kept
 
 
 class BoundedMap(abc.ABC):
@@ -117,17 +150,13 @@ class BoundedMap(abc.ABC):
         """
         return self.lipsdp_jacobian(builder, x, box)
 
-    def comparison_matrices(self, box: Interval, bounds: BlockBounds) -> tuple[Tensor, Tensor]:
-        """Norm bounds of the blocks of J from channel to channel, (C', C), and of J^-1, (C, C').
-
-        Args:
-            box: where.
-            bounds: the map's own bounds on the box, whose proofs may tighten the matrices.
+    def jacobians(self, box: Interval) -> tuple[Interval, Interval]:
+        """Enclosures over the box of J (outputs, inputs) and of J^-1, of flattened samples.
 
         Raises:
             Unbounded: if they are not known.
         """
-        raise Unbounded(f"{type(self).__name__} has no comparison matrix")
+        raise Unbounded(f"the Jacobian of {type(self).__name__} is not enclosed")
 
     def subnetworks(self) -> list[nn.Module]:
         """The networks in it, whose paddings a torus must hold."""
@@ -143,7 +172,7 @@ class BoundedMap(abc.ABC):
             return None
 
 
-@partial(RulesByClass, inside=True)
+@functools.partial(RulesByClass, inside=True)
 def bounded_map(why: Missing, block: Any, layer: Any) -> BoundedMap:
     """The bounded map of a block, by the rule of its class; see ``inn_guard.lipschitz.rules``.
 

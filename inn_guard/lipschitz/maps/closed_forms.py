@@ -15,22 +15,19 @@ from __future__ import annotations
 import math
 from typing import NamedTuple
 
-import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from inn_guard.numerics.intervals import Interval
-from inn_guard.numerics.rounding import TINY, Upper, enlarged, frobenius_norm, gamma, is_finite
+from inn_guard.numerics.rounding import Upper, frobenius_norm, gamma
 from inn_guard.numerics.spectral_norm import exact, inverse_norm, spectral_norm
 
 __all__ = [
     "Pair",
     "affine_coupling",
-    "autoregressive",
     "elementwise",
     "invertible_residual",
     "linear",
-    "neural_ode",
     "supremum",
     "triangular_norm",
 ]
@@ -104,72 +101,10 @@ def affine_coupling(off_diagonal: Pair, scale: Pair, *, paper: bool = False) -> 
     )
 
 
-def invertible_residual(
-    lipschitz: float,
-    *,
-    largest: float | None = None,
-    smallest: float | None = None,
-    paper: bool = False,
-) -> Pair:
-    """x + g(x), Lip(g) < 1: sqrt(1 + 2 mu + L^2) and 1 / (1 + inf lmin(sym J_g)).
-
-    Table 3 says 1 + L and 1 / (1 - L).
-
-    Args:
-        lipschitz: L, a bound of Lip(g).
-        largest: mu, a bound of lmax((J_g + J_g^T) / 2); default: L.
-        smallest: a lower bound of lmin of the same; default: -L.
-        paper: whether the printed formula is meant.
-
-    Returns:
-        The bounds; an infinite inverse where none is proved.
-    """
-    L = Interval.of(lipschitz)
-    mu, low = _logarithmic_norms(lipschitz, largest, smallest, paper=paper)
-    forward = L + 1.0
-    if not paper:
-        forward = (L.square() + Interval.of(mu) * 2.0 + 1.0).sqrt()
-    gap = Interval.of(low) + 1.0
-    if gap.inf() <= 0:
-        return Pair(forward.sup(), math.inf)
-    return Pair(forward.sup(), gap.reciprocal().sup())
-
-
-def neural_ode(
-    lipschitz: float,
-    time: float,
-    *,
-    largest: float | None = None,
-    smallest: float | None = None,
-    paper: bool = False,
-) -> Pair:
-    """dx/dt = F(x, t) on [0, T]: exp(T mu) and exp(-T inf lmin(sym J_F)); Table 3: exp(T L).
-
-    This is about the flow of the equation. What a solver computes is a chain of residual steps: see
-    ``invertible_residual``.
-
-    Args:
-        lipschitz: L, a bound of Lip(F) for all t.
-        time: T.
-        largest: mu, a bound of lmax(sym J_F); default: L.
-        smallest: a lower bound of lmin(sym J_F); default: -L.
-        paper: whether the printed formula is meant.
-    """
-    mu, low = _logarithmic_norms(lipschitz, largest, smallest, paper=paper)
-    T = Interval.of(abs(time))
-    return Pair((T * mu).exp().sup(), (T * -low).exp().sup())
-
-
-def _logarithmic_norms(
-    lipschitz: float, largest: float | None, smallest: float | None, *, paper: bool
-) -> tuple[float, float]:
-    """Bounds of the eigenvalues of (J + J^T) / 2, from above and from below."""
-    mu, low = lipschitz, -lipschitz
-    if largest is not None and not paper:
-        mu = min(largest, lipschitz)
-    if smallest is not None and not paper:
-        low = max(smallest, -lipschitz)
-    return mu, low
+def invertible_residual(lipschitz: float) -> Pair:
+    """x + g(x), L = Lip(g) < 1: 1 + L and 1 / (1 - L), as in Table 3; inf where L >= 1."""
+    L = Upper(lipschitz)
+    return Pair(L + 1, Upper(1.0) / (1 - L))
 
 
 def elementwise(slope: Interval) -> Pair:
@@ -198,36 +133,3 @@ def linear(weight: Float[Tensor, "m n"]) -> Pair:
     size = frobenius_norm(tall)
     slip = gram * gamma(2 * (tall.shape[0] + 2)) * size * size
     return Pair(spectral_norm(W), (gram / (1 - slip)).sqrt())
-
-
-def autoregressive(
-    least_diagonal: Float[Tensor, "d"],
-    off_diagonal: Float[Tensor, "d d"],
-    *,
-    forward: float = math.inf,
-) -> Pair:
-    """A lower triangular J = D + N with D >= least > 0 and |N_ij| <= B_ij.
-
-    |J^-1| <= (diag(least) - B)^-1 entrywise: for strictly triangular B that is an M-matrix, whose
-    inverse is nonnegative, and the norm is monotone.
-
-    Args:
-        least_diagonal: lower bounds of the diagonal, (d,).
-        off_diagonal: B, strictly lower triangular, nonnegative.
-        forward: a bound of ||J||, passed on.
-
-    Returns:
-        ``forward`` and ||(diag(least) - B)^-1||, certified.
-    """
-    if not bool((least_diagonal > 0).all()) or not is_finite(off_diagonal):
-        return Pair(forward, math.inf)
-    diagonal, B = exact(least_diagonal), exact(off_diagonal)
-    X = torch.zeros_like(B)
-    # row by row from the top: sums of numbers that are not negative
-    for i in range(len(B)):
-        row = B[i, :i] @ X[:i] + TINY
-        row[i] += 1.0
-        X[i] = enlarged(row / diagonal[i], i + 8) + TINY
-    if not is_finite(X):
-        return Pair(forward, math.inf)
-    return Pair(forward, spectral_norm(X))

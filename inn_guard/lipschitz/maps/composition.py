@@ -7,19 +7,20 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
-from inn_guard.lipschitz.maps.base import BlockBounds, BoundedMap
+from inn_guard.lipschitz.maps.base import BlockBounds, BoundedMap, for_last_box
 from inn_guard.lipschitz.maps.closed_forms import Pair
 from inn_guard.lipschitz.maps.elementary import Elementwise
 from inn_guard.lipschitz.networks.chain_builder import ChainBuilder, Linear
-from inn_guard.lipschitz.networks.conditioner import Proof, SearchBudget
+from inn_guard.lipschitz.networks.conditioner import SearchBudget
 from inn_guard.lipschitz.networks.graph import Unbounded
+from inn_guard.numerics.interval_matrices import matmul
 from inn_guard.numerics.intervals import Interval
-from inn_guard.numerics.rounding import Upper, enlarged
+from inn_guard.numerics.rounding import Upper
 
 __all__ = ["Composition", "InverseLayer", "OnTail", "inverted"]
 
@@ -33,15 +34,13 @@ class Composition(BoundedMap):
     def bounds(self, box: Interval, effort: SearchBudget) -> BlockBounds:
         """Products of the parts' bounds, each on the box that the parts before it make."""
         forward, inverse = Upper(1.0), Upper(1.0)
-        is_global, reason, proofs = True, "", {}
+        is_global, reason = True, ""
         for k, part in enumerate(self.parts):
             own = part.bounds(box, effort.fraction(1 / (len(self.parts) - k)))
             forward, inverse = forward * own.forward, inverse * own.inverse
             is_global, reason = is_global and own.is_global, reason or own.reason
-            for name, proof in own.proofs.items():
-                proofs[f"{k}.{name}"] = proof
             box = part.image(box)
-        return BlockBounds(forward, inverse, is_global, reason, "product of parts", proofs)
+        return BlockBounds(forward, inverse, is_global, reason, "product of parts")
 
     def image(self, box: Interval) -> Interval:
         for part in self.parts:
@@ -70,14 +69,12 @@ class Composition(BoundedMap):
             z = part.lipsdp_inverse(builder, z, state)
         return z
 
-    def comparison_matrices(self, box: Interval, bounds: BlockBounds) -> tuple[Tensor, Tensor]:
+    def jacobians(self, box: Interval) -> tuple[Interval, Interval]:
         """The products of the parts'."""
-        forward = inverse = torch.eye(box.shape[0], dtype=torch.float64)
-        for k, (part, state) in enumerate(self._with_boxes(box)):
-            own = replace(bounds, proofs=_proofs_of_part(bounds.proofs, k))
-            first, last = part.comparison_matrices(state, own)
-            forward = enlarged(first @ forward, max(first.shape) + 2)
-            inverse = enlarged(inverse @ last, max(first.shape) + 2)
+        forward = inverse = Interval.of(torch.eye(box.shape.numel(), dtype=torch.float64))
+        for part, state in self._with_boxes(box):
+            first, last = part.jacobians(state)
+            forward, inverse = matmul(first, forward), matmul(inverse, last)
         return forward, inverse
 
     def subnetworks(self) -> list[nn.Module]:
@@ -94,14 +91,6 @@ class Composition(BoundedMap):
         return pairs
 
 
-def _proofs_of_part(proofs: dict[str, Proof], k: int) -> dict[str, Proof]:
-    own = {}
-    for name, proof in proofs.items():
-        if name.startswith(f"{k}."):
-            own[name.removeprefix(f"{k}.")] = proof
-    return own
-
-
 @dataclass(frozen=True)
 class OnTail(BoundedMap):
     """A map of the last entries of a vector, laid out in ``shape``; the first entries are kept.
@@ -115,7 +104,7 @@ class OnTail(BoundedMap):
     def bounds(self, box: Interval, effort: SearchBudget) -> BlockBounds:
         own = self.inner.bounds(self._tail(box), effort)
         forward, inverse = own.pair.at_least(1.0)
-        return replace(own, forward=forward, inverse=inverse)
+        return replace(own, forward=forward, inverse=inverse, proofs={})
 
     def image(self, box: Interval) -> Interval:
         tail = self.inner.image(self._tail(box)).map(torch.flatten)
@@ -138,7 +127,6 @@ class InverseLayer(BoundedMap):
     """The inverse of another map, whose inputs are the box's preimage, as far as it is known."""
 
     inner: BoundedMap
-    _last: list[Interval] = field(default_factory=list, init=False, repr=False, compare=False)
 
     def bounds(self, box: Interval, effort: SearchBudget) -> BlockBounds:
         inputs = self.image(box)
@@ -147,11 +135,10 @@ class InverseLayer(BoundedMap):
             return replace(own, reason="its images of the box are not known to be bounded")
         return own
 
+    @for_last_box
     def image(self, box: Interval) -> Interval:
-        """The other's preimage, cached for the last box: every method begins with it."""
-        if not self._last or self._last[0] is not box:
-            self._last[:] = [box, self.inner.preimage(box)]
-        return self._last[1]
+        """The other's preimage."""
+        return self.inner.preimage(box)
 
     def preimage(self, box: Interval) -> Interval:
         return self.inner.image(box)
@@ -165,9 +152,8 @@ class InverseLayer(BoundedMap):
     def lipsdp_inverse(self, builder: ChainBuilder, z: Linear, box: Interval) -> Linear:
         return self.inner.lipsdp_jacobian(builder, z, self.image(box))
 
-    def comparison_matrices(self, box: Interval, bounds: BlockBounds) -> tuple[Tensor, Tensor]:
-        own = replace(bounds.swapped, proofs={})
-        forward, inverse = self.inner.comparison_matrices(self.image(box), own)
+    def jacobians(self, box: Interval) -> tuple[Interval, Interval]:
+        forward, inverse = self.inner.jacobians(self.image(box))
         return inverse, forward
 
     def secant_chain(

@@ -23,14 +23,13 @@ from torch import Tensor, nn
 import inn_guard.lipschitz.maps.closed_forms as blocks
 from inn_guard.execution.deadline import Deadline
 from inn_guard.lipschitz.lipsdp.chain import Chain
-from inn_guard.lipschitz.maps.base import BlockBounds, BoundedMap
+from inn_guard.lipschitz.maps.base import BlockBounds, BoundedMap, for_last_box
 from inn_guard.lipschitz.maps.closed_forms import Pair, supremum
-from inn_guard.lipschitz.maps.elementary import largest, per_channel
+from inn_guard.lipschitz.maps.elementary import per_channel
 from inn_guard.lipschitz.maps.preimage import everywhere, is_everywhere, preimage
 from inn_guard.lipschitz.networks.chain_builder import ChainBuilder, ChainInterpreter, Linear
 from inn_guard.lipschitz.networks.conditioner import (
     AnalysedNetwork,
-    Proof,
     SearchBudget,
     analyse,
     bound_chain,
@@ -39,9 +38,10 @@ from inn_guard.lipschitz.networks.conditioner import (
 )
 from inn_guard.lipschitz.networks.graph import Network, Unbounded
 from inn_guard.lipschitz.transformers.affine import Affine
-from inn_guard.lipschitz.transformers.base import Transformer
+from inn_guard.lipschitz.transformers.base import Transformer, where
+from inn_guard.numerics.interval_matrices import diagonal
 from inn_guard.numerics.intervals import Interval
-from inn_guard.numerics.rounding import Upper, enlarged
+from inn_guard.numerics.rounding import Upper
 
 __all__ = [
     "ByChannel",
@@ -50,11 +50,8 @@ __all__ = [
     "Derivatives",
     "Split",
     "blocked_rows",
-    "dependence",
     "interleaved_rows",
 ]
-
-SUMMED = 4096  #: roundings that sums of a few hundred products stay below
 
 
 @runtime_checkable
@@ -205,18 +202,16 @@ class Coupling(BoundedMap):
         except Unbounded as error:
             return BlockBounds.none(str(error))
         norms = self.norms(d, effort.deadline.fraction(0.5))
-        proofs = self._proofs(d, effort)
+        proofs = self._recursion(d, effort)
         m, method, reason = norms, "norm product", ""
-        if proofs:
-            forward = Upper.min(norms.forward, proofs["M"].bound)
-            m = Pair(forward, Upper.min(norms.inverse, proofs["M*"].bound))
+        if proofs is not None:
+            m = Pair(*map(Upper.min, norms, proofs))
         if m != norms:
             method = "LipSDP recursion"
         pair = blocks.affine_coupling(m, d.scale)
         if not pair.finite:
             reason = self.reason_for_infinity(d, d.scale)
-        used = {name: proof for name, proof in proofs.items() if math.isfinite(proof.bound)}
-        return BlockBounds(*pair, is_everywhere(box), reason, method, used)
+        return BlockBounds(*pair, is_everywhere(box), reason, method)
 
     def image(self, box: Interval) -> Interval:
         changed = box.map(self.split.changed)
@@ -269,14 +264,38 @@ class Coupling(BoundedMap):
         at_centre = self.transformer.sensitivities(Interval.of(self.split.changed(centre)), d.theta)
         return self._assembled(builder, x, d.network, d.slope, at_centre)
 
-    def comparison_matrices(self, box: Interval, bounds: BlockBounds) -> tuple[Tensor, Tensor]:
-        """[[I, 0], [M, D]] and [[I, 0], [-D^-1 M, D^-1]], with the proofs' bounds of M."""
+    def jacobians(self, box: Interval) -> tuple[Interval, Interval]:
+        """[[I, 0], [M, D]] and [[I, 0], [-D^-1 M, D^-1]]."""
         d = self.derivatives(box)
-        entries = d.network.entries()
-        forward = self._comparison(d.slope, d.sensitivities, entries, bounds.proofs.get("M"))
-        inverse_slope = d.slope.reciprocal()
-        proof = bounds.proofs.get("M*")
-        return forward, self._comparison(inverse_slope, d.log_sensitivities, entries, proof)
+        unit = torch.eye(box.shape.numel(), dtype=torch.float64).reshape(-1, *box.shape)
+        # of zeros and ones: kept = K x, changed = S x
+        K = torch.stack([self.split.kept(e).flatten() for e in unit], 1)
+        S = torch.stack([self.split.changed(e).flatten() for e in unit], 1)
+
+        def assembled(slope: Interval, M: Interval) -> Interval:
+            if not slope.bounded or not M.bounded:
+                raise Unbounded("a slope is not finite")
+            changed = diagonal(slope.map(torch.flatten)).map(lambda t: S.T @ t @ S)
+            return changed + M.map(lambda t: S.T @ t @ K) + (torch.eye(len(unit)) - S.T @ S)
+
+        M = self.dependence(d, d.sensitivities)
+        log_M = -self.dependence(d, d.log_sensitivities)
+        return assembled(d.slope, M), assembled(d.slope.reciprocal(), log_M)
+
+    def dependence(self, d: Derivatives, factors: list[Interval]) -> Interval:
+        """sum_k diag(factor_k) J_theta_k, (changed entries, network inputs); zeros stay zeros."""
+        entries = d.network.jacobian()
+        channels = torch.arange(len(entries.lo)).reshape(d.network.output.shape)
+        terms = []
+        for rows, factor in zip(self.rows, factors, strict=True):
+            J = entries[channels[rows].flatten()]
+            term = factor.map(torch.flatten)[:, None] * J
+            terms.append(where(J.magnitude > 0, term, J))
+        total = terms[0]
+        for term in terms[1:]:
+            nonzero = (total.magnitude > 0) | (term.magnitude > 0)
+            total = where(nonzero, total + term, total)
+        return total
 
     def subnetworks(self) -> list[nn.Module]:
         return [self.network]
@@ -287,7 +306,7 @@ class Coupling(BoundedMap):
         Raises:
             Unbounded: if the network is not understood.
         """
-        output = analyse(self._graph, box.map(self.split.kept)).output
+        output = self.analysed(box).output
         return [output[rows] for rows in self.rows]
 
     def undone(self, changed: Interval, theta: list[Interval]) -> Interval:
@@ -301,13 +320,14 @@ class Coupling(BoundedMap):
 
         return preimage(values, changed)
 
+    @for_last_box
     def derivatives(self, box: Interval) -> Derivatives:
         """Enclosures of h's derivatives over a box.
 
         Raises:
             Unbounded: if the network is not understood.
         """
-        network, x, h = self._analysed(box), box.map(self.split.changed), self.transformer
+        network, x, h = self.analysed(box), box.map(self.split.changed), self.transformer
         theta = [network.output[rows] for rows in self.rows]
         return Derivatives(
             network,
@@ -340,7 +360,13 @@ class Coupling(BoundedMap):
             return "the scale is unbounded"
         return "the scale comes arbitrarily close to zero, so the inverse has no bound"
 
-    def _analysed(self, box: Interval) -> AnalysedNetwork:
+    @for_last_box
+    def analysed(self, box: Interval) -> AnalysedNetwork:
+        """The network over a box of samples.
+
+        Raises:
+            Unbounded: if it is not understood.
+        """
         return analyse(self._graph, box.map(self.split.kept))
 
     @functools.cached_property
@@ -351,34 +377,22 @@ class Coupling(BoundedMap):
         lo = self.split.joined(box.lo, changed.lo)
         return Interval(lo, self.split.joined(box.hi, changed.hi))
 
-    def _comparison(
-        self, slope: Interval, factors: list[Interval], entries: Tensor, proof: Proof | None
-    ) -> Tensor:
-        K, S = self.split.matrices()
-        M = torch.zeros(len(S), len(K), dtype=torch.float64)
-        for rows, factor in zip(self.rows, factors, strict=True):
-            M = M + dependence(largest(factor), entries[rows])
-        if proof is not None:
-            M = M.clamp_max(proof.bound)
-        kept = torch.eye(K.shape[1], dtype=torch.float64) - S.T @ S
-        return kept + S.T @ torch.diag(largest(slope)) @ S + S.T @ M @ K
-
-    def _proofs(self, d: Derivatives, effort: SearchBudget) -> dict[str, Proof]:
-        """Of bounds of M and of M* = D^-1 M by the recursion; empty where they are no chains."""
+    def _recursion(self, d: Derivatives, effort: SearchBudget) -> Pair | None:
+        """Bounds of M and of M* = D^-1 M by the recursion; None where they are no chains."""
         try:
             forward = self._chain(d, d.sensitivities)
             inverse = forward
             if not d.is_additive:
                 inverse = self._chain(d, d.log_sensitivities)
             if forward.width > effort.width:
-                return {}
+                return None
             if d.is_additive:
-                proof = bound_chain(forward, effort)
-                return {"M": proof, "M*": proof}
-            first = bound_chain(forward, effort.fraction(0.5))
-            return {"M": first, "M*": bound_chain(inverse, effort)}
+                bound = bound_chain(forward, effort).bound
+                return Pair(bound, bound)
+            first = bound_chain(forward, effort.fraction(0.5)).bound
+            return Pair(first, bound_chain(inverse, effort).bound)
         except Unbounded:
-            return {}
+            return None
 
     def _chain(self, d: Derivatives, factors: list[Interval]) -> Chain:
         """sum_k diag(factor_k) J_theta_k as a chain from the network's input."""
@@ -470,16 +484,6 @@ def _paper_affine(transformer: Affine, d: Derivatives, L: Upper) -> Pair:
     M = x * supremum(slope) * L + L
     M_star = y * inverse_slope * L + inverse_slope * L * supremum(t) + scale.inverse * L
     return blocks.affine_coupling(Pair(M, M_star), scale, paper=True)
-
-
-def dependence(factor: Tensor, entries: Tensor) -> Tensor:
-    """factor (C,) times the rows of entries (C, K), rounded up; 0 if either is, inf if unknown.
-
-    Sums of a few hundred of them, rounded to nearest, are upper bounds too.
-    """
-    none = (factor[:, None] == 0) | (entries == 0)
-    product = enlarged(factor[:, None] * entries, SUMMED).nan_to_num(math.inf, math.inf, math.inf)
-    return torch.where(none, 0.0, product)
 
 
 def _is_one(factor: Interval) -> bool:

@@ -23,6 +23,7 @@ from inn_guard.lipschitz.networks.conditioner import SearchBudget
 from inn_guard.lipschitz.networks.graph import Unbounded
 from inn_guard.lipschitz.networks.interpreters import over_channels
 from inn_guard.lipschitz.transformers.base import clamped, product_with_complement
+from inn_guard.numerics.interval_matrices import diagonal, within
 from inn_guard.numerics.intervals import Box, Interval, linear
 from inn_guard.numerics.rounding import TINY, Upper, enlarged, frobenius_norm, gamma
 from inn_guard.numerics.spectral_norm import (
@@ -41,7 +42,6 @@ __all__ = [
     "LogitMap",
     "Rearrangement",
     "ShapeDependent",
-    "largest",
     "per_channel",
 ]
 
@@ -85,10 +85,14 @@ class Rearrangement(BoundedMap):
     def lipsdp_inverse(self, builder: ChainBuilder, z: Linear, box: Interval) -> Linear:
         return z.rows(self.order(box).argsort())
 
-    def comparison_matrices(self, box: Interval, bounds: BlockBounds) -> tuple[Tensor, Tensor]:
-        """Permutation matrices."""
-        matrix = torch.eye(box.shape[0], dtype=torch.float64)[self.order(box)]
-        return matrix, matrix.T
+    def jacobians(self, box: Interval) -> tuple[Interval, Interval]:
+        """A matrix of zeros and ones, and its transpose."""
+        inputs = box.shape.numel()
+        unit = torch.eye(inputs, dtype=torch.float64).reshape(inputs, *box.shape)
+        matrix = self.move(unit).flatten(1).T
+        if len(matrix) != inputs:
+            raise Unbounded("entries are dropped or added")
+        return Interval.of(matrix), Interval.of(matrix.T)
 
     def order(self, box: Interval) -> Tensor:
         """The order of channels.
@@ -150,8 +154,8 @@ class ShapeDependent(BoundedMap):
     ) -> Linear:
         return self.at(box).secant_chain(builder, x, box, centre)
 
-    def comparison_matrices(self, box: Interval, bounds: BlockBounds) -> tuple[Tensor, Tensor]:
-        return self.at(box).comparison_matrices(box, bounds)
+    def jacobians(self, box: Interval) -> tuple[Interval, Interval]:
+        return self.at(box).jacobians(box)
 
     def subnetworks(self) -> list[nn.Module]:
         return list(self.networks)
@@ -185,10 +189,9 @@ class Diagonal(BoundedMap):
     def lipsdp_inverse(self, builder: ChainBuilder, z: Linear, box: Interval) -> Linear:
         return z.mapped(torch.diag(1 / self._per_channel(z.channels))[None])
 
-    def comparison_matrices(self, box: Interval, bounds: BlockBounds) -> tuple[Tensor, Tensor]:
+    def jacobians(self, box: Interval) -> tuple[Interval, Interval]:
         """The diagonal and its inverse."""
-        scale = Interval.around(self._per_channel(box.shape[0]))
-        return torch.diag(scale.magnitude), torch.diag(scale.reciprocal().magnitude)
+        return _diagonals(_at_every_pixel(self.scale, box).map(lambda t: t.expand(box.shape)))
 
     def _per_channel(self, channels: int) -> Tensor:
         return exact(self.scale) * torch.ones(channels, dtype=torch.float64)
@@ -267,14 +270,16 @@ class LinearMap(BoundedMap):
         inverse, error = self.inverse()
         return z.mapped(inverse[None], error)
 
-    def comparison_matrices(self, box: Interval, bounds: BlockBounds) -> tuple[Tensor, Tensor]:
-        """|W| and |W^-1|."""
-        if not math.isfinite(bounds.inverse):
-            raise Unbounded("the matrix is not invertible")
-        inverse, error = self._approximate_inverse()
-        size = Upper(bounds.inverse)
-        slack = error + size * size * 2 * self.error
-        return exact(self.weight).abs() + self.error, inverse.abs() + slack
+    def jacobians(self, box: Interval) -> tuple[Interval, Interval]:
+        """W and W^-1, repeated for every pixel."""
+        inverse, error = self.inverse()
+        pixels = torch.eye(box.shape[1:].numel(), dtype=torch.float64)
+
+        def repeated(matrix: Interval) -> Interval:
+            return matrix.map(lambda t: torch.kron(t.contiguous(), pixels))
+
+        weight = within(exact(self.weight), self.error)
+        return repeated(weight), repeated(within(inverse, error))
 
     def inverse(self) -> tuple[Tensor, Upper]:
         """W^-1, computed, with a bound of the norm of its error.
@@ -282,17 +287,13 @@ class LinearMap(BoundedMap):
         Raises:
             Unbounded: if W is singular.
         """
-        inverse, error = self._approximate_inverse()
+        if self.weight.shape[0] != self.weight.shape[1]:
+            raise Unbounded("the matrix is not square")
+        inverse, error = inverse_with_error(self.weight)
         size = spectral_norm(inverse) + error
         if not math.isfinite(error) or size * self.error >= 0.5:
             raise Unbounded("the matrix is singular")
         return inverse, error + 2 * size * size * self.error
-
-    def _approximate_inverse(self) -> tuple[Tensor, Upper]:
-        """The inverse of the stored matrix, with a bound of the norm of its error."""
-        if self.weight.shape[0] != self.weight.shape[1]:
-            raise Unbounded("the matrix is not square")
-        return inverse_with_error(self.weight)
 
 
 @dataclass(frozen=True)
@@ -337,10 +338,9 @@ class Elementwise(BoundedMap):
     def lipsdp_inverse(self, builder: ChainBuilder, z: Linear, box: Interval) -> Linear:
         return builder.activated(z, *per_channel(self.slope(box).reciprocal(), z.channels))
 
-    def comparison_matrices(self, box: Interval, bounds: BlockBounds) -> tuple[Tensor, Tensor]:
-        """Largest slopes, and one over the smallest."""
-        slope = self.slope(box)
-        return torch.diag(largest(slope)), torch.diag(largest(slope.reciprocal()))
+    def jacobians(self, box: Interval) -> tuple[Interval, Interval]:
+        """The slopes, and one over them."""
+        return _diagonals(self.slope(box))
 
 
 @dataclass(frozen=True)
@@ -401,13 +401,22 @@ class LogitMap(BoundedMap):
                 f"the logit clamps its argument to [{self.eps:.2g}, 1 - {self.eps:.2g}], beyond "
                 "which its slope is zero; pass a smaller domain"
             )
-        width = 1.0 - Interval.of(self.alpha) * 2.0
-        slope = width / product_with_complement(p) / self.temperature
-        return BlockBounds(*blocks.elementwise(slope), is_global=False)
+        return BlockBounds(*blocks.elementwise(self._slope(p)), is_global=False)
 
     def image(self, box: Interval) -> Interval:
         p = clamped(self._argument(box), 0.0, 1.0)
         return (p.log() - (1.0 - p).log()) / self.temperature
+
+    def jacobians(self, box: Interval) -> tuple[Interval, Interval]:
+        """The slopes, and one over them, where the argument is never clamped."""
+        p = self._argument(box)
+        if p.inf() <= self.eps or p.sup() >= 1 - self.eps:
+            raise Unbounded("the logit is unbounded at 0 and 1, or clamped")
+        return _diagonals(self._slope(p))
+
+    def _slope(self, p: Interval) -> Interval:
+        width = 1.0 - Interval.of(self.alpha) * 2.0
+        return width / product_with_complement(p) / self.temperature
 
     def _argument(self, box: Interval) -> Interval:
         return box * (1.0 - Interval.of(self.alpha) * 2.0) + self.alpha
@@ -418,11 +427,15 @@ def _at_every_pixel(values: Tensor, like: Interval) -> Interval:
     return Interval.around(over_channels(exact(values), like.lo))
 
 
+def _diagonals(slopes: Interval) -> tuple[Interval, Interval]:
+    """The diagonal Jacobian of entrywise slopes, and its inverse."""
+    flat = slopes.map(torch.flatten)
+    inverse = flat.reciprocal()
+    if not flat.bounded or not inverse.bounded:
+        raise Unbounded("a slope may be zero, or is not finite")
+    return diagonal(flat), diagonal(inverse)
+
+
 def per_channel(slopes: Interval, channels: int) -> tuple[Tensor, Tensor]:
     """The least and the largest slope of each channel, over the pixels."""
     return slopes.lo.reshape(channels, -1).amin(1), slopes.hi.reshape(channels, -1).amax(1)
-
-
-def largest(x: Interval) -> Tensor:
-    """The largest magnitude of each channel, over the pixels."""
-    return x.magnitude.reshape(len(x.lo), -1).amax(1)

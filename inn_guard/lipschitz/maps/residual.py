@@ -20,6 +20,7 @@ from inn_guard.lipschitz.maps.preimage import everywhere, is_everywhere
 from inn_guard.lipschitz.networks.chain_builder import ChainBuilder, ChainInterpreter, Linear
 from inn_guard.lipschitz.networks.conditioner import SearchBudget, analyse, subnetwork_lipschitz
 from inn_guard.lipschitz.networks.graph import Unbounded
+from inn_guard.numerics.interval_matrices import interval_inverse
 from inn_guard.numerics.intervals import Interval
 from inn_guard.numerics.rounding import Upper
 
@@ -64,11 +65,22 @@ class Residual(BoundedMap):
             L = analyse(self.network, box, self.context).product(effort.deadline)
         except Unbounded:
             return BlockBounds.none("").pair
-        return blocks.invertible_residual(L, paper=True)
+        return blocks.invertible_residual(L)
 
     def lipsdp_jacobian(self, builder: ChainBuilder, x: Linear, box: Interval) -> Linear:
         g = builder.masked(analyse(self.network, box, self.context).append_to(builder, x))
         return ChainInterpreter(builder).add(x, g)
+
+    def jacobians(self, box: Interval) -> tuple[Interval, Interval]:
+        """I + J_g, and its inverses."""
+        g = analyse(self.network, box, self.context).jacobian()
+        if not g.bounded:
+            raise Unbounded("a slope is not finite")
+        J = g + torch.eye(len(g.lo))
+        K = interval_inverse(J)
+        if not K.bounded:
+            raise Unbounded("the inverse is not proved to exist")
+        return J, K
 
     def subnetworks(self) -> list[nn.Module]:
         return [self.network]

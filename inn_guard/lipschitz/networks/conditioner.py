@@ -18,10 +18,9 @@ from inn_guard.lipschitz.lipsdp.recursion import certify
 from inn_guard.lipschitz.networks.chain_builder import ChainBuilder, ChainInterpreter, Linear, Torus
 from inn_guard.lipschitz.networks.graph import CONVOLUTIONS, Network, Unbounded
 from inn_guard.lipschitz.networks.interpreters import (
-    ChannelwiseBounds,
     Constant,
-    EntrywiseBounds,
     IntervalInterpreter,
+    JacobianInterpreter,
     NormProduct,
 )
 from inn_guard.numerics.convolution_norm import paddings
@@ -98,20 +97,12 @@ class AnalysedNetwork:
             return Upper(math.inf)
         return constant.lipschitz
 
-    def entries(self) -> Tensor:
-        """Bounds of the Jacobian's norms from channel to channel, (outputs, inputs).
-
-        Raises:
-            Unbounded: if an operation has none.
-        """
-        interpreter = EntrywiseBounds(self.preactivations)
-        if len(self.box.shape) > 1:
-            interpreter = ChannelwiseBounds(self.preactivations)
-        start = torch.eye(self.box.shape[0], dtype=torch.float64)
-        entries = self.network.interpret(start, interpreter)
-        if bool(entries.isnan().any()):
-            raise Unbounded("a weight is not finite")
-        return entries
+    def jacobian(self) -> Interval:
+        """The Jacobian over the box, (outputs, inputs), images flattened."""
+        inputs = self.box.shape.numel()
+        unit = torch.eye(inputs, dtype=torch.float64).reshape(inputs, *self.box.shape)
+        moved = self.network.interpret(Interval.of(unit), JacobianInterpreter(self.preactivations))
+        return moved.map(lambda t: t.flatten(1).T)
 
     def append_to(self, builder: ChainBuilder, x: Linear) -> Linear:
         """The network's output for an input x; its layers are appended to the builder's chain."""

@@ -17,18 +17,15 @@ from inn_guard.numerics.convolution_norm import (
     cheap_convolution_norm,
     convolution_norm,
     convolution_operations,
-    is_transposed,
-    kernels,
 )
 from inn_guard.numerics.intervals import Interval, linear
 from inn_guard.numerics.rounding import UNIT, Upper, enlarged, gamma, is_finite
 from inn_guard.numerics.spectral_norm import cheap_norm, exact, norm_operations, spectral_norm
 
 __all__ = [
-    "ChannelwiseBounds",
     "Constant",
-    "EntrywiseBounds",
     "IntervalInterpreter",
+    "JacobianInterpreter",
     "NormProduct",
     "over_channels",
 ]
@@ -57,15 +54,7 @@ class IntervalInterpreter:
 
     def convolution(self, x: Interval, module: Any) -> Interval:
         """Centre and radius, each convolved, with the rounding of both."""
-        weight = exact(module.weight)
-        if not x.bounded or not is_finite(weight):
-            everything = torch.full_like(apply(module, weight, torch.zeros_like(x.lo)), math.inf)
-            return Interval(-everything, everything)
-        centre, radius = apply(module, weight, x.centre), apply(module, weight.abs(), x.radius)
-        operations = weight[0].numel() * weight.shape[0] + 4
-        size = apply(module, weight.abs(), x.magnitude) + radius
-        slack = 2 * gamma(operations) * enlarged(size, operations)
-        y = Interval.of(centre) + Interval(-radius - slack, radius + slack)
+        y = _convolved(x[None], module)[0]
         if module.bias is None:
             return y
         return y + over_channels(exact(module.bias), y.lo)
@@ -100,11 +89,7 @@ class IntervalInterpreter:
 
     def rearrange(self, x: Interval, move: LinearRearrangement) -> Interval:
         """Both ends, with the rounding of averages."""
-        y = x.map(lambda end: move.move(end[None])[0])
-        if move.norm >= 1:
-            return y
-        slack = AVERAGE * UNIT * y.magnitude
-        return Interval(y.lo - slack, y.hi + slack)
+        return _rearranged(x[None], move)[0]
 
     def constant(self, value: Tensor, like: Interval) -> Interval:
         """The hull of a batch (B, *shape) of constants; vectors are repeated over the pixels."""
@@ -147,8 +132,8 @@ class NormProduct:
 
     def convolution(self, x: Constant, module: Any) -> Constant:
         """Times the norm of the convolution, by the torus bound."""
-        zeros = torch.zeros(x.shape, dtype=torch.float64)
-        shape = tuple(apply(module, exact(module.weight), zeros).shape)
+        zeros = torch.zeros(1, *x.shape, dtype=torch.float64)
+        shape = tuple(apply(module, exact(module.weight), zeros).shape[1:])
         size = x.shape[1:]
         operations = convolution_operations(module, size)
         if self.deadline.can_afford(operations):
@@ -207,85 +192,84 @@ def largest_slopes(function: Activation, preactivation: Interval | None) -> Tens
     return torch.tensor(max(abs(low), abs(high)), dtype=torch.float64)
 
 
-class EntrywiseBounds:
-    """Upper bounds of |J| entry by entry, (outputs, inputs), for networks on vectors.
+class JacobianInterpreter:
+    """Enclosures of the Jacobian: what each input moves in a value, (inputs, *shape).
 
     Exact zeros, as masks make them, stay zeros.
 
     Args:
-        preactivations: the input of each activation, for local slopes; empty for global ones.
+        preactivations: the input of each activation.
     """
 
-    def __init__(self, preactivations: dict[str, Interval] | None = None) -> None:
-        self.preactivations = preactivations or {}
+    def __init__(self, preactivations: dict[str, Interval]) -> None:
+        self.preactivations = preactivations
 
-    def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        """|W| |J|."""
-        size = exact(weight).abs()
-        return enlarged(size @ x, size.shape[1])
+    def linear(self, x: Interval, weight: Tensor, bias: Tensor | None) -> Interval:
+        """W x."""
+        W = exact(weight)
+        reached = (x.magnitude > 0).double() @ (W != 0).double().mT > 0
+        return _zero_unless(reached, linear(W, x))
 
-    def convolution(self, x: Tensor, module: Any) -> Tensor:
-        """Not on images."""
-        raise Unbounded("entrywise bounds are for vectors only")
+    def convolution(self, x: Interval, module: Any) -> Interval:
+        """The convolution without its bias."""
+        return _convolved(x, module)
 
-    def activate(self, x: Tensor, function: Activation, node: str) -> Tensor:
-        """Times the largest absolute slopes, per row."""
-        slope = largest_slopes(function, self.preactivations.get(node))
-        if slope.dim():
-            slope = slope.reshape(len(x), -1).amax(1)[:, None]
-        return enlarged(x * slope, 1)
+    def activate(self, x: Interval, function: Activation, node: str) -> Interval:
+        """Times the slopes over the preactivations' box."""
+        return _zero_unless(x.magnitude > 0, x * function.slope(self.preactivations[node]))
 
-    def rescale(self, x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
-        """Times |scale|."""
-        return enlarged(x * over_channels(exact(scale).abs(), x), DERIVED)
+    def rescale(self, x: Interval, scale: Tensor, shift: Tensor) -> Interval:
+        """Times the scale."""
+        scales = Interval.around(over_channels(exact(scale), x.lo[0]))
+        return _zero_unless(x.magnitude > 0, x * scales)
 
-    def add(self, x: Tensor, y: Tensor) -> Tensor:
-        """The sum of both bounds."""
-        return enlarged(x + y, 1)
+    def add(self, x: Interval, y: Interval) -> Interval:
+        """x + y."""
+        return _zero_unless((x.magnitude > 0) | (y.magnitude > 0), x + y)
 
-    def concatenate(self, parts: list[Tensor], *, last: bool = False) -> Tensor:
-        """The rows of all parts."""
-        return torch.cat(parts)
+    def concatenate(self, parts: list[Interval], *, last: bool = False) -> Interval:
+        """The channels of all parts."""
+        return Interval.cat(parts, 1)
 
-    def flatten(self, x: Tensor) -> Tensor:
-        """The same bounds."""
-        return x
+    def flatten(self, x: Interval) -> Interval:
+        """The same in one dimension."""
+        return x.map(lambda end: end.flatten(1))
 
-    def rearrange(self, x: Tensor, move: LinearRearrangement) -> Tensor:
-        """Every column rearranged, on vectors only."""
-        moved = move.move(x.T)
-        if moved.dim() != 2:
-            raise Unbounded("entrywise bounds are for vectors only")
-        return enlarged(moved.T, AVERAGE)
+    def rearrange(self, x: Interval, move: LinearRearrangement) -> Interval:
+        """Every input's share is rearranged."""
+        return _rearranged(x, move)
 
-    def constant(self, value: Tensor, like: Tensor) -> Tensor:
-        """Zeros: the value does not depend on the input."""
-        return torch.zeros(value.shape[1], like.shape[1], dtype=torch.float64)
+    def constant(self, value: Tensor, like: Interval) -> Interval:
+        """Zero: the value does not depend on the input."""
+        shape = (len(like.lo), value.shape[1], *like.shape[2:])
+        return Interval.of(torch.zeros(shape, dtype=torch.float64))
 
 
-class ChannelwiseBounds(EntrywiseBounds):
-    """The same for networks on images: norms of the maps from one channel to another."""
+def _zero_unless(reached: Tensor, x: Interval) -> Interval:
+    """x, and exactly zero where nothing reaches it: operations round zeros outwards."""
+    return x.map(lambda end: torch.where(reached, end, 0.0))
 
-    def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        """Not on images."""
-        raise Unbounded("a dense layer on an image")
 
-    def convolution(self, x: Tensor, module: Any) -> Tensor:
-        """Times the sums of the kernels' absolute values (Young's inequality)."""
-        if str(module.padding_mode) not in ("zeros", "circular"):
-            raise Unbounded(f"{module.padding_mode} padding")
-        sums = torch.block_diag(*[part.abs().flatten(2).sum(2) for part in kernels(module)])
-        if is_transposed(module):
-            sums = sums.T
-        return enlarged(sums @ x, module.weight.numel())
+def _convolved(x: Interval, module: Any) -> Interval:
+    """Centre and radius of a batch, each convolved without bias, with the rounding of both."""
+    weight = exact(module.weight)
+    if not x.bounded or not is_finite(weight):
+        everything = torch.full_like(apply(module, weight, torch.zeros_like(x.lo)), math.inf)
+        return Interval(-everything, everything)
+    centre, radius = apply(module, weight, x.centre), apply(module, weight.abs(), x.radius)
+    operations = weight[0].numel() * weight.shape[0] + 4
+    size = apply(module, weight.abs(), x.magnitude) + radius
+    slack = 2 * gamma(operations) * enlarged(size, operations)
+    return Interval.of(centre) + Interval(-radius - slack, radius + slack)
 
-    def flatten(self, x: Tensor) -> Tensor:
-        """Not on images."""
-        raise Unbounded("an image is flattened")
 
-    def rearrange(self, x: Tensor, move: LinearRearrangement) -> Tensor:
-        """Not on images."""
-        raise Unbounded("entries are moved, repeated or averaged")
+def _rearranged(x: Interval, move: LinearRearrangement) -> Interval:
+    """Both ends of a batch, with the rounding of averages."""
+    y = x.map(move.move)
+    if move.norm >= 1:
+        return y
+    slack = AVERAGE * UNIT * y.magnitude
+    return Interval(y.lo - slack, y.hi + slack)
 
 
 def over_channels(values: Tensor, like: Tensor) -> Tensor:

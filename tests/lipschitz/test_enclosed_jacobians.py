@@ -1,4 +1,4 @@
-"""Comparison matrices: never below a sampled ratio, tighter where layers repeat, best cuts."""
+"""Enclosed Jacobians: never below a sampled ratio, tighter where layers repeat, best cuts."""
 
 from __future__ import annotations
 
@@ -16,15 +16,14 @@ from inn_guard.layers.networks import MLP
 from inn_guard.lipschitz.bounds import lipschitz_bounds
 from inn_guard.lipschitz.certificate import Certificate
 from inn_guard.lipschitz.networks.conditioner import SearchBudget
-from inn_guard.lipschitz.whole_network import Factor, cheapest, comparison_factors, product
-from inn_guard.numerics.intervals import Box
+from inn_guard.lipschitz.whole_network import Factor, cheapest, jacobian_factors, product
+from inn_guard.numerics.intervals import Box, Interval
 from tests.cases.trials import first
 from tests.lipschitz.soundness import ROUNDING
 from tests.lipschitz.test_whole_network import dense, loud, ratios
 
-NARROW = SearchBudget(
-    steps=0, width=0
-)  # no recursion: what is left are products and comparison matrices
+#: no recursion: what is left are products of norms and of enclosed Jacobians
+NARROW = SearchBudget(steps=0, width=0)
 
 
 @pytest.mark.parametrize("affine", first(1, [True, False]))
@@ -51,7 +50,7 @@ def test_repeated_masks_add_instead_of_multiplying(tmp_path):
     model = repeated(6)
     bounds = lipschitz_bounds(model, Box.everywhere((2,)), seconds=0.2, effort=NARROW)
     for side, method in zip(("forward", "inverse"), bounds.method, strict=True):
-        assert method == "comparison matrices"
+        assert method == "enclosed Jacobians"
         assert getattr(bounds, side) < 0.5 * product(
             [getattr(layer.bounds, side) for layer in bounds.per_layer]
         )
@@ -65,7 +64,8 @@ def test_repeated_masks_add_instead_of_multiplying(tmp_path):
 def test_runs_are_products_of_the_matrices_and_end_where_one_is_unknown():
     generator = torch.Generator().manual_seed(1)
     matrices = [torch.rand(3, 3, generator=generator, dtype=torch.float64) for _ in range(5)]
-    factors = comparison_factors([*matrices[:3], None, *matrices[3:]], Deadline())
+    enclosed = [Interval.of(matrix) for matrix in matrices]
+    factors = jacobian_factors([*enclosed[:3], None, *enclosed[3:]], Deadline())
     assert {(f.first, f.last) for f in factors} == {(0, 2), (0, 3), (1, 3), (4, 6)}
     first = next(f for f in factors if (f.first, f.last) == (0, 3))
     truth = float(torch.linalg.matrix_norm(matrices[2] @ matrices[1] @ matrices[0], 2))
