@@ -151,6 +151,7 @@ EXPERIMENTS = (
     Experiment("attacks.step_cost", "what one step of the attack costs, in forward passes"),
     Experiment("lipschitz.soundness", "certificates against 40-digit truth and dense matrices"),
     Experiment("lipschitz.adversary", "bounds of altered models against gradient ascent"),
+    Experiment("lipschitz.tightness", "bounds of random blocks over the largest ratios found"),
     Experiment(
         "lipschitz.toys",
         "2-D flows of 16 blocks bracketed by branch and bound",

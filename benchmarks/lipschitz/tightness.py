@@ -33,7 +33,7 @@ class Config:
 
 PRESETS = {
     "smoke": {"configurations": 4, "chunk": 2, "seconds": 0.1},
-    "cpu": {},  # what the committed table holds: half an hour of one core
+    "cpu": {},  # what the committed table holds: ten minutes of one core
 }
 
 

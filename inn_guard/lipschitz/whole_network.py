@@ -245,19 +245,24 @@ def _jacobians(
 
 def _of_enclosed(jacobians: tuple[Interval, Interval], box: Interval) -> BlockBounds:
     """The bounds of enclosed Jacobians over a box, with their proofs."""
-    bounds, proofs = [], {}
+    proofs = {}
     for name, enclosed in zip(("forward", "inverse"), jacobians, strict=True):
         bound, matrix, error = interval_norm(enclosed)
-        bounds.append(bound)
         proofs[name] = Proof(bound, Chain(enclosed.shape[1], (), matrix[None], error), ())
-    return BlockBounds(*bounds, is_everywhere(box), method="enclosed Jacobian", proofs=proofs)
+    return BlockBounds(
+        proofs["forward"].bound,
+        proofs["inverse"].bound,
+        is_everywhere(box),
+        method="enclosed Jacobian",
+        proofs=proofs,
+    )
 
 
 def _moved(
     reach: ReachableSet | None, following: Sequence[BoundedMap], box: Interval, effort: SearchBudget
 ) -> ReachableSet | None:
     """The reachable set after the first of the following maps; None where the recursion fails."""
-    if reach is None:
+    if reach is None or effort.deadline.passed:
         return None
     shape = tuple(reach.centre.shape)
     try:

@@ -71,7 +71,8 @@ def triangular_inverse(A: Interval) -> Interval:
     What stands above the diagonal is taken for zero. In magnitudes this is the inverse of the
     M-matrix diag(least) - |A - diag|.
     """
-    n, rows = len(A.lo), []
+    n = len(A.lo)
+    rows: list[Interval] = []
     reciprocal = diagonal_of(A).reciprocal()
     for i in range(n):
         row = Interval.of(torch.eye(n, dtype=torch.float64)[i : i + 1])
