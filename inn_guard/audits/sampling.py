@@ -503,8 +503,8 @@ def _finding(context: AuditContext, drawn: _Draws, lost: _Lost) -> Finding:
     if drawn.lost:
         are = "is" if drawn.lost == 1 else "are"
         reason = (
-            f"{drawn.lost:,} of {drawn.seen:,} draws {are} lost: {percent(low)} to {percent(high)} % "
-            f"({confidence}), limit {100 * limit:g} %{lost.sentence()}"
+            f"{drawn.lost:,} of {drawn.seen:,} draws {are} lost: "
+            f"{percent(low)} to {percent(high)} % ({confidence}), limit {100 * limit:g} %{lost.sentence()}"
         )
     else:
         reason = (
