@@ -504,7 +504,8 @@ def _finding(context: AuditContext, drawn: _Draws, lost: _Lost) -> Finding:
         are = "is" if drawn.lost == 1 else "are"
         reason = (
             f"{drawn.lost:,} of {drawn.seen:,} draws {are} lost: "
-            f"{percent(low)} to {percent(high)} % ({confidence}), limit {100 * limit:g} %{lost.sentence()}"
+            f"{percent(low)} to {percent(high)} % ({confidence}), limit {100 * limit:g} %"
+            f"{lost.sentence()}"
         )
     else:
         reason = (
