@@ -14,7 +14,7 @@ from inn_guard.core.invertible import Invertible, InvertibleWrapper
 from inn_guard.core.layer_jacobian import AutogradJacobian, LayerJacobian
 from inn_guard.core.missing import NotApplicable
 from inn_guard.core.tensors import dtype_name
-from inn_guard.execution.state import snapshot_of
+from inn_guard.execution.state import StateSnapshot
 
 __all__ = ["AuditedModel", "InputRejected", "ModelError"]
 
@@ -60,10 +60,12 @@ class AuditedModel(InvertibleWrapper):
         composition: how the layers were measured to differ from the map. Where they are another
             map, ``layers()`` is hidden.
         recovery: what runs after a call that raised; shared with the layers.
+        state: of the inner map, as checks find it; None where nobody has taken it.
     """
 
     data_shape: torch.Size | None = None
     composition: Composition = Composition()
+    state: StateSnapshot | None = None
 
     def __init__(
         self, inner: Invertible, label: str = "the model", *, trained: tuple[str, ...] = ()
@@ -142,7 +144,8 @@ class AuditedModel(InvertibleWrapper):
         what = f"conversion to {dtype_name(dtype)}"
         copy = self.rewrapped(self._named(what, lambda: self.inner.to_dtype(dtype)))
         if copy is not self:
-            copy.recovery = Recovery(snapshot_of(copy.inner))
+            copy.state = StateSnapshot(copy.inner)
+            copy.recovery = Recovery(copy.state.restore_written)
         return copy
 
     def _tensor(self, what: str, given: Tensor, call: Callable[[], Any]) -> Tensor:

@@ -19,7 +19,7 @@ from inn_guard.core.missing import NotApplicable
 from inn_guard.core.tensors import finite_rows
 from inn_guard.execution.memory import Footprint, forward_footprint, linearized_footprint
 from inn_guard.execution.parallel import SERIAL, WorkSharing
-from inn_guard.execution.state import preserve_state
+from inn_guard.execution.state import StateSnapshot
 from inn_guard.jacobian.chain import Linearization
 from inn_guard.report.limits import Limits
 
@@ -91,6 +91,33 @@ class AuditContext:
         """Indices of the samples that are finite and have finite latents."""
         return self._once("usable rows", self._usable_rows)
 
+    def in_dtype(self, dtype: torch.dtype) -> AuditedModel:
+        """A copy of the model in this dtype, which all checks share and find as it was made.
+
+        Raises:
+            NotApplicable, ModelError: if it cannot be copied.
+        """
+        if self.parallel.memory is not None:
+            # a copy that is kept would count against every later check
+            return self.model.to_dtype(dtype)
+        key = self._key(f"copy in {dtype}")
+        if key not in self.shared:
+            try:
+                self.shared[key] = self.model.to_dtype(dtype)
+            except (ModelError, NotApplicable) as error:
+                self.shared[key] = error
+        copy = self.shared[key]
+        if isinstance(copy, Exception):
+            raise copy
+        self.shared.setdefault("lent", {})[key] = copy
+        return copy
+
+    def take_back_copies(self) -> None:
+        """Restore the copies that a check has used, for the next check."""
+        for copy in self.shared.pop("lent", {}).values():
+            if copy.state is not None:
+                copy.state.restore()
+
     def linearization(self, rows: Tensor) -> Linearization:
         """The model linearized at these rows, shared by all checks that ask for the same rows."""
         if self.parallel.memory is not None:
@@ -136,11 +163,13 @@ class AuditContext:
 
 def audited_model(model: Invertible, x: Tensor) -> AuditedModel:
     """The model as checks see it: with its layers if these are the same map, else opaque."""
+    state = StateSnapshot(model)
     # inside the block no audit in another thread has set its mode
-    with torch.no_grad(), preserve_state(model) as recover:
+    with torch.no_grad(), state.preserved() as recover:
         trained = tuple(name for name, part in model.named_modules() if part.training)
         audited = AuditedModel(model, trained=trained)
         audited.data_shape = x.shape[1:]
+        audited.state = state
         audited.eval()
 
         def restore() -> None:

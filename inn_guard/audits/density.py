@@ -177,7 +177,7 @@ def _log_prob(context: AuditContext, model: AuditedModel, rows: Tensor, x: Tenso
 
 def _precise(context: AuditContext, rows: Tensor) -> Tensor | Missing:
     try:
-        copy = context.model.to_dtype(torch.float64)
+        copy = context.in_dtype(torch.float64)
         return _log_prob(context, copy, rows, context.x.double())
     except (ModelError, NotApplicable) as error:
         return Missing(f"no float64 copy could be measured: {error}")
@@ -207,13 +207,13 @@ def _attempt(measure: Callable[[], Tensor]) -> Tensor | None:
 
 
 def _float32_log_prob(context: AuditContext, rows: Tensor) -> Tensor:
-    copy = context.model.to_dtype(torch.float32)
+    copy = context.in_dtype(torch.float32)
     return _log_prob(context, copy, rows, context.x.float())
 
 
 def _perturbed_log_prob(context: AuditContext, rows: Tensor) -> Tensor:
     generator = context.generator()
-    copy = context.model.to_dtype(torch.float64)
+    copy = context.model.to_dtype(torch.float64)  # of its own: its weights are moved
 
     def move(t: Tensor) -> Tensor:
         noise = torch.randn(t.shape, generator=generator, device="cpu", dtype=torch.float64)

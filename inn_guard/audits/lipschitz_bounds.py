@@ -85,6 +85,7 @@ def lipschitz_bounds(
     box = _box(x, margin) if domain is None else domain
     deadline = Deadline.after(seconds)
     bounds = certify(model, box, data=x.detach().cpu(), seconds=0.9 * seconds)
+    precise = context.in_dtype(torch.float64).select(rows)
     usable = context.limits.round_trip(x.dtype) / torch.finfo(x.dtype).eps
     verdict, reason = _judged(bounds, usable)
     return AuditResult(
@@ -94,7 +95,7 @@ def lipschitz_bounds(
         headline=("upper_forward", "upper_inverse"),
         values=_values(bounds),
         units={name: "log10" for name in _values(bounds) if name.startswith("log10")},
-        per_layer=tuple(_rows(_sampled(model, x, deadline), bounds)),
+        per_layer=tuple(_rows(_sampled(precise, x, deadline), bounds)),
         settings={
             "scope": bounds.scope,
             "seconds": seconds,
@@ -185,7 +186,7 @@ def _sampled(
     One direction where time has run out.
     """
     few = torch.arange(min(len(x), SAMPLED), device=x.device)
-    line = Linearization(model.select(few).to_dtype(torch.float64), x[few].double())
+    line = Linearization(model.select(few), x[few].double())
     generator = torch.Generator().manual_seed(0)
     result = []
     for tangent, state in zip(line.jacobians, line.states, strict=False):

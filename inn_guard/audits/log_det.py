@@ -278,8 +278,10 @@ def _compare(context: AuditContext, usable: Tensor, samples: int | None) -> _Com
     wanted = _samples(context.x[0].numel()) if samples is None else samples
     wanted = min(wanted, len(usable))
     model, x = context.at(usable[:wanted])
-    precise = _float64_copy(model, x)
+    precise = _float64_copy(context, usable[:wanted])
     few = min(LEAST, wanted)
+    if wanted * x[0].numel() ** 2 <= DENSE_ENTRIES:
+        few = wanted  # affordable whatever structure the layers have
     reference = _reference(context, model, precise, x, torch.arange(few, device=x.device))
     more = min(wanted, _affordable(reference, x[0].numel())) if samples is None else wanted
     if more > few:
@@ -308,12 +310,12 @@ def _affordable(reference: _Reference, dimension: int) -> int:
     return max(LEAST, DENSE_ENTRIES // (dense * dimension))
 
 
-def _float64_copy(model: AuditedModel, x: Tensor) -> AuditedModel | Missing:
+def _float64_copy(context: AuditContext, rows: Tensor) -> AuditedModel | Missing:
     """A copy in float64 that runs there: what a function has captured stays in its own dtype."""
     try:
-        copy = model.to_dtype(torch.float64)
+        copy = context.in_dtype(torch.float64).select(rows)
         with torch.no_grad():
-            copy.forward_and_log_det(x.double())
+            copy.forward_and_log_det(context.x[rows].double())
     except (NotApplicable, ModelError) as error:
         return Missing(str(error))
     return copy

@@ -478,7 +478,7 @@ def _in_float64(
         return Missing("the model is in float64 itself")
     some = context.finite_rows()
     try:
-        copy = context.model.to_dtype(torch.float64)
+        copy = context.in_dtype(torch.float64)
         # float64 takes longer: at most ten times as long on any device in use
         guarded = Guarded(copy.select(some), context.x[some].double(), seconds=10 * seconds)
     except (ModelError, NotApplicable) as error:

@@ -147,7 +147,7 @@ def _float64_copy(context: AuditContext) -> AuditedModel:
     if not len(context.finite_rows()):
         raise NotApplicable("no sample of x is finite")
     try:
-        return context.model.to_dtype(torch.float64)
+        return context.in_dtype(torch.float64)
     except ModelError as error:
         raise NotApplicable(f"there is no float64 copy: {error}") from error
 

@@ -22,7 +22,7 @@ from inn_guard.audits.priors import base_of
 from inn_guard.core.invertible import Invertible
 from inn_guard.core.missing import NotApplicable
 from inn_guard.execution.parallel import SERIAL
-from inn_guard.execution.state import preserve_state
+from inn_guard.execution.state import StateSnapshot
 from inn_guard.report.limits import Limits
 from inn_guard.report.result import AuditResult
 from inn_guard.report.uses import Finding
@@ -119,8 +119,10 @@ class AuditSpec:
         with contextlib.ExitStack() as stack:
             for surroundings in (torch.inference_mode(mode=False), torch.enable_grad(), plain):
                 stack.enter_context(surroundings)
-            recover = stack.enter_context(preserve_state(model))
+            state = model.state or StateSnapshot(model)
+            recover = stack.enter_context(state.preserved())
             stack.enter_context(_recovering(model, recover))
+            stack.callback(context.take_back_copies)
             model.eval()
             try:
                 return self.function(context, **self.settings)

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.grad_mode import _unsafe_preserve_version_counter
 
-__all__ = ["changed_state", "preserve_state", "real_default_device", "snapshot_of"]
+__all__ = ["StateSnapshot", "changed_state", "preserve_state", "real_default_device"]
 
 Restore = Callable[[], None]
 Found = list[tuple[Any, int]]  #: values still to be looked into, each with its depth
@@ -70,21 +70,45 @@ def preserve_state(model: nn.Module) -> Iterator[Restore]:
     Blocks of several threads run one at a time: they share the modules and the process, and each
     would revert the changes of the others.
     """
-    with _ONE_AT_A_TIME:
-        of_process = [_global_generators(), *_process_settings()]
-        of_model = list(_snapshots(model))
-        restorations = [*of_process, *of_model]
-        try:
-            yield lambda: _restore_all(map(_if_written, reversed(of_model)))
-        finally:
-            # in reverse: the content of modules, the modules, and last what restoring itself uses
-            _restore_all(reversed(restorations))
+    with _ONE_AT_A_TIME, StateSnapshot(model).preserved() as restore:
+        yield restore
 
 
-def snapshot_of(model: nn.Module) -> Restore:
-    """A function that restores this model as `preserve_state` does, at any later time."""
-    of_model = list(_snapshots(model))
-    return lambda: _restore_all(map(_if_written, reversed(of_model)))
+class StateSnapshot:
+    """What calls of ``model`` can change, as it is now, for any number of blocks.
+
+    A snapshot looks at every tensor and attribute of the model. An audit takes one for all its
+    checks.
+    """
+
+    # without a dictionary: a snapshot of what refers to this one must not look inside
+    __slots__ = ("_of_model",)
+
+    def __init__(self, model: nn.Module) -> None:
+        with _ONE_AT_A_TIME:
+            self._of_model = list(_snapshots(model))
+
+    @contextmanager
+    def preserved(self) -> Iterator[Restore]:
+        """A block after which the model is that of the snapshot, and the process as before.
+
+        Else as `preserve_state`.
+        """
+        with _ONE_AT_A_TIME:
+            of_process = [_global_generators(), *_process_settings()]
+            try:
+                yield self.restore_written
+            finally:
+                # in reverse: the content of modules, the modules, last what restoring itself uses
+                _restore_all(reversed([*of_process, *self._of_model]))
+
+    def restore(self) -> None:
+        """Restore the model."""
+        _restore_all(reversed(self._of_model))
+
+    def restore_written(self) -> None:
+        """Restore the model, without a look at tensors to which no operation has written."""
+        _restore_all(map(_if_written, reversed(self._of_model)))
 
 
 @contextmanager

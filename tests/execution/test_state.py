@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from inn_guard.execution.state import changed_state, preserve_state, snapshot_of
+from inn_guard.execution.state import StateSnapshot, changed_state, preserve_state
 
 
 class Cache:
@@ -402,7 +402,7 @@ def test_the_model_can_be_restored_within_the_block():
 
 def test_a_snapshot_restores_at_any_later_time():
     model = Restless()
-    before, restore = of_model(model), snapshot_of(model)
+    before, restore = of_model(model), StateSnapshot(model).restore_written
     for _ in range(2):
         model.running.mul_(3).add_(1)
         model.names.add("b")

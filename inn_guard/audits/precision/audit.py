@@ -15,7 +15,7 @@ from inn_guard.audits.context import AuditContext
 from inn_guard.audits.cost_model import Cost, Passes, Task
 from inn_guard.audits.fault_tolerant import patience
 from inn_guard.audits.level import Level
-from inn_guard.audits.precision.by_use import BASE_DRAWS, figures_by_use, lowest_by_use
+from inn_guard.audits.precision.by_use import BASE_DRAWS, FiguresByUse, lowest_by_use
 from inn_guard.audits.precision.forecast import (
     NUMERIC,
     DtypeCopies,
@@ -28,8 +28,8 @@ from inn_guard.audits.precision.number_format import (
     number_formats,
     tf32,
 )
+from inn_guard.audits.round_trip import RoundTrip
 from inn_guard.audits.spec import audit_check
-from inn_guard.core.invertible import Invertible
 from inn_guard.core.missing import NotApplicable
 from inn_guard.execution.memory import forward_footprint
 from inn_guard.execution.time_limit import TimedOut, time_limit
@@ -130,18 +130,19 @@ def precision(
         )
     chosen, start = context.at(rows)
     if not chosen.bijective:
-        start = _projected(chosen, start)
+        start = _projected(context, rows)
     probes = min(SWEEPS, math.ceil(DRAWS / len(rows))) if probes is None else probes
-    copies = DtypeCopies(chosen, start.dtype)
+    copies = DtypeCopies(context, rows)
     forecaster = RoundingForecaster(copies, start, probes=probes, seed=context.seed)
     limits = [usable or context.limits.round_trip(one.coarsest) for one in candidates]
     seconds = patience(chosen, start)
     measured = [_relative(copies, start, one, seconds=seconds) for one in candidates]
     in_float32 = _error_in_float32(candidates, measured)
+    figures = FiguresByUse(context, copies.of, rows, seconds)
     table = []
-    for one, error, limit in zip(candidates, measured, limits, strict=True):
-        row = _row(one, error, limit, forecaster, in_float32)
-        table.append({**row, **figures_by_use(context, copies.of, rows, one, seconds)})
+    for one, found, limit in zip(candidates, measured, limits, strict=True):
+        row = _row(one, found, limit, forecaster, in_float32)
+        table.append({**row, **figures.of(one, found.trip)})
     mine = next((k for k, one in enumerate(candidates) if _is_own(one, x.dtype)), 0)
     verdict, reason = _verdict(table[mine], own=_is_own(candidates[mine], x.dtype))
     works = [row["number format"] for row in table if row["measured verdict"] == "works"]
@@ -198,11 +199,12 @@ def _is_own(number_format: NumberFormat, dtype: torch.dtype) -> bool:
     )
 
 
-def _projected(model: Invertible, x: Tensor) -> Tensor:
-    """F^-1(F(x)), computed in float64 where the model can."""
+def _projected(context: AuditContext, rows: Tensor) -> Tensor:
+    """F^-1(F(x)) at these rows, computed in float64 where the model can."""
+    model, x = context.at(rows)
     with torch.no_grad():
         try:
-            copy = model.to_dtype(torch.float64)
+            copy = context.in_dtype(torch.float64).select(rows)
             return copy.inverse(copy(x.double())).to(x.dtype)
         except (NotApplicable, ModelError):
             return model.inverse(model(x))
@@ -215,11 +217,13 @@ class _Measured:
     Attributes:
         error: in units of |x|, (B,).
         lost: what the dtype loses of the data themselves, likewise.
+        trip: the states of it, if the model ran.
         problem: what the model raised; "" if nothing.
     """
 
     error: Tensor
     lost: Tensor
+    trip: RoundTrip | None = None
     problem: str = ""
 
 
@@ -283,15 +287,17 @@ def _relative(
             time_limit(seconds),
         ):
             copy = copies.of(number_format.storage)
-            rebuilt = copy.inverse(copy(cast.clone()))
+            z = copy(cast.clone())
+            rebuilt = copy.inverse(z)
     except TimedOut as hang:
-        return _Measured(_failed(x, math.inf), lost, f"did not return: {hang}")
+        return _Measured(_failed(x, math.inf), lost, problem=f"did not return: {hang}")
     except (NotApplicable, ModelError) as error:
         cause = error.__cause__ or error
         if isinstance(cause, NUMERIC):
-            return _Measured(_failed(x, math.inf), lost, f"raised: {_one_line(cause)}")
-        return _Measured(_failed(x, math.nan), lost, f"refused: {_one_line(cause)}")
-    return _Measured(_ratio(rebuilt.double() - cast.double(), cast).cpu(), lost)
+            return _Measured(_failed(x, math.inf), lost, problem=f"raised: {_one_line(cause)}")
+        return _Measured(_failed(x, math.nan), lost, problem=f"refused: {_one_line(cause)}")
+    error = _ratio(rebuilt.double() - cast.double(), cast).cpu()
+    return _Measured(error, lost, RoundTrip(cast, z, rebuilt))
 
 
 def _failed(x: Tensor, value: float) -> Tensor:

@@ -19,21 +19,15 @@ from inn_guard.core.invertible import Invertible
 from inn_guard.core.missing import Missing, NotApplicable
 from inn_guard.execution.time_limit import TimedOut, time_limit
 
-__all__ = ["figures_by_use", "lowest_by_use"]
+__all__ = ["FiguresByUse", "lowest_by_use"]
 
 BASE_DRAWS = 256  #: of the base; none may be lost
 
 CopyIn = Callable[[torch.dtype], Invertible]
 
 
-def figures_by_use(
-    context: AuditContext,
-    copy_in: CopyIn,
-    rows: Tensor,
-    number_format: NumberFormat,
-    seconds: float,
-) -> dict[str, Any]:
-    """The deciding figures of density, reconstruction and sampling in one number format.
+class FiguresByUse:
+    """The deciding figures of density, reconstruction and sampling in any number format.
 
     Error of log p(x) in nats, of round trips by feature, and lost draws of 256:
 
@@ -43,57 +37,81 @@ def figures_by_use(
         context: model and data.
         copy_in: dtype -> the model in it, for these rows of the batch.
         rows: of x, finite ones.
-        number_format: how the model is run.
         seconds: limit of each figure.
     """
-    x = context.x[rows]
-    latents = _latents(context)
 
-    def measured(figure: Callable[[], float]) -> float:
-        try:
-            with (
-                torch.no_grad(),
-                tf32(number_format),
-                autocast(x.device.type, number_format),
-                time_limit(seconds),
-            ):
-                return figure()
-        except NotApplicable:
-            return math.nan
-        except (ModelError, TimedOut):
-            return math.inf
+    def __init__(
+        self, context: AuditContext, copy_in: CopyIn, rows: Tensor, seconds: float
+    ) -> None:
+        self._context, self._copy_in, self._seconds = context, copy_in, seconds
+        self._x = context.x[rows]
+        self._latents = _latents(context)
+        self._precise: Tensor | None = None
 
-    def density() -> float:
-        precise = copy_in(torch.float64).log_prob(x.double())
-        coarse = copy_in(number_format.storage).log_prob(x.to(number_format.storage))
+    def of(self, number_format: NumberFormat, trip: RoundTrip | None) -> dict[str, Any]:
+        """The figures in one number format.
+
+        Args:
+            number_format: how the model is run.
+            trip: x -> z -> x in this format, if it has been run.
+        """
+
+        def measured(figure: Callable[[torch.dtype], float]) -> float:
+            try:
+                with (
+                    torch.no_grad(),
+                    tf32(number_format),
+                    autocast(self._x.device.type, number_format),
+                    time_limit(self._seconds),
+                ):
+                    return figure(number_format.storage)
+            except NotApplicable:
+                return math.nan
+            except (ModelError, TimedOut):
+                return math.inf
+
+        def reconstruction(dtype: torch.dtype) -> float:
+            if trip is not None and self._context.model.bijective:
+                return worst(trip.by_feature)
+            return self._reconstruction(dtype)
+
+        return {
+            "density error": measured(self._density),
+            "reconstruction error": measured(reconstruction),
+            f"lost of {BASE_DRAWS} draws": measured(self._lost_draws),
+        }
+
+    def _density(self, dtype: torch.dtype) -> float:
+        if self._precise is None:
+            self._precise = self._copy_in(torch.float64).log_prob(self._x.double())
+        precise = self._precise
+        coarse = self._copy_in(dtype).log_prob(self._x.to(dtype))
         outside = (coarse == -math.inf) & (precise == -math.inf)
         apart = (coarse.double() - precise).abs()
         return worst(torch.where(outside, torch.zeros_like(apart), apart))
 
-    def reconstruction() -> float:
-        model = copy_in(number_format.storage)
-        start = x.to(number_format.storage)
+    def _reconstruction(self, dtype: torch.dtype) -> float:
+        model = self._copy_in(dtype)
+        start = self._x.to(dtype)
         z = model(start.clone())
         if not model.bijective:
             start, z = z, z.clone()
             return worst(RoundTrip(start, z, model(model.inverse(z))).by_feature)
         return worst(RoundTrip(start, z, model.inverse(z)).by_feature)
 
-    def lost_draws() -> float:
+    def _lost_draws(self, dtype: torch.dtype) -> float:
+        context, latents = self._context, self._latents
         if isinstance(latents, Missing):
             raise NotApplicable(latents.reason)
-        z = latents.to(number_format.storage)
+        z = latents.to(dtype)
         positions = context_rows(context, torch.arange(len(z), device=z.device))
-        model = context.model.to_dtype(number_format.storage).select(positions)
+        model = context.model
+        if dtype != context.x.dtype:
+            model = context.in_dtype(dtype)
+        model = model.select(positions)
         again = model(model.inverse(z.clone()))
         off = draw_error(z, again, context.base.deviation.double())
         return float((~(off <= context.limits.draw)).sum())
-
-    return {
-        "density error": measured(density),
-        "reconstruction error": measured(reconstruction),
-        f"lost of {BASE_DRAWS} draws": measured(lost_draws),
-    }
 
 
 def _latents(context: AuditContext) -> Tensor | Missing:
@@ -109,7 +127,7 @@ def lowest_by_use(context: AuditContext, table: Sequence[Mapping[str, Any]]) -> 
 
     Args:
         context: for its limits.
-        table: one row per number format, with the figures of `figures_by_use` and its unit
+        table: one row per number format, with the figures of `FiguresByUse` and its unit
             roundoff.
     """
     limits = context.limits

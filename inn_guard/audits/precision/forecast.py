@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from inn_guard.audits.context import AuditContext
 from inn_guard.audits.precision.number_format import NumberFormat, autocast
 from inn_guard.audits.thresholds import data_scale
 from inn_guard.core.invertible import Invertible
@@ -31,10 +32,11 @@ NUMERIC = (ValueError, AssertionError, ArithmeticError, torch.linalg.LinAlgError
 
 
 class DtypeCopies:
-    """The model in other dtypes; its float64 copy is made once."""
+    """The model at some rows of the batch in other dtypes; its float64 copy is made once."""
 
-    def __init__(self, model: Invertible, dtype: torch.dtype) -> None:
-        self.model, self._dtype = model, dtype
+    def __init__(self, context: AuditContext, rows: Tensor) -> None:
+        self.model = context.model.select(rows)
+        self._context, self._rows = context, rows
         self._precise: Invertible | None = None
 
     def of(self, dtype: torch.dtype) -> Invertible:
@@ -43,12 +45,12 @@ class DtypeCopies:
         Raises:
             NotApplicable, ModelError: if it cannot be copied.
         """
-        if dtype == self._dtype:
+        if dtype == self._context.x.dtype:
             return self.model
         if dtype != torch.float64:
-            return self.model.to_dtype(dtype)
+            return self._context.in_dtype(dtype).select(self._rows)
         if self._precise is None:
-            self._precise = self.model.to_dtype(dtype)
+            self._precise = self._context.in_dtype(dtype).select(self._rows)
         return self._precise
 
 
