@@ -85,11 +85,11 @@ class AuditContext:
 
     def finite_rows(self) -> Tensor:
         """Indices of the samples of x without NaN or Inf."""
-        return self._once("finite rows", lambda: finite_rows(self.x).nonzero()[:, 0])
+        return self.once("finite rows", lambda: finite_rows(self.x).nonzero()[:, 0])
 
     def usable_rows(self) -> Tensor:
         """Indices of the samples that are finite and have finite latents."""
-        return self._once("usable rows", self._usable_rows)
+        return self.once("usable rows", self._usable_rows)
 
     def in_dtype(self, dtype: torch.dtype) -> AuditedModel:
         """A copy of the model in this dtype, which all checks share and find as it was made.
@@ -150,7 +150,8 @@ class AuditContext:
         (finite,) = self.parallel.map(rows, measure, at_most=self.max_forward())
         return rows[finite]
 
-    def _once(self, name: str, make: Callable[[], Any]) -> Any:
+    def once(self, name: str, make: Callable[[], Any]) -> Any:
+        """What ``make`` returns, made when it is first asked for under this name."""
         key = self._key(name)
         if key not in self.shared:
             self.shared[key] = make()

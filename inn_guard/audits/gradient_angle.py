@@ -20,8 +20,13 @@ from inn_guard.audits.level import Level
 from inn_guard.audits.spec import audit_check
 from inn_guard.core.invertible import Invertible, standard_normal_log_prob
 from inn_guard.core.layer_jacobian import NotApplicable
-from inn_guard.execution.state import preserve_state
-from inn_guard.memory_saving import INPUT, OUTPUT, RandomAndBufferState, memory_saving
+from inn_guard.execution.state import StateSnapshot
+from inn_guard.memory_saving import (
+    INPUT,
+    OUTPUT,
+    RandomAndBufferState,
+    saving_compared_chain,
+)
 from inn_guard.report.limits import Limits
 from inn_guard.report.result import AuditResult
 from inn_guard.report.uses import Finding
@@ -161,7 +166,7 @@ def gradient_angle(
         reason = "every sample of x contains NaN or Inf already: the true gradient is not finite"
         return gradient_angle.without_answer(Verdict.NON_FINITE, reason, advice=CLEAN)
     batches = usable.split(at_once)
-    saving = memory_saving(model, keep=keep)
+    saving = saving_compared_chain(model, model.composition, keep=keep)
 
     def compare(rows: Tensor) -> tuple[GradientComparison, list[GradientComparison]]:
         rebuilt, stored = (saving.select(rows), x[rows]), (model.select(rows), x[rows])
@@ -172,7 +177,10 @@ def gradient_angle(
     compared = context.parallel.map_items(batches, compare)
     minibatches = tuple(whole.row() for whole, _ in compared)
     rounding = _rounding(model.select(batches[0]), x[batches[0]], measure, parameters, context.seed)
-    other = _other_choice(model, x, batches[0], keep, measure, parameters)
+    others = saving_compared_chain(
+        model, model.composition, keep=OUTPUT if keep == INPUT else INPUT
+    )
+    other = _other_choice(model, others, x, batches[0], measure, parameters)
     finding = _finding(minibatches, rounding, context.limits)
     finding = dataclasses.replace(finding, reason=finding.reason + _remarks(context, other, keep))
     finding = dataclasses.replace(finding, samples=len(usable), of=len(x))
@@ -229,17 +237,18 @@ def _values(minibatches: Sequence[Mapping[str, float]], rounding: float) -> dict
 
 
 def _other_choice(
-    model: Invertible,
+    model: AuditedModel,
+    other: Invertible,
     x: Tensor,
     rows: Tensor,
-    keep: str,
     measure: Measured,
     parameters: list[Tensor],
 ) -> dict[str, float]:
     """The angle of the choice that does not decide, in one minibatch; nothing where it raises."""
-    other = memory_saving(model, keep=OUTPUT if keep == INPUT else INPUT)
     part, batch = model.select(rows), x[rows]
-    with preserve_state(model), contextlib.suppress(NotApplicable, ModelError):
+    # the last that the check does with the model, which may be in its first mode afterwards
+    state = model.state or StateSnapshot(model)
+    with state.preserved(), contextlib.suppress(NotApplicable, ModelError):
         pairs = _pairs((other.select(rows), batch), (part, batch), measure, parameters)
         return {"other_angle": GradientComparison.of(pairs).row()["angle"]}
     return {}

@@ -255,7 +255,7 @@ def _measure(
     for k, layer in enumerate(linearization.layers):
         state, tangent = linearization.states[k], linearization.inverse_checked(k)
         forward, backward = layer_extremes(tangent, state, generator=noise, max_steps=LAYER_STEPS)
-        conditions.append(forward.log_value + backward.log_value)
+        conditions.append(forward + backward)
         with torch.no_grad():
             errors.append(log_norm(layer.inverse(tangent.output).double() - state.double()))
         bits.append(bits_lost(layer, state, dimension=dimension))

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
@@ -196,6 +196,14 @@ class GuardedRoundTrip:
     bits: Tensor | None
     log_det: Tensor | None
 
+    def split(self, sizes: Sequence[int]) -> list[GuardedRoundTrip]:
+        """The round trips of parts of the batch, in their order."""
+        columns = []
+        for field in fields(self):
+            whole: Tensor | None = getattr(self, field.name)
+            columns.append([None] * len(sizes) if whole is None else whole.split(list(sizes)))
+        return [GuardedRoundTrip(*part) for part in zip(*columns, strict=True)]
+
 
 def guarded_from_data(
     guarded: Guarded,
@@ -208,7 +216,7 @@ def guarded_from_data(
     """x -> z -> x; for a map that is injective only, z -> x -> z from the latents of x.
 
     ``unit`` is what the errors of x are divided by, in a shape that broadcasts against it. Default:
-    each sample's root mean square (`data_scale`), which is always that of latents.
+    each sample's root mean square (`data_scale`).
     """
     if not bijective:
         return guarded_from_latents(guarded, guarded.forward(x), log_det=False)
@@ -220,14 +228,16 @@ def guarded_from_data(
     return _measured(x, x, back, forward, backward, unit)
 
 
-def guarded_from_latents(guarded: Guarded, z: Tensor, *, log_det: bool) -> GuardedRoundTrip:
-    """z -> x -> z."""
+def guarded_from_latents(
+    guarded: Guarded, z: Tensor, *, log_det: bool, unit: Tensor | None = None
+) -> GuardedRoundTrip:
+    """z -> x -> z; ``unit`` is what the errors of z are divided by, as in `guarded_from_data`."""
     if not log_det:
         x = guarded.inverse(z)
-        return _measured(z, x, guarded.forward(x), None, None)
+        return _measured(z, x, guarded.forward(x), None, None, unit)
     x, backward = guarded.inverse_and_log_det(z)
     back, forward = guarded.forward_and_log_det(x)
-    return _measured(z, x, back, forward, backward)
+    return _measured(z, x, back, forward, backward, unit)
 
 
 def _measured(

@@ -228,6 +228,10 @@ def _allowance(context: AuditContext, draws: int | None) -> tuple[int, str]:
 
 def inverse_cost(context: AuditContext) -> float:
     """Operations of an inverse over those of a forward pass; 1 where they cannot be counted."""
+    return context.once("cost of an inverse", lambda: _inverse_cost(context))
+
+
+def _inverse_cost(context: AuditContext) -> float:
     rows = context.usable_rows()[:PROBED]
     if not len(rows):
         return 1.0
@@ -333,10 +337,13 @@ def block_of_draws(context: AuditContext, block: int, *, shape: torch.Size) -> T
 
 def guarded_model(context: AuditContext) -> Guarded:
     """The model behind a time limit, which all processes share, tried on the finite samples."""
-    rows = context.finite_rows()
-    model, x = context.at(rows)
-    seconds = max(context.parallel.all_gather(lambda: patience(model, x)))
-    return Guarded(model, x, seconds=seconds).of(context.model)
+
+    def made() -> Guarded:
+        model, x = context.at(context.finite_rows())
+        seconds = max(context.parallel.all_gather(lambda: patience(model, x)))
+        return Guarded(model, x, seconds=seconds).of(context.model)
+
+    return context.once("guarded model", made).fresh_copy()
 
 
 def context_rows(context: AuditContext, rows: Tensor) -> Tensor:

@@ -10,13 +10,16 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from inn_guard.core.layer_jacobian import LayerJacobian
+from inn_guard.core.layer_jacobian import LayerJacobian, Map
 from inn_guard.core.random import Noise, as_noise
 from inn_guard.core.tensors import finite_rows
 from inn_guard.jacobian.chain import Linearization, LogScaledVector, log_scaled
-from inn_guard.jacobian.lanczos import LargestSingularValue, largest_singular_value
+from inn_guard.jacobian.lanczos import largest_singular_value
 
 __all__ = ["InverseGains", "inverse_gains", "layer_extremes"]
+
+#: Up to this dimension all rows of J and of J^-1 cost less than an iteration for their norms.
+SMALL = 16
 
 
 @dataclass(frozen=True)
@@ -75,8 +78,11 @@ def layer_extremes(
     generator: torch.Generator | Noise,
     tolerance: float = 0.1,
     max_steps: int = 20,
-) -> tuple[LargestSingularValue, LargestSingularValue]:
-    """sigma_max of J and of J^-1 of one layer, for every sample.
+) -> tuple[Tensor, Tensor]:
+    """ln sigma_max of J and of J^-1 of one layer, for every sample, (B,) float64 each.
+
+    In up to 16 dimensions both matrices are formed from their products, each by its own: a small
+    singular value of J need not be found beside its large ones.
 
     Args:
         jacobian: of the layer at x.
@@ -85,13 +91,26 @@ def layer_extremes(
         tolerance: relative error to reach.
         max_steps: largest number of Lanczos steps.
     """
+    if max(x[0].numel(), jacobian.output[0].numel()) <= SMALL:
+        forward = _log_norm_of_rows(jacobian.vjp, jacobian.output, x)
+        return forward, _log_norm_of_rows(jacobian.inverse_vjp, x, jacobian.output)
     lanczos = functools.partial(largest_singular_value, tolerance=tolerance, max_steps=max_steps)
     noise = as_noise(generator)
     v = noise(x.shape).to(x)
     u = noise(jacobian.output.shape).to(jacobian.output)
     forward = lanczos(log_scaled(jacobian.jvp), log_scaled(jacobian.vjp), v)
     inverse = lanczos(log_scaled(jacobian.inverse_jvp), log_scaled(jacobian.inverse_vjp), u)
-    return forward, inverse
+    return forward.log_value, inverse.log_value
+
+
+def _log_norm_of_rows(transposed: Map, output: Tensor, x: Tensor) -> Tensor:
+    """ln of the largest singular value of the matrix A whose rows are A^T e_k, (B,) float64."""
+    basis = torch.eye(output[0].numel(), dtype=output.dtype, device=output.device)
+    rows = [transposed(e.expand(len(x), -1).reshape(output.shape)).flatten(1) for e in basis]
+    matrix = torch.stack(rows, dim=1).double()
+    finite = finite_rows(matrix)
+    sigma = torch.linalg.svdvals(torch.where(finite[:, None, None], matrix, 0.0))[:, 0]
+    return torch.where(finite, sigma.log(), math.nan)
 
 
 def _sweep(linearization: Linearization, probe: LogScaledVector) -> list[LogScaledVector]:

@@ -25,7 +25,7 @@ from inn_guard.memory_saving.integers import (
 )
 from inn_guard.memory_saving.replay import hooks_suspended
 
-__all__ = ["INPUT", "OUTPUT", "MemorySaving", "memory_saving"]
+__all__ = ["INPUT", "OUTPUT", "MemorySaving", "memory_saving", "saving_compared_chain"]
 
 INPUT, OUTPUT = "input", "output"  #: what is stored between the two passes
 
@@ -103,11 +103,7 @@ def memory_saving(
     if isinstance(model, MemorySaving):
         model = model.inner
     with preserve_state(model):  # layers() may embed a context with a net whose statistics move
-        is_chain = bool(model.layers())
-    if not is_chain:
-        raise NotApplicable(
-            f"{model.name} has no layers(): memory_saving needs a chain of layers to go back along"
-        )
+        _require_layers(model)
     if not isinstance(exact, bool):
         raise TypeError(f"expected exact as True or False; got {exact!r:.60}")
     if exact and guard is not None:
@@ -125,6 +121,32 @@ def memory_saving(
     if guard is not None:
         checked = Guard(guard)
     return MemorySaving(model, checked, exact=exact, keep=keep)
+
+
+def saving_compared_chain(
+    model: Invertible, composition: Composition, *, keep: str = INPUT
+) -> MemorySaving:
+    """``memory_saving(model)`` of a chain whose layers have been compared with it before.
+
+    Args:
+        model: the chain.
+        composition: how its layers differ from it.
+        keep: as in ``memory_saving``.
+
+    Raises:
+        NotApplicable: if ``model`` has no layers().
+    """
+    _require_layers(model)
+    saving = MemorySaving(model, None, keep=keep)
+    saving._compositions[False] = composition
+    return saving
+
+
+def _require_layers(model: Invertible) -> None:
+    if not model.layers():
+        raise NotApplicable(
+            f"{model.name} has no layers(): memory_saving needs a chain of layers to go back along"
+        )
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,7 @@ from inn_guard.audits.fault_tolerant import Guarded
 from inn_guard.audits.out_of_distribution import input_families as families
 from inn_guard.audits.out_of_distribution.audit import out_of_distribution
 from inn_guard.audits.out_of_distribution.input_families import BASE_FAMILIES, DATA_FAMILIES
-from inn_guard.audits.out_of_distribution.radius_search import smallest_failing_radius
+from inn_guard.audits.out_of_distribution.radius_search import smallest_failing_radii
 from inn_guard.core.invertible import Invertible
 from inn_guard.execution.time_limit import TimedOut, time_limit
 from inn_guard.layers.chain import Chain
@@ -118,7 +118,7 @@ def test_the_radius_where_a_likelihood_stops_holding():
 
 def test_the_search_halves_down_to_the_first_failure():
     limits = torch.tensor([0.2, 1.0, 37.0, 1e9, 1e-9])
-    found = smallest_failing_radius(lambda radii: radii > limits, 5)
+    (found,) = smallest_failing_radii(lambda radii: radii[None] > limits, 5)
     assert bool((found.fails[:3] >= limits[:3]).all())
     assert bool((found.fails[:3] <= 1.02 * limits[:3]).all())
     assert bool((found.holds[:3] <= limits[:3]).all())

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -11,7 +13,7 @@ from torch import Tensor
 
 from inn_guard.audits.audited_model import AuditedModel, ModelError
 from inn_guard.audits.batch import checked_batch
-from inn_guard.audits.context import AuditContext
+from inn_guard.audits.context import AuditContext, same_up_to_rounding
 from inn_guard.audits.cost_model import Cost, Passes, Task
 from inn_guard.audits.fault_tolerant import Guarded, patience
 from inn_guard.audits.level import Level
@@ -27,7 +29,7 @@ from inn_guard.audits.out_of_distribution.radius_search import (
     LARGEST,
     SMALLEST,
     Radii,
-    smallest_failing_radius,
+    smallest_failing_radii,
 )
 from inn_guard.audits.round_trip import (
     GuardedRoundTrip,
@@ -35,13 +37,13 @@ from inn_guard.audits.round_trip import (
     guarded_from_latents,
 )
 from inn_guard.audits.spec import audit_check
-from inn_guard.audits.thresholds import feature_deviation, table_unit
+from inn_guard.audits.thresholds import data_scale, feature_deviation, table_unit
 from inn_guard.core.layer_jacobian import NotApplicable
 from inn_guard.core.tensors import finite_rows, norms, per_sample
 from inn_guard.execution.memory import forward_footprint
 from inn_guard.execution.time_limit import TimedOut, time_limit
 from inn_guard.jacobian.chain import Linearization
-from inn_guard.jacobian.singular_values import ExtremeSingularValues, extreme_singular_values
+from inn_guard.jacobian.singular_values import extreme_singular_values
 from inn_guard.report.result import AuditResult
 from inn_guard.report.uses import Finding
 from inn_guard.report.verdict import Verdict
@@ -53,6 +55,8 @@ BITS = 0.1
 DIRECTIONS = 16  #: of the radius search
 SPECTRUM_SAMPLES = 4  #: of each family that are linearized at level full
 SPECTRUM_STEPS = 20
+#: What a sample may differ by in other company, in eps of the largest entry: the order of sums.
+SAME = 100.0
 LN10 = math.log(10)
 NAME = "out_of_distribution"
 ADVICE = (
@@ -124,12 +128,13 @@ def out_of_distribution(
     spectrum_samples = 0
     if context.level is Level.FULL:
         spectrum_samples = int(min(SPECTRUM_SAMPLES, context.max_linearized(2 * SPECTRUM_STEPS)))
-    measured = _Families(context, rows, int(min(DIRECTIONS, fits)), spectrum_samples)
+    measured = _Families(context, rows, fits, spectrum_samples)
     measured.measure("data", x[rows], Scope(in_range=True))
     for name, other in (others or {}).items():
         batch = _checked_other(model, name, other, x)[: len(rows)]
         measured.measure(name, batch, Scope(in_range=True))
     measured.measure_built_in()
+    measured.measure_spectra()
     invertible, likelihood = measured.radii()
     finding = _finding(measured, invertible, likelihood)
     radii = {"invertible_radius": invertible.fails}
@@ -167,11 +172,63 @@ def out_of_distribution(
     )
 
 
+@dataclass(frozen=True)
+class _Made:
+    """Inputs of one family.
+
+    Attributes:
+        name: of it.
+        start: data or latents, (n, *).
+        scope: where they lie.
+        contexts: the rows of the data whose context they have, (n,).
+        unit: what their errors are divided by, which broadcasts against ``start``.
+    """
+
+    name: str
+    start: Tensor
+    scope: Scope
+    contexts: Tensor
+    unit: Tensor
+
+    @classmethod
+    def joined(cls, parts: Sequence[_Made]) -> _Made:
+        """All in one batch, each in its own unit."""
+        return cls(
+            "",
+            torch.cat([part.start for part in parts]),
+            parts[0].scope,
+            torch.cat([part.contexts for part in parts]),
+            torch.cat([part.unit.expand_as(part.start) for part in parts]),
+        )
+
+
+class _NoiseOfParts:
+    """Noise for several groups of samples, each as if it were drawn alone with the same seed."""
+
+    def __init__(self, seed: int, counts: Sequence[int]) -> None:
+        self._parts = [(torch.Generator().manual_seed(seed), count) for count in counts]
+
+    def __call__(self, shape: Sequence[int]) -> Tensor:
+        """Numbers of shape (sum of the counts, ...), float64, on the CPU."""
+        drawn = [
+            torch.randn((count, *shape[1:]), generator=one, device="cpu", dtype=torch.float64)
+            for one, count in self._parts
+        ]
+        return torch.cat(drawn)
+
+
 class _Families:
-    """Families measured so far, one row each."""
+    """Families measured so far, one row each.
+
+    Args:
+        context: of the audit.
+        rows: of the data.
+        at_once: how many samples memory allows.
+        spectrum_samples: of each family that are linearized.
+    """
 
     def __init__(
-        self, context: AuditContext, rows: Tensor, directions: int, spectrum_samples: int
+        self, context: AuditContext, rows: Tensor, at_once: float, spectrum_samples: int
     ) -> None:
         self.model, self.x = context.at(rows)
         self.base, self.domain = context.base, context.domain
@@ -179,9 +236,11 @@ class _Families:
         self.limit = context.limits.round_trip(self.x.dtype)
         self.allowed_share = context.limits.other_inputs
         self.of = len(context.x)
-        self.directions = directions
+        self.at_once = at_once
+        self.directions = int(min(DIRECTIONS, at_once))
         self.spectrum_samples = spectrum_samples
         self.rows: list[Mapping[str, Any]] = []
+        self._trips: list[tuple[GuardedRoundTrip, Tensor]] = []
         self.left_out: list[str] = []
         self.images: dict[str, Tensor] = {}
         self.guarded = Guarded(self.model, self.x, seconds=patience(self.model, self.x))
@@ -199,46 +258,81 @@ class _Families:
     def measure_built_in(self) -> None:
         """The families that mean something for this data."""
         z = self.guarded.forward(self.x)
+        made: list[_Made] = []
         for name, family in DATA_FAMILIES.items():
             if family.fits(self.x):
-                self._make(name, family, self.x)
+                made.append(self._made(name, family, self.x))
             else:
                 shape = tuple(self.x.shape)
                 self.left_out.append(f"{name}: x {shape} holds no images of 4 x 4 pixels or more")
         for name, family in LATENT_FAMILIES.items():
             if bool(finite_rows(z).all()):
-                self._make(name, family, z)
+                made.append(self._made(name, family, z))
             else:
                 self.left_out.append(f"{name}: the latents of the data are not finite")
         try:
             draws = self.base.draw(len(self.x), seed=self.seed)
+            made += [self._made(name, family, draws) for name, family in BASE_FAMILIES.items()]
         except NotApplicable as error:
             self.left_out.append(f"hot draws: {error}")
-            return
-        for name, family in BASE_FAMILIES.items():
-            self._make(name, family, draws)
+        of_data = [family for family in made if not family.scope.latent]
+        trips = self._together(of_data) | self._together(made[len(of_data) :])
+        for one in made:
+            if one.name in trips:
+                self._add(one, trips[one.name])
+            else:
+                self._alone(one)
 
-    def _make(self, name: str, family: InputFamily, start: Tensor) -> None:
-        made = family.make(start, torch.Generator().manual_seed(self.seed))
-        contexts = torch.arange(len(made), device=made.device) % len(self.x)
-        if not family.scope.latent:
-            kept = self._accepted(name, made, contexts)
-            made, contexts = made[kept], contexts[kept]
-        if len(made):
-            self.measure(name, made, family.scope, contexts)
+    def _made(self, name: str, family: InputFamily, start: Tensor) -> _Made:
+        inputs = family.make(start, torch.Generator().manual_seed(self.seed))
+        return self._named(name, inputs, family.scope)
 
-    def measure(
-        self, name: str, start: Tensor, scope: Scope, contexts: Tensor | None = None
-    ) -> None:
-        """One family: round trips, log-determinants, spectrum, and the first image."""
-        if contexts is None:
-            contexts = torch.arange(len(start), device=start.device) % len(self.x)
-        trip = self._round_trip(start, scope, contexts)
+    def _named(self, name: str, start: Tensor, scope: Scope) -> _Made:
+        contexts = torch.arange(len(start), device=start.device) % len(self.x)
+        return _Made(name, start, scope, contexts, self._unit(start, scope))
+
+    def _unit(self, start: Tensor, scope: Scope) -> Tensor:
+        unit = None if scope.latent else table_unit(self.x, start)
+        return per_sample(data_scale(start), start) if unit is None else unit
+
+    def _together(self, made: Sequence[_Made]) -> dict[str, GuardedRoundTrip]:
+        """Round trips of all families in one batch; {} where a sample is lost in company.
+
+        That is, where the model raises, hangs, or lets samples depend on each other.
+        """
+        rows = sum(len(family.start) for family in made)
+        if not made or rows > self.at_once or self.domain is not None or not self.independent:
+            return {}
+        trial = self.guarded.fresh_copy()
+        trip = self._round_trip(_Made.joined(made), trial)
+        if trial.failures.counts:
+            return {}
+        sizes = [len(family.start) for family in made]
+        parts = zip(made, trip.split(sizes), strict=True)
+        return {family.name: part for family, part in parts}
+
+    def _alone(self, made: _Made) -> None:
+        """One family, of which only inputs count where there can be data."""
+        if not made.scope.latent:
+            kept = self._accepted(made.name, made.start, made.contexts)
+            if not bool(kept.any()):
+                return
+            contexts = made.contexts[kept]
+            made = replace(self._named(made.name, made.start[kept], made.scope), contexts=contexts)
+        self._add(made, self._round_trip(made, self.guarded))
+
+    def measure(self, name: str, start: Tensor, scope: Scope) -> None:
+        """One family of the caller's."""
+        made = self._named(name, start, scope)
+        self._add(made, self._round_trip(made, self.guarded))
+
+    def _add(self, made: _Made, trip: GuardedRoundTrip) -> None:
+        """A row: round trips, log-determinants, spectrum, and the first image."""
         finite = trip.error[trip.error.isfinite()]
         row: dict[str, Any] = {
-            "family": name,
+            "family": made.name,
             "verdict": self._verdict(trip),
-            "decides": "yes" if scope.in_range else "no",
+            "decides": "yes" if made.scope.in_range else "no",
             "samples": len(trip.error),
             "median_error": finite.median().item() if len(finite) else math.nan,
             "max_error": trip.error.max().item(),
@@ -248,8 +342,9 @@ class _Families:
             row["log_det_gap"] = trip.bits.max().item()
             known = trip.log_det[trip.log_det.isfinite()]
             row["log_det"] = known.median().item() if len(known) else math.nan
-        self.rows.append({**row, **self._spectrum(trip, contexts)})
-        self._show(name, trip, scope)
+        self.rows.append(row)
+        self._trips.append((trip, made.contexts))
+        self._show(trip, made.scope)
 
     def radii(self) -> tuple[Radii, Radii | None]:
         """Where the inverse fails, and where log p does; None without log-determinants."""
@@ -262,41 +357,53 @@ class _Families:
         shape = (self.directions, *self.x.shape[1:])
         noise = torch.randn(shape, generator=generator, device="cpu", dtype=torch.float64)
         directions = feature * (radius * noise / per_sample(norms(noise), noise)).to(centre)
-        contexts = torch.arange(self.directions, device=self.x.device) % len(self.x)
-        guarded = self.guarded.select(contexts)
 
-        def at(radii: Tensor) -> Tensor:
-            return (centre + per_sample(radii.to(centre), noise) * directions).to(self.x)
+        def at(radii: Tensor) -> _Made:
+            """Inputs at these radii, (directions,)."""
+            start = (centre + per_sample(radii.to(centre), noise) * directions).to(self.x)
+            return self._named("", start, Scope(in_range=False))
 
-        def go(radii: Tensor) -> GuardedRoundTrip:
-            start = at(radii)
-            return guarded_from_data(
-                guarded,
-                start,
-                log_det=self.has_log_det,
-                bijective=self.model.bijective,
-                unit=table_unit(self.x, start),
-            )
-
-        def failing(wrong: Callable[[GuardedRoundTrip], Tensor]) -> Callable[[Tensor], Tensor]:
-            def fails(radii: Tensor) -> Tensor:
-                found = wrong(go(radii))
-                if not bool(found.any()):
-                    return found
+        def fails(radii: Tensor) -> Tensor:
+            """For the inverse and for log p, which directions fail there, (2, P, directions)."""
+            made = _Made.joined([at(one) for one in radii])
+            trip = self._round_trip(made, self.guarded)
+            found = torch.stack([trip.error > self.limit, _bits(trip) > BITS])
+            if not self.has_log_det:
+                found = found[:1]
+            rows = found.any(0).nonzero()[:, 0]
+            if len(rows):
                 # where there are no data the model need not hold
-                return found & ~self._left(at(radii), contexts).cpu()
+                there = rows.to(made.start.device)
+                left = self._left(made.start[there], made.contexts[there]).cpu()
+                found[:, rows] &= ~left
+            return found.reshape(-1, *radii.shape)
 
-            return fails
+        at_once = 1
+        if self.independent:
+            most = LARGEST - SMALLEST + 1
+            at_once = max(1, int(min(self.at_once / self.directions, most)))
+        found = smallest_failing_radii(fails, self.directions, at_once=at_once)
+        return found[0], found[1] if self.has_log_det else None
 
-        invertible = smallest_failing_radius(
-            failing(lambda trip: trip.error > self.limit), self.directions
-        )
-        if not self.has_log_det:
-            return invertible, None
-        likelihood = smallest_failing_radius(
-            failing(lambda trip: _bits(trip) > BITS), self.directions
-        )
-        return invertible, likelihood
+    @functools.cached_property
+    def independent(self) -> bool:
+        """Whether samples are mapped as they are alone, in company of any others, and return.
+
+        An adaptive solver takes the same steps for a whole batch; a call that hangs or raises takes
+        the others with it.
+        """
+        if not self.model.bijective:
+            return False
+        alone, trial = self.x[:1], self.guarded.fresh_copy()
+        far = self.x + 2.0**LARGEST * (self.x - self.x.mean(0)) + 1
+        beyond = Scope(in_range=False)
+        parts = [self._named("", start, beyond) for start in (alone, far)]
+        with_others = self._round_trip(_Made.joined(parts), trial)
+        own = self._round_trip(parts[0], trial)
+        if trial.failures.counts:
+            return False
+        eps = torch.finfo(self.x.dtype).eps
+        return same_up_to_rounding(own.end, with_others.end[:1], SAME * eps)
 
     def values(self, invertible: Radii, likelihood: Radii | None) -> dict[str, float]:
         """The summary figures."""
@@ -330,16 +437,18 @@ class _Families:
             self.left_out.append(f"{name}: {why} {int(left.sum())} of {len(start)} samples")
         return ~left
 
-    def _round_trip(self, start: Tensor, scope: Scope, contexts: Tensor) -> GuardedRoundTrip:
-        guarded = self.guarded.select(contexts)
-        if scope.latent:
-            return guarded_from_latents(guarded, start, log_det=self.has_log_det)
+    def _round_trip(self, made: _Made, guarded: Guarded) -> GuardedRoundTrip:
+        guarded = guarded.select(made.contexts)
+        if made.scope.latent:
+            return guarded_from_latents(
+                guarded, made.start, log_det=self.has_log_det, unit=made.unit
+            )
         return guarded_from_data(
             guarded,
-            start,
+            made.start,
             log_det=self.has_log_det,
             bijective=self.model.bijective,
-            unit=table_unit(self.x, start),
+            unit=made.unit,
         )
 
     def _verdict(self, trip: GuardedRoundTrip) -> str:
@@ -351,36 +460,54 @@ class _Families:
             return "likelihood meaningless"
         return "passes"
 
-    def _spectrum(self, trip: GuardedRoundTrip, contexts: Tensor) -> dict[str, float]:
+    def measure_spectra(self) -> None:
+        """Add the extreme singular values at a few samples of every family to its row."""
         if self.spectrum_samples < 1 or not self.model.bijective:
-            return {}
-        rows = finite_rows(trip.x).nonzero()[: self.spectrum_samples, 0]
-        nothing = {"log10_sigma_max": math.nan, "log10_sigma_min": math.nan}
+            return
+        points = []
+        for trip, contexts in self._trips:
+            rows = finite_rows(trip.x).nonzero()[: self.spectrum_samples, 0]
+            points.append((trip.x[rows], contexts[rows]))
+        found = self._spectra(points) or [(self._spectra([point]) or [None])[0] for point in points]
+        for k, ends in enumerate(found):
+            named = {"log10_sigma_max": math.nan, "log10_sigma_min": math.nan}
+            if ends is not None:
+                named["log10_sigma_max"] = ends[0].max().item() / LN10
+                named["log10_sigma_min"] = ends[1].min().item() / LN10
+            self.rows[k] = {**self.rows[k], **named}
+
+    def _spectra(
+        self, points: Sequence[tuple[Tensor, Tensor]]
+    ) -> list[tuple[Tensor, Tensor] | None] | None:
+        """ln sigma_max and ln sigma_min of each family at those of x whose latents are finite.
+
+        None for a family without any; None at all where they cannot be measured together.
+        """
+        x = torch.cat([rows for rows, _ in points])
+        contexts = torch.cat([rows for _, rows in points])
+        sizes = [len(rows) for rows, _ in points]
+        if not len(x):
+            return [None for _ in sizes]
+        if len(points) > 1 and (len(x) > self.at_once or not self.independent):
+            return None
         try:
             with time_limit(self.guarded.seconds):
-                ends = self._extremes(trip.x[rows], contexts[rows])
+                with torch.no_grad():
+                    kept = finite_rows(self.model.select(contexts)(x))
+                counts = [int(part.sum()) for part in kept.split(sizes)]
+                if not any(counts):
+                    return [None for _ in counts]
+                linearization = Linearization(self.model.select(contexts[kept]), x[kept])
+                ends = extreme_singular_values(
+                    linearization,
+                    generator=_NoiseOfParts(self.seed, counts),
+                    tolerance=0.1,
+                    max_steps=SPECTRUM_STEPS,
+                )
         except (NotApplicable, ModelError, TimedOut):
-            return nothing
-        if ends is None:
-            return nothing
-        return {
-            "log10_sigma_max": ends.log_max.max().item() / LN10,
-            "log10_sigma_min": ends.log_min.min().item() / LN10,
-        }
-
-    def _extremes(self, x: Tensor, contexts: Tensor) -> ExtremeSingularValues | None:
-        """sigma_max and sigma_min at those of x whose latents are finite; None of none."""
-        if not len(x):
             return None
-        with torch.no_grad():
-            kept = finite_rows(self.model.select(contexts)(x))
-        if not bool(kept.any()):
-            return None
-        linearization = Linearization(self.model.select(contexts[kept]), x[kept])
-        generator = torch.Generator().manual_seed(self.seed)
-        return extreme_singular_values(
-            linearization, generator=generator, tolerance=0.1, max_steps=SPECTRUM_STEPS
-        )
+        parts = zip(ends.log_max.split(counts), ends.log_min.split(counts), strict=True)
+        return [part if len(part[0]) else None for part in parts]
 
     def _answers_log_det(self) -> bool:
         try:
@@ -393,7 +520,7 @@ class _Families:
             return False
         return True
 
-    def _show(self, name: str, trip: GuardedRoundTrip, scope: Scope) -> None:
+    def _show(self, trip: GuardedRoundTrip, scope: Scope) -> None:
         """Keep the worst input with what came back, if they are images of the data's grey scale."""
         side = trip.start
         images = side.dim() == 4 and side.shape[1] in (1, 3) and min(side.shape[2:]) >= 2

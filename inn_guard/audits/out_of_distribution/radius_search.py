@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-__all__ = ["Radii", "smallest_failing_radius"]
+__all__ = ["Radii", "smallest_failing_radii"]
+
+#: radii (P, n) -> (things, P, n) bool
+Fails = Callable[[Tensor], Tensor]
 
 SMALLEST, LARGEST = -3, 12  #: powers of two that are tried, in units of the data's own radius
 BISECTIONS = 6
@@ -37,31 +40,46 @@ class Radii:
         return self.fails.min().item()
 
 
-def smallest_failing_radius(fails: Callable[[Tensor], Tensor], count: int) -> Radii:
+def smallest_failing_radii(fails: Fails, count: int, *, at_once: int = 1) -> list[Radii]:
     """Radii are doubled until one fails, then the last interval is halved on a log scale.
 
     What fails at a small radius and holds again beyond is found as far as the doubling meets it.
 
     Args:
-        fails: (radii (count,)) -> which of the directions fail there, (count,) bool.
+        fails: radii (P, count) -> for each thing that may fail, which of the directions fail there,
+            (things, P, count) bool.
         count: number of directions.
+        at_once: how many radii of a direction may be handed in together.
 
-    >>> smallest_failing_radius(lambda r: r > 3.0, 1).fails.item() < 3.1
+    Returns:
+        for each thing, where it fails.
+
+    >>> (radii,) = smallest_failing_radii(lambda r: r[None] > 3.0, 1)
+    >>> radii.fails.item() < 3.1
     True
     """
-    holds = torch.zeros(count, dtype=torch.float64)
-    broken = torch.full((count,), math.inf, dtype=torch.float64)
-    for power in range(SMALLEST, LARGEST + 1):
-        radius = torch.full((count,), 2.0**power, dtype=torch.float64)
-        failing = fails(radius) & broken.isinf()
-        broken = torch.where(failing, radius, broken)
-        holds = torch.where(broken.isinf(), radius, holds)
+    powers = 2.0 ** torch.arange(SMALLEST, LARGEST + 1, dtype=torch.float64)
+    holds = torch.zeros(1, count, dtype=torch.float64)
+    broken = torch.full_like(holds, math.inf)
+    for part in powers.split(at_once):
+        found = fails(part[:, None].expand(-1, count))
+        for radius, failing in zip(part, found.unbind(1), strict=True):
+            broken = torch.where(failing & broken.isinf(), radius, broken)
+            holds = torch.where(broken.isinf(), radius, holds)
         if not bool(broken.isinf().any()):
             break
+    things = torch.arange(len(broken))
     searched = broken.isfinite() & (holds > 0)
     for _ in range(BISECTIONS if bool(searched.any()) else 0):
         middle = torch.where(searched, (holds * broken).sqrt(), holds)
-        failing = fails(middle) & searched
-        broken = torch.where(failing, middle, broken)
+        # every thing at its own radii
+        failing = torch.cat(
+            [fails(part)[rows, range(len(rows))] for part, rows in _parts(middle, things, at_once)]
+        )
+        broken = torch.where(failing & searched, middle, broken)
         holds = torch.where(searched & ~failing, middle, holds)
-    return Radii(holds, broken, 2.0**LARGEST)
+    return [Radii(*ends, 2.0**LARGEST) for ends in zip(holds, broken, strict=True)]
+
+
+def _parts(middle: Tensor, things: Tensor, at_once: int) -> Iterator[tuple[Tensor, Tensor]]:
+    return zip(middle.split(at_once), things.split(at_once), strict=True)
