@@ -164,6 +164,15 @@ def _snapshots(model: nn.Module) -> Iterator[Restore]:
         if isinstance(value, _CONTAINERS) and len(value) == 0:
             empty.append(value)
             continue
+        if isinstance(value, nn.Module):
+            stack += _inside_module(value)
+            yield _Attributes(vars(value))
+            for key in _REGISTRIES:
+                registry = vars(value).get(key)
+                # those of a scripted module are views of tensors in C++, which cannot be exchanged
+                if isinstance(registry, dict):
+                    yield _Container(registry)
+            continue
         inside, restore = _snapshot(value, depth)
         stack += inside
         if restore is not None:
@@ -181,23 +190,21 @@ def _snapshot(value: Any, depth: int) -> tuple[Found, Restore | None]:
     """What lies inside ``value``, and how to restore ``value`` itself."""
     if isinstance(value, Tensor):
         return [], _TensorState(value)
-    if isinstance(value, nn.Module):
-        return _inside_module(value), _module(value)
     if isinstance(value, tuple):
         return [(item, depth) for item in value], None
     if isinstance(value, bytearray):
-        return [], _container(value)
+        return [], _Container(value)
     if isinstance(value, dict):
-        return [(item, depth) for item in value.values()], _container(value)
+        return [(item, depth) for item in value.values()], _Container(value)
     if isinstance(value, _CONTAINERS):
-        return [(item, depth) for item in value], _container(value)
+        return [(item, depth) for item in value], _Container(value)
     if isinstance(value, _GENERATORS):
         return [], _generator(value)
     if isinstance(value, np.ndarray):
         return [], _array(value)
     if depth < _DEPTH and isinstance(getattr(value, "__dict__", None), dict):
         state = vars(value)
-        return [(item, depth + 1) for item in state.values()], _attributes(state)
+        return [(item, depth + 1) for item in state.values()], _Attributes(state)
     return [], None
 
 
@@ -213,26 +220,17 @@ def _inside_module(module: nn.Module) -> Found:
     return inside
 
 
-def _module(module: nn.Module) -> Restore:
-    state = vars(module)
-    refills = [_attributes(state)]
-    for key in _REGISTRIES:
-        # those of a scripted module are views of tensors in C++, which cannot be exchanged
-        if isinstance(state.get(key), dict):
-            refills.append(_container(state[key]))
+class _Attributes:
+    """Restores the names of an object's attributes and what they refer to."""
 
-    def restore() -> None:
-        for refill in refills:
-            refill()
+    # thousands of these are kept at once: slots, for the garbage collector's sake
+    __slots__ = ("_saved", "_state")
 
-    return restore
+    def __init__(self, state: dict[str, Any]) -> None:
+        self._state, self._saved = state, dict(state)
 
-
-def _attributes(state: dict[str, Any]) -> Restore:
-    """Restore the names of an object's attributes and what they refer to."""
-    saved = dict(state)
-
-    def restore() -> None:
+    def __call__(self) -> None:
+        state, saved = self._state, self._saved
         if _same_content(state, saved):
             return
         for name in state.keys() - saved.keys():
@@ -241,13 +239,17 @@ def _attributes(state: dict[str, Any]) -> Restore:
             if name not in state or state[name] is not value:
                 state[name] = value
 
-    return restore
 
+class _Container:
+    """Restores what a list, dictionary, set or queue holds."""
 
-def _container(container: Any) -> Restore:
-    content = container.copy()
+    __slots__ = ("_container", "_content")
 
-    def restore() -> None:
+    def __init__(self, container: Any) -> None:
+        self._container, self._content = container, container.copy()
+
+    def __call__(self) -> None:
+        container, content = self._container, self._content
         if _same_content(container, content):
             return
         if isinstance(container, (list, bytearray)):
@@ -258,8 +260,6 @@ def _container(container: Any) -> Restore:
             container.extend(content)
         else:
             container.update(content)
-
-    return restore
 
 
 def _same_content(now: Any, before: Any) -> bool:
@@ -275,6 +275,8 @@ def _same_content(now: Any, before: Any) -> bool:
 
 class _TensorState:
     """Restores one tensor: its values, its gradient and whether it requires one."""
+
+    __slots__ = ("grad", "requires_grad", "tensor", "values")
 
     def __init__(self, tensor: Tensor) -> None:
         self.tensor = tensor
@@ -305,45 +307,39 @@ class _TensorState:
 
 
 class _Values:
-    """Restores the values and the version of one tensor."""
+    """Restores the values and the version of one tensor.
+
+    The version is the counter by which autograd notices that a tensor has changed. The values come
+    back bit for bit, so a graph that has saved the tensor is right again.
+    """
+
+    __slots__ = ("_counter", "_memory", "_tensor", "_value", "_version")
 
     def __init__(self, tensor: Tensor) -> None:
-        self.tensor, self.memory, self.value = tensor, tensor.data, tensor.detach().clone()
-        self.restore_version = _version(tensor)
-        self.version = None if tensor.is_inference() else tensor._version
+        self._tensor, self._memory, self._value = tensor, tensor.data, tensor.detach().clone()
+        # an inference tensor has no version
+        self._version = None if tensor.is_inference() else tensor._version
+        self._counter = None
+        if self._version is not None:
+            self._counter = _unsafe_preserve_version_counter(tensor)
 
     def __call__(self) -> None:
-        if not _same_memory(self.tensor, self.memory):
-            self.tensor.data = self.memory
-        if not _identical(self.tensor.detach(), self.value):
-            self.tensor.data.copy_(self.value)
-        self.restore_version()
+        if not _same_memory(self._tensor, self._memory):
+            self._tensor.data = self._memory
+        if not _identical(self._tensor.detach(), self._value):
+            self._tensor.data.copy_(self._value)
+        if self._counter is not None and self._tensor._version != self._version:
+            self._counter.__exit__(None, None, None)
 
     def if_written(self) -> None:
         """The same without a comparison of all values where no operation was seen that writes."""
-        unseen = self.version is not None and self.tensor._version == self.version
-        if not (unseen and _same_memory(self.tensor, self.memory)):
+        unseen = self._version is not None and self._tensor._version == self._version
+        if not (unseen and _same_memory(self._tensor, self._memory)):
             self()
 
 
 def _if_written(restore: Restore) -> Restore:
     return getattr(restore, "if_written", restore)
-
-
-def _version(tensor: Tensor) -> Restore:
-    """Restore the counter by which autograd notices that a tensor has changed.
-
-    The values come back bit for bit, so a graph that has saved the tensor is right again.
-    """
-    if tensor.is_inference():
-        return lambda: None
-    before, counter = tensor._version, _unsafe_preserve_version_counter(tensor)
-
-    def restore() -> None:
-        if tensor._version != before:
-            counter.__exit__(None, None, None)
-
-    return restore
 
 
 def _same_memory(tensor: Tensor, memory: Tensor) -> bool:

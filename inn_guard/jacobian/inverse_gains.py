@@ -92,8 +92,8 @@ def layer_extremes(
         max_steps: largest number of Lanczos steps.
     """
     if max(x[0].numel(), jacobian.output[0].numel()) <= SMALL:
-        forward = _log_norm_of_rows(jacobian.vjp, jacobian.output, x)
-        return forward, _log_norm_of_rows(jacobian.inverse_vjp, x, jacobian.output)
+        of_forward = _log_norm_of_rows(jacobian.vjp, jacobian.output, x)
+        return of_forward, _log_norm_of_rows(jacobian.inverse_vjp, x, jacobian.output)
     lanczos = functools.partial(largest_singular_value, tolerance=tolerance, max_steps=max_steps)
     noise = as_noise(generator)
     v = noise(x.shape).to(x)

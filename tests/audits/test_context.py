@@ -1,4 +1,4 @@
-"""AuditContext: one linearization, one check of the batch, one snapshot for each check, counted."""
+"""AuditContext: one linearization, one check of the batch, one snapshot, one copy, counted."""
 
 from __future__ import annotations
 
@@ -61,10 +61,39 @@ def test_the_batch_is_checked_once(monkeypatch):
     assert not alone
 
 
-def test_the_state_is_kept_once_for_each_check(monkeypatch):
-    calls = counted(monkeypatch, "inn_guard.audits.spec.preserve_state")
-    report = ig.audit(random_chain(depth=2), data(), level="quick")
-    assert len(calls) == len(report)
+def test_the_state_is_kept_once_for_all_checks(monkeypatch):
+    calls = counted(monkeypatch, "inn_guard.audits.context.StateSnapshot")
+    again = counted(monkeypatch, "inn_guard.audits.spec.StateSnapshot")
+    ig.audit(random_chain(depth=2), data(), level="quick")
+    assert len(calls) == 1
+    assert not again
+
+
+def test_the_float64_copy_is_made_once(monkeypatch):
+    made = []
+    original = Chain.to_dtype
+
+    def counting(self, dtype):
+        made.append(dtype)
+        return original(self, dtype)
+
+    monkeypatch.setattr(Chain, "to_dtype", counting)
+    ig.audit(random_chain(depth=2).float(), data().float(), level="standard")
+    assert made.count(torch.float64) == 1
+
+
+def test_a_copy_is_found_as_it_was_made():
+    made = context(random_chain(depth=1), data())
+    copy = made.in_dtype(torch.float32)
+    assert copy is made.in_dtype(torch.float32)
+    before = [parameter.clone() for parameter in copy.parameters()]
+    with torch.no_grad():
+        for parameter in copy.parameters():
+            parameter.data.mul_(2)  # unseen by autograd
+    made.take_back_copies()
+    assert all(map(torch.equal, copy.parameters(), before))
+    bounded = made.within(WorkSharing(None, 1e9))
+    assert bounded.in_dtype(torch.float32) is not bounded.in_dtype(torch.float32)
 
 
 def test_results_are_shared_by_rows():
