@@ -32,7 +32,7 @@ from inn_guard.adapters.conventions.recognised import (
 from inn_guard.core.context import map_tensors, select_rows
 from inn_guard.core.invertible import Context, as_log_det, standard_normal_log_prob
 from inn_guard.core.tensors import finite_rows, same_tensor
-from inn_guard.execution.state import preserve_state, snapshot_of
+from inn_guard.execution.state import StateSnapshot, preserve_state
 
 __all__ = ["Unrecognised", "recognise"]
 
@@ -127,7 +127,7 @@ def recognise(
     part = None if context is None else select_rows(context, rows)
     with preserve_state(holder), torch.no_grad():
         holder.eval()
-        attempt = _Attempt(model, sample, part, snapshot_of(holder))
+        attempt = _Attempt(model, sample, part, StateSnapshot(holder).restore_written)
         return attempt.described(attempt.best(candidates), context)
 
 
