@@ -9,7 +9,7 @@ from torch import Tensor
 from inn_guard.audits.context import AuditContext
 from inn_guard.core.tensors import finite_rows
 from inn_guard.report.audit_report import AuditReport
-from inn_guard.report.uses import UseVerdict
+from inn_guard.report.uses import USES, UseVerdict
 from inn_guard.report.verdict import Verdict
 
 __all__ = ["advise"]
@@ -106,7 +106,7 @@ def _advice(report: AuditReport, context: AuditContext) -> Iterator[str]:
     lost = failing & {"sampling", "reconstruction", "gradients"}
     density = report.uses.get("density")
     if lost and density is not None and density.verdict.passed:
-        yield DENSITY_HOLDS.format(lost=" or ".join(lost))
+        yield DENSITY_HOLDS.format(lost=" or ".join(use for use in USES if use in lost))
     yield from _other(report)
 
 

@@ -212,7 +212,10 @@ def _with_cause(context: AuditContext, measured: _Measured, limit: float) -> _Me
     size = data_scale(measured.deciding.start).cpu()[worst_rows]
     # where rounding moves a sample this far, the derivative at the sample no longer tells how far
     allowed = torch.where(allowed > LINEAR * size, torch.inf, allowed)
-    beyond = precise.l2[worst_rows].nan_to_num(math.inf) > allowed.nan_to_num(math.inf)
+    # an error of NaN or Inf is beyond every finite bound, and never beyond an infinite one
+    error = precise.l2[worst_rows]
+    error = error.where(error.isfinite(), torch.inf)
+    beyond = error > allowed.where(allowed.isfinite(), torch.inf)
     cause = "condition"
     if bool(beyond.any()):
         cause = "unconverged" if _unconverged(context, measured.rows) else "wrong inverse"

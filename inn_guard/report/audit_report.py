@@ -16,7 +16,7 @@ from torch import Tensor
 
 from inn_guard.execution.files import atomic_write
 from inn_guard.report.exchange import badge, junit, model_card
-from inn_guard.report.result import AuditResult
+from inn_guard.report.result import WIDTH, AuditResult, wrapped
 from inn_guard.report.uses import USES, UseVerdict
 from inn_guard.report.verdict import Verdict
 
@@ -26,7 +26,6 @@ if TYPE_CHECKING:
 __all__ = ["NAMED", "SCHEMA", "AuditReport", "Row", "require"]
 
 SCHEMA = 2  #: of the JSON; raised whenever a reader of an older one would misread it
-WIDTH = 100  #: characters in a line of the printed report
 _LABEL, _WORD = 18, 10  #: widths of the first two columns of the printed table
 NAMED = "named by the caller"  #: why a use counts that ``uses=`` names
 #: what the printed table calls a verdict
@@ -229,6 +228,8 @@ class AuditReport:
             if use.finding is not None and use.verdict is not Verdict.NOT_APPLICABLE:
                 counted += 1
         failed = len(self.failed)
+        if failed == counted == 1:
+            return "FAILS"
         if failed:
             verb = "FAILS" if failed == 1 else "FAIL"
             return f"{failed} of {counted} uses {verb}"
@@ -258,16 +259,9 @@ class AuditReport:
 
     def details(self) -> str:
         """Every check with its verdict, the figures that decided it and its reason."""
-        width = max(map(len, self.names), default=0)
         how = ", ".join(f"{key} {value}" for key, value in self.settings.items())
-        lines = [_title(self.subject, self.headline), *_wrapped(how, ""), ""]
-        for result in self.results:
-            head = f"{result.name:<{width}}  {result.verdict.label:<14}  {_figures(result)}"
-            lines.append(head.rstrip())
-            lines += _wrapped(result.reason, "    ")
-            if result.advice:
-                lines += _wrapped(f"What to do: {result.advice}", "    ")
-        return "\n".join(lines)
+        lines = [_title(self.subject, self.headline), *wrapped(how, ""), ""]
+        return "\n".join([*lines, *map(str, self.results)])
 
     def to_dict(self) -> dict[str, Any]:
         """The whole report without images, in JSON's own types.
@@ -507,19 +501,6 @@ def _aside(use: UseVerdict) -> str:
     if use.verdict is not Verdict.STABLE:
         why = f"{use.verdict.label.replace('_', ' ')}, {why}"
     return f" ({why})"
-
-
-def _figures(result: AuditResult) -> str:
-    """The values that decided a verdict, with their units."""
-    parts = []
-    for name in result.shown:
-        unit = result.units.get(name, "")
-        parts.append(f"{name.replace('_', ' ')} {result.values[name]:.3g} {unit}".rstrip())
-    return ", ".join(parts)
-
-
-def _wrapped(text: str, indent: str) -> list[str]:
-    return textwrap.wrap(text, WIDTH, initial_indent=indent, subsequent_indent=indent)
 
 
 def _cell(text: str) -> str:

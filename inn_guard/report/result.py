@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import textwrap
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -13,7 +14,10 @@ from torch import Tensor
 from inn_guard.report.uses import Finding
 from inn_guard.report.verdict import Verdict
 
-__all__ = ["AuditResult", "Verdict", "to_full_batch"]
+__all__ = ["WIDTH", "AuditResult", "Verdict", "to_full_batch", "wrapped"]
+
+WIDTH = 100  #: characters in a line of the printed report
+_NAME, _VERDICT = 21, 14  #: widths of the first two columns of a printed result
 
 
 @dataclass(frozen=True, eq=False)
@@ -85,11 +89,28 @@ class AuditResult:
             text += f" ({', '.join(figures)})"
         return text
 
+    def __str__(self) -> str:
+        """Verdict and deciding figures in one line, then the reason and what to do."""
+        figures = []
+        for name in self.shown:
+            unit = self.units.get(name, "")
+            figures.append(f"{name.replace('_', ' ')} {self.values[name]:.3g} {unit}".rstrip())
+        head = f"{self.name:<{_NAME}}  {self.verdict.label:<{_VERDICT}}  {', '.join(figures)}"
+        lines = [head.rstrip(), *wrapped(self.reason, "    ")]
+        if self.advice:
+            lines += wrapped(f"What to do: {self.advice}", "    ")
+        return "\n".join(lines)
+
     @property
     def shown(self) -> tuple[str, ...]:
         """Names of the values that a summary shows: the headline, else the first value."""
         named = self.headline or tuple(self.values)[:1]
         return tuple(name for name in named if name in self.values)
+
+
+def wrapped(text: str, indent: str) -> list[str]:
+    """The text in lines of the printed report."""
+    return textwrap.wrap(text, WIDTH, initial_indent=indent, subsequent_indent=indent)
 
 
 _FIELDS = tuple(AuditResult.__dataclass_fields__)

@@ -352,3 +352,19 @@ def test_small_shapes(shape):
     result = reconstruction(Twice(), torch.randn(shape))
     assert result.verdict is Verdict.STABLE
     assert result.values["relative_error"] == 0
+
+
+class Overflowing(Linear):
+    """A linear map whose inverse returns NaN."""
+
+    def inverse(self, z: Tensor) -> Tensor:
+        return super().inverse(z) * torch.nan
+
+
+def test_an_exploded_inverse_that_overflows_is_not_called_another_map():
+    exploded = Overflowing(torch.diag(torch.logspace(0, -30, 6)))
+    result = reconstruction(exploded, data())
+    assert result.verdict is Verdict.NON_FINITE
+    assert result.settings["cause"] == "condition"
+    well_conditioned = Overflowing(torch.eye(6))
+    assert reconstruction(well_conditioned, data()).settings["cause"] == "wrong inverse"

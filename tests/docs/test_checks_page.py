@@ -1,4 +1,4 @@
-"""The figures on the page of checks are those of the code."""
+"""The pages of checks and uses: their figures are those of the code, their output is printed."""
 
 from __future__ import annotations
 
@@ -12,8 +12,11 @@ from inn_guard.audits import jacobian_spectrum, log_det, preflight, sampling
 from inn_guard.audits.level import Level
 from inn_guard.audits.out_of_distribution import audit as other_inputs
 from inn_guard.audits.registry import AUDITS
+from inn_guard.report.uses import USES
 
-PAGE = re.sub(r"\s+", " ", (Path(__file__).parents[2] / "docs" / "checks.md").read_text("utf-8"))
+DOCS = Path(__file__).parents[2] / "docs"
+PAGES = {path.stem: path.read_text("utf-8") for path in (DOCS / "checks").glob("*.md")}
+TEXT = re.sub(r"\s+", " ", " ".join(PAGES.values()))
 LIMITS = ig.Limits()
 LOOKS = sampling.LOOKS
 
@@ -26,16 +29,16 @@ def setting(check: str, name: str) -> int:
     "sentence",
     [
         f"On {preflight.SAMPLES} samples",
-        f"**Limit** {LIMITS.density:g} nats for the worst sample",
-        f"**Limit** {LIMITS.sampling:g} for the rate of lost draws; the {LIMITS.confidence:.0%}"
+        f"{LIMITS.density:g} nats for the worst sample",
+        f"{LIMITS.sampling:g} for the rate of lost draws; the {LIMITS.confidence:.0%}"
         " Clopper".replace("%", " %"),
         f"after {LOOKS[Level.QUICK][0]:,} and {LOOKS[Level.QUICK][1]:,} draws, at level full also"
         f" after {LOOKS[Level.FULL][2]:,}",
-        f"**Limit** {LIMITS.reconstruction:g}, or 8 eps",
+        f"{LIMITS.reconstruction:g}, or 8 eps",
         f"decomposed up to D = {log_det.DENSE[Level.QUICK]:,} ({log_det.DENSE[Level.FULL]:,} at",
         f"for {log_det.USUAL} to {log_det.MOST} samples",
         f"of at least {log_det.LEAST} samples",
-        f"**Limits** {LIMITS.gradient_angle:g} degree and {LIMITS.gradient_length:g}",
+        f"{LIMITS.gradient_angle:g} degree and {LIMITS.gradient_length:g}",
         f"more than {other_inputs.BITS:g} bits per dimension",
         f"along {other_inputs.DIRECTIONS} random directions",
         f"a round trip of {setting('out_of_distribution', 'samples')} samples for each family",
@@ -46,4 +49,36 @@ def setting(check: str, name: str) -> int:
     ],
 )
 def test_a_figure(sentence):
-    assert sentence.replace("95%", "95 %") in PAGE
+    assert sentence.replace("95%", "95 %") in TEXT
+
+
+def test_every_check_has_a_page_with_its_question_level_and_uses():
+    assert set(PAGES) == set(AUDITS)
+    index = (DOCS / "checks.md").read_text("utf-8")
+    for name, check in AUDITS.items():
+        page = PAGES[name]
+        assert page.startswith(f"# {name}\n\n*{check.question}*\n\nLevel {check.level}. ")
+        decided = "Decides no use"
+        for use in check.uses:
+            decided = f"Decides `{use}`"
+        assert decided in page
+        uses = ", ".join(f"`{use}`" for use in check.uses)
+        row = f"| [{name}](checks/{name}.md) | {check.question} | {check.level} | {uses} |"
+        assert re.sub(r" +", " ", row) in index
+
+
+def test_every_use_has_a_page_with_its_question():
+    pages = {path.stem: path.read_text("utf-8") for path in (DOCS / "uses").glob("*.md")}
+    assert set(pages) == set(USES)
+    for name, question in USES.items():
+        assert f"*{question}* The use `{name}`." in pages[name]
+
+
+@pytest.mark.parametrize("folder", ["checks", "uses"])
+def test_every_page_has_the_same_parts(folder):
+    parts = {"checks": ["What is measured", "Limit"], "uses": ["Figure", "Limit, and why"]}
+    for path in (DOCS / folder).glob("*.md"):
+        found = re.findall(r"^## (.*)$", path.read_text("utf-8"), flags=re.MULTILINE)
+        first = [part for part in found if part not in ("Example", "What to do")]
+        assert set(first) <= set(parts[folder]), path
+        assert found[-2:] == ["Example", "What to do"], path
