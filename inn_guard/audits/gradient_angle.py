@@ -260,7 +260,8 @@ def _remarks(context: AuditContext, other: Mapping[str, float], keep: str) -> st
     angle = other.get("other_angle", 0.0)
     if not context.limits.verdict(angle, context.limits.gradient_angle).passed:
         kept = "z alone" if keep == INPUT else "x and z"
-        text += f"; with {kept} kept it is off by {angle:.1e} degrees"
+        off = f"off by {angle:.1e} degrees" if math.isfinite(angle) else "not finite"
+        text += f"; with {kept} kept it is {off}"
     if context.loss is None and context.model.composition.log_det:
         text += f"; of z alone, since {context.model.composition.log_det}"
     return text

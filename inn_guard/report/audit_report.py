@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 __all__ = ["NAMED", "SCHEMA", "AuditReport", "Row", "require"]
 
 SCHEMA = 2  #: of the JSON; raised whenever a reader of an older one would misread it
-_LABEL, _WORD = 18, 10  #: widths of the first two columns of the printed table
+_LABEL, _WORD = 16, 10  #: least widths of the first two columns of the printed table
 NAMED = "named by the caller"  #: why a use counts that ``uses=`` names
 #: what the printed table calls a verdict
 WORDS = {
@@ -181,14 +181,15 @@ class AuditReport:
         return str(self)
 
     def __str__(self) -> str:
+        findings, remarks = self.findings(), self.remarks()
+        width = max(_LABEL, *(len(row.label) for row in (*findings, *remarks)), 0)
         lines = [_title(self.subject, self.headline), ""]
-        for row in self.findings():
-            lines += _wrapped_row(row)
-        remarks = self.remarks()
+        for row in findings:
+            lines += _wrapped_row(row, width)
         if remarks:
             lines.append("")
         for row in remarks:
-            lines += _wrapped_row(row)
+            lines += _wrapped_row(row, width)
         lines.append('details: print(report.details()), report.to_html("report.html")')
         return "\n".join(lines)
 
@@ -455,13 +456,13 @@ def _title(left: str, right: str) -> str:
     return f"{left}{right:>{WIDTH - len(left)}}"
 
 
-def _wrapped_row(row: Row) -> list[str]:
+def _wrapped_row(row: Row, width: int) -> list[str]:
     """Label, word and text in columns; the text is wrapped, further lines in it are code and stay.
 
     Without a word the text begins in the word's column.
     """
     label, word, text = row
-    head = f"  {label:<{_LABEL - 2}} "
+    head = f"  {label:<{width}} "
     if word is not None:
         head += f"{word:<{_WORD}}"
     indent = " " * len(head)
