@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -12,6 +12,7 @@ from torch import Tensor
 
 from inn_guard.core.context import Context, context_length, select_rows
 from inn_guard.core.missing import NotApplicable
+from inn_guard.core.random import current_device, generator_of_device
 
 __all__ = ["BaseDistribution", "seeded"]
 
@@ -108,11 +109,12 @@ class BaseDistribution:
 @contextmanager
 def seeded(seed: int, device: torch.device) -> Iterator[None]:
     """Seed torch's global generators of the CPU and of ``device``; restore both afterwards."""
-    on_gpu = device.type == "cuda"
-    with torch.random.fork_rng(devices=[device] if on_gpu else []):
+    holder = generator_of_device(device)
+    with torch.random.fork_rng(devices=[]), ExitStack() as undoing:
         # torch.manual_seed would seed every other device, too, which fork_rng does not restore
         torch.default_generator.manual_seed(seed)
-        if on_gpu:
-            with torch.cuda.device(device):
-                torch.cuda.manual_seed(seed)
+        if holder is not None:
+            undoing.callback(holder.set_rng_state, holder.get_rng_state(device), device)
+            with current_device(device):
+                holder.manual_seed(seed)
         yield

@@ -190,7 +190,8 @@ def _agrees(u: Tensor, w: Tensor, v: Tensor, back: Tensor, *, eps: float) -> boo
     size = max(v[:1].numel(), w[:1].numel())
     # sums in half precision would lose more digits than the products that they judge
     u, w, v, back = (
-        t.flatten(1).to(torch.promote_types(t.dtype, torch.float32)) for t in (u, w, v, back)
+        t.reshape(len(t), -1).to(torch.promote_types(t.dtype, torch.float32))
+        for t in (u, w, v, back)
     )
     gap = ((u * w).sum(1) - (v * back).sum(1)).abs()
     tolerance = max(ROUNDING * eps * math.sqrt(size), INEXACT)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
-__all__ = ["Noise", "SampleNoise", "as_noise"]
+__all__ = ["Noise", "SampleNoise", "as_noise", "current_device", "generator_of_device"]
 
 #: shape (B, ...) -> standard normal numbers, float64, on the CPU
 Noise = Callable[[Sequence[int]], Tensor]
@@ -43,3 +45,23 @@ def as_noise(source: torch.Generator | Noise) -> Noise:
     return lambda shape: torch.randn(
         tuple(shape), generator=source, device="cpu", dtype=torch.float64
     )
+
+
+def generator_of_device(device: torch.device) -> Any:
+    """What holds the global random numbers of an accelerator: torch.cuda, torch.mps, torch.xpu ...
+
+    It has ``get_rng_state(device)``, ``set_rng_state(state, device)`` and ``manual_seed(seed)``.
+    None for the CPU, and for devices that draw no numbers, such as "meta".
+    """
+    if device.type == "cpu":
+        return None
+    holder = getattr(torch, device.type, None)
+    if not hasattr(holder, "get_rng_state"):
+        return None
+    return holder
+
+
+def current_device(device: torch.device) -> AbstractContextManager[Any]:
+    """A block in which ``device`` is the current one of its kind, where there are several."""
+    switch = getattr(getattr(torch, device.type, None), "device", None)
+    return nullcontext() if switch is None else switch(device)

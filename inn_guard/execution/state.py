@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import functools
 import operator
 import os
 import random
@@ -17,6 +18,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.autograd.grad_mode import _unsafe_preserve_version_counter
+
+from inn_guard.core.random import generator_of_device
 
 __all__ = ["StateSnapshot", "changed_state", "preserve_state", "real_default_device"]
 
@@ -377,18 +380,27 @@ def _generator(generator: Any) -> Restore:
 
 def _global_generators() -> Restore:
     cpu, legacy, python = torch.get_rng_state(), np.random.get_state(), random.getstate()
-    cuda = None
-    if torch.cuda.is_initialized():
-        cuda = torch.cuda.get_rng_state_all()
+    restore_accelerator = _generators_of_accelerator()
 
     def restore() -> None:
         torch.set_rng_state(cpu)
         np.random.set_state(legacy)
         random.setstate(python)
-        if cuda is not None:
-            torch.cuda.set_rng_state_all(cuda)
+        restore_accelerator()
 
     return restore
+
+
+def _generators_of_accelerator() -> Restore:
+    """The restoration of the global generators of the GPUs, if they are in use."""
+    accelerator = torch.accelerator.current_accelerator()
+    holder = None if accelerator is None else generator_of_device(accelerator)
+    # asking a device that is not in use would start it, which takes memory and forbids forks
+    if holder is None or not getattr(holder, "is_initialized", lambda: True)():
+        return lambda: None
+    if hasattr(holder, "get_rng_state_all"):
+        return functools.partial(holder.set_rng_state_all, holder.get_rng_state_all())
+    return functools.partial(holder.set_rng_state, holder.get_rng_state())
 
 
 def _process_settings() -> list[Restore]:

@@ -29,6 +29,7 @@ from inn_guard.core.readable import is_as_written, why_patched
 from inn_guard.core.tensors import finite_rows, nonzero_or_one, peak, per_sample
 from inn_guard.jacobian.allocator import retain_freed_memory
 from inn_guard.jacobian.checks import check_inverse, check_inverse_jvp, check_jvp
+from inn_guard.jacobian.recorded import recorded_jacobian
 
 __all__ = ["Linearization", "LogScaledVector", "ScaledLinearization", "log_scaled"]
 
@@ -299,10 +300,14 @@ class ScaledLinearization:
 def _linearize(layer: Invertible, x: Tensor) -> LayerJacobian:
     """The layer's own Jacobian if the layer computes what its class says, else by autograd."""
     if why_patched(layer.block) is None and is_as_written(layer, "linearize"):
-        return layer.linearize(x)
-    # hooks, methods of this instance and overridden ones change the map, which only autograd
-    # through it can tell
-    return AutogradJacobian(layer, layer.inverse, x)
+        jacobian = layer.linearize(x)
+    else:
+        # hooks, methods of this instance and overridden ones change the map, which only autograd
+        # through it can tell
+        jacobian = AutogradJacobian(layer, layer.inverse, x)
+    if isinstance(jacobian, AutogradJacobian):
+        return recorded_jacobian(layer, x, jacobian)
+    return jacobian
 
 
 def _far_from_limits(size: Tensor) -> Tensor:

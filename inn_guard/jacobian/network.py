@@ -241,6 +241,17 @@ class Convolution:
         self.geometry, self._shape = geometry, x.shape[1:]
         self.output = functional.conv2d(_channels_last(x), self.weight, module.bias, *self.geometry)
 
+    @classmethod
+    def of_weight(
+        cls, weight: Tensor, geometry: Any, output: Tensor, shape: Sequence[int]
+    ) -> Convolution:
+        """The same for a convolution that has been evaluated: on inputs of this shape (B, ...)."""
+        made = cls.__new__(cls)
+        made.weight = _channels_last(weight)
+        made.geometry, made._shape = geometry, torch.Size(shape)[1:]
+        made.output = output.new_empty(()).expand(output.shape)
+        return made
+
     def select(self, rows: Tensor) -> Convolution:
         """The Jacobian at these rows."""
         return _with_output(self, self.output[rows])

@@ -13,6 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from inn_guard.core.random import generator_of_device
+
 __all__ = ["Autocast", "Modules", "RandomAndBufferState", "hooks_suspended"]
 
 
@@ -209,8 +211,9 @@ class _Random:
                 if type(value) is torch.Generator:
                     own[id(value)] = _Source(value.get_state, value.set_state, torch.equal)
         self._sources = [*_GLOBAL, *own.values()]
-        if like.is_cuda:
-            self._sources.append(_of_device(like.device))
+        holder = generator_of_device(like.device)
+        if holder is not None:
+            self._sources.append(_of_device(holder, like.device))
 
     def states(self, known: Sequence[Any] = ()) -> list[Any]:
         """The states of all generators; those of the first ones may be known already."""
@@ -239,9 +242,9 @@ class _Random:
             source.set(state)
 
 
-def _of_device(device: torch.device) -> _Source:
-    read = functools.partial(torch.cuda.get_rng_state, device)
-    return _Source(read, lambda state: torch.cuda.set_rng_state(state, device), torch.equal)
+def _of_device(holder: Any, device: torch.device) -> _Source:
+    read = functools.partial(holder.get_rng_state, device)
+    return _Source(read, lambda state: holder.set_rng_state(state, device), torch.equal)
 
 
 class _Buffers:

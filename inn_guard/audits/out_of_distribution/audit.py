@@ -360,7 +360,7 @@ class _Families:
 
         def at(radii: Tensor) -> _Made:
             """Inputs at these radii, (directions,)."""
-            start = (centre + per_sample(radii.to(centre), noise) * directions).to(self.x)
+            start = (centre + per_sample(radii.double(), directions) * directions).to(self.x)
             return self._named("", start, Scope(in_range=False))
 
         def fails(radii: Tensor) -> Tensor:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from inn_guard.core.invertible import Invertible
+from inn_guard.core.random import generator_of_device
 from inn_guard.execution.state import preserve_state
 
 __all__ = ["autocast_disabled", "require_deterministic", "z_if_exact"]
@@ -85,8 +86,9 @@ def require_deterministic(model: Invertible, x: Tensor) -> Iterator[None]:
 
 def _generator_states(x: Tensor) -> list[Tensor]:
     states = [torch.get_rng_state()]
-    if x.is_cuda:
-        states.append(torch.cuda.get_rng_state(x.device))
+    holder = generator_of_device(x.device)
+    if holder is not None:
+        states.append(holder.get_rng_state(x.device))
     return states
 
 

@@ -1,0 +1,405 @@
+"""A linear map as a list of small steps, which can be run, transposed and solved.
+
+A program maps the value numbered ``start`` to the one numbered ``end``. Every step computes one
+value from others. The steps of J come from one recorded pass of a map. Those of J^-1 are found by
+asking which values are known once the output is known: a coupling's identity part is a part of the
+output, so its network's values follow, and then the transformed part.
+"""
+
+from __future__ import annotations
+
+import collections
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from inn_guard.jacobian.network import Convolution, NetworkJacobian
+
+__all__ = [
+    "Assembly",
+    "ChannelMixing",
+    "Combination",
+    "Convolved",
+    "LinearProgram",
+    "PerSource",
+    "Rearrangement",
+    "Selection",
+    "Step",
+    "solved",
+]
+
+#: a tensor -> a tensor
+Map = Callable[[Tensor], Tensor]
+
+
+class Step(Protocol):
+    """One linear step: the value ``target`` from the values ``sources``."""
+
+    @property
+    def sources(self) -> tuple[int, ...]:
+        """Numbers of the values that are read."""
+        ...
+
+    @property
+    def target(self) -> int:
+        """Number of the value that is computed."""
+        ...
+
+    def apply(self, values: Sequence[Tensor]) -> Tensor:
+        """The target from the sources."""
+        ...
+
+    def transposed(self, u: Tensor) -> list[Tensor]:
+        """What the transposed step adds to each source, from the target's ``u``."""
+        ...
+
+    def solved_for(self, k: int) -> Step | None:
+        """The step that computes source k from the target and the other sources, if there is one.
+
+        None where it does not exist or is not known.
+        """
+        ...
+
+
+@dataclass(frozen=True)
+class Combination:
+    """Sum over k of c_k v_k, elementwise; a coefficient of None is 1."""
+
+    sources: tuple[int, ...]
+    target: int
+    coefficients: tuple[Tensor | None, ...]
+
+    def apply(self, values: Sequence[Tensor]) -> Tensor:
+        """The sum."""
+        total = _times(values[0], self.coefficients[0])
+        for value, coefficient in zip(values[1:], self.coefficients[1:], strict=True):
+            if coefficient is None:
+                total = total + value
+            else:
+                total = torch.addcmul(total, value, coefficient)
+        return total
+
+    def transposed(self, u: Tensor) -> list[Tensor]:
+        """The products c_k u."""
+        return [_times(u, coefficient) for coefficient in self.coefficients]
+
+    def solved_for(self, k: int) -> Combination | None:
+        """The target minus the other terms, over c_k; None where c_k has a zero."""
+        divisor = self.coefficients[k]
+        if divisor is not None and not bool(((divisor != 0) & divisor.isfinite()).all()):
+            return None
+        sources: list[int] = [self.target]
+        coefficients: list[Tensor | None] = [None if divisor is None else 1 / divisor]
+        for j, source in enumerate(self.sources):
+            if j != k:
+                sources.append(source)
+                coefficients.append(_minus_ratio(self.coefficients[j], divisor))
+        return Combination(tuple(sources), self.sources[k], tuple(coefficients))
+
+
+@dataclass(frozen=True)
+class Rearrangement:
+    """The same entries in another shape or order, or in another dtype."""
+
+    sources: tuple[int, ...]
+    target: int
+    there: Map
+    back: Map
+
+    def apply(self, values: Sequence[Tensor]) -> Tensor:
+        """The entries in their new places."""
+        return self.there(values[0])
+
+    def transposed(self, u: Tensor) -> list[Tensor]:
+        """The entries in their old places."""
+        return [self.back(u)]
+
+    def solved_for(self, k: int) -> Rearrangement:
+        """The way back."""
+        return Rearrangement((self.target,), self.sources[0], self.back, self.there)
+
+
+@dataclass(frozen=True)
+class Selection:
+    """Some entries along one dimension: ``index`` of ``size``."""
+
+    sources: tuple[int, ...]
+    target: int
+    dim: int
+    index: range | Tensor
+    size: int
+
+    def apply(self, values: Sequence[Tensor]) -> Tensor:
+        """The selected entries."""
+        return _taken(values[0], self.dim, self.index)
+
+    def transposed(self, u: Tensor) -> list[Tensor]:
+        """The entries in their places, and zeros elsewhere."""
+        return [_placed([u], self.dim, [self.index], self.size)]
+
+    def solved_for(self, k: int) -> None:
+        """The other entries are not known."""
+        return
+
+
+@dataclass(frozen=True)
+class Assembly:
+    """Values put side by side along one dimension, each at its ``indexes`` of ``size``."""
+
+    sources: tuple[int, ...]
+    target: int
+    dim: int
+    indexes: tuple[range | Tensor, ...]
+    size: int
+
+    def apply(self, values: Sequence[Tensor]) -> Tensor:
+        """The values in their places, and zeros elsewhere."""
+        return _placed(values, self.dim, self.indexes, self.size)
+
+    def transposed(self, u: Tensor) -> list[Tensor]:
+        """The parts."""
+        return [_taken(u, self.dim, index) for index in self.indexes]
+
+    def solved_for(self, k: int) -> Selection:
+        """The part that is source k; the other sources are not needed."""
+        return Selection((self.target,), self.sources[k], self.dim, self.indexes[k], self.size)
+
+
+@dataclass(frozen=True)
+class ChannelMixing:
+    """W v along one dimension, at every position."""
+
+    sources: tuple[int, ...]
+    target: int
+    weight: Tensor
+    dim: int
+
+    def apply(self, values: Sequence[Tensor]) -> Tensor:
+        """The product with W."""
+        v = values[0].movedim(self.dim, -1)
+        return functional.linear(v, self.weight).movedim(-1, self.dim)
+
+    def transposed(self, u: Tensor) -> list[Tensor]:
+        """The product with W^T."""
+        return [(u.movedim(self.dim, -1) @ self.weight).movedim(-1, self.dim)]
+
+    def solved_for(self, k: int) -> ChannelMixing | None:
+        """The product with W^-1; None where W is not square."""
+        if self.weight.shape[0] != self.weight.shape[1]:
+            return None
+        inverse = torch.linalg.inv_ex(self.weight).inverse
+        return ChannelMixing((self.target,), self.sources[0], inverse, self.dim)
+
+
+@dataclass(frozen=True)
+class Convolved:
+    """A convolution of two-dimensional images."""
+
+    sources: tuple[int, ...]
+    target: int
+    convolution: Convolution
+
+    def apply(self, values: Sequence[Tensor]) -> Tensor:
+        """The convolution without its bias."""
+        return self.convolution.jvp(values[0])
+
+    def transposed(self, u: Tensor) -> list[Tensor]:
+        """The transposed convolution."""
+        return [self.convolution.vjp(u)]
+
+    def solved_for(self, k: int) -> None:
+        """It is not known to be invertible."""
+        return
+
+
+@dataclass(frozen=True)
+class PerSource:
+    """A sum of products with one Jacobian for each source."""
+
+    sources: tuple[int, ...]
+    target: int
+    jacobians: tuple[NetworkJacobian, ...]
+
+    def apply(self, values: Sequence[Tensor]) -> Tensor:
+        """The sum of J_k v_k."""
+        total = self.jacobians[0].jvp(values[0])
+        for jacobian, value in zip(self.jacobians[1:], values[1:], strict=True):
+            total = total + jacobian.jvp(value)
+        return total
+
+    def transposed(self, u: Tensor) -> list[Tensor]:
+        """The products J_k^T u."""
+        return [jacobian.vjp(u) for jacobian in self.jacobians]
+
+    def solved_for(self, k: int) -> None:
+        """It is not known to be invertible."""
+        return
+
+
+class LinearProgram:
+    """Steps that lead from the value ``start`` to the value ``end``; others are left out."""
+
+    def __init__(self, steps: Sequence[Step], start: int, end: int) -> None:
+        self.start, self.end = start, end
+        needed, kept = {end}, []
+        for step in reversed(steps):
+            if step.target in needed:
+                kept.append(step)
+                needed.update(step.sources)
+        self.steps = kept[::-1]
+        self._last_reader: dict[int, int] = {}
+        for k, step in enumerate(self.steps):
+            for source in step.sources:
+                self._last_reader[source] = k
+
+    def run(self, v: Tensor) -> Tensor:
+        """The product with v."""
+        values = {self.start: v}
+        for k, step in enumerate(self.steps):
+            values[step.target] = step.apply([values[source] for source in step.sources])
+            for source in set(step.sources):
+                if self._last_reader[source] == k and source != self.end:
+                    del values[source]
+        return values[self.end]
+
+    def run_transposed(self, u: Tensor) -> Tensor:
+        """The product of the transpose with u."""
+        sums = {self.end: u}
+        for step in reversed(self.steps):
+            if step.target not in sums:
+                continue
+            # a value's readers come after it, so its sum is complete
+            parts = step.transposed(sums.pop(step.target))
+            for source, part in zip(step.sources, parts, strict=True):
+                sums[source] = sums[source] + part if source in sums else part
+        return sums[self.start]
+
+
+def solved(program: LinearProgram) -> LinearProgram | None:
+    """The inverse of a program as one; None where the known values do not lead to its start."""
+    solving = _Solving(program)
+    while solving.waiting and program.start not in solving.known:
+        solving.look_around(solving.waiting.popleft())
+    if program.start not in solving.known:
+        return None
+    return LinearProgram(solving.steps, program.end, program.start)
+
+
+class _Solving:
+    """The values that follow from the end of a program, and the steps by which they do.
+
+    Attributes:
+        known: numbers of these values.
+        steps: what computes them, in order.
+        waiting: known values whose neighbours have not been looked at.
+    """
+
+    def __init__(self, program: LinearProgram) -> None:
+        self.known = {program.end}
+        self.steps: list[Step] = []
+        self.waiting = collections.deque([program.end])
+        self._producers = {step.target: step for step in program.steps}
+        self._readers: dict[int, list[Step]] = collections.defaultdict(list)
+        for step in program.steps:
+            for source in set(step.sources):
+                self._readers[source].append(step)
+
+    def look_around(self, value: int) -> None:
+        """Compute what has become known with ``value``."""
+        producer = self._producers.get(value)
+        if producer is not None:
+            self._solve(producer)
+        for reader in self._readers[value]:
+            self._solve(reader)
+        if isinstance(producer, Selection):
+            (whole,) = producer.sources
+            self._learn(_from_selections(whole, self._readers[whole], self.known))
+
+    def _solve(self, step: Step) -> None:
+        """Compute the step's target, or the sources that follow from it."""
+        unknown = [k for k, source in enumerate(step.sources) if source not in self.known]
+        if step.target not in self.known:
+            if not unknown:
+                self._learn(step)
+        elif isinstance(step, Assembly) or len(unknown) == 1:
+            for k in unknown:
+                self._learn(step.solved_for(k))
+
+    def _learn(self, step: Step | None) -> None:
+        if step is not None and step.target not in self.known:
+            self.known.add(step.target)
+            self.steps.append(step)
+            self.waiting.append(step.target)
+
+
+def _from_selections(whole: int, readers: Sequence[Step], known: set[int]) -> Assembly | None:
+    """A value from those of its selections that are known, if they cover it without overlap."""
+    parts = [step for step in readers if isinstance(step, Selection) and step.target in known]
+    by_dim = collections.defaultdict(list)
+    for part in parts:
+        by_dim[part.dim].append(part)
+    for dim, selections in by_dim.items():
+        size, chosen = selections[0].size, []
+        found: set[int] = set()
+        for selection in selections:
+            index = _numbers(selection.index)
+            if found.isdisjoint(index):
+                found.update(index)
+                chosen.append(selection)
+        if len(found) == size:
+            sources = tuple(selection.target for selection in chosen)
+            indexes = tuple(selection.index for selection in chosen)
+            return Assembly(sources, whole, dim, indexes, size)
+    return None
+
+
+def _numbers(index: range | Tensor) -> list[int]:
+    return index.tolist() if isinstance(index, Tensor) else list(index)
+
+
+def _times(v: Tensor, coefficient: Tensor | None) -> Tensor:
+    return v if coefficient is None else v * coefficient
+
+
+def _minus_ratio(coefficient: Tensor | None, divisor: Tensor | None) -> Tensor:
+    """-c / d, where None is 1."""
+    if coefficient is None and divisor is None:
+        return torch.tensor(-1.0)
+    if divisor is None:
+        return -coefficient  # type: ignore[operator]
+    return -1 / divisor if coefficient is None else -coefficient / divisor
+
+
+def _taken(v: Tensor, dim: int, index: range | Tensor) -> Tensor:
+    """The entries at ``index``; a view where they are next to each other."""
+    if isinstance(index, Tensor):
+        return v.index_select(dim, index)
+    if index.step == 1:
+        return v.narrow(dim, index.start, len(index))
+    return v[(slice(None),) * dim + (slice(index.start, index.stop, index.step),)]
+
+
+def _placed(
+    parts: Sequence[Tensor], dim: int, indexes: Sequence[range | Tensor], size: int
+) -> Tensor:
+    """The parts at their places along ``dim``, and zeros elsewhere."""
+    in_order, end = [], 0
+    for index, part in zip(indexes, parts, strict=True):
+        if isinstance(index, range) and index.step == 1 and index.start == end:
+            in_order.append(part)
+            end = index.stop
+    if end == size and len(in_order) == len(parts):
+        return torch.cat(in_order, dim) if len(parts) > 1 else parts[0]
+    shape = list(parts[0].shape)
+    shape[dim] = size
+    whole = parts[0].new_zeros(shape)
+    for index, part in zip(indexes, parts, strict=True):
+        if isinstance(index, Tensor):
+            whole.index_copy_(dim, index, part)
+        else:
+            whole[(slice(None),) * dim + (slice(index.start, index.stop, index.step),)] = part
+    return whole

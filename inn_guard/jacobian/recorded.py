@@ -1,0 +1,620 @@
+"""Jacobians of maps of which nothing is known, from one recorded pass.
+
+Every operation of one pass is recorded. Elementwise operations become their slopes, merged over
+chains of them; matrix products, convolutions and moves of entries become themselves; what is left
+is differentiated by autograd, one operation at a time. So a product costs what the matrix products
+of the map cost. J^-1 is found by solving the same steps where they can be solved, as in every
+coupling, at the states of the forward pass. Nothing depends on classes of layers, and nothing is
+believed: J^T u is compared with autograd's, and J v with J^T u, before either is used.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map
+
+from inn_guard.core.invertible import Invertible
+from inn_guard.core.layer_jacobian import (
+    INEXACT,
+    ROUNDING,
+    AutogradJacobian,
+    LayerJacobian,
+    Map,
+    NotApplicable,
+    is_adjoint_pair,
+    random_vectors,
+)
+from inn_guard.core.tensors import norms
+from inn_guard.jacobian.linear_program import (
+    Assembly,
+    ChannelMixing,
+    Combination,
+    Convolved,
+    LinearProgram,
+    PerSource,
+    Rearrangement,
+    Selection,
+    Step,
+    solved,
+)
+from inn_guard.jacobian.network import AutogradNetwork, Convolution, NetworkJacobian
+
+__all__ = ["RecordedJacobian", "RecordedNetwork", "linearize_function", "recorded_jacobian"]
+
+aten = torch.ops.aten
+
+
+def recorded_jacobian(layer: Invertible, x: Tensor, known: AutogradJacobian) -> LayerJacobian:
+    """The Jacobian of a layer by a recorded pass, if it is measured to be right; else ``known``.
+
+    Args:
+        layer: the layer; in training mode a second pass would draw other random numbers, so that
+            it is not recorded.
+        x: its input.
+        known: its Jacobian by autograd.
+    """
+    if layer.training:
+        return known
+    program = _checked_program(layer, x, known)
+    if program is None:
+        return known
+    return RecordedJacobian(layer.inverse, program, known)
+
+
+def linearize_function(function: Map, x: Tensor) -> NetworkJacobian:
+    """The Jacobian of a network at x, recorded if that is measured to be right, else by autograd.
+
+    Args:
+        function: (B, *in) -> (B, *out).
+        x: (B, *in).
+    """
+    known = AutogradNetwork(function, x)
+    if any(part.training for part in _modules_of(function)):
+        return known
+    program = _checked_program(function, x, known)
+    if program is None:
+        return known
+    return RecordedNetwork(program, known.output, x.dim())
+
+
+class RecordedNetwork:
+    """J v and J^T u by the steps of a recorded pass."""
+
+    def __init__(self, program: LinearProgram, output: Tensor, dims: int) -> None:
+        self.output = output
+        self._program, self._dims = program, dims
+
+    def jvp(self, v: Tensor) -> Tensor:
+        """J v, (..., B, *out)."""
+        if v.dim() == self._dims:
+            return self._program.run(v)
+        return torch.stack([self.jvp(row) for row in v])
+
+    def vjp(self, u: Tensor) -> Tensor:
+        """J^T u, (..., B, *in)."""
+        if u.dim() == self.output.dim():
+            return self._program.run_transposed(u)
+        return torch.stack([self.vjp(row) for row in u])
+
+
+class RecordedJacobian:
+    """The four products by the steps of a recorded pass.
+
+    J^-1 solves the steps of J, at the states of the forward pass. Where they cannot be solved one
+    by one, the layer's own inverse is recorded at F(x); and where that is not possible, it is
+    differentiated by autograd.
+    """
+
+    def __init__(self, inverse: Map, program: LinearProgram, known: AutogradJacobian) -> None:
+        self.output = known.output
+        self._inverse, self._program, self._known = inverse, program, known
+        self._back: LinearProgram | None = None
+        self._asked = False
+
+    def forward_transposes(self) -> bool:
+        """True: it has been measured."""
+        return True
+
+    def jvp(self, v: Tensor) -> Tensor:
+        """J v: (B, *data) -> (B, *latent)."""
+        return self._program.run(v)
+
+    def vjp(self, u: Tensor) -> Tensor:
+        """J^T u: (B, *latent) -> (B, *data); a leading dimension holds several u per sample."""
+        if u.dim() > self.output.dim():
+            return self._known.vjp(u)
+        return self._program.run_transposed(u)
+
+    def inverse_jvp(self, u: Tensor) -> Tensor:
+        """J^-1 u: (B, *latent) -> (B, *data)."""
+        back = self._backwards()
+        return self._known.inverse_jvp(u) if back is None else back.run(u)
+
+    def inverse_vjp(self, v: Tensor) -> Tensor:
+        """J^-T v: (B, *data) -> (B, *latent)."""
+        back = self._backwards()
+        return self._known.inverse_vjp(v) if back is None else back.run_transposed(v)
+
+    @torch.no_grad()
+    def _backwards(self) -> LinearProgram | None:
+        """The steps of J^-1. Many audits need the forward products only: found on demand."""
+        if not self._asked:
+            self._asked = True
+            self._back = solved(self._program)
+            if self._back is None:
+                self._back = _program(self._inverse, self.output)[0]
+        return self._back
+
+
+@torch.no_grad()
+def _checked_program(
+    function: Map, x: Tensor, known: AutogradJacobian | AutogradNetwork
+) -> LinearProgram | None:
+    """The steps of J if they give what autograd gives at random vectors; else None."""
+    program, output = _program(function, x)
+    if program is None or output is None or output.shape != known.output.shape:
+        return None
+    v, u = random_vectors(x, known.output)
+    try:
+        expected, back, image = known.vjp(u), program.run_transposed(u), program.run(v)
+    except (NotApplicable, RuntimeError, IndexError, TypeError):
+        return None
+    same = _close(output, known.output) and _close(back, expected)
+    same = same and image.shape == output.shape
+    return program if same and is_adjoint_pair(image, u, v, back) else None
+
+
+def _close(actual: Tensor, expected: Tensor) -> bool:
+    if actual.shape != expected.shape or actual.dtype != expected.dtype:
+        return False
+    rounding = ROUNDING * torch.finfo(expected.dtype).eps * math.sqrt(expected[:1].numel())
+    tolerance = min(INEXACT, rounding)
+    gap, size = norms(actual - expected), norms(expected)
+    # samples that are not finite have no products to compare
+    return bool(((gap <= tolerance * size) | ~size.isfinite()).all())
+
+
+@torch.no_grad()
+def _program(function: Map, x: Tensor) -> tuple[LinearProgram | None, Tensor | None]:
+    """The steps of the derivative of ``function`` at x, and its value; (None, None) without."""
+    start = x.detach().clone()
+    recorder = _Recorder(start)
+    try:
+        # writing in place becomes an operation with a result, so that no value is lost
+        with recorder:
+            output = torch.func.functionalize(function, remove="mutations")(start)
+        builder = _Builder(start)
+        with torch.enable_grad():
+            for operation in _leading_to(output, recorder.operations):
+                builder.add(operation)
+        end = builder.number_of(output)
+    except torch.OutOfMemoryError:
+        raise
+    # a map of a user's may refuse to be recorded in any way, and is then differentiated by autograd
+    except Exception:
+        return None, None
+    return LinearProgram(builder.steps, 0, end), output.detach()
+
+
+def _modules_of(function: Any) -> list[nn.Module]:
+    """The module that is called, with those inside; () of other functions."""
+    return list(function.modules()) if isinstance(function, nn.Module) else []
+
+
+@dataclass(frozen=True)
+class _Operation:
+    """``function(*arguments, **named)`` returned ``outputs``."""
+
+    function: Any
+    arguments: tuple[Any, ...]
+    named: dict[str, Any]
+    outputs: tuple[Tensor, ...]
+
+
+class _Recorder(TorchDispatchMode):
+    """Notes the operations that read a tensor, or what other such operations have returned."""
+
+    def __init__(self, start: Tensor) -> None:
+        super().__init__()
+        self.operations: list[_Operation] = []
+        self._followed = {id(start)}  # ``operations`` keeps the tensors: no id is used again
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """The operation itself."""
+        named = kwargs or {}
+        result = func(*args, **named)
+        if func is aten.detach.default or self._followed.isdisjoint(map(id, _tensors(args, named))):
+            return result
+        outputs = tuple(_tensors(result))
+        self._followed.update(id(output) for output in outputs if output.is_floating_point())
+        self.operations.append(_Operation(func, tuple(args), dict(named), outputs))
+        return result
+
+
+class _Builder:
+    """Turns operations into steps, in their order.
+
+    A tensor that depends on x is a sum of coefficients times numbered values. As long as operations
+    are elementwise, the coefficients are multiplied; what is not elementwise makes the sum a value
+    of its own.
+    """
+
+    def __init__(self, start: Tensor) -> None:
+        self.steps: list[Step] = []
+        #: tensor -> its value's number -> coefficient; the tensor itself, which keeps its id
+        self._terms: dict[int, dict[int, Tensor | None]] = {id(start): {0: None}}
+        self._count = 1
+
+    def is_active(self, value: Any) -> bool:
+        """Whether it is a tensor that depends on x."""
+        return isinstance(value, Tensor) and id(value) in self._terms
+
+    def number_of(self, tensor: Tensor) -> int:
+        """The number of the tensor's value, which becomes a step of its own if it has none."""
+        terms = self._terms[id(tensor)]
+        if len(terms) == 1:
+            ((number, coefficient),) = terms.items()
+            if coefficient is None:
+                return number
+        number = self.new()
+        self.steps.append(Combination(tuple(terms), number, tuple(terms.values())))
+        self._terms[id(tensor)] = {number: None}
+        return number
+
+    def add(self, operation: _Operation) -> None:
+        """Append the steps of one operation."""
+        function, arguments = operation.function, operation.arguments
+        if function in _SAME:
+            self._terms[id(operation.outputs[0])] = dict(self._terms[id(arguments[0])])
+            return
+        if torch.Tag.pointwise in function.tags:
+            self._pointwise(operation)
+            return
+        rule = _RULES.get(function)
+        if rule is None or not rule(self, operation):
+            self._differentiated(operation)
+
+    def producer(self, tensor: Tensor) -> Step | None:
+        """The step whose target is the tensor itself."""
+        number = self.number_of(tensor)
+        made = [step for step in self.steps if step.target == number]
+        return made[0] if made else None
+
+    def new(self) -> int:
+        """A number for a value."""
+        self._count += 1
+        return self._count - 1
+
+    def step(self, output: Tensor, step: Step) -> bool:
+        """Append a step whose target, a new number, is the output."""
+        self.steps.append(step)
+        self._terms[id(output)] = {step.target: None}
+        return True
+
+    def _pointwise(self, operation: _Operation) -> None:
+        """The slopes of an elementwise operation times the coefficients of what it reads."""
+        (output,) = operation.outputs
+        if not output.is_floating_point():
+            return
+        total: dict[int, Tensor | None] = {}
+        for active, slope in self._slopes(operation):
+            if active.shape == output.shape:
+                terms = self._terms[id(active)]
+            else:
+                terms = {self._expanded(active, output.shape): None}
+            for number, coefficient in terms.items():
+                part = _product(slope, coefficient)
+                if number in total:
+                    part = _or_one(total[number], output) + _or_one(part, output)
+                total[number] = part
+        self._terms[id(output)] = total
+
+    def _slopes(self, operation: _Operation) -> list[tuple[Tensor, Tensor | None]]:
+        """Each tensor that depends on x, with the derivative by it; None where that is 1."""
+        (output,) = operation.outputs
+        active = _distinct(filter(self.is_active, _tensors(operation.arguments, operation.named)))
+        plain = not operation.named and len(operation.arguments) == 2
+        if operation.function in _SUMS and plain and output.dtype == active[0].dtype:
+            first, second = operation.arguments
+            if first is not second:
+                minus = operation.function is aten.sub.Tensor and second is active[-1]
+                slopes: list[Tensor | None] = [None for _ in active]
+                if minus:
+                    slopes[-1] = output.new_full((), -1).expand_as(output)
+                return list(zip(active, slopes, strict=True))
+        leaves = {id(t): t.detach().expand(output.shape).requires_grad_() for t in active}
+        again = _called(operation, leaves)
+        found = torch.autograd.grad(
+            again, list(leaves.values()), torch.ones_like(again), allow_unused=True
+        )
+        pairs = zip(active, found, strict=True)
+        return [(t, slope.detach()) for t, slope in pairs if slope is not None]
+
+    def _expanded(self, tensor: Tensor, shape: torch.Size) -> int:
+        """The number of a value that is broadcast to a shape."""
+        source, size, target = self.number_of(tensor), tensor.shape, self.new()
+        self.steps.append(
+            PerSource((source,), target, (_Expansion(size, shape, tensor),)),
+        )
+        return target
+
+    def _differentiated(self, operation: _Operation) -> None:
+        """The steps of an operation of which nothing is known, by autograd through it alone."""
+        active = _distinct(filter(self.is_active, _tensors(operation.arguments, operation.named)))
+        for k, output in enumerate(operation.outputs):
+            if not output.is_floating_point():
+                continue
+            jacobians = []
+            for tensor in active:
+                alone = _Alone(operation, tensor, k)
+                jacobians.append(AutogradNetwork(alone, tensor))
+            sources = tuple(self.number_of(tensor) for tensor in active)
+            self.step(output, PerSource(sources, self.new(), tuple(jacobians)))
+
+
+@dataclass(frozen=True)
+class _Alone:
+    """One output of an operation as a function of one of its tensors."""
+
+    operation: _Operation
+    tensor: Tensor
+    output: int
+
+    def __call__(self, value: Tensor) -> Tensor:
+        """That output."""
+        result = _called(self.operation, {id(self.tensor): value})
+        return _tensors(result)[self.output]
+
+
+class _Expansion:
+    """The Jacobian of broadcasting a tensor to a shape."""
+
+    def __init__(self, before: torch.Size, after: torch.Size, like: Tensor) -> None:
+        self.before, self.after = before, after
+        self.output = like.new_empty(()).expand(after)
+
+    def jvp(self, v: Tensor) -> Tensor:
+        """J v: v, repeated."""
+        return v.expand(self.after)
+
+    def vjp(self, u: Tensor) -> Tensor:
+        """J^T u: its sums."""
+        return u.sum_to_size(self.before)
+
+
+def _leading_to(output: Tensor, operations: Sequence[_Operation]) -> list[_Operation]:
+    """The operations that the output depends on, in their order: not those of a log-determinant."""
+    needed, kept = {id(output)}, []
+    for operation in reversed(operations):
+        if not needed.isdisjoint(map(id, operation.outputs)):
+            needed.update(map(id, _tensors(operation.arguments, operation.named)))
+            kept.append(operation)
+    return kept[::-1]
+
+
+def _tensors(*nested: Any) -> list[Tensor]:
+    return [leaf for leaf in tree_leaves(nested) if isinstance(leaf, Tensor)]
+
+
+def _distinct(tensors: Any) -> list[Tensor]:
+    return list({id(tensor): tensor for tensor in tensors}.values())
+
+
+def _called(operation: _Operation, replaced: dict[int, Tensor]) -> Any:
+    """The operation with some of its tensors replaced."""
+    arguments, named = tree_map(
+        lambda leaf: replaced.get(id(leaf), leaf), (operation.arguments, operation.named)
+    )
+    return operation.function(*arguments, **named)
+
+
+def _product(a: Tensor | None, b: Tensor | None) -> Tensor | None:
+    if a is None or b is None:
+        return a if b is None else b
+    return a * b
+
+
+def _or_one(coefficient: Tensor | None, like: Tensor) -> Tensor:
+    return torch.ones_like(like) if coefficient is None else coefficient
+
+
+Rule = Callable[[_Builder, _Operation], bool]
+
+_SAME = {aten.clone.default, aten.alias.default, aten.lift_fresh.default}
+_SUMS = {aten.add.Tensor, aten.sub.Tensor}
+
+
+def _reshaped(builder: _Builder, operation: _Operation) -> bool:
+    tensor, output = operation.arguments[0], operation.outputs[0]
+    before, after = tensor.shape, output.shape
+    source = (builder.number_of(tensor),)
+    there, back = lambda v: v.reshape(after), lambda u: u.reshape(before)
+    return builder.step(output, Rearrangement(source, builder.new(), there, back))
+
+
+def _transposed(builder: _Builder, operation: _Operation) -> bool:
+    tensor, output = operation.arguments[0], operation.outputs[0]
+    dims = operation.arguments[1:] or (0, 1)
+    if tensor.dim() < 2:
+        return False
+    source = (builder.number_of(tensor),)
+
+    def swap(v: Tensor) -> Tensor:
+        return v.transpose(*dims)
+
+    return builder.step(output, Rearrangement(source, builder.new(), swap, swap))
+
+
+def _permuted(builder: _Builder, operation: _Operation) -> bool:
+    tensor, order = operation.arguments
+    back = [
+        order.index(k) if k in order else order.index(k - len(order)) for k in range(len(order))
+    ]
+    source = (builder.number_of(tensor),)
+    step = Rearrangement(
+        source, builder.new(), lambda v: v.permute(order), lambda u: u.permute(back)
+    )
+    return builder.step(operation.outputs[0], step)
+
+
+def _cast(builder: _Builder, operation: _Operation) -> bool:
+    tensor, output = operation.arguments[0], operation.outputs[0]
+    before, after = tensor.dtype, output.dtype
+    source = (builder.number_of(tensor),)
+    there, back = lambda v: v.to(after), lambda u: u.to(before)
+    return builder.step(output, Rearrangement(source, builder.new(), there, back))
+
+
+def _select(builder: _Builder, tensor: Tensor, output: Tensor, dim: int, index: Any) -> bool:
+    source = (builder.number_of(tensor),)
+    dim = dim % tensor.dim()
+    step = Selection(source, builder.new(), dim, index, tensor.shape[dim])
+    return builder.step(output, step)
+
+
+def _sliced(builder: _Builder, operation: _Operation) -> bool:
+    tensor, dim, start, end, step = (*operation.arguments, *(None,) * 4)[:5]
+    dim = dim or 0
+    index = range(tensor.shape[dim])[start : end : step or 1]
+    return _select(builder, tensor, operation.outputs[0], dim, index)
+
+
+def _split(builder: _Builder, operation: _Operation) -> bool:
+    tensor, _, dim = (*operation.arguments, 0)[:3]
+    begin = 0
+    for output in operation.outputs:
+        size = output.shape[dim]
+        _select(builder, tensor, output, dim, range(begin, begin + size))
+        begin += size
+    return True
+
+
+def _index_selected(builder: _Builder, operation: _Operation) -> bool:
+    tensor, dim, index = operation.arguments
+    return _select(builder, tensor, operation.outputs[0], dim, index)
+
+
+def _indexed(builder: _Builder, operation: _Operation) -> bool:
+    tensor, indices = operation.arguments
+    dim, index = _single_index(indices)
+    if index is None or builder.is_active(index):
+        return False
+    return _select(builder, tensor, operation.outputs[0], dim, index)
+
+
+def _index_put(builder: _Builder, operation: _Operation) -> bool:
+    """Values at some indices along one dimension: put beside what is at the others."""
+    tensor, indices, values, *accumulate = operation.arguments
+    dim, index = _single_index(indices)
+    if index is None or any(accumulate) or not builder.is_active(values):
+        return False
+    output, size = operation.outputs[0], tensor.shape[dim]
+    wanted = list(tensor.shape)
+    wanted[dim] = len(index)
+    if list(values.shape) != wanted:
+        return False
+    sources = [builder.number_of(values)]
+    indexes: list[range | Tensor] = [index]
+    if builder.is_active(tensor):
+        before = builder.producer(tensor)
+        if not isinstance(before, Assembly) or before.dim != dim:
+            return False
+        sources += before.sources
+        indexes += before.indexes
+    numbers = [number for part in indexes for number in _list(part)]
+    if len(numbers) != len(set(numbers)):
+        return False
+    step = Assembly(tuple(sources), builder.new(), dim, tuple(indexes), size)
+    return builder.step(output, step)
+
+
+def _concatenated(builder: _Builder, operation: _Operation) -> bool:
+    tensors, dim = (*operation.arguments, 0)[:2]
+    output = operation.outputs[0]
+    dim = dim % output.dim()
+    sources, indexes, begin = [], [], 0
+    for tensor in tensors:
+        if tensor.dim() != output.dim():
+            return False
+        size = tensor.shape[dim]
+        if builder.is_active(tensor):
+            sources.append(builder.number_of(tensor))
+            indexes.append(range(begin, begin + size))
+        begin += size
+    step = Assembly(tuple(sources), builder.new(), dim, tuple(indexes), begin)
+    return builder.step(output, step)
+
+
+def _multiplied(builder: _Builder, operation: _Operation) -> bool:
+    """x W, or b + x W, with a constant W."""
+    *shift, tensor, weight = operation.arguments
+    if operation.named or any(map(builder.is_active, [*shift, weight])):
+        return False
+    source = (builder.number_of(tensor),)
+    step = ChannelMixing(source, builder.new(), weight.detach().t(), tensor.dim() - 1)
+    return builder.step(operation.outputs[0], step)
+
+
+def _convolved(builder: _Builder, operation: _Operation) -> bool:
+    tensor, weight, bias, stride, padding, dilation, transposed, _, groups = operation.arguments
+    active = [value for value in (weight, bias) if builder.is_active(value)]
+    if active or transposed or weight.dim() != 4:
+        return False
+    source = (builder.number_of(tensor),)
+    weight = weight.detach()
+    if {*weight.shape[2:], *stride, groups} == {1} and not any(padding):
+        step: Step = ChannelMixing(source, builder.new(), weight.flatten(1), 1)
+    else:
+        geometry = (tuple(stride), tuple(padding), tuple(dilation), groups)
+        convolution = Convolution.of_weight(weight, geometry, operation.outputs[0], tensor.shape)
+        step = Convolved(source, builder.new(), convolution)
+    return builder.step(operation.outputs[0], step)
+
+
+def _single_index(indices: Sequence[Tensor | None]) -> tuple[int, Tensor | None]:
+    """The only dimension that is indexed, and its index, (K,); (0, None) if it is not so."""
+    given = [(dim, index) for dim, index in enumerate(indices) if index is not None]
+    if len(given) != 1:
+        return 0, None
+    ((dim, index),) = given
+    if index.dtype == torch.bool and index.dim() == 1:
+        index = index.nonzero()[:, 0]
+    if index.dim() != 1 or index.dtype != torch.int64:
+        return 0, None
+    return dim, index
+
+
+def _list(index: range | Tensor) -> list[int]:
+    return index.tolist() if isinstance(index, Tensor) else list(index)
+
+
+_RULES: dict[Any, Rule] = {
+    aten.view.default: _reshaped,
+    aten._unsafe_view.default: _reshaped,
+    aten.reshape.default: _reshaped,
+    aten.unsqueeze.default: _reshaped,
+    aten.squeeze.dim: _reshaped,
+    aten.squeeze.dims: _reshaped,
+    aten.squeeze.default: _reshaped,
+    aten.t.default: _transposed,
+    aten.transpose.int: _transposed,
+    aten.permute.default: _permuted,
+    aten._to_copy.default: _cast,
+    aten.slice.Tensor: _sliced,
+    aten.split.Tensor: _split,
+    aten.split_with_sizes.default: _split,
+    aten.index_select.default: _index_selected,
+    aten.index.Tensor: _indexed,
+    aten.index_put.default: _index_put,
+    aten.cat.default: _concatenated,
+    aten.mm.default: _multiplied,
+    aten.addmm.default: _multiplied,
+    aten.convolution.default: _convolved,
+}

@@ -1,0 +1,1 @@
+"""Every path that users run on a GPU, on a device that is pretended."""
