@@ -52,7 +52,7 @@ docs: $(VENV)/.docs
 
 $(VENV)/.docs: pyproject.toml
 	$(PYTHON) -m venv $(VENV)/docs
-	$(VENV)/docs/bin/pip install --quiet "mkdocs-material>=9.5" "mkdocstrings[python]>=0.26" "ruff>=0.12"  # the extra docs
+	$(VENV)/docs/bin/pip install --quiet "mkdocs-material>=9.5" "mkdocstrings[python]>=0.26" "nbconvert>=7.16" "ruff>=0.12"  # the extra docs
 	touch $@
 
 $(READY): pyproject.toml constraints.txt

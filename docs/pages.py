@@ -1,8 +1,8 @@
 """The site's hook for mkdocs: adds pages whose text is elsewhere, and makes links the site's own.
 
-README, CONTRIBUTING and CHANGELOG become pages, the reference is made of docstrings, figures are
-those committed with the results. Pages link to files of the repository, so that they can be browsed
-there, too.
+README, CONTRIBUTING and CHANGELOG become pages, notebooks are shown with their committed output, the
+reference is made of docstrings, figures are those committed with the results. Pages link to files of
+the repository, so that they can be browsed there, too. llms.txt lists all pages.
 """
 
 from __future__ import annotations
@@ -10,11 +10,14 @@ from __future__ import annotations
 import os.path
 import re
 import sys
+from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
+from typing import Any
 
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
+from nbconvert import MarkdownExporter
 
 sys.path.insert(0, str(Path(__file__).parent))
 import reference
@@ -39,7 +42,10 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
         names = "\n\n".join(f"::: {name}" for name in reference.documented(page))
         content = f"# {title}\n\n{names}\n"
         files.append(File.generated(config, f"reference/{page}.md", content=content))
+    for place, content in _notebooks():
+        files.append(File.generated(config, place, content=content))
     files.append(File.generated(config, "results/gallery.md", content=_gallery()))
+    files.append(File.generated(config, "llms.txt", content=_llms(config)))
     for figure in _figures():
         files.append(File.generated(config, figure.as_posix(), abs_src_path=str(ROOT / figure)))
     return files
@@ -67,7 +73,35 @@ def _site_path(path: str) -> str | None:
             return page
     if path.startswith("docs/") and not path.endswith(".py"):
         return path.removeprefix("docs/")
+    if path.endswith(".ipynb"):
+        return path.removesuffix(".ipynb") + ".md"
     return path if path.endswith(".png") else None
+
+
+def _notebooks() -> Iterator[tuple[str, str | bytes]]:
+    """Place on the site and content of every notebook and of the pictures in its output."""
+    for path in sorted((ROOT / "notebooks").glob("*.ipynb")):
+        names = {"unique_key": path.stem, "output_files_dir": f"{path.stem}_files"}
+        text, resources = MarkdownExporter().from_filename(str(path), resources=names)
+        yield f"notebooks/{path.stem}.md", text
+        for place, picture in resources["outputs"].items():
+            yield f"notebooks/{place}", picture
+
+
+def _llms(config: MkDocsConfig) -> str:
+    """The site for language models: its name, what it is about, and a link to every page."""
+    lines = [f"# {config.site_name}", "", f"> {config.site_description}", ""]
+    return "\n".join([*lines, *_links(config.nav or [])]) + "\n"
+
+
+def _links(entries: list[Any]) -> Iterator[str]:
+    for entry in entries:
+        for title, target in entry.items():
+            if isinstance(target, list):
+                yield from ("", f"## {title}", "", *_links(target))
+                continue
+            place = target.removesuffix("index.md").removesuffix(".md")
+            yield f"- [{title}]({place}/)" if place else f"- [{title}](./)"
 
 
 def _figures() -> list[Path]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import subprocess
 import sys
@@ -120,8 +121,29 @@ def test_the_wheel_audits_without_any_optional_library(built, tmp_path):
     assert answer.stdout.splitlines()[-1:] == ["works"], answer.stderr
 
 
+def test_the_conda_recipe_needs_what_the_package_needs():
+    """conda calls torch pytorch; requirements are otherwise written alike, with one space more."""
+    project = (ROOT / "pyproject.toml").read_text()
+    needed = re.search(r"^dependencies = \[\n(.*?)^\]", project, flags=re.M | re.S).group(1)
+    names = [line.strip().strip('",').replace(">=", " >=") for line in needed.splitlines()]
+    recipe = (ROOT / "conda" / "meta.yaml").read_text()
+    run = recipe.partition("  run:\n")[2].partition("\n\n")[0].splitlines()
+    wanted = ["python >=3.10", *(name.replace("torch ", "pytorch ") for name in names)]
+    assert [line.strip().removeprefix("- ") for line in run] == wanted
+
+
+def test_the_makefile_installs_the_extra_of_the_docs():
+    """`make docs` installs these names without the package, which would bring torch."""
+    project = (ROOT / "pyproject.toml").read_text()
+    extra = re.search(r"^docs = \[(.*)\]$", project, flags=re.M).group(1).replace(",", "")
+    assert f"install --quiet {extra}  # the extra docs" in (ROOT / "Makefile").read_text()
+
+
 def test_citation_changelog_and_package_agree_on_the_version():
     import inn_guard
+
+    assert f"{{{inn_guard.__version__}}}" in (ROOT / "docs" / "cite.md").read_text()
+    assert f'version: "{inn_guard.__version__}"' in (ROOT / "conda" / "meta.yaml").read_text()
 
     assert f"version: {inn_guard.__version__}\n" in (ROOT / "CITATION.cff").read_text()
     assert f"## {inn_guard.__version__}" in (ROOT / "CHANGELOG.md").read_text()
