@@ -1,8 +1,8 @@
 """The site's hook for mkdocs: adds pages whose text is elsewhere, and makes links the site's own.
 
-README, CONTRIBUTING and CHANGELOG become pages, notebooks are shown with their committed output, the
-reference is made of docstrings, figures are those committed with the results. Pages link to files of
-the repository, so that they can be browsed there, too. llms.txt lists all pages.
+README, CONTRIBUTING and CHANGELOG become pages, notebooks are shown with their committed output,
+the reference is made of docstrings, figures are those committed with the results. Pages link to
+files of the repository, so that they can be browsed there, too. llms.txt lists all pages.
 """
 
 from __future__ import annotations
