@@ -162,13 +162,7 @@ def _whole(layers: LayerBounds, seconds: float) -> tuple[float, float]:
 
 def _witnessed(flow: Invertible, box: Box, seconds: float) -> tuple[float, float]:
     points = images(4, torch.Generator().manual_seed(1)).double() - 0.5
-    stretch, shrink = search(flow, points, box, deadline=Deadline.after(seconds))
-    forward = inverse = 0.0
-    if stretch:
-        forward = stretch.ratio
-    if shrink:
-        inverse = 1 / shrink.ratio
-    return forward, inverse
+    return search(flow, points, box, deadline=Deadline.after(seconds)).lower
 
 
 def run(config: Config) -> pd.DataFrame:

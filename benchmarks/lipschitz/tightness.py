@@ -1,11 +1,13 @@
 """How far the bounds lie above the largest ratios found, for random blocks of five libraries.
 
-The blocks and boxes are those of the adversary, without its changes. The truth lies in between.
+The blocks are those of the adversary. Their weights are scaled by 0.001 to 10, and half widths of
+the boxes are 1e-12 to 1e3, uniform in their logarithms. The truth lies in between.
 """
 
 from __future__ import annotations
 
 import math
+import random
 import warnings
 from dataclasses import dataclass
 
@@ -37,9 +39,23 @@ PRESETS = {
 }
 
 
+def scaled(case: adversary.Case) -> None:
+    """Weights and the width of the box, scaled at random."""
+    factor, radius = 10 ** random.uniform(-3, 1), 10 ** random.uniform(-12, 3)
+    with torch.no_grad():
+        for parameter in case.model.parameters():
+            if parameter.is_floating_point():
+                parameter.mul_(factor)
+    if "logit" in case.block:
+        # their boxes lie in [0, 1]
+        return
+    middle = (case.lo / 2 + case.hi / 2).nan_to_num(0, 0, 0)
+    case.lo, case.hi = middle - radius, middle + radius
+
+
 def tightness(seed: int, entries: int, seconds: float) -> Row:
     """Bounds over the largest ratios found, by ascent and by the package's own witnesses."""
-    case = adversary.configuration(seed, adversary.nothing, entries)
+    case = adversary.configuration(seed, scaled, entries)
     row: Row = {"seed": seed, "block": case.block, "entries": entries}
     row |= {"forward": math.nan, "inverse": math.nan}
     with warnings.catch_warnings():

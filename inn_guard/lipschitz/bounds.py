@@ -10,12 +10,10 @@ from torch import Tensor
 
 from inn_guard.adapters import wrap
 from inn_guard.lipschitz.certificate import Certificate
-from inn_guard.lipschitz.computation import Conditions, Progress, compute
+from inn_guard.lipschitz.computation import Computed, Conditions, Progress, compute
 from inn_guard.lipschitz.fingerprint import fingerprint, weights_hash
 from inn_guard.lipschitz.maps.closed_forms import Pair
 from inn_guard.lipschitz.networks.conditioner import SearchBudget
-from inn_guard.lipschitz.whole_network import LayerBound
-from inn_guard.lipschitz.witness import Witness
 from inn_guard.numerics.intervals import Box
 
 __all__ = ["LipschitzBounds", "lipschitz_bounds"]
@@ -24,41 +22,38 @@ LOOSE = 1e3  #: an upper bound this many times above the witnessed lower bound i
 
 
 @dataclass(frozen=True, repr=False)
-class LipschitzBounds:
+class LipschitzBounds(Computed):
     """What is known about Lip(F) and Lip(F^-1), dimensionless.
 
     ``scope`` says where: on all of R^d, or on a box. On a box, ``inverse`` bounds sup ||J(x)^-1||
-        over x in the box.
-    That is the Lipschitz constant of F^-1 on the image of the box only where that image is convex;
-    otherwise it is one along images of straight paths.
+    over x in the box. That is the Lipschitz constant of F^-1 on the image of the box only where
+    that image is convex; otherwise it is one along images of straight paths.
 
     Attributes:
-        forward: certified upper bound of sup ||J||.
-        inverse: certified upper bound of sup ||J^-1||.
-        lower_forward: witnessed lower bound of sup ||J||.
-        lower_inverse: witnessed lower bound of sup ||J^-1||.
-        method: names of the methods that gave ``forward`` and ``inverse``.
-        scope: "global", or the box.
-        per_layer: every layer with its box, its bounds and Table 3's.
-        paper_bound: the product of Table 3's formulas, with norm products for subnetworks; NaN if
-            the budget ran out.
-        reason: why a bound is infinite; empty where both are finite.
-        certificate: the proof of the bounds; ``certificate.save(path)``.
-        witnesses: (most stretched, most shrunk) points and directions, each None where there is
-            none.
+        certificate: the proof of the bounds; ``certificate.save(path)``. Others: see ``Computed``.
     """
 
-    forward: float
-    inverse: float
-    lower_forward: float
-    lower_inverse: float
-    method: tuple[str, str]
-    scope: str
-    per_layer: tuple[LayerBound, ...]
-    paper_bound: Pair
-    reason: str
     certificate: Certificate
-    witnesses: tuple[Witness | None, Witness | None]
+
+    @property
+    def forward(self) -> float:
+        """Certified upper bound of sup ||J||."""
+        return self.upper.forward
+
+    @property
+    def inverse(self) -> float:
+        """Certified upper bound of sup ||J^-1||."""
+        return self.upper.inverse
+
+    @property
+    def lower_forward(self) -> float:
+        """Witnessed lower bound of sup ||J||."""
+        return self.lower.forward
+
+    @property
+    def lower_inverse(self) -> float:
+        """Witnessed lower bound of sup ||J^-1||."""
+        return self.lower.inverse
 
     @property
     def looseness(self) -> Pair:
@@ -166,19 +161,7 @@ def lipschitz_bounds(
         fingerprint(model),
         conditions,
     )
-    return LipschitzBounds(
-        float(found.best.forward),
-        float(found.best.inverse),
-        found.lower.forward,
-        found.lower.inverse,
-        found.method,
-        found.scope,
-        found.per_layer,
-        found.paper_bound,
-        found.reason,
-        certificate,
-        found.witnesses,
-    )
+    return LipschitzBounds(**vars(found), certificate=certificate)
 
 
 def _as_box(domain: Any) -> Box:

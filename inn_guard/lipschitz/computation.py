@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -39,14 +39,7 @@ from inn_guard.lipschitz.whole_network import (
     inverse_factors,
     product,
 )
-from inn_guard.lipschitz.witness import (
-    Witness,
-    larger,
-    measure,
-    search,
-    smaller,
-    starting_points,
-)
+from inn_guard.lipschitz.witness import Witnesses, measure, search, starting_points
 from inn_guard.numerics.intervals import Box, Interval
 from inn_guard.numerics.rounding import Upper
 
@@ -76,20 +69,22 @@ class Computed:
     """What a computation found.
 
     Attributes:
-        best: the least bounds of both directions.
-        lower: what is witnessed, or follows from the other direction.
-        method: names of the methods that gave ``best``.
+        upper: certified bounds of sup ||J|| and sup ||J^-1||.
+        lower: witnessed ones, or what follows from the other direction.
+        method: names of the methods that gave ``upper``.
         scope: "global", or the box.
-        per_layer: every layer with its box and its bounds.
-        paper_bound: the product of Table 3's formulas.
+        per_layer: every layer with its box, its bounds and Table 3's.
+        paper_bound: the product of Table 3's formulas, with norm products for subnetworks; NaN if
+            the budget ran out.
         reason: why a bound is infinite; empty where both are finite.
         factors_forward: factors whose product bounds the forward map.
         factors_inverse: those of the inverse map.
-        witnesses: (most stretched, most shrunk) points and directions.
+        witnesses: (stretched, shrunk), the points and directions of the lower bounds, each None
+            where there is none.
         leaves: bounds by branch and bound, by direction.
     """
 
-    best: Pair
+    upper: Pair
     lower: Pair
     method: tuple[str, str]
     scope: str
@@ -98,8 +93,8 @@ class Computed:
     reason: str
     factors_forward: tuple[Factor, ...]
     factors_inverse: tuple[Factor, ...]
-    witnesses: tuple[Witness | None, Witness | None]
-    leaves: Mapping[str, float] = field(default_factory=dict)
+    witnesses: Witnesses
+    leaves: Mapping[str, float]
 
 
 def compute(
@@ -140,6 +135,7 @@ class _Run:
         self.deadline = Deadline.after(self.seconds)
         self.progress = progress or (lambda sentence, share: None)
         self.goal = goal
+        self.witnesses = Witnesses()
         box = self.box
         self.branches = box.bounded and box.lo.dim() == 1 and box.lo.numel() <= BRANCHING
 
@@ -168,28 +164,27 @@ class _Run:
         by_layers = list(method)
         leaves: dict[str, float] = {}
         self.progress("witnesses", 0.6)
-        witnesses = _Witnesses(exact)
-        witnesses.search(self.box, self.data, self._fraction(0.2, 0.8))
-        if self.branches and not is_refuted and not self._is_settled(best, witnesses.lower):
+        self._search_witnesses(exact)
+        if self.branches and not is_refuted and not self._is_settled(best, self.witnesses.lower):
             with suppress(Unbounded):
-                pair = self._branched([described for _, described in maps], witnesses)
+                pair = self._branched([described for _, described in maps], exact)
                 leaves = {"forward": pair.forward, "inverse": pair.inverse}
                 for k, bound in enumerate(pair):
                     if bound < best[k]:
                         method[k] = "branch and bound"
                 best = Pair(*map(min, pair, best))
         self.progress("done", 1.0)
-        measured = witnesses.lower
         if not self.model.bijective:
-            # a direction that an encoder forgets has no inverse that its bound could contradict
-            measured = Pair(measured.forward, 0.0)
+            # a direction that an encoder forgets says nothing about an inverse
+            self.witnesses = Witnesses(self.witnesses.stretched)
+        measured = self.witnesses.lower
         wrong = contradiction(best, measured, method)
         if wrong:
             best = Pair(Upper(math.inf), Upper(math.inf))
             per_layer = [without_bounds(layer, wrong, layer.box.shape) for layer in per_layer]
             forward = inverse = [Factor(0, len(per_layer), math.inf)]
             leaves = {}
-        lower, found = _lower_bounds(self.model, witnesses, best)
+        lower = _lower_bounds(self.model, measured, best)
         scope = f"on the {_text_of(self.box)}"
         is_global = all(layer.bounds.is_global for layer in per_layer)
         if any(factor.enclosed for factor in (*forward, *inverse)):
@@ -200,7 +195,7 @@ class _Run:
         if math.inf in best:
             reason = wrong or _first_reason(per_layer)
         return Computed(
-            best,
+            Pair(float(best.forward), float(best.inverse)),
             lower,
             (method[0], method[1]),
             scope,
@@ -209,7 +204,7 @@ class _Run:
             reason,
             tuple(forward),
             tuple(inverse),
-            found,
+            self.witnesses,
             leaves,
         )
 
@@ -220,7 +215,19 @@ class _Run:
         reached = all(own <= goal for own, goal in zip(best, self.goal, strict=True))
         return reached or any(own > goal for own, goal in zip(measured, self.goal, strict=True))
 
-    def _branched(self, maps: list[BoundedMap], witnesses: _Witnesses) -> Pair:
+    def _search_witnesses(self, model: Invertible) -> None:
+        """Search uphill from the data, or from random points of the box."""
+        deadline, data = self._fraction(0.2, 0.8), self.data
+        generator = torch.Generator().manual_seed(0)
+        if data is None:
+            count = 4
+            if self.box.lo.numel() <= 64:
+                count = 256
+            data = starting_points(self.box, count, generator)
+        with suppress(NotApplicable, *FAILURES):
+            self.witnesses = search(model, data, self.box, deadline=deadline, generator=generator)
+
+    def _branched(self, maps: list[BoundedMap], model: Invertible) -> Pair:
         """Bounds by branch and bound.
 
         Raises:
@@ -233,7 +240,13 @@ class _Run:
                 maps, box, lower=self.goal, deadline=self.deadline, tolerance=1.0
             )
         else:
-            lower, probe = witnesses.lower, witnesses.measure
+            lower = self.witnesses.lower
+
+            def probe(points: Tensor) -> Pair:
+                with suppress(NotApplicable, *FAILURES):
+                    self.witnesses = self.witnesses.joined(measure(model, points))
+                return self.witnesses.lower
+
             found = branch_and_bound(maps, box, lower=lower, probe=probe, deadline=self.deadline)
         return found.pair
 
@@ -284,60 +297,15 @@ class _Run:
         return forward, inverse_factors(per_layer, effort)
 
 
-class _Witnesses:
-    """The most stretched and the most shrunk direction found so far."""
-
-    def __init__(self, model: Invertible) -> None:
-        self.model = model
-        self.stretch: Witness | None = None
-        self.shrink: Witness | None = None
-
-    @property
-    def lower(self) -> Pair:
-        """The lower bounds that they prove."""
-        forward = inverse = 0.0
-        if self.stretch is not None:
-            forward = self.stretch.ratio
-        if self.shrink is not None:
-            inverse = 1 / self.shrink.ratio
-        return Pair(forward, inverse)
-
-    def search(self, box: Box, data: Tensor | None, deadline: Deadline) -> None:
-        """Search uphill from the data, or from random points of the box."""
-        generator = torch.Generator().manual_seed(0)
-        if data is None:
-            count = 4
-            if box.lo.numel() <= 64:
-                count = 256
-            data = starting_points(box, count, generator)
-        with suppress(NotApplicable, *FAILURES):
-            found = search(self.model, data, box, deadline=deadline, generator=generator)
-            self._keep(*found)
-
-    def measure(self, points: Tensor) -> Pair:
-        """The lower bounds after a measurement at some points."""
-        with suppress(NotApplicable, *FAILURES):
-            self._keep(*measure(self.model, points))
-        return self.lower
-
-    def _keep(self, stretch: Witness | None, shrink: Witness | None) -> None:
-        self.stretch = larger(self.stretch, stretch)
-        self.shrink = smaller(self.shrink, shrink)
-
-
-def _lower_bounds(
-    model: Invertible, witnesses: _Witnesses, upper: Pair
-) -> tuple[Pair, tuple[Witness | None, Witness | None]]:
-    lower = witnesses.lower
+def _lower_bounds(model: Invertible, measured: Pair, upper: Pair) -> Pair:
+    """What is measured, or follows from the other direction."""
     if not model.bijective:
-        # directions that the forward map forgets say nothing about the inverse
-        return Pair(lower.forward, 0.0), (witnesses.stretch, None)
+        return measured
     # Remark 3: the reciprocal of an upper bound of one direction is a lower bound of the other
-    forward = max(lower.forward, _reciprocal(upper.inverse))
-    inverse = max(lower.inverse, _reciprocal(upper.forward))
+    forward = max(measured.forward, _reciprocal(upper.inverse))
+    inverse = max(measured.inverse, _reciprocal(upper.forward))
     # where both are equal, the measured one may be larger by its rounding
-    forward, inverse = min(forward, upper.forward), min(inverse, upper.inverse)
-    return Pair(forward, inverse), (witnesses.stretch, witnesses.shrink)
+    return Pair(min(forward, upper.forward), min(inverse, upper.inverse))
 
 
 def _reciprocal(bound: float) -> float:

@@ -212,4 +212,4 @@ def without_bounds(bound: LayerBound, reason: str, shape: torch.Size) -> LayerBo
     nothing = NoRule(reason, lambda _: shape)
     infinite = Pair(math.inf, math.inf)
     bounds = BlockBounds.none(reason)
-    return replace(bound, map=nothing, bounds=bounds, paper_bound=infinite)
+    return replace(bound, map=nothing, bounds=bounds, paper_bound=infinite, jacobians=None)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,10 +14,11 @@ from inn_guard.core.tensors import finite_rows
 from inn_guard.execution.deadline import Deadline, spend
 from inn_guard.jacobian.chain import Linearization, LogScaledVector
 from inn_guard.jacobian.checks import dense_jacobian
+from inn_guard.lipschitz.maps.closed_forms import Pair
 from inn_guard.numerics.intervals import Interval
 from inn_guard.numerics.rounding import UNIT
 
-__all__ = ["Witness", "larger", "measure", "search", "smaller", "starting_points"]
+__all__ = ["Witness", "Witnesses", "measure", "search", "starting_points"]
 
 DENSE = 64  #: dimensions up to which whole Jacobians are taken
 FEW = 4  #: points that are measured even if there is no time
@@ -46,7 +48,33 @@ class Witness:
         return float(line.jvp(_unit(self.v[None])).log_norm().exp())
 
 
-Found = tuple[Witness | None, Witness | None]
+class Witnesses(NamedTuple):
+    """The most stretched and the most shrunk direction, each None where there is none."""
+
+    stretched: Witness | None = None
+    shrunk: Witness | None = None
+
+    def joined(self, other: Witnesses) -> Witnesses:
+        """Of both, the larger and the smaller ratio."""
+        stretched = [w for w in (self.stretched, other.stretched) if w is not None]
+        shrunk = [w for w in (self.shrunk, other.shrunk) if w is not None]
+        return Witnesses(
+            max(stretched, key=_ratio, default=None), min(shrunk, key=_ratio, default=None)
+        )
+
+    @property
+    def lower(self) -> Pair:
+        """The lower bounds of sup ||J|| and sup ||J^-1|| that they prove."""
+        forward = inverse = 0.0
+        if self.stretched is not None:
+            forward = self.stretched.ratio
+        if self.shrunk is not None:
+            inverse = 1 / self.shrunk.ratio
+        return Pair(forward, inverse)
+
+
+def _ratio(witness: Witness) -> float:
+    return witness.ratio
 
 
 def search(
@@ -56,7 +84,7 @@ def search(
     *,
     deadline: Deadline | None = None,
     generator: torch.Generator | None = None,
-) -> Found:
+) -> Witnesses:
     """The directions that are stretched and shrunk most: at the points, then by a random search.
 
     Args:
@@ -67,26 +95,25 @@ def search(
         generator: source of the random steps; default: seed 0.
 
     Returns:
-        (most stretched, most shrunk), each None where nothing finite was found.
+        The best ones found.
     """
     generator = generator or torch.Generator().manual_seed(0)
     deadline, points = deadline or Deadline.after(5.0), _inside(points.double(), box)
     left = deadline.left
-    stretch, shrink = measure(model, points, deadline.fraction(0.5))
+    found = measure(model, points, deadline.fraction(0.5))
     radius = 0.1 * _extent(points, box)
-    while stretch is not None and shrink is not None:
+    while found.stretched is not None and found.shrunk is not None:
         took, left = left - deadline.left, deadline.left
         # an infinite deadline gives no duration; the radius ends the search then
         if left < min(took, 1e9) or float(radius.max()) < 1e-9:
             break
         near = []
-        for witness in (stretch, shrink):
+        for witness in (found.stretched, found.shrunk):
             steps = torch.randn(32, *witness.x.shape, generator=generator, dtype=torch.float64)
             near.append(witness.x + radius * steps)
-        first, last = measure(model, _inside(torch.cat(near), box), deadline)
-        stretch, shrink = larger(stretch, first), smaller(shrink, last)
+        found = found.joined(measure(model, _inside(torch.cat(near), box), deadline))
         radius = radius * 0.8
-    return stretch, shrink
+    return found
 
 
 def starting_points(box: Interval, count: int, generator: torch.Generator) -> Tensor:
@@ -111,7 +138,7 @@ def _extent(points: Tensor, box: Interval) -> Tensor:
     return torch.where(width.isfinite(), width, points.std(0, unbiased=False) + 0.1)
 
 
-def measure(model: Invertible, points: Tensor, deadline: Deadline | None = None) -> Found:
+def measure(model: Invertible, points: Tensor, deadline: Deadline | None = None) -> Witnesses:
     """The most stretched and the most shrunk direction at some points.
 
     By singular vectors, or by power iterations where Jacobians are large. The first few points are
@@ -120,33 +147,18 @@ def measure(model: Invertible, points: Tensor, deadline: Deadline | None = None)
     deadline = deadline or Deadline()
     if points[0].numel() > DENSE:
         return _by_power_iteration(model, points[:FEW], deadline)
-    stretch = shrink = None
+    found = Witnesses()
     done, count = 0, FEW
     while done < len(points):
         left = deadline.left
-        first, last = _by_singular_vectors(model, points[done : done + count])
-        stretch, shrink = larger(stretch, first), smaller(shrink, last)
+        found = found.joined(_by_singular_vectors(model, points[done : done + count]))
         done, count = done + count, 4 * count
         if deadline.left < 4 * min(left - deadline.left, 1e9):
             break
-    return stretch, shrink
+    return found
 
 
-def larger(a: Witness | None, b: Witness | None) -> Witness | None:
-    """The witness of the larger ratio."""
-    if a is None or b is None:
-        return a or b
-    return max((a, b), key=lambda witness: witness.ratio)
-
-
-def smaller(a: Witness | None, b: Witness | None) -> Witness | None:
-    """The witness of the smaller ratio."""
-    if a is None or b is None:
-        return a or b
-    return min((a, b), key=lambda witness: witness.ratio)
-
-
-def _by_singular_vectors(model: Invertible, points: Tensor) -> Found:
+def _by_singular_vectors(model: Invertible, points: Tensor) -> Witnesses:
     eye = torch.eye(points[0].numel(), dtype=torch.float64)
     J = magnitude = eye.expand(len(points), -1, -1)
     line = Linearization(model, points)
@@ -157,7 +169,7 @@ def _by_singular_vectors(model: Invertible, points: Tensor) -> Found:
         J, magnitude = factor @ J, factor.abs() @ magnitude
     finite = finite_rows(J)
     if not bool(finite.any()):
-        return None, None
+        return Witnesses()
     points, J, magnitude = points[finite], J[finite], magnitude[finite]
     values, V = torch.linalg.svd(J, full_matrices=False)[1:]
     top, bottom = int(values[:, 0].argmax()), int(values[:, -1].argmin())
@@ -166,7 +178,7 @@ def _by_singular_vectors(model: Invertible, points: Tensor) -> Found:
     stretched = float(values[top, 0] - rounding[top])
     shrunk = float((J[bottom] @ V[bottom, -1]).norm() + rounding[bottom])
     shape = points.shape[1:]
-    return (
+    return Witnesses(
         _witness(points[top], V[top, 0].reshape(shape), stretched),
         _witness(points[bottom], V[bottom, -1].reshape(shape), shrunk),
     )
@@ -178,7 +190,7 @@ def _witness(x: Tensor, v: Tensor, ratio: float) -> Witness | None:
     return Witness(x, v, ratio)
 
 
-def _by_power_iteration(model: Invertible, points: Tensor, deadline: Deadline) -> Found:
+def _by_power_iteration(model: Invertible, points: Tensor, deadline: Deadline) -> Witnesses:
     """Power iteration with J and, if the model has it, J^-1; it need not have converged."""
     line = Linearization(model, points)
     generator = torch.Generator().manual_seed(0)
@@ -197,8 +209,9 @@ def _by_power_iteration(model: Invertible, points: Tensor, deadline: Deadline) -
         except (NotImplementedError, RuntimeError, ValueError):
             has_inverse = False
     stretched, shrunk = _measured(line, v, points), _measured(line, w, points)
-    stretch = max(stretched, key=lambda witness: witness.ratio, default=None)
-    return stretch, min(shrunk, key=lambda witness: witness.ratio, default=None)
+    return Witnesses(
+        max(stretched, key=_ratio, default=None), min(shrunk, key=_ratio, default=None)
+    )
 
 
 def _operations(model: Invertible, points: Tensor) -> float:

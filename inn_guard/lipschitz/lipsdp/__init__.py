@@ -1,1 +1,1 @@
-"""Lipsdp."""
+"""LipSDP without an SDP solver: chains of linear maps and slopes, and multipliers that prove."""

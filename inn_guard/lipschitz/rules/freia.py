@@ -25,6 +25,7 @@ from inn_guard.lipschitz.networks.conditioner import analyse, trace_network
 from inn_guard.lipschitz.networks.graph import Unbounded
 from inn_guard.lipschitz.rules.blocks import OWN_INPUT, SideBySide, returns_input
 from inn_guard.lipschitz.transformers.affine import (
+    EXPONENTIAL,
     Additive,
     Affine,
     LogScale,
@@ -102,9 +103,6 @@ class _VolumePreserving(nn.Module):
         clamped = self.log_scale(functional.linear(raw, self.scales))
         log_scales = functional.linear(clamped, self.centred)
         return torch.cat([log_scales, functional.linear(raw, self.shifts)], 1)
-
-
-EXPONENTIAL = Affine(LogScale(known_activation(nn.Identity())), (1, 0))
 
 
 def _vectors_only(make: Callable[[], BoundedMap]) -> BoundedMap:
@@ -207,7 +205,8 @@ def bound_gin_coupling(block: Ff.GINCouplingBlock, layer: Any) -> BoundedMap:
         return NoRule(FOREIGN_CLAMP)
     first = _VolumePreserving(SideBySide(block.subnet2), scale.log, block.split_len1)
     second = _VolumePreserving(SideBySide(block.subnet1), scale.log, block.split_len2)
-    return _vectors_only(lambda: _two_sided(block, layer, (first, second), EXPONENTIAL))
+    affine = Affine(EXPONENTIAL, (1, 0))
+    return _vectors_only(lambda: _two_sided(block, layer, (first, second), affine))
 
 
 @bounded_map.register
@@ -231,7 +230,8 @@ def _all_in_one(block: Ff.AllInOneBlock, layer: Any) -> BoundedMap:
     transformer = Affine(LogScale(tanh), (1, 0))
     scale = block.global_scale_activation(block.global_scale).detach().reshape(-1)
     if block.GIN:
-        network, transformer = _VolumePreserving(network, tanh, len(split.change)), EXPONENTIAL
+        network = _VolumePreserving(network, tanh, len(split.change))
+        transformer = Affine(EXPONENTIAL, (1, 0))
         scale = torch.ones_like(scale)
     coupling = _coupling(split, network, transformer, layer)
     parts: list[BoundedMap] = [

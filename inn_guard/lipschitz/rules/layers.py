@@ -33,6 +33,7 @@ from inn_guard.lipschitz.maps.coupling import ByChannel, ByMask, Coupling, Split
 from inn_guard.lipschitz.networks.activations import Activation, activation, known_activation
 from inn_guard.lipschitz.networks.graph import fx_equivalent
 from inn_guard.lipschitz.transformers.affine import (
+    EXPONENTIAL,
     Additive,
     Affine,
     ConstantScale,
@@ -65,7 +66,7 @@ def scale_bounds(scale: scales.ScaleFunction) -> ScaleBounds | None:
     if kind is scales.SoftplusScale:
         return SoftplusScaleBounds(known.lower)
     if kind is scales.ExpScale:
-        return LogScale(known_activation(nn.Identity()))
+        return EXPONENTIAL
     if isinstance(scale, SCALES):
         return None
     return ConstantScale(scale.lower, scale.upper, scale.max_slope, scale.max_log_slope)

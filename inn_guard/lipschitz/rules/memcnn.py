@@ -17,9 +17,13 @@ from inn_guard.lipschitz.maps.base import BoundedMap, NoRule, bounded_map
 from inn_guard.lipschitz.maps.composition import Composition
 from inn_guard.lipschitz.maps.coupling import ByChannel, Coupling, interleaved_rows
 from inn_guard.lipschitz.maps.elementary import ShapeDependent
-from inn_guard.lipschitz.transformers.affine import Additive, Affine, SigmoidScaleBounds
+from inn_guard.lipschitz.transformers.affine import (
+    EXPONENTIAL,
+    Additive,
+    Affine,
+    SigmoidScaleBounds,
+)
 from inn_guard.lipschitz.transformers.base import Transformer
-from inn_guard.lipschitz.transformers.inverse_affine import ExpScale
 from inn_guard.numerics.intervals import Interval
 
 #: network, its transformer, and the rows of its parameters
@@ -42,7 +46,7 @@ def bound_affine_coupling(block: AffineCoupling, layer: Any) -> BoundedMap:
 def _affine(adapter: Any, n: int) -> Half:
     if isinstance(adapter, AffineAdapterNaive):
         # one output is both the shift and the logarithm of the scale
-        return adapter.f, Affine(ExpScale()), [torch.arange(n), torch.arange(n)]
+        return adapter.f, Affine(EXPONENTIAL), [torch.arange(n), torch.arange(n)]
     return adapter.f, Affine(SigmoidScaleBounds(0.0, 1.0, 2.0)), interleaved_rows(n, 2)
 
 

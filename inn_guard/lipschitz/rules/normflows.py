@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from normflows import flows as nf
 from normflows.transforms import Logit, Shift
-from torch import Tensor
+from torch import Tensor, nn
 
 from inn_guard.core.readable import is_of_library
 from inn_guard.lipschitz.maps import elementary as maps
@@ -25,6 +25,7 @@ from inn_guard.lipschitz.maps.coupling import (
     interleaved_rows,
 )
 from inn_guard.lipschitz.maps.residual import Residual
+from inn_guard.lipschitz.networks.activations import known_activation
 from inn_guard.lipschitz.rules.blocks import (
     OWN_INPUT,
     SideBySide,
@@ -33,19 +34,22 @@ from inn_guard.lipschitz.rules.blocks import (
     rational_quadratic,
     returns_input,
 )
-from inn_guard.lipschitz.transformers.affine import Affine, SigmoidScaleBounds
-from inn_guard.lipschitz.transformers.base import ScaleBounds, Transformer
-from inn_guard.lipschitz.transformers.inverse_affine import (
-    ExpScale,
+from inn_guard.lipschitz.transformers.affine import (
+    Additive,
+    Affine,
     InverseSigmoidScale,
-    ShiftedBack,
-    ShiftedBackThenScaled,
+    LogScale,
+    ShiftedThenScaled,
+    SigmoidScaleBounds,
+    scaled,
 )
+from inn_guard.lipschitz.transformers.base import ScaleBounds, Transformer
 from inn_guard.numerics.intervals import Interval
 
+FALLING = LogScale(scaled(known_activation(nn.Identity()), -1.0))  #: e^-s
 #: factor of data -> latent as a function of the network's raw output, by the name of the scale map
 SCALES: dict[str, ScaleBounds] = {
-    "exp": ExpScale(falling=True),
+    "exp": FALLING,
     "sigmoid": SigmoidScaleBounds(0.0, 1.0, 2.0),
     "sigmoid_inv": InverseSigmoidScale(2.0),
 }
@@ -59,10 +63,12 @@ def bound_affine_coupling(block: nf.AffineCouplingBlock, layer: Any) -> BoundedM
         return NoRule("a coupling block with a part of the user's own")
     if split.mode not in ("channel", "channel_inv") or coupling.scale_map not in SCALES:
         return NoRule(f"a coupling split by {split.mode}, or with a scale map of the user's own")
-    network: Any = coupling.param_map
-    transformer: Transformer = ShiftedBack()
+    # without a scale data -> latent is x - t
+    network: nn.Module = SideBySide(coupling.param_map, factor=-1.0)
+    transformer: Transformer = Additive()
     if coupling.scale:
-        transformer = ShiftedBackThenScaled(SCALES[coupling.scale_map])  # type: ignore[index]
+        network = coupling.param_map
+        transformer = ShiftedThenScaled(SCALES[coupling.scale_map])  # type: ignore[index]
 
     def make(box: Interval) -> BoundedMap:
         channels = box.shape[0]
@@ -82,11 +88,11 @@ def bound_masked_affine(block: nf.MaskedAffineFlow, layer: Any) -> BoundedMap:
         return NoRule(
             "a masked affine flow whose mask is not of zeros and ones, or without a translation"
         )
-    network = parts["t"]
-    transformer: Transformer = ShiftedBack()
+    network = SideBySide(parts["t"], factor=-1.0)
+    transformer: Transformer = Additive()
     if "s" in parts:
         network = SideBySide(parts["t"], parts["s"])
-        transformer = ShiftedBackThenScaled(ExpScale(falling=True))
+        transformer = ShiftedThenScaled(FALLING)
     return Coupling(
         ByMask(mask > 0), network, transformer, blocked_rows(len(mask), transformer.count)
     )

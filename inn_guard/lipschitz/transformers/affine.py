@@ -10,9 +10,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from inn_guard.lipschitz.networks.activations import Activation
+from inn_guard.lipschitz.networks.activations import Activation, known_activation
 from inn_guard.lipschitz.transformers.base import (
     ScaleBounds,
     Transformer,
@@ -26,11 +26,14 @@ from inn_guard.lipschitz.transformers.base import (
 from inn_guard.numerics.intervals import Interval
 
 __all__ = [
+    "EXPONENTIAL",
     "Additive",
     "Affine",
     "ConstantScale",
+    "InverseSigmoidScale",
     "LogScale",
     "Reparametrised",
+    "ShiftedThenScaled",
     "SigmoidScaleBounds",
     "SoftplusScaleBounds",
     "atan_activation",
@@ -97,6 +100,34 @@ class Affine:
 
 
 @dataclass(frozen=True)
+class ShiftedThenScaled:
+    """(x - t) q(s), the inverse of z / q(s) + t; parameters t, s.
+
+    Attributes:
+        scale: q.
+    """
+
+    scale: ScaleBounds
+    count = 2
+
+    def value(self, x: Interval, theta: list[Interval]) -> Interval:
+        return (x - theta[0]) * self.scale.value(theta[1])
+
+    def slope(self, x: Interval, theta: list[Interval]) -> Interval:
+        return self.scale.value(theta[1])
+
+    def sensitivities(self, x: Interval, theta: list[Interval]) -> list[Interval]:
+        """-q for t, (x - t) q' for s."""
+        t, s = theta
+        return [-self.scale.value(s), (x - t) * self.scale.slope(s)]
+
+    def log_sensitivities(self, x: Interval, theta: list[Interval]) -> list[Interval]:
+        """-1 for t, (x - t) q'/q for s."""
+        t, s = theta
+        return [-ones(x), (x - t) * self.scale.log_slope(s)]
+
+
+@dataclass(frozen=True)
 class SigmoidScaleBounds:
     """g(s) = lower + (upper - lower) sigmoid(s + offset).
 
@@ -147,6 +178,30 @@ class SigmoidScaleBounds:
 
 
 @dataclass(frozen=True)
+class InverseSigmoidScale:
+    """q(s) = 1 / sigmoid(s + offset) = 1 + e^-(s + offset)."""
+
+    offset: float = 0.0
+
+    def value(self, s: Interval) -> Interval:
+        return 1.0 + self._exponential(s)
+
+    def slope(self, s: Interval) -> Interval:
+        return -self._exponential(s)
+
+    def second_derivative(self, s: Interval) -> Interval:
+        return self._exponential(s)
+
+    def log_slope(self, s: Interval) -> Interval:
+        """q'/q = -sigmoid(-(s + offset))."""
+        p = (-(s + self.offset)).increasing(torch.sigmoid)
+        return -clamped(p, 0.0, 1.0)
+
+    def _exponential(self, s: Interval) -> Interval:
+        return (-(s + self.offset)).exp()
+
+
+@dataclass(frozen=True)
 class SoftplusScaleBounds:
     """g(s) = softplus(s) + floor; g'/g <= 1 because log(1 + u) >= u / (1 + u)."""
 
@@ -184,6 +239,9 @@ class LogScale:
 
     def log_slope(self, s: Interval) -> Interval:
         return self.log.slope(s)
+
+
+EXPONENTIAL = LogScale(known_activation(nn.Identity()))  #: e^s
 
 
 @dataclass(frozen=True)
@@ -272,14 +330,15 @@ def atan_activation(size: float) -> Activation:
 def scaled(
     function: Activation, outer: float, inner: float = 1.0, shift: float = 0.0
 ) -> Activation:
-    """outer * f(inner * x) + shift, outer and inner positive."""
+    """outer * f(inner * x) + shift, outer not zero and inner positive."""
 
     def times(derivative: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
         return lambda x: outer * inner * derivative(inner * x)
 
     critical_points = {}
     for point, (low, high) in function.critical_points.items():
-        critical_points[point / inner] = (outer * inner * low, outer * inner * high)
+        ends = sorted((outer * inner * low, outer * inner * high))
+        critical_points[point / inner] = (ends[0], ends[1])
     minima = {}
     for point, value in function.minima.items():
         minima[point / inner] = outer * value + shift
@@ -288,6 +347,6 @@ def scaled(
         times(function.derivative),
         critical_points,
         (outer * function.limits[0] + shift, outer * function.limits[1] + shift),
-        function.curvature * outer * inner * inner,
+        function.curvature * abs(outer) * inner * inner,
         minima,
     )
