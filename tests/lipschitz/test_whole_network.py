@@ -218,7 +218,7 @@ def test_a_loose_bound_says_so():
     assert "loose" not in str(bounds)
     assert "proves nothing" not in str(bounds)
     assert len(repr(bounds)) < 120
-    loose = replace(bounds, inverse=1e46, forward=math.inf)
+    loose = replace(bounds, upper=Pair(math.inf, 1e46))
     assert "proves nothing" in str(loose)
     assert "loose: the upper bound is 1e+46 times the largest value found" in str(loose)
     assert loose.looseness.forward == math.inf

@@ -90,14 +90,16 @@ class QuadraticSpline(MonotoneSpline):
 
 @dataclass(frozen=True)
 class _Density:
-    """Enclosures of the density's knots u_k, widths w_k, heights e_k, and of its integral A."""
+    """Enclosures of the density's knots u_k, widths w_k and heights over its integral, e_k / A.
+
+    A is a sum of weight_k e_k, so that weight_k e_k <= A, whatever the intervals lose of it.
+    """
 
     spline: QuadraticSpline
     shares: SoftmaxBounds
     knots: list[Interval]
     w: list[Interval]
     e: list[Interval]
-    area: Interval
     rates: list[Interval]
 
     @classmethod
@@ -118,15 +120,21 @@ class _Density:
         for raw in theta[n:]:
             height = raw * tall
             e.append(softplus(height) + LEAST)
-            rates.append(softplus_slope(height) * tall)
+            rates.append(softplus_slope(height))
         if spline.tails:
             # the outer height is a mean of the others with weights of sum below one
             outer = weighted_sum(_outer_weights(w), e) / _inner_area(w)
             zero, one = torch.zeros_like(outer.lo), torch.ones_like(outer.hi)
             outer = outer.meet(hull_of(e) * Interval(zero, one))
             e = [outer, *e, outer]
-        area = weighted_sum(_weights(w), e).meet(hull_of(e))
-        return cls(spline, shares, knots, w, e, area, rates)
+        weights = _weights(w)
+        area = weighted_sum(weights, e).meet(hull_of(e))
+        heights = [_share_of(area, *pair) for pair in zip(e, weights, strict=True)]
+        # softplus' <= softplus: a rate over the area is at most its height's
+        if spline.tails:
+            weights = weights[1:-1]
+        rates = [_share_of(area, *pair) * tall for pair in zip(rates, weights, strict=True)]
+        return cls(spline, shares, knots, w, heights, rates)
 
     @property
     def floor(self) -> float:
@@ -145,13 +153,16 @@ class _Bin:
         self.density, self.k = density, k
         left, right, width = density.e[k], density.e[k + 1], density.w[k]
         self.xi = position_in(u, density.knots[k], width)
-        self.p = (left * (1.0 - self.xi) + right * self.xi).meet(left.hull(right))
+        # the integral over the bin alone is at most one
+        most = 2.0 / width
+        density_at = (left * (1.0 - self.xi) + right * self.xi).meet(left.hull(right))
+        self.p = density_at.minimum(Interval(most.hi, most.hi))
         total = width * self.xi * (left + self.p) * 0.5
         for i in range(k):
             total = total + density.mean(i) * density.w[i]
-        self.share = clamped(total / density.area, 0.0, 1.0)
+        self.share = clamped(total, 0.0, 1.0)
         free = 1.0 - Interval.of(density.floor)
-        self.slope = self.p / density.area * free + density.floor
+        self.slope = self.p * free + density.floor
         self.value = u.maximum(0.0).minimum(1.0) * density.floor + self.share * free
 
     def sensitivities(self) -> list[Interval]:
@@ -162,7 +173,7 @@ class _Bin:
         if spline.tails:
             by_height, by_width = self._through_outer_height(by_height, by_width)
         size = Interval.of(spline.right) - spline.left
-        scale = size * (1.0 - Interval.of(d.floor)) / d.area
+        scale = size * (1.0 - Interval.of(d.floor))
         free = (1.0 - Interval.of(spline.floors[0]) * float(spline.bins)) / spline.temperatures[0]
         # dw_i/draw_j = free p_i (1[i=j] - p_j): the derivative is that by w_j less a mean of all
         mean = weighted_sum(d.shares.each, by_width).meet(hull_of(by_width))
@@ -206,7 +217,7 @@ class _Bin:
         return until.maximum(0.0).minimum(whole) - self.share * whole
 
     def _by_width(self, i: int) -> Interval:
-        """A d(G / A)/dw_i at a fixed u."""
+        """d(G / A)/dw_i at a fixed u."""
         d, k = self.density, self.k
         mean = d.mean(i)
         if i < k:
@@ -216,6 +227,12 @@ class _Bin:
         else:
             moved = Interval.of(torch.zeros_like(self.xi.lo))
         return moved - self.share * mean
+
+
+def _share_of(area: Interval, part: Interval, weight: Interval) -> Interval:
+    """part / area for weight * part <= area."""
+    most = weight.reciprocal().hi
+    return (part / area).meet(Interval(torch.zeros_like(most), most))
 
 
 def _halves_of_neighbours(parts: list[Interval]) -> list[Interval]:

@@ -159,6 +159,21 @@ class _Bin:
         return self.D.square().reciprocal()
 
     @functools.cached_property
+    def share(self) -> Interval:
+        """s / D: as xi eta <= 1/4, D >= s / 2."""
+        return clamped(self.s / self.D, 0.0, 2.0)
+
+    @functools.cached_property
+    def first(self) -> Interval:
+        """d0 xi eta / D, a part of D."""
+        return clamped(self.d0 * self.xi_eta / self.D, 0.0, 1.0)
+
+    @functools.cached_property
+    def last(self) -> Interval:
+        """d1 xi eta / D, a part of D."""
+        return clamped(self.d1 * self.xi_eta / self.D, 0.0, 1.0)
+
+    @functools.cached_property
     def slope(self) -> Interval:
         """f' = s^2 (d1 xi^2 + 2 s xi eta + d0 eta^2) / D^2, within its bounds by convexity."""
         mean = self.d1 * self.xi.square() + self.s * self.xi_eta * 2.0 + self.d0 * self.eta.square()
@@ -177,8 +192,10 @@ class _Bin:
         n, k = self.spline.bins, self.k
         widths, heights = self.knots.widths, self.knots.heights
         bent = self.d1 * self.xi.square() - self.d0 * self.eta.square()
-        by_slope = self.xi_eta * bent * self.inverse_square
-        narrower, taller = self.s.square() * by_slope * unit, self.s * by_slope
+        natural = self.s * self.xi_eta * bent * self.inverse_square
+        shares = self.share * (self.last * self.xi.square() - self.first * self.eta.square())
+        taller = natural.meet(shares)
+        narrower = self.s * taller * unit
         free_width, free_height = self._free_lengths()
         by_width, by_height = [], []
         for j in range(n):
@@ -197,10 +214,15 @@ class _Bin:
         return by_width, by_height
 
     def _by_derivative(self, unit: Interval) -> list[Interval]:
-        size = self.h * self.xi_eta
+        size = self.h * self.xi_eta * self.inverse_square
         left = size * self.eta * (self.s * self.eta + self.d1 * self.xi)
         right = size * self.xi * (self.s * self.xi + self.d0 * self.eta)
-        parts = [left * self.inverse_square * unit, -(right * self.inverse_square * unit)]
+        # D >= (d0 + d1) xi eta
+        most = (self.d0 + self.d1).reciprocal().hi
+        flat = self.h * (self.xi_eta / self.D).minimum(Interval(most, most))
+        left = left.meet(flat * (self.share * self.eta.square() + self.last))
+        right = right.meet(flat * (self.share * self.xi.square() + self.first))
+        parts = [left * unit, -(right * unit)]
         rates = self.knots.d_rates
         result = [Interval.of(torch.zeros_like(self.xi.lo))] * len(rates)
         first = self.k
