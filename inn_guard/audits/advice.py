@@ -121,6 +121,9 @@ def _density(report: AuditReport) -> Iterator[str]:
 
 def _sampling(report: AuditReport, context: AuditContext) -> Iterator[str]:
     cause = report["sampling"].settings.get("cause")
+    if cause == "not onto":
+        yield report["sampling"].advice
+        return
     if cause == "rounding":
         yield SAMPLING_FLOAT64
         return

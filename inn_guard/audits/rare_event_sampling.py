@@ -12,12 +12,12 @@ from torch import Tensor
 from inn_guard.audits.context import AuditContext, same_up_to_rounding
 from inn_guard.audits.cost_model import Cost, Passes, Task
 from inn_guard.audits.level import Level
+from inn_guard.audits.round_trip import draw_error
 from inn_guard.audits.sampling import (
     BLOCK,
     BUDGET,
     block_of_draws,
     context_rows,
-    draw_error,
     guarded_model,
     inverse_cost,
 )

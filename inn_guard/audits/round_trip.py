@@ -12,12 +12,13 @@ from torch import Tensor
 from inn_guard.audits.fault_tolerant import Guarded
 from inn_guard.audits.thresholds import data_scale, feature_scale
 from inn_guard.core.invertible import Invertible
-from inn_guard.core.tensors import finite_rows, per_sample
+from inn_guard.core.tensors import finite_rows, nonzero_or_one, norms, per_sample
 from inn_guard.execution.parallel import SERIAL, WorkSharing
 
 __all__ = [
     "GuardedRoundTrip",
     "RoundTrip",
+    "draw_error",
     "first_non_finite",
     "guarded_from_data",
     "guarded_from_latents",
@@ -112,6 +113,22 @@ def _in_batches(
 
     rows = torch.arange(len(t), device=t.device)
     return parallel.map(rows, measure, at_most=batch_size)[0]
+
+
+def draw_error(z: Tensor, again: Tensor, deviation: Tensor) -> Tensor:
+    """Root mean square of F(F^-1(z)) - z in units of the base's deviation.
+
+    Args:
+        z: latents, (B, *latent).
+        again: F(F^-1(z)), (B, *latent).
+        deviation: of the base, (*latent).
+
+    Returns:
+        (B,) float64, infinite where it is not finite.
+    """
+    scaled = (again.double() - z.double()) / nonzero_or_one(deviation)
+    off = norms(scaled) / math.sqrt(z[0].numel())
+    return off.nan_to_num(nan=math.inf, posinf=math.inf)
 
 
 def first_non_finite(model: Invertible, t: Tensor, *, latent: bool = False) -> str | None:

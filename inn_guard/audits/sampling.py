@@ -15,11 +15,12 @@ from inn_guard.audits.fault_tolerant import Guarded, patience
 from inn_guard.audits.level import Level
 from inn_guard.audits.operation_count import count_operations
 from inn_guard.audits.rates import draws_that_decide, percent, rate_interval
-from inn_guard.audits.round_trip import first_non_finite
+from inn_guard.audits.reach import ALL_REACHED, Reach, RoundTripLimits, measure_reach
+from inn_guard.audits.round_trip import draw_error, first_non_finite
 from inn_guard.audits.spec import audit_check
 from inn_guard.audits.thresholds import feature_deviation
 from inn_guard.core.missing import Missing, NotApplicable
-from inn_guard.core.tensors import finite_rows, nonzero_or_one, norms
+from inn_guard.core.tensors import finite_rows, norms
 from inn_guard.execution.time_limit import TimedOut, time_limit
 from inn_guard.report.result import AuditResult
 from inn_guard.report.uses import Finding
@@ -31,7 +32,6 @@ __all__ = [
     "DataRange",
     "block_of_draws",
     "context_rows",
-    "draw_error",
     "guarded_model",
     "inverse_cost",
     "sampling",
@@ -78,8 +78,10 @@ def sampling(context: AuditContext, *, draws: int | None = None) -> AuditResult:
     would decide.
 
     Of up to 64 lost draws it is found whether a float64 copy sends them to the same place (then the
-    model itself does it, and no precision helps), how far from the data they lie, and in which
-    layer the first one is lost. A float64 model has no finer copy to be compared with.
+    model itself does it, and no precision helps), how far from the data they lie, in which layer
+    the first one is lost, and whether they lie outside of the values that F takes at the data and
+    up to 1,000 times as far away: such a map is not onto. A float64 model has no finer copy to be
+    compared with.
 
     Args:
         context: model and data, which give the shapes and the radius of the data.
@@ -149,6 +151,10 @@ _ADVICE = {
         "ig.raise_precision(flow, x)."
     ),
     "unknown": "Bound the scales of the layers.",
+    "not onto": (
+        "Draw from a base that lies within the range of the map (prior=...), or end the map with "
+        "one onto all latents: no training at the data and no precision brings these draws back."
+    ),
 }
 
 
@@ -351,22 +357,6 @@ def context_rows(context: AuditContext, rows: Tensor) -> Tensor:
     return rows % len(context.x)
 
 
-def draw_error(z: Tensor, again: Tensor, deviation: Tensor) -> Tensor:
-    """Root mean square of F(F^-1(z)) - z in units of the base's deviation.
-
-    Args:
-        z: latents, (B, *latent).
-        again: F(F^-1(z)), (B, *latent).
-        deviation: of the base, (*latent).
-
-    Returns:
-        (B,) float64, infinite where it is not finite.
-    """
-    scaled = (again.double() - z.double()) / nonzero_or_one(deviation)
-    off = norms(scaled) / math.sqrt(z[0].numel())
-    return off.nan_to_num(nan=math.inf, posinf=math.inf)
-
-
 @dataclass(frozen=True)
 class DataRange:
     """Where the data lie, to tell how far away a draw is.
@@ -411,7 +401,8 @@ class _Lost:
         returning: of these, how many come back in float64.
         radii: median distance of the finite ones, in radii of the data; NaN if none is finite.
         layer: where the first one that is not finite is lost; "" if none.
-        cause: "model", "rounding", "unknown", or "" where nothing was lost.
+        reach: which of them the map does not reach.
+        cause: "model", "rounding", "not onto", "unknown", or "" where nothing was lost.
     """
 
     repeated: int = 0
@@ -419,12 +410,15 @@ class _Lost:
     returning: int = 0
     radii: float = math.nan
     layer: str = ""
+    reach: Reach = ALL_REACHED
     cause: str = ""
 
     def values(self) -> dict[str, float]:
         if not self.cause:
             return {}
         return {
+            "unreached": float(self.reach.unreached),
+            "cut_off": float(self.reach.cut_off),
             "repeated_in_float64": float(self.repeated),
             "float64_agrees": float(self.agreeing),
             "float64_returns": float(self.returning),
@@ -433,6 +427,8 @@ class _Lost:
 
     def sentence(self) -> str:
         text = ""
+        if self.cause == "not onto":
+            return self.reach.sentence()
         if self.cause == "model":
             text = f"; float64 agrees on {self.agreeing} of {self.repeated}: the model does it"
         elif self.cause == "rounding":
@@ -457,10 +453,15 @@ def _explained(context: AuditContext, drawn: _Draws) -> _Lost:
     finite = distances[distances.isfinite()]
     radii = finite.median().item() if len(finite) else math.nan
     layer = _layer(model, z)
-    precise = _in_float64(context, guarded.seconds, z, rows)
+    precise = _float64_copy(context, guarded.seconds)
     if isinstance(precise, Missing):
-        return _Lost(radii=radii, layer=layer, cause="unknown")
-    there, error = precise
+        reach = _reach(context, guarded, z, rows)
+        cause = "not onto" if _explains(reach, z) else "unknown"
+        return _Lost(radii=radii, layer=layer, reach=reach, cause=cause)
+    reach = _reach(context, precise, z.double(), rows)
+    repeated = precise.select(context_rows(context, rows))
+    there = repeated.inverse(z.double())
+    error = draw_error(z, repeated.forward(there), context.base.deviation.double())
     far = data.distances(there)
     same = data.apart(there, x) <= AGREES * far.clamp(min=1.0)
     nowhere = ~finite_rows(there)
@@ -470,18 +471,33 @@ def _explained(context: AuditContext, drawn: _Draws) -> _Lost:
     cause = "unknown"
     # near the data a draw that both copies agree on is right; only its way back is rounded
     near = radii <= NEAR
-    if 2 * agreeing >= len(z) and not (near and 2 * returning >= len(z)):
+    if _explains(reach, z):
+        cause = "not onto"
+    elif 2 * agreeing >= len(z) and not (near and 2 * returning >= len(z)):
         cause = "model"
     elif 2 * returning >= len(z):
         cause = "rounding"
-    return _Lost(len(z), agreeing, returning, radii, layer, cause)
+    return _Lost(len(z), agreeing, returning, radii, layer, reach, cause)
 
 
-def _in_float64(
-    context: AuditContext, seconds: float, z: Tensor, rows: Tensor
-) -> tuple[Tensor, Tensor] | Missing:
-    """F^-1(z) of a float64 copy, and the error of its round trip."""
-    if z.dtype == torch.float64:
+def _explains(reach: Reach, z: Tensor) -> bool:
+    return 2 * (reach.unreached + reach.cut_off) >= len(z)
+
+
+def _reach(context: AuditContext, guarded: Guarded, z: Tensor, rows: Tensor) -> Reach:
+    some = context.finite_rows()[:EXPLAINED]
+    limits = RoundTripLimits(
+        draw=context.limits.draw,
+        data=context.limits.round_trip(context.x.dtype),
+        deviation=context.base.deviation.double(),
+    )
+    at_draws = guarded.select(context_rows(context, rows))
+    return measure_reach(at_draws, z, guarded.select(some), context.x[some].to(z.dtype), limits)
+
+
+def _float64_copy(context: AuditContext, seconds: float) -> Guarded | Missing:
+    """A float64 copy of the model at the whole batch."""
+    if context.x.dtype == torch.float64:
         return Missing("the model is in float64 itself")
     some = context.finite_rows()
     try:
@@ -490,9 +506,7 @@ def _in_float64(
         guarded = Guarded(copy.select(some), context.x[some].double(), seconds=10 * seconds)
     except (ModelError, NotApplicable) as error:
         return Missing(str(error))
-    guarded = guarded.of(copy).select(context_rows(context, rows))
-    x = guarded.inverse(z.double())
-    return x, draw_error(z, guarded.forward(x), context.base.deviation.double())
+    return guarded.of(copy)
 
 
 def _layer(model: AuditedModel, z: Tensor) -> str:

@@ -14,12 +14,11 @@ from inn_guard.audits.audited_model import AuditedModel, ModelError
 from inn_guard.audits.context import AuditContext
 from inn_guard.audits.cost_model import Cost, Passes, Task
 from inn_guard.audits.level import Level
-from inn_guard.audits.round_trip import RoundTrip
+from inn_guard.audits.round_trip import RoundTrip, draw_error
 from inn_guard.audits.sampling import (
     BLOCK,
     block_of_draws,
     context_rows,
-    draw_error,
     guarded_model,
 )
 from inn_guard.audits.spec import audit_check

@@ -12,8 +12,8 @@ from torch import Tensor
 from inn_guard.audits.audited_model import ModelError
 from inn_guard.audits.context import AuditContext
 from inn_guard.audits.precision.number_format import NumberFormat, autocast, tf32
-from inn_guard.audits.round_trip import RoundTrip
-from inn_guard.audits.sampling import context_rows, draw_error
+from inn_guard.audits.round_trip import RoundTrip, draw_error
+from inn_guard.audits.sampling import context_rows
 from inn_guard.audits.thresholds import worst
 from inn_guard.core.invertible import Invertible
 from inn_guard.core.missing import Missing, NotApplicable
