@@ -54,8 +54,8 @@ PENALISE_INVERSE = (
 REPLACE = "There is nothing to train in the model: replace {layer} by a map that can be inverted."
 WRONG_INVERSE = "Compare the inverse with the forward formula: it is the inverse of another map."
 ITERATIONS = (
-    "Compare the error of the inverse at twice the iterations. If it falls, raise them; if it "
-    "grows, bound the Lipschitz constant of the iterated layers below 1."
+    "Bound the Lipschitz constant of the iterated layers below 1: no setting of the iteration was "
+    "found that lowers the error of the inverse."
 )
 STORED = (
     "Train with stored activations, or let wrong layers be noticed and recomputed: "
@@ -136,6 +136,9 @@ def _sampling(report: AuditReport, context: AuditContext) -> Iterator[str]:
 
 def _reconstruction(report: AuditReport, context: AuditContext) -> Iterator[str]:
     cause = report["reconstruction"].settings.get("cause")
+    if cause == "tolerance":
+        yield report["reconstruction"].advice
+        return
     if cause in ("wrong inverse", "unconverged"):
         yield WRONG_INVERSE if cause == "wrong inverse" else ITERATIONS
         return

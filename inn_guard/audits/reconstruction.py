@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -23,6 +24,7 @@ from inn_guard.audits.round_trip import (
     round_trip,
     unconverged,
 )
+from inn_guard.audits.solver_settings import SAMPLES, Turned, find_helpful_setting
 from inn_guard.audits.spec import audit_check
 from inn_guard.audits.thresholds import data_scale, format_log10, worst
 from inn_guard.core.missing import Missing, NotApplicable
@@ -105,6 +107,7 @@ def reconstruction(context: AuditContext, *, batch_size: int = 128) -> AuditResu
             "batch_size": batch_size,
             "float64": measured.float64,
             "cause": measured.cause,
+            "setting": "" if measured.turned is None else measured.turned.sentence(),
             "seed": context.seed,
         },
         advice=advice,
@@ -133,8 +136,9 @@ class _Measured:
         bijective: whether x -> z -> x ought to be the identity.
         precise: the deciding round trip in a float64 copy, or why there is none.
         explained: for the worst samples of a failing model, what rounding explains; None else.
-        cause: "rounding", "condition", "unconverged", "wrong inverse", "unknown", or "" where
-            nothing fails.
+        cause: "rounding", "condition", "tolerance", "unconverged", "wrong inverse", "unknown", or
+            "" where nothing fails.
+        turned: a setting of the inverse that makes it more exact, if one was found.
     """
 
     rows: Tensor
@@ -144,6 +148,7 @@ class _Measured:
     precise: RoundTrip | Missing
     explained: Explanation | None = None
     cause: str = ""
+    turned: Turned | None = None
 
     @property
     def deciding(self) -> RoundTrip:
@@ -181,9 +186,37 @@ def _measure(context: AuditContext, rows: Tensor, batch_size: int) -> _Measured:
     precise = _in_float64(context, measured, at_once)
     measured = _Measured(rows, data, encoded, model.bijective, precise)
     limit = context.limits.round_trip(x.dtype)
-    if worst(measured.deciding.by_feature) <= limit:
+    if worst(measured.deciding.by_feature) > limit:
+        measured = _with_cause(context, measured, limit)
+    if measured.cause == "rounding" or not _has_floor(measured):
         return measured
-    return _with_cause(context, measured, limit)
+    turned = _helpful_setting(context, measured)
+    cause = "tolerance" if turned is not None and measured.cause else measured.cause
+    return dataclasses.replace(measured, turned=turned, cause=cause)
+
+
+def _has_floor(measured: _Measured) -> bool:
+    """Whether precision does not make the inverse exact, as with iterations and solvers."""
+    error, precise = worst(measured.deciding.by_feature), measured.float64_error
+    dtype = measured.deciding.start.dtype
+    if measured.cause or precise is None:
+        return bool(measured.cause)
+    if dtype == torch.float64:
+        # without a finer copy: far above what rounding does to well-conditioned maps
+        return error > torch.finfo(dtype).eps ** 0.5
+    floor = worst(precise)
+    least = max(FLOOR_SHARE * error, torch.finfo(dtype).eps)
+    return floor > least and math.isfinite(floor)
+
+
+def _helpful_setting(context: AuditContext, measured: _Measured) -> Turned | None:
+    """A setting that makes the inverse more exact at the worst samples."""
+    if not measured.bijective:
+        return None
+    worst_rows = _worst_rows(context, measured)[:SAMPLES]
+    if not len(worst_rows):
+        return None
+    return find_helpful_setting(*context.at(measured.rows[worst_rows.to(measured.rows.device)]))
 
 
 def _in_float64(context: AuditContext, measured: _Measured, batch_size: int) -> RoundTrip | Missing:
@@ -272,13 +305,20 @@ def _finding(context: AuditContext, measured: _Measured) -> tuple[Finding, str]:
         )
     reason += _because(measured, limit)
     reason += _floor(measured)
-    if not verdict.failed or measured.cause == "unconverged":
+    if measured.turned is not None:
+        reason += f"; {measured.turned.sentence()}"
+    if not verdict.failed or measured.cause in ("unconverged", "tolerance"):
         reason += _unconverged(context, measured.rows)
     if left_out:
         reason += f"; {left_out} samples of x contain NaN or Inf and are left out"
     unit = "of the feature's deviation or size"
     finding = Finding(verdict, worst(error), limit, unit, reason, count, len(context.x))
-    return finding, _ADVICE[measured.cause] if verdict.failed else ""
+    advice = ""
+    if verdict.failed:
+        advice = _ADVICE[measured.cause]
+        if measured.turned is not None:
+            advice = measured.turned.advice()
+    return finding, advice
 
 
 _ADVICE = {
@@ -288,9 +328,10 @@ _ADVICE = {
         "ig.raise_precision(flow, x)."
     ),
     "condition": "Bound the scales of the layers, or fine-tune: ig.stabilize(flow, batches).",
+    "tolerance": "",
     "unconverged": (
-        "Compare the error at twice the iterations. If it falls, raise them; if it grows, the "
-        "iteration does not converge: bound the Lipschitz constant below 1."
+        "Bound the Lipschitz constant of the iterated layers below 1: no setting of the iteration "
+        "was found that lowers the error."
     ),
     "wrong inverse": ("Compare the inverse with the forward formula."),
     "unknown": "Bound the scales of the layers, or train with a RegularizerHook.",
@@ -320,6 +361,8 @@ def _because(measured: _Measured, limit: float) -> str:
             f"; the inverse is another map, not an inexact one: in float64 it is off by "
             f"{worst(precise):.1e}, more than rounding explains"
         )
+    elif precise is not None and measured.cause == "tolerance":
+        text = f"; the inverse stops early: float64 is off by {worst(precise):.1e}, too"
     elif precise is not None and measured.deciding.start.dtype != torch.float64:
         text = f"; float64 is off by {worst(precise):.1e}, too"
     if measured.explained is not None:
@@ -334,14 +377,12 @@ def _because(measured: _Measured, limit: float) -> str:
 
 def _floor(measured: _Measured) -> str:
     """What is said of an inverse that is inexact in float64, too, as iterations and solvers are."""
-    error, precise = worst(measured.deciding.by_feature), measured.float64_error
-    if measured.cause or measured.deciding.start.dtype == torch.float64 or precise is None:
+    precise = measured.float64_error
+    if measured.cause or precise is None or not _has_floor(measured):
         return ""
-    floor = worst(precise)
-    eps = torch.finfo(measured.deciding.start.dtype).eps
-    if floor <= max(FLOOR_SHARE * error, eps) or not math.isfinite(floor):
+    if measured.deciding.start.dtype == torch.float64:
         return ""
-    return f"; the inverse itself is exact to {floor:.1e} only, in float64, too"
+    return f"; the inverse itself is exact to {worst(precise):.1e} only, in float64, too"
 
 
 def _unconverged(context: AuditContext, rows: Tensor) -> str:
