@@ -116,9 +116,9 @@ def preflight(context: AuditContext) -> AuditResult:
             findings.add(str(error), advice)
             return findings.result(settings)
         _initialised(chosen, batch, findings)
-        _repeated(chosen, batch, z, findings)
-        _agrees(chosen, batch, z, findings)
-        _coupled(model, x, rows, findings)
+        if _is_one_map(chosen, batch, z, findings):
+            _agrees(chosen, batch, z, findings)
+            _coupled(model, x, rows, findings)
         _inverted(chosen, z, findings)
     return findings.result(settings)
 
@@ -218,12 +218,15 @@ def _refused(model: AuditedModel, x: Tensor, error: ModelError) -> None:
     raise InputRejected(f"expected x of a shape that the model accepts, got {shape}: {error}")
 
 
-def _repeated(model: AuditedModel, x: Tensor, z: Tensor, findings: _Findings) -> None:
+def _is_one_map(model: AuditedModel, x: Tensor, z: Tensor, findings: _Findings) -> bool:
+    """Whether a second call gives the same, without which nothing else can be compared."""
     again = model(x)
-    if not _same(z, again):
-        what = f"forward is random: two calls on the same x differ by {_difference(z, again):.1e}"
-        advice = "Switch off what is random (dropout, noise), or pass the noise in as data."
-        findings.add(what, advice)
+    if _same(z, again):
+        return True
+    what = f"forward is random: two calls on the same x differ by {_difference(z, again):.1e}"
+    advice = "Switch off what is random (dropout, noise), or pass the noise in as data."
+    findings.add(what, advice)
+    return False
 
 
 def _agrees(model: AuditedModel, x: Tensor, z: Tensor, findings: _Findings) -> None:
@@ -233,9 +236,6 @@ def _agrees(model: AuditedModel, x: Tensor, z: Tensor, findings: _Findings) -> N
     except (ModelError, NotApplicable):
         return  # the checks that need a log-determinant say so
     if z.shape == other.shape and same_up_to_rounding(z, other, torch.finfo(z.dtype).eps ** 0.5):
-        return
-    # a map that is random is told so already
-    if not _same(z, model(x)):
         return
     findings.add(
         "forward_and_log_det returns other latents than forward, so that log p(x) is that of "
