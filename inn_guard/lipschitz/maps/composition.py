@@ -131,7 +131,8 @@ class InverseLayer(BoundedMap):
     def bounds(self, box: Interval, effort: SearchBudget) -> BlockBounds:
         inputs = self.image(box)
         own = self.inner.bounds(inputs, effort).swapped
-        if own.reason and box.bounded and not inputs.bounded:
+        is_understood = own.method != "none"
+        if own.reason and is_understood and box.bounded and not inputs.bounded:
             return replace(own, reason="its images of the box are not known to be bounded")
         return own
 

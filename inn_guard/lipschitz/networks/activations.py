@@ -15,7 +15,14 @@ from inn_guard.core.missing import Missing
 from inn_guard.core.readable import RulesByClass
 from inn_guard.numerics.intervals import Interval
 
-__all__ = ["FUNCTIONS", "Activation", "activation", "known_activation"]
+__all__ = [
+    "FUNCTIONS",
+    "Activation",
+    "activation",
+    "atan_activation",
+    "known_activation",
+    "scaled",
+]
 
 Function = Callable[[Tensor], Tensor]
 CriticalPoints = Mapping[float, tuple[float, float]]
@@ -164,6 +171,14 @@ def _selu(module: nn.SELU) -> Activation:
     return _exponential(1.6732632423543772848, 1.0507009873554804934)
 
 
+@activation.register
+def _celu(module: nn.CELU) -> Activation | None:
+    alpha = float(module.alpha)
+    if not alpha > 0:
+        return None
+    return scaled(_exponential(1.0, 1.0), alpha, 1 / alpha)
+
+
 def _exponential(size: float, scale: float) -> Activation:
     """scale * x for x > 0, scale * size * (e^x - 1) below."""
     at_zero = scale * size
@@ -304,6 +319,44 @@ def _hardtanh(module: nn.Hardtanh) -> Activation:
     )
 
 
+def atan_activation(size: float) -> Activation:
+    """size * atan(x), size positive."""
+    # the limits round pi, a quotient and a product
+    limit = size * math.pi / 2 * (1 + 1e-14)
+    return Activation(
+        lambda x: size * torch.atan(x),
+        lambda x: size / (1 + x.square()),
+        {0.0: (size, size)},
+        (-limit, limit),
+        size,
+    )
+
+
+def scaled(
+    function: Activation, outer: float, inner: float = 1.0, shift: float = 0.0
+) -> Activation:
+    """outer * f(inner * x) + shift, outer not zero and inner positive."""
+
+    def times(derivative: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+        return lambda x: outer * inner * derivative(inner * x)
+
+    critical_points = {}
+    for point, (low, high) in function.critical_points.items():
+        ends = sorted((outer * inner * low, outer * inner * high))
+        critical_points[point / inner] = (ends[0], ends[1])
+    minima = {}
+    for point, value in function.minima.items():
+        minima[point / inner] = outer * value + shift
+    return Activation(
+        lambda x: outer * function.function(inner * x) + shift,
+        times(function.derivative),
+        critical_points,
+        (outer * function.limits[0] + shift, outer * function.limits[1] + shift),
+        function.curvature * abs(outer) * inner * inner,
+        minima,
+    )
+
+
 #: functions of torch and torch.nn.functional -> the module that does the same
 FUNCTIONS: Mapping[Any, nn.Module] = {
     torch.relu: nn.ReLU(),
@@ -315,6 +368,7 @@ FUNCTIONS: Mapping[Any, nn.Module] = {
     F.silu: nn.SiLU(),
     F.elu: nn.ELU(),
     F.selu: nn.SELU(),
+    F.celu: nn.CELU(),
     F.gelu: nn.GELU(),
     F.leaky_relu: nn.LeakyReLU(),
     F.softplus: nn.Softplus(),

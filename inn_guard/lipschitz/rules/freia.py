@@ -20,7 +20,13 @@ from inn_guard.lipschitz.maps.closed_forms import Pair
 from inn_guard.lipschitz.maps.composition import Composition
 from inn_guard.lipschitz.maps.coupling import ByChannel, Coupling, blocked_rows
 from inn_guard.lipschitz.maps.residual import Residual
-from inn_guard.lipschitz.networks.activations import Activation, activation, known_activation
+from inn_guard.lipschitz.networks.activations import (
+    Activation,
+    activation,
+    atan_activation,
+    known_activation,
+    scaled,
+)
 from inn_guard.lipschitz.networks.conditioner import analyse, trace_network
 from inn_guard.lipschitz.networks.graph import Unbounded
 from inn_guard.lipschitz.rules.blocks import OWN_INPUT, SideBySide, returns_input
@@ -29,8 +35,6 @@ from inn_guard.lipschitz.transformers.affine import (
     Additive,
     Affine,
     LogScale,
-    atan_activation,
-    scaled,
 )
 from inn_guard.lipschitz.transformers.base import Transformer
 from inn_guard.numerics.intervals import Interval

@@ -30,7 +30,13 @@ from inn_guard.lipschitz.maps.autoregressive import Autoregressive
 from inn_guard.lipschitz.maps.base import BoundedMap, NoRule, bounded_map
 from inn_guard.lipschitz.maps.composition import OnTail, inverted
 from inn_guard.lipschitz.maps.coupling import ByChannel, ByMask, Coupling, Split, blocked_rows
-from inn_guard.lipschitz.networks.activations import Activation, activation, known_activation
+from inn_guard.lipschitz.networks.activations import (
+    Activation,
+    activation,
+    atan_activation,
+    known_activation,
+    scaled,
+)
 from inn_guard.lipschitz.networks.graph import fx_equivalent
 from inn_guard.lipschitz.transformers.affine import (
     EXPONENTIAL,
@@ -40,8 +46,6 @@ from inn_guard.lipschitz.transformers.affine import (
     LogScale,
     SigmoidScaleBounds,
     SoftplusScaleBounds,
-    atan_activation,
-    scaled,
 )
 from inn_guard.lipschitz.transformers.base import ScaleBounds, Transformer
 from inn_guard.numerics.intervals import Interval

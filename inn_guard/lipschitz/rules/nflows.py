@@ -35,7 +35,10 @@ from inn_guard.lipschitz.maps.autoregressive import Autoregressive
 from inn_guard.lipschitz.maps.base import BoundedMap, NoRule, bounded_map
 from inn_guard.lipschitz.maps.coupling import ByChannel, Coupling, blocked_rows, interleaved_rows
 from inn_guard.lipschitz.maps.spline_closed_forms import linear_spline
-from inn_guard.lipschitz.networks.activations import known_activation
+from inn_guard.lipschitz.networks.activations import (
+    known_activation,
+    scaled,
+)
 from inn_guard.lipschitz.rules.blocks import (
     OWN_INPUT,
     fixed_rational_quadratic,
@@ -50,7 +53,6 @@ from inn_guard.lipschitz.transformers.affine import (
     Affine,
     SigmoidScaleBounds,
     SoftplusScaleBounds,
-    scaled,
 )
 from inn_guard.lipschitz.transformers.base import Transformer
 from inn_guard.lipschitz.transformers.quadratic import QuadraticSpline

@@ -25,7 +25,10 @@ from inn_guard.lipschitz.maps.coupling import (
     interleaved_rows,
 )
 from inn_guard.lipschitz.maps.residual import Residual
-from inn_guard.lipschitz.networks.activations import known_activation
+from inn_guard.lipschitz.networks.activations import (
+    known_activation,
+    scaled,
+)
 from inn_guard.lipschitz.rules.blocks import (
     OWN_INPUT,
     SideBySide,
@@ -41,7 +44,6 @@ from inn_guard.lipschitz.transformers.affine import (
     LogScale,
     ShiftedThenScaled,
     SigmoidScaleBounds,
-    scaled,
 )
 from inn_guard.lipschitz.transformers.base import ScaleBounds, Transformer
 from inn_guard.numerics.intervals import Interval

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -36,8 +36,6 @@ __all__ = [
     "ShiftedThenScaled",
     "SigmoidScaleBounds",
     "SoftplusScaleBounds",
-    "atan_activation",
-    "scaled",
 ]
 
 
@@ -312,41 +310,3 @@ class Reparametrised:
         for part, function, u in zip(parts, self.functions, theta, strict=True):
             products.append(part * function.slope(u))
         return products
-
-
-def atan_activation(size: float) -> Activation:
-    """size * atan(x), size positive."""
-    # the limits round pi, a quotient and a product
-    limit = size * math.pi / 2 * (1 + 1e-14)
-    return Activation(
-        lambda x: size * torch.atan(x),
-        lambda x: size / (1 + x.square()),
-        {0.0: (size, size)},
-        (-limit, limit),
-        size,
-    )
-
-
-def scaled(
-    function: Activation, outer: float, inner: float = 1.0, shift: float = 0.0
-) -> Activation:
-    """outer * f(inner * x) + shift, outer not zero and inner positive."""
-
-    def times(derivative: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
-        return lambda x: outer * inner * derivative(inner * x)
-
-    critical_points = {}
-    for point, (low, high) in function.critical_points.items():
-        ends = sorted((outer * inner * low, outer * inner * high))
-        critical_points[point / inner] = (ends[0], ends[1])
-    minima = {}
-    for point, value in function.minima.items():
-        minima[point / inner] = outer * value + shift
-    return Activation(
-        lambda x: outer * function.function(inner * x) + shift,
-        times(function.derivative),
-        critical_points,
-        (outer * function.limits[0] + shift, outer * function.limits[1] + shift),
-        function.curvature * abs(outer) * inner * inner,
-        minima,
-    )

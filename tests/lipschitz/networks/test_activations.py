@@ -17,7 +17,7 @@ from inn_guard.numerics.intervals import Interval
 MODULES = [
     nn.ReLU(), nn.LeakyReLU(0.1), nn.LeakyReLU(-0.5), nn.ELU(), nn.ELU(2.0), nn.ELU(0.5), nn.SELU(),
     nn.SiLU(), nn.GELU(), nn.Tanh(), nn.Sigmoid(), nn.Softplus(), nn.Softplus(3.0), nn.Hardtanh(),
-    nn.ReLU6(),
+    nn.ReLU6(), nn.CELU(), nn.CELU(0.5), nn.CELU(2.0),
     nn.LogSigmoid(), nn.Identity(),
 ]  # fmt: skip
 
