@@ -187,7 +187,8 @@ class _Run:
         lower = _lower_bounds(self.model, measured, best)
         scope = f"on the {_text_of(self.box)}"
         is_global = all(layer.bounds.is_global for layer in per_layer)
-        if any(factor.enclosed for factor in (*forward, *inverse)):
+        # chains and enclosures take slopes on the box, even of layers whose own bounds are global
+        if any(factor.proof is not None for factor in (*forward, *inverse)):
             is_global = is_everywhere(self.box)
         if is_global and method == by_layers:
             scope = "global"

@@ -344,7 +344,7 @@ def _factors(layers: LayerBounds, effort: SearchBudget, direction: _Forward) -> 
     start = 0
     while start < len(layers):
         chain, stop = _longest_chain(layers, start, direction, effort)
-        if chain is not None and stop - start > 1:
+        if chain is not None:
             share = (stop - start) / (len(layers) - start)
             proof = _proved(chain, effort.fraction(share))
             if proof is not None:
