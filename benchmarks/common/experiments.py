@@ -179,6 +179,7 @@ EXPERIMENTS = (
         "performance.full_jacobian", "full Jacobian and spectrum against row-by-row autograd"
     ),
     Experiment("performance.growth", "growth with depth and dimension"),
+    Experiment("performance.processes", "one audit on one, two and four processes"),
     Experiment("performance.scale", "audits within a memory budget, up to 196,608 dimensions"),
     Experiment(
         "performance.memory_saving",

@@ -500,7 +500,7 @@ def _reason(compared: _Compared, limit: float) -> str:
     if isinstance(compared.cancelled, Tensor):
         left = worst(compared.cancelled.abs())
         if left > limit:
-            text += f"; forward and inverse log-determinant leave {left:.1e} nats, not 0"
+            text += f"; those of forward and inverse add up to {left:.1e} nats, not 0"
     return text
 
 

@@ -364,7 +364,10 @@ def _because(measured: _Measured, limit: float) -> str:
     elif precise is not None and measured.cause == "tolerance":
         text = f"; the inverse stops early: float64 is off by {worst(precise):.1e}, too"
     elif precise is not None and measured.deciding.start.dtype != torch.float64:
-        text = f"; float64 is off by {worst(precise):.1e}, too"
+        off = f"is off by {worst(precise):.1e}"
+        if not math.isfinite(worst(precise)):
+            off = "returns NaN or Inf"
+        text = f"; float64 {off}, too"
     if measured.explained is not None:
         condition = measured.explained.log_condition.nan_to_num(math.inf).max().item()
         count = len(measured.explained.log_condition)

@@ -430,7 +430,10 @@ class _Lost:
         if self.cause == "not onto":
             return self.reach.sentence()
         if self.cause == "model":
-            text = f"; float64 agrees on {self.agreeing} of {self.repeated}: the model does it"
+            text = (
+                f"; float64 agrees on {self.agreeing} of {self.repeated}: the model is at fault, "
+                "not rounding"
+            )
         elif self.cause == "rounding":
             text = f"; in float64 {self.returning} of {self.repeated} come back"
         if math.isfinite(self.radii) and self.radii > NEAR:

@@ -12,7 +12,7 @@ from typing import Annotated, Any
 import typer
 
 import inn_guard
-from inn_guard.cli.usage import WrongUsage, exit_on_usage_error, notice
+from inn_guard.cli.usage import MissingPackage, WrongUsage, exit_on_usage_error, notice
 
 __all__ = ["ANY_OPTION", "bench"]
 
@@ -61,7 +61,7 @@ def _script(experiments: Any, name: str) -> Any:
     except ModuleNotFoundError as error:
         if (error.name or "").startswith(("benchmarks", "inn_guard")):
             raise
-        raise WrongUsage(f"{name} needs {error.name}: pip install '.[all]'") from error
+        raise MissingPackage(error.name or name, "all") from error
 
 
 def _clone() -> Path:

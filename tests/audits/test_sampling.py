@@ -235,7 +235,7 @@ def test_a_conditional_map_is_drawn_from_in_its_rows_in_turn():
 def test_draws_that_the_model_itself_loses_are_not_called_rounding():
     result = sampling(Loses(threshold(0.05)).float(), data().float())
     assert result.settings["cause"] == "model"
-    assert "the model does it" in result.reason
+    assert "the model is at fault, not rounding" in result.reason
     assert "float64" not in result.advice
     assert result.settings["layer"] == "the inverse of Loses"
 
