@@ -471,6 +471,7 @@ def _finding(context: AuditContext, compared: _Compared, *, lost: int, of: int) 
                 f"the log-determinant of a Jacobian without structure is known to {unknown:.1e} "
                 f"nats only ({reference.label}), and within that the formula agrees"
             )
+            reason += _left(compared, limit)
     return Finding(verdict, figure, limit, "nats", reason, count, len(context.x))
 
 
@@ -497,11 +498,17 @@ def _reason(compared: _Compared, limit: float) -> str:
         )
     if compared.folded:
         text += f"; det J changes sign in {', '.join(compared.folded)}, but all samples come back"
-    if isinstance(compared.cancelled, Tensor):
-        left = worst(compared.cancelled.abs())
-        if left > limit:
-            text += f"; those of forward and inverse add up to {left:.1e} nats, not 0"
-    return text
+    return text + _left(compared, limit)
+
+
+def _left(compared: _Compared, limit: float) -> str:
+    """What forward and inverse log-determinant leave, if it is more than the limit."""
+    if isinstance(compared.cancelled, Missing):
+        return ""
+    left = worst(compared.cancelled.abs())
+    if left <= limit:
+        return ""
+    return f"; those of forward and inverse add up to {left:.1e} nats, not 0"
 
 
 def _at_fault(reference: _Reference, limit: float) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import abc
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar
@@ -14,12 +15,21 @@ from inn_guard.audits.dequantization_attack.search import Search
 
 __all__ = ["SignAscent", "Uphill", "unit"]
 
+TRIAL = 0.1  #: share of the climb after which its gain is measured
+SCOUTS = 0.02  #: share of the budget for draws that a gain is measured by
+SIGMAS = 2.0  #: standard errors by which the mean logarithm of the errors must grow in the trial
+TINY = 1e-300  #: an error of 0 has no logarithm
+
 Uphill = Callable[[Tensor], Tensor]  #: points -> directions uphill, of which the signs count
 
 
 @dataclass(frozen=True)
 class SignAscent(abc.ABC):
     """From a random point of every cube uphill by steps that shrink, then draws around the end.
+
+    Where errors are luck, the rounding of one point, a climb gains nothing and costs draws. So the
+    first tenth of it is a trial: its end is compared with draws from anywhere in the cubes, and if
+    draws around it are not worse, the rest of the budget is a random search.
 
     Attributes:
         budget: forward-equivalents per sample.
@@ -42,19 +52,52 @@ class SignAscent(abc.ABC):
         """What gives the directions along the way that begins at ``start``."""
 
     def run(self, search: Search) -> None:
-        """Climb, then draw."""
+        """Climb as far as it pays, then draw where draws are worse: at the end, or anywhere."""
         cubes, begin = search.cubes, search.spent
+        budget = self.budget - begin
+        anywhere = self._log_errors(search, lambda: cubes.uniform(search.generator))
         x = cubes.uniform(search.generator)
         slope = self.uphill(search, x)
-        climb = self.share * (self.budget - begin)
-        while search.spent - begin < climb and search.can_afford(self.measures):
-            left = 1 - (search.spent - begin) / climb
-            x = cubes.project(
-                x + (self.first_step * left + self.last_step) * cubes.half * slope(x).sign()
-            )
+        x = self._climb(search, slope, x, TRIAL * self.share * budget)
+        at_end = self._log_errors(search, lambda: cubes.near(x, self.radius, search.generator))
+        if _gains(at_end, anywhere):
+            # where a short climb has gained on average, a long one may gain more
+            x = self._climb(search, slope, x, (1 - TRIAL) * self.share * budget)
+            at_end = self._log_errors(search, lambda: cubes.near(x, self.radius, search.generator))
+        better = at_end.mean(0) > anywhere.mean(0)
+        better = better.to(x.device).reshape(-1, *[1] * (x.dim() - 1))
         while search.can_afford("error"):
-            search.errors(x)
-            x = cubes.near(x, self.radius, search.generator)
+            near = cubes.near(x, self.radius, search.generator)
+            search.errors(torch.where(better, near, cubes.uniform(search.generator)))
+
+    def _climb(self, search: Search, slope: Uphill, x: Tensor, budget: float) -> Tensor:
+        cubes, begin = search.cubes, search.spent
+        while search.spent - begin < budget and search.can_afford(self.measures):
+            left = 1 - (search.spent - begin) / budget
+            step = (self.first_step * left + self.last_step) * cubes.half
+            x = cubes.project(x + step * slope(x).sign())
+        return x
+
+    def _log_errors(self, search: Search, draw: Callable[[], Tensor]) -> Tensor:
+        """Logarithms of the errors at some draws, (draws, B); inf for broken samples."""
+        found = [search.error]
+        begin = search.spent
+        while search.spent - begin < SCOUTS * self.budget and search.can_afford("error"):
+            found.append(search.errors(draw()))
+        return torch.stack(found[1:] or found).clamp(min=TINY).log()
+
+
+def _gains(at_end: Tensor, anywhere: Tensor) -> bool:
+    """Whether errors at the end are larger on average, beyond what chance explains."""
+    known = at_end.isfinite().all(0) & anywhere.isfinite().all(0)
+    if not bool(known.any()):
+        return False
+    gain, variance = 0.0, 0.0
+    for draws, sign in ((at_end[:, known], 1.0), (anywhere[:, known], -1.0)):
+        gain += sign * draws.mean().item()
+        if len(draws) > 1:
+            variance += draws.var(0).mean().item() / draws.numel()
+    return gain > SIGMAS * math.sqrt(variance)
 
 
 def unit(t: Tensor) -> Tensor:

@@ -215,14 +215,15 @@ def test_the_spectral_nudge_turns_to_the_direction_that_a_linear_inverse_amplifi
     )
 
 
-def test_the_spectral_ascent_climbs_to_where_the_inverse_amplifies_most():
+def test_the_spectral_ascent_climbs_to_where_the_inverse_amplifies_most(monkeypatch):
     """F(x) = (x_1, exp(-c x_1) x_2) has gain exp(c x_1) along x_2, whatever x_2 is.
 
     It is the upper face of the cube in x_1.
 
     The round trip is exact but for rounding, so its error knows no such direction: only the gain
-    does.
+    does. A trial of the climb would therefore end it.
     """
+    monkeypatch.setattr("inn_guard.audits.dequantization_attack.sign_ascent.TRIAL", 1.0)
 
     class Funnel(Invertible):
         def forward(self, x):
@@ -437,3 +438,60 @@ def test_images_of_the_worst_pairs():
     assert set(result.images) >= {"original", "point found", "reconstruction"}
     assert all(t.shape == (3, 1, 4, 4) for t in result.images.values())
     assert "assumed 8 bits from 0 to 1" in result.reason
+
+
+def coupled(dimension, depth, gain, seed):
+    """A small net whose errors are the luck of rounding: nothing leads uphill."""
+    generator = torch.Generator().manual_seed(seed)
+    layers = []
+    torch.manual_seed(seed)
+    for _ in range(depth):
+        half = dimension // 2
+        coupling = AffineCoupling(MLP([half, 16, 2 * half]))
+        with torch.no_grad():
+            for parameter in coupling.parameters():
+                parameter.mul_(gain)
+        order = torch.randperm(dimension, generator=generator)
+        layers += [coupling, Permutation(order)]
+    return Chain(*layers).float()
+
+
+@pytest.mark.parametrize(
+    ("strategy", "nets"),
+    [
+        (SpectralAscent(), [(4, 2), (8, 2)]),
+        pytest.param(
+            SpectralAscent(), [(4, 4), (8, 4), (16, 3), (64, 4)], marks=pytest.mark.thorough
+        ),
+        pytest.param(GradientFree(), [(4, 4), (8, 4), (16, 3)], marks=pytest.mark.thorough),
+    ],
+    ids=["few nets", "spectral", "gradient free"],
+)
+def test_no_weaker_than_random_search_of_equal_cost_on_small_nets(strategy, nets):
+    """The geometric mean of the worst errors; half of the budget lost would cost a tenth."""
+    gains = []
+    for seed, (dimension, depth) in enumerate(nets):
+        model = coupled(dimension, depth, 1.5, seed)
+        generator = torch.Generator().manual_seed(seed)
+        x = torch.randint(0, 256, (32, dimension), generator=generator).float() / 256
+        errors = [
+            dequantization_attack(
+                model, x, quantization=Quantization(), strategy=one, samples=32
+            ).per_sample["error"]
+            for one in (strategy, RandomSearch(budget=strategy.budget))
+        ]
+        gains.append(errors[0].log().mean() - errors[1].log().mean())
+    assert torch.stack(gains).mean().exp() > 0.97
+
+
+def test_a_climb_that_gains_goes_on_to_the_end():
+    """The error grows with the distance from one corner: a trial shows it, the rest is climbed."""
+    target = torch.zeros(1, 12)
+    x = torch.full((2, 12), 0.5 + 1 / 512, dtype=torch.float32)
+    climbed, drawn = (
+        dequantization_attack(
+            Bent(target).float(), x, quantization=Quantization(), strategy=strategy
+        ).per_sample["error"]
+        for strategy in (SpectralAscent(), RandomSearch(budget=800))
+    )
+    assert bool((climbed > drawn).all())
