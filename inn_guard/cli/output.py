@@ -131,10 +131,8 @@ def _remarks(rows: list[Row]) -> Table:
 
 
 def _comparison(comparison: Comparison) -> Table:
-    head, *rows, verdicts = comparison.rows()
-    table = Table(*head, box=SIMPLE, show_footer=True)
-    for column, verdict in zip(table.columns, verdicts, strict=True):
-        column.footer = verdict
+    head, *rows = comparison.rows()
+    table = Table(*head, box=SIMPLE)
     for row in rows:
         table.add_row(*map(Text, row))
     return table

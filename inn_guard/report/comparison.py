@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 
 __all__ = ["Comparison", "compare"]
 
+MOST_COLUMNS = 4  #: reports that fit next to each other in a terminal
+
 
 def compare(reports: Mapping[str, AuditReport]) -> Comparison:
     """Put reports next to each other: before and after a repair, or one model against another.
@@ -45,7 +47,7 @@ def compare(reports: Mapping[str, AuditReport]) -> Comparison:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Reports by name. Prints as a table of verdicts and deciding figures, one row per use.
+    """Reports by name. Prints as a table of verdicts and deciding figures of every use.
 
     Uses that a report measured but does not count are in brackets.
 
@@ -87,10 +89,9 @@ class Comparison:
         return "\n".join(lines)
 
     def rows(self) -> list[list[str]]:
-        """The printed table, cell by cell.
+        """The printed table, cell by cell, with verdict and figure of every use and the verdicts.
 
-        The first row holds the names, the last one the verdicts. Each row between them is a use
-        with verdict and figure.
+        One column for each report, or one line for each where there are more than four.
         """
         rows = [["", *self.reports]]
         for use in self.uses:
@@ -99,6 +100,8 @@ class Comparison:
                 row.append(_cell(report.uses.get(use)))
             rows.append(row)
         rows.append(["verdict", *(report.verdict.label for report in self.reports.values())])
+        if len(self.reports) > MOST_COLUMNS:
+            return list(map(list, zip(*rows, strict=True)))
         return rows
 
     def to_frame(self) -> pd.DataFrame:

@@ -31,6 +31,15 @@ def test_it_prints_as_a_table_of_verdicts_and_figures():
     assert lines[-1].split() == ["verdict", "non_finite", "stable"]
 
 
+def test_many_reports_are_one_line_each():
+    reports = {f"net {k}": stable_report() for k in range(5)}
+    lines = str(compare(reports)).splitlines()
+    assert lines[0].split() == ["density", "verdict"]
+    assert [line.split() for line in lines[1:]] == [
+        ["net", str(k), "stable", "1e-06", "stable"] for k in range(5)
+    ]
+
+
 def test_what_is_not_counted_is_in_brackets():
     found = finding("unstable", 2.0, 0.1, "nats")
     check = AuditResult("density", Verdict.UNSTABLE, found.reason, uses={"density": found})
