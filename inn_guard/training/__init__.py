@@ -4,3 +4,7 @@
 model on a ``schedule``; ``records`` keeps what was found, and ``actions`` answers it. ``lightning``
 does the same inside a Lightning run.
 """
+
+from inn_guard.training import actions
+
+__all__ = ["actions"]
