@@ -41,6 +41,7 @@ class AuditContext:
         seed: of everything random.
         parallel: with which processes samples are shared, and within how much memory.
         level: how much is measured.
+        starts: from where iterations begin: what they left here at the last look at this model.
         shared: results that several checks use, by name; filled by the methods below.
     """
 
@@ -54,6 +55,7 @@ class AuditContext:
     parallel: WorkSharing = SERIAL
     level: Level = Level.STANDARD
     shared: dict[Any, Any] = field(default_factory=dict)
+    starts: dict[str, Any] = field(default_factory=dict)
 
     def within(self, parallel: WorkSharing) -> AuditContext:
         """The same audit with its work shared by other processes."""

@@ -33,7 +33,7 @@ __all__ = ["AuditSpec", "audit_check"]
 Function = Callable[..., AuditResult]
 
 #: What a call of a check may set apart from the check's own settings.
-_CONTEXT_SETTINGS = ("limits", "prior", "domain", "loss", "seed", "parallel", "level")
+_CONTEXT_SETTINGS = ("limits", "prior", "domain", "loss", "seed", "parallel", "level", "starts")
 
 
 @dataclass(frozen=True, eq=False)
@@ -80,8 +80,9 @@ class AuditSpec:
             model: the map.
             x: data, (B, *data).
             settings: the check's own, and limits, prior, domain, loss, seed, parallel and level, as
-                ``audit`` has them. Of one name, the check's own: the domain of lipschitz_bounds
-                is a box.
+                ``audit`` has them, and starts, a dictionary in which a check leaves what it begins
+                from the next time. Of one name, the check's own: the domain of lipschitz_bounds is
+                a box.
 
         Raises:
             TypeError: if a setting is unknown, or x is no real floating-point tensor.
@@ -104,6 +105,7 @@ class AuditSpec:
             seed=given.get("seed", 0),
             parallel=given.get("parallel", SERIAL),
             level=Level(given.get("level", Level.STANDARD)),
+            starts=given.get("starts", {}),
         )
         return self.run(context)
 

@@ -72,6 +72,7 @@ def extreme_singular_values(
     generator: torch.Generator | Noise,
     tolerance: float = 1e-3,
     max_steps: int = 60,
+    guess: tuple[Tensor, Tensor] | None = None,
 ) -> ExtremeSingularValues:
     """sigma_max and sigma_min of every sample's Jacobian, by Lanczos iterations on J and J^-1.
 
@@ -85,6 +86,8 @@ def extreme_singular_values(
         tolerance: relative error to reach.
         max_steps: largest number of steps; each is one product with J or J^-1 and one with its
             transpose.
+        guess: right singular vectors of J and of J^-1 at an earlier look, (B, *data) and
+            (B, *latent); see `largest_singular_value`.
 
     Raises:
         NotApplicable: if the inverse of a layer has no correct derivative, or the map is not
@@ -93,7 +96,9 @@ def extreme_singular_values(
     x, z = linearization.states[0], linearization.output
     noise = as_noise(generator)
 
-    def extreme(products: Products, like: Tensor) -> LargestSingularValue:
+    near_x, near_z = (None, None) if guess is None else guess
+
+    def extreme(products: Products, like: Tensor, near: Tensor | None) -> LargestSingularValue:
         """sigma_max of the map with these products, from a random start shaped as ``like``."""
 
         def restrict(rows: Tensor) -> tuple[ScaledProduct, ScaledProduct] | None:
@@ -108,10 +113,11 @@ def extreme_singular_values(
             tolerance=tolerance,
             max_steps=max_steps,
             restrict=restrict,
+            guess=near,
         )
 
-    forward = extreme(_of_jacobian, x)
-    return ExtremeSingularValues(forward, extreme(_of_inverse, z))
+    forward = extreme(_of_jacobian, x, near_x)
+    return ExtremeSingularValues(forward, extreme(_of_inverse, z, near_z))
 
 
 def _of_jacobian(linearization: AnyLinearization) -> tuple[ScaledProduct, ScaledProduct]:

@@ -43,6 +43,9 @@ class AuditHook:
     is recorded first; then the actions are called in their order. Without actions nothing is
     changed, whatever an audit finds.
 
+    Singular values begin at the vectors of the last look. They take two steps where the weights
+    have changed little. See `largest_singular_value` for what such a look may overlook.
+
     The default check runs one forward and one inverse pass over eight samples. Ask for more with
     ``checks=["jacobian_spectrum", functools.partial(gradient_angle, loss=loss)]``.
 
@@ -107,6 +110,7 @@ class AuditHook:
         self.next_step = 0
         self._every = every
         self._audited: int | None = None
+        self._starts: dict[str, Any] = {}
 
     def __repr__(self) -> str:
         checks = ", ".join(check.name for check in self.checks)
@@ -162,7 +166,7 @@ class AuditHook:
             model = model.select(rows)
             x = x[rows]
         start = time.perf_counter()
-        results = tuple(check(model, x) for check in self.checks)
+        results = tuple(check(model, x, starts=self._starts) for check in self.checks)
         settings = {
             "shape": tuple(x.shape),
             "dtype": dtype_name(x.dtype),
@@ -177,6 +181,7 @@ class AuditHook:
         return {
             "step": self.next_step,
             "audited": self._audited,
+            "starts": dict(self._starts),
             "actions": [_state(action) for action in self.actions],
         }
 
@@ -196,6 +201,7 @@ class AuditHook:
             )
         self.next_step = int(state["step"])
         self._audited = state["audited"]
+        self._starts = dict(state.get("starts", {}))
         for action, saved in zip(self.actions, theirs, strict=True):
             if saved is not None:
                 action.load_state_dict(saved)  # type: ignore[attr-defined]

@@ -240,6 +240,24 @@ def test_recorded_before_acted_upon_with_the_numbers_in_force():
     assert coefficient.value > 1e-3
 
 
+def test_spectra_of_a_net_in_training_take_two_steps():
+    torch.manual_seed(5)
+    halves = [Halves(swapped=k % 2 == 1) for k in range(6)]
+    model = Chain(*(AffineCoupling(MLP([32, 16, 64]), partition=part) for part in halves))
+    x = torch.randn(8, 64, dtype=torch.float64)
+    hook = AuditHook(model.double(), x, every=1, checks=["jacobian_spectrum"])
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-4)
+    steps = []
+    for _ in range(8):
+        optimizer.zero_grad()
+        model(torch.randn(8, 64, dtype=torch.float64)).square().mean().backward()
+        optimizer.step()
+        values = hook()["jacobian_spectrum"].values
+        steps.append(max(values["sigma_max_steps"], values["sigma_min_steps"]))
+    assert steps[0] > 4
+    assert max(steps[1:]) <= 2
+
+
 @pytest.mark.thorough
 def test_resuming_continues_bit_for_bit():
     def setup(seed):
