@@ -8,8 +8,9 @@ folders share. ``callables`` and ``captured_modules`` serve models that are give
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, TypeGuard
 
 import torch
@@ -48,6 +49,10 @@ def wrap(  # noqa: PLR0913
     log_det: Callable[..., Any] | None = None,
     context: Context = None,
     x: Tensor | None = None,
+    velocity: Callable[..., Any] | None = None,
+    solver: Any = None,
+    times: Sequence[float] = (1.0, 0.0),
+    trace: Any = None,
 ) -> Invertible:
     """The model as an Invertible: forward is data x -> latent z, inverse is z -> x.
 
@@ -69,6 +74,12 @@ def wrap(  # noqa: PLR0913
         model = wrap(encode=net, decode=functools.partial(net, reverse=True))
         model = wrap(encode=net, decode=net.inverse, log_det=lambda x: -net(x, logp=0)[1])
 
+    A continuous flow (flow matching, FFJORD) is given by its velocity and a solver, and needs
+    torchdiffeq::
+
+        solver = inn_guard.layers.ode.FixedStep(100, inn_guard.layers.ode.RungeKutta.EULER)
+        model = wrap(velocity=net, solver=solver)
+
     Modules that the callables use are found and registered, also in closures (see
     ``captured_modules.Closure``).
 
@@ -87,13 +98,25 @@ def wrap(  # noqa: PLR0913
         log_det: x -> log|det d encode(x)/dx|, if ``encode`` does not return it.
         context: a tensor (B, ...) or a nested tuple, list or dict of tensors, one row per sample.
         x: data, (B, *data), on which the convention of an unknown model is tried.
+        velocity: dx/dt of a continuous flow, called as its arguments are named: (t, x), (x, t), or
+            (x with t as a last feature); with a context as a further argument.
+        solver: of the velocity: ``Adaptive`` or ``FixedStep`` of ``inn_guard.layers.ode``, or the
+            name of an adaptive method. Default: dopri5 with tolerances of 1e-5.
+        times: of the data and of the latents. Default: (1, 0), as in flow matching; FFJORD: (0, 1).
+        trace: how the divergence is computed: ``ExactTrace`` or ``HutchinsonTrace`` of
+            ``inn_guard.layers.ode``. Default: exact up to 64 dimensions, above that an estimate by
+            one random vector.
 
     Raises:
         TypeError: if the model is of an unknown kind, or the arguments do not describe one.
+        ImportError: if a velocity is given and torchdiffeq is not installed.
     """
+    others = {"model": model, "encode": encode, "decode": decode, "layers": layers}
+    others["log_det"] = log_det
+    if velocity is not None or solver is not None or trace is not None:
+        return _from_velocity(velocity, solver, times, trace, context, others)
     if model is None:
-        only_directions = layers is None and log_det is None
-        if _can_be_tried(x) and callable(encode) and callable(decode) and only_directions:
+        if layers is log_det is None and callable(encode) and callable(decode) and _can_be_tried(x):
             given = Pair(Call(Closure(encode), "encode"), Call(Closure(decode), "decode"))
             return recognise(encode, x, context, given=given)
         return _from_callables(encode, decode, layers, log_det, context)
@@ -102,7 +125,10 @@ def wrap(  # noqa: PLR0913
             "expected either a model or callables, got both; "
             "call wrap(model) or wrap(encode=..., decode=...)"
         )
-    model = _uncompiled(model)
+    return _from_model(_uncompiled(model), x, context)
+
+
+def _from_model(model: Any, x: Tensor | None, context: Context) -> Invertible:
     if isinstance(model, Invertible):
         return model if context is None else model.with_context(context)
     adapter = _adapter_of(model)
@@ -115,6 +141,26 @@ def wrap(  # noqa: PLR0913
     if pairs(model, context):
         raise TypeError(_needs_a_batch(model))
     raise TypeError(_refusal(model))
+
+
+def _from_velocity(
+    velocity: Any,
+    solver: Any,
+    times: Sequence[float],
+    trace: Any,
+    context: Context,
+    others: Mapping[str, Any],
+) -> Invertible:
+    named = [name for name, value in others.items() if value is not None]
+    if velocity is None or named:
+        raise TypeError(
+            f"expected a velocity and its solver alone, got {' and '.join(named) or 'no velocity'}"
+            "; call wrap(velocity=v, solver=solver)"
+        )
+    if importlib.util.find_spec("torchdiffeq") is None:
+        raise ImportError("wrap(velocity=...) needs torchdiffeq; call pip install torchdiffeq")
+    flows = importlib.import_module("inn_guard.adapters.velocity")
+    return flows.adapt(velocity, solver=solver, times=times, trace=trace, context=context)
 
 
 def _can_be_tried(x: Any) -> TypeGuard[Tensor]:

@@ -24,6 +24,10 @@ INITIALISE = (
 )
 STANDARDISE = "Standardise the data, {what}: train and audit on (x - x.mean(0)) / x.std(0) instead."
 FORMULA = "Derive the log-determinant again: training by likelihood follows this number."
+SMALLER_STEPS = (
+    "The log-determinant is that of the exact flow; that of the solver's steps differs. Integrate "
+    "in smaller steps where log p(x) is evaluated."
+)
 DENSITY_FLOAT64 = (
     "Evaluate log p with the layers that need it in float64, against which it was measured:\n"
     'flow = ig.raise_precision(flow, x, uses=["density"])'
@@ -96,7 +100,7 @@ def _advice(report: AuditReport, context: AuditContext) -> Iterator[str]:
     if unusual:
         yield STANDARDISE.format(what=unusual)
     if "density" in failing:
-        yield from _density(report)
+        yield from _density(report, context)
     if "sampling" in failing:
         yield from _sampling(report, context)
     if "reconstruction" in failing:
@@ -110,7 +114,10 @@ def _advice(report: AuditReport, context: AuditContext) -> Iterator[str]:
     yield from _other(report)
 
 
-def _density(report: AuditReport) -> Iterator[str]:
+def _density(report: AuditReport, context: AuditContext) -> Iterator[str]:
+    if _failed(report, "log_det") and hasattr(context.model.block, "refined"):
+        yield SMALLER_STEPS
+        return
     if _failed(report, "log_det"):
         yield FORMULA
         return
@@ -136,7 +143,7 @@ def _sampling(report: AuditReport, context: AuditContext) -> Iterator[str]:
 
 def _reconstruction(report: AuditReport, context: AuditContext) -> Iterator[str]:
     cause = report["reconstruction"].settings.get("cause")
-    if cause == "tolerance":
+    if cause in ("tolerance", "solver"):
         yield report["reconstruction"].advice
         return
     if cause in ("wrong inverse", "unconverged"):

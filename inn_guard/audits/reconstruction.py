@@ -25,6 +25,7 @@ from inn_guard.audits.round_trip import (
     unconverged,
 )
 from inn_guard.audits.solver_settings import SAMPLES, Turned, find_helpful_setting
+from inn_guard.audits.solver_steps import Refinement, refinement
 from inn_guard.audits.spec import audit_check
 from inn_guard.audits.thresholds import data_scale, format_log10, worst
 from inn_guard.core.missing import Missing, NotApplicable
@@ -136,9 +137,10 @@ class _Measured:
         bijective: whether x -> z -> x ought to be the identity.
         precise: the deciding round trip in a float64 copy, or why there is none.
         explained: for the worst samples of a failing model, what rounding explains; None else.
-        cause: "rounding", "condition", "tolerance", "unconverged", "wrong inverse", "unknown", or
-            "" where nothing fails.
+        cause: "rounding", "condition", "tolerance", "solver", "unconverged", "wrong inverse",
+            "unknown", or "" where nothing fails.
         turned: a setting of the inverse that makes it more exact, if one was found.
+        finer: what a finer solver does, if the cause is the solver's steps.
     """
 
     rows: Tensor
@@ -149,6 +151,7 @@ class _Measured:
     explained: Explanation | None = None
     cause: str = ""
     turned: Turned | None = None
+    finer: Refinement | None = None
 
     @property
     def deciding(self) -> RoundTrip:
@@ -188,7 +191,7 @@ def _measure(context: AuditContext, rows: Tensor, batch_size: int) -> _Measured:
     limit = context.limits.round_trip(x.dtype)
     if worst(measured.deciding.by_feature) > limit:
         measured = _with_cause(context, measured, limit)
-    if measured.cause == "rounding" or not _has_floor(measured):
+    if measured.cause in ("rounding", "solver") or not _has_floor(measured):
         return measured
     turned = _helpful_setting(context, measured)
     cause = "tolerance" if turned is not None and measured.cause else measured.cause
@@ -237,6 +240,9 @@ def _with_cause(context: AuditContext, measured: _Measured, limit: float) -> _Me
     precise = measured.precise
     if isinstance(precise, RoundTrip) and worst(precise.by_feature) <= limit:
         return _Measured(*parts, cause="rounding")
+    finer = refinement(*context.at(measured.rows[:FIRST]), limit)
+    if finer is not None:
+        return _Measured(*parts, cause="solver", finer=finer)
     worst_rows = _worst_rows(context, measured)
     explained = _explain(context, measured.rows[worst_rows.to(measured.rows.device)])
     if explained is None or isinstance(precise, Missing):
@@ -313,12 +319,25 @@ def _finding(context: AuditContext, measured: _Measured) -> tuple[Finding, str]:
         reason += f"; {left_out} samples of x contain NaN or Inf and are left out"
     unit = "of the feature's deviation or size"
     finding = Finding(verdict, worst(error), limit, unit, reason, count, len(context.x))
-    advice = ""
-    if verdict.failed:
-        advice = _ADVICE[measured.cause]
-        if measured.turned is not None:
-            advice = measured.turned.advice()
-    return finding, advice
+    return finding, _advice(measured) if verdict.failed else ""
+
+
+def _advice(measured: _Measured) -> str:
+    finer = measured.finer
+    if measured.turned is not None:
+        return measured.turned.advice()
+    if finer is None:
+        return _ADVICE[measured.cause]
+    if finer.suffices:
+        return (
+            f"Integrate in smaller steps: with solver={finer.solver}, {finer.samples} round trips "
+            f"were measured to come back to {finer.error:.1e}."
+        )
+    return (
+        "Integrate in smaller steps, or train a velocity that is less steep: with "
+        f"solver={finer.solver}, the finest that was tried, round trips are off by "
+        f"{finer.error:.1e}."
+    )
 
 
 _ADVICE = {
@@ -354,6 +373,11 @@ def _because(measured: _Measured, limit: float) -> str:
     if not measured.cause:
         return ""
     text = ""
+    if measured.finer is not None:
+        return (
+            f"; it is the error of the solver: with {measured.finer.solver} they come back to "
+            f"{measured.finer.error:.1e}"
+        )
     if precise is not None and measured.cause == "rounding":
         return f"; in float64 they come back to {worst(precise):.1e}"
     if precise is not None and measured.cause == "wrong inverse":

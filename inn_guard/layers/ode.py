@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import enum
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -35,6 +36,9 @@ class RungeKutta(enum.Enum):
     MIDPOINT = "midpoint"
     RK4 = "rk4"
 
+    def __repr__(self) -> str:
+        return str(self)  # as it is written in code
+
 
 @runtime_checkable
 class Solver(Protocol):
@@ -47,7 +51,7 @@ class Solver(Protocol):
 
 @dataclass(frozen=True)
 class Adaptive:
-    """Dormand-Prince of order 5, the step chosen by the error estimate.
+    """An adaptive method of torchdiffeq, Dormand-Prince of order 5 by default.
 
     The forward and the backward integration choose different steps, so the inverse is one up to the
     tolerance only.
@@ -55,10 +59,11 @@ class Adaptive:
 
     rtol: float = 1e-7
     atol: float = 1e-9
+    method: str = "dopri5"
 
     def options(self, duration: float) -> dict[str, Any]:
         """Keyword arguments of ``torchdiffeq.odeint``: method and tolerances."""
-        return {"method": "dopri5", "rtol": self.rtol, "atol": self.atol}
+        return {"method": self.method, "rtol": self.rtol, "atol": self.atol}
 
 
 @dataclass(frozen=True)
@@ -103,11 +108,12 @@ class ExactTrace:
 
 @dataclass(frozen=True)
 class HutchinsonTrace:
-    """tr(J) = E[v^T J v] with v = +-1, the same along one integration and at every call.
+    """tr(J) = E[v^T J v] with v = +-1, the same along one integration.
 
     Args:
         probes: random vectors per sample.
-        seed: of their generator.
+        seed: of their generator, which gives the same vectors at every call. None: they are drawn
+            anew at every call, by torch's global generator.
 
     References:
         FFJORD: Free-form Continuous Dynamics for Scalable Reversible Generative Models
@@ -115,11 +121,13 @@ class HutchinsonTrace:
     """
 
     probes: int = 1
-    seed: int = 0
+    seed: int | None = 0
 
     def prepare(self, x: Tensor) -> Tensor:
         """Random signs, (K, B, *data), divided by sqrt(K) so that the sum is a mean of K."""
-        generator = torch.Generator().manual_seed(self.seed)
+        generator = None
+        if self.seed is not None:
+            generator = torch.Generator().manual_seed(self.seed)
         shape = (self.probes, *x.shape)
         bits = torch.randint(0, 2, shape, generator=generator, device="cpu")
         return (2 * bits - 1).to(x) / self.probes**0.5
@@ -163,6 +171,19 @@ class NeuralODE(Invertible):
         if self.context is None:
             return self.field(t, x)
         return self.field(t, x, self.context)
+
+    def refined(self) -> NeuralODE | None:
+        """The same flow with twice the steps or a tenth of the tolerances; None if unknown."""
+        finer: Solver
+        if type(self.solver) is FixedStep:
+            finer = replace(self.solver, steps=2 * self.solver.steps)
+        elif type(self.solver) is Adaptive:
+            finer = replace(self.solver, rtol=self.solver.rtol / 10, atol=self.solver.atol / 10)
+        else:
+            return None
+        clone = copy.copy(self)
+        clone.solver = finer
+        return clone
 
     def forward(self, x: Tensor) -> Tensor:
         """The state at time T from x at time 0, (B, *data)."""

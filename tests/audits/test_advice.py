@@ -14,6 +14,7 @@ import inn_guard as ig
 from inn_guard.audits import advice
 from inn_guard.layers.chain import Chain
 from inn_guard.layers.fixed_point import FixedPoint
+from inn_guard.layers.ode import FixedStep, RungeKutta
 from inn_guard.layers.residual import Residual
 from inn_guard.layers.residual_log_det import ExactLogDet
 from inn_guard.report.audit_report import AuditReport
@@ -345,3 +346,13 @@ def test_what_cannot_be_trained_is_replaced():
     assert not begins(report, advice.PENALISE_INVERSE)
     fixed = ig.wrap(encode=lambda x: 2 * x, decode=lambda z: z / 2)
     assert ig.audit(fixed, data(), uses=["reconstruction"], level="quick").verdict == "stable"
+
+
+def test_log_determinants_of_the_exact_flow_need_small_steps():
+    growth = nn.Linear(2, 2, bias=False).double()
+    growth.weight.data.copy_(4 * torch.eye(2))
+    coarse = ig.wrap(velocity=lambda t, x: growth(x), solver=FixedStep(3, RungeKutta.EULER))
+    report = ig.audit(coarse, torch.randn(8, 2), checks=["log_det"])
+    assert report.advice == (advice.SMALLER_STEPS,)
+    fine = ig.wrap(velocity=lambda t, x: growth(x), solver=FixedStep(100))
+    assert ig.audit(fine, torch.randn(8, 2), checks=["log_det"]).verdict.passed
