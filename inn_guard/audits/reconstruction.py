@@ -191,9 +191,13 @@ def _measure(context: AuditContext, rows: Tensor, batch_size: int) -> _Measured:
     limit = context.limits.round_trip(x.dtype)
     if worst(measured.deciding.by_feature) > limit:
         measured = _with_cause(context, measured, limit)
-    if measured.cause in ("rounding", "solver") or not _has_floor(measured):
+    if measured.cause == "rounding" or not _has_floor(measured):
         return measured
     turned = _helpful_setting(context, measured)
+    if measured.cause and (turned is None or turned.error_after > limit):
+        finer = refinement(*context.at(measured.rows[:FIRST]), limit)
+        if finer is not None:
+            return dataclasses.replace(measured, cause="solver", finer=finer)
     cause = "tolerance" if turned is not None and measured.cause else measured.cause
     return dataclasses.replace(measured, turned=turned, cause=cause)
 
@@ -240,9 +244,6 @@ def _with_cause(context: AuditContext, measured: _Measured, limit: float) -> _Me
     precise = measured.precise
     if isinstance(precise, RoundTrip) and worst(precise.by_feature) <= limit:
         return _Measured(*parts, cause="rounding")
-    finer = refinement(*context.at(measured.rows[:FIRST]), limit)
-    if finer is not None:
-        return _Measured(*parts, cause="solver", finer=finer)
     worst_rows = _worst_rows(context, measured)
     explained = _explain(context, measured.rows[worst_rows.to(measured.rows.device)])
     if explained is None or isinstance(precise, Missing):

@@ -14,7 +14,7 @@ __all__ = ["Refinement", "refinement"]
 
 SAMPLES = 16
 REFINEMENTS = 7  #: times that steps are doubled or tolerances divided by ten
-FALLS = 0.7  #: what an error of the solver falls to at least, of any order
+FALLS = 0.6  #: what an error of the solver falls to at least: half, if of first order
 
 
 @dataclass(frozen=True)
