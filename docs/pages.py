@@ -30,7 +30,19 @@ MOVED = {
     "contributing.md": "CONTRIBUTING.md",
     "changelog.md": "CHANGELOG.md",
 }
+LIBRARIES = "Your library"  #: the guide below which every library has a page of its own
 LINK = re.compile(r"(!?)\[([^\]]*)\]\((?!https?:|#|mailto:)([^)#\s]+)(#[^)]*)?\)")
+
+
+def on_config(config: MkDocsConfig) -> MkDocsConfig:
+    """Put the page of every library below that of all of them."""
+    guides = next(entry["Guides"] for entry in config.nav if "Guides" in entry)
+    entry = next(entry for entry in guides if LIBRARIES in entry)
+    folder = ROOT / "docs" / "guides" / "libraries"
+    pages = [f"guides/libraries/{page.name}" for page in sorted(folder.glob("*.md"))]
+    if pages:
+        entry[LIBRARIES] = [{"Overview": entry[LIBRARIES]}, *pages]
+    return config
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
@@ -96,12 +108,19 @@ def _llms(config: MkDocsConfig) -> str:
 
 def _links(entries: list[Any]) -> Iterator[str]:
     for entry in entries:
+        if isinstance(entry, str):
+            entry = {_title(entry): entry}
         for title, target in entry.items():
             if isinstance(target, list):
                 yield from ("", f"## {title}", "", *_links(target))
                 continue
             place = target.removesuffix("index.md").removesuffix(".md")
             yield f"- [{title}]({place}/)" if place else f"- [{title}](./)"
+
+
+def _title(page: str) -> str:
+    """What a page in docs/ calls itself."""
+    return (ROOT / "docs" / page).read_text(encoding="utf-8").partition("\n")[0].lstrip("# ")
 
 
 def _figures() -> list[Path]:

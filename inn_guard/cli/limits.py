@@ -41,6 +41,8 @@ def read_limits(path: Path | None) -> Limits | None:
 
 
 def _table(path: Path) -> dict[str, float]:
+    if not path.is_file():
+        raise WrongUsage(f"there is no file of limits {path}")
     try:
         if path.stat().st_size > MOST_BYTES:
             raise WrongUsage(f"expected a short file of limits, got {path} of more than 1 MiB")

@@ -82,3 +82,15 @@ def test_every_page_has_the_same_parts(folder):
         first = [part for part in found if part not in ("Example", "What to do")]
         assert set(first) <= set(parts[folder]), path
         assert found[-2:] == ["Example", "What to do"], path
+
+
+def test_the_site_leads_to_every_page():
+    """Pages of libraries are added by docs/pages.py."""
+    site = (DOCS.parent / "mkdocs.yml").read_text("utf-8")
+    linked = set(re.findall(r": (\S+\.md)$", site, flags=re.MULTILINE))
+    pages = {path.relative_to(DOCS).as_posix() for path in DOCS.rglob("*.md")}
+    notebooks = {
+        f"notebooks/{path.stem}.md" for path in (DOCS.parent / "notebooks").glob("*.ipynb")
+    }
+    own = {page for page in pages if not page.startswith("guides/libraries/")}
+    assert own | notebooks <= linked
