@@ -40,14 +40,14 @@ class MissingPackage(Exception):
 def exit_on_usage_error(command: Callable[..., None]) -> Callable[..., None]:
     """A command that answers its errors with one line on standard error and an exit code.
 
-    The code is 2 after WrongUsage, 3 after MissingPackage.
+    The code is 2 after WrongUsage and errors of the file system, 3 after MissingPackage.
     """
 
     @functools.wraps(command)
     def run(*args: Any, **options: Any) -> None:
         try:
             command(*args, **options)
-        except WrongUsage as error:
+        except (WrongUsage, OSError) as error:
             typer.echo(f"error: {one_line(error)}", err=True)
             raise typer.Exit(WRONG_USAGE) from None
         except MissingPackage as error:

@@ -277,15 +277,14 @@ def load(path: str | os.PathLike[str]) -> AuditReport:
     if not isinstance(path, (str, os.PathLike)):
         # a number would be taken for an open file, and closed
         raise TypeError(f"expected the path of a saved report; got {path!r:.60}")
-    size = os.path.getsize(path)
-    if size > MAX_BYTES:
-        raise ValueError(
-            f"expected a saved report of at most {MAX_BYTES:,} bytes, got {size:,} bytes"
-        )
     with open(path, encoding="utf-8") as file:
         try:
-            return from_json(file.read())
+            # what is no regular file has no size of its own
+            text = file.read(MAX_BYTES + 1)
         except UnicodeDecodeError as error:
             raise ValueError(
                 f"expected a report saved with to_json(), got no text: {error}"
             ) from None
+    if len(text) > MAX_BYTES:
+        raise ValueError(f"expected a saved report of at most {MAX_BYTES:,} characters, got more")
+    return from_json(text)

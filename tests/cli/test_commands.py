@@ -454,6 +454,23 @@ def test_what_cannot_be_compared_is_wrong_usage(saved, tmp_path):
     assert done.stderr.startswith("error: ")
 
 
+@pytest.mark.parametrize("option", ["--data", "--html", "--limits", "--weights", "--context"])
+def test_a_name_too_long_for_a_file_is_wrong_usage(option, data):
+    done = run(
+        "audit", f"{NETS}:stable", *([data] if option != "--data" else []), option, "1" * 400
+    )
+    assert done.exit_code == 2, done.output
+    assert "name too long" in done.stderr.splitlines()[-1]
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/zero"), reason="there is no file without an end")
+def test_a_report_without_an_end_is_wrong_usage(monkeypatch):
+    monkeypatch.setattr("inn_guard.report.from_json.MAX_BYTES", 1000)
+    done = run("report", "/dev/zero")
+    assert done.exit_code == 2
+    assert "at most 1,000 characters" in done.stderr
+
+
 def test_details_name_every_check(saved):
     said = run("report", saved[0], "--details").stdout
     assert "preflight" in said

@@ -155,8 +155,9 @@ def test_a_file_that_is_too_large_or_no_text_is_refused(tmp_path, monkeypatch):
     (tmp_path / "r.json").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(ValueError, match="got no text"):
         load(tmp_path / "r.json")
+    (tmp_path / "r.json").write_text("[1]")
     monkeypatch.setattr("inn_guard.report.from_json.MAX_BYTES", 2)
-    with pytest.raises(ValueError, match="at most 2 bytes, got 3 bytes"):
+    with pytest.raises(ValueError, match="at most 2 characters, got more"):
         load(tmp_path / "r.json")
     with pytest.raises(FileNotFoundError):
         load(tmp_path / "absent.json")
