@@ -35,7 +35,7 @@ def matmul(A: Interval, B: Interval) -> Interval:
     """A B, (m, k) times (k, n), both bounded, by centres and radii.
 
     >>> A = Interval.of(torch.tensor([[1.0, 2.0]]))
-    >>> B = Interval(torch.tensor([[0.0], [0.0]]), torch.tensor([[1.0], [1.0]]))
+    >>> B = Interval(torch.zeros(2, 1).double(), torch.ones(2, 1).double())
     >>> float(matmul(A, B).hi) >= 3.0
     True
     """

@@ -110,6 +110,7 @@ def invertible_residual(lipschitz: float) -> Pair:
 def elementwise(slope: Interval) -> Pair:
     """y_i = f_i(x_i): sup |f'| and 1 / inf |f'| over a box, exact; Table 3's diagonal maps as well.
 
+    >>> import torch
     >>> elementwise(Interval.of(torch.tensor([-4.0, 0.5]))).forward
     4.0
     """
