@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from inn_guard.audits.audited_model import AuditedModel, ModelError
@@ -42,7 +43,10 @@ def refinement(model: AuditedModel, x: Tensor, limit: float) -> Refinement | Non
     block = model.block
     found: Refinement | None = None
     x = x[:SAMPLES]
-    error = worst(round_trip(model, x, batch_size=SAMPLES).by_feature)
+    first, second = (round_trip(model, x, batch_size=SAMPLES) for _ in range(2))
+    if not torch.equal(first.end, second.end):
+        return None  # a random velocity, whose mean over more steps is smaller
+    error = worst(first.by_feature)
     for _ in range(REFINEMENTS):
         finer = getattr(block, "refined", lambda: None)()
         if finer is None:
