@@ -178,6 +178,9 @@ EXPERIMENTS = (
     Experiment(
         "performance.full_jacobian", "full Jacobian and spectrum against row-by-row autograd"
     ),
+    Experiment(
+        "performance.foreign", "extreme singular values of other libraries' nets, layer by layer"
+    ),
     Experiment("performance.growth", "growth with depth and dimension"),
     Experiment("performance.processes", "one audit on one, two and four processes"),
     Experiment("performance.scale", "audits within a memory budget, up to 196,608 dimensions"),

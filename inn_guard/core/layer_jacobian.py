@@ -212,6 +212,11 @@ class AutogradJacobian:
         self._inverse: _Recorded | None = None
         self.output = self._forward.value.detach()
 
+    @property
+    def depends_on_input(self) -> bool:
+        """Whether autograd knows of a dependence of F(x) on x."""
+        return self._forward.value.requires_grad
+
     def forward_transposes(self) -> bool:
         """Whether J v was measured to belong to J^T u: <J v, w> = <v, J^T w> on random vectors."""
         return self._forward.is_adjoint_pair

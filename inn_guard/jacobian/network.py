@@ -90,7 +90,10 @@ def linearize_network(network: nn.Module, x: Tensor) -> NetworkJacobian:
 @RulesByClass
 def linearize_module(why: Missing, module: nn.Module, x: Tensor) -> NetworkJacobian:
     """The Jacobian of one module, by its class; ``linearize_module.register`` adds a class."""
-    return AutogradNetwork(module, x)
+    # it builds on the classes of this file
+    from inn_guard.jacobian.recorded import linearize_function
+
+    return linearize_function(module, x, module=module)
 
 
 class AutogradNetwork:
@@ -100,6 +103,11 @@ class AutogradNetwork:
         self._jacobian = AutogradJacobian(function, _no_inverse, x.detach())
         self.output = self._jacobian.output
         self._dims = x.dim()
+
+    @property
+    def is_zero(self) -> bool:
+        """Whether autograd knows of no dependence of the output on the input."""
+        return not self._jacobian.depends_on_input
 
     def jvp(self, v: Tensor) -> Tensor:
         """J v by forward mode, one pass per leading entry."""

@@ -11,14 +11,16 @@ believed: J^T u is compared with autograd's, and J v with J^T u, before either i
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_map
 
 from inn_guard.core.invertible import Invertible
 from inn_guard.core.layer_jacobian import (
@@ -62,23 +64,25 @@ def recorded_jacobian(layer: Invertible, x: Tensor, known: AutogradJacobian) -> 
     """
     if layer.training:
         return known
-    program = _checked_program(layer, x, known)
+    program = _checked_program(_Call(layer, layer), x, known)
     if program is None:
         return known
-    return RecordedJacobian(layer.inverse, program, known)
+    return RecordedJacobian(_Call(layer.inverse, layer), program, known)
 
 
-def linearize_function(function: Map, x: Tensor) -> NetworkJacobian:
+def linearize_function(function: Map, x: Tensor, *, module: nn.Module) -> NetworkJacobian:
     """The Jacobian of a network at x, recorded if that is measured to be right, else by autograd.
 
     Args:
         function: (B, *in) -> (B, *out).
         x: (B, *in).
+        module: what ``function`` calls. With a part in training mode it is not recorded: a second
+            pass would draw other random numbers, or update statistics twice.
     """
     known = AutogradNetwork(function, x)
-    if any(part.training for part in _modules_of(function)):
+    if any(part.training for part in module.modules()):
         return known
-    program = _checked_program(function, x, known)
+    program = _checked_program(_Call(function, module), x.detach(), known)
     if program is None:
         return known
     return RecordedNetwork(program, known.output, x.dim())
@@ -112,7 +116,7 @@ class RecordedJacobian:
     differentiated by autograd.
     """
 
-    def __init__(self, inverse: Map, program: LinearProgram, known: AutogradJacobian) -> None:
+    def __init__(self, inverse: _Call, program: LinearProgram, known: AutogradJacobian) -> None:
         self.output = known.output
         self._inverse, self._program, self._known = inverse, program, known
         self._back: LinearProgram | None = None
@@ -155,7 +159,7 @@ class RecordedJacobian:
 
 @torch.no_grad()
 def _checked_program(
-    function: Map, x: Tensor, known: AutogradJacobian | AutogradNetwork
+    function: _Call, x: Tensor, known: AutogradJacobian | AutogradNetwork
 ) -> LinearProgram | None:
     """The steps of J if they give what autograd gives at random vectors; else None."""
     program, output = _program(function, x)
@@ -182,14 +186,16 @@ def _close(actual: Tensor, expected: Tensor) -> bool:
 
 
 @torch.no_grad()
-def _program(function: Map, x: Tensor) -> tuple[LinearProgram | None, Tensor | None]:
+def _program(function: _Call, x: Tensor) -> tuple[LinearProgram | None, Tensor | None]:
     """The steps of the derivative of ``function`` at x, and its value; (None, None) without."""
     start = x.detach().clone()
     recorder = _Recorder(start)
     try:
         # writing in place becomes an operation with a result, so that no value is lost
-        with recorder:
-            output = torch.func.functionalize(function, remove="mutations")(start)
+        with _without_fused_attention(), recorder:
+            output = torch.func.functionalize(function.with_tensors, remove="mutations")(
+                start, function.tensors()
+            )
         builder = _Builder(start)
         with torch.enable_grad():
             for operation in _leading_to(output, recorder.operations):
@@ -203,9 +209,41 @@ def _program(function: Map, x: Tensor) -> tuple[LinearProgram | None, Tensor | N
     return LinearProgram(builder.steps, 0, end), output.detach()
 
 
-def _modules_of(function: Any) -> list[nn.Module]:
-    """The module that is called, with those inside; () of other functions."""
-    return list(function.modules()) if isinstance(function, nn.Module) else []
+@contextmanager
+def _without_fused_attention() -> Iterator[None]:
+    """A block in which attention is made of operations that have all derivatives."""
+    before = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        with sdpa_kernel(SDPBackend.MATH):
+            yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(before)
+
+
+class _Call(nn.Module):
+    """A function together with the module that it calls."""
+
+    def __init__(self, function: Map, module: nn.Module) -> None:
+        super().__init__()
+        self._function = [function]  # in a list, so that a module is not registered twice
+        self.module = module
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The function's value."""
+        return self._function[0](x)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The parameters and buffers of the module."""
+        return {**dict(self.named_parameters()), **dict(self.named_buffers())}
+
+    def with_tensors(self, x: Tensor, tensors: dict[str, Tensor]) -> Tensor:
+        """The function's value with these parameters and buffers.
+
+        What is written into in place has to be an argument of the function, or made of one.
+        """
+        value: Tensor = torch.func.functional_call(self, tensors, (x,))
+        return value
 
 
 @dataclass(frozen=True)
@@ -250,6 +288,8 @@ class _Builder:
         self.steps: list[Step] = []
         #: tensor -> its value's number -> coefficient; the tensor itself, which keeps its id
         self._terms: dict[int, dict[int, Tensor | None]] = {id(start): {0: None}}
+        #: number of a value -> the step that has put it together
+        self.assemblies: dict[int, Assembly] = {}
         self._count = 1
 
     def is_active(self, value: Any) -> bool:
@@ -271,7 +311,15 @@ class _Builder:
     def add(self, operation: _Operation) -> None:
         """Append the steps of one operation."""
         function, arguments = operation.function, operation.arguments
-        if function in _SAME:
+        # what autograd has found not to depend on x, as zeros_like, is not followed any further
+        if not any(map(self.is_active, _tensors(arguments, operation.named))):
+            return
+        if function is aten.copy.default:
+            arguments = arguments[1:]  # its first argument gives shape and dtype only
+            if not self.is_active(arguments[0]):
+                return
+        same = function in _SAME and arguments[0].shape == operation.outputs[0].shape
+        if same and arguments[0].dtype == operation.outputs[0].dtype:
             self._terms[id(operation.outputs[0])] = dict(self._terms[id(arguments[0])])
             return
         if torch.Tag.pointwise in function.tags:
@@ -281,11 +329,15 @@ class _Builder:
         if rule is None or not rule(self, operation):
             self._differentiated(operation)
 
-    def producer(self, tensor: Tensor) -> Step | None:
-        """The step whose target is the tensor itself."""
-        number = self.number_of(tensor)
-        made = [step for step in self.steps if step.target == number]
-        return made[0] if made else None
+    def reshaped(self, source: tuple[int, ...], before: torch.Size, after: torch.Size) -> int:
+        """The number of a value in another shape."""
+        there, back = lambda v: v.reshape(after), lambda u: u.reshape(before)
+        self.steps.append(Rearrangement(source, self.new(), there, back))
+        return self.steps[-1].target
+
+    def name(self, output: Tensor, number: int) -> None:
+        """Say that the output is the value with this number."""
+        self._terms[id(output)] = {number: None}
 
     def new(self) -> int:
         """A number for a value."""
@@ -295,7 +347,7 @@ class _Builder:
     def step(self, output: Tensor, step: Step) -> bool:
         """Append a step whose target, a new number, is the output."""
         self.steps.append(step)
-        self._terms[id(output)] = {step.target: None}
+        self.name(output, step.target)
         return True
 
     def _pointwise(self, operation: _Operation) -> None:
@@ -314,7 +366,8 @@ class _Builder:
                 if number in total:
                     part = _or_one(total[number], output) + _or_one(part, output)
                 total[number] = part
-        self._terms[id(output)] = total
+        if total:
+            self._terms[id(output)] = total
 
     def _slopes(self, operation: _Operation) -> list[tuple[Tensor, Tensor | None]]:
         """Each tensor that depends on x, with the derivative by it; None where that is 1."""
@@ -351,12 +404,15 @@ class _Builder:
         for k, output in enumerate(operation.outputs):
             if not output.is_floating_point():
                 continue
-            jacobians = []
+            sources, jacobians = [], []
             for tensor in active:
-                alone = _Alone(operation, tensor, k)
-                jacobians.append(AutogradNetwork(alone, tensor))
-            sources = tuple(self.number_of(tensor) for tensor in active)
-            self.step(output, PerSource(sources, self.new(), tuple(jacobians)))
+                jacobian = AutogradNetwork(_Alone(operation, tensor, k), tensor)
+                if not jacobian.is_zero:
+                    sources.append(self.number_of(tensor))
+                    jacobians.append(jacobian)
+            # without a source, as of zeros_like, the output does not depend on x
+            if sources:
+                self.step(output, PerSource(tuple(sources), self.new(), tuple(jacobians)))
 
 
 @dataclass(frozen=True)
@@ -400,7 +456,16 @@ def _leading_to(output: Tensor, operations: Sequence[_Operation]) -> list[_Opera
 
 
 def _tensors(*nested: Any) -> list[Tensor]:
-    return [leaf for leaf in tree_leaves(nested) if isinstance(leaf, Tensor)]
+    """The tensors in arguments: operations nest them in lists and tuples, and name some."""
+    found: list[Tensor] = []
+    for part in nested:
+        if isinstance(part, Tensor):
+            found.append(part)
+        elif isinstance(part, (list, tuple)):
+            found += _tensors(*part)
+        elif isinstance(part, dict):
+            found += _tensors(*part.values())
+    return found
 
 
 def _distinct(tensors: Any) -> list[Tensor]:
@@ -427,16 +492,15 @@ def _or_one(coefficient: Tensor | None, like: Tensor) -> Tensor:
 
 Rule = Callable[[_Builder, _Operation], bool]
 
-_SAME = {aten.clone.default, aten.alias.default, aten.lift_fresh.default}
+_SAME = {aten.clone.default, aten.alias.default, aten.lift_fresh.default, aten.copy.default}
 _SUMS = {aten.add.Tensor, aten.sub.Tensor}
 
 
 def _reshaped(builder: _Builder, operation: _Operation) -> bool:
     tensor, output = operation.arguments[0], operation.outputs[0]
-    before, after = tensor.shape, output.shape
     source = (builder.number_of(tensor),)
-    there, back = lambda v: v.reshape(after), lambda u: u.reshape(before)
-    return builder.step(output, Rearrangement(source, builder.new(), there, back))
+    builder.name(output, builder.reshaped(source, tensor.shape, output.shape))
+    return True
 
 
 def _transposed(builder: _Builder, operation: _Operation) -> bool:
@@ -502,37 +566,48 @@ def _index_selected(builder: _Builder, operation: _Operation) -> bool:
 
 
 def _indexed(builder: _Builder, operation: _Operation) -> bool:
+    """Entries at an index along one dimension, or at a mask."""
     tensor, indices = operation.arguments
-    dim, index = _single_index(indices)
-    if index is None or builder.is_active(index):
+    place = _place_of(indices, tensor.shape)
+    if place is None:
         return False
-    return _select(builder, tensor, operation.outputs[0], dim, index)
+    source = (builder.number_of(tensor),)
+    if place.shape != tensor.shape:
+        source = (builder.reshaped(source, tensor.shape, place.shape),)
+    step = Selection(source, builder.new(), place.dim, place.index, place.shape[place.dim])
+    return builder.step(operation.outputs[0], step)
 
 
 def _index_put(builder: _Builder, operation: _Operation) -> bool:
-    """Values at some indices along one dimension: put beside what is at the others."""
+    """Values at an index or a mask, put beside what has been put elsewhere."""
     tensor, indices, values, *accumulate = operation.arguments
-    dim, index = _single_index(indices)
-    if index is None or any(accumulate) or not builder.is_active(values):
+    place = _place_of(indices, tensor.shape)
+    if place is None or any(accumulate) or not builder.is_active(values):
         return False
-    output, size = operation.outputs[0], tensor.shape[dim]
-    wanted = list(tensor.shape)
-    wanted[dim] = len(index)
+    wanted = list(place.shape)
+    wanted[place.dim] = len(place.index)
     if list(values.shape) != wanted:
         return False
     sources = [builder.number_of(values)]
-    indexes: list[range | Tensor] = [index]
+    indexes: list[range | Tensor] = [place.index]
     if builder.is_active(tensor):
-        before = builder.producer(tensor)
-        if not isinstance(before, Assembly) or before.dim != dim:
+        before = builder.assemblies.get(builder.number_of(tensor))
+        if before is None or before.dim != place.dim:
             return False
         sources += before.sources
         indexes += before.indexes
     numbers = [number for part in indexes for number in _list(part)]
     if len(numbers) != len(set(numbers)):
         return False
-    step = Assembly(tuple(sources), builder.new(), dim, tuple(indexes), size)
-    return builder.step(output, step)
+    size = place.shape[place.dim]
+    step = Assembly(tuple(sources), builder.new(), place.dim, tuple(indexes), size)
+    output = operation.outputs[0]
+    builder.step(output, step)
+    if place.shape != tensor.shape:
+        number = builder.reshaped((step.target,), place.shape, tensor.shape)
+        builder.name(output, number)
+    builder.assemblies[builder.number_of(output)] = step
+    return True
 
 
 def _concatenated(builder: _Builder, operation: _Operation) -> bool:
@@ -578,17 +653,28 @@ def _convolved(builder: _Builder, operation: _Operation) -> bool:
     return builder.step(operation.outputs[0], step)
 
 
-def _single_index(indices: Sequence[Tensor | None]) -> tuple[int, Tensor | None]:
-    """The only dimension that is indexed, and its index, (K,); (0, None) if it is not so."""
+@dataclass(frozen=True)
+class _Place:
+    """Entries ``index`` along ``dim`` of a tensor that is seen in this shape."""
+
+    shape: torch.Size
+    dim: int
+    index: Tensor
+
+
+def _place_of(indices: Sequence[Tensor | None], shape: torch.Size) -> _Place | None:
+    """What indices select if it is one dimension's index or one leading mask; else None."""
     given = [(dim, index) for dim, index in enumerate(indices) if index is not None]
     if len(given) != 1:
-        return 0, None
+        return None
     ((dim, index),) = given
-    if index.dtype == torch.bool and index.dim() == 1:
-        index = index.nonzero()[:, 0]
+    if index.dtype == torch.bool:
+        # the dimensions of the mask are seen as one
+        merged = torch.Size([*shape[:dim], index.numel(), *shape[dim + index.dim() :]])
+        return _Place(merged, dim, index.flatten().nonzero()[:, 0])
     if index.dim() != 1 or index.dtype != torch.int64:
-        return 0, None
-    return dim, index
+        return None
+    return _Place(shape, dim, index)
 
 
 def _list(index: range | Tensor) -> list[int]:

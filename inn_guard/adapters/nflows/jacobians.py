@@ -17,7 +17,7 @@ from inn_guard.adapters.structured_jacobians import (
     permutation_jacobian,
 )
 from inn_guard.core.layer_jacobian import LayerJacobian
-from inn_guard.jacobian.network import AutogradNetwork
+from inn_guard.jacobian.recorded import linearize_function
 
 
 @known_jacobian.register
@@ -44,7 +44,11 @@ def _coupling(module: Any, x: Tensor, context: Any) -> LayerJacobian | None:
         return None
     partition = Features(module.identity_features, module.transform_features)
     identity, _ = partition.split(x, dims=x.dim())
-    network = AutogradNetwork(lambda features: module.transform_net(features, context), identity)
+    network = linearize_function(
+        lambda features: module.transform_net(features, context),
+        identity,
+        module=module.transform_net,
+    )
     if isinstance(module, AdditiveCouplingTransform):
         return coupling_jacobian(x, network, partition, None)
 
