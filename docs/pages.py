@@ -30,6 +30,8 @@ MOVED = {
     "contributing.md": "CONTRIBUTING.md",
     "changelog.md": "CHANGELOG.md",
 }
+#: a figure, and the paragraph in italics below it
+CAPTIONED = re.compile(r"!\[[^\]]*\]\(([^)\s]+)\)\n\n\*([^*]+)\*\n")
 LIBRARIES = "Your library"  #: the guide below which every library has a page of its own
 LINK = re.compile(r"(!?)\[([^\]]*)\]\((?!https?:|#|mailto:)([^)#\s]+)(#[^)]*)?\)")
 
@@ -129,8 +131,25 @@ def _figures() -> list[Path]:
 
 
 def _gallery() -> str:
+    """All figures, each with the caption and the page of the results that show it."""
+    captions = _captions()
     entries = ["# All figures", "", "Every figure that a committed experiment drew."]
     for figure in _figures():
         name = " / ".join(figure.relative_to(FIGURES).with_suffix("").parts).replace("_", " ")
         entries += ["", f"## {name}", "", f"![{name}](../../{figure.as_posix()})"]
+        if figure.as_posix() in captions:
+            page, caption = captions[figure.as_posix()]
+            entries += ["", f"*{caption}* ([details]({page}))"]
     return "\n".join(entries)
+
+
+def _captions() -> dict[str, tuple[str, str]]:
+    """Figure -> the page in docs/results/ that shows it, and the caption below it there."""
+    found = {}
+    for page in sorted((ROOT / "docs" / "results").glob("*.md")):
+        for figure, caption in CAPTIONED.findall(page.read_text(encoding="utf-8")):
+            found[os.path.normpath(f"docs/results/{figure}")] = (
+                page.name,
+                " ".join(caption.split()),
+            )
+    return found

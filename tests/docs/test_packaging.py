@@ -132,6 +132,11 @@ def test_the_conda_recipe_needs_what_the_package_needs():
     assert [line.strip().removeprefix("- ") for line in run] == wanted
 
 
+def test_commits_are_checked_by_the_ruff_of_the_tests():
+    pinned = re.search(r"^ruff==(.*)$", (ROOT / "constraints.txt").read_text(), re.M).group(1)
+    assert f"rev: v{pinned}\n" in (ROOT / ".pre-commit-config.yaml").read_text()
+
+
 def test_the_makefile_installs_the_extra_of_the_docs():
     """`make docs` installs these names without the package, which would bring torch."""
     project = (ROOT / "pyproject.toml").read_text()
