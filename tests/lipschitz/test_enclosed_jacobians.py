@@ -13,13 +13,14 @@ from inn_guard.execution.deadline import Deadline
 from inn_guard.layers.chain import Chain
 from inn_guard.layers.coupling import AdditiveCoupling
 from inn_guard.layers.networks import MLP
+from inn_guard.layers.permutation import Permutation
 from inn_guard.lipschitz.bounds import lipschitz_bounds
 from inn_guard.lipschitz.certificate import Certificate
 from inn_guard.lipschitz.networks.conditioner import SearchBudget
 from inn_guard.lipschitz.whole_network import Factor, cheapest, jacobian_factors, product
 from inn_guard.numerics.intervals import Box, Interval
 from tests.cases.trials import first
-from tests.lipschitz.soundness import ROUNDING
+from tests.lipschitz.soundness import ROUNDING, jacobians, sample
 from tests.lipschitz.test_whole_network import dense, loud, ratios
 
 #: no recursion: what is left are products of norms and of enclosed Jacobians
@@ -95,3 +96,33 @@ def test_infinite_factors_are_still_a_path():
     assert product([f.bound for f in found]) == math.inf
     with pytest.raises(ValueError, match="lead from layer 0"):
         cheapest(2, [Factor(0, 1, 1.0)])
+
+
+def small_images() -> Chain:
+    """Two couplings of images of 16 entries, whose slopes differ from pixel to pixel."""
+    torch.manual_seed(3)
+    layers: list = []
+    for _ in range(2):
+        net = nn.Sequential(
+            nn.Conv2d(2, 3, 3, padding=1), nn.ELU(), nn.Conv2d(3, 2, 3, padding=1, bias=False)
+        )
+        layers += [loud(AdditiveCoupling(net), 0.5), Permutation.reverse(4)]
+    return Chain(*layers).double()
+
+
+@pytest.mark.parametrize(("width", "loosest"), [(1e-4, 1.01), (0.1, 5.0)])
+def test_small_images_are_bounded_pixel_by_pixel(width, loosest):
+    model = small_images()
+    centre = torch.randn(4, 2, 2, generator=torch.Generator().manual_seed(0)).double()
+    bounds = lipschitz_bounds(model, Box(centre - width, centre + width), seconds=0.5)
+    assert max(bounds.looseness) < loosest
+    state = sample(bounds.per_layer[0].box, 64)
+    J = torch.eye(16, dtype=torch.float64)
+    for layer, found in zip(model.layers(), bounds.per_layer, strict=True):
+        margin = 1e-9 * (1 + state.abs())
+        assert bool((found.box.lo <= state + margin).all())
+        assert bool((state - margin <= found.box.hi).all())
+        J, state = jacobians(layer, state) @ J, layer(state).detach()
+    sigma = torch.linalg.svdvals(J)
+    assert float(sigma[:, 0].max()) <= bounds.forward * ROUNDING
+    assert float(1 / sigma[:, -1].min()) <= bounds.inverse * ROUNDING
