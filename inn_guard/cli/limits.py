@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import sys
 from pathlib import Path
+from typing import Any
 
 from inn_guard.cli.usage import WrongUsage
 from inn_guard.report.limits import Limits
@@ -40,7 +41,7 @@ def read_limits(path: Path | None) -> Limits | None:
         raise WrongUsage(f"{path}: {error}") from error
 
 
-def _table(path: Path) -> dict[str, float]:
+def _table(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise WrongUsage(f"there is no file of limits {path}")
     try:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import collections
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -36,6 +36,7 @@ __all__ = [
 Map = Callable[[Tensor], Tensor]
 
 
+@runtime_checkable
 class Step(Protocol):
     """One linear step: the value ``target`` from the values ``sources``."""
 
