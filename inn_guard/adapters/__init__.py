@@ -132,6 +132,8 @@ def _from_model(model: Any, x: Tensor | None, context: Context) -> Invertible:
     if isinstance(model, Invertible):
         return model if context is None else model.with_context(context)
     adapter = _adapter_of(model)
+    if adapter == ADAPTERS["sbi"]:
+        return importlib.import_module(adapter).adapt(model, context, x)
     if adapter is not None and adapter != _BY_METHODS:
         return importlib.import_module(adapter).adapt(model, context)
     if _can_be_tried(x):

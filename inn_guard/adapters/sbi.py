@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from inn_guard.adapters import wrap
@@ -18,25 +19,55 @@ from inn_guard.core.missing import MissingContextError
 
 __all__ = ["SbiEstimator", "adapt"]
 
+NO_OBSERVATIONS = (
+    "expected the observations that the estimator is conditioned on, one x for each theta or one "
+    "for all; pass wrap(estimator, context=x), or call posterior.set_default_x(x)"
+)
 
-def adapt(model: Any, context: Context = None) -> Invertible:
+
+def adapt(model: Any, context: Context = None, x: Tensor | None = None) -> Invertible:
     """A density estimator, or a posterior that holds one, as an Invertible.
 
     Args:
         model: what ``trainer.train()`` or ``trainer.build_posterior()`` of sbi returns.
-        context: observations x, (B, *x_shape), one for each theta.
+        context: observations x, (B, *x_shape), one for each theta; or a single one, (1, *x_shape)
+            or (*x_shape), for all. Default: the posterior's ``default_x``.
+        x: a batch of theta, (B, *theta_shape), whose length a single observation is repeated to.
 
     Raises:
         TypeError: if there is no flow inside.
     """
-    estimator = getattr(model, "posterior_estimator", model)
-    if not isinstance(getattr(estimator, "net", None), nn.Module):
+    if context is None:
+        context = getattr(model, "default_x", None)
+    for name in ("posterior_estimator", "vector_field_estimator"):
+        model = getattr(model, name, model)
+    shape = getattr(model, "condition_shape", None)
+    if isinstance(context, Tensor) and shape is not None and context.shape == torch.Size(shape):
+        context = context.unsqueeze(0)
+    if isinstance(context, Tensor) and isinstance(x, Tensor) and len(context) == 1:
+        context = context.expand(len(x), *context.shape[1:])
+    if callable(getattr(model, "ode_fn", None)):
+        return _vector_field(model, context)
+    if not isinstance(getattr(model, "net", None), nn.Module):
         raise TypeError(
             "expected a density estimator of sbi with a flow in its attribute net, "
             f"got {type(model).__name__}; "
             "call wrap(posterior.posterior_estimator, context=x)"
         )
-    return SbiEstimator(estimator, context)
+    return SbiEstimator(model, context)
+
+
+def _vector_field(estimator: Any, context: Context) -> Invertible:
+    """A flow matching or score estimator, from theta to the noise that it is sampled from."""
+    if context is None:
+        raise MissingContextError(NO_OBSERVATIONS)
+
+    def velocity(t: Tensor, theta: Tensor, observations: Tensor) -> Tensor:
+        return estimator.ode_fn(theta, observations, t.expand(len(theta)))
+
+    velocity.__name__ = type(estimator).__name__
+    times = (float(estimator.t_min), float(estimator.t_max))
+    return wrap(velocity=velocity, times=times, context=context)
 
 
 class SbiEstimator(InvertibleWrapper):
@@ -67,10 +98,7 @@ class SbiEstimator(InvertibleWrapper):
             MissingContextError: if there are no observations.
         """
         if self.context is None:
-            raise MissingContextError(
-                "expected the observations that the estimator is conditioned on, one x for each "
-                "theta; pass wrap(estimator, context=x)"
-            )
+            raise MissingContextError(NO_OBSERVATIONS)
         return wrap(self.module.net, context=self._flow_context(self.context))
 
     def base(self) -> BaseDistribution | None:

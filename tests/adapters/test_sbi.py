@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 import zuko
@@ -91,6 +93,38 @@ def test_a_posterior_is_its_estimator():
     theta, x = torch.randn(4, THETA), torch.randn(4, X)
     expected = wrap(Posterior.posterior_estimator, context=x)(theta)
     assert torch.equal(wrap(Posterior(), context=x)(theta), expected)
+
+
+def test_one_observation_serves_many_theta_and_a_posterior_has_its_own():
+    class Posterior:
+        __module__ = "sbi.inference.posteriors.stand_in"
+
+        def __init__(self, x):
+            self.posterior_estimator, self.default_x = zuko_estimator(), x
+
+    theta, x = torch.randn(16, THETA), torch.randn(1, X)
+    posterior = Posterior(x)
+    estimator = posterior.posterior_estimator
+    expected = wrap(estimator, context=x.expand(16, X))(theta)
+    assert torch.equal(wrap(posterior, x=theta)(theta), expected)
+    assert torch.equal(wrap(estimator, context=x, x=theta)(theta), expected)
+    assert ig.audit(posterior, theta, level="quick").verdict.passed
+    with pytest.raises(ValueError, match="one for all; pass wrap"):
+        wrap(estimator)(theta)
+
+
+def test_vector_fields_are_integrated_between_their_own_times():
+    class Field(nn.Module):
+        __module__ = "sbi.neural_nets.estimators.stand_in"
+        t_min, t_max = 0.0, 1.0
+
+        def ode_fn(self, input, condition, times):
+            return (condition - 1).sum(1, keepdim=True) * input * times[:, None]
+
+    theta, x = torch.randn(8, THETA), torch.ones(1, 1) + 0.5
+    model = wrap(Field(), context=x, x=theta)
+    torch.testing.assert_close(model(theta), theta * math.exp(0.25), rtol=1e-4, atol=1e-4)
+    assert model.name == "Field"
 
 
 def test_without_an_observation_it_says_what_to_type():
