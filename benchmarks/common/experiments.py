@@ -172,6 +172,13 @@ EXPERIMENTS = (
         "extreme singular values to 1 %, against row-by-row autograd and numpy's SVD",
     ),
     Experiment(
+        "performance.promise", "runs in which some sample's extreme singular value is off by 1 %"
+    ),
+    Experiment("performance.audits", "what an audit costs in forward passes, and what the import"),
+    Experiment(
+        "performance.looks", "singular values during training, from the vectors of the last look"
+    ),
+    Experiment(
         "performance.ill_conditioned",
         "the smallest singular value at condition numbers of 1e8 to 1e15, in float32",
     ),

@@ -6,8 +6,8 @@ import functools
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import asdict, dataclass, replace
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -24,6 +24,8 @@ from inn_guard.report.verdict import Verdict
 
 __all__ = ["dry_run"]
 
+Answer = TypeVar("Answer")
+
 TIMED = 8  #: samples in one timed pass
 KINDS = ("forward", "inverse", "linearize", "product")
 
@@ -33,8 +35,9 @@ def dry_run(
 ) -> AuditResult:
     """Estimated time in seconds and memory in bytes of each check, of which none is run.
 
-    One forward, one inverse, one linearization and its products are timed on a few samples, their
-    memory is metered on one and two. Time is the number of passes that a check declares, times the
+    One forward and one inverse are timed on a few samples. Of layers of the same class, shape and
+    number of parameters one is linearized and stands for all: its products are timed, its memory
+    is metered on one and two samples. Time is the number of passes that a check declares, times the
     time of a pass per sample: an estimate, too high where large batches run faster, and blind to
     what iterations depend on. Where the memory is bounded, or processes share the work, that is
     taken into account.
@@ -54,14 +57,18 @@ def dry_run(
     memory = context.parallel.memory
     within = math.inf if memory is None else float(memory)
     model, x = context.at(rows)
-    prints = {
-        False: forward_footprint(model, x, within=within),
-        True: linearized_footprint(model, x, within=within),
-    }
+    kinds = _kinds(model, x)
+    prints = _footprints(kinds, within)
     if memory is not None:
+        # a bound is kept by what was measured of the whole
+        prints = {
+            False: forward_footprint(model, x, within=within),
+            True: linearized_footprint(model, x, within=within),
+        }
         rows = rows[: prints[True].samples_within(memory)]
         model, x = context.at(rows)
-    seconds, missing = _timed(model, x)
+        kinds = _kinds(model, x)
+    seconds, missing = _timed(model, x, kinds)
     estimate = _Estimate(context, seconds, prints, processes)
     table = tuple(estimate.row(check) for check in checks)
     total = sum(row["seconds"] for row in table if math.isfinite(row["seconds"]))
@@ -111,7 +118,7 @@ class _Estimate:
     prints: Mapping[bool, Footprint]  #: of a forward pass, and linearized
     processes: int
 
-    @property
+    @functools.cached_property
     def layers(self) -> int:
         return len(self.context.model.layers()) or 1
 
@@ -142,46 +149,107 @@ class _Estimate:
         return held.of(samples)
 
 
-def _timed(model: Invertible, x: Tensor) -> tuple[dict[str, float], dict[str, str]]:
+@dataclass(frozen=True)
+class _Kind:
+    """Layers that cost the same.
+
+    Attributes:
+        layer: one of them.
+        x: its input.
+        count: how many there are.
+    """
+
+    layer: Invertible
+    x: Tensor
+    count: int
+
+
+@torch.no_grad()
+def _kinds(model: Invertible, x: Tensor) -> list[_Kind]:
+    """One layer for each class, shape and number of parameters; a model without layers is one."""
+    found: dict[Any, _Kind] = {}
+    layers = model.layers()
+    for layer in layers or (model,):
+        size = sum(parameter.numel() for parameter in layer.parameters())
+        key = (type(layer.block), x.shape, size)
+        known = found.get(key)
+        if known is None:
+            found[key] = _Kind(layer, x, 1)
+        else:
+            found[key] = replace(known, count=known.count + 1)
+        if layers:
+            x = layer(x)
+    return list(found.values())
+
+
+def _footprints(kinds: Sequence[_Kind], within: float) -> dict[bool, Footprint]:
+    """Of a pass, and linearized: the graphs of all layers are held together."""
+    plain, linearized = [], []
+    for kind in kinds:
+        plain.append(forward_footprint(kind.layer, kind.x, within=within))
+        one = linearized_footprint(kind.layer, kind.x, within=within)
+        linearized.append(Footprint(kind.count * one.fixed, kind.count * one.each))
+    return {
+        False: Footprint(max(one.fixed for one in plain), max(one.each for one in plain)),
+        True: Footprint(sum(one.fixed for one in linearized), sum(one.each for one in linearized)),
+    }
+
+
+def _timed(
+    model: Invertible, x: Tensor, kinds: Sequence[_Kind]
+) -> tuple[dict[str, float], dict[str, str]]:
     """Seconds per sample of each kind of pass, NaN where there is none, and why."""
     seconds, missing = dict.fromkeys(KINDS, math.nan), {}
     with torch.no_grad():
-        seconds["forward"] = _clock(lambda: model(x), x)
-        z = model(x)
+        # both have been called before, when layers were compared with their model
+        seconds["forward"], z = _clocked(lambda: model(x), x)
         try:
-            seconds["inverse"] = _clock(lambda: model.inverse(z), x)
+            seconds["inverse"], _ = _clocked(lambda: model.inverse(z), x)
         except NotApplicable as error:
             missing["inverse"] = str(error)
-    seconds["linearize"] = _clock(lambda: Linearization(model, x), x)
-    linearization = Linearization(model, x)
-    products = (
-        linearization.jvp,
-        linearization.vjp,
-        linearization.inverse_jvp,
-        linearization.inverse_vjp,
-    )
-    vectors = (x, linearization.output, linearization.output, x)
-    try:
-        each = [
-            _clock(functools.partial(product, v), x)
-            for product, v in zip(products, vectors, strict=True)
-        ]
-        seconds["product"] = sum(each) / len(each)
-    except NotApplicable as error:
-        missing["product"] = str(error)
+    seconds["linearize"] = 0.0
+    products = 0.0
+    for kind in kinds:
+        seconds["linearize"] += kind.count * _clock(
+            functools.partial(Linearization, kind.layer, kind.x), kind.x
+        )
+        try:
+            products += kind.count * _seconds_of_a_product(kind)
+        except NotApplicable as error:
+            missing["product"] = str(error)
+            products = math.nan
+    seconds["product"] = products
     return seconds, missing
+
+
+def _seconds_of_a_product(kind: _Kind) -> float:
+    """The mean of the four products with one layer's Jacobian."""
+    linearization = Linearization(kind.layer, kind.x)
+    pairs = (
+        (linearization.jvp, kind.x),
+        (linearization.vjp, linearization.output),
+        (linearization.inverse_jvp, linearization.output),
+        (linearization.inverse_vjp, kind.x),
+    )
+    each = [_clock(functools.partial(product, vector), kind.x) for product, vector in pairs]
+    return sum(each) / len(each)
 
 
 def _clock(call: Callable[[], Any], x: Tensor) -> float:
     """Seconds of a call per sample of x; the first call prepares what later ones find ready."""
     call()
+    return _clocked(call, x)[0]
+
+
+def _clocked(call: Callable[[], Answer], x: Tensor) -> tuple[float, Answer]:
+    """Seconds of a call per sample of x, and what it returned."""
     if x.is_cuda:
         torch.cuda.synchronize(x.device)
     start = time.perf_counter()
-    call()
+    answer = call()
     if x.is_cuda:
         torch.cuda.synchronize(x.device)
-    return (time.perf_counter() - start) / len(x)
+    return (time.perf_counter() - start) / len(x), answer
 
 
 def _time(seconds: float | int) -> str:

@@ -39,6 +39,7 @@ REMEDY = (
     "Train with a regularizer (RegularizerHook), or use layers with a bounded inverse: these are "
     "valid training samples."
 )
+TOGETHER = 8  #: points of a sample in one batch, where memory has no bound
 POINTS = 60  #: of the curve in the table
 
 
@@ -114,6 +115,7 @@ def dequantization_attack(
         generator=context.generator(),
         seconds=seconds,
         parallel=context.parallel,
+        at_once=TOGETHER if context.parallel.memory is None else 1,
     )
     found = _WorstPoints.of(search, chosen)
     usable = context.limits.round_trip(start.dtype)

@@ -21,5 +21,4 @@ class RandomSearch:
 
     def run(self, search: Search) -> None:
         """Draw until the budget is spent."""
-        while search.can_afford("error"):
-            search.errors(search.cubes.uniform(search.generator))
+        search.errors_of_draws(lambda: search.cubes.uniform(search.generator))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Protocol, TypeVar, runtime_checkable
@@ -89,11 +89,12 @@ class Search:
         error: its error |F^-1(F(x)) - x|, (B,) float64; inf where broken.
         spent: forward-equivalents per sample: operations of all calls over those of one forward
             pass.
+        at_once: points of a sample that may be looked at together.
         curve: (spent, error) after every call that improved some sample.
         price: forward-equivalents of a call of each kind, counted once.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913
         self,
         model: Invertible,
         cubes: Cubes,
@@ -102,8 +103,10 @@ class Search:
         generator: torch.Generator,
         seconds: float | int,
         parallel: WorkSharing = SERIAL,
+        at_once: int = 1,
     ) -> None:
         self.model = model
+        self.at_once = at_once
         self.cubes = cubes
         self.budget = budget
         self.generator = generator
@@ -169,6 +172,43 @@ class Search:
         guarded = self.guarded.select(rows)
         back = self._paid("error", lambda: guarded.inverse(guarded.forward(x[rows])))
         return self._remember(x, rows, _lengths(back, x[rows]))
+
+    def errors_of_draws(
+        self, draw: Callable[[], Tensor], *, budget: float | int = math.inf
+    ) -> list[Tensor]:
+        """`errors` of draw(), draw(), ..., until the budget is spent, or the search's own.
+
+        Several draws are sent through the model in one batch.
+
+        Args:
+            draw: gives points of the cubes, (B, *data), whatever was found before.
+            budget: forward-equivalents per sample.
+        """
+        begin, every = self.spent, []
+        while self.spent - begin < budget and self.can_afford("error"):
+            price = self.price.get("error", EXPECTED["error"])
+            affordable = int((self.budget - self.spent) / price)
+            wanted = math.ceil(min((budget - self.spent + begin) / price, affordable))
+            points = [draw() for _ in range(max(1, min(self.at_once, wanted)))]
+            every += self._errors_together(points)
+        return every
+
+    def _errors_together(self, points: Sequence[Tensor]) -> list[Tensor]:
+        if len(points) == 1 or "error" not in self.price:
+            return [self.errors(point) for point in points]
+        rows = self.active
+        batch = torch.cat([point[rows] for point in points])
+        guarded = self.guarded.select(rows.repeat(len(points)))
+        back = guarded.inverse(guarded.forward(batch))
+        found = []
+        for point, error in zip(points, _lengths(back, batch).split(len(rows)), strict=True):
+            self.spent += self.price["error"]
+            whole = torch.full_like(self.error, math.inf)
+            whole[rows.cpu()] = error
+            # a sample may have been broken by a point before this one
+            left = self.active
+            found.append(self._remember(point, left, whole[left.cpu()]))
+        return found
 
     def gradient(self, x: Tensor, nudge: Tensor | None = None) -> ErrorGradient:
         """Error and gradients by autograd through F and F^-1.
@@ -293,7 +333,7 @@ class Search:
         return whole
 
 
-def run_attack(
+def run_attack(  # noqa: PLR0913
     model: Invertible,
     cubes: Cubes,
     strategy: Attack,
@@ -301,6 +341,7 @@ def run_attack(
     generator: torch.Generator,
     seconds: float | int,
     parallel: WorkSharing = SERIAL,
+    at_once: int = 1,
 ) -> Search:
     """Search the cubes: first their centres, then as the strategy says.
 
@@ -311,6 +352,7 @@ def run_attack(
         generator: of its random numbers, on the CPU.
         seconds: limit of one call of the model.
         parallel: processes that may share independent searches.
+        at_once: points of a sample that may be looked at together.
     """
     search = Search(
         model,
@@ -319,6 +361,7 @@ def run_attack(
         generator=generator,
         seconds=seconds,
         parallel=parallel,
+        at_once=at_once,
     )
     search.errors(cubes.centre)
     strategy.run(search)

@@ -66,9 +66,12 @@ class SignAscent(abc.ABC):
             at_end = self._log_errors(search, lambda: cubes.near(x, self.radius, search.generator))
         better = at_end.mean(0) > anywhere.mean(0)
         better = better.to(x.device).reshape(-1, *[1] * (x.dim() - 1))
-        while search.can_afford("error"):
+
+        def drawn() -> Tensor:
             near = cubes.near(x, self.radius, search.generator)
-            search.errors(torch.where(better, near, cubes.uniform(search.generator)))
+            return torch.where(better, near, cubes.uniform(search.generator))
+
+        search.errors_of_draws(drawn)
 
     def _climb(self, search: Search, slope: Uphill, x: Tensor, budget: float) -> Tensor:
         cubes, begin = search.cubes, search.spent
@@ -80,11 +83,9 @@ class SignAscent(abc.ABC):
 
     def _log_errors(self, search: Search, draw: Callable[[], Tensor]) -> Tensor:
         """Logarithms of the errors at some draws, (draws, B); inf for broken samples."""
-        found = [search.error]
-        begin = search.spent
-        while search.spent - begin < SCOUTS * self.budget and search.can_afford("error"):
-            found.append(search.errors(draw()))
-        return torch.stack(found[1:] or found).clamp(min=TINY).log()
+        before = search.error
+        found = search.errors_of_draws(draw, budget=SCOUTS * self.budget)
+        return torch.stack(found or [before]).clamp(min=TINY).log()
 
 
 def _gains(at_end: Tensor, anywhere: Tensor) -> bool:

@@ -113,7 +113,7 @@ def images(count=4, *shape, dtype=torch.float64):
     return (torch.randint(256, (count, *(shape or (6,))), generator=generator) / 256).to(dtype)
 
 
-def attacked(model, x, strategy, bits=8, seed=0):
+def attacked(model, x, strategy, bits=8, seed=0, at_once=1):
     cubes = Quantization(bits).cubes(x)
     return run_attack(
         AuditedModel(model),
@@ -121,7 +121,21 @@ def attacked(model, x, strategy, bits=8, seed=0):
         strategy,
         generator=torch.Generator().manual_seed(seed),
         seconds=30,
+        at_once=at_once,
     ), cubes
+
+
+@pytest.mark.parametrize("name", ["random", "spectral"])
+@pytest.mark.parametrize("breaks", [False, True])
+def test_draws_in_one_batch_find_what_single_ones_find(name, breaks):
+    x = images()
+    cubes = Quantization(8).cubes(x)
+    model = Pole(cubes.centre[0, 0].item()) if breaks else Bent(cubes.centre + 1.5 * cubes.half)
+    alone, _ = attacked(model, x, generous(name))
+    together, _ = attacked(model, x, generous(name), at_once=8)
+    assert torch.equal(alone.points, together.points)
+    torch.testing.assert_close(alone.error, together.error)
+    assert alone.spent == pytest.approx(together.spent, abs=8 * alone.price["error"])
 
 
 # closed forms
