@@ -296,7 +296,7 @@ class OfficialGlow(nn.Module):
 
 def official_glow(config: Any) -> Net:
     """It as two functions, of which nothing is known."""
-    glow = OfficialGlow(config, depth=2 * config.layers).eval()
+    glow = OfficialGlow(config, depth=config.layers).eval()
     model = {
         "encode": lambda x: glow.forward_(x, 0.0)[0],
         "decode": lambda z: glow.reverse_(z, 0.0)[0],

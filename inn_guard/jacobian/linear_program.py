@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from inn_guard.jacobian.network import Convolution, NetworkJacobian
+from inn_guard.jacobian.network_products import Convolution, NetworkJacobian
 
 __all__ = [
     "Assembly",

@@ -46,7 +46,7 @@ from inn_guard.jacobian.linear_program import (
     Step,
     solved,
 )
-from inn_guard.jacobian.network import AutogradNetwork, Convolution, NetworkJacobian
+from inn_guard.jacobian.network_products import AutogradNetwork, Convolution, NetworkJacobian
 
 __all__ = ["RecordedJacobian", "RecordedNetwork", "linearize_function", "recorded_jacobian"]
 
