@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import sys
 from pathlib import Path
 from typing import Any
@@ -55,4 +56,14 @@ def _table(path: Path) -> dict[str, Any]:
     table = content.get("limits", content)
     if not isinstance(table, dict):
         raise WrongUsage(f"expected a table [limits] in {path}, got {table!r:.60}")
-    return table
+    return {name: _as_float(value) for name, value in table.items()}
+
+
+def _as_float(value: Any) -> Any:
+    """TOML tells 1 from 1.0, which are the same limit; what is no number stays as it is."""
+    if type(value) is not int:
+        return value
+    try:
+        return float(value)
+    except OverflowError:
+        return math.inf

@@ -394,13 +394,14 @@ def test_limits_are_read_from_a_file(data, tmp_path):
     ("content", "words"),
     [
         (b"speed = 1", "expected limits out of density, sampling"),
-        (b"density = 'low'", "expected the limit density as a number; got 'low'"),
-        (b"density = -1", "expected a positive limit density; got -1"),
+        (b"density = 'low'", "density"),
+        (b"density = -1", "expected a positive limit density; got -1.0"),
         (b"density = nan", "expected a positive limit density; got nan"),
         (b"density =", "cannot be read as TOML"),
         (b"\xff\xfe", "cannot be read as TOML"),
         (b"limits = 3", "expected a table [limits]"),
         (b"a = " + b"[" * 10_000, "cannot be read as TOML"),
+        (b"density = 1" + b"0" * 400, "expected a positive limit density; got inf"),
         (b"#" * 2**20 + b"##", "more than 1 MiB"),
     ],
 )
