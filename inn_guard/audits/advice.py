@@ -121,6 +121,9 @@ def _density(report: AuditReport, context: AuditContext) -> Iterator[str]:
     if _failed(report, "log_det"):
         yield FORMULA
         return
+    if "not the base's" in report["density"].reason:
+        yield report["density"].advice
+        return
     reference = report["density"].settings.get("reference")
     if reference == "float64 copy":
         yield DENSITY_FLOAT64

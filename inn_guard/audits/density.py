@@ -32,6 +32,7 @@ PERTURBATION = 2.0**-36
 #: Two calls on the same x may differ by this many float32 roundings of the largest |log p(x)|: by
 #: the order of sums.
 SAME = 1000.0
+FEW = 16  #: samples that are evaluated again, and from the parts of log p
 
 
 def _cost(task: Task) -> Cost:
@@ -56,7 +57,9 @@ def density(context: AuditContext) -> AuditResult:
     maximum over few samples is luck near the limit.
 
     Whether the formula of the log-determinant is right is asked by ``log_det``; whether the inverse
-    works, which log p does not need, by ``reconstruction``.
+    works, which log p does not need, by ``reconstruction``. At the first 16 samples log p(x) is
+    compared with log p(z) + log|det J| of the model's own base, where it has a density: a model
+    whose log_prob is another number is unstable.
 
     A model that is in float64 already is held against itself in another way: its error is estimated
     from a float32 copy, whose error is scaled by the ratio of the two rounding units; where float32
@@ -117,6 +120,8 @@ class _Measured:
         outside: rows with a finite latent of which both say that p(x) = 0.
         reference: what ``own`` was held against, in words.
         repeats: largest difference of two calls on the same x.
+        apart: largest difference of log p(x) and log p(z) + log|det J| beyond rounding; 0 where
+            there is no base with a density.
     """
 
     own: Tensor
@@ -124,6 +129,7 @@ class _Measured:
     outside: Tensor
     reference: str
     repeats: float
+    apart: float = 0.0
 
     @property
     def is_random(self) -> bool:
@@ -136,7 +142,7 @@ class _Measured:
 def _measure(context: AuditContext, rows: Tensor) -> _Measured:
     model = context.model
     own = _log_prob(context, model, rows, context.x)
-    few = rows[: min(len(rows), 16)]
+    few = rows[: min(len(rows), FEW)]
     again = _log_prob(context, model, few, context.x)
     apart = (again - own[: len(few)]).abs()
     repeats = apart[apart.isfinite()].max().item() if bool(apart.isfinite().any()) else 0.0
@@ -156,7 +162,29 @@ def _measure(context: AuditContext, rows: Tensor) -> _Measured:
     outside = outside & torch.isin(rows, context.usable_rows()).cpu()
     error = torch.where(outside, torch.zeros_like(error), error)
     error = error.nan_to_num(nan=math.inf, posinf=math.inf)
-    return _Measured(own, error, outside, reference, repeats)
+    gap = _apart_from_parts(context, few, own[: len(few)])
+    return _Measured(own, error, outside, reference, repeats, gap)
+
+
+def _apart_from_parts(context: AuditContext, rows: Tensor, own: Tensor) -> float:
+    """How far log p(x) is from the base's log p(z) plus the log-determinant, beyond rounding."""
+    model, x = context.at(rows)
+    base = model.base()
+    if base is None or base.log_density is None:
+        return 0.0
+    try:
+        with torch.no_grad():
+            z, log_det = model.forward_and_log_det(x)
+            parts = (base.log_prob(z) + log_det).double().cpu()
+    except (ModelError, NotApplicable, RuntimeError, ValueError):
+        # a base that has no value there, as outside of its support
+        model.recovery()
+        return 0.0
+    if parts.shape != own.shape:
+        return 0.0
+    rounding = SAME * torch.finfo(x.dtype).eps * own.abs().clamp(min=1.0)
+    apart = (parts - own).abs() - rounding
+    return max(0.0, apart[apart.isfinite()].max().item()) if bool(apart.isfinite().any()) else 0.0
 
 
 def _unchecked(own: Tensor, repeats: float, why: Missing) -> _Measured:
@@ -246,6 +274,12 @@ def _finding(context: AuditContext, measured: _Measured) -> Finding:
             "log p(x) is random: two calls on the same x differ by up to "
             f"{measured.repeats:.1e} nats"
         )
+    elif measured.apart > limit:
+        verdict, figure = Verdict.UNSTABLE, measured.apart
+        reason = (
+            "log_prob(x) is not the base's log p(z) plus the log-determinant: they differ by up to "
+            f"{measured.apart:.1e} nats"
+        )
     else:
         verdict = context.limits.verdict(figure, limit)
         reason = _reason(context, measured, figure)
@@ -280,6 +314,8 @@ def _values(context: AuditContext, measured: _Measured) -> dict[str, float]:
 
 
 def _advice(measured: _Measured) -> str:
+    if measured.apart > 0 and measured.apart >= worst(measured.error):
+        return "Compare log_prob with its formula, or the base with the one that is sampled from."
     if measured.reference == "float64 copy" and bool(measured.error.isfinite().all()):
         return "Evaluate log p in float64: model.double().log_prob(x.double())."
     return "Bound the scales of the layers: their log-determinants leave the range of the dtype."

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from inn_guard.audits.audited_model import AuditedModel, ModelError
-from inn_guard.audits.context import AuditContext
+from inn_guard.audits.context import AuditContext, same_up_to_rounding
 from inn_guard.audits.cost_model import Cost, Passes, Task
 from inn_guard.audits.level import Level
 from inn_guard.audits.round_trip import round_trip
@@ -107,6 +107,9 @@ def log_det(context: AuditContext, *, samples: int | None = None) -> AuditResult
     lost = _not_finite(context, usable)
     if isinstance(lost, tuple):
         return log_det.without_answer(Verdict.UNSTABLE, _wrong_shape(lost), advice=DERIVE)
+    if _is_random(context, usable):
+        reason = "the map is random: its log-determinant and its Jacobian are of different draws"
+        return log_det.without_answer(Verdict.UNDECIDED, reason)
     compared = _compare(context, usable, samples)
     finding = _finding(context, compared, lost=int(lost.sum()), of=len(usable))
     advice = ""
@@ -268,6 +271,14 @@ def _not_finite(context: AuditContext, usable: Tensor) -> Tensor | tuple[int, ..
 
     (lost,) = context.parallel.map(usable, measure, at_most=context.max_forward())
     return shapes[0] if shapes else lost.cpu()
+
+
+def _is_random(context: AuditContext, usable: Tensor) -> bool:
+    """Whether two calls at the first samples map them to different latents."""
+    model, x = context.at(usable[:LEAST])
+    with torch.no_grad():
+        first, again = model(x), model(x)
+    return not same_up_to_rounding(first, again, torch.finfo(x.dtype).eps ** 0.5)
 
 
 def _wrong_shape(shape: tuple[int, ...]) -> str:

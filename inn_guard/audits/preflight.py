@@ -119,7 +119,7 @@ def preflight(context: AuditContext) -> AuditResult:
         if _is_one_map(chosen, batch, z, findings):
             _agrees(chosen, batch, z, findings)
             _coupled(model, x, rows, findings)
-        _inverted(chosen, z, findings)
+        _inverted(chosen, batch, z, findings)
     return findings.result(settings)
 
 
@@ -202,10 +202,18 @@ def _refused(model: AuditedModel, x: Tensor, error: ModelError) -> None:
     if isinstance(error.__cause__, (MissingContextError, TypeError)):
         # says itself what is wrong, which is not the shape of x
         raise InputRejected(str(error)) from error
-    if any(
-        not bool(p.detach().isfinite().all()) for p in model.parameters() if p.is_floating_point()
-    ):
+    floating = [p.detach() for p in model.parameters() if p.is_floating_point()]
+    if any(not bool(p.isfinite().all()) for p in floating):
         return
+    dtypes = sorted({str(p.dtype) for p in floating})
+    if len(dtypes) > 1 and "dtype" in str(error):
+        raise InputRejected(
+            f"expected a model of one dtype, got parameters of {' and '.join(dtypes)}: call "
+            f"model.to({x.dtype}); {error}"
+        ) from error
+    if error.__cause__ is None:
+        # it ran, and what it returned is no latent
+        raise InputRejected(str(error))
     generator = torch.Generator().manual_seed(0)
     normal = torch.randn(x.shape, generator=generator, device="cpu", dtype=torch.float64)
     for other in (torch.zeros_like(x), normal.to(x), (0.05 + 0.9 * torch.sigmoid(normal)).to(x)):
@@ -275,15 +283,18 @@ def _coupled(model: AuditedModel, x: Tensor, rows: Tensor, findings: _Findings) 
     findings.add(what, advice, unmeasurable=("density", "gradients"))
 
 
-def _inverted(model: AuditedModel, z: Tensor, findings: _Findings) -> None:
+def _inverted(model: AuditedModel, x: Tensor, z: Tensor, findings: _Findings) -> None:
     rows = finite_rows(z).nonzero()[:, 0]
     if not len(rows):
         findings.add("no latent is finite", "See reconstruction for the layer where it begins.")
         return
     part, latents = model.select(rows), z[rows]
     try:
+        part(x[rows])
         with changed_state(part) as changed:
-            x = part.inverse(latents)
+            first = part.inverse(latents)
+        with contextlib.suppress(ModelError):  # may lie where there can be no data
+            part(x[rows].flip(0))
         again, writes = part.call_on(latents.clone(), inverse=True)
     except (ModelError, NotApplicable) as error:
         findings.add(f"it cannot be inverted: {error}", "See the error message of its inverse.")
@@ -295,12 +306,26 @@ def _inverted(model: AuditedModel, z: Tensor, findings: _Findings) -> None:
         findings.add(
             "inverse writes into its input", "Pass clones, or make the layer out-of-place."
         )
-    elif not _same(x, again):
-        what = (
-            f"the inverse is random: two calls on the same z differ by {_difference(x, again):.1e}"
+    elif not _same(first, again):
+        _two_inverses(part, latents, first, again, findings)
+
+
+def _two_inverses(
+    model: AuditedModel, z: Tensor, first: Tensor, again: Tensor, findings: _Findings
+) -> None:
+    """Why two inverses of the same latents differ, with a forward call of other data between."""
+    by = f"by {_difference(first, again):.1e}"
+    if _same(again, model.inverse(z)):
+        findings.add(
+            "the inverse depends on the forward call before it: after another x, F^-1(z) differs "
+            f"{by}",
+            "Compute from z alone what the inverse keeps from the last forward call.",
+            unmeasurable=("sampling", "reconstruction"),
         )
-        advice = "Switch off what is random (dropout, noise), or keep what was drawn in z."
-        findings.add(what, advice)
+        return
+    what = f"the inverse is random: two calls on the same z differ {by}"
+    advice = "Switch off what is random (dropout, noise), or keep what was drawn in z."
+    findings.add(what, advice)
 
 
 def _same(a: Tensor, b: Tensor) -> bool:

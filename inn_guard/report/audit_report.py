@@ -413,6 +413,10 @@ class AuditReport:
         for result in self.results:
             if use not in result.uses:
                 continue
+            if result.name == "preflight":
+                # calls are not of one map: what other checks measured means nothing
+                deciding = result
+                break
             # of equal findings the first one speaks
             if deciding is None or result.uses[use].verdict > deciding.uses[use].verdict:
                 deciding = result

@@ -74,6 +74,17 @@ class InverseRandom(Base):
         return super().inverse(z) + 0.1 * torch.randn_like(z)
 
 
+class InverseKeeps(Base):
+    """Returns what the last forward call was given."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.kept = x
+        return super().forward(x)
+
+    def inverse(self, z: Tensor) -> Tensor:
+        return self.kept.clone()
+
+
 class InverseMissing(Base):
     def inverse(self, z: Tensor) -> Tensor:
         raise NotImplementedError("not written yet")
@@ -116,6 +127,8 @@ def test_a_model_that_behaves_is_stable(model):
         (InPlace, "forward writes into its input"),
         (InverseInPlace, "inverse writes into its input"),
         (InverseRaises, "cannot be inverted.*ArithmeticError: singular"),
+        (InverseRandom, "the inverse is random"),
+        (InverseKeeps, "the inverse depends on the forward call before it"),
         (InverseMissing, "cannot be inverted.*NotImplementedError: not written yet"),
         (InverseShape, r"inverse of the model returns shape \(4, 3\), expected \(4, 6\)"),
         (lambda: Misordered(Linear(torch.randn(6, 6)), Warp(6)), "do not compose"),

@@ -8,10 +8,21 @@ from pathlib import Path
 import pytest
 
 import inn_guard as ig
-from inn_guard.audits import jacobian_spectrum, log_det, preflight, sampling
+from inn_guard.audits import (
+    jacobian_spectrum,
+    log_det,
+    preflight,
+    rare_event_sampling,
+    sampling,
+    shadowing,
+)
+from inn_guard.audits.dequantization_attack import SpectralAscent, sign_ascent
 from inn_guard.audits.level import Level
 from inn_guard.audits.out_of_distribution import audit as other_inputs
+from inn_guard.audits.reach import STRETCHES
 from inn_guard.audits.registry import AUDITS
+from inn_guard.audits.solver_settings import HELPS
+from inn_guard.jacobian.shadowing import NEWTON_STEPS
 from inn_guard.report.uses import USES
 
 DOCS = Path(__file__).parents[2] / "docs"
@@ -19,6 +30,9 @@ PAGES = {path.stem: path.read_text("utf-8") for path in (DOCS / "checks").glob("
 TEXT = re.sub(r"\s+", " ", " ".join(PAGES.values()))
 LIMITS = ig.Limits()
 LOOKS = sampling.LOOKS
+RARE = AUDITS["rare_event_sampling"].all_settings()
+NUMBERS = {2: "two", 5: "five"}
+FRACTIONS = {0.1: "tenth", 0.5: "half"}
 
 
 def setting(check: str, name: str) -> int:
@@ -46,6 +60,25 @@ def setting(check: str, name: str) -> int:
         f"{4 * setting('jacobian_spectrum', 'max_steps')} products of"
         f" {setting('jacobian_spectrum', 'samples')} samples",
         f"D products of {setting('full_spectrum', 'samples')} samples",
+        f"with {RARE['particles']:,} particles: the best {FRACTIONS[rare_event_sampling.KEPT]} of",
+        f"{NUMBERS[RARE['moves']]} times, down to a rate of "
+        f"{rare_event_sampling.KEPT ** RARE['levels']:.0e}".replace("e-0", "e-"),
+        f"The mean of {NUMBERS[RARE['repeats']]} runs is given",
+        f"In up to {rare_event_sampling.TEMPERED_DIMENSIONS} dimensions weighted draws of"
+        f" temperature {rare_event_sampling.TEMPERATURE}",
+        f"more than a factor of {rare_event_sampling.DISAGREEMENT:g} is said",
+        f"at most {RARE['repeats'] * RARE['particles'] * (1 + RARE['moves'] * RARE['levels']):,}"
+        " round trips",
+        f"Up to D = {shadowing.MAX_DIMENSION}, below float64, of {shadowing.MAX_SAMPLES} orbits",
+        f"{LIMITS.draw:g} of the size of a state",
+        f"of {setting('shadowing', 'draws'):,} draws, and {NEWTON_STEPS + 1} D products of"
+        f" {setting('shadowing', 'samples')} samples",
+        f"{SpectralAscent().budget:g} forward passes of"
+        f" {setting('dequantization_attack', 'samples')} samples",
+        f"A {FRACTIONS[sign_ascent.TRIAL]} of its climb is a trial",
+        f"{setting('lipschitz_bounds', 'seconds'):g} seconds of work on one slow core",
+        f"up to {STRETCHES[-1]:,.0f} times as far from their centre",
+        f"were measured to fall to {FRACTIONS[1 / HELPS]} or less".replace("were", "was"),
     ],
 )
 def test_a_figure(sentence):

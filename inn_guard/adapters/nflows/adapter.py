@@ -130,7 +130,13 @@ class NflowsFlow(NflowsTransform):
         return self._transform()._decode(z)
 
     def log_prob(self, x: Tensor) -> Tensor:
-        """log p(x) in nats, (B,), with the flow's own base distribution in its own context."""
+        """log p(x) in nats, (B,), with the flow's own base distribution in its own context.
+
+        By the library's own code where a subclass overrides it.
+        """
+        if not runs_code_of(self.module, Flow, ("log_prob", "_log_prob")):
+            flow: Any = self.module
+            return self._call(lambda x: flow.log_prob(x, context=self.context), x)
         z, log_det = self.forward_and_log_det(x)
         return self._base_log_prob(z) + log_det
 
