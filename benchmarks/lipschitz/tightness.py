@@ -27,7 +27,7 @@ class Config:
     """How many configurations are measured, and how long each may be bounded."""
 
     entries: tuple[int, ...] = (4, 8)  # of a sample
-    configurations: int = 300  # of each
+    configurations: int = 80  # of each
     chunk: int = 20  # measured, and written, together
     first: int = 0
     seconds: float = 1.5  # of work, for both directions of a bound
@@ -35,7 +35,7 @@ class Config:
 
 PRESETS = {
     "smoke": {"configurations": 4, "chunk": 2, "seconds": 0.1},
-    "cpu": {},  # what the committed table holds: ten minutes of one core
+    "cpu": {},  # what the committed table holds: three minutes of one core
 }
 
 
