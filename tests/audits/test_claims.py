@@ -198,3 +198,15 @@ def test_discrete_contexts(shift, verdict):
     found = verdicts(Scaled(shift=shift).float(), context=labels)
     assert found["reconstruction"] == found["sampling"] == verdict
     assert found["density"] == "stable"
+
+
+def test_an_inverse_that_is_off_in_every_format_works_in_none():
+    """A twentieth is within what bfloat16 can hold, and beyond what float32 may be off."""
+
+    class Off(Diagonal):
+        def inverse(self, z: Tensor) -> Tensor:
+            return 1.05 * super().inverse(z)
+
+    result = ig.AUDITS["precision"](Off(4).float(), data())
+    assert result.verdict == "unstable"
+    assert "Works in: none of those tried" in result.reason
