@@ -327,7 +327,10 @@ def _first_reason(layers: LayerBounds) -> str:
     for k, layer in enumerate(layers):
         if layer.bounds.reason:
             return f"layer {k} ({layer.name}): {layer.bounds.reason}"
-    return ""
+    return (
+        "every layer has a bound, but their product is beyond the range of float64; "
+        "pass a smaller domain"
+    )
 
 
 def _method(factors: list[Factor]) -> str:

@@ -224,6 +224,15 @@ def test_a_loose_bound_says_so():
     assert loose.looseness.forward == math.inf
 
 
+def test_a_product_beyond_the_range_of_floats_has_a_reason():
+    steep = [Diagonal(2) for _ in range(3)]
+    for layer in steep:
+        nn.init.constant_(layer.log_scale, 300.0)
+    bounds = lipschitz_bounds(Chain(*steep).double(), Box.everywhere((2,)), seconds=0.1)
+    assert bounds.forward == math.inf
+    assert "beyond the range of float64" in bounds.reason
+
+
 def test_progress_and_text():
     said = []
     bounds = lipschitz_bounds(
