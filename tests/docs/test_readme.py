@@ -13,8 +13,10 @@ import sys
 from pathlib import Path
 
 import pytest
+import typer
 
 import inn_guard as ig
+from inn_guard.cli.commands import app
 from tests.docs.blocks import ROOT, blocks, pages
 
 README = ROOT / "README.md"
@@ -115,6 +117,19 @@ def test_the_commands_of_results_name_scripts_and_their_flags(page):
         known = {"preset", "out"} | {field.name for field in dataclasses.fields(config)}
         flags = {flag.replace("-", "_") for flag in re.findall(r"--([a-z][a-z-]*)", arguments)}
         assert flags <= known, name
+
+
+@by_page
+def test_shell_commands_name_commands_and_options_that_exist(page):
+    commands = typer.main.get_command(app).commands
+    text = page.read_text(encoding="utf-8").replace("\\\n", " ")
+    shell = "\n".join(re.findall(r"```(?:bash|yaml)\n(.*?)```", text, flags=re.DOTALL))
+    for name, words in re.findall(r"(?:inn-guard|-m inn_guard) ([a-z]+)(.*)", shell):
+        assert name in commands, name
+        if name == "bench":
+            continue  # every experiment has options of its own
+        known = {option for parameter in commands[name].params for option in parameter.opts}
+        assert set(re.findall(r"(--[a-z][a-z-]*)", words)) <= known, words
 
 
 def test_the_readme_is_one_page():
