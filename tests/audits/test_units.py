@@ -66,13 +66,60 @@ def test_the_same_verdicts_in_other_units(gain, units):
     assert verdicts(gain, torch.tensor(units), offset, CHECKS) == standardised(gain, CHECKS)
 
 
+UNITS = {
+    "gain": st.sampled_from([1.0, 2.0, 8.0]),
+    "powers": st.lists(st.floats(-6, 6), min_size=FEATURES, max_size=FEATURES),
+    "offset": st.lists(st.floats(-3, 3), min_size=FEATURES, max_size=FEATURES),
+}
+
+
+@settings(max_examples=2)  # one audit each
+@given(**UNITS)
+def test_every_use_has_the_same_verdict_in_any_units(gain, powers, offset):
+    units = 10 ** torch.tensor(powers)
+    checks = (*CHECKS, "sampling")
+    found = verdicts(gain, units, torch.tensor(offset), checks)
+    assert found == standardised(gain, checks)
+
+
+class OffInOne(Diagonal):
+    """Its inverse is off by a share in one feature alone."""
+
+    share, feature = 0.0, 0
+
+    def inverse(self, z: Tensor) -> Tensor:
+        x = super().inverse(z)
+        wrong = torch.ones(FEATURES)
+        wrong[self.feature] += self.share
+        return x * wrong.to(x)
+
+
+@pytest.mark.parametrize("share", [1e-5, 0.003, 0.1])
+@pytest.mark.parametrize("feature", range(FEATURES))
+def test_an_error_in_one_feature_has_the_same_verdict_in_any_units(share, feature):
+    """Below the limit, marginal, and above it, whichever unit the feature has."""
+    found = []
+    for units in (torch.ones(FEATURES), torch.tensor([1e-6, 1.0, 1e3, 1e6])):
+        first = OffInOne(FEATURES)
+        with torch.no_grad():
+            first.log_scale.copy_(-units.log())
+        first.share, first.feature = share, feature
+        model = Chain(
+            first, *list(flow(1.0, torch.ones(FEATURES), torch.zeros(FEATURES)).steps)[1:]
+        )
+        x = torch.randn(16, FEATURES, generator=torch.Generator().manual_seed(1)) * units
+        report = ig.audit(
+            model.float(), x.float(), level="quick", prior=lambda n: torch.randn(n, FEATURES)
+        )
+        found.append({use: str(one.verdict) for use, one in report.uses.items()})
+    assert found[0] == found[1]
+    expected = {1e-5: "stable", 0.003: "marginal", 0.1: "unstable"}[share]
+    assert found[0]["reconstruction"] == expected
+
+
 @pytest.mark.thorough
-@settings(max_examples=20)  # two audits each, of every check
-@given(
-    gain=st.sampled_from([1.0, 2.0, 8.0]),
-    powers=st.lists(st.floats(-6, 6), min_size=FEATURES, max_size=FEATURES),
-    offset=st.lists(st.floats(-3, 3), min_size=FEATURES, max_size=FEATURES),
-)
+@settings(max_examples=20)  # one audit each, of every check
+@given(**UNITS)
 def test_the_same_verdicts_in_any_units(gain, powers, offset):
     units = 10 ** torch.tensor(powers)
     found = verdicts(gain, units, torch.tensor(offset), EVERY)
