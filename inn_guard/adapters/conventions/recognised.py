@@ -159,6 +159,15 @@ class Recognised(Functions):
             description="N(0, I), which its log_prob was measured to use",
         )
 
+    def to_dtype(self, dtype: torch.dtype) -> Recognised:
+        """A copy in ``dtype``, without what its modules keep from calls in evaluation mode."""
+        copied = super().to_dtype(dtype)
+        modes = {module: module.training for module in copied.modules()}
+        copied.train()  # by which modules drop weights that they have computed and kept
+        for module, mode in modes.items():
+            module.training = mode
+        return copied
+
     @property
     def block(self) -> nn.Module:
         """The model itself, if it is a module."""
