@@ -3,8 +3,9 @@
 For each library and kind of layer one net: eight layers with permutations between them where the
 library's own examples have them. Ours takes a whole batch, the peer one sample, as a user's own
 code does; the ratio is the peer's seconds of processor time per sample over ours. Images are
-3 x 32 x 32 pixels, vectors have 784 features. ``official Glow`` is a net of the shape of Behrmann
-et al. with ``forward_(x, objective)`` and ``reverse_(z, objective)``, given as two callables.
+3 x 16 x 16 pixels, vectors have 784 features. ``official Glow`` is a net of the shape of Behrmann
+et al. on 3 x 32 x 32 pixels with ``forward_(x, objective)`` and ``reverse_(z, objective)``, given
+as two callables.
 ``products`` tells by what the layers are multiplied: known structure, a recorded pass, autograd.
 """
 
@@ -44,7 +45,8 @@ class Config:
     rows: int = 12  # of the Jacobian, by the peer, per round
     tolerance: float = 1e-2
     features: int = 784  # of vectors
-    size: int = 32  # height and width of images
+    size: int = 16  # height and width of images
+    official_size: int = 32  # of those of the official Glow
     layers: int = 8  # of a net
     hidden: int = 128  # units or channels of the networks
     nets: tuple[str, ...] = tuple(NETS)
@@ -54,7 +56,8 @@ class Config:
 
 PRESETS = {
     "smoke": {
-        "batch": 4, "rounds": 1, "rows": 2, "features": 6, "size": 4, "layers": 2, "hidden": 8,
+        "batch": 4, "rounds": 1, "rows": 2, "features": 6, "size": 4, "official_size": 4,
+        "layers": 2, "hidden": 8,
     },
     "cpu": {},
 }  # fmt: skip

@@ -301,7 +301,8 @@ def official_glow(config: Any) -> Net:
         "encode": lambda x: glow.forward_(x, 0.0)[0],
         "decode": lambda z: glow.reverse_(z, 0.0)[0],
     }
-    return Net(model, images(config), coupling=True, goal=CALLABLES)
+    x = torch.randn(config.batch, 3, config.official_size, config.official_size)
+    return Net(model, x, coupling=True, goal=CALLABLES)
 
 
 NETS: dict[str, Callable[[Any], Net]] = {

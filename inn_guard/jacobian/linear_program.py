@@ -88,6 +88,15 @@ class Combination:
         """The products c_k u."""
         return [_times(u, coefficient) for coefficient in self.coefficients]
 
+    @property
+    def scales_one(self) -> bool:
+        """Whether it multiplies one value."""
+        return len(self.sources) == 1 and self.coefficients[0] is not None
+
+    def scale_(self, v: Tensor) -> Tensor:
+        """That product in place of v, which must be of no further use: saves new memory."""
+        return v.mul_(self.coefficients[0])  # type: ignore[arg-type]
+
     def solved_for(self, k: int) -> Combination | None:
         """The target minus the other terms, over c_k; None where c_k has a zero."""
         divisor = self.coefficients[k]
@@ -241,6 +250,10 @@ class PerSource:
         return
 
 
+#: their products, and those of their transposes, are tensors of their own
+_RETURNS_NEW = (ChannelMixing, Convolved)
+
+
 class LinearProgram:
     """Steps that lead from the value ``start`` to the value ``end``; others are left out."""
 
@@ -253,15 +266,24 @@ class LinearProgram:
                 needed.update(step.sources)
         self.steps = kept[::-1]
         self._last_reader: dict[int, int] = {}
+        self._readers: collections.Counter[int] = collections.Counter([end])
         for k, step in enumerate(self.steps):
+            self._readers.update(step.sources)
             for source in step.sources:
                 self._last_reader[source] = k
 
     def run(self, v: Tensor) -> Tensor:
         """The product with v."""
         values = {self.start: v}
+        owned: set[int] = set()  # new tensors that one step reads, which it may overwrite
         for k, step in enumerate(self.steps):
-            values[step.target] = step.apply([values[source] for source in step.sources])
+            read = [values[source] for source in step.sources]
+            if isinstance(step, Combination) and step.scales_one and step.sources[0] in owned:
+                values[step.target] = step.scale_(read[0])
+            else:
+                values[step.target] = step.apply(read)
+            if isinstance(step, _RETURNS_NEW) and self._readers[step.target] == 1:
+                owned.add(step.target)
             for source in set(step.sources):
                 if self._last_reader[source] == k and source != self.end:
                     del values[source]
@@ -270,13 +292,24 @@ class LinearProgram:
     def run_transposed(self, u: Tensor) -> Tensor:
         """The product of the transpose with u."""
         sums = {self.end: u}
+        owned: set[int] = set()
         for step in reversed(self.steps):
             if step.target not in sums:
                 continue
             # a value's readers come after it, so its sum is complete
-            parts = step.transposed(sums.pop(step.target))
+            total = sums.pop(step.target)
+            if isinstance(step, Combination) and step.scales_one and step.target in owned:
+                parts = [step.scale_(total)]
+            else:
+                parts = step.transposed(total)
             for source, part in zip(step.sources, parts, strict=True):
-                sums[source] = sums[source] + part if source in sums else part
+                if source in sums:
+                    sums[source] = sums[source] + part
+                    owned.add(source)
+                else:
+                    sums[source] = part
+                    if isinstance(step, _RETURNS_NEW):
+                        owned.add(source)
         return sums[self.start]
 
 
