@@ -236,7 +236,7 @@ class AuditReport:
             return f"{failed} of {counted} uses {verb}"
         if not self.verdict.passed or not counted:
             return self.verdict.label.replace("_", " ").upper()
-        text = "ok" if counted == 1 else f"all {counted} uses ok"
+        text = {1: "ok", 2: "both uses ok"}.get(counted, f"all {counted} uses ok")
         if self.verdict is Verdict.MARGINAL:
             text += ", some marginal"
         return text
