@@ -1,0 +1,411 @@
+"""The findings: sentences made of rows. One that its rows do not support is left out.
+
+Each function takes all rows and returns a Finding, or None. The numbers in a sentence are counted
+here; none is written by hand.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+import pandas as pd
+
+from benchmarks.census.rows import CHECKED_USES, USES, failed, passed
+
+__all__ = ["FINDINGS", "Finding", "findings", "number"]
+
+LEAST = 3  #: models that a finding must rest on
+INVERSE = ("reconstruction", "sampling")  #: uses that need the inverse
+
+
+@dataclass(frozen=True)
+class Finding:
+    """A sentence and what it rests on.
+
+    Attributes:
+        text: one or more plain sentences.
+        rows: of the models that it counts.
+        uses: whose verdicts it counts, of those that have a truth.
+        columns: of the rows that the page shows, besides the model.
+    """
+
+    text: str
+    rows: pd.DataFrame
+    uses: tuple[str, ...]
+    columns: tuple[str, ...]
+
+
+def number(value: float) -> str:
+    """Two digits, in per cent where it says so in the text.
+
+    >>> number(0.00071234), number(12.3), number(7), number(float("inf"))
+    ('0.00071', '12', '7', 'inf')
+    """
+    return f"{value:.2g}"
+
+
+def per_cent(share: float) -> str:
+    """A share in per cent, with two digits.
+
+    >>> per_cent(0.0007), per_cent(1.0)
+    ('0.07 %', '100 %')
+    """
+    if share == 1:
+        return "100 %"
+    return f"{100 * share:.2g} %"
+
+
+def findings(frame: pd.DataFrame) -> list[Finding]:
+    """Those that the rows support, in their order."""
+    measured = frame[frame["raised"] == ""]
+    found = [make(measured) for make in FINDINGS]
+    return [one for one in found if one is not None]
+
+
+def _in(frame: pd.DataFrame, dtype: str = "float32") -> pd.DataFrame:
+    return frame[frame["dtype"] == dtype]
+
+
+def _shares(rows: pd.DataFrame, uses: Iterable[str]) -> str:
+    counts = [f"{int(passed(rows, use).sum())} for {USES[use]}" for use in uses]
+    return f"the fit ones are {', '.join(counts)}"
+
+
+def _inverse_fails(frame: pd.DataFrame) -> pd.Series:
+    return failed(frame, "reconstruction") | failed(frame, "sampling")
+
+
+def soundness(frame: pd.DataFrame) -> Finding | None:
+    """How many float32 models are fit for each use."""
+    rows = _in(frame)
+    if len(rows) < LEAST:
+        return None
+    shares = _shares(rows, USES)
+    every = int((passed(rows, "density") & passed(rows, "reconstruction")).sum())
+    both = passed(rows, "density") & passed(rows, "sampling") & passed(rows, "reconstruction")
+    text = (
+        f"Of {len(rows)} models in float32, {shares}. "
+        f"{every} are fit for density and reconstruction, "
+        f"{int(both.sum())} for these and sampling."
+    )
+    return Finding(text, rows, CHECKED_USES, tuple(USES))
+
+
+def sound_densities(frame: pd.DataFrame) -> Finding | None:
+    """Models whose inverse fails: how many have right densities."""
+    rows = _in(frame)
+    rows = rows[_inverse_fails(rows)]
+    if len(rows) < LEAST:
+        return None
+    sound = rows[passed(rows, "density")]
+    text = (
+        f"{len(rows)} of {len(_in(frame))} models in float32 are not invertible where a use needs "
+        f"it: round trips of data or draws of the base are lost. {len(sound)} of these have sound "
+        f"densities, right to {number(sound['density_figure'].max())} nats."
+    )
+    return Finding(text, rows, ("density", *INVERSE), ("density", *INVERSE, "density_figure"))
+
+
+def off_data(frame: pd.DataFrame) -> Finding | None:
+    """Models that fail only outside of the data."""
+    rows = _in(frame)
+    rows = rows[failed(rows, "other_inputs")]
+    if len(rows) < LEAST:
+        return None
+    kept = rows[passed(rows, "density") & passed(rows, "reconstruction")]
+    text = (
+        f"{len(rows)} models in float32 lose their inverse or their likelihood on inputs within "
+        f"the range of the data that are no data. {len(kept)} of these are fit for density and "
+        "reconstruction of data: a failure off the data says little about the data."
+    )
+    columns = ("other_inputs", "density", "reconstruction", "invertible_radius")
+    return Finding(text, rows, ("density", "reconstruction"), columns)
+
+
+def lost_draws(frame: pd.DataFrame) -> Finding | None:
+    """Default flows that lose draws although their round trips are fine."""
+    rows = _in(frame)
+    rows = rows[failed(rows, "sampling") & passed(rows, "reconstruction")]
+    if len(rows) < LEAST:
+        return None
+    worst = rows.loc[rows["sampling_figure"].idxmax()]
+    text = (
+        f"{len(rows)} models in float32 reconstruct their data to "
+        f"{number(rows['reconstruction_figure'].max())} of a feature's deviation or better, and "
+        f"lose draws of their own base; most the {worst['flow']} on {worst['data']} with depth "
+        f"{worst['depth']} after {worst['steps']} steps: {per_cent(worst['sampling_figure'])} "
+        f"({per_cent(worst['sampling_rate_low'])} to {per_cent(worst['sampling_rate_high'])})."
+    )
+    columns = ("sampling", "sampling_figure", "sampling_rate_low", "sampling_rate_high")
+    return Finding(text, rows, INVERSE, (*columns, "reconstruction_figure"))
+
+
+def one_default(frame: pd.DataFrame) -> Finding | None:
+    """The flow that fails sampling most often at depth 4 after 400 steps, over the seeds."""
+    rows = _in(frame)
+    rows = rows[(rows["depth"] == 4) & (rows["steps"] == 400)]
+    bad = rows[failed(rows, "sampling")]
+    if not len(bad):
+        return None
+    kinds = bad.groupby(["flow", "data"]).size().sort_values(ascending=False, kind="stable")
+    flow, data = kinds.index[0]
+    rows = rows[(rows["flow"] == flow) & (rows["data"] == data)]
+    if len(rows) < LEAST:
+        return None
+    rates = rows["sampling_figure"]
+    text = (
+        f"A default {flow} of depth 4 on {data} loses {per_cent(rates.min())} to "
+        f"{per_cent(rates.max())} of its draws after 400 steps, over {len(rows)} seeds."
+    )
+    columns = ("sampling", "sampling_figure", "sampling_rate_low", "sampling_rate_high")
+    return Finding(text, rows, ("sampling",), columns)
+
+
+def whose_fault(frame: pd.DataFrame) -> Finding | None:
+    """Models that fail sampling in float32: what float64 does."""
+    key = ["flow", "data", "depth", "steps", "seed"]
+    single, double = _in(frame), _in(frame, "float64")
+    single = single[failed(single, "sampling")]
+    pairs = single.merge(double[[*key, "sampling", "sampling_figure"]], on=key)
+    if len(pairs) < LEAST:
+        return None
+    cured = pairs["sampling_y"].isin(("stable", "marginal"))
+    stay = pairs["sampling_y"].isin(("unstable", "non_finite"))
+    text = (
+        f"Of {len(pairs)} models that lose draws in float32 and were also measured in float64, "
+        f"{int(cured.sum())} lose none too many there, {int(stay.sum())} lose them there, too."
+    )
+    chosen = frame.merge(pairs[key], on=key)
+    rows = chosen[chosen["dtype"].isin(("float32", "float64"))]
+    return Finding(text, rows, ("sampling",), ("sampling", "sampling_figure", "sampling_cause"))
+
+
+def blind_spectrum(frame: pd.DataFrame) -> Finding | None:
+    """What the condition number at the data does not show."""
+    rows = _in(frame)
+    rows = rows[rows["log10_condition"].notna() & (rows["steps"] > 0)]
+    bad, good = rows[failed(rows, "sampling")], rows[passed(rows, "sampling")]
+    if len(bad) < LEAST or len(good) < LEAST:
+        return None
+    least = bad.loc[bad["log10_condition"].idxmin()]
+    most = good.loc[good["log10_condition"].idxmax()]
+    if least["log10_condition"] >= most["log10_condition"]:
+        return None
+    above = int((good["log10_condition"] > least["log10_condition"]).sum())
+    text = (
+        "The condition number at the data does not tell who loses draws. Among trained models the "
+        f"{least['flow']} on {least['data']} (depth {least['depth']}, {least['steps']} steps) has "
+        f"one of {number(10 ** least['log10_condition'])} and loses "
+        f"{per_cent(least['sampling_figure'])}; {above} models with a larger one pass, up to "
+        f"{number(10 ** most['log10_condition'])}."
+    )
+    return Finding(text, rows, ("sampling",), ("log10_condition", "sampling", "sampling_figure"))
+
+
+def bfloat16(frame: pd.DataFrame) -> Finding | None:
+    """What bfloat16 is enough for."""
+    rows = _in(frame, "bfloat16")
+    if len(rows) < LEAST:
+        return None
+    shares = _shares(rows, CHECKED_USES)
+    error = rows["density_figure"].replace(float("inf"), float("nan")).median()
+    text = (
+        f"Of {len(rows)} models cast to bfloat16, {shares}. The median of their largest "
+        f"errors of log p(x) is {number(error)} nats. A draw must come back to 1 % of the base's "
+        "deviation, and one rounding of bfloat16 is 0.4 %."
+    )
+    return Finding(text, rows, CHECKED_USES, CHECKED_USES)
+
+
+def precisions(frame: pd.DataFrame) -> Finding | None:
+    """The precision that each use needs."""
+    rows = _in(frame)
+    rows = rows[rows["lowest_density"] != ""]
+    if len(rows) < LEAST:
+        return None
+    parts = []
+    for use in ("density", "reconstruction", "sampling"):
+        counts = rows[f"lowest_{use}"].value_counts()
+        listed = ", ".join(f"{name} {count}" for name, count in counts.items() if name)
+        parts.append(f"{use}: {listed}")
+    text = (
+        f"The lowest precision in which a use still passes, of {len(rows)} float32 models: "
+        f"{'; '.join(parts)}. Autocast leaves the arithmetic outside of the networks in float32."
+    )
+    columns = tuple(f"lowest_{use}" for use in ("density", "reconstruction", "sampling"))
+    return Finding(text, rows, (), columns)
+
+
+def depth(frame: pd.DataFrame) -> Finding | None:
+    """The same flows, data, seeds and steps at several depths."""
+    rows = _in(frame)
+    key = ["flow", "data", "steps", "seed"]
+    depths = sorted(rows["depth"].unique())
+    if len(depths) < 2:
+        return None
+    shallow, deep = depths[0], 16
+    pairs = rows[rows["depth"] == shallow].merge(rows[rows["depth"] == deep][key], on=key)
+    if len(pairs) < LEAST:
+        return None
+    both = rows.merge(pairs[key].drop_duplicates(), on=key)
+    both = both[both["depth"].isin((shallow, deep))]
+    parts = []
+    for one in (shallow, deep):
+        some = both[both["depth"] == one]
+        bits = some["bits_lost"].median()
+        parts.append(
+            f"at depth {one} {int(failed(some, 'sampling').sum())} fail sampling and "
+            f"{int(failed(some, 'reconstruction').sum())} reconstruction (median largest condition "
+            f"number {number(10 ** some['log10_condition'].median())}, {number(bits)} bits lost "
+            "per dimension)"
+        )
+    text = f"Of {len(pairs)} pairs of models that differ in depth alone, {' and '.join(parts)}."
+    return Finding(text, both, INVERSE, ("sampling", "reconstruction", "log10_condition"))
+
+
+def deepest(frame: pd.DataFrame) -> Finding | None:
+    """Which fresh flows keep an inverse at depth 64."""
+    rows = _in(frame)
+    rows = rows[(rows["depth"] == 64) & (rows["steps"] == 0)]
+    if len(rows) < LEAST:
+        return None
+    kept = rows[passed(rows, "sampling") & passed(rows, "reconstruction")]["flow"].unique()
+    lost = rows[_inverse_fails(rows)]["flow"].unique()
+    text = (
+        f"Fresh at depth 64, {', '.join(kept) or 'no flow'} keep an inverse for data and draws; "
+        f"{', '.join(lost) or 'none'} have lost it before any training."
+    )
+    return Finding(text, rows, INVERSE, (*INVERSE, "sampling_figure", "reconstruction_figure"))
+
+
+def training(frame: pd.DataFrame) -> Finding | None:
+    """The same models fresh and trained."""
+    rows = _in(frame)
+    key = ["flow", "data", "depth", "seed"]
+    fresh, trained = rows[rows["steps"] == 0], rows[rows["steps"] == 400]
+    pairs = fresh.merge(trained, on=key)
+    if len(pairs) < LEAST:
+        return None
+    chosen = rows.merge(pairs[key], on=key)
+    chosen = chosen[chosen["steps"].isin((0, 400))]
+    grown = (pairs["log10_condition_y"] - pairs["log10_condition_x"]).median()
+    first = chosen[chosen["steps"] == 0]
+    last = chosen[chosen["steps"] == 400]
+    text = (
+        f"400 steps multiply the largest condition number by {number(10**grown)} (median of "
+        f"{len(pairs)} models). Sampling fails in {int(failed(first, 'sampling').sum())} fresh and "
+        f"{int(failed(last, 'sampling').sum())} trained models, density in "
+        f"{int(failed(first, 'density').sum())} and {int(failed(last, 'density').sum())}."
+    )
+    return Finding(text, chosen, ("density", "sampling"), ("density", "sampling"))
+
+
+def longer(frame: pd.DataFrame) -> Finding | None:
+    """The same models after 400 and 4,000 steps."""
+    rows = _in(frame)
+    key = ["flow", "data", "depth", "seed"]
+    pairs = rows[rows["steps"] == 400].merge(rows[rows["steps"] == 4000], on=key)
+    if len(pairs) < LEAST:
+        return None
+    chosen = rows.merge(pairs[key], on=key)
+    chosen = chosen[chosen["steps"].isin((400, 4000))]
+    counts = [int(failed(chosen[chosen["steps"] == n], "sampling").sum()) for n in (400, 4000)]
+    change = (pairs["bits_y"] - pairs["bits_x"]).median()
+    text = (
+        f"Of {len(pairs)} models, {counts[0]} fail sampling after 400 steps and {counts[1]} after "
+        f"4,000, whose median likelihood is {number(-change)} bits per dimension better."
+    )
+    return Finding(text, chosen, ("sampling",), ("sampling", "sampling_figure", "bits"))
+
+
+def seeds(frame: pd.DataFrame) -> Finding | None:
+    """Settings whose verdict depends on the seed."""
+    rows = _in(frame)
+    key = ["flow", "data", "depth", "steps"]
+    several = rows.groupby(key)["seed"].transform("nunique") >= 3
+    rows = rows[several]
+    if not len(rows):
+        return None
+    settings = rows.groupby(key).ngroups
+    if settings < LEAST:
+        return None
+    flips = {}
+    for use in USES:
+        both = rows.assign(bad=failed(rows, use), good=passed(rows, use))
+        seen = both.groupby(key)[["bad", "good"]].any()
+        flips[use] = int((seen["bad"] & seen["good"]).sum())
+    listed = ", ".join(f"{USES[use]} {count}" for use, count in flips.items())
+    text = (
+        f"Of {settings} settings with three seeds, the verdict passes with one seed and fails with "
+        f"another in: {listed}."
+    )
+    return Finding(text, rows, CHECKED_USES, tuple(USES))
+
+
+def inexact_float64(frame: pd.DataFrame) -> Finding | None:
+    """Flows whose float64 round trip is no better than float32's."""
+    rows = _in(frame, "float64")
+    rows = rows[rows["reconstruction_figure"].between(1e-10, 1e-2)]
+    names = rows["flow"].unique()
+    if len(rows) < LEAST or len(names) > 3:
+        return None
+    others = _in(frame, "float64")
+    others = others[~others["flow"].isin(names)]
+    text = (
+        f"Cast to float64, {', '.join(names)} still come back to "
+        f"{number(rows['reconstruction_figure'].max())} of a feature's deviation only, where the "
+        f"median of the other flows is {number(others['reconstruction_figure'].median())}: part of "
+        "the inverse stays rounded to float32."
+    )
+    return Finding(text, rows, ("reconstruction",), ("reconstruction", "reconstruction_figure"))
+
+
+def weakest(frame: pd.DataFrame) -> Finding | None:
+    """Where digits are lost."""
+    rows = _in(frame)
+    rows = rows[(rows["weakest_layer"] != "") & (rows["digits_lost"] > 1)]
+    if len(rows) < LEAST:
+        return None
+    kinds = rows["weakest_layer"].str.extract(r"\((.*)\)")[0].value_counts()
+    listed = ", ".join(f"{name} {count}" for name, count in kinds.items())
+    text = (
+        f"In {len(rows)} float32 models the inverse loses more than one digit at the data. The "
+        f"layer that costs most is: {listed}."
+    )
+    return Finding(text, rows, (), ("weakest_layer", "digits_lost", "bits_lost"))
+
+
+def cost(frame: pd.DataFrame) -> Finding | None:
+    """What an audit takes."""
+    rows = _in(frame)
+    if len(rows) < LEAST:
+        return None
+    slow = rows.loc[rows["seconds"].idxmax()]
+    text = (
+        f"The audit of a float32 model (level standard and all five uses) took "
+        f"{number(rows['seconds'].median())} s in the median, at most {slow['seconds']:.0f} s "
+        f"({slow['flow']} on {slow['data']}, depth {slow['depth']}), on a share of one busy core."
+    )
+    return Finding(text, rows, (), ("seconds",))
+
+
+FINDINGS: tuple[Callable[[pd.DataFrame], Finding | None], ...] = (
+    soundness,
+    sound_densities,
+    lost_draws,
+    one_default,
+    whose_fault,
+    blind_spectrum,
+    off_data,
+    depth,
+    deepest,
+    training,
+    longer,
+    seeds,
+    bfloat16,
+    precisions,
+    inexact_float64,
+    weakest,
+    cost,
+)

@@ -1,0 +1,500 @@
+"""Writes docs/results/census.md, its table in HTML, and its three figures, from committed rows.
+
+    python -m benchmarks.census.page
+
+No number on these pages is typed by hand.
+"""
+
+from __future__ import annotations
+
+import html
+import math
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import torch
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from benchmarks.census.findings import Finding, findings, number
+from benchmarks.census.rows import (
+    CHECKED_USES,
+    FOLDER,
+    KEY,
+    USES,
+    agreement,
+    contradictions,
+    failed,
+    origins,
+    passed,
+    read_parts,
+)
+from benchmarks.common.figures import draw_grid_lines, save_figure
+from inn_guard.execution.files import atomic_write
+from inn_guard.report.limits import Limits
+
+__all__ = ["figures", "markdown", "table_page", "write"]
+
+DOCS = Path(__file__).parents[2] / "docs" / "results"
+PAGE, TABLE = "census.md", "census_table.html"
+SHOWN = 8  #: rows of a finding on the page; the table in HTML has them all
+LIBRARIES = {
+    "nflows": "#d55e00",
+    "FrEIA": "#0072b2",
+    "normflows": "#009e73",
+    "zuko": "#cc79a7",
+    "inn_guard": "#444444",
+}
+DTYPES = {"float64": "#0072b2", "float32": "#009e73", "bfloat16": "#d55e00"}
+LIMITS = {
+    "density": Limits().density,
+    "sampling": Limits().sampling,
+    "reconstruction": Limits().reconstruction,
+    "gradients": Limits().gradient_angle,
+}
+UNITS = {
+    "density": "nats",
+    "sampling": "share of draws lost",
+    "reconstruction": "of a feature's deviation",
+    "gradients": "degrees, or relative length",
+}
+
+INTRODUCTION = """# The census: which default flows can be trusted for what
+
+<!-- written by benchmarks/census/page.py; do not edit -->
+
+Default blocks of nflows, FrEIA, normflows and zuko, and our own flows, put together as their
+documentation does, trained by Adam without clipping, and audited for the five
+[uses](../uses.md). Every model is also judged by plain formulas that share no code with the audits.
+[All rows, sortable](census_table.html).
+
+```bash
+inn-guard bench census --preset smoke                 # seconds
+inn-guard bench census --preset cpu --sets moons --out FOLDER     # one part of the grid
+inn-guard bench census --preset full --data-root FOLDER           # depth 64, 4,000 steps, images
+python -m benchmarks.census.page                      # writes this page from the committed rows
+```
+"""
+
+
+# ------------------------------------------------------------------------------------- Markdown
+
+
+def markdown(frame: pd.DataFrame, parts: dict[str, dict[str, Any]]) -> str:
+    """The whole page."""
+    found = findings(frame)
+    sections = [
+        INTRODUCTION,
+        _grid(frame),
+        _by_flow(frame),
+        _pictures(),
+        _findings(found),
+        _settled(frame),
+        _truth(frame),
+        _origins(parts, frame),
+    ]
+    return "\n".join(sections)
+
+
+def _grid(frame: pd.DataFrame) -> str:
+    raised = frame[frame["raised"] != ""]
+    trainings = frame.groupby(["flow", "data", "depth", "seed"]).ngroups
+    lines = [
+        "## What was measured",
+        "",
+        f"{len(frame)} rows; a row is one model in one dtype. They come from {trainings} trainings "
+        f"of {frame['flow'].nunique()} kinds of flows.",
+        "",
+        "| data | dimensions | depth | seeds | steps of training | dtypes | flows | rows |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for (data, dims, depth), some in frame.groupby(["data", "dimensions", "depth"], sort=False):
+        cells = [data, dims, depth, *(_listed(some[name]) for name in ("seed", "steps", "dtype"))]
+        cells += [some["flow"].nunique(), len(some)]
+        lines.append(_line(cells))
+    if len(raised):
+        kinds = raised.groupby(["flow", "dtype"]).size()
+        listed = ", ".join(f"{flow} in {dtype} ({n})" for (flow, dtype), n in kinds.items())
+        lines += ["", f"Not measured, because the library refuses the dtype: {listed}."]
+    return "\n".join([*lines, ""])
+
+
+def _by_flow(frame: pd.DataFrame) -> str:
+    rows = frame[(frame["dtype"] == "float32") & (frame["raised"] == "")]
+    lines = [
+        "## Which flow for what",
+        "",
+        "Models in float32: fit / unfit / undecided, over all data, depths, seeds and steps.",
+        "",
+        _line(["flow", "models", *USES.values(), "largest condition number, median"]),
+        _line(["---"] * (len(USES) + 3)),
+    ]
+    for flow, some in rows.groupby("flow"):
+        cells = [flow, len(some)]
+        for use in USES:
+            good, bad = int(passed(some, use).sum()), int(failed(some, use).sum())
+            cells.append(f"{good} / {bad} / {len(some) - good - bad}")
+        cells.append(number(10 ** some["log10_condition"].median()))
+        lines.append(_line(cells))
+    return "\n".join([*lines, ""])
+
+
+def _pictures() -> str:
+    titles = {
+        "verdicts": "Share of float32 models that are fit for each use",
+        "lost_draws": "Lost draws against the condition number at the data, float32",
+        "precision": "Figures in three dtypes against their limits",
+    }
+    lines = ["## Three figures", ""]
+    for name, title in titles.items():
+        lines += [f"![{title}](../../benchmarks/results/census/{name}.png)", ""]
+    return "\n".join(lines)
+
+
+def _findings(found: Sequence[Finding]) -> str:
+    lines = [
+        "## Findings",
+        "",
+        f"{len(found)} statements that the rows support. Under each: its rows, and whether the "
+        "plain formulas agree with the verdicts that it counts. A verdict is open where it is "
+        "undecided, or where the true figure is within a factor of two of the limit.",
+        "",
+    ]
+    for position, one in enumerate(found, start=1):
+        lines += [f"### {position}. {one.text}", ""]
+        if one.uses:
+            lines += [_checked(one.rows, one.uses), ""]
+        lines += [_rows_table(one), ""]
+    return "\n".join(lines)
+
+
+def _checked(rows: pd.DataFrame, uses: Iterable[str]) -> str:
+    counts = agreement(rows, uses)
+    return (
+        f"Plain formulas: {counts['agree']} verdicts agree, {counts['contradict']} contradict, "
+        f"{counts['open']} open."
+    )
+
+
+def _rows_table(one: Finding) -> str:
+    rows = one.rows
+    columns = [*KEY, *one.columns]
+    lines = [_line(_names(columns)), _line(["---"] * len(columns))]
+    for _, row in rows.head(SHOWN).iterrows():
+        lines.append(_line(_text(row[name]) for name in columns))
+    if len(rows) > SHOWN:
+        lines += ["", f"The first {SHOWN} of {len(rows)} rows."]
+    return "\n".join(lines)
+
+
+def _settled(frame: pd.DataFrame) -> str:
+    """Inverse against density, of every dtype."""
+    lines = [
+        "## Not invertible, and the density?",
+        "",
+        "Behrmann et al. (2021) warn that the change of variables gives no valid likelihood where "
+        "the inverse fails numerically. Xu and Campbell (2023) find flows whose round trips are "
+        "lost and whose densities are accurate. Counted here: models whose round trips or draws "
+        "fail, by whether log p(x) of held-out data is right to 0.1 nats.",
+        "",
+        "| dtype | models | not invertible | of these, density right | density wrong | undecided |",
+        "|---|---|---|---|---|---|",
+    ]
+    for dtype in DTYPES:
+        rows = frame[(frame["dtype"] == dtype) & (frame["raised"] == "")]
+        if not len(rows):
+            continue
+        lost = rows[failed(rows, "reconstruction") | failed(rows, "sampling")]
+        good, bad = int(passed(lost, "density").sum()), int(failed(lost, "density").sum())
+        lines.append(_line([dtype, len(rows), len(lost), good, bad, len(lost) - good - bad]))
+    return "\n".join([*lines, ""])
+
+
+def _truth(frame: pd.DataFrame) -> str:
+    checked = frame[frame["true_density"] != ""]
+    lines = [
+        "## Are the verdicts true?",
+        "",
+        f"{len(checked)} of {len(frame)} rows were checked by the formulas of "
+        "`benchmarks/census/truth.py`: dense float64 Jacobians layer by layer, draws of another "
+        "seed, direct round trips, and gradients through inputs rebuilt by hand.",
+        "",
+        "| use | agree | contradict | open |",
+        "|---|---|---|---|",
+    ]
+    for use in CHECKED_USES:
+        counts = agreement(checked, [use])
+        lines.append(_line([USES[use], *counts.values()]))
+    wrong = contradictions(checked)
+    if len(wrong):
+        lines += ["", "The verdicts that the formulas contradict:", ""]
+        lines += [_line(wrong.columns), _line(["---"] * len(wrong.columns))]
+        lines += [_line(_text(value) for value in row) for row in wrong.to_numpy()]
+    return "\n".join([*lines, ""])
+
+
+def _origins(parts: dict[str, dict[str, Any]], frame: pd.DataFrame) -> str:
+    lines = [
+        "## How the rows came about",
+        "",
+        "One process on two cores that other work shared, with one thread. Each part is a folder "
+        "below `benchmarks/results/census/` with its rows, configuration, versions and seeds. The "
+        "column `data_checksum` of the rows has the first 16 digits of the sha256 of the training "
+        "and held-out samples, `weights` those of the model.",
+        "",
+        "| part | command | rows |",
+        "|---|---|---|",
+    ]
+    for name, origin in parts.items():
+        count = int((frame["part"] == name).sum())
+        lines.append(_line([name, f"`{_command(origin['config'], name)}`", count]))
+    versions = next(iter(parts.values()), {}).get("packages", {})
+    listed = ", ".join(f"{package} {version}" for package, version in versions.items())
+    return "\n".join([*lines, "", f"Versions: {listed}.", ""])
+
+
+def _command(config: dict[str, Any], name: str) -> str:
+    words = ["inn-guard bench census --preset cpu"]
+    for field in ("sets", "seeds", "depths", "steps", "dtypes"):
+        words.append(f"--{field} {','.join(str(value) for value in config[field])}")
+    words.append(f'--flows "{",".join(config["flows"])}"')
+    words.append(f"--out benchmarks/results/census/{name}")
+    return " ".join(words)
+
+
+def _line(cells: Iterable[Any]) -> str:
+    return f"| {' | '.join(str(cell) for cell in cells)} |"
+
+
+def _names(columns: Iterable[str]) -> list[str]:
+    return [name.replace("_", " ") for name in columns]
+
+
+def _listed(values: pd.Series) -> str:
+    return ", ".join(str(value) for value in sorted(values.unique()))
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, float):
+        if math.isnan(value):
+            return ""
+        return str(int(value)) if value.is_integer() and abs(value) < 1e6 else number(value)
+    return str(value)
+
+
+# ------------------------------------------------------------------------------------- figures
+
+
+def figures(frame: pd.DataFrame) -> dict[str, Figure]:
+    """Name -> figure."""
+    measured = frame[frame["raised"] == ""]
+    return {
+        "verdicts": _verdicts(measured[measured["dtype"] == "float32"]),
+        "lost_draws": _lost_draws(measured[measured["dtype"] == "float32"]),
+        "precision": _precision(measured),
+    }
+
+
+def _verdicts(rows: pd.DataFrame) -> Figure:
+    flows = sorted(rows["flow"].unique(), reverse=True)
+    figure = Figure(figsize=(7.6, 0.34 * len(flows) + 1.1), layout="constrained")
+    axis = figure.subplots()
+    shares = [
+        [float(passed(rows[rows["flow"] == flow], use).mean()) for use in USES] for flow in flows
+    ]
+    axis.imshow(shares, cmap="RdYlBu", vmin=0, vmax=1, aspect="auto", alpha=0.75)
+    for row, flow in enumerate(flows):
+        some = rows[rows["flow"] == flow]
+        for column, use in enumerate(USES):
+            label = f"{int(passed(some, use).sum())} of {len(some)}"
+            axis.text(column, row, label, ha="center", va="center", fontsize=8)
+    axis.set_xticks(range(len(USES)), list(USES.values()))
+    axis.set_yticks(range(len(flows)), flows)
+    axis.tick_params(length=0)
+    axis.xaxis.tick_top()
+    axis.set_title("Models in float32 that are fit for a use", fontsize=10)
+    return figure
+
+
+def _lost_draws(rows: pd.DataFrame) -> Figure:
+    figure = Figure(figsize=(7.2, 3.9), layout="constrained")
+    axis = figure.subplots()
+    least = 1e-5  # where models without a lost draw are drawn
+    for library, colour in LIBRARIES.items():
+        some = rows[(rows["library"] == library) & rows["log10_condition"].notna()]
+        if len(some):
+            rate = some["sampling_figure"].clip(lower=least)
+            axis.plot(10 ** some["log10_condition"], rate, "o", color=colour, alpha=0.65,
+                      markersize=4.5, label=library)  # fmt: skip
+    axis.axhline(LIMITS["sampling"], color="#888888", linewidth=1, linestyle="--")
+    axis.set_xscale("log")
+    axis.set_yscale("log")
+    axis.set_ylim(least / 2, 1.5)
+    axis.set_yticks(
+        [least, 1e-4, 1e-3, 1e-2, 1e-1, 1], ["none", "1e-4", "1e-3", "1e-2", "0.1", "1"]
+    )
+    axis.set_xlabel("largest condition number at the data")
+    axis.set_ylabel("share of draws lost")
+    axis.set_title("Lost draws; the dashed line is the limit", fontsize=10)
+    axis.legend(fontsize=8)
+    draw_grid_lines(axis)
+    return figure
+
+
+def _precision(rows: pd.DataFrame) -> Figure:
+    figure = Figure(figsize=(9.6, 3.2), layout="constrained")
+    for axis, use in zip(figure.subplots(1, len(CHECKED_USES)), CHECKED_USES, strict=True):
+        _strip(axis, rows, use)
+    return figure
+
+
+def _strip(axis: Axes, rows: pd.DataFrame, use: str) -> None:
+    """Every model's figure, dtype by dtype; zeros and what is not finite at the ends."""
+    low, high = 1e-17, 1e6
+    if use == "sampling":
+        low, high = 1e-5, 1.0
+    for place, (dtype, colour) in enumerate(DTYPES.items()):
+        some = rows[rows["dtype"] == dtype]
+        values = some[f"{use}_figure"].fillna(math.inf).clip(low, high)
+        spread = [place + 0.5 * ((7 * k) % 11 / 11 - 0.5) for k in range(len(values))]
+        axis.plot(spread, values, "o", color=colour, alpha=0.5, markersize=3)
+        limit = LIMITS[use]
+        if use == "reconstruction":
+            limit = Limits().round_trip(getattr(torch, dtype))
+        axis.plot([place - 0.45, place + 0.45], [limit] * 2, "--", color="#666666", linewidth=1)
+    axis.set_yscale("log")
+    axis.set_ylim(low / 3, high * 3)
+    axis.set_xticks(range(len(DTYPES)), list(DTYPES), fontsize=8)
+    axis.set_title(f"{USES[use]}\n{UNITS[use]}", fontsize=9)
+    axis.tick_params(axis="y", labelsize=8)
+    draw_grid_lines(axis)
+
+
+# ------------------------------------------------------------------------------------- HTML
+
+COLUMNS = (
+    *KEY,
+    "bits",
+    *(name for use in USES for name in (use, f"{use}_figure")),
+    "sampling_rate_low",
+    "sampling_rate_high",
+    "density_share_low",
+    "density_share_high",
+    "reconstruction_share_low",
+    "reconstruction_share_high",
+    "log10_condition",
+    "bits_lost",
+    "digits_lost",
+    "weakest_layer",
+    "lowest_density",
+    "lowest_reconstruction",
+    "lowest_sampling",
+    "seconds",
+    *(f"true_{use}" for use in CHECKED_USES),
+    "raised",
+    "part",
+)
+PAGE_HEAD = """<!DOCTYPE html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>The census of default flows</title>
+<style>
+body { font: 14px/1.4 system-ui, sans-serif; margin: 1em; color: #222; background: #fff; }
+table { border-collapse: collapse; font-size: 12px; }
+th, td { border: 1px solid #ccc; padding: 2px 6px; white-space: nowrap; text-align: right; }
+th { position: sticky; top: 0; background: #eee; }
+th button { all: unset; cursor: pointer; font-weight: bold; }
+th button:focus-visible { outline: 2px solid #0072b2; }
+td.text { text-align: left; }
+td.stable, td.fit { background: #d9f0d3; }
+td.marginal, td.near { background: #fff7bc; }
+td.undecided { background: #e0e0e0; }
+td.unstable, td.non_finite, td.unfit { background: #fddbc7; }
+</style>
+</head>
+<body>
+<h1>The census of default flows</h1>
+"""
+SCRIPT = """<script>
+const body = document.querySelector("tbody");
+const rows = Array.from(body.rows);
+const place = cell => cell.dataset.value === undefined ? cell.textContent : cell.dataset.value;
+let last = -1, sign = 1;
+function sort(column) {
+  sign = column === last ? -sign : 1;
+  last = column;
+  rows.sort((a, b) => {
+    const x = place(a.cells[column]), y = place(b.cells[column]);
+    if (x === "" || y === "") return (x === "") - (y === "");
+    const p = Number(x), q = Number(y);
+    const order = Number.isNaN(p) || Number.isNaN(q) ? x.localeCompare(y) : p - q;
+    return sign * order;
+  });
+  body.append(...rows);
+}
+document.querySelectorAll("th button").forEach((button, column) => {
+  button.addEventListener("click", () => sort(column));
+});
+const search = document.querySelector("input");
+search.addEventListener("input", () => {
+  const words = search.value.toLowerCase().split(/\\s+/);
+  for (const row of rows) {
+    const text = row.textContent.toLowerCase();
+    row.hidden = !words.every(word => text.includes(word));
+  }
+});
+</script>
+</body>
+</html>
+"""
+
+
+def table_page(frame: pd.DataFrame) -> str:
+    """One file with all rows that sorts by a click on a column's name; all text is escaped."""
+    columns = [name for name in COLUMNS if name in frame]
+    parts = [PAGE_HEAD]
+    parts.append(
+        f"<p>{len(frame)} rows. Click a column's name to sort, click again to reverse. "
+        '<label>Only rows that contain <input type="search"></label></p>\n<table>\n<thead><tr>'
+    )
+    for name in _names(columns):
+        parts.append(f'<th><button type="button">{html.escape(name)}</button></th>')
+    parts.append("</tr></thead>\n<tbody>\n")
+    for _, row in frame.iterrows():
+        cells = "".join(_cell(row[name]) for name in columns)
+        parts.append(f"<tr>{cells}</tr>\n")
+    parts += ["</tbody>\n</table>\n", SCRIPT]
+    return "".join(parts)
+
+
+def _cell(value: Any) -> str:
+    if isinstance(value, str):
+        name = html.escape(value)
+        kind = f"text {name}" if value.replace("_", "").isalpha() else "text"
+        return f'<td class="{kind}">{name}</td>'
+    shown = _text(value)
+    if not shown:
+        return "<td></td>"
+    exact = str(value).replace("inf", "Infinity")
+    return f'<td data-value="{html.escape(exact)}">{html.escape(shown)}</td>'
+
+
+def write(folder: Path = FOLDER, docs: Path = DOCS) -> None:
+    """Write both pages and the figures."""
+    frame = read_parts(folder)
+    for name, text in (
+        (PAGE, markdown(frame, origins(folder))),
+        (TABLE, table_page(frame)),
+    ):
+        with atomic_write(docs / name) as partial:
+            partial.write_text(text, encoding="utf-8")
+    for name, figure in figures(frame).items():
+        save_figure(figure, folder / f"{name}.png", dpi=100)
+
+
+if __name__ == "__main__":
+    write()
