@@ -131,6 +131,8 @@ def truths(flow: nn.Module, x: Tensor) -> dict[str, Truth]:
     for use, measure in _MEASURES.items():
         try:
             found[use] = measure(flow, x)
+        except NotImplementedError:  # the library has no such operation in this dtype
+            found[use] = Truth(UNKNOWN, math.nan)
         except REFUSALS:
             found[use] = Truth(UNFIT, math.inf)
     return found

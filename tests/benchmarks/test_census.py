@@ -113,6 +113,12 @@ def test_the_density_of_a_noisy_injective_flow_is_that_of_its_covariance():
     )
 
 
+def test_what_a_library_cannot_compute_in_a_dtype_is_unknown():
+    x = sample("normflows MAF").bfloat16()
+    found = truth.truths(built("normflows MAF", x.float()).bfloat16(), x)
+    assert {found[use].answer for use in ("sampling", "reconstruction", "gradients")} == {"unknown"}
+
+
 def test_a_dense_jacobian_is_that_of_the_map():
     matrix = torch.randn(3, 3, dtype=torch.float64)
     x = torch.randn(5, 3, dtype=torch.float64)
