@@ -275,6 +275,8 @@ def _returning(steps: list[Step], z: Tensor, deviation: Tensor) -> int:
     try:
         x = decode(steps, z)
         again = encode(steps, x)[0]
+    except NotImplementedError:  # of the dtype, not of the numbers
+        raise
     except REFUSALS:
         if len(z) == 1:
             return 0
