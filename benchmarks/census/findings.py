@@ -12,10 +12,18 @@ from dataclasses import dataclass
 import pandas as pd
 
 from benchmarks.census.rows import CHECKED_USES, USES, failed, passed
+from inn_guard.audits.rates import percent
 
 __all__ = ["FINDINGS", "Finding", "findings", "number"]
 
 LEAST = 3  #: models that a finding must rest on
+#: masked autoregressive flow -> g in x g(s) + t, as its library has it
+SCALES = {
+    "nflows MAF": "0.001 + softplus(s)",
+    "our MAF": "0.001 + softplus(s)",
+    "normflows MAF": "0.001 + sigmoid(s + 2)",
+    "zuko MAF": "exp(s / (1 + |s| / 6.9))",
+}
 INVERSE = ("reconstruction", "sampling")  #: uses that need the inverse
 
 
@@ -24,7 +32,7 @@ class Finding:
     """A sentence and what it rests on.
 
     Attributes:
-        text: one or more plain sentences.
+        text: plain sentences; the first one is the heading.
         rows: of the models that it counts.
         uses: whose verdicts it counts, of those that have a truth.
         columns: of the rows that the page shows, besides the model.
@@ -46,14 +54,12 @@ def number(value: float) -> str:
 
 
 def per_cent(share: float) -> str:
-    """A share in per cent, with two digits.
+    """A share in per cent, with as many digits as tell it from 0 and 100.
 
-    >>> per_cent(0.0007), per_cent(1.0)
-    ('0.07 %', '100 %')
+    >>> per_cent(0.0007), per_cent(0.9991), per_cent(1.0)
+    ('0.07 %', '99.91 %', '100 %')
     """
-    if share == 1:
-        return "100 %"
-    return f"{100 * share:.2g} %"
+    return f"{percent(share)} %"
 
 
 def findings(frame: pd.DataFrame) -> list[Finding]:
@@ -174,10 +180,37 @@ def whose_fault(frame: pd.DataFrame) -> Finding | None:
     stay = pairs["sampling_y"].isin(("unstable", "non_finite"))
     text = (
         f"Of {len(pairs)} models that lose draws in float32 and were also measured in float64, "
-        f"{int(cured.sum())} lose none too many there, {int(stay.sum())} lose them there, too."
+        f"{int(cured.sum())} pass there and {int(stay.sum())} fail there, too. Of all "
+        f"{len(single)} that lose draws in float32, a float64 copy sends the lost ones to the same "
+        f"place in {_causes(single, 'model')}, so that no precision helps, and brings them back in "
+        f"{_causes(single, 'rounding')}."
     )
     chosen = frame.merge(pairs[key], on=key)
     rows = chosen[chosen["dtype"].isin(("float32", "float64"))]
+    return Finding(text, rows, ("sampling",), ("sampling", "sampling_figure", "sampling_cause"))
+
+
+def _causes(rows: pd.DataFrame, cause: str) -> int:
+    return int((rows["sampling_cause"] == cause).sum())
+
+
+def scales(frame: pd.DataFrame) -> Finding | None:
+    """Which scale of an autoregressive layer loses draws."""
+    rows = _in(frame)
+    rows = rows[rows["flow"].isin(SCALES)]
+    if len(rows) < LEAST or not failed(rows, "sampling").any():
+        return None
+    kinds = rows["flow"].map(SCALES)
+    parts = []
+    for kind in dict.fromkeys(SCALES.values()):
+        some = rows[kinds == kind]
+        if len(some):
+            lost = int(failed(some, "sampling").sum())
+            parts.append(f"{lost} of {len(some)} with g = {kind} ({', '.join(some.flow.unique())})")
+    text = (
+        "Whether a masked autoregressive flow x g(s) + t keeps its draws goes with its scale g. "
+        f"Models that lose draws: {'; '.join(parts)}."
+    )
     return Finding(text, rows, ("sampling",), ("sampling", "sampling_figure", "sampling_cause"))
 
 
@@ -253,12 +286,10 @@ def depth(frame: pd.DataFrame) -> Finding | None:
     parts = []
     for one in (shallow, deep):
         some = both[both["depth"] == one]
-        bits = some["bits_lost"].median()
         parts.append(
             f"at depth {one} {int(failed(some, 'sampling').sum())} fail sampling and "
             f"{int(failed(some, 'reconstruction').sum())} reconstruction (median largest condition "
-            f"number {number(10 ** some['log10_condition'].median())}, {number(bits)} bits lost "
-            "per dimension)"
+            f"number {number(10 ** some['log10_condition'].median())})"
         )
     text = f"Of {len(pairs)} pairs of models that differ in depth alone, {' and '.join(parts)}."
     return Finding(text, both, INVERSE, ("sampling", "reconstruction", "log10_condition"))
@@ -395,6 +426,7 @@ FINDINGS: tuple[Callable[[pd.DataFrame], Finding | None], ...] = (
     sound_densities,
     lost_draws,
     one_default,
+    scales,
     whose_fault,
     blind_spectrum,
     off_data,

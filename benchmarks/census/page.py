@@ -136,7 +136,7 @@ def _by_flow(frame: pd.DataFrame) -> str:
         for use in USES:
             good, bad = int(passed(some, use).sum()), int(failed(some, use).sum())
             cells.append(f"{good} / {bad} / {len(some) - good - bad}")
-        cells.append(number(10 ** some["log10_condition"].median()))
+        cells.append(_text(10 ** some["log10_condition"].median()))
         lines.append(_line(cells))
     return "\n".join([*lines, ""])
 
@@ -163,7 +163,10 @@ def _findings(found: Sequence[Finding]) -> str:
         "",
     ]
     for position, one in enumerate(found, start=1):
-        lines += [f"### {position}. {one.text}", ""]
+        first, _, rest = one.text.partition(". ")
+        lines += [f"### {position}. {first.rstrip('.')}", ""]
+        if rest:
+            lines += [rest, ""]
         if one.uses:
             lines += [_checked(one.rows, one.uses), ""]
         lines += [_rows_table(one), ""]
@@ -199,8 +202,9 @@ def _settled(frame: pd.DataFrame) -> str:
         "lost and whose densities are accurate. Counted here: models whose round trips or draws "
         "fail, by whether log p(x) of held-out data is right to 0.1 nats.",
         "",
-        "| dtype | models | not invertible | of these, density right | density wrong | undecided |",
-        "|---|---|---|---|---|---|",
+        "| dtype | models | not invertible | of these, density right | density wrong | open "
+        "| round trips right, density wrong |",
+        "|---|---|---|---|---|---|---|",
     ]
     for dtype in DTYPES:
         rows = frame[(frame["dtype"] == dtype) & (frame["raised"] == "")]
@@ -208,7 +212,9 @@ def _settled(frame: pd.DataFrame) -> str:
             continue
         lost = rows[failed(rows, "reconstruction") | failed(rows, "sampling")]
         good, bad = int(passed(lost, "density").sum()), int(failed(lost, "density").sum())
-        lines.append(_line([dtype, len(rows), len(lost), good, bad, len(lost) - good - bad]))
+        other = int((passed(rows, "reconstruction") & failed(rows, "density")).sum())
+        cells = [dtype, len(rows), len(lost), good, bad, len(lost) - good - bad, other]
+        lines.append(_line(cells))
     return "\n".join([*lines, ""])
 
 
@@ -304,7 +310,7 @@ def _verdicts(rows: pd.DataFrame) -> Figure:
     shares = [
         [float(passed(rows[rows["flow"] == flow], use).mean()) for use in USES] for flow in flows
     ]
-    axis.imshow(shares, cmap="RdYlBu", vmin=0, vmax=1, aspect="auto", alpha=0.75)
+    axis.imshow(shares, cmap="RdYlBu", vmin=0, vmax=1, aspect="auto", alpha=0.5)
     for row, flow in enumerate(flows):
         some = rows[rows["flow"] == flow]
         for column, use in enumerate(USES):
@@ -322,11 +328,13 @@ def _lost_draws(rows: pd.DataFrame) -> Figure:
     figure = Figure(figsize=(7.2, 3.9), layout="constrained")
     axis = figure.subplots()
     least = 1e-5  # where models without a lost draw are drawn
+    most = 12  # digits of a condition number; larger ones are drawn at the edge
     for library, colour in LIBRARIES.items():
         some = rows[(rows["library"] == library) & rows["log10_condition"].notna()]
         if len(some):
             rate = some["sampling_figure"].clip(lower=least)
-            axis.plot(10 ** some["log10_condition"], rate, "o", color=colour, alpha=0.65,
+            condition = 10 ** some["log10_condition"].clip(upper=most)
+            axis.plot(condition, rate, "o", color=colour, alpha=0.65,
                       markersize=4.5, label=library)  # fmt: skip
     axis.axhline(LIMITS["sampling"], color="#888888", linewidth=1, linestyle="--")
     axis.set_xscale("log")
@@ -335,7 +343,7 @@ def _lost_draws(rows: pd.DataFrame) -> Figure:
     axis.set_yticks(
         [least, 1e-4, 1e-3, 1e-2, 1e-1, 1], ["none", "1e-4", "1e-3", "1e-2", "0.1", "1"]
     )
-    axis.set_xlabel("largest condition number at the data")
+    axis.set_xlabel(f"largest condition number at the data, at most 1e{most}")
     axis.set_ylabel("share of draws lost")
     axis.set_title("Lost draws; the dashed line is the limit", fontsize=10)
     axis.legend(fontsize=8)

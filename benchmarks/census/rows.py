@@ -56,7 +56,8 @@ def read_parts(folder: Path = FOLDER) -> pd.DataFrame:
     frame = pd.concat(parts, ignore_index=True)
     twice = frame[frame.duplicated(KEY, keep=False)]
     if len(twice):
-        raise ValueError(f"expected every model once; in two parts: {twice[KEY].iloc[0].tolist()}")
+        model = ", ".join(str(value) for value in twice[KEY].iloc[0])
+        raise ValueError(f"expected every model once; in two parts: {model}")
     for name in (*TEXT, *(f"lowest_{use}" for use in USES), *(f"true_{use}" for use in USES)):
         if name not in frame:
             frame[name] = ""
