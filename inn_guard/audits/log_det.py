@@ -80,7 +80,8 @@ def log_det(context: AuditContext, *, samples: int | None = None) -> AuditResult
     estimator) is averaged.
 
     A map whose det J changes sign between samples folds: it has no inverse there, and log|det J| is
-    no density. It is unstable unless these samples come back.
+    no density. It is unstable unless these samples come back. A map without a derivative by
+    autograd, as where it runs under no_grad, has no reference: the answer is undecided.
 
     The inverse's own log-determinant ought to be the negative at the same point. It matters for the
     density of draws, not for that of data: it is reported, and decides nothing here.
@@ -96,7 +97,7 @@ def log_det(context: AuditContext, *, samples: int | None = None) -> AuditResult
         error.
 
     Raises:
-        NotApplicable: if the model has no log-determinant.
+        NotApplicable: if the model has no log-determinant, or fewer or more outputs than inputs.
     """
     if samples is not None and samples < 1:
         raise ValueError(f"expected at least 1 sample; got {samples}")
@@ -107,10 +108,16 @@ def log_det(context: AuditContext, *, samples: int | None = None) -> AuditResult
     lost = _not_finite(context, usable)
     if isinstance(lost, tuple):
         return log_det.without_answer(Verdict.UNSTABLE, _wrong_shape(lost), advice=DERIVE)
+    _check_square(context, usable)
     if _is_random(context, usable):
         reason = "the map is random: its log-determinant and its Jacobian are of different draws"
         return log_det.without_answer(Verdict.UNDECIDED, reason)
-    compared = _compare(context, usable, samples)
+    try:
+        compared = _compare(context, usable, samples)
+    except NotApplicable as no_derivative:
+        # there is a formula, and nothing that it could be held against
+        reason = f"the formula of the log-determinant could not be checked: {no_derivative}"
+        return log_det.without_answer(Verdict.UNDECIDED, reason)
     finding = _finding(context, compared, lost=int(lost.sum()), of=len(usable))
     advice = ""
     if finding.verdict.failed:
@@ -271,6 +278,18 @@ def _not_finite(context: AuditContext, usable: Tensor) -> Tensor | tuple[int, ..
 
     (lost,) = context.parallel.map(usable, measure, at_most=context.max_forward())
     return shapes[0] if shapes else lost.cpu()
+
+
+def _check_square(context: AuditContext, usable: Tensor) -> None:
+    """Raise NotApplicable where the Jacobian has no determinant."""
+    model, x = context.at(usable[:1])
+    with torch.no_grad():
+        outputs = model(x)[0].numel()
+    if outputs != x[0].numel():
+        raise NotApplicable(
+            f"{model.name} has {outputs} outputs for {x[0].numel()} inputs: its Jacobian has no "
+            "determinant"
+        )
 
 
 def _is_random(context: AuditContext, usable: Tensor) -> bool:

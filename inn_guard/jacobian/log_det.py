@@ -75,9 +75,16 @@ def layer_log_det(
         Missing if a larger one would be needed.
 
     Raises:
-        NotApplicable: if the output does not depend on the input through autograd.
+        NotApplicable: if the output does not depend on the input through autograd, or has another
+            number of entries.
     """
     jacobian = AutogradJacobian(layer.forward, layer.forward, x)
+    outputs, inputs = jacobian.output[0].numel(), x[0].numel()
+    if outputs != inputs:
+        raise NotApplicable(
+            f"{layer.name} has {outputs} outputs for {inputs} inputs: its Jacobian has no "
+            "determinant"
+        )
     left = nothing_eliminated(jacobian, x)
     if x.dtype == torch.float64 and x[0].numel() > SMALL:
         left = eliminate_columns(jacobian, x)

@@ -210,3 +210,32 @@ def test_an_inverse_that_is_off_in_every_format_works_in_none():
     result = ig.AUDITS["precision"](Off(4).float(), data())
     assert result.verdict == "unstable"
     assert "Works in: none of those tried" in result.reason
+
+
+@pytest.mark.parametrize("claimed", [0.0, 5.0])
+def test_a_log_det_without_a_derivative_to_check_it_by_is_undecided(claimed):
+    class Detached(nn.Module):
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            return x.detach() + 1, torch.full((len(x),), claimed)
+
+        def inverse(self, z: Tensor) -> tuple[Tensor, Tensor]:
+            return z - 1, torch.full((len(z),), -claimed)
+
+    report = ig.audit(Detached(), data(), level="quick")
+    assert report.uses["density"].verdict == "undecided"
+    assert "could not be checked" in report.uses["density"].reason
+    assert report.uses["reconstruction"].verdict == "stable"
+
+
+def test_fewer_outputs_than_inputs_have_no_determinant():
+    class Projects(nn.Module):
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            return 2 * x[:, :2], x.new_zeros(len(x))
+
+        def inverse(self, z: Tensor) -> Tensor:
+            return torch.cat([z / 2, 0 * z], dim=1)
+
+    report = ig.audit(Projects(), data(), level="quick")
+    assert report["log_det"].verdict == "not_applicable"
+    assert "2 outputs for 4 inputs" in report["log_det"].reason
+    assert report.uses["reconstruction"].verdict == "unstable"
