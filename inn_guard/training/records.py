@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import os
+import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -172,28 +173,49 @@ class MetricsRecorder:
         ig.MetricsRecorder(mlflow.log_metrics)
         ig.MetricsRecorder(trainer.logger.log_metrics)  # any logger of Lightning
 
-    ``prefix/failed`` is 1 if the verdict is unstable or non_finite, else 0.
+    ``prefix/failed`` is 1 if the verdict is unstable or non_finite, else 0. The page of the report
+    is kept, too, with ``artifact=run.log_artifact`` of a W&B run or ``mlflow.log_artifact``.
 
     Args:
         log: called as ``log({name: number}, step=step)``.
         prefix: first part of every name.
+        artifact: called with the path of the report as HTML, which is removed afterwards. Default:
+            no page is made.
 
     Raises:
-        TypeError: if ``log`` cannot be called.
+        TypeError: if ``log`` or ``artifact`` cannot be called.
     """
 
-    def __init__(self, log: Callable[..., object], *, prefix: str = "audit") -> None:
+    def __init__(
+        self,
+        log: Callable[..., object],
+        *,
+        prefix: str = "audit",
+        artifact: Callable[[str], object] | None = None,
+    ) -> None:
         if not callable(log):
             raise TypeError(
                 f"expected a function that logs, got {log!r}: pass its method, such as run.log or "
                 "logger.log_metrics"
             )
+        if artifact is not None and not callable(artifact):
+            raise TypeError(
+                f"expected a function that keeps a file, got {artifact!r}: pass its method, such "
+                "as run.log_artifact or mlflow.log_artifact"
+            )
         self.log = log
         self.prefix = prefix
+        self.artifact = artifact
 
     def __call__(self, record: Record) -> None:
-        """Log the numbers of the record at its step."""
+        """Log the numbers of the record at its step, and its page."""
         self.log(scalars(record, self.prefix), step=record.step)
+        if self.artifact is None:
+            return
+        with tempfile.TemporaryDirectory() as folder:
+            page = Path(folder) / f"{self.prefix.replace('/', '_')}_{record.step}.html"
+            record.report.to_html(page)
+            self.artifact(str(page))
 
 
 def scalars(record: Record, prefix: str) -> dict[str, float]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import importlib
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -164,6 +165,47 @@ def test_metrics_go_to_mlflow(tmp_path):
         MetricsRecorder(mlflow.log_metrics)(record(3, Verdict.UNSTABLE, error=0.25))
     metrics = mlflow.get_run(run.info.run_id).data.metrics
     assert metrics["audit/quick_round_trip/error"] == 0.25
+
+
+@pytest.mark.library("mlflow")
+def test_mlflow_keeps_the_page_of_the_report(tmp_path, monkeypatch):
+    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
+    mlflow = importlib.import_module("mlflow")
+    mlflow.set_tracking_uri((tmp_path / "runs").as_uri())
+    mlflow.create_experiment("pages", artifact_location=(tmp_path / "pages").as_uri())
+    with mlflow.start_run(experiment_id=mlflow.get_experiment_by_name("pages").experiment_id):
+        MetricsRecorder(mlflow.log_metrics, artifact=mlflow.log_artifact)(record(3, error=0.25))
+    (page,) = (tmp_path / "pages").rglob("audit_3.html")
+    assert "<html" in page.read_text(encoding="utf-8")
+
+
+@pytest.mark.library("wandb")
+def test_wandb_keeps_numbers_and_page_offline(tmp_path, monkeypatch):
+    wandb = importlib.import_module("wandb")
+    monkeypatch.setenv("WANDB_DATA_DIR", str(tmp_path))
+    monkeypatch.setenv("WANDB_CACHE_DIR", str(tmp_path))
+    with wandb.init(mode="offline", dir=tmp_path, project="audit") as run:
+        recorder = MetricsRecorder(run.log, artifact=run.log_artifact)
+        recorder(record(3, Verdict.UNSTABLE, error=0.25))
+        recorder(record(4, error=0.5))  # a step is complete when the next one begins
+        assert run.summary["audit/quick_round_trip/error"] == 0.25
+        assert run.summary["audit/failed"] == 1.0
+    assert list(tmp_path.rglob("*.wandb"))
+
+
+def test_the_page_goes_to_a_function_and_is_removed(tmp_path):
+    seen = {}
+
+    def keep(path):
+        seen[path] = Path(path).read_text(encoding="utf-8")
+
+    MetricsRecorder(lambda numbers, step: None, prefix="run/a", artifact=keep)(record(3, error=0.5))
+    ((path, text),) = seen.items()
+    assert Path(path).name == "run_a_3.html"
+    assert "<html" in text
+    assert not Path(path).exists()
+    with pytest.raises(TypeError, match=r"pass its method, such as run.log_artifact"):
+        MetricsRecorder(print, artifact="report.html")
 
 
 def test_through_a_hook(tmp_path):
