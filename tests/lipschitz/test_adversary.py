@@ -12,6 +12,7 @@ CAUGHT = {
     111: "a parametrized layer whose class is patched",
     508: "a part of a library's block that is a subclass",
     2537: "a coupling whose index of kept entries is no partition",
+    756: "a permutation that repeats an entry",
 }
 
 

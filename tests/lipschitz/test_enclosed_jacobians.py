@@ -16,7 +16,11 @@ from inn_guard.layers.networks import MLP
 from inn_guard.layers.permutation import Permutation
 from inn_guard.lipschitz.bounds import lipschitz_bounds
 from inn_guard.lipschitz.certificate import Certificate
+from inn_guard.lipschitz.maps.coupling import ByChannel, Coupling
+from inn_guard.lipschitz.maps.elementary import Rearrangement
 from inn_guard.lipschitz.networks.conditioner import SearchBudget
+from inn_guard.lipschitz.networks.graph import Unbounded
+from inn_guard.lipschitz.transformers.affine import Additive
 from inn_guard.lipschitz.whole_network import Factor, cheapest, jacobian_factors, product
 from inn_guard.numerics.intervals import Box, Interval
 from tests.cases.trials import first
@@ -96,6 +100,18 @@ def test_infinite_factors_are_still_a_path():
     assert product([f.bound for f in found]) == math.inf
     with pytest.raises(ValueError, match="lead from layer 0"):
         cheapest(2, [Factor(0, 1, 1.0)])
+
+
+def test_damaged_permutations_and_splits_have_no_enclosure():
+    """What repeats an entry has no inverse, whatever the transpose looks like."""
+    box = Box(-torch.ones(4), torch.ones(4))
+    order = torch.tensor([0, 0, 2, 3])
+    with pytest.raises(Unbounded, match="repeated"):
+        Rearrangement(lambda x: x[:, order], order).jacobians(box)
+    split = ByChannel(torch.tensor([0, 1]), torch.tensor([1, 3]))
+    damaged = Coupling(split, nn.Linear(2, 2), Additive(), [torch.arange(2)])
+    with pytest.raises(Unbounded, match="no partition"):
+        damaged.jacobians(box)
 
 
 def small_images() -> Chain:

@@ -271,6 +271,8 @@ class Coupling(BoundedMap):
         # of zeros and ones: kept = K x, changed = S x
         K = torch.stack([self.split.kept(e).flatten() for e in unit], 1)
         S = torch.stack([self.split.changed(e).flatten() for e in unit], 1)
+        if not torch.equal(K.T @ K + S.T @ S, torch.eye(len(unit), dtype=torch.float64)):
+            raise Unbounded("kept and changed entries that are no partition")
 
         def assembled(slope: Interval, M: Interval) -> Interval:
             if not slope.bounded or not M.bounded:

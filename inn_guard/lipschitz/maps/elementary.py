@@ -90,8 +90,9 @@ class Rearrangement(BoundedMap):
         inputs = box.shape.numel()
         unit = torch.eye(inputs, dtype=torch.float64).reshape(inputs, *box.shape)
         matrix = self.move(unit).flatten(1).T
-        if len(matrix) != inputs:
-            raise Unbounded("entries are dropped or added")
+        # a damaged order of channels repeats some and drops others
+        if not torch.equal(matrix @ matrix.T, torch.eye(inputs, dtype=torch.float64)):
+            raise Unbounded("entries are dropped, added or repeated")
         return Interval.of(matrix), Interval.of(matrix.T)
 
     def order(self, box: Interval) -> Tensor:
