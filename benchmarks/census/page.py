@@ -71,11 +71,13 @@ documentation does, trained by Adam without clipping, and audited for the five
 [All rows, sortable](census_table.html).
 
 ```bash
-inn-guard bench census --preset smoke                 # seconds
-inn-guard bench census --preset cpu --sets moons --out FOLDER     # one part of the grid
-inn-guard bench census --preset full --data-root FOLDER           # depth 64, 4,000 steps, images
-python -m benchmarks.census.page                      # writes this page from the committed rows
+inn-guard bench census.census --preset smoke                          # seconds
+inn-guard bench census.census --preset cpu --sets moons --out FOLDER   # one part of the grid
+inn-guard bench census.census --preset full --data-root FOLDER         # all of it, for days
 ```
+
+The script `benchmarks/census/page.py` writes this page, the table and the figures from the
+committed rows.
 """
 
 
@@ -262,7 +264,7 @@ def _origins(parts: dict[str, dict[str, Any]], frame: pd.DataFrame) -> str:
 
 
 def _command(config: dict[str, Any], name: str) -> str:
-    words = ["inn-guard bench census --preset cpu"]
+    words = ["inn-guard bench census.census --preset cpu"]
     for field in ("sets", "seeds", "depths", "steps", "dtypes"):
         words.append(f"--{field} {','.join(str(value) for value in config[field])}")
     words.append(f'--flows "{",".join(config["flows"])}"')
