@@ -166,6 +166,15 @@ def test_a_flat_score_ends_the_search():
     assert result["round_trips"] == 2 * 100
 
 
+def test_tempered_draws_end_early_where_nothing_is_lost():
+    def score(z, rows):
+        return z.new_zeros(len(z))
+
+    found = tempered(RareEvent(score), 4, blocks=40)
+    assert found.rate == 0
+    assert found.evaluations == 10 * 1000
+
+
 def test_losses_that_the_score_hides_are_found_by_tempered_draws_and_said():
     threshold = norm.isf(1e-5)
     deceptive = Faces((0, 1, threshold), grows=((1, 1, 4 * threshold),))
@@ -191,7 +200,10 @@ def test_no_more_round_trips_are_made_than_declared():
     (row,) = [r for r in report["dry_run"].tables["cost"] if r["check"] == check.name]
     COUNTED.clear()
     result = check(half_space(1e-12), data())
-    assert result["round_trips"] == row["inverse"] == 2 * 2 * 100 * (1 + 3 * 4)
+    simulated_ones = 2 * 100 * (1 + 3 * 4)
+    assert row["inverse"] == 2 * simulated_ones
+    # nothing is lost, so that tempered draws end after a quarter
+    assert result["round_trips"] == pytest.approx(1.25 * simulated_ones, abs=100)
     # on top of these: the trial of the model, its cost, and the comparison with its layers
     assert sum(COUNTED) <= result["round_trips"] + 64
 
