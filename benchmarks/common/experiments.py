@@ -171,6 +171,7 @@ EXPERIMENTS = (
         "performance.extremes",
         "extreme singular values to 1 %, against row-by-row autograd and numpy's SVD",
     ),
+    Experiment("performance.goals", "every figure of performance beside its goal"),
     Experiment(
         "performance.promise", "runs in which some sample's extreme singular value is off by 1 %"
     ),

@@ -356,7 +356,8 @@ def tempered_rate(
         blocks: of draws.
         temperature: T.
     """
-    weights, lost = [], []
+    weights: list[Tensor] = []
+    lost: list[Tensor] = []
     dimension = like[0].numel()
     for block in range(blocks):
         if block >= max(1, blocks * TRIAL) and not bool(torch.cat(lost).any()):
