@@ -105,19 +105,26 @@ def _notebooks() -> Iterator[tuple[str, str | bytes]]:
 def _llms(config: MkDocsConfig) -> str:
     """The site for language models: its name, what it is about, and a link to every page."""
     lines = [f"# {config.site_name}", "", f"> {config.site_description}", ""]
-    return "\n".join([*lines, *_links(config.nav or [])]) + "\n"
+    for entry in config.nav or []:
+        for title, target in entry.items():
+            if isinstance(target, list):
+                lines += ["", f"## {title}", "", *_links(target)]
+            else:
+                lines += _links([entry])
+    return "\n".join(lines) + "\n"
 
 
-def _links(entries: list[Any]) -> Iterator[str]:
+def _links(entries: list[Any], group: str = "") -> Iterator[str]:
+    """One line for each page; those of a group within a section begin with its name."""
     for entry in entries:
         if isinstance(entry, str):
             entry = {_title(entry): entry}
         for title, target in entry.items():
             if isinstance(target, list):
-                yield from ("", f"## {title}", "", *_links(target))
+                yield from _links(target, f"{title}: ")
                 continue
             place = target.removesuffix("index.md").removesuffix(".md")
-            yield f"- [{title}]({place}/)" if place else f"- [{title}](./)"
+            yield f"- [{group}{title}]({place or '.'}/)"
 
 
 def _title(page: str) -> str:
