@@ -97,7 +97,7 @@ def log_det(context: AuditContext, *, samples: int | None = None) -> AuditResult
         error.
 
     Raises:
-        NotApplicable: if the model has no log-determinant, or fewer or more outputs than inputs.
+        NotApplicable: if the model has no log-determinant, or is injective only.
     """
     if samples is not None and samples < 1:
         raise ValueError(f"expected at least 1 sample; got {samples}")
@@ -108,7 +108,12 @@ def log_det(context: AuditContext, *, samples: int | None = None) -> AuditResult
     lost = _not_finite(context, usable)
     if isinstance(lost, tuple):
         return log_det.without_answer(Verdict.UNSTABLE, _wrong_shape(lost), advice=DERIVE)
-    _check_square(context, usable)
+    not_square = _not_square(context, usable)
+    if not_square and not context.model.bijective:
+        raise NotApplicable(not_square)
+    if not_square:
+        # a density that it claims to have cannot be that of x
+        return log_det.without_answer(Verdict.UNDECIDED, not_square)
     if _is_random(context, usable):
         reason = "the map is random: its log-determinant and its Jacobian are of different draws"
         return log_det.without_answer(Verdict.UNDECIDED, reason)
@@ -280,16 +285,17 @@ def _not_finite(context: AuditContext, usable: Tensor) -> Tensor | tuple[int, ..
     return shapes[0] if shapes else lost.cpu()
 
 
-def _check_square(context: AuditContext, usable: Tensor) -> None:
-    """Raise NotApplicable where the Jacobian has no determinant."""
+def _not_square(context: AuditContext, usable: Tensor) -> str:
+    """Why the Jacobian has no determinant; "" if it can have one."""
     model, x = context.at(usable[:1])
     with torch.no_grad():
         outputs = model(x)[0].numel()
-    if outputs != x[0].numel():
-        raise NotApplicable(
-            f"{model.name} has {outputs} outputs for {x[0].numel()} inputs: its Jacobian has no "
-            "determinant"
-        )
+    if outputs == x[0].numel():
+        return ""
+    return (
+        f"{model.name} has {outputs} outputs for {x[0].numel()} inputs: its Jacobian has no "
+        "determinant"
+    )
 
 
 def _is_random(context: AuditContext, usable: Tensor) -> bool:
