@@ -437,7 +437,38 @@ def test_images_with_several_scales():
     assert report["log_det"].verdict == "stable"
 
 
+def test_switches_of_the_way_back_are_tried():
+    class Reconstructing(Flow):
+        """Draws the second latent anew unless it is told to reconstruct."""
+
+        def forward(self, x):
+            z, log_det = self.there(x)
+            return -0.5 * z.square().sum(1), log_det, [z[:, :2], z[:, 2:]]
+
+        def reverse(self, latents, reconstruct=False):
+            rest = latents[1] if reconstruct else torch.randn_like(latents[1])
+            return self.back(torch.cat([latents[0], rest], 1))[0]
+
+    model, x = Reconstructing(), torch.randn(6, FEATURES)
+    wrapped = ig.wrap(model, x=x)
+    torch.testing.assert_close(wrapped.inverse(wrapped(x)), x)
+    torch.testing.assert_close(wrapped.forward_and_log_det(x)[1], truth(model, x)[1])
+    assert "reconstruct=True" in wrapped.convention
+
+
 # what is refused
+
+
+class NeedsCondition(Flow):
+    def forward(self, x, condition, reverse=False):
+        return self.back(x - condition)[0] if reverse else self.there(x)[0] + condition
+
+
+def test_a_missing_condition_is_named_and_the_advice_works():
+    x = torch.randn(8, FEATURES)
+    with pytest.raises(Unrecognised, match=r"If the model is conditional, pass context=c\."):
+        ig.audit(NeedsCondition(), x)
+    assert ig.audit(NeedsCondition(), x, context=x.clone(), level="quick").verdict.passed
 
 
 class SplitOff(Flow):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import itertools
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import Tensor, nn
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from inn_guard.adapters.captured_modules import Closure
 from inn_guard.core.invertible import Context
 
-__all__ = ["Call", "Pair", "Zeros", "pairs", "with_log_det_argument"]
+__all__ = ["Call", "Pair", "Zeros", "pairs", "with_log_det_argument", "with_switches"]
 
 #: methods that map data to latents, the likeliest first; and methods that map back
 ENCODERS = ("forward", "encode", "transform", "flow", "to_latent", "forward_transform", "forward_")
@@ -132,6 +132,15 @@ def _children(model: Any) -> dict[str, Any]:
         return dict(model.named_children())
     parts = vars(model) if hasattr(model, "__dict__") else {}
     return {name: part for name, part in parts.items() if isinstance(part, nn.Module)}
+
+
+def with_switches(pair: Pair) -> Iterator[Pair]:
+    """The same pair with one further switch of the way back turned, for each that it has."""
+    decode = pair.decode
+    for name, parameter in _parameters(decode.target.function).items():
+        if isinstance(parameter.default, bool) and name not in (*decode.keywords, *FLAGS):
+            keywords = {**decode.keywords, name: not parameter.default}
+            yield Pair(pair.encode, replace(decode, keywords=keywords))
 
 
 def with_log_det_argument(call: Call) -> Iterator[Call]:

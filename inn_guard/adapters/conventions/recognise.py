@@ -12,7 +12,14 @@ import torch
 from torch import Tensor, nn
 
 from inn_guard.adapters.captured_modules import Closure
-from inn_guard.adapters.conventions.calls import Call, Pair, Zeros, pairs, with_log_det_argument
+from inn_guard.adapters.conventions.calls import (
+    Call,
+    Pair,
+    Zeros,
+    pairs,
+    with_log_det_argument,
+    with_switches,
+)
 from inn_guard.adapters.conventions.readings import (
     Path,
     State,
@@ -161,6 +168,9 @@ class _Attempt:
         """The trial to go by."""
         ran = self.trials(candidates)
         good = self._without_echoes([trial for trial in ran if trial.comes_back])
+        if not good:
+            turned = [switch for pair in candidates for switch in with_switches(pair)]
+            good = [trial for trial in self.trials(turned) if trial.comes_back]
         if not good and ran and self.x.dtype != torch.float64:
             good = self._in_double(candidates, ran)
         if good:
@@ -486,10 +496,13 @@ class _Attempt:
 
     def _nothing_ran(self) -> str:
         tried = "; ".join(f"{call}: {why}" for call, why in list(self.failures.items())[:4])
+        conditional = ""
+        if not self.given and "required positional argument" in tried:
+            conditional = " If the model is conditional, pass context=c."
         return (
             f"expected two directions of {_class(self.model)} that run on x of shape "
-            f"{tuple(self.x.shape)}; tried {tried or 'nothing'}. Pass wrap(encode=f, decode=g), "
-            "two functions x -> z and z -> x of one tensor each"
+            f"{tuple(self.x.shape)}; tried {tried or 'nothing'}.{conditional} Pass "
+            "wrap(encode=f, decode=g), two functions x -> z and z -> x of one tensor each"
         )
 
 
