@@ -10,7 +10,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, TypeGuard
 
 import torch
@@ -49,9 +49,9 @@ def wrap(  # noqa: PLR0913
     log_det: Callable[..., Any] | None = None,
     context: Context = None,
     x: Tensor | None = None,
-    velocity: Callable[..., Any] | None = None,
+    velocity: Any = None,
     solver: Any = None,
-    times: Sequence[float] = (1.0, 0.0),
+    times: Any = (1.0, 0.0),
     trace: Any = None,
 ) -> Invertible:
     """The model as an Invertible: forward is data x -> latent z, inverse is z -> x.
@@ -148,7 +148,7 @@ def _from_model(model: Any, x: Tensor | None, context: Context) -> Invertible:
 def _from_velocity(
     velocity: Any,
     solver: Any,
-    times: Sequence[float],
+    times: Any,
     trace: Any,
     context: Context,
     others: Mapping[str, Any],

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,10 +30,10 @@ ADAPTIVE = ("dopri5", "dopri8", "bosh3", "fehlberg2", "adaptive_heun")
 
 
 def adapt(
-    velocity: Callable[..., Any],
+    velocity: Any,
     *,
-    solver: Solver | str | None = None,
-    times: Sequence[float] = (1.0, 0.0),
+    solver: Any = None,
+    times: Any = (1.0, 0.0),
     trace: Trace | None = None,
     context: Context = None,
 ) -> Invertible:
@@ -64,7 +64,7 @@ def adapt(
     return VelocityFlow(flow.with_context(context))
 
 
-def _checked_times(times: Sequence[float]) -> tuple[float, float]:
+def _checked_times(times: Any) -> tuple[float, float]:
     try:
         start, end = map(float, times)
     except (TypeError, ValueError):

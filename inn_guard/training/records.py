@@ -9,7 +9,7 @@ import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 from inn_guard.execution.files import atomic_write
 from inn_guard.report.audit_report import AuditReport
@@ -191,7 +191,7 @@ class MetricsRecorder:
         log: Callable[..., object],
         *,
         prefix: str = "audit",
-        artifact: Callable[[str], object] | None = None,
+        artifact: Any = None,
     ) -> None:
         if not callable(log):
             raise TypeError(
