@@ -89,7 +89,10 @@ class StateSnapshot:
 
     def __init__(self, model: nn.Module) -> None:
         with _ONE_AT_A_TIME:
+            # checks of types at run time draw random numbers
+            generators = _global_generators()
             self._of_model = list(_snapshots(model))
+            generators()
 
     @contextmanager
     def preserved(self) -> Iterator[Restore]:
