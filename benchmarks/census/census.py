@@ -61,7 +61,7 @@ class Config:
 
 PRESETS = {
     "smoke": {
-        "flows": ("zuko RealNVP", "our Glow"), "sets": ("moons",), "depths": (2,), "seeds": (0,),
+        "flows": ("our Glow",), "sets": ("moons",), "depths": (2,), "seeds": (0,),
         "steps": (3,), "dtypes": ("float32",), "width": 8, "rows": 16,
     },
     "cpu": {},

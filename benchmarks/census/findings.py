@@ -180,10 +180,12 @@ def whose_fault(frame: pd.DataFrame) -> Finding | None:
     stay = pairs["sampling_y"].isin(("unstable", "non_finite"))
     text = (
         f"Of {len(pairs)} models that lose draws in float32 and were also measured in float64, "
-        f"{int(cured.sum())} pass there and {int(stay.sum())} fail there, too. Of all "
-        f"{len(single)} that lose draws in float32, a float64 copy sends the lost ones to the same "
-        f"place in {_causes(single, 'model')}, so that no precision helps, and brings them back in "
-        f"{_causes(single, 'rounding')}."
+        f"{int(cured.sum())} pass there and {int(stay.sum())} fail there, too. The median rate "
+        f"falls from {per_cent(pairs['sampling_figure_x'].median())} to "
+        f"{per_cent(pairs['sampling_figure_y'].median())}. Of all {len(single)} that lose draws in "
+        f"float32, the audit finds in {_causes(single, 'model')} that a float64 copy sends the "
+        "lost ones to the same place: the model puts them there, and float64 can only bring more "
+        "of them back."
     )
     chosen = frame.merge(pairs[key], on=key)
     rows = chosen[chosen["dtype"].isin(("float32", "float64"))]
@@ -208,8 +210,9 @@ def scales(frame: pd.DataFrame) -> Finding | None:
             lost = int(failed(some, "sampling").sum())
             parts.append(f"{lost} of {len(some)} with g = {kind} ({', '.join(some.flow.unique())})")
     text = (
-        "Whether a masked autoregressive flow x g(s) + t keeps its draws goes with its scale g. "
-        f"Models that lose draws: {'; '.join(parts)}."
+        "Masked autoregressive flows x g(s) + t lose draws with some scales g and not with others. "
+        f"Models that lose draws: {'; '.join(parts)}. The flows also differ in their networks and "
+        "first weights, so that the scale need not be the cause."
     )
     return Finding(text, rows, ("sampling",), ("sampling", "sampling_figure", "sampling_cause"))
 
@@ -377,6 +380,10 @@ def seeds(frame: pd.DataFrame) -> Finding | None:
 def inexact_float64(frame: pd.DataFrame) -> Finding | None:
     """Flows whose float64 round trip is no better than float32's."""
     rows = _in(frame, "float64")
+    key = ["flow", "data", "depth", "steps", "seed"]
+    # a condition number of 1e5 explains errors of 1e-11 in float64
+    tame = _in(frame)[_in(frame)["log10_condition"] < 5][key]
+    rows = rows.merge(tame, on=key)
     rows = rows[rows["reconstruction_figure"].between(1e-10, 1e-2)]
     names = rows["flow"].unique()
     if len(rows) < LEAST or len(names) > 3:
@@ -386,8 +393,9 @@ def inexact_float64(frame: pd.DataFrame) -> Finding | None:
     text = (
         f"Cast to float64, {', '.join(names)} still come back to "
         f"{number(rows['reconstruction_figure'].max())} of a feature's deviation only, where the "
-        f"median of the other flows is {number(others['reconstruction_figure'].median())}: part of "
-        "the inverse stays rounded to float32."
+        f"median of the other flows is {number(others['reconstruction_figure'].median())}. "
+        "Condition numbers below 1e5 do not explain it; constants of the block that were rounded "
+        "to float32 can."
     )
     return Finding(text, rows, ("reconstruction",), ("reconstruction", "reconstruction_figure"))
 
