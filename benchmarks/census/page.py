@@ -252,6 +252,14 @@ def _origins(parts: dict[str, dict[str, Any]], frame: pd.DataFrame) -> str:
         "column `data_checksum` of the rows has the first 16 digits of the sha256 of the training "
         "and held-out samples, `weights` those of the model.",
         "",
+        "* The grid is what little more than an hour allowed: splines, i-ResNet, AEF and NIF on "
+        "few data sets, depth 64 without training, 4,000 steps on one data set, no image patches.",
+        "* The kinds of statements above were chosen after looking at the first rows. Their "
+        "numbers are counted by `benchmarks/census/findings.py`.",
+        "* The plain formulas first called four bfloat16 models unfit whose library has no inverse "
+        "in bfloat16. They are unknown now, and the three flows concerned were measured again.",
+        "* Times are those of a machine that did other work.",
+        "",
         "| part | command | rows |",
         "|---|---|---|",
     ]
