@@ -216,8 +216,8 @@ class Coder:
             _tapes=tapes,
             _shapes=shapes,
             _input=quantization,
-            _pushed=Packed.of(state.pushed),
-            _low=Packed.of(state.units - state.in_units(z.double()).round().long()),
+            _pushed=Packed.of(state.pushed.long()),
+            _low=Packed.of((state.units - state.in_units(z.double()).round_()).long()),
             _exponent=None if state.exponent is None else Packed.of(state.exponent),
         )
         return z, kept
@@ -312,7 +312,8 @@ class _CodedLayer:
         """(the next state, None), or (the same state, why the input must be stored)."""
         try:
             steps = self._steps(state.units.shape, state.units.device)
-            after = run(steps, state, tape)
+            # a copy: a step may overwrite its state, and a later one may find that it has no rule
+            after = run(steps, state.clone(), tape)
             if check:
                 self._check(steps, state, after, tape)
         except NoExactRule as error:
@@ -385,7 +386,7 @@ class _CodedLayer:
             NoExactRule: if one of the two differs.
         """
         try:
-            before = undo(steps, after, tape.copy())
+            before = undo(steps, after.clone(), tape.copy())
         except Mismatch:
             raise NoExactRule("it does not repeat itself bit for bit") from None
         if not before.equals(state):
@@ -437,7 +438,8 @@ def _grid(state: FixedPoint) -> str:
     """The coarsest power of two of which all values are multiples."""
     if state.exponent is not None or not bool(state.units.any()):
         return f"2^-{state.fraction_bits}"
-    lowest = state.units & -state.units
+    units = state.units.long()
+    lowest = units & -units
     zeros = int(lowest[lowest > 0].min()).bit_length() - 1
     return f"2^{zeros - state.fraction_bits}"
 
@@ -462,10 +464,10 @@ def _is_another_map(model: Invertible, x: Tensor) -> bool:
 
 def _final_state(z: Tensor, kept: Kept) -> FixedPoint:
     """The state that the encoder ended in."""
-    pushed = kept._pushed.unpack().to(z.device)
+    pushed = kept._pushed.unpack().to(z.device).double()
     exponent = None if kept._exponent is None else kept._exponent.unpack().to(z.device)
     state = FixedPoint(torch.zeros_like(pushed), pushed, exponent, kept._fraction_bits)
-    units = state.in_units(z.double()).round().long() + kept._low.unpack().to(z.device)
+    units = state.in_units(z.double()).round_() + kept._low.unpack().to(z.device)
     return replace(state, units=units)
 
 

@@ -9,12 +9,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from inn_guard.exact.fixed_point import (
-    FixedPoint,
-    NoExactRule,
-    scale_by_ratio,
-    undo_scale_by_ratio,
-)
+from inn_guard.exact.bijections import scale_by_ratio, undo_scale_by_ratio
+from inn_guard.exact.fixed_point import FixedPoint, NoExactRule
 from inn_guard.exact.steps import Step
 from inn_guard.exact.tape import Tape, checksum
 
@@ -74,7 +70,7 @@ class RationalQuadratic(Step):
             NoExactRule: if the bins are too narrow, or values need exponents.
         """
         bins, part = self._evaluated(state)
-        cells = bins.cells(part.units, by_y=self.inverse)
+        cells = bins.cells(part.units.long(), by_y=self.inverse)
         start, den, end, num = cells.between(inverse=self.inverse)
         inside = replace(part, units=torch.where(cells.inside, part.units - start, 0))
         inside = scale_by_ratio(inside, num, den, tape)
@@ -86,7 +82,7 @@ class RationalQuadratic(Step):
         """The entries back through their splines."""
         bins, part = self._evaluated(state)
         tape.compare(bins.checksum)
-        cells = bins.cells(part.units, by_y=not self.inverse)
+        cells = bins.cells(part.units.long(), by_y=not self.inverse)
         start, den, end, num = cells.between(inverse=self.inverse)
         inside = replace(part, units=torch.where(cells.inside, part.units - end, 0))
         inside = undo_scale_by_ratio(inside, num, den, tape)

@@ -17,14 +17,8 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from inn_guard.exact.fixed_point import (
-    FixedPoint,
-    NoExactRule,
-    affine,
-    shear,
-    undo_affine,
-    undo_shear,
-)
+from inn_guard.exact.bijections import Shear, affine, shear, undo_affine, undo_shear
+from inn_guard.exact.fixed_point import Entries, FixedPoint, NoExactRule, as_slice
 from inn_guard.exact.tape import Packed, Tape, checksum
 
 __all__ = [
@@ -48,7 +42,7 @@ Parameters = Callable[[Tensor], tuple[Tensor | None, Tensor | None]]
 
 
 class Step(abc.ABC):
-    """A bijection on states.
+    """A bijection on states. It may overwrite the tensors of the state that it gets.
 
     Args:
         dtype: in which parameters and stored layers are computed.
@@ -108,28 +102,36 @@ class Moves(Step):
     ) -> None:
         super().__init__(dtype)
         self.rows, self.shape, self.latent_shape = rows, tuple(shape), tuple(latent_shape)
+        self.rows_back = rows.argsort()
 
     @classmethod
     def of(
-        cls, function: Callable[[Tensor], Tensor], x: Tensor, *, samples: int | None = None
+        cls,
+        function: Callable[[Tensor], Tensor],
+        x: Tensor,
+        *,
+        samples: int | None = None,
+        dtype: torch.dtype = torch.float64,
     ) -> Moves:
         """The moves that a function makes on samples like those of x.
 
         Args:
-            function: of a batch of float64.
+            function: of a batch of ``dtype``.
             x: a batch.
             samples: how many are passed to the function. Default: as many as in x, as a function
                 may expect them.
+            dtype: in which the number of every entry is exact.
 
         Raises:
             NoExactRule: if the function does something else than moving entries.
         """
         numbers = torch.arange(x[0].numel(), device=x.device)
-        sample = numbers.to(torch.float64).reshape(1, *x.shape[1:])
+        sample = numbers.to(dtype).reshape(1, *x.shape[1:])
         batch = len(x) if samples is None else samples
         moved = function(sample.expand(batch, *x.shape[1:]).clone())
         rows = moved[0].flatten().round().long()
-        if moved.shape[1:].numel() != len(numbers) or not torch.equal(rows.sort()[0], numbers):
+        whole = torch.equal(rows.to(dtype), moved[0].flatten())
+        if not whole or len(rows) != len(numbers) or not torch.equal(rows.sort()[0], numbers):
             raise NoExactRule("it does more than moving entries")
         return cls(rows, x.shape[1:], moved.shape[1:], dtype=x.dtype)
 
@@ -139,15 +141,25 @@ class Moves(Step):
 
     def undo(self, state: FixedPoint, tape: Tape) -> FixedPoint:
         """The entries in their old order."""
-        return _moved(state, self.rows.argsort(), self.shape)
+        return _moved(state, self.rows_back, self.shape)
+
+    def moved_back(self, values: Tensor) -> Tensor:
+        """Values of a result (B, *latent) at the places they have before: the transposed map."""
+        return _at(values, self.rows_back, self.shape)
 
     def inverted(self) -> Moves:
         """The moves back."""
-        return Moves(self.rows.argsort(), self.latent_shape, self.shape, dtype=self.dtype)
+        return Moves(self.rows_back, self.latent_shape, self.shape, dtype=self.dtype)
 
 
 def _moved(state: FixedPoint, rows: Tensor, shape: tuple[int, ...]) -> FixedPoint:
-    return state.take(rows).mapped(lambda t: t.reshape(-1, *shape))
+    return state.mapped(lambda t: _at(t, rows, shape))
+
+
+def _at(t: Tensor, rows: Tensor, shape: tuple[int, ...]) -> Tensor:
+    flat = t.flatten(1)
+    # half the time of index_select
+    return flat.gather(1, rows.expand(flat.shape)).reshape(-1, *shape)
 
 
 class Affine(Step):
@@ -172,22 +184,27 @@ class Affine(Step):
         divide: bool = False,
     ) -> None:
         super().__init__(dtype)
-        self.parameters, self.changed, self.divide = parameters, changed, divide
+        self.parameters, self.divide = parameters, divide
+        self.changed: Entries = slice(None) if changed is None else as_slice(changed)
+        self.changes_all = changed is None
         #: whether the parameters depend on the state; set to False where they are known
         self.reads_state = True
 
     def run(self, state: FixedPoint, tape: Tape) -> FixedPoint:
         """Scaled and shifted."""
-        part, scale, shift = self._evaluated(state)
-        part = affine(part, scale, shift, tape, divide=self.divide)
+        scale, shift = self.parameters(self._known(state))
+        part = state.take(self.changed)
+        part = affine(part, _flat(scale, part), _flat(shift, part), tape, divide=self.divide)
         tape.push("digest", checksum(scale, shift))
-        return self._put(state, part)
+        return state.put(self.changed, part)
 
     def undo(self, state: FixedPoint, tape: Tape) -> FixedPoint:
         """Shifted and scaled back."""
-        part, scale, shift = self._evaluated(state)
+        scale, shift = self.parameters(self._known(state))
         tape.compare(checksum(scale, shift))
-        return self._put(state, undo_affine(part, scale, shift, tape, divide=self.divide))
+        part = state.take(self.changed)
+        part = undo_affine(part, _flat(scale, part), _flat(shift, part), tape, divide=self.divide)
+        return state.put(self.changed, part)
 
     def inverted(self) -> Affine:
         """The other direction, with the same parameters."""
@@ -195,27 +212,22 @@ class Affine(Step):
         clone.divide = not self.divide
         return clone
 
-    def _evaluated(self, state: FixedPoint) -> tuple[FixedPoint, Tensor | None, Tensor | None]:
-        """(changed entries, scale, shift), all (B, n)."""
-        if self.changed is None:
-            part = state.mapped(lambda t: t.flatten(1))
-        else:
-            part = state.take(self.changed)
-        scale, shift = self.parameters(self._known(state))
-        return part, _flat(scale, part), _flat(shift, part)
-
     def _known(self, state: FixedPoint) -> Tensor:
         """The values of the entries that stay, and zeros."""
-        if self.changed is None or not self.reads_state:
+        if self.changes_all or not self.reads_state:
             zero = torch.zeros((), dtype=self.dtype, device=state.units.device)
             return zero.expand(state.units.shape)
-        x = state.values(self.dtype)
-        return x.flatten(1).index_fill_(1, self.changed, 0).reshape(x.shape)
+        return without(state.values(self.dtype), self.changed)
 
-    def _put(self, state: FixedPoint, part: FixedPoint) -> FixedPoint:
-        if self.changed is None:
-            return part.mapped(lambda t: t.reshape(state.units.shape))
-        return state.put(self.changed, part)
+
+def without(x: Tensor, entries: Entries) -> Tensor:
+    """The values (B, *data) with zeros at some entries, in place."""
+    flat = x.flatten(1)
+    if isinstance(entries, slice):
+        flat[:, entries] = 0
+    else:
+        flat.index_fill_(1, entries, 0)
+    return flat.reshape(x.shape)
 
 
 def _flat(parameter: Tensor | None, part: FixedPoint) -> Tensor | None:
@@ -225,7 +237,7 @@ def _flat(parameter: Tensor | None, part: FixedPoint) -> Tensor | None:
     batch, n = part.units.shape
     if parameter.dim() > 1 and parameter.shape[1:].numel() == n:
         parameter = parameter.flatten(1)
-    return parameter.expand(batch, n).contiguous()
+    return parameter.expand(batch, n)
 
 
 class Autoregressive(Step):
@@ -257,7 +269,8 @@ class Autoregressive(Step):
         if self.divide:
             # scratch tapes: only the last evaluation, with all entries known, counts
             known = self._entry_by_entry(
-                state, lambda scale, shift: affine(state, scale, shift, Tape(), divide=True)
+                state,
+                lambda scale, shift: affine(state.clone(), scale, shift, Tape(), divide=True),
             )
         scale, shift = self._evaluated(known)
         after = affine(state, scale, shift, tape, divide=self.divide)
@@ -275,7 +288,9 @@ class Autoregressive(Step):
         if not self.divide:
             known = self._entry_by_entry(
                 state,
-                lambda scale, shift: undo_affine(state, scale, shift, tape.copy(), divide=False),
+                lambda scale, shift: undo_affine(
+                    state.clone(), scale, shift, tape.copy(), divide=False
+                ),
             )
         scale, shift = self._evaluated(known)
         tape.push("digest", expected)
@@ -301,8 +316,7 @@ class Autoregressive(Step):
         solve: Callable[[Tensor | None, Tensor | None], FixedPoint],
     ) -> FixedPoint:
         """The state whose entries the parameters at the entries before them give."""
-        zeros = torch.zeros_like(state.units)
-        known = replace(state, units=zeros, exponent=None)
+        known = replace(state.clone(), units=torch.zeros_like(state.units), exponent=None)
         for entry in self.order.reshape(-1, 1):
             scale, shift = self._evaluated(known)
             known = known.put(entry, solve(scale, shift).take(entry))
@@ -339,23 +353,23 @@ class Matrix(Step):
             raise NoExactRule("its matrix is singular")
         # P L U: row i of L U goes to row order.argsort()[i], z = (L U x)[order]
         self.order = pivots.argmax(1)
+        self.order_back = self.order.argsort()
         self.upper = _shears(upper / self.diagonal[:, None], lower=False)
         self.lower = _shears(lower, lower=True)
         self.digest = checksum(weight, bias)
 
     def run(self, state: FixedPoint, tape: Tape) -> FixedPoint:
         """z, or x if ``inverse``."""
-        rows = _as_rows(state)
-        rows = self._backward(rows, tape) if self.inverse else self._forward(rows, tape)
+        state = self._backward(state, tape) if self.inverse else self._forward(state, tape)
         tape.push("digest", self.digest)
-        return _as_channels(rows, state.units.shape)
+        return state
 
     def undo(self, state: FixedPoint, tape: Tape) -> FixedPoint:
         """x, or z if ``inverse``."""
         tape.compare(self.digest)
-        rows = _as_rows(state)
-        rows = self._undo_backward(rows, tape) if self.inverse else self._undo_forward(rows, tape)
-        return _as_channels(rows, state.units.shape)
+        if self.inverse:
+            return self._undo_backward(state, tape)
+        return self._undo_forward(state, tape)
 
     def inverted(self) -> Matrix:
         """W^-1."""
@@ -363,56 +377,67 @@ class Matrix(Step):
         clone.inverse = not self.inverse
         return clone
 
-    def _forward(self, rows: FixedPoint, tape: Tape) -> FixedPoint:
-        for matrix in self.upper:
-            rows = shear(rows, matrix, tape)
-        rows = affine(rows, self._scale(rows), None, tape, divide=False)
-        for matrix in self.lower:
-            rows = shear(rows, matrix, tape)
-        return affine(rows.take(self.order), None, self._shift(rows), tape, divide=False)
+    def _forward(self, state: FixedPoint, tape: Tape) -> FixedPoint:
+        for one in self.upper:
+            state = shear(state, one, tape)
+        state = affine(state, self._scale(state), None, tape, divide=False)
+        for one in self.lower:
+            state = shear(state, one, tape)
+        state = _ordered(state, self.order)
+        return affine(state, None, self._shift(state), tape, divide=False)
 
-    def _undo_forward(self, rows: FixedPoint, tape: Tape) -> FixedPoint:
-        rows = undo_affine(rows, None, self._shift(rows), tape, divide=False)
-        rows = rows.take(self.order.argsort())
-        for matrix in reversed(self.lower):
-            rows = undo_shear(rows, matrix, tape)
-        rows = undo_affine(rows, self._scale(rows), None, tape, divide=False)
-        for matrix in reversed(self.upper):
-            rows = undo_shear(rows, matrix, tape)
-        return rows
+    def _undo_forward(self, state: FixedPoint, tape: Tape) -> FixedPoint:
+        state = undo_affine(state, None, self._shift(state), tape, divide=False)
+        state = _ordered(state, self.order_back)
+        for one in reversed(self.lower):
+            state = undo_shear(state, one, tape)
+        state = undo_affine(state, self._scale(state), None, tape, divide=False)
+        for one in reversed(self.upper):
+            state = undo_shear(state, one, tape)
+        return state
 
-    def _backward(self, rows: FixedPoint, tape: Tape) -> FixedPoint:
-        rows = affine(rows, None, self._shift(rows), tape, divide=True)
-        rows = rows.take(self.order.argsort())
-        for matrix in reversed(self.lower):
-            rows = shear(rows, -matrix, tape)
-        rows = affine(rows, self._scale(rows), None, tape, divide=True)
-        for matrix in reversed(self.upper):
-            rows = shear(rows, -matrix, tape)
-        return rows
+    def _backward(self, state: FixedPoint, tape: Tape) -> FixedPoint:
+        state = affine(state, None, self._shift(state), tape, divide=True)
+        state = _ordered(state, self.order_back)
+        for one in reversed(self.lower):
+            state = shear(state, one.inverse, tape)
+        state = affine(state, self._scale(state), None, tape, divide=True)
+        for one in reversed(self.upper):
+            state = shear(state, one.inverse, tape)
+        return state
 
-    def _undo_backward(self, rows: FixedPoint, tape: Tape) -> FixedPoint:
-        for matrix in self.upper:
-            rows = undo_shear(rows, -matrix, tape)
-        rows = undo_affine(rows, self._scale(rows), None, tape, divide=True)
-        for matrix in self.lower:
-            rows = undo_shear(rows, -matrix, tape)
-        rows = rows.take(self.order)
-        return undo_affine(rows, None, self._shift(rows), tape, divide=True)
+    def _undo_backward(self, state: FixedPoint, tape: Tape) -> FixedPoint:
+        for one in self.upper:
+            state = undo_shear(state, one.inverse, tape)
+        state = undo_affine(state, self._scale(state), None, tape, divide=True)
+        for one in self.lower:
+            state = undo_shear(state, one.inverse, tape)
+        state = _ordered(state, self.order)
+        return undo_affine(state, None, self._shift(state), tape, divide=True)
 
-    def _scale(self, rows: FixedPoint) -> Tensor | None:
+    def _scale(self, state: FixedPoint) -> Tensor | None:
         if bool((self.diagonal == 1).all()):
             return None
-        return self.diagonal.expand(rows.units.shape)
+        return _over_channels(self.diagonal, state)
 
-    def _shift(self, rows: FixedPoint) -> Tensor | None:
+    def _shift(self, state: FixedPoint) -> Tensor | None:
         if self.bias is None:
             return None
-        return self.bias.double().expand(rows.units.shape)
+        return _over_channels(self.bias.double(), state)
 
 
-def _shears(triangle: Tensor, *, lower: bool) -> list[Tensor]:
-    """Matrices M_k with M_k^2 = 0 and triangle = (I + M_n) ... (I + M_1): log2(C) of them.
+def _over_channels(parameter: Tensor, state: FixedPoint) -> Tensor:
+    """One number for each channel, in the shape of the state."""
+    positions = [1] * (state.units.dim() - 2)
+    return parameter.reshape(-1, *positions).expand(state.units.shape)
+
+
+def _ordered(state: FixedPoint, order: Tensor) -> FixedPoint:
+    return state.mapped(lambda t: t.index_select(1, order))
+
+
+def _shears(triangle: Tensor, *, lower: bool) -> list[Shear]:
+    """Shears with triangle = (I + M_n) ... (I + M_1): log2(C) of them.
 
     T = [[T11, 0], [T21, T22]] is one shear by T21 T11^-1 after both diagonal blocks. The blocks of
     one size are sheared at the same time.
@@ -443,17 +468,7 @@ def _shears(triangle: Tensor, *, lower: bool) -> list[Tensor]:
             whole = whole.flip(0, 1)
         shears.append(whole[:count, :count].contiguous())
         half *= 2
-    return [matrix for matrix in shears if bool(matrix.any())]
-
-
-def _as_rows(state: FixedPoint) -> FixedPoint:
-    channels = state.units.shape[1]
-    return state.mapped(lambda t: t.movedim(1, -1).reshape(-1, channels))
-
-
-def _as_channels(rows: FixedPoint, shape: torch.Size) -> FixedPoint:
-    moved = (shape[0], *shape[2:], shape[1])
-    return rows.mapped(lambda t: t.reshape(moved).movedim(-1, 1).contiguous())
+    return [Shear.of(matrix) for matrix in shears if bool(matrix.any())]
 
 
 class StoredInput(Step):
@@ -479,13 +494,14 @@ class StoredInput(Step):
             raise NoExactRule("its output is not finite")
         after = FixedPoint.of(z, state.fraction_bits)
         exponent = None if state.exponent is None else Packed.of(state.exponent)
-        stored = [Packed.of(state.units), exponent]
+        stored = [Packed.of(state.units.long()), exponent]
         if after.units.numel() == state.units.numel():
-            after = replace(after, pushed=state.pushed.reshape(z.shape))
+            pushed = state.pushed.reshape(z.shape)
+            after = replace(after, pushed=pushed, fullest=state.fullest)
             stored.append(None)
         else:
             # the entries are others: their bits start anew
-            stored.append(Packed.of(state.pushed))
+            stored.append(Packed.of(state.pushed.long()))
         for packed in stored:
             tape.stored_bits += 0 if packed is None else packed.bits
         tape.push("input", tuple(stored))
@@ -494,15 +510,15 @@ class StoredInput(Step):
     def undo(self, state: FixedPoint, tape: Tape) -> FixedPoint:
         """The kept state."""
         units, exponent, pushed = tape.pop("input")
-        restored = units.unpack().to(state.units.device)
-        return replace(
-            state,
-            units=restored,
-            exponent=None if exponent is None else exponent.unpack().to(restored.device),
-            pushed=state.pushed.reshape(restored.shape)
-            if pushed is None
-            else pushed.unpack().to(restored.device),
-        )
+        device = state.units.device
+        restored = units.unpack().to(device).double()
+        if pushed is None:
+            bits = state.pushed.reshape(restored.shape)
+        else:
+            bits = pushed.unpack().to(device).double()
+        if exponent is not None:
+            exponent = exponent.unpack().to(device)
+        return FixedPoint(restored, bits, exponent, state.fraction_bits)
 
     def inverted(self) -> StoredInput:
         """Not needed: an inverse layer is stored as a whole.
@@ -555,8 +571,8 @@ class OnTail(Step):
         return max((step.passes_of_undo() for step in self.steps), default=1)
 
     @staticmethod
-    def _tail(state: FixedPoint, shape: tuple[int, ...]) -> tuple[FixedPoint, Tensor]:
+    def _tail(state: FixedPoint, shape: tuple[int, ...]) -> tuple[FixedPoint, slice]:
         size, width = math.prod(shape), state.units[0].numel()
-        entries = torch.arange(width - size, width, device=state.units.device)
+        entries = slice(width - size, width)
         tail = state.take(entries)
         return tail.mapped(lambda t: t.reshape(-1, *shape)), entries

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import math
 from collections.abc import Callable
@@ -165,10 +166,14 @@ def _checksum(tensor: Tensor) -> int:
         content = torch.cat([content, content.new_zeros(missing)])
     words = content.view(torch.int64)
     words = (words >> 32).bitwise_xor_(words)
-    weights = torch.arange(1, len(words) + 1, device=words.device)
-    # odd weights: a change of one word always shows
-    words *= weights.mul_(0x1E3779B97F4A7C15).bitwise_or_(1)
-    return int(words.sum())
+    return int(words.mul_(_weights(len(words), words.device)).sum())
+
+
+@functools.lru_cache(maxsize=8)
+def _weights(count: int, device: torch.device) -> Tensor:
+    """Odd numbers, so that a change of one word always shows."""
+    numbers = torch.arange(1, count + 1, device=device)
+    return numbers.mul_(0x1E3779B97F4A7C15).bitwise_or_(1)
 
 
 def digest(*tensors: Tensor | None) -> bytes:

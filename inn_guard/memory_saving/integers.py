@@ -171,7 +171,8 @@ class ExactForwardPass(ForwardPass):
         fused = evaluated.layer is not step.layer
         steps = _integer_steps(rule, evaluated.layer, shape, values, fused=fused)
         tape = IntegerTape()
-        after = run_integers(steps, state, tape)
+        # a copy: a step may overwrite its state, and a later one may find that it has no rule
+        after = run_integers(steps, state.clone(), tape)
         needed = before if before.changed() else None
         if needed is not None and not fused:
             raise NoExactRule("it draws random numbers or updates statistics")
@@ -241,7 +242,8 @@ class ExactBackwardPass(BackwardPass):
 
     def __init__(self, forward: ForwardPass, tape: ExactTape) -> None:
         super().__init__(forward, tape)
-        self._state = cast(FixedPoint, tape.final)
+        # a copy, as undoing a step may overwrite its state: the graph may be used again
+        self._state = cast(FixedPoint, tape.final).clone()
 
     def run(self, output: Tensor, gradients: Sequence[Tensor | None], first: int) -> Tensor | None:
         """The gradient of the input of step ``first``. Fills in ``self.gradients``.
@@ -310,7 +312,7 @@ def _check(step: Step, state: FixedPoint, after: FixedPoint, record: ExactRecord
     with preserve_state(step.layer):
         try:
             with record.restored():
-                _, _, before = _restored(step, after, record)
+                _, _, before = _restored(step, after.clone(), record)
         except Mismatch:
             raise NoExactRule("it does not repeat itself bit for bit") from None
         with record.restored():

@@ -13,10 +13,14 @@ from inn_guard.exact.steps import Affine, Matrix, Moves, Step
 
 __all__ = ["channels_of", "coupling", "elementwise_affine", "matrix", "moves"]
 
+EXACT_IN_FLOAT32 = 2**24  #: below which integers are numbers of float32
+
 
 def moves(layer: Invertible, x: Tensor) -> list[Step]:
     """Of a map that only moves entries."""
     samples = 1 if layer.context is None else None
+    if x.dtype == torch.float32 and x[0].numel() < EXACT_IN_FLOAT32:
+        return [Moves.of(layer, x, samples=samples, dtype=x.dtype)]
     return [Moves.of(layer.to_dtype(torch.float64), x, samples=samples)]
 
 
