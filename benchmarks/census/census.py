@@ -19,8 +19,10 @@ import copy
 import hashlib
 import math
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
+import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor, nn
@@ -108,8 +110,7 @@ def measure(config: Config, case: Case) -> Iterator[Row]:
     train, test = split.train, split.test
     if not kind.images:
         train, test = train.flatten(1), test.flatten(1)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(case.seed)
+    with seeded(case.seed):
         flow = kind.build(tuple(train.shape[1:]), case.depth, config.width)
         training = Training(flow, train, config, case.seed)
         for steps in config.steps:
@@ -129,6 +130,19 @@ def measure(config: Config, case: Case) -> Iterator[Row]:
             for dtype in config.dtypes:
                 key = f"{case.key}, {steps} steps, {dtype}"
                 yield {**common, "dtype": dtype, **audited(config, flow, test, dtype, key)}
+
+
+@contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """The generators of torch and of numpy, which FrEIA draws from, set and put back afterwards."""
+    state = np.random.get_state()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        np.random.seed(seed)
+        try:
+            yield
+        finally:
+            np.random.set_state(state)
 
 
 class Training:

@@ -170,7 +170,8 @@ def one_default(frame: pd.DataFrame) -> Finding | None:
 
 def whose_fault(frame: pd.DataFrame) -> Finding | None:
     """Models that fail sampling in float32: what float64 does."""
-    key = ["flow", "data", "depth", "steps", "seed"]
+    # equal bits per dimension: of parts that were run apart, only pairs with the same weights count
+    key = ["flow", "data", "depth", "steps", "seed", "bits"]
     single, double = _in(frame), _in(frame, "float64")
     single = single[failed(single, "sampling")]
     pairs = single.merge(double[[*key, "sampling", "sampling_figure"]], on=key)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 import inn_guard as ig
 from benchmarks.census import truth
-from benchmarks.census.census import Config, Training, bits, is_checked, uses_of
+from benchmarks.census.census import Config, Training, bits, is_checked, seeded, uses_of
 from benchmarks.census.data import DATA, load
 from benchmarks.census.flows import FLOWS
 from benchmarks.common.image_files import MissingData
@@ -143,6 +143,19 @@ def test_missing_images_and_unknown_data_are_refused(tmp_path):
         load("patches", root=str(tmp_path), held_out=8, seed=0)
     with pytest.raises(ValueError, match=r"expected data out of moons, .*; got 'mnist'"):
         load("mnist", root="", held_out=8, seed=0)
+
+
+@pytest.mark.parametrize("name", FLOWS)
+def test_a_seed_determines_the_weights_of_every_flow(name):
+    shape = tuple(sample(name).shape[1:])
+    flows = []
+    for _ in range(2):
+        with seeded(3):
+            flows.append(FLOWS[name].build(shape, 2, 8))
+    first, second = (flow.state_dict() for flow in flows)
+    for key, value in first.items():
+        if isinstance(value, Tensor):
+            assert torch.equal(value, second[key]), key
 
 
 def test_training_goes_on_where_it_was_and_leaves_out_steps_that_are_not_finite():
