@@ -48,7 +48,7 @@ def wrap(  # noqa: PLR0913
     layers: Iterable[Any] | None = None,
     log_det: Callable[..., Any] | None = None,
     context: Context = None,
-    x: Tensor | None = None,
+    x: Any = None,
     velocity: Any = None,
     solver: Any = None,
     times: Any = (1.0, 0.0),
@@ -128,7 +128,7 @@ def wrap(  # noqa: PLR0913
     return _from_model(_uncompiled(model), x, context)
 
 
-def _from_model(model: Any, x: Tensor | None, context: Context) -> Invertible:
+def _from_model(model: Any, x: Any, context: Context) -> Invertible:
     if isinstance(model, Invertible):
         return model if context is None else model.with_context(context)
     adapter = _adapter_of(model)

@@ -87,7 +87,7 @@ def full_spectrum(context: AuditContext, *, samples: int = 2) -> AuditResult:
         headline=("sigma_max", "smallest_resolved", "not_resolved"),
         values={
             "sigma_max": values[:, 0].max().item(),
-            "smallest_resolved": readable.nan_to_num(math.inf).min().item(),
+            "smallest_resolved": readable.nan_to_num(math.inf, posinf=math.inf).min().item(),
             "not_resolved": float(unreadable),
         },
         per_sample={"singular_values": readable},

@@ -81,7 +81,7 @@ def layer_blame(context: AuditContext, *, samples: int = 32, probes: int = 8) ->
             "layer_blame", Verdict.NON_FINITE, "no sample has a finite latent: nothing to linearize"
         )
     measured = _measured(context, rows, probes)
-    sample = int(measured.log_total.nan_to_num(math.inf).argmax())
+    sample = int(measured.log_total.nan_to_num(math.inf, posinf=math.inf).argmax())
     layers = context.model.layers() or (context.model,)
     limit = context.limits.round_trip(context.x.dtype)
     table = measured.table([layer.name for layer in layers], sample)

@@ -265,7 +265,7 @@ def _with_cause(context: AuditContext, measured: _Measured, limit: float) -> _Me
 def _worst_rows(context: AuditContext, measured: _Measured) -> Tensor:
     """Positions of the samples with the largest errors whose latents are finite."""
     usable = finite_rows(measured.data.middle).cpu().nonzero()[:, 0]
-    errors = measured.deciding.by_feature[usable].nan_to_num(math.inf)
+    errors = measured.deciding.by_feature[usable].nan_to_num(math.inf, posinf=math.inf)
     ordered = usable[errors.argsort(descending=True)]
     fits = context.max_linearized(2 * MAX_STEPS + len(context.model.layers()))
     return ordered[: int(min(EXPLAINED_SAMPLES, fits))]
@@ -394,7 +394,9 @@ def _because(measured: _Measured, limit: float) -> str:
             off = "returns NaN or Inf"
         text = f"; float64 {off}, too"
     if measured.explained is not None:
-        condition = measured.explained.log_condition.nan_to_num(math.inf).max().item()
+        condition = (
+            measured.explained.log_condition.nan_to_num(math.inf, posinf=math.inf).max().item()
+        )
         count = len(measured.explained.log_condition)
         text += (
             f"; the condition number is {format_log10(condition / math.log(10))} at the worst of "
@@ -457,7 +459,7 @@ def _images(data: RoundTrip) -> dict[str, Tensor]:
     start = data.start
     if start.dim() != 4 or start.shape[1] not in (1, 3) or min(start.shape[2:]) < 2:
         return {}
-    order = data.largest.nan_to_num(math.inf).argsort(descending=True)
+    order = data.largest.nan_to_num(math.inf, posinf=math.inf).argsort(descending=True)
     rows = order[:SHOWN].to(start.device)
     original = start[rows].detach().cpu()
     returned = data.end[rows].detach().cpu()

@@ -178,7 +178,7 @@ def unconverged(model: Invertible, x: Tensor) -> dict[str, str]:
             record = getattr(layer.block, "convergence", None)
             if record is None or bool(record.converged.all()):
                 continue
-            residual = record.residual.nan_to_num(math.inf).max().item()
+            residual = record.residual.nan_to_num(math.inf, posinf=math.inf).max().item()
             left = int((~record.converged).sum())
             found[_place(layers, k)] = (
                 f"{left} of {len(x)} samples, residual {residual:.1e} after {record.iterations} "

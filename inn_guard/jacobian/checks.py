@@ -218,7 +218,7 @@ def _disagreement(jacobian: LayerJacobian, x: Tensor, draw: Draw) -> str | None:
         return None
     gaps = _gaps(*(t[finite].double() for t in (v, w, u, back, adjoint)), eps=eps)
     if not bool((gaps.round_trip <= gaps.tolerance).all()):
-        worst = gaps.round_trip.nan_to_num(math.inf).max().item()
+        worst = gaps.round_trip.nan_to_num(math.inf, posinf=math.inf).max().item()
         return (
             "the derivative of its inverse is wrong "
             f"(J^-1 J v differs from v by {worst:.1e} of |v|)"
