@@ -429,7 +429,12 @@ class _Lost:
         text = ""
         if self.cause == "not onto":
             return self.reach.sentence()
-        if self.cause == "model":
+        if self.cause == "model" and 2 * self.returning >= self.repeated:
+            text = (
+                f"; float64 agrees on {self.agreeing} of {self.repeated}: the model sends them "
+                f"there, and only float64 brings {self.returning} back"
+            )
+        elif self.cause == "model":
             text = (
                 f"; float64 agrees on {self.agreeing} of {self.repeated}: the model is at fault, "
                 "not rounding"

@@ -253,6 +253,17 @@ def test_draws_that_rounding_loses_come_back_in_float64():
     assert sampling(model, x).verdict == "stable"
 
 
+def test_draws_sent_far_away_that_float64_brings_back_are_told_as_such():
+    generator = torch.Generator().manual_seed(0)
+    left, right = (torch.linalg.qr(torch.randn(6, 6, generator=generator)).Q for _ in range(2))
+    model = Linear(left @ torch.diag(torch.logspace(0, -7, 6)) @ right)
+    x = model.inverse(1e-5 * torch.randn(32, 6)).detach()
+    single = sampling(model.to_dtype(torch.float32), x.float())
+    assert single.settings["cause"] == "model"
+    assert "the model sends them there, and only float64 brings" in single.reason
+    assert sampling(model, x).verdict == "stable"
+
+
 def test_a_float64_model_is_not_compared_with_itself():
     result = sampling(Loses(threshold(0.05)), data())
     assert result.settings["cause"] == "unknown"
