@@ -198,6 +198,8 @@ def test_a_backward_pass_that_raises_is_no_derivative(check):
             return z / 2
 
     report = ig.audit(Doubled(), torch.randn(8, 4), checks=[check], progress=False)
-    assert report[check].verdict in ("stable", "not_applicable")
+    # a log-determinant that nothing can be compared with is not called right
+    expected = "undecided" if check == "log_det" else "not_applicable"
+    assert report[check].verdict == expected
     if report[check].verdict == "not_applicable":
         assert "its backward pass raises KeyError" in report[check].reason
