@@ -43,6 +43,7 @@ __all__ = [
 ]
 
 MANTISSA = 24  #: bits of a scale: float32 scales are met exactly
+EPS = 2.0**-23  #: relative distance of a scale of float64 from its float32
 #: Scales from 2^-SMALL up to 2^NEAR are num / den with num * den below 2^53.
 SMALL = 5
 NEAR = 12  #: scales outside 2^-12 ... 2^12 are split into a power of two and a rest
@@ -197,7 +198,8 @@ def _with_room(state: FixedPoint, sizes: _Sizes, *, divide: bool) -> FixedPoint 
         return None
     if not (sizes.low >= 2.0**-SMALL and sizes.high < 2.0**NEAR):
         return None
-    low, high = sizes.low, sizes.high
+    # as they are in float32
+    low, high = sizes.low * (1 - EPS), sizes.high * (1 + EPS)
     den = 2.0 ** (MANTISSA - math.frexp(low)[1])
     if divide:
         low, high, den = 1 / high, 1 / low, 2.0**MANTISSA

@@ -79,7 +79,8 @@ def undo(steps: Sequence[Step], state: FixedPoint, tape: Tape) -> FixedPoint:
     """The state before all steps."""
     for step in reversed(steps):
         state = step.undo(state, tape)
-    return state
+    # the bounds are those of the state after the steps
+    return replace(state, largest=math.inf, fullest=math.inf)
 
 
 class Moves(Step):

@@ -69,8 +69,8 @@ def memory_saving(
     exact rule; of autoregressive layers, whose input would take one pass of the network for each
     entry; and of layers that draw random numbers or update statistics, unless one evaluation of
     their network restores and differentiates. ``saving.plan()`` says which. On the CPU a step takes
-    five to six times as long as with stored activations. The first batch of a
-    shape takes longer: every layer is restored at once and compared.
+    three to four times as long as with stored activations. The first batch of a shape takes longer:
+    every layer is restored at once and compared.
 
     Args:
         model: an Invertible with layers(); parameters are shared, nothing in it is changed.
