@@ -259,7 +259,9 @@ def attempt(call: Callable[[], Any]) -> Any:
         return type(error).__name__
 
 
-#: cases that no audit could run on a GPU, and why: the libraries' own code fails there, too
+_ENDS = "torch ends the process on the pretended device (signal 11), for a reason not found"
+
+#: cases that do not run, and why: mostly the libraries' own code fails on a GPU, too
 LEFT_OUT = {
     "torch-affine": "its location is a tensor that no module moves",
     "nflows-Sigmoid": "its temperature is a tensor that no module moves",
@@ -274,6 +276,11 @@ LEFT_OUT = {
     "normflows-Composite": "it makes its log-determinant on the CPU",
     "zuko-FFJTransform": "its solver differentiates in torch's device thread, which ends there",
     "zuko-CNF": "its solver differentiates in torch's device thread, which ends there",
+    "zuko-CNF-context": "its solver differentiates in torch's device thread, which ends there",
+    "zuko-SOSPF": _ENDS,
+    "zuko-UNAF": _ENDS,
+    "freia-IRevNetDownsampling-legacy": _ENDS,
+    "freia-IRevNetUpsampling-legacy": _ENDS,
 }
 
 STANDARD = [check.name for check in checks_of_level(Level.STANDARD)]
