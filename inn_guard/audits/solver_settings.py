@@ -120,7 +120,7 @@ def _best(copy: AuditedModel, x: Tensor) -> Turned | None:
     start = time.perf_counter()
     trip = _trip(guarded, x)
     guarded.seconds = max(LEAST_SECONDS, PATIENCE * (time.perf_counter() - start))
-    error = trip.by_feature.nan_to_num(torch.inf).max().item()
+    error = trip.by_feature.nan_to_num(torch.inf, posinf=torch.inf).max().item()
     found = None
     for group in _groups(places):
         for times in (1, 2):
@@ -163,7 +163,7 @@ def _error_with(
     moved = RoundTrip(trip.middle, trip.middle, other.middle).by_feature
     if not bool((moved <= MOVED * error).all()):
         return torch.inf
-    return other.by_feature.nan_to_num(torch.inf).max().item()
+    return other.by_feature.nan_to_num(torch.inf, posinf=torch.inf).max().item()
 
 
 def _trip(guarded: Guarded, x: Tensor) -> RoundTrip:
