@@ -7,6 +7,7 @@ BIN    := $(VENV)/bin
 READY  := $(VENV)/.installed
 JOBS   ?= 2
 SELECT ?=
+PROFILE ?= thorough
 SHARE  ?= 1/1
 COVERAGE ?=
 
@@ -36,10 +37,11 @@ shapes: $(READY)
 	@echo "Every feature once, with shapes and dtypes checked at every call: about 7 minutes on two cores."
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --share $(SHARE) --jaxtyping-packages=inn_guard,beartype.beartype
 
-# SELECT=thorough: only what `make test` leaves out; SHARE=1/3: the first of three equal parts of it
+# SELECT=thorough: only what `make test` leaves out; SHARE=1/3: the first of three equal parts of it;
+# PROFILE=search: other random examples at every run
 thorough: $(READY)
 	@echo "Every test on every case, longer searches for counterexamples: about 15 minutes on two cores."
-	OMP_NUM_THREADS=1 HYPOTHESIS_PROFILE=thorough $(BIN)/python -m pytest -n $(JOBS) -m "$(SELECT)" --share $(SHARE)
+	OMP_NUM_THREADS=1 HYPOTHESIS_PROFILE=$(PROFILE) $(BIN)/python -m pytest -n $(JOBS) -m "$(SELECT)" --share $(SHARE)
 
 lint: $(READY)
 	$(BIN)/ruff check .

@@ -1,6 +1,7 @@
 """Every test runs in float64 (default), on one thread, from a known state of the random generators.
 
-HYPOTHESIS_PROFILE=thorough searches longer, and elsewhere at every run.
+HYPOTHESIS_PROFILE=thorough searches longer, always in the same places, so that a run that passed
+passes again; HYPOTHESIS_PROFILE=search searches elsewhere at every run.
 """
 
 from __future__ import annotations
@@ -16,7 +17,8 @@ from hypothesis import settings
 from tests.execution import clocks
 
 settings.register_profile("ci", max_examples=10, deadline=None, derandomize=True)
-settings.register_profile("thorough", max_examples=400, deadline=None)
+settings.register_profile("thorough", max_examples=400, deadline=None, derandomize=True)
+settings.register_profile("search", max_examples=400, deadline=None)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
 torch.set_num_threads(1)
 
