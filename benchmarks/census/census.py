@@ -19,10 +19,8 @@ import copy
 import hashlib
 import math
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 
-import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor, nn
@@ -30,6 +28,7 @@ from torch import Tensor, nn
 import inn_guard as ig
 from benchmarks.census.data import load
 from benchmarks.census.flows import FLOWS
+from benchmarks.census.training import Training, bits, seeded
 from benchmarks.census.truth import truths
 from benchmarks.common.runner import Row, collect, main
 from inn_guard.audits.rates import rate_interval
@@ -39,7 +38,6 @@ from inn_guard.report.uses import USES
 __all__ = ["PRESETS", "Config", "run"]
 
 DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16}
-REFUSALS = (AssertionError, RuntimeError, ValueError)  #: what libraries raise on bad numbers
 FORMATS_OF = ("density", "reconstruction", "sampling")
 
 
@@ -112,7 +110,13 @@ def measure(config: Config, case: Case) -> Iterator[Row]:
         train, test = train.flatten(1), test.flatten(1)
     with seeded(case.seed):
         flow = kind.build(tuple(train.shape[1:]), case.depth, config.width)
-        training = Training(flow, train, config, case.seed)
+        training = Training(
+            flow,
+            train,
+            batch_size=config.batch_size,
+            learning_rate=config.learning_rate,
+            seed=case.seed,
+        )
         for steps in config.steps:
             training.go_on(steps)
             common = {
@@ -130,78 +134,6 @@ def measure(config: Config, case: Case) -> Iterator[Row]:
             for dtype in config.dtypes:
                 key = f"{case.key}, {steps} steps, {dtype}"
                 yield {**common, "dtype": dtype, **audited(config, flow, test, dtype, key)}
-
-
-@contextmanager
-def seeded(seed: int) -> Iterator[None]:
-    """The generators of torch and of numpy, which FrEIA draws from, set and put back afterwards."""
-    state = np.random.get_state()
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        np.random.seed(seed)
-        try:
-            yield
-        finally:
-            np.random.set_state(state)
-
-
-class Training:
-    """Adam on the negative log-likelihood, which goes on from where it was.
-
-    Steps whose loss or gradient is not finite, or at which the library raises, are left out and
-    counted. Nothing is clipped: the defaults do not.
-
-    Args:
-        flow: is trained in place.
-        train: rows.
-        config: batch size and learning rate.
-        seed: of the batches.
-    """
-
-    def __init__(self, flow: nn.Module, train: Tensor, config: Config, seed: int) -> None:
-        self.flow, self.train, self.config = flow, train, config
-        self.model = ig.wrap(flow)
-        self.parameters = [p for p in flow.parameters() if p.requires_grad]
-        self.optimizer = torch.optim.Adam(self.parameters, lr=config.learning_rate)
-        self.generator = torch.Generator().manual_seed(seed)
-        self.done = self.skipped = 0
-        flow.train()
-        with torch.no_grad():  # layers that are initialised by their first batch
-            self.model.log_prob(train[: config.batch_size])
-        flow.eval()
-
-    def go_on(self, steps: int) -> None:
-        """Train up to this number of steps in all; the flow is in eval mode afterwards."""
-        self.flow.train()
-        while self.done < steps:
-            size = (self.config.batch_size,)
-            batch = self.train[torch.randint(len(self.train), size, generator=self.generator)]
-            self.skipped += not self._step(batch)
-            self.done += 1
-        self.flow.eval()
-
-    def _step(self, batch: Tensor) -> bool:
-        self.optimizer.zero_grad()
-        try:
-            loss = -self.model.log_prob(batch).mean()
-            loss.backward()
-        except REFUSALS:
-            return False
-        gradients = [p.grad for p in self.parameters if p.grad is not None]
-        if not all(bool(one.isfinite().all()) for one in (loss, *gradients)):
-            return False
-        self.optimizer.step()
-        return True
-
-
-@torch.no_grad()
-def bits(flow: nn.Module, x: Tensor) -> float:
-    """Median negative log-likelihood of held-out rows in bits per dimension."""
-    try:
-        nats = -ig.wrap(flow).log_prob(x).double()
-    except REFUSALS:
-        return math.nan
-    return nats.median().item() / x[0].numel() / math.log(2)
 
 
 def audited(config: Config, flow: nn.Module, x: Tensor, dtype: str, key: str) -> Row:

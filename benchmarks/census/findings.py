@@ -12,9 +12,10 @@ from dataclasses import dataclass
 import pandas as pd
 
 from benchmarks.census.rows import CHECKED_USES, USES, failed, passed
+from benchmarks.census.tables import number
 from inn_guard.audits.rates import percent
 
-__all__ = ["FINDINGS", "Finding", "findings", "number"]
+__all__ = ["FINDINGS", "Finding", "findings"]
 
 LEAST = 3  #: models that a finding must rest on
 #: masked autoregressive flow -> g in x g(s) + t, as its library has it
@@ -42,15 +43,6 @@ class Finding:
     rows: pd.DataFrame
     uses: tuple[str, ...]
     columns: tuple[str, ...]
-
-
-def number(value: float) -> str:
-    """Two digits, in per cent where it says so in the text.
-
-    >>> number(0.00071234), number(12.3), number(7), number(float("inf"))
-    ('0.00071', '12', '7', 'inf')
-    """
-    return f"{value:.2g}"
 
 
 def per_cent(share: float) -> str:

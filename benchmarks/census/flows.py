@@ -39,7 +39,7 @@ from inn_guard.models.iresnet import IResNetConfig, iresnet, power_series
 from inn_guard.models.nif.model import NIF, GaussianNIF
 from inn_guard.models.nif.widening import DenseWidening
 
-__all__ = ["FLOWS", "Architecture"]
+__all__ = ["FLOWS", "Architecture", "normflows_realnvp", "zuko_flow"]
 
 Shape = tuple[int, ...]  #: of one sample: (features,) or (channels, height, width)
 EXACT_UP_TO = 8  #: dimensions; beyond, a log-determinant costs too many products
@@ -145,7 +145,7 @@ def _normflow(features: int, layers: list[nn.Module]) -> nn.Module:
 
 
 def normflows_realnvp(shape: Shape, depth: int, width: int) -> nn.Module:
-    """Affine couplings with exponential scales, as in the README."""
+    """Affine couplings with exponential scales and a learned base, as in the README."""
     features = math.prod(shape)
     kept = math.ceil(features / 2)
     layers: list[nn.Module] = []

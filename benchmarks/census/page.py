@@ -18,7 +18,10 @@ import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from benchmarks.census.findings import Finding, findings, number
+from benchmarks.census.findings import Finding, findings
+from benchmarks.census.page_price import FIGURE, price_section
+from benchmarks.census.page_repairs import repairs_section
+from benchmarks.census.price import draw
 from benchmarks.census.rows import (
     CHECKED_USES,
     FOLDER,
@@ -30,7 +33,10 @@ from benchmarks.census.rows import (
     origins,
     passed,
     read_parts,
+    read_price,
+    read_repairs,
 )
+from benchmarks.census.tables import heading, line, text
 from benchmarks.common.figures import draw_grid_lines, save_figure
 from inn_guard.execution.files import atomic_write
 from inn_guard.report.limits import Limits
@@ -74,6 +80,8 @@ documentation does, trained by Adam without clipping, and audited for the five
 inn-guard bench census.census --preset smoke                          # seconds
 inn-guard bench census.census --preset cpu --sets moons --out FOLDER   # one part of the grid
 inn-guard bench census.census --preset full --data-root FOLDER         # all of it, for days
+inn-guard bench census.repairs --rounds 0 --out FOLDER                 # repairs of what fails
+inn-guard bench census.price --sets moons --out FOLDER                 # the price of stability
 ```
 
 The script `benchmarks/census/page.py` writes this page, the table and the figures from the
@@ -84,8 +92,20 @@ committed rows.
 # ------------------------------------------------------------------------------------- Markdown
 
 
-def markdown(frame: pd.DataFrame, parts: dict[str, dict[str, Any]]) -> str:
-    """The whole page."""
+def markdown(
+    frame: pd.DataFrame,
+    parts: dict[str, dict[str, Any]],
+    repaired: pd.DataFrame,
+    priced: pd.DataFrame,
+) -> str:
+    """The whole page.
+
+    Args:
+        frame: all rows of the census.
+        parts: how each part came about.
+        repaired: rows of the repairs.
+        priced: rows of the price of stability.
+    """
     found = findings(frame)
     sections = [
         INTRODUCTION,
@@ -94,10 +114,12 @@ def markdown(frame: pd.DataFrame, parts: dict[str, dict[str, Any]]) -> str:
         _pictures(),
         _findings(found),
         _settled(frame),
+        repairs_section(frame, repaired),
+        price_section(priced),
         _truth(frame),
-        _origins(parts, frame),
+        _origins(parts, [frame, repaired, priced]),
     ]
-    return "\n".join(sections)
+    return "\n".join(section for section in sections if section)
 
 
 def _grid(frame: pd.DataFrame) -> str:
@@ -115,7 +137,7 @@ def _grid(frame: pd.DataFrame) -> str:
     for (data, dims, depth), some in frame.groupby(["data", "dimensions", "depth"], sort=False):
         cells = [data, dims, depth, *(_listed(some[name]) for name in ("seed", "steps", "dtype"))]
         cells += [some["flow"].nunique(), len(some)]
-        lines.append(_line(cells))
+        lines.append(line(cells))
     if len(raised):
         kinds = raised.groupby(["flow", "dtype"]).size()
         listed = ", ".join(f"{flow} in {dtype} ({n})" for (flow, dtype), n in kinds.items())
@@ -130,16 +152,15 @@ def _by_flow(frame: pd.DataFrame) -> str:
         "",
         "Models in float32: fit / unfit / undecided, over all data, depths, seeds and steps.",
         "",
-        _line(["flow", "models", *USES.values(), "largest condition number, median"]),
-        _line(["---"] * (len(USES) + 3)),
+        *heading(["flow", "models", *USES.values(), "largest condition number, median"]),
     ]
     for flow, some in rows.groupby("flow"):
         cells = [flow, len(some)]
         for use in USES:
             good, bad = int(passed(some, use).sum()), int(failed(some, use).sum())
             cells.append(f"{good} / {bad} / {len(some) - good - bad}")
-        cells.append(_text(10 ** some["log10_condition"].median()))
-        lines.append(_line(cells))
+        cells.append(text(10 ** some["log10_condition"].median()))
+        lines.append(line(cells))
     return "\n".join([*lines, ""])
 
 
@@ -186,9 +207,9 @@ def _checked(rows: pd.DataFrame, uses: Iterable[str]) -> str:
 def _rows_table(one: Finding) -> str:
     rows = one.rows
     columns = [*KEY, *one.columns]
-    lines = [_line(_names(columns)), _line(["---"] * len(columns))]
+    lines = heading(_names(columns))
     for _, row in rows.head(SHOWN).iterrows():
-        lines.append(_line(_text(row[name]) for name in columns))
+        lines.append(line(text(row[name]) for name in columns))
     if len(rows) > SHOWN:
         lines += ["", f"The first {SHOWN} of {len(rows)} rows."]
     return "\n".join(lines)
@@ -216,7 +237,7 @@ def _settled(frame: pd.DataFrame) -> str:
         good, bad = int(passed(lost, "density").sum()), int(failed(lost, "density").sum())
         other = int((passed(rows, "reconstruction") & failed(rows, "density")).sum())
         cells = [dtype, len(rows), len(lost), good, bad, len(lost) - good - bad, other]
-        lines.append(_line(cells))
+        lines.append(line(cells))
     return "\n".join([*lines, ""])
 
 
@@ -234,16 +255,16 @@ def _truth(frame: pd.DataFrame) -> str:
     ]
     for use in CHECKED_USES:
         counts = agreement(checked, [use])
-        lines.append(_line([USES[use], *counts.values()]))
+        lines.append(line([USES[use], *counts.values()]))
     wrong = contradictions(checked)
     if len(wrong):
         lines += ["", "The verdicts that the formulas contradict:", ""]
-        lines += [_line(wrong.columns), _line(["---"] * len(wrong.columns))]
-        lines += [_line(_text(value) for value in row) for row in wrong.to_numpy()]
+        lines += heading(wrong.columns)
+        lines += [line(text(value) for value in row) for row in wrong.to_numpy()]
     return "\n".join([*lines, ""])
 
 
-def _origins(parts: dict[str, dict[str, Any]], frame: pd.DataFrame) -> str:
+def _origins(parts: dict[str, dict[str, Any]], frames: Sequence[pd.DataFrame]) -> str:
     lines = [
         "## How the rows came about",
         "",
@@ -252,8 +273,11 @@ def _origins(parts: dict[str, dict[str, Any]], frame: pd.DataFrame) -> str:
         "column `data_checksum` of the rows has the first 16 digits of the sha256 of the training "
         "and held-out samples, `weights` those of the model.",
         "",
-        "* The grid is what little more than an hour allowed: splines, i-ResNet, AEF and NIF on "
-        "few data sets, depth 64 without training, 4,000 steps on one data set, no image patches.",
+        "* The grid is what two to three hours on a shared machine allowed, and has gaps: splines, "
+        "i-ResNet, AEF and NIF on few data sets; depth 64 on one data set, trained with few flows; "
+        "4,000 steps and image patches with a part of the flows.",
+        "* Image patches are 16 x 16 cuts of CIFAR-10 in JPEG copies, so that pixels differ "
+        "slightly from the original's. The part's JSON file has the checksums of the files.",
         "* The kinds of statements above were chosen after looking at the first rows. Their "
         "numbers are counted by `benchmarks/census/findings.py`.",
         "* The plain formulas first called four bfloat16 models unfit whose library has no inverse "
@@ -267,24 +291,35 @@ def _origins(parts: dict[str, dict[str, Any]], frame: pd.DataFrame) -> str:
         "|---|---|---|",
     ]
     for name, origin in parts.items():
-        count = int((frame["part"] == name).sum())
-        lines.append(_line([name, f"`{_command(origin['config'], name)}`", count]))
+        count = sum(int((frame["part"] == name).sum()) for frame in frames if len(frame))
+        lines.append(line([name, f"`{_command(origin, name)}`", count]))
     versions = next(iter(parts.values()), {}).get("packages", {})
     listed = ", ".join(f"{package} {version}" for package, version in versions.items())
     return "\n".join([*lines, "", f"Versions: {listed}.", ""])
 
 
-def _command(config: dict[str, Any], name: str) -> str:
-    words = ["inn-guard bench census.census --preset cpu"]
-    for field in ("sets", "seeds", "depths", "steps", "dtypes"):
-        words.append(f"--{field} {','.join(str(value) for value in config[field])}")
-    words.append(f'--flows "{",".join(config["flows"])}"')
+#: script -> the fields of its configuration that tell the parts apart
+PARTS_BY = {
+    "census": ("sets", "data_root", "seeds", "depths", "steps", "dtypes", "flows"),
+    "repairs": ("rounds", "deepest", "flows"),
+    "price": ("sets",),
+}
+
+
+def _command(origin: dict[str, Any], name: str) -> str:
+    script, config = origin["script"], origin["config"]
+    words = [f"inn-guard bench census.{script} --preset cpu"]
+    for field in PARTS_BY[script]:
+        value = config[field]
+        if isinstance(value, list):
+            value = ",".join(map(str, value))
+        if not value:
+            continue
+        if field == "flows":
+            value = f'"{value}"'
+        words.append(f"--{field.replace('_', '-')} {value}")
     words.append(f"--out benchmarks/results/census/{name}")
     return " ".join(words)
-
-
-def _line(cells: Iterable[Any]) -> str:
-    return f"| {' | '.join(str(cell) for cell in cells)} |"
 
 
 def _names(columns: Iterable[str]) -> list[str]:
@@ -293,14 +328,6 @@ def _names(columns: Iterable[str]) -> list[str]:
 
 def _listed(values: pd.Series) -> str:
     return ", ".join(str(value) for value in sorted(values.unique()))
-
-
-def _text(value: Any) -> str:
-    if isinstance(value, float):
-        if math.isnan(value):
-            return ""
-        return str(int(value)) if value.is_integer() and abs(value) < 1e6 else number(value)
-    return str(value)
 
 
 # ------------------------------------------------------------------------------------- figures
@@ -497,7 +524,7 @@ def _cell(value: Any) -> str:
         name = html.escape(value)
         kind = f"text {name}" if value.replace("_", "").isalpha() else "text"
         return f'<td class="{kind}">{name}</td>'
-    shown = _text(value)
+    shown = text(value)
     if not shown:
         return "<td></td>"
     exact = str(value).replace("inf", "Infinity")
@@ -506,15 +533,17 @@ def _cell(value: Any) -> str:
 
 def write(folder: Path = FOLDER, docs: Path = DOCS) -> None:
     """Write both pages and the figures."""
-    frame = read_parts(folder)
-    for name, text in (
-        (PAGE, markdown(frame, origins(folder))),
+    frame, repaired, priced = read_parts(folder), read_repairs(folder), read_price(folder)
+    for name, content in (
+        (PAGE, markdown(frame, origins(folder), repaired, priced)),
         (TABLE, table_page(frame)),
     ):
         with atomic_write(docs / name) as partial:
-            partial.write_text(text, encoding="utf-8")
+            partial.write_text(content, encoding="utf-8")
     for name, figure in figures(frame).items():
         save_figure(figure, folder / f"{name}.png", dpi=100)
+    if len(priced):
+        save_figure(draw(priced), folder / f"{FIGURE}.png", dpi=100)
 
 
 if __name__ == "__main__":

@@ -21,6 +21,8 @@ __all__ = [
     "origins",
     "passed",
     "read_parts",
+    "read_price",
+    "read_repairs",
 ]
 
 FOLDER = RESULTS / "census"
@@ -46,14 +48,9 @@ def read_parts(folder: Path = FOLDER) -> pd.DataFrame:
         FileNotFoundError: if there is no part.
         ValueError: if two parts hold the same model.
     """
-    parts = []
-    for path in sorted(folder.glob(f"*/{STEM}*.csv")):
-        part = pd.read_csv(path)
-        part["part"] = path.parent.name
-        parts.append(part)
-    if not parts:
+    frame = _joined(folder, STEM)
+    if not len(frame):
         raise FileNotFoundError(f"expected parts of the census below {folder}, found none")
-    frame = pd.concat(parts, ignore_index=True)
     twice = frame[frame.duplicated(KEY, keep=False)]
     if len(twice):
         model = ", ".join(str(value) for value in twice[KEY].iloc[0])
@@ -65,12 +62,38 @@ def read_parts(folder: Path = FOLDER) -> pd.DataFrame:
     return frame.sort_values(KEY, kind="stable").reset_index(drop=True)
 
 
+def read_repairs(folder: Path = FOLDER) -> pd.DataFrame:
+    """A row for each repaired model and repair; none if there is no such part."""
+    frame = _joined(folder, "census_repairs")
+    for name in ("failing", "cured", "broken", "refused"):
+        if name in frame:
+            frame[name] = frame[name].fillna("").astype(str)
+    return frame
+
+
+def read_price(folder: Path = FOLDER) -> pd.DataFrame:
+    """A row for each data set, treatment and seed; none if there is no such part."""
+    return _joined(folder, "census_price")
+
+
+def _joined(folder: Path, stem: str) -> pd.DataFrame:
+    parts = []
+    for path in sorted(folder.glob(f"*/{stem}*.csv")):
+        part = pd.read_csv(path)
+        part["part"] = path.parent.name
+        parts.append(part)
+    if not parts:
+        return pd.DataFrame()
+    return pd.concat(parts, ignore_index=True)
+
+
 def origins(folder: Path = FOLDER) -> dict[str, dict[str, Any]]:
-    """Part -> its configuration, versions and checksums."""
-    return {
-        path.parent.name: json.loads(path.read_text(encoding="utf-8"))
-        for path in sorted(folder.glob(f"*/{STEM}*.json"))
-    }
+    """Part -> its script, configuration, versions and checksums."""
+    found = {}
+    for path in sorted(folder.glob("*/census_*.json")):
+        script = path.stem.removeprefix("census_")
+        found[path.parent.name] = {"script": script, **json.loads(path.read_text("utf-8"))}
+    return found
 
 
 def passed(frame: pd.DataFrame, use: str) -> pd.Series:

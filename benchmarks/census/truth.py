@@ -22,8 +22,9 @@ from torch import Tensor, nn
 
 from inn_guard.core.invertible import Invertible
 from inn_guard.models.nif.model import NIF
+from inn_guard.repair.mixed_precision import MixedPrecision
 
-__all__ = ["Direction", "Step", "Truth", "base_of", "steps_of", "truths"]
+__all__ = ["REFUSALS", "Direction", "Step", "Truth", "base_of", "steps_of", "truths"]
 
 FIT, NEAR, UNFIT, UNKNOWN = "fit", "near", "unfit", "unknown"
 NATS, FEATURE, RATE, DRAW, DEGREES, LENGTH = 0.1, 0.01, 1e-3, 0.01, 1.0, 0.01
@@ -79,6 +80,8 @@ def steps_of(flow: nn.Module) -> list[Step]:
 
 def base_of(flow: nn.Module) -> tuple[Tensor, Tensor]:
     """Location and deviation of the base, which broadcast against flat latents."""
+    if isinstance(flow, MixedPrecision):
+        flow = flow.model
     parameter = next(flow.parameters())
     if isinstance(flow, normflows.NormalizingFlow):
         base = flow.q0

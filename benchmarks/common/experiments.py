@@ -148,6 +148,14 @@ EXPERIMENTS = (
         "census.census",
         "which default flows can be trusted for what: five uses, depths, training, precisions",
     ),
+    Experiment(
+        "census.repairs",
+        "models of the census that fail, repaired in four ways: what it costs, what it cures",
+    ),
+    Experiment(
+        "census.price",
+        "penalties and hard bounds against likelihood and condition number, three data sets",
+    ),
     Experiment("attacks.step_cost", "what one step of the attack costs, in forward passes"),
     Experiment("lipschitz.soundness", "certificates against 40-digit truth and dense matrices"),
     Experiment("lipschitz.adversary", "bounds of altered models against gradient ascent"),

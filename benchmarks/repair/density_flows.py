@@ -11,22 +11,22 @@ is the change of the likelihood of held-out data. The goal is that the uses pass
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 
 import nflows.distributions
 import nflows.flows
 import nflows.transforms
-import normflows
 import pandas as pd
 import torch
-import zuko
 from nflows.nn.nets import ResidualNet
 from sklearn.datasets import make_moons
 from torch import Tensor, nn
 
 import inn_guard as ig
+from benchmarks.census.flows import normflows_realnvp, zuko_flow
+from benchmarks.census.training import bits
 from benchmarks.common.fit import Batch, FitSettings, fit
 from benchmarks.common.runner import Row, collect, main
 
@@ -61,8 +61,9 @@ PRESETS = {
 }  # fmt: skip
 
 
-def nflows_couplings(dimension: int, layers: int, width: int) -> nn.Module:
+def nflows_couplings(shape: tuple[int, ...], layers: int, width: int) -> nn.Module:
     """Affine couplings with residual networks, as in nflows' first example."""
+    (dimension,) = shape
     mask = torch.arange(dimension) % 2
     steps: list[nn.Module] = []
     for _ in range(layers):
@@ -74,26 +75,10 @@ def nflows_couplings(dimension: int, layers: int, width: int) -> nn.Module:
     return nflows.flows.Flow(nflows.transforms.CompositeTransform(steps), base)
 
 
-def normflows_couplings(dimension: int, layers: int, width: int) -> nn.Module:
-    """RealNVP with exponential scales and a learned base, as in normflows' first example."""
-    kept = math.ceil(dimension / 2)
-    steps: list[nn.Module] = []
-    for _ in range(layers):
-        net = normflows.nets.MLP([kept, width, width, 2 * (dimension - kept)], init_zeros=True)
-        steps.append(normflows.flows.AffineCouplingBlock(net))
-        steps.append(normflows.flows.Permute(dimension, mode="swap"))
-    return normflows.NormalizingFlow(normflows.distributions.DiagGaussian(dimension), steps)
-
-
-def zuko_maf(dimension: int, layers: int, width: int) -> nn.Module:
-    """zuko's masked autoregressive flow with as many layers."""
-    return zuko.flows.MAF(dimension, transforms=layers, hidden_features=(width, width))
-
-
-FLOWS: dict[str, Callable[[int, int, int], nn.Module]] = {
+FLOWS: dict[str, Callable[[tuple[int, ...], int, int], nn.Module]] = {
     "nflows couplings": nflows_couplings,
-    "normflows couplings": normflows_couplings,
-    "zuko MAF": zuko_maf,
+    "normflows couplings": normflows_realnvp,
+    "zuko MAF": partial(zuko_flow, "MAF"),
 }
 
 
@@ -126,7 +111,7 @@ def measure(config: Config, case: Case) -> list[Row]:
     train, test = load(case.data, case.seed)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(case.seed)
-        flow = FLOWS[case.flow](train.shape[1], config.layers, config.width)
+        flow = FLOWS[case.flow](tuple(train.shape[1:]), config.layers, config.width)
         settings = FitSettings(
             config.steps, config.batch_size, config.learning_rate, clip=10.0, seed=case.seed
         )
@@ -168,13 +153,6 @@ def measure(config: Config, case: Case) -> list[Row]:
             "goal": failed and steady.passed and after - before <= GOAL,
         }
     ]
-
-
-@torch.no_grad()
-def bits(flow: nn.Module, x: Tensor) -> float:
-    """Median negative log-likelihood in bits per dimension: single rows rule the mean."""
-    nats = -ig.wrap(flow).log_prob(x).double()
-    return nats.median().item() / x.shape[1] / math.log(2)
 
 
 def _batches(train: Tensor, size: int, seed: int) -> Iterator[Tensor]:

@@ -9,10 +9,11 @@ import torch
 from torch import Tensor, nn
 
 import inn_guard as ig
-from benchmarks.census import truth
-from benchmarks.census.census import Config, Training, bits, is_checked, seeded, uses_of
+from benchmarks.census import price, truth
+from benchmarks.census.census import is_checked, uses_of
 from benchmarks.census.data import DATA, load
 from benchmarks.census.flows import FLOWS
+from benchmarks.census.training import Training, bits, seeded
 from benchmarks.common.image_files import MissingData
 from inn_guard.layers.chain import Chain
 from inn_guard.layers.linear import InvertibleLinear
@@ -160,18 +161,56 @@ def test_a_seed_determines_the_weights_of_every_flow(name):
 
 def test_training_goes_on_where_it_was_and_leaves_out_steps_that_are_not_finite():
     x = sample("zuko RealNVP", rows=64)
-    config = Config(batch_size=16)
+    settings = {"batch_size": 16, "learning_rate": 1e-3, "seed": 0}
     whole, parts = built("zuko RealNVP", x), built("zuko RealNVP", x)
-    Training(whole, x, config, 0).go_on(6)
-    training = Training(parts, x, config, 0)
+    Training(whole, x, **settings).go_on(6)
+    training = Training(parts, x, **settings)
     training.go_on(2)
     training.go_on(6)
     assert bits(whole, x) == bits(parts, x)
     assert training.skipped == 0
-    broken = Training(parts, x * math.nan, config, 0)
+    broken = Training(parts, x * math.nan, **settings)
     broken.go_on(3)
     assert broken.skipped == 3
     assert bits(parts, x) == bits(whole, x)
+
+
+def test_a_penalty_is_part_of_every_fifth_step():
+    x = sample("zuko RealNVP", rows=64)
+    calls = []
+
+    def penalty(model, batch, z=None):
+        calls.append(len(batch))
+        return model(batch).square().mean()
+
+    settings = {"batch_size": 16, "learning_rate": 1e-3, "seed": 0}
+    plain, penalised = built("zuko RealNVP", x), built("zuko RealNVP", x)
+    Training(plain, x, **settings).go_on(7)
+    Training(penalised, x, **settings, penalties=[penalty]).go_on(7)
+    assert calls == [16, 16]
+    assert bits(plain, x) != bits(penalised, x)
+
+
+def test_the_condition_number_is_that_of_a_known_matrix():
+    turned = torch.linalg.qr(torch.randn(3, 3))[0] @ torch.diag(torch.tensor([5.0, 1.0, 0.05]))
+    layer = nn.Linear(3, 3, bias=False)
+    layer.weight.data = turned
+    assert price.log10_condition(layer, torch.randn(6, 3)) == pytest.approx(2, abs=1e-5)
+
+
+@pytest.mark.parametrize("treatment", price.TREATMENTS)
+def test_every_treatment_makes_a_flow_that_inverts(treatment):
+    torch.manual_seed(0)
+    x = torch.randn(32, 4)
+    made = price.TREATMENTS[treatment]
+    flow = price.build(4, made, depth=2, width=8)
+    settings = {"batch_size": 16, "learning_rate": 1e-3, "seed": 0}
+    before = flow(x)
+    Training(flow, x, **settings, penalties=made.penalties(0)).go_on(6)
+    with torch.no_grad():
+        z = flow(x)
+        assert not torch.allclose(z, before)
+        torch.testing.assert_close(flow.inverse(z), x, rtol=1e-4, atol=1e-4)
 
 
 def test_checked_rows_are_the_same_in_every_run_and_as_many_as_asked_for():

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import math
+
 import pandas as pd
 import pytest
 
 from benchmarks.census import page, rows
 from benchmarks.census.findings import findings, sound_densities
+from benchmarks.census.page_price import price_section
+from benchmarks.census.page_repairs import repairs_section
+from benchmarks.census.repairs import failing_models
 
 BAD = "unstable"
 
@@ -77,7 +82,7 @@ def test_what_the_rows_do_not_support_is_no_finding():
 
 
 def test_the_page_is_made_of_any_rows():
-    text = page.markdown(models(), {})
+    text = page.markdown(models(), {}, pd.DataFrame(), pd.DataFrame())
     assert "4 rows; a row is one model in one dtype." in text
     assert set(page.figures(models())) == {"verdicts", "lost_draws", "precision"}
 
@@ -106,8 +111,80 @@ def test_parts_are_joined_and_no_model_is_counted_twice(tmp_path):
         rows.read_parts(tmp_path)
 
 
+def test_models_that_fail_are_numbered_within_their_kind():
+    frame = models(
+        flow=["a", "a", "a", "b", "b", "c"],
+        seed=[0, 1, 2, 0, 1, 0],
+        sampling=[BAD, "stable", BAD, "stable", BAD, BAD],
+        gradients=["stable", "stable", "non_finite", "stable", "stable", "stable"],
+        steps=[400, 400, 400, 400, 400, 0],
+    )
+    found = failing_models(frame)
+    assert list(zip(found["flow"], found["seed"], found["round"], strict=True)) == [
+        ("a", 0, 0),
+        ("a", 2, 1),
+        ("b", 1, 0),
+    ]
+
+
+def repaired(**columns: object) -> pd.DataFrame:
+    """One model that fails sampling and reconstruction, repaired in two ways."""
+    frame = models().head(2)[["flow", "data", "depth", "steps", "seed"]].assign(flow="a")
+    for use in rows.CHECKED_USES:
+        frame[f"{use}_before"], frame[f"{use}_before_figure"] = BAD, 0.5
+        frame[f"{use}_after"], frame[f"{use}_after_figure"] = "stable", 0.25
+        frame[f"true_{use}_after"] = "fit"
+    return frame.assign(
+        repair=["stabilize", "exact"],
+        failing="sampling reconstruction",
+        refused="",
+        bits_before=1.0,
+        bits_after=[1.5, 1.0],
+        repair_steps=[40.0, math.nan],
+        time_factor=2.0,
+        raised_layers=math.nan,
+        layers=math.nan,
+        kept_bits=[math.nan, 3.5],
+        **columns,
+    )
+
+
+def test_what_repairs_cure_and_break_is_counted_by_use():
+    frame = repaired(cured=["sampling", "reconstruction"], broken=["density", ""])
+    text = repairs_section(models(), frame)
+    stabilize = next(line for line in text.splitlines() if line.startswith("| `stabilize`"))
+    exact = next(line for line in text.splitlines() if line.startswith("| `exact`"))
+    cells = [cell.strip() for cell in stabilize.split("|")]
+    assert cells[3:8] == ["0 of 0", "1 of 1", "0 of 1", "0 of 0", "1"]
+    assert cells[8] == "0.5 (0.5 to 0.5)"
+    assert [cell.strip() for cell in exact.split("|")][3:8] == ["", "", "1 of 1", "", "0"]
+    assert "sampling 0.5, 0.25; reconstruction 0.5, 0.25" in text
+    assert repairs_section(models(), frame.head(0)) == ""
+
+
+def test_the_price_is_that_of_pairs_of_the_same_seed():
+    frame = pd.DataFrame(
+        {
+            "data": "moons",
+            "treatment": ["nothing", "nothing", "FD 1", "FD 1", "FD 10", "FD 10"],
+            "seed": [0, 1, 1, 0, 0, 1],
+            "bits": [1.0, 2.0, 2.25, 1.125, 1.5, 2.5],
+            "log10_condition": [3.0, 5.0, 3.5, 1.875, 1.0, 1.0],
+            "sampling_figure": 0.0,
+            "reconstruction_figure": 1e-6,
+        }
+    )
+    for use in rows.CHECKED_USES:
+        frame[use], frame[f"true_{use}"] = "stable", "fit"
+    text = price_section(frame)
+    assert "Of the 2 treatments that divide it by ten with every seed, FD 1 costs least" in text
+    assert "+0.125 to +0.250 bits per dimension" in text
+    assert "18 verdicts of density, sampling and reconstruction agree, 0 contradict" in text
+    assert price_section(frame.head(0)) == ""
+
+
 def test_the_committed_pages_are_those_of_the_committed_rows():
     frame = rows.read_parts()
     text = (page.DOCS / page.PAGE).read_text(encoding="utf-8")
-    assert text == page.markdown(frame, rows.origins())
+    assert text == page.markdown(frame, rows.origins(), rows.read_repairs(), rows.read_price())
     assert (page.DOCS / page.TABLE).read_text(encoding="utf-8") == page.table_page(frame)
