@@ -18,6 +18,7 @@ from inn_guard.audits.rates import percent
 __all__ = ["FINDINGS", "Finding", "findings"]
 
 LEAST = 3  #: models that a finding must rest on
+LEAST_SEEDS = 3  #: seeds that its models must have
 #: masked autoregressive flow -> g in x g(s) + t, as its library has it
 SCALES = {
     "nflows MAF": "0.001 + softplus(s)",
@@ -44,6 +45,11 @@ class Finding:
     uses: tuple[str, ...]
     columns: tuple[str, ...]
 
+    @property
+    def on_three_seeds(self) -> bool:
+        """Whether its models have three seeds; else it is no more than a hint."""
+        return self.rows["seed"].nunique() >= LEAST_SEEDS
+
 
 def per_cent(share: float) -> str:
     """A share in per cent, with as many digits as tell it from 0 and 100.
@@ -59,6 +65,17 @@ def findings(frame: pd.DataFrame) -> list[Finding]:
     measured = frame[frame["raised"] == ""]
     found = [make(measured) for make in FINDINGS]
     return [one for one in found if one is not None]
+
+
+def _named(row: pd.Series) -> str:
+    """Which model it is, but for the seed."""
+    return f"{row['flow']} on {row['data']} with depth {row['depth']} after {row['steps']} steps"
+
+
+def _of_three_seeds(rows: pd.DataFrame, key: list[str]) -> pd.DataFrame:
+    """The rows of those kinds of models that have three seeds."""
+    several = rows.groupby(key)["seed"].transform("nunique") >= LEAST_SEEDS
+    return rows[several]
 
 
 def _in(frame: pd.DataFrame, dtype: str = "float32") -> pd.DataFrame:
@@ -131,8 +148,8 @@ def lost_draws(frame: pd.DataFrame) -> Finding | None:
     text = (
         f"{len(rows)} models in float32 reconstruct their data to "
         f"{number(rows['reconstruction_figure'].max())} of a feature's deviation or better, and "
-        f"lose draws of their own base; most the {worst['flow']} on {worst['data']} with depth "
-        f"{worst['depth']} after {worst['steps']} steps: {per_cent(worst['sampling_figure'])} "
+        f"lose draws of their own base; most the {_named(worst)}: "
+        f"{per_cent(worst['sampling_figure'])} "
         f"({per_cent(worst['sampling_rate_low'])} to {per_cent(worst['sampling_rate_high'])})."
     )
     columns = ("sampling", "sampling_figure", "sampling_rate_low", "sampling_rate_high")
@@ -224,8 +241,7 @@ def blind_spectrum(frame: pd.DataFrame) -> Finding | None:
     above = int((good["log10_condition"] > least["log10_condition"]).sum())
     text = (
         "The condition number at the data does not tell who loses draws. Among trained models the "
-        f"{least['flow']} on {least['data']} (depth {least['depth']}, {least['steps']} steps) has "
-        f"one of {number(10 ** least['log10_condition'])} and loses "
+        f"{_named(least)} has one of {number(10 ** least['log10_condition'])} and loses "
         f"{per_cent(least['sampling_figure'])}; {above} models with a larger one pass, up to "
         f"{number(10 ** most['log10_condition'])}."
     )
@@ -293,17 +309,51 @@ def depth(frame: pd.DataFrame) -> Finding | None:
 
 def deepest(frame: pd.DataFrame) -> Finding | None:
     """Which fresh flows keep an inverse at depth 64."""
+    return _at_depth_64(frame, 0, "Fresh")
+
+
+def deepest_trained(frame: pd.DataFrame) -> Finding | None:
+    """Which trained flows keep an inverse at depth 64."""
+    return _at_depth_64(frame, 400, "After 400 steps")
+
+
+def _at_depth_64(frame: pd.DataFrame, steps: int, when: str) -> Finding | None:
     rows = _in(frame)
-    rows = rows[(rows["depth"] == 64) & (rows["steps"] == 0)]
+    rows = rows[(rows["depth"] == 64) & (rows["steps"] == steps)]
     if len(rows) < LEAST:
         return None
-    kept = rows[passed(rows, "sampling") & passed(rows, "reconstruction")]["flow"].unique()
     lost = rows[_inverse_fails(rows)]["flow"].unique()
+    whole = rows[passed(rows, "sampling") & passed(rows, "reconstruction")]["flow"]
+    kept = [
+        flow for flow in whole.unique() if (whole == flow).sum() == (rows["flow"] == flow).sum()
+    ]
     text = (
-        f"Fresh at depth 64, {', '.join(kept) or 'no flow'} keep an inverse for data and draws; "
-        f"{', '.join(lost) or 'none'} have lost it before any training."
+        f"{when} at depth 64, {', '.join(kept) or 'no flow'} keep an inverse for data and draws "
+        f"with every seed; {', '.join(lost) or 'none'} lose it with at least one."
     )
-    return Finding(text, rows, INVERSE, (*INVERSE, "sampling_figure", "reconstruction_figure"))
+    sound = int(passed(rows[_inverse_fails(rows)], "density").sum())
+    text += f" Of the {int(_inverse_fails(rows).sum())} models that lose it {sound} keep a density."
+    columns = (*INVERSE, "sampling_figure", "reconstruction_figure", "skipped")
+    return Finding(text, rows, ("density", *INVERSE), columns)
+
+
+def images(frame: pd.DataFrame) -> Finding | None:
+    """Trained flows on image patches."""
+    rows = _in(frame)
+    rows = rows[(rows["data"] == "patches") & (rows["steps"] > 0)]
+    if len(rows) < LEAST:
+        return None
+    dims = rows["dimensions"].iloc[0]
+    precise = int((rows["lowest_density"] == "float32").sum())
+    off = int(failed(rows, "other_inputs").sum())
+    text = (
+        f"Of {len(rows)} trained models on image patches of {dims} dimensions, "
+        f"{_shares(rows, CHECKED_USES)}. Their log p(x) is right to "
+        f"{number(rows['density_figure'].max())} nats, {precise} of them need float32 for it, and "
+        f"{off} fail on other inputs."
+    )
+    columns = (*CHECKED_USES, "density_figure", "lowest_density", "other_inputs")
+    return Finding(text, rows, CHECKED_USES, columns)
 
 
 def training(frame: pd.DataFrame) -> Finding | None:
@@ -333,15 +383,18 @@ def longer(frame: pd.DataFrame) -> Finding | None:
     rows = _in(frame)
     key = ["flow", "data", "depth", "seed"]
     pairs = rows[rows["steps"] == 400].merge(rows[rows["steps"] == 4000], on=key)
+    pairs = _of_three_seeds(pairs, ["flow", "data", "depth"])
     if len(pairs) < LEAST:
         return None
     chosen = rows.merge(pairs[key], on=key)
     chosen = chosen[chosen["steps"].isin((400, 4000))]
     counts = [int(failed(chosen[chosen["steps"] == n], "sampling").sum()) for n in (400, 4000)]
     change = (pairs["bits_y"] - pairs["bits_x"]).median()
+    grown = (pairs["log10_condition_y"] - pairs["log10_condition_x"]).median()
     text = (
         f"Of {len(pairs)} models, {counts[0]} fail sampling after 400 steps and {counts[1]} after "
-        f"4,000, whose median likelihood is {number(-change)} bits per dimension better."
+        f"4,000. Ten times the steps improve the median likelihood by {number(-change)} bits per "
+        f"dimension and multiply the largest condition number by {number(10**grown)}."
     )
     return Finding(text, chosen, ("sampling",), ("sampling", "sampling_figure", "bits"))
 
@@ -350,8 +403,7 @@ def seeds(frame: pd.DataFrame) -> Finding | None:
     """Settings whose verdict depends on the seed."""
     rows = _in(frame)
     key = ["flow", "data", "depth", "steps"]
-    several = rows.groupby(key)["seed"].transform("nunique") >= 3
-    rows = rows[several]
+    rows = _of_three_seeds(rows, key)
     if not len(rows):
         return None
     settings = rows.groupby(key).ngroups
@@ -417,7 +469,7 @@ def cost(frame: pd.DataFrame) -> Finding | None:
     text = (
         f"The audit of a float32 model (level standard and all five uses) took "
         f"{number(rows['seconds'].median())} s in the median, at most {slow['seconds']:.0f} s "
-        f"({slow['flow']} on {slow['data']}, depth {slow['depth']}), on a share of one busy core."
+        f"({_named(slow)}), on a share of one busy core."
     )
     return Finding(text, rows, (), ("seconds",))
 
@@ -433,6 +485,8 @@ FINDINGS: tuple[Callable[[pd.DataFrame], Finding | None], ...] = (
     off_data,
     depth,
     deepest,
+    deepest_trained,
+    images,
     training,
     longer,
     seeds,

@@ -177,23 +177,33 @@ def _pictures() -> str:
 
 
 def _findings(found: Sequence[Finding]) -> str:
+    sure = [one for one in found if one.on_three_seeds]
+    hints = [one for one in found if not one.on_three_seeds]
     lines = [
         "## Findings",
         "",
-        f"{len(found)} statements that the rows support. Under each: its rows, and whether the "
-        "plain formulas agree with the verdicts that it counts. A verdict is open where it is "
-        "undecided, or where the true figure is within a factor of two of the limit.",
+        f"{len(sure)} statements that the rows support with three seeds. Under each: its rows, and "
+        "whether the plain formulas agree with the verdicts that it counts. A verdict is open "
+        "where it is undecided, or where the true figure is within a factor of two of the limit.",
         "",
     ]
-    for position, one in enumerate(found, start=1):
-        first, _, rest = one.text.partition(". ")
-        lines += [f"### {position}. {first.rstrip('.')}", ""]
-        if rest:
-            lines += [rest, ""]
-        if one.uses:
-            lines += [_checked(one.rows, one.uses), ""]
-        lines += [_rows_table(one), ""]
+    for position, one in enumerate(sure, start=1):
+        lines += _statement(position, one)
+    if hints:
+        lines += ["## Hints", "", f"{len(hints)} more that rest on fewer than three seeds.", ""]
+    for position, one in enumerate(hints, start=len(sure) + 1):
+        lines += _statement(position, one)
     return "\n".join(lines)
+
+
+def _statement(position: int, one: Finding) -> list[str]:
+    first, _, rest = one.text.partition(". ")
+    lines = [f"### {position}. {first.rstrip('.')}", ""]
+    if rest:
+        lines += [rest, ""]
+    if one.uses:
+        lines += [_checked(one.rows, one.uses), ""]
+    return [*lines, _rows_table(one), ""]
 
 
 def _checked(rows: pd.DataFrame, uses: Iterable[str]) -> str:
@@ -302,7 +312,7 @@ def _origins(parts: dict[str, dict[str, Any]], frames: Sequence[pd.DataFrame]) -
 PARTS_BY = {
     "census": ("sets", "data_root", "seeds", "depths", "steps", "dtypes", "flows"),
     "repairs": ("rounds", "deepest", "flows"),
-    "price": ("sets",),
+    "price": ("sets", "treatments"),
 }
 
 
@@ -315,7 +325,7 @@ def _command(origin: dict[str, Any], name: str) -> str:
             value = ",".join(map(str, value))
         if not value:
             continue
-        if field == "flows":
+        if field in ("flows", "treatments"):
             value = f'"{value}"'
         words.append(f"--{field.replace('_', '-')} {value}")
     words.append(f"--out benchmarks/results/census/{name}")

@@ -49,7 +49,7 @@ from inn_guard.training.regularizer_hook import Regularizer
 __all__ = ["COLOURS", "KINDS", "PRESETS", "TREATMENTS", "Config", "draw", "run"]
 
 USES = ("density", "sampling", "reconstruction")
-FD_COEFFICIENTS = (0.1, 1.0, 10.0)
+FD_COEFFICIENTS = (0.01, 0.1, 1.0, 10.0)
 NF_COEFFICIENTS = (10.0,)
 #: kind of treatment -> colour
 COLOURS = {"nothing": "#444444", "FD": "#0072b2", "NF": "#cc79a7", "bound": "#d55e00"}

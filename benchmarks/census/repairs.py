@@ -196,6 +196,7 @@ def stabilized(model: Trained) -> Outcome:
     steady = ig.stabilize(
         model.flow,
         _batches(model.train, model.config.batch_size, model.case.seed),
+        loss=_negative_log_likelihood,
         uses=model.failing,
         x=model.test,
         steps=steps,
@@ -253,6 +254,10 @@ REPAIRS: dict[str, Callable[[Trained], Outcome]] = {
     "raise_precision": raised,
     "exact": exact,
 }
+
+
+def _negative_log_likelihood(flow: nn.Module, batch: Tensor) -> Tensor:
+    return -ig.wrap(flow).log_prob(batch).mean()
 
 
 def _batches(train: Tensor, size: int, seed: int) -> Iterator[Tensor]:

@@ -81,6 +81,17 @@ def test_what_the_rows_do_not_support_is_no_finding():
     assert findings(models().head(0)) == []
 
 
+def test_what_rests_on_one_seed_is_a_hint():
+    lost = models(flow=["a", "b", "c"], sampling=[BAD] * 3, sampling_figure=[0.1] * 3)
+    text = page.markdown(lost, {}, pd.DataFrame(), pd.DataFrame())
+    sure, _, hints = text.partition("## Hints")
+    assert "lose draws" in hints
+    assert "lose draws" not in sure
+    three = page.markdown(lost.assign(seed=[0, 1, 2]), {}, pd.DataFrame(), pd.DataFrame())
+    assert "lose draws" in three
+    assert "## Hints" not in three
+
+
 def test_the_page_is_made_of_any_rows():
     text = page.markdown(models(), {}, pd.DataFrame(), pd.DataFrame())
     assert "4 rows; a row is one model in one dtype." in text
