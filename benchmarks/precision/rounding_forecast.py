@@ -313,8 +313,8 @@ def draw(frame: pd.DataFrame) -> Figure:
     )
     axes.axhline(1e-2, color="black", linewidth=0.6, linestyle=":")
     axes.set(
-        xlabel="forecast error, 95 % of samples [|x|]",
-        ylabel="measured error, 95 % of samples [|x|]",
+        xlabel="forecast error, 95 % of samples, of the feature",
+        ylabel="measured error, 95 % of samples, of the feature",
         xlim=(1e-17, 1e4),
         ylim=(1e-17, 1e4),
         title=f"{frame.case.nunique()} stacks of three libraries",

@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from inn_guard.core.tensors import finite_rows, nonzero_or_one, norms
+from inn_guard.core.tensors import binary_scale, finite_rows, nonzero_or_one, norms
 from inn_guard.report.limits import Limits
 
 __all__ = [
@@ -75,11 +75,14 @@ def feature_scale(x: Float[Tensor, "batch *data"]) -> Float[Tensor, "batch *data
         features = rows.movedim(1, 0).flatten(1)
     else:
         features = rows.movedim(1, 0)
-    size = features.square().mean(1).sqrt()
-    few = features.shape[1] < ENOUGH_VALUES
-    spread = size if few else features.std(1, correction=0)
-    # a constant feature whose mean is not representable has the deviation of its rounding
     largest = features.abs().amax(1)
+    unit = binary_scale(largest)
+    in_range = features / unit.unsqueeze(1)
+    if features.shape[1] < ENOUGH_VALUES:
+        spread = in_range.square().mean(1).sqrt() * unit
+    else:
+        spread = in_range.std(1, correction=0) * unit
+    # a constant feature whose mean is not representable has the deviation of its rounding
     noise = 4 * torch.finfo(x.dtype).eps * largest
     spread = torch.where(spread > noise, spread, largest)
     varying = spread[(spread > 0) & spread.isfinite()]

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 __all__ = [
+    "binary_scale",
     "concatenate_flat",
     "draw_normal",
     "dtype_name",
@@ -73,6 +74,18 @@ def nonzero_or_one(size: Tensor) -> Tensor:
     return torch.where((size > 0) & size.isfinite(), size, torch.ones_like(size))
 
 
+def binary_scale(size: Tensor) -> Tensor:
+    """A power of two within a factor of two of each size; 1 for sizes 0, inf and NaN.
+
+    Division by it rounds nothing, and leaves numbers whose squares are in range.
+
+    >>> binary_scale(torch.tensor([3.0, 1e-3, 0.0])).tolist()
+    [2.0, 0.0009765625, 1.0]
+    """
+    size = nonzero_or_one(size)
+    return size / (2 * torch.frexp(size).mantissa)
+
+
 def norms(t: Tensor) -> Tensor:
     """Euclidean norm of each sample of t (B, ...): (B,) float64.
 
@@ -101,10 +114,7 @@ def log_norm(t: Tensor) -> Tensor:
 def _scaled_norms(t: Tensor) -> tuple[Tensor, Tensor]:
     """(unit, norm / unit) of each sample."""
     flat = t.flatten(1).double()
-    largest = nonzero_or_one(peak(flat))
-    # a power of two: scaling by it does not round
-    mantissa = torch.frexp(largest).mantissa
-    unit = largest / (2 * mantissa)
+    unit = binary_scale(peak(flat))
     return unit, (flat / unit.unsqueeze(1)).norm(dim=1)
 
 

@@ -78,6 +78,10 @@ class LogScaledVector:
         """Natural logarithm of the length, (B,) float64: -inf for zero, NaN for non-finite ones."""
         return self.log_scale + self.vector.flatten(1).double().norm(dim=1).log()
 
+    def log_largest(self, unit: Tensor) -> Tensor:
+        """Natural logarithm of the largest entry in these units, (B,) float64; NaN stays NaN."""
+        return self.log_scale + peak(self.vector.double() / unit).log()
+
     def value(self) -> Tensor:
         """The vectors themselves, in float64; entries beyond its range are 0 or infinite."""
         return self.vector.double() * per_sample(self.log_scale.exp(), self.vector)

@@ -15,8 +15,7 @@ The products come from a ``Linearization``, or at a lower cost and without deriv
 from __future__ import annotations
 
 import math
-from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, Protocol, runtime_checkable
@@ -25,7 +24,7 @@ import torch
 from torch import Tensor
 
 from inn_guard.core.layer_jacobian import Map
-from inn_guard.core.tensors import per_sample
+from inn_guard.core.tensors import peak, per_sample
 from inn_guard.jacobian.chain import LogScaledVector
 
 __all__ = ["RoundingForecast", "rounding_forecast", "unit_roundoff"]
@@ -64,21 +63,19 @@ class RoundingForecast:
     """Forecast error of the round trip of every sample, for a unit roundoff of 1.
 
     Attributes:
-        log_error: natural logarithm of the root mean square of ||e||_2 over the probes, (B,)
-            float64.
+        log_error: natural logarithm of the root mean square over the probes of ||e||_2, or of
+            max_j |e_j| / unit_j where a unit was given, (B,) float64.
         largest_state: largest magnitude in any layer's state, (B,) float64: a dtype must be able to
             represent it.
-        smallest_scale: smallest non-zero root mean square of any state, (B,) float64.
         probes: number of sweeps.
     """
 
     log_error: Tensor
     largest_state: Tensor
-    smallest_scale: Tensor
     probes: int
 
     def error(self, roundoff: float) -> Tensor:
-        """Forecast l2 error of the reconstruction for this unit roundoff, (B,) float64."""
+        """Forecast error of the reconstruction for this unit roundoff, (B,) float64."""
         return (self.log_error + math.log(roundoff)).exp()
 
 
@@ -97,6 +94,7 @@ def rounding_forecast(
     probes: int = 4,
     generator: torch.Generator,
     layer_roundoff: Sequence[float] | None = None,
+    unit: Tensor | None = None,
 ) -> RoundingForecast:
     """Forecast the rounding error of F^-1(F(x)) for every sample of the linearised batch.
 
@@ -107,6 +105,8 @@ def rounding_forecast(
             product.
         generator: of the random errors, on the CPU.
         layer_roundoff: unit roundoff of each layer relative to the common one. Default: all 1.
+        unit: of each entry of x, in a shape that broadcasts against it. The size of an error is
+            that of its largest entry in these units. Default: its Euclidean length.
 
     Returns:
         the forecast for a unit roundoff of 1; scale it by ``error(unit_roundoff(dtype))``.
@@ -122,30 +122,16 @@ def rounding_forecast(
         layer_roundoff = [1.0] * len(linearization.layers)
     amplitudes = _amplitudes(linearization, layer_roundoff)
     sweeps = [_sweep(linearization, amplitudes, generator) for _ in range(probes)]
-    logs = torch.stack([error.log_norm() for error in sweeps])
-    stacks = _stacked_by_size(linearization.states)
-    largest = torch.stack([states.abs().amax((0, 2)) for states in stacks]).amax(0)
-    scales = torch.cat([_root_mean_square(states) for states in stacks])
+    if unit is None:
+        logs = torch.stack([error.log_norm() for error in sweeps])
+    else:
+        logs = torch.stack([error.log_largest(unit) for error in sweeps])
+    largest = torch.stack([peak(state).double() for state in linearization.states]).amax(0)
     return RoundingForecast(
         log_error=(torch.logsumexp(2 * logs, dim=0) - math.log(probes)) / 2,
         largest_state=largest,
-        smallest_scale=torch.where(scales > 0, scales, math.inf).amin(0),
         probes=probes,
     )
-
-
-def _stacked_by_size(states: Iterable[Tensor]) -> list[Tensor]:
-    """States of the same size together, (n, B, D) float64, to be handled by one operation."""
-    groups: dict[int, list[Tensor]] = defaultdict(list)
-    for state in states:
-        groups[state[0].numel()].append(state.flatten(1))
-    return [torch.stack(group).double() for group in groups.values()]
-
-
-def _root_mean_square(states: Tensor) -> Tensor:
-    """Root mean square over the last dimension, (n, B); no square leaves the range of float64."""
-    largest = states.abs().amax(2).clamp(min=math.ulp(0.0))
-    return largest * (states / largest[..., None]).square().mean(2).sqrt()
 
 
 def _sweep(

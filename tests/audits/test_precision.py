@@ -134,7 +134,7 @@ def test_no_forecast_without_a_differentiable_inverse_but_still_a_measurement():
         def inverse(self, z):
             return z
 
-    table = rows(precision(Rounded(), data(8, 300) * 100))
+    table = rows(precision(Rounded(), data(8, 300) * 1000))
     assert table["float32"]["measured verdict"] == "works"
     assert table["float32"]["forecast verdict"] in ("none", "uncertain")
 

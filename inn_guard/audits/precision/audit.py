@@ -20,7 +20,6 @@ from inn_guard.audits.precision.forecast import (
     NUMERIC,
     DtypeCopies,
     RoundingForecaster,
-    batch_length,
 )
 from inn_guard.audits.precision.number_format import (
     NumberFormat,
@@ -34,6 +33,7 @@ from inn_guard.core.missing import NotApplicable
 from inn_guard.execution.memory import forward_footprint
 from inn_guard.execution.time_limit import TimedOut, time_limit
 from inn_guard.jacobian.rounding_error import unit_roundoff
+from inn_guard.report.limits import Limits
 from inn_guard.report.result import AuditResult, to_full_batch
 from inn_guard.report.verdict import Verdict
 
@@ -41,7 +41,7 @@ __all__ = ["precision"]
 
 #: A forecast this far below usable is decided: most samples lie within a factor of 3 of theirs.
 MARGIN = 5.0
-#: A forecast error of the size of x itself: first order says nothing more, and x is lost.
+#: A forecast error of the size of the feature: first order says nothing more, and x is lost.
 BROKEN = 1.0
 DRAWS = 128  #: realisations of the rounding errors, over all samples together, that are enough
 FORMATS = 5  #: on a CPU
@@ -71,13 +71,14 @@ def precision(
     usable: float | None = None,
     probes: int | None = None,
 ) -> AuditResult:
-    """Error |F^-1(F(x)) - x| / |x| of the round trip in each number format, forecast and measured.
+    """Error of the round trip in each number format, forecast and measured.
 
-    |x| is the sample's own length, at least the median one of the batch: a sample that is nearly
-    zero is held to the size of its neighbours (`data_scale`).
+        error_b = max_j |F^-1(F(x_b))_j - x_bj| / max(deviation of feature j, |x_bj|)
+
+    It is that of ``reconstruction``, so that no unit of a feature matters.
 
     The forecast says works if its 95 % quantile over the samples is below usable / 5, breaks if it
-    exceeds |x| or a state leaves the range of the dtype, uncertain in between. It counts one
+    exceeds 1 or a state leaves the range of the dtype, uncertain in between. It counts one
     rounding per layer. A layer that rounds many times inside, such as a polynomial of high degree,
     shows in the round trip in float32: for a coarser dtype, works is said only if that error, too,
     times the ratio of the roundoffs, is below usable / 5.
@@ -104,7 +105,7 @@ def precision(
     Args:
         context: model and data.
         candidates: what to try, at least one. Default: ``number_formats(x.device)``.
-        usable: error in units of |x| up to which an inverse is usable. Default:
+        usable: error of the feature up to which an inverse is usable. Default:
             ``limits.reconstruction``, at least what the coarsest dtype of the format can hold,
             which is 6 per cent for bfloat16.
         probes: sweeps of the forecast. Default: 1 for 128 samples or more, 2 for fewer.
@@ -144,7 +145,7 @@ def precision(
         row = _row(one, found, limit, forecaster, in_float32)
         table.append({**row, **figures.of(one, found.trip)})
     mine = next((k for k, one in enumerate(candidates) if _is_own(one, x.dtype)), 0)
-    verdict, reason = _verdict(table[mine], own=_is_own(candidates[mine], x.dtype))
+    verdict, reason = _verdict(context.limits, table[mine], own=_is_own(candidates[mine], x.dtype))
     works = _working(table, table[mine])
     return AuditResult(
         name="precision",
@@ -152,7 +153,7 @@ def precision(
         reason=f"{reason} Works in: {', '.join(works) or 'none of those tried'}.",
         headline=(f"{table[mine]['number format']}_error",),
         values=_values(table),
-        units=dict.fromkeys(_values(table), "|x|"),
+        units=dict.fromkeys(_values(table), "of the feature"),
         **to_full_batch({"error": _with_losses(measured[mine], limits[mine])}, rows, len(x)),
         tables={"number format": tuple(table)},
         settings={
@@ -167,7 +168,7 @@ def precision(
             "device": str(x.device),
             "start": "x" if context.model.bijective else "F^-1(F(x))",
         },
-        advice="" if verdict is Verdict.STABLE else _advice(works, table[mine]["number format"]),
+        advice="" if verdict.passed else _advice(works, table[mine]["number format"]),
     )
 
 
@@ -198,7 +199,7 @@ def _check(candidates: Sequence[NumberFormat], usable: float | None, probes: int
             "usual ones"
         )
     if usable is not None and not usable > 0:
-        raise ValueError(f"expected a positive usable error, in units of |x|; got {usable}")
+        raise ValueError(f"expected a positive usable error, as a share of the feature; got {usable}")
     if probes is not None and probes < 1:
         raise ValueError(
             f"expected at least 1 probe, or None for as many as are needed; got {probes}"
@@ -227,7 +228,7 @@ class _Measured:
     """One round trip.
 
     Attributes:
-        error: in units of |x|, (B,).
+        error: by feature, (B,).
         lost: what the dtype loses of the data themselves, likewise.
         trip: the states of it, if the model ran.
         problem: what the model raised; "" if nothing.
@@ -284,13 +285,13 @@ def _with_losses(measurement: _Measured, usable: float) -> Tensor:
 def _relative(
     copies: DtypeCopies, x: Tensor, number_format: NumberFormat, *, seconds: float
 ) -> _Measured:
-    """Measured |F^-1(F(x)) - x| / |x| per sample, and what came instead, '' if the model ran.
+    """Measured error of x -> z -> x by feature, and what came instead, '' if the model ran.
 
     It may have refused (no such operation in this dtype: nan), raised (its own check of its numbers
     failed: inf) or not returned (a solver that cannot reach its tolerance in this dtype: inf).
     """
     cast = x.to(number_format.storage)
-    lost = _ratio(cast.double() - x.double(), x).cpu()
+    lost = RoundTrip(x, x, cast).by_feature
     try:
         with (
             torch.no_grad(),
@@ -308,8 +309,8 @@ def _relative(
         if isinstance(cause, NUMERIC):
             return _Measured(_failed(x, math.inf), lost, problem=f"raised: {_one_line(cause)}")
         return _Measured(_failed(x, math.nan), lost, problem=f"refused: {_one_line(cause)}")
-    error = _ratio(rebuilt.double() - cast.double(), cast).cpu()
-    return _Measured(error, lost, RoundTrip(cast, z, rebuilt))
+    trip = RoundTrip(cast, z, rebuilt)
+    return _Measured(trip.by_feature, lost, trip)
 
 
 def _failed(x: Tensor, value: float) -> Tensor:
@@ -318,12 +319,6 @@ def _failed(x: Tensor, value: float) -> Tensor:
 
 def _one_line(error: BaseException) -> str:
     return " ".join([f"{type(error).__name__}:", *str(error).strip().splitlines()[:1]])
-
-
-def _ratio(difference: Tensor, reference: Tensor) -> Tensor:
-    """|difference| / |reference| per sample in float64, also where a square overflows."""
-    length = batch_length(reference)
-    return (difference.double().flatten(1) / length[:, None]).norm(dim=1)
 
 
 def _quantile(values: Tensor) -> float:
@@ -365,7 +360,7 @@ def _measured_verdict(measured: Tensor, usable: float) -> str:
     return "works" if finite and _quantile(measured) <= usable else "breaks"
 
 
-def _verdict(row: dict[str, Any], *, own: bool) -> tuple[Verdict, str]:
+def _verdict(limits: Limits, row: dict[str, Any], *, own: bool) -> tuple[Verdict, str]:
     where = f"In {row['number format']}," + (" the dtype of the data," if own else "")
     if row["measured verdict"] == "refused":
         return Verdict.UNSTABLE, f"{where} the model refuses to run ({row['remark']})."
@@ -378,11 +373,12 @@ def _verdict(row: dict[str, Any], *, own: bool) -> tuple[Verdict, str]:
     if row["measured verdict"] == "breaks":
         return (
             Verdict.UNSTABLE,
-            f"{where} 5 % of the samples come back more than {row['measured']:.1e} |x| off.",
+            f"{where} 5 % of the samples come back more than {row['measured']:.1e} of a feature "
+            f"off ({row['usable']:g} is usable).",
         )
     return (
-        Verdict.STABLE,
-        f"{where} 95 % of the samples come back within {row['measured']:.1e} |x| "
+        limits.verdict(row["measured"], row["usable"]),
+        f"{where} 95 % of the samples come back within {row['measured']:.1e} of each feature "
         f"({row['usable']:g} is usable).",
     )
 

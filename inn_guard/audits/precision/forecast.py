@@ -10,7 +10,7 @@ from torch import Tensor
 
 from inn_guard.audits.context import AuditContext
 from inn_guard.audits.precision.number_format import NumberFormat, autocast
-from inn_guard.audits.thresholds import data_scale
+from inn_guard.audits.thresholds import feature_scale
 from inn_guard.core.invertible import Invertible
 from inn_guard.core.missing import NotApplicable
 from inn_guard.jacobian.chain import Linearization
@@ -22,7 +22,7 @@ from inn_guard.jacobian.rounding_error import (
     unit_roundoff,
 )
 
-__all__ = ["NUMERIC", "DtypeCopies", "RoundingForecaster", "batch_length"]
+__all__ = ["NUMERIC", "DtypeCopies", "RoundingForecaster"]
 
 HALF = (torch.bfloat16, torch.float16)
 
@@ -62,7 +62,8 @@ class RoundingForecaster:
 
     def __init__(self, copies: DtypeCopies, x: Tensor, *, probes: int, seed: int) -> None:
         self._copies, self._x, self._probes, self._seed = copies, x, probes, seed
-        self._log_scale = batch_length(x).log()
+        self._unit = feature_scale(x)
+        self._smallest = math.inf
         self.reason = "" if copies.model.bijective else "no forecast: the map is injective only"
         self._linearized: LinearizedModel | None = None
         self._plain: RoundingForecast | None = None
@@ -72,6 +73,7 @@ class RoundingForecaster:
             try:
                 self._linearized = way()
                 self._plain = self._forecast(None)
+                self._smallest = _smallest_feature(self._linearized.states)
                 return
             except (NotApplicable, RuntimeError, *NUMERIC) as error:
                 self.reason = f"no forecast: {error}"
@@ -87,12 +89,14 @@ class RoundingForecaster:
         return Linearization(self._copies.of(dtype), self._x.to(dtype))
 
     def relative(self, number_format: NumberFormat) -> tuple[Tensor, Tensor] | None:
-        """Forecast error in units of |x|, least and most, (B,) each; None without a forecast.
+        """Forecast error of the feature, least and most, (B,) each; None without a forecast.
 
-        Infinite where a state overflows.
+        It is that of the entry which is worst in units of its feature, as in
+        `RoundTrip.by_feature`. Infinite where a state overflows.
 
-        Where a state is so small that the dtype resolves it worse than its roundoff says, or the
-        forecast itself is not finite although the states are, anything is possible: 0 and inf.
+        Where a feature of a state is so small that the dtype resolves it worse than its roundoff
+        says, or the forecast itself is not finite although the states are, anything is possible: 0
+        and inf.
         """
         if self._linearized is None or self._plain is None:
             return None
@@ -107,13 +111,14 @@ class RoundingForecaster:
         held = torch.finfo(number_format.coarsest)
         overflow = ~(most.largest_state <= held.max)
         logs = [
-            forecast.log_error + math.log(number_format.roundoff) - self._log_scale
+            forecast.log_error + math.log(number_format.roundoff)
             for forecast in (least, most)
         ]
-        coarse = most.smallest_scale < held.tiny
         unknown = logs[0].isnan() | logs[1].isnan()
-        low = torch.where(coarse | unknown, 0.0, logs[0].exp())
-        high = torch.where(coarse | unknown, math.inf, logs[1].exp())
+        if self._smallest < held.tiny:
+            unknown = torch.ones_like(unknown)
+        low = torch.where(unknown, 0.0, logs[0].exp())
+        high = torch.where(unknown, math.inf, logs[1].exp())
         return torch.where(overflow, math.inf, low).cpu(), torch.where(
             overflow, math.inf, high
         ).cpu()
@@ -128,6 +133,7 @@ class RoundingForecaster:
                 probes=self._probes,
                 generator=generator,
                 layer_roundoff=layer_roundoff,
+                unit=self._unit,
             )
 
 
@@ -144,7 +150,6 @@ def _layer_roundoff(
     return relative
 
 
-def batch_length(x: Tensor) -> Tensor:
-    """The unit of errors: |x| of each sample, at least the batch's median; 1 if all are 0."""
-    dims = x[0].numel()
-    return data_scale(x) * (math.sqrt(dims) if bool(x.any()) else 1.0)
+def _smallest_feature(states: Sequence[Tensor]) -> float:
+    """The smallest scale of a feature in any state."""
+    return min(feature_scale(state).min().item() for state in states)

@@ -29,8 +29,8 @@ def forecast_against_measured(rows: Sequence[Mapping[str, Any]]) -> Drawing:
     """A line per number format: a ring at the forecast, a dot at the measurement, a limit.
 
     Args:
-        rows: with the columns "number format", forecast and measured, errors in units of |x|, and
-            usable: the error up to which an inverse in that format is usable.
+        rows: with the columns "number format", forecast and measured, errors of the
+            feature, and usable: the error up to which an inverse in that format is usable.
     """
     figure, axis = axes(5.2, 1.2 + 0.32 * len(rows))
     for place, row in enumerate(rows):
@@ -39,7 +39,7 @@ def forecast_against_measured(rows: Sequence[Mapping[str, Any]]) -> Drawing:
     axis.set_yticks(range(len(rows)), labels=labels, parse_math=False)
     axis.set_ylim(len(rows) - 0.4, -0.6)  # the first row at the top
     axis.grid(visible=False, axis="y")
-    axis.set_xlabel("error of the round trip, 95 % of samples [|x|]")
+    axis.set_xlabel("error of the round trip, 95 % of samples, of the feature")
     decades(axis.xaxis)
     legend(axis, ("○ forecast", LOW), ("● measured", HIGH), ("¦ limit", BAD))
     return drawing(figure, _caption(rows), title="Forecast and measurement in each number format")
