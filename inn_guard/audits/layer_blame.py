@@ -15,18 +15,21 @@ from inn_guard.audits.context import AuditContext
 from inn_guard.audits.cost_model import Cost, Passes, Task
 from inn_guard.audits.level import Level
 from inn_guard.audits.spec import audit_check
-from inn_guard.audits.thresholds import data_scale, format_log10
+from inn_guard.audits.thresholds import feature_scale, format_log10
 from inn_guard.core.layer_jacobian import NotApplicable
 from inn_guard.core.random import Noise, SampleNoise
 from inn_guard.core.tensors import log_norm
 from inn_guard.jacobian.chain import Linearization
 from inn_guard.jacobian.inverse_gains import inverse_gains, layer_extremes
+from inn_guard.report.limits import Limits
 from inn_guard.report.result import AuditResult
 from inn_guard.report.verdict import Verdict
 
 __all__ = ["digits_lost", "layer_blame"]
 
 LN10 = math.log(10)
+#: Fewer digits than this are the rounding of the estimate itself.
+LEAST_DIGITS = 0.01
 LAYER_STEPS = 20  #: of the iteration for a layer's own condition number
 
 
@@ -47,13 +50,16 @@ def _cost(task: Task) -> Cost:
 def layer_blame(context: AuditContext, *, samples: int = 32, probes: int = 8) -> AuditResult:
     """Digits that the inverse loses in each layer, and what each layer adds to the error of x.
 
-    For layer k with input h_k: its condition number; the gain ||J_1^-1 ... J_{k-1}^-1||_F / sqrt(D)
-    with which an error made there reaches x; the local error |F_k^-1(F_k(h_k)) - h_k|, measured;
-    and their product, its part of the error of x. Errors of different layers add up as squares. A
-    layer's digits are log10 of the error over the error that would be left if this layer only
-    rounded and did not amplify what comes from behind it; its share is its part of all digits. A
-    change of unit, which amplifies absolute but not relative errors, costs none. |x| is that of the
-    sample, or of its batch's median sample where that is larger (``data_scale``).
+    For layer k with input h_k: its condition number; the local error e_k = F_k^-1(F_k(h_k)) - h_k,
+    measured; and what of it reaches x, every entry in units of its feature (`feature_scale`, S):
+
+        contribution = sqrt( E |S^-1 J_1^-1 ... J_{k-1}^-1 (s * e_k)|^2 / D ),   s: random signs
+
+    The gain is the same of h_k in place of e_k: the growth of a relative error of h_k. Errors of
+    different layers add up as squares. A layer's digits are log10 of the error over the error that
+    would be left if this layer only rounded and did not amplify what comes from behind it; its
+    share is its part of all digits. A change of units, of all entries or of some, of x or of a
+    state, costs none.
 
     A layer's ``bits_lost``, -log2|det J_k| / D, are those that it throws away at an absolute
     resolution, as the mean over the samples. Exact mode keeps as many. They are left out where a
@@ -85,7 +91,7 @@ def layer_blame(context: AuditContext, *, samples: int = 32, probes: int = 8) ->
     layers = context.model.layers() or (context.model,)
     limit = context.limits.round_trip(context.x.dtype)
     table = measured.table([layer.name for layer in layers], sample)
-    verdict, reason = _judged(measured, table, limit)
+    verdict, reason = _judged(context.limits, measured, table, limit)
     worst = _worst(table)
     return AuditResult(
         "layer_blame",
@@ -93,22 +99,22 @@ def layer_blame(context: AuditContext, *, samples: int = 32, probes: int = 8) ->
         reason,
         headline=("expected_error", "digits_lost"),
         values={
-            "expected_error": measured.log_relative[sample].exp().item(),
-            "log10_expected_error": measured.log_relative[sample].item() / LN10,
+            "expected_error": measured.log_total[sample].exp().item(),
+            "log10_expected_error": measured.log_total[sample].item() / LN10,
             "digits_lost": sum(row["digits_lost"] for row in table),
             "worst_share": worst["share"],
             **({"bits_lost": measured.bits_lost} if measured.knows_bits else {}),
         },
         units={
-            "expected_error": "of |x|",
-            "log10_expected_error": "of |x|",
-            "contribution": "units of x",
+            "expected_error": "of the feature",
+            "log10_expected_error": "log10, of the feature",
+            "contribution": "of the feature",
+            "local_error": "length, in units of the layer's input",
             "bits_lost": "bits per entry of x",
         },
         per_layer=table,
         settings={
-            "worst_layer": f"{_place(worst)}: {100 * worst['share']:.0f} % of "
-            f"{sum(row['digits_lost'] for row in table):.1f} digits lost",
+            "worst_layer": _blamed(table),
             "samples": len(rows),
             "of": len(context.x),
             "worst_sample": int(rows[sample]),
@@ -159,18 +165,18 @@ class _Measurement:
         "log_condition",
         "log_gain",
         "log_local",
+        "log_contribution",
         "digits",
         "bits",
-        "log_x",
         "log_base",
     )
 
     log_condition: Tensor  #: (n, B), as all below
     log_gain: Tensor
     log_local: Tensor
+    log_contribution: Tensor
     digits: Tensor
     bits: Tensor
-    log_x: Tensor  #: (B,)
     log_base: Tensor  #: (B,)
     exact: bool
 
@@ -185,16 +191,8 @@ class _Measurement:
         return cls(**{name: part.movedim(0, -1).cpu() for name, part in named}, exact=exact)
 
     @property
-    def log_contribution(self) -> Tensor:
-        return self.log_local + self.log_gain
-
-    @property
     def log_total(self) -> Tensor:
         return _log_root_sum_squares(torch.cat([self.log_contribution, self.log_base[None]]))
-
-    @property
-    def log_relative(self) -> Tensor:
-        return self.log_total - self.log_x
 
     @property
     def knows_bits(self) -> bool:
@@ -206,7 +204,8 @@ class _Measurement:
         return self.bits.sum(0).mean().item()
 
     def table(self, names: Sequence[str], sample: int) -> tuple[Mapping[str, Any], ...]:
-        lost = self.digits[:, sample].nan_to_num(0.0, posinf=0.0).clamp(min=0)
+        lost = self.digits[:, sample].nan_to_num(0.0, posinf=0.0)
+        lost = torch.where(lost > LEAST_DIGITS, lost, 0.0)
         shares = lost / lost.sum().clamp(min=torch.finfo(lost.dtype).tiny)
         rows = []
         for k, name in enumerate(names):
@@ -228,7 +227,7 @@ class _Measurement:
 
 def _measured(context: AuditContext, rows: Tensor, probes: int) -> _Measurement:
     """`_measure` for these rows, in parts where they are shared out or memory is short."""
-    scales = data_scale(context.x[rows])
+    units = feature_scale(context.x[rows])
     alone = context.parallel.size == 1 and context.parallel.memory is None
 
     def measure(part: Tensor) -> tuple[Tensor, ...]:
@@ -237,7 +236,7 @@ def _measured(context: AuditContext, rows: Tensor, probes: int) -> _Measurement:
             linearization = context.linearization(rows)
         else:
             linearization = Linearization(*context.at(rows[part]))
-        return _measure(linearization, probes, noise, scales[part]).by_sample()
+        return _measure(linearization, probes, noise, units[part]).by_sample()
 
     layers = len(context.model.layers())
     at_most = context.max_linearized(2 * LAYER_STEPS + probes * (layers + 1))
@@ -246,44 +245,42 @@ def _measured(context: AuditContext, rows: Tensor, probes: int) -> _Measurement:
     return _Measurement.of_samples(parts, exact=probes >= context.x[0].numel())
 
 
-def _measure(
-    linearization: Linearization, probes: int, noise: Noise, scales: Tensor
-) -> _Measurement:
-    gains = inverse_gains(linearization, probes=probes, generator=noise)
-    conditions, errors, bits = [], [], []
+def _measure(linearization: Linearization, probes: int, noise: Noise, unit: Tensor) -> _Measurement:
+    gains = inverse_gains(linearization, unit=unit, probes=probes, generator=noise)
+    conditions, errors, contributions, bits = [], [], [], []
     dimension = linearization.states[0][0].numel()
     for k, layer in enumerate(linearization.layers):
         state, tangent = linearization.states[k], linearization.inverse_checked(k)
         forward, backward = layer_extremes(tangent, state, generator=noise, max_steps=LAYER_STEPS)
         conditions.append(forward + backward)
         with torch.no_grad():
-            errors.append(log_norm(layer.inverse(tangent.output).double() - state.double()))
+            error = layer.inverse(tangent.output).double() - state.double()
+        errors.append(log_norm(error))
+        contributions.append(gains.log_size(k, error))
         bits.append(bits_lost(layer, state, dimension=dimension))
     eps = math.log(torch.finfo(linearization.output.dtype).eps)
-    log_states = torch.stack([log_norm(state.double()) for state in linearization.states])
-    # a sample of zeros, or nearly, is held to the size of its neighbours
-    log_x = (scales * math.sqrt(dimension)).log()
-    base = log_x + eps
-    log_gain, log_local = gains.log_rms[:-1], torch.stack(errors)
-    amplification = (gains.log_rms + log_states).diff(dim=0).nan_to_num(0.0)
-    digits = digits_lost(
-        log_local + log_gain, log_states[:-1] + eps + log_gain, amplification, base
-    )
-    log_condition = torch.stack(conditions)
+    # what one relative error of a state, of the size of each of its entries, does to x
+    states = enumerate(linearization.states)
+    log_gain = torch.stack([gains.log_size(k, state) for k, state in states])
+    contribution = torch.stack(contributions)
+    # rounding of x itself, in units of its features
+    base = torch.full_like(log_gain[0], eps)
+    amplification = log_gain.diff(dim=0).nan_to_num(0.0)
+    digits = digits_lost(contribution, log_gain[:-1] + eps, amplification, base)
     return _Measurement(
-        log_condition.cpu(),
-        log_gain.cpu(),
-        log_local.cpu(),
+        torch.stack(conditions).cpu(),
+        log_gain[:-1].cpu(),
+        torch.stack(errors).cpu(),
+        contribution.cpu(),
         digits.cpu(),
         torch.stack(bits).cpu(),
-        log_x.cpu(),
         base.cpu(),
         gains.exact,
     )
 
 
 def _judged(
-    measured: _Measurement, table: tuple[Mapping[str, Any], ...], limit: float
+    limits: Limits, measured: _Measurement, table: tuple[Mapping[str, Any], ...], limit: float
 ) -> tuple[Verdict, str]:
     worst = _worst(table)
     broken = [row for row in table if not math.isfinite(row["local_error"])]
@@ -292,23 +289,36 @@ def _judged(
             Verdict.NON_FINITE,
             f"the inverse of {_place(broken[0])} returns NaN or Inf at its own forward output",
         )
-    expected = measured.log_relative.max().item() / LN10
-    reason = (
-        f"errors of the layers are expected to move x by {format_log10(expected)} of its length; "
-    )
+    log_expected = measured.log_total.max().item()
+    expected = format_log10(log_expected / LN10)
+    reason = f"errors of the layers are expected to move x by {expected} of each feature; "
     lost = sum(row["digits_lost"] for row in table)
-    reason += f"{_place(worst)} loses {worst['digits_lost']:.1f} of {lost:.1f} digits"
-    if not math.isfinite(expected):
+    if lost:
+        reason += f"{_place(worst)} loses {worst['digits_lost']:.1f} of {lost:.1f} digits"
+    else:
+        reason += "no layer loses more than rounding does"
+    if not math.isfinite(log_expected):
         return (
             Verdict.NON_FINITE,
             f"the error that reaches x is not finite; {_place(worst)} loses most digits",
         )
-    return (Verdict.UNSTABLE if expected > math.log10(limit) else Verdict.STABLE), reason
+    # an error beyond the range of floats is no NaN of the model
+    if log_expected > math.log(limit):
+        return Verdict.UNSTABLE, reason
+    return limits.verdict(math.exp(log_expected), limit), reason
 
 
 def _worst(table: tuple[Mapping[str, Any], ...]) -> Mapping[str, Any]:
     broken = [row for row in table if not math.isfinite(row["local_error"])]
     return broken[0] if broken else max(table, key=lambda row: row["digits_lost"])
+
+
+def _blamed(table: tuple[Mapping[str, Any], ...]) -> str:
+    worst = _worst(table)
+    lost = sum(row["digits_lost"] for row in table)
+    if not lost and math.isfinite(worst["local_error"]):
+        return "none: no digits lost"
+    return f"{_place(worst)}: {100 * worst['share']:.0f} % of {lost:.1f} digits lost"
 
 
 def _place(row: Mapping[str, Any]) -> str:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -12,7 +11,7 @@ from torch import Tensor
 
 from inn_guard.core.layer_jacobian import LayerJacobian, Map
 from inn_guard.core.random import Noise, as_noise
-from inn_guard.core.tensors import finite_rows
+from inn_guard.core.tensors import finite_rows, log_norm
 from inn_guard.jacobian.chain import Linearization, LogScaledVector, log_scaled
 from inn_guard.jacobian.lanczos import largest_singular_value
 
@@ -24,33 +23,52 @@ SMALL = 16
 
 @dataclass(frozen=True)
 class InverseGains:
-    """Norms of P_k = J_1^-1 ... J_k^-1, k = 0 ... n, which maps an error in state h_k to one in x.
+    """What P_k = S^-1 J_1^-1 ... J_k^-1, which maps an error of state h_k to one of x, does.
+
+    S holds the units of x.
 
     Attributes:
-        log_rms: ln of ||P_k||_F / sqrt(D), the root mean square growth of errors over all
-            directions, (n + 1, B).
-        log_largest: ln of a lower bound of ||P_k||_2, the growth in the worst direction,
-            (n + 1, B).
-        exact: whether both are exact, because there were D probes.
+        images: P_k^T w for every state k = 0 ... n and every probe w.
+        exact: whether sizes are exact, because there were D probes.
     """
 
-    log_rms: Tensor
-    log_largest: Tensor
+    images: tuple[tuple[LogScaledVector, ...], ...]
     exact: bool
+
+    def log_size(self, k: int, errors: Tensor) -> Tensor:
+        """ln of the root mean square over the entries of x of what errors of h_k do, (B,) float64.
+
+            sqrt( E |P_k (s * e)|^2 / D ),   s: independent signs
+
+        Every entry of h_k may have a unit of its own: errors in it are in that unit.
+
+        Args:
+            k: which state.
+            errors: e, sizes of the errors of its entries, of the shape of h_k.
+        """
+        logs = []
+        for image in self.images[k]:
+            logs.append(image.log_scale + log_norm(image.vector.double() * errors.double()))
+        return (torch.logsumexp(2 * torch.stack(logs), dim=0) - math.log(len(logs))) / 2
 
 
 def inverse_gains(
-    linearization: Linearization, *, probes: int = 8, generator: torch.Generator | Noise
+    linearization: Linearization,
+    *,
+    unit: Tensor,
+    probes: int = 8,
+    generator: torch.Generator | Noise,
 ) -> InverseGains:
-    """||P_k||_F / sqrt(D) and a lower bound of ||P_k||_2 for all k at once.
+    """What errors of every state do to x, for all k at once.
 
     P_{k+1}^T w = J_{k+1}^-T P_k^T w: one sweep of transposed inverse products per probe w serves
-    all k. The mean of |P_k^T w|^2 over orthonormal random probes estimates ||P_k||_F^2 / D. With D
-    probes it is exact.
+    all k. The mean of (w^T P_k e)^2 over orthonormal random probes w estimates |P_k e|^2 / D. With
+    D probes it is exact.
 
     Args:
         linearization: of a bijective model at x.
-        probes: number of sweeps; D give exact norms.
+        unit: of every entry of x, in a shape that broadcasts against it.
+        probes: number of sweeps; D give exact sizes.
         generator: of the probes, on the CPU, or a function that draws them.
 
     Raises:
@@ -60,15 +78,12 @@ def inverse_gains(
     dimension = x[0].numel()
     count = min(probes, dimension)
     noise = as_noise(generator)((len(x), dimension, count))
-    basis = torch.linalg.qr(noise).Q.to(x).transpose(1, 2).reshape(len(x), count, *x.shape[1:])
-    probe_vectors = [LogScaledVector.from_vector(basis[:, j]) for j in range(count)]
-    sweeps = [_sweep(linearization, probe) for probe in probe_vectors]
-    log_rms, log_largest = [], []
-    for images in zip(*sweeps, strict=True):  # the images of all probes under one P_k^T
-        rms, largest = _log_norms(images)
-        log_rms.append(rms)
-        log_largest.append(largest)
-    return InverseGains(torch.stack(log_rms), torch.stack(log_largest), count == dimension)
+    basis = torch.linalg.qr(noise).Q.transpose(1, 2).reshape(len(x), count, *x.shape[1:])
+    sweeps = []
+    for j in range(count):
+        probe = LogScaledVector.from_vector(basis[:, j].to(unit) / unit)
+        sweeps.append(_sweep(linearization, LogScaledVector(probe.vector.to(x), probe.log_scale)))
+    return InverseGains(tuple(zip(*sweeps, strict=True)), count == dimension)
 
 
 def layer_extremes(
@@ -120,23 +135,3 @@ def _sweep(linearization: Linearization, probe: LogScaledVector) -> list[LogScal
         product = linearization.inverse_checked(k).inverse_vjp(sweep[-1].vector)
         sweep.append(LogScaledVector(product, sweep[-1].log_scale).normalized())
     return sweep
-
-
-def _log_norms(images: Sequence[LogScaledVector]) -> tuple[Tensor, Tensor]:
-    """ln of the root mean square length of images of orthonormal vectors, and ln of sigma_max."""
-    logs = torch.stack([image.log_norm() for image in images], dim=1)
-    rms = (torch.logsumexp(2 * logs, dim=1) - math.log(len(images))) / 2
-
-    # relative to the longest image, so that the Gram matrix is in range
-    unit = logs.amax(1, keepdim=True)
-    unit = torch.where(unit.isfinite(), unit, 0.0)
-    scales = torch.stack([image.log_scale for image in images], dim=1)
-    columns = torch.stack([image.vector.flatten(1).double() for image in images], dim=1)
-    columns = columns * (scales - unit).exp().unsqueeze(2)
-    # eigvalsh refuses the whole batch if one matrix has a NaN
-    finite = finite_rows(columns)
-    columns = torch.where(finite[:, None, None], columns, 0.0)
-    # one eigenvalue decomposition of the small Gram matrix; rounding may leave it below zero
-    squares = torch.linalg.eigvalsh(columns @ columns.transpose(1, 2))[:, -1].clamp(min=0)
-    largest = squares.sqrt().log() + unit[:, 0]
-    return rms, torch.where(finite, largest, math.nan)

@@ -49,12 +49,16 @@ def _log_norm(matrix: mpmath.matrix) -> mpmath.mpf:
     return mpmath.log(mpmath.norm(matrix * vector) / mpmath.norm(vector))
 
 
-def inverse_gains(factors: list[Tensor]) -> tuple[Tensor, Tensor]:
-    """||P_k||_F / sqrt(D) and ||P_k||_2, P_k = J_1^-1 ... J_k^-1, k = 0 ... n, each (n + 1, B)."""
-    product = torch.eye(factors[0].shape[1], dtype=torch.float64).expand(factors[0].shape)
+def sizes_of_errors(model, x: Tensor, errors: list[Tensor], *, unit: Tensor) -> Tensor:
+    """sqrt(|S^-1 J_1^-1 ... J_k^-1 diag(e_k)|_F^2 / D), S: units of x, for k = 0 ... n, (n + 1, B).
+
+    That is the root mean square over x of what errors e_k with independent signs do.
+    """
+    product = torch.diag(1 / unit.double()).expand(len(x), -1, -1)
     products = [product]
-    for factor in factors:
+    for factor in layer_jacobians(model, x):
         products.append(products[-1] @ torch.linalg.inv(factor.double()))
-    dimension = product.shape[1]
-    rms = [p.flatten(1).norm(dim=1) / dimension**0.5 for p in products]
-    return torch.stack(rms), torch.stack([torch.linalg.matrix_norm(p, 2) for p in products])
+    sizes = []
+    for p, error in zip(products, errors, strict=True):
+        sizes.append((p * error[:, None].double()).flatten(1).norm(dim=1) / x.shape[1] ** 0.5)
+    return torch.stack(sizes)

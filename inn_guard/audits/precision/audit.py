@@ -199,7 +199,9 @@ def _check(candidates: Sequence[NumberFormat], usable: float | None, probes: int
             "usual ones"
         )
     if usable is not None and not usable > 0:
-        raise ValueError(f"expected a positive usable error, as a share of the feature; got {usable}")
+        raise ValueError(
+            f"expected a positive usable error, as a share of the feature; got {usable}"
+        )
     if probes is not None and probes < 1:
         raise ValueError(
             f"expected at least 1 probe, or None for as many as are needed; got {probes}"

@@ -110,10 +110,7 @@ class RoundingForecaster:
                 return None
         held = torch.finfo(number_format.coarsest)
         overflow = ~(most.largest_state <= held.max)
-        logs = [
-            forecast.log_error + math.log(number_format.roundoff)
-            for forecast in (least, most)
-        ]
+        logs = [forecast.log_error + math.log(number_format.roundoff) for forecast in (least, most)]
         unknown = logs[0].isnan() | logs[1].isnan()
         if self._smallest < held.tiny:
             unknown = torch.ones_like(unknown)
