@@ -10,7 +10,7 @@ from torch import Tensor
 
 from inn_guard.audits.thresholds import ROUNDING_FACTOR
 from inn_guard.core.tensors import log_norm
-from inn_guard.jacobian.chain import Linearization
+from inn_guard.jacobian.chain import Linearization, ScaledLinearization
 from inn_guard.jacobian.rounding_error import RoundingForecast, rounding_forecast
 from inn_guard.jacobian.singular_values import extreme_singular_values
 
@@ -25,9 +25,10 @@ class Explanation:
     """What rounding can do to the round trip x -> z -> x of some samples.
 
     Attributes:
-        log_condition: natural logarithm of sigma_max / sigma_min, (B,) float64 on the CPU.
-        log_amplified: ln of (|z| + sigma_max |x|) / sigma_min: one relative rounding of x or z,
-            seen in x; (B,).
+        log_condition: natural logarithm of sigma_max / sigma_min of J S, with the units of x in S,
+            (B,) float64 on the CPU.
+        log_amplified: ln of (|z| + sigma_max |S^-1 x|) / sigma_min: one relative rounding of x or
+            z, seen in S^-1 x; (B,).
         forecast: what rounding every layer's state does.
     """
 
@@ -36,11 +37,11 @@ class Explanation:
     forecast: RoundingForecast
 
     def error(self, dtype: torch.dtype) -> Tensor:
-        """Largest l2 error that rounding to ``dtype`` explains, (B,) float64 on the CPU.
+        """Largest error by feature that rounding to ``dtype`` explains, (B,) float64 on the CPU.
 
-        ROUNDING_FACTOR times the sum of eps (|z| + sigma_max |x|) / sigma_min and of the forecast
-        over all layers: a chain can be worse than its condition number where one layer undoes what
-        another one does.
+        ROUNDING_FACTOR times the sum of eps (|z| + sigma_max |S^-1 x|) / sigma_min and of the
+        forecast over all layers: a chain can be worse than its condition number where one layer
+        undoes what another one does.
         """
         log_eps = math.log(torch.finfo(dtype).eps)
         whole = (self.log_amplified + log_eps).exp()
@@ -48,18 +49,24 @@ class Explanation:
         return (ROUNDING_FACTOR * (whole + layers)).nan_to_num(nan=math.inf)
 
 
-def explain(linearization: Linearization, *, seed: int) -> Explanation:
+def explain(linearization: Linearization, *, unit: Tensor, seed: int) -> Explanation:
     """Condition numbers and forecast at the samples of a linearization with finite states.
+
+    Args:
+        linearization: at the samples x.
+        unit: of every entry of x, S; (B, *data).
+        seed: of the random vectors.
 
     Raises:
         NotApplicable: if a layer's inverse has no correct derivative, or the map is not square.
     """
     generator = torch.Generator().manual_seed(seed)
+    scaled = ScaledLinearization(linearization, unit)
     ends = extreme_singular_values(
-        linearization, generator=generator, tolerance=TOLERANCE, max_steps=MAX_STEPS
+        scaled, generator=generator, tolerance=TOLERANCE, max_steps=MAX_STEPS
     )
-    log_x = log_norm(linearization.states[0])
+    log_x = log_norm(linearization.states[0].double() / unit)
     log_z = log_norm(linearization.output)
     amplified = torch.logaddexp(log_z, ends.log_max + log_x) - ends.log_min
-    forecast = rounding_forecast(linearization, generator=generator)
+    forecast = rounding_forecast(linearization, generator=generator, unit=unit)
     return Explanation(ends.log_condition.cpu(), amplified.cpu(), forecast)

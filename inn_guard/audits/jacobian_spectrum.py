@@ -30,7 +30,6 @@ __all__ = ["jacobian_spectrum"]
 
 LN10 = math.log(10)
 LOOK_SEED = 1_000_003  #: from one look to the next
-MIXED_UNITS = 2.0  #: ratio of the deviations of a table's features above which units differ
 _FIELDS = tuple(field.name for field in dataclasses.fields(LargestSingularValue))
 
 
@@ -59,9 +58,9 @@ def jacobian_spectrum(
     formed and decomposed densely.
 
     The verdict is unstable where one rounding, eps cond, exceeds ``limits.reconstruction`` in the
-    worst direction. Of a table (B, features) whose features have deviations s that differ, this is
-    the condition number of J diag(s), which does not depend on their units. It explains; no use
-    depends on it.
+    worst direction. Of a table (B, features) whose features have deviations s, this is the
+    condition number of J diag(s), which does not depend on their units. It is measured where it
+    could have another verdict than that of J. It explains; no use depends on it.
 
     Args:
         context: model and data.
@@ -101,7 +100,7 @@ def jacobian_spectrum(
     if context.x.dim() == 2:
         # a feature in other units is the same feature, and rounding is relative to its size
         unit = feature_deviation(context.x[context.finite_rows()])
-        if bool(unit.max() > MIXED_UNITS * unit.min()):
+        if _units_decide(context, log_condition.cpu(), unit):
             scaled = _extremes(context, rows, tolerance, max_steps, unit=unit)
             log_condition = scaled.log_condition
             values["condition_number_in_units"] = log_condition.max().exp().item()
@@ -124,6 +123,16 @@ def jacobian_spectrum(
         settings=settings | {"method": "Lanczos on J and J^-1"},
         advice=advice,
     )
+
+
+def _units_decide(context: AuditContext, log_condition: Tensor, unit: Tensor) -> bool:
+    """Whether the condition number of J diag(s) could have another verdict than that of J.
+
+    They differ by no more than the condition number of diag(s).
+    """
+    widest = (unit.max() / unit.min()).log().item()
+    verdicts = {_judged(context, log_condition + sign * widest)[0] for sign in (-1, 1)}
+    return len(verdicts) > 1
 
 
 def _extremes(

@@ -114,7 +114,7 @@ def layer_blame(context: AuditContext, *, samples: int = 32, probes: int = 8) ->
         },
         per_layer=table,
         settings={
-            "worst_layer": _blamed(table),
+            **_blamed(table),
             "samples": len(rows),
             "of": len(context.x),
             "worst_sample": int(rows[sample]),
@@ -313,12 +313,14 @@ def _worst(table: tuple[Mapping[str, Any], ...]) -> Mapping[str, Any]:
     return broken[0] if broken else max(table, key=lambda row: row["digits_lost"])
 
 
-def _blamed(table: tuple[Mapping[str, Any], ...]) -> str:
+def _blamed(table: tuple[Mapping[str, Any], ...]) -> dict[str, str]:
+    """The worst layer in words; nothing where none loses digits."""
     worst = _worst(table)
     lost = sum(row["digits_lost"] for row in table)
     if not lost and math.isfinite(worst["local_error"]):
-        return "none: no digits lost"
-    return f"{_place(worst)}: {100 * worst['share']:.0f} % of {lost:.1f} digits lost"
+        return {}
+    share = f"{100 * worst['share']:.0f} % of {lost:.1f} digits lost"
+    return {"worst_layer": f"{_place(worst)}: {share}"}
 
 
 def _place(row: Mapping[str, Any]) -> str:

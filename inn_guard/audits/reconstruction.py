@@ -27,7 +27,7 @@ from inn_guard.audits.round_trip import (
 from inn_guard.audits.solver_settings import SAMPLES, Turned, find_helpful_setting
 from inn_guard.audits.solver_steps import Refinement, refinement
 from inn_guard.audits.spec import audit_check
-from inn_guard.audits.thresholds import data_scale, format_log10, worst
+from inn_guard.audits.thresholds import feature_scale, format_log10, worst
 from inn_guard.core.missing import Missing, NotApplicable
 from inn_guard.core.tensors import finite_rows
 from inn_guard.report.result import AuditResult, to_full_batch
@@ -39,7 +39,7 @@ __all__ = ["reconstruction"]
 #: The worst ones, whose condition number is measured where the round trip fails.
 EXPLAINED_SAMPLES = 8
 FIRST = 16  #: samples at which the iterations of an inverse are looked at
-#: An error that rounding explains is known to first order up to this share of the data's scale.
+#: An error that rounding explains is known to first order up to this share of a feature's scale.
 LINEAR = 0.1
 SHOWN = 8  #: images kept for the report, the worst ones
 #: A float64 round trip whose error is above this share of the float32 one is limited by the
@@ -245,15 +245,16 @@ def _with_cause(context: AuditContext, measured: _Measured, limit: float) -> _Me
     if isinstance(precise, RoundTrip) and worst(precise.by_feature) <= limit:
         return _Measured(*parts, cause="rounding")
     worst_rows = _worst_rows(context, measured)
-    explained = _explain(context, measured.rows[worst_rows.to(measured.rows.device)])
+    chosen = worst_rows.to(measured.rows.device)
+    unit = feature_scale(measured.deciding.start)[chosen]
+    explained = _explain(context, measured.rows[chosen], unit)
     if explained is None or isinstance(precise, Missing):
         return _Measured(*parts, explained, cause="unknown")
     allowed = explained.error(torch.float64)
-    size = data_scale(measured.deciding.start).cpu()[worst_rows]
     # where rounding moves a sample this far, the derivative at the sample no longer tells how far
-    allowed = torch.where(allowed > LINEAR * size, torch.inf, allowed)
+    allowed = torch.where(allowed > LINEAR, torch.inf, allowed)
     # an error of NaN or Inf is beyond every finite bound, and never beyond an infinite one
-    error = precise.l2[worst_rows]
+    error = precise.by_feature[worst_rows]
     error = error.where(error.isfinite(), torch.inf)
     beyond = error > allowed.where(allowed.isfinite(), torch.inf)
     cause = "condition"
@@ -271,11 +272,11 @@ def _worst_rows(context: AuditContext, measured: _Measured) -> Tensor:
     return ordered[: int(min(EXPLAINED_SAMPLES, fits))]
 
 
-def _explain(context: AuditContext, rows: Tensor) -> Explanation | None:
+def _explain(context: AuditContext, rows: Tensor, unit: Tensor) -> Explanation | None:
     if not context.model.bijective or not len(rows):
         return None
     try:
-        return explain(context.linearization(rows), seed=context.seed)
+        return explain(context.linearization(rows), unit=unit, seed=context.seed)
     except (ModelError, NotApplicable):
         return None
 
