@@ -56,7 +56,6 @@ def setting(check: str, name: str) -> int:
         f"more than {other_inputs.BITS:g} bits per dimension",
         f"along {other_inputs.DIRECTIONS} random directions",
         f"a round trip of {setting('out_of_distribution', 'samples')} samples for each family",
-        f"more than a factor of {jacobian_spectrum.MIXED_UNITS:g}, cond",
         f"{4 * setting('jacobian_spectrum', 'max_steps')} products of"
         f" {setting('jacobian_spectrum', 'samples')} samples",
         f"D products of {setting('full_spectrum', 'samples')} samples",
