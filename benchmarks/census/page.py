@@ -77,11 +77,11 @@ documentation does, trained by Adam without clipping, and audited for the five
 [All rows, sortable](census_table.html).
 
 ```bash
-inn-guard bench census.census --preset smoke                          # seconds
-inn-guard bench census.census --preset cpu --sets moons --out FOLDER   # one part of the grid
-inn-guard bench census.census --preset full --data-root FOLDER         # all of it, for days
-inn-guard bench census.repairs --rounds 0 --out FOLDER                 # repairs of what fails
-inn-guard bench census.price --sets moons --out FOLDER                 # the price of stability
+inn-guard bench census --preset smoke                          # seconds
+inn-guard bench census --preset cpu --sets moons --out FOLDER   # one part of the grid
+inn-guard bench census --preset full --data-root FOLDER         # all of it, for days
+inn-guard bench census.repairs --rounds 0 --out FOLDER          # repairs of what fails
+inn-guard bench census.price --sets moons --out FOLDER          # the price of stability
 ```
 
 The script `benchmarks/census/page.py` writes this page, the table and the figures from the
@@ -311,7 +311,7 @@ def _origins(parts: dict[str, dict[str, Any]], frames: Sequence[pd.DataFrame]) -
 #: script -> the fields of its configuration that tell the parts apart
 PARTS_BY = {
     "census": ("sets", "data_root", "seeds", "depths", "steps", "dtypes", "flows"),
-    "repairs": ("rounds", "deepest", "flows"),
+    "repairs": ("rounds", "deepest", "flows", "sets"),
     "price": ("sets", "treatments"),
 }
 
@@ -464,7 +464,9 @@ PAGE_HEAD = """<!DOCTYPE html>
 body { font: 14px/1.4 system-ui, sans-serif; margin: 1em; color: #222; background: #fff; }
 table { border-collapse: collapse; font-size: 12px; }
 th, td { border: 1px solid #ccc; padding: 2px 6px; white-space: nowrap; text-align: right; }
-th { position: sticky; top: 0; background: #eee; }
+th { position: sticky; top: 0; z-index: 1; background: #eee; }
+th:first-child, td:first-child { position: sticky; left: 0; background: #f6f6f6; }
+th:first-child { z-index: 2; text-align: left; }
 th button { all: unset; cursor: pointer; font-weight: bold; }
 th button:focus-visible { outline: 2px solid #0072b2; }
 td.text { text-align: left; }

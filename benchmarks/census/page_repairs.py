@@ -45,11 +45,14 @@ def repairs_section(frame: pd.DataFrame, repaired: pd.DataFrame) -> str:
     if len(again):
         lines += [f"{len(again)} of the {len(models)} did not fail when trained again.", ""]
     lines += [
+        _summary(repaired),
+        "",
         *_by_repair(repaired),
         "",
         "Cured: of the models that fail a use, those that pass it afterwards. Broken: uses that "
         "passed before and fail afterwards. Exact mode restores rows of data; draws and densities "
-        "stay what they are. It keeps bits beside z, given per dimension.",
+        "stay what they are. It keeps bits beside z, given per dimension; they are negative where "
+        "a flow expands, because it takes bits back then. Times are those of a busy machine.",
         "",
         _truth(repaired),
         "",
@@ -57,6 +60,18 @@ def repairs_section(frame: pd.DataFrame, repaired: pd.DataFrame) -> str:
         "",
     ]
     return "\n".join(lines)
+
+
+def _summary(repaired: pd.DataFrame) -> str:
+    """How many failing uses each repair cures."""
+    failing = repaired[repaired["failing"] != ""]
+    parts = []
+    for repair in REPAIRS:
+        rows = failing[failing["repair"] == repair]
+        cured = sum(len(uses.split()) for uses in rows["cured"])
+        parts.append(f"`{repair}` {cured}")
+    uses = failing.drop_duplicates(MODEL)["failing"].map(lambda words: len(words.split())).sum()
+    return f"Of {uses} failing uses of these models, cured are by {', by '.join(parts)}."
 
 
 def _by_repair(repaired: pd.DataFrame) -> list[str]:

@@ -27,6 +27,7 @@ from functools import partial
 
 import pandas as pd
 import torch
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import spectral_norm
@@ -218,32 +219,36 @@ def run(config: Config) -> pd.DataFrame:
 
 
 def draw(frame: pd.DataFrame) -> Figure:
-    """The front of each data set: every model, and the medians over the seeds."""
+    """The front of each data set: every model small, the medians over the seeds large."""
     sets = list(dict.fromkeys(frame["data"]))
-    figure = Figure(figsize=(3.6 * len(sets) + 0.4, 3.8), layout="constrained")
+    figure = Figure(figsize=(4.2 * len(sets) + 0.6, 4.2), layout="constrained")
     axes = figure.subplots(1, len(sets), squeeze=False)[0]
     for axis, data in zip(axes, sets, strict=True):
         some = frame[frame["data"] == data]
-        for kind, colour in COLOURS.items():
-            of_kind = some[some["kind"] == kind]
-            if not len(of_kind):
-                continue
-            axis.plot(
-                of_kind["bits"], of_kind["log10_condition"], "o",
-                color=colour, alpha=0.35, markersize=4,
-            )  # fmt: skip
-            middle = of_kind.groupby("treatment", sort=False)[["bits", "log10_condition"]].median()
-            style = "-o" if kind == "FD" else "o"
-            axis.plot(
-                middle["bits"], middle["log10_condition"], style,
-                color=colour, markersize=7, linewidth=1, label=kind,
-            )  # fmt: skip
+        for kind in COLOURS:
+            _draw_kind(axis, some[some["kind"] == kind], kind)
         axis.set_title(data, fontsize=10)
         axis.set_xlabel("bits per dimension, held out (left is better)", fontsize=8)
+        axis.margins(x=0.15)
         draw_grid_lines(axis)
     axes[0].set_ylabel("log10 of the largest condition number")
-    axes[0].legend(fontsize=8)
     return figure
+
+
+def _draw_kind(axis: Axes, rows: pd.DataFrame, kind: str) -> None:
+    """FD's medians are joined in the order of the coefficients; every median has its name."""
+    colour = COLOURS[kind]
+    columns = ["bits", "log10_condition"]
+    axis.plot(*rows[columns].to_numpy().T, "o", color=colour, alpha=0.35, markersize=4)
+    middle = rows.groupby("treatment")[columns].median()
+    middle = middle.loc[[name for name in TREATMENTS if name in middle.index]]
+    style = "-o" if kind == "FD" else "o"
+    axis.plot(*middle.to_numpy().T, style, color=colour, markersize=7, linewidth=1)
+    for name, place in middle.iterrows():
+        axis.annotate(
+            str(name), place.to_list(), xytext=(5, 5), textcoords="offset points",
+            fontsize=7, color=colour,
+        )  # fmt: skip
 
 
 if __name__ == "__main__":

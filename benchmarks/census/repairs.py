@@ -53,6 +53,7 @@ class Config:
     rounds: tuple[int, ...] = (0,)  # 0 takes the first seed of every group, 1 the second
     models: tuple[str, ...] = ()  # "flow / data / depth / seed / steps", in place of the rounds
     flows: tuple[str, ...] = ()  # default: all
+    sets: tuple[str, ...] = ()  # default: all
     deepest: int = 16  # deeper models are left out
     width: int = 64
     batch_size: int = 64
@@ -132,6 +133,8 @@ def cases(config: Config) -> dict[str, Case]:
     rows = rows[rows["round"].isin(config.rounds) & (rows["depth"] <= config.deepest)]
     if config.flows:
         rows = rows[rows["flow"].isin(config.flows)]
+    if config.sets:
+        rows = rows[rows["data"].isin(config.sets)]
     found = [
         Case(row.flow, row.data, row.depth, row.seed, row.steps, row.weights)
         for row in rows.sort_values("depth", kind="stable").itertuples()

@@ -8,7 +8,14 @@ import pandas as pd
 import pytest
 
 from benchmarks.census import page, rows
-from benchmarks.census.findings import findings, sound_densities
+from benchmarks.census.findings import (
+    deepest,
+    deepest_trained,
+    findings,
+    images,
+    longer,
+    sound_densities,
+)
 from benchmarks.census.page_price import price_section
 from benchmarks.census.page_repairs import repairs_section
 from benchmarks.census.repairs import failing_models
@@ -92,6 +99,41 @@ def test_what_rests_on_one_seed_is_a_hint():
     assert "## Hints" not in three
 
 
+def test_a_flow_keeps_its_inverse_at_depth_64_if_every_seed_does():
+    frame = models(
+        flow=["a", "a", "b", "b", "c"],
+        seed=[0, 1, 0, 1, 0],
+        sampling=["stable", "stable", "stable", BAD, "undecided"],
+        density=["stable"] * 5,
+    )
+    assert deepest_trained(frame.assign(depth=16)) is None
+    found = deepest_trained(frame.assign(depth=64))
+    assert found.text.startswith("After 400 steps at depth 64, a keep an inverse")
+    assert "with every seed; b lose it with at least one." in found.text
+    assert "Of the 1 models that lose it 1 keep a density." in found.text
+    assert deepest(frame.assign(depth=64)) is None
+
+
+def test_longer_trainings_are_compared_where_three_seeds_were_trained():
+    short = models(flow=["a", "a", "a", "b"], seed=[0, 1, 2, 0], bits=[2.0, 2.0, 2.0, 9.0])
+    long = short.assign(
+        steps=4000, bits=[1.0, 1.5, 1.75, 0.0], log10_condition=[2.0, 3.0, 4.0, 9.0]
+    )
+    long["sampling"] = [BAD, "stable", "stable", BAD]
+    found = longer(pd.concat([short, long], ignore_index=True))
+    assert found.text.startswith("Of 3 models, 0 fail sampling after 400 steps and 1 after 4,000.")
+    assert "by 0.5 bits per dimension" in found.text
+    assert "condition number by 1e+02" in found.text
+
+
+def test_image_patches_are_counted_once_trained():
+    frame = models(density_figure=[0.25, 0.5, 0.125, 0.5], steps=[400, 400, 400, 0])
+    assert images(frame) is None
+    found = images(frame.assign(data="patches", dimensions=768, lowest_density="float32"))
+    assert found.text.startswith("Of 3 trained models on image patches of 768 dimensions")
+    assert "right to 0.5 nats, 3 of them need float32" in found.text
+
+
 def test_the_page_is_made_of_any_rows():
     text = page.markdown(models(), {}, pd.DataFrame(), pd.DataFrame())
     assert "4 rows; a row is one model in one dtype." in text
@@ -169,6 +211,9 @@ def test_what_repairs_cure_and_break_is_counted_by_use():
     assert cells[3:8] == ["0 of 0", "1 of 1", "0 of 1", "0 of 0", "1"]
     assert cells[8] == "0.5 (0.5 to 0.5)"
     assert [cell.strip() for cell in exact.split("|")][3:8] == ["", "", "1 of 1", "", "0"]
+    assert (
+        "Of 2 failing uses of these models, cured are by `regularized` 0, by `stabilize` 1" in text
+    )
     assert "sampling 0.5, 0.25; reconstruction 0.5, 0.25" in text
     assert repairs_section(models(), frame.head(0)) == ""
 

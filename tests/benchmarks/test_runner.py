@@ -126,6 +126,7 @@ def test_checksums_are_of_the_data_set_that_is_asked_for(tmp_path):
 def test_experiments_are_found_by_their_names():
     assert experiments.find("exploding_inverses.flowgan") is experiments.find("flowgan")
     assert experiments.find("nif_tables").name == "nif.tables"
+    assert experiments.find("census").name == "census.census"
     with pytest.raises(
         LookupError, match=r"one of .*exploding_inverses\.regularizer_cost, performance\."
     ):
