@@ -23,7 +23,7 @@ from inn_guard.execution.state import StateSnapshot
 from inn_guard.jacobian.chain import Linearization
 from inn_guard.report.limits import Limits
 
-__all__ = ["AuditContext", "audited_model", "same_up_to_rounding"]
+__all__ = ["AuditContext", "audited_model", "same_up_to_rounding", "uncompared_model"]
 
 
 @dataclass(frozen=True)
@@ -180,6 +180,13 @@ def audited_model(model: Invertible, x: Tensor) -> AuditedModel:
             audited.eval()
 
         audited.composition = compare_layers(audited, x, restore=restore)
+    return audited
+
+
+def uncompared_model(model: Invertible, x: Tensor) -> AuditedModel:
+    """The same for a dry run, which takes the layers as they are; they are not compared with it."""
+    audited = AuditedModel(model)
+    audited.data_shape = x.shape[1:]
     return audited
 
 

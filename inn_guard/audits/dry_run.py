@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
-from inn_guard.audits.context import AuditContext
+from inn_guard.audits.context import AuditContext, same_up_to_rounding
 from inn_guard.audits.cost_model import Cost, Task
 from inn_guard.audits.spec import AuditSpec
 from inn_guard.core.invertible import Invertible
 from inn_guard.core.missing import NotApplicable
+from inn_guard.core.tensors import finite_rows
 from inn_guard.execution.memory import Footprint, forward_footprint, linearized_footprint
 from inn_guard.jacobian.chain import Linearization
 from inn_guard.report.result import AuditResult
@@ -36,11 +38,12 @@ def dry_run(
     """Estimated time in seconds and memory in bytes of each check, of which none is run.
 
     One forward and one inverse are timed on a few samples. Of layers of the same class, shape and
-    number of parameters one is linearized and stands for all: its products are timed, its memory
-    is metered on one and two samples. Time is the number of passes that a check declares, times the
-    time of a pass per sample: an estimate, too high where large batches run faster, and blind to
-    what iterations depend on. Where the memory is bounded, or processes share the work, that is
-    taken into account.
+    number of parameters one is linearized and stands for all: its products are timed. Its memory is
+    what autograd keeps of a pass and its inverse, measured on one and two samples. Time is the
+    number of passes that a check declares, times the time of a pass per sample. That is an
+    estimate: too high where large batches run faster, and blind to what iterations depend on. The
+    work that processes share is divided by their number. Where the memory is bounded, a pass and a
+    linearization of the whole model are metered.
 
     Args:
         context: model and data.
@@ -50,26 +53,29 @@ def dry_run(
     Returns:
         seconds and bytes of all, a row per check in the table ``cost``.
     """
-    rows = context.usable_rows()[:TIMED]
-    if not len(rows):
-        reason = "no sample has a finite latent: nothing could be timed"
-        return AuditResult("dry_run", Verdict.NON_FINITE, reason)
+    rows = context.finite_rows()[:TIMED]
     memory = context.parallel.memory
-    within = math.inf if memory is None else float(memory)
-    model, x = context.at(rows)
-    kinds = _kinds(model, x)
-    prints = _footprints(kinds, within)
+    prints = None
     if memory is not None:
+        rows = context.usable_rows()[:TIMED]
+    if memory is not None and len(rows):
         # a bound is kept by what was measured of the whole
+        model, x = context.at(rows)
         prints = {
-            False: forward_footprint(model, x, within=within),
-            True: linearized_footprint(model, x, within=within),
+            False: forward_footprint(model, x, within=float(memory)),
+            True: linearized_footprint(model, x, within=float(memory)),
         }
         rows = rows[: prints[True].samples_within(memory)]
-        model, x = context.at(rows)
-        kinds = _kinds(model, x)
-    seconds, missing = _timed(model, x, kinds)
-    estimate = _Estimate(context, seconds, prints, processes)
+    timed = _first_pass(context, rows)
+    if not len(timed.x):
+        timed = _first_pass(context, context.usable_rows()[:TIMED])
+    if not len(timed.x):
+        reason = "no sample has a finite latent: nothing could be timed"
+        return AuditResult("dry_run", Verdict.NON_FINITE, reason)
+    if prints is None:
+        prints = _footprints(timed.kinds)
+    seconds, missing = _timed(timed)
+    estimate = _Estimate(context, seconds, prints, timed.layers, processes)
     table = tuple(estimate.row(check) for check in checks)
     total = sum(row["seconds"] for row in table if math.isfinite(row["seconds"]))
     most = max((row["bytes"] for row in table if math.isfinite(row["bytes"])), default=math.nan)
@@ -84,9 +90,9 @@ def dry_run(
         | {f"seconds_per_{kind}": "s per sample" for kind in KINDS},
         tables={"cost": table},
         settings={
-            "timed_samples": len(rows),
-            "dimension": x[0].numel(),
-            "layers": estimate.layers,
+            "timed_samples": len(timed.x),
+            "dimension": timed.x[0].numel(),
+            "layers": timed.layers,
             "processes": processes,
         },
     )
@@ -116,11 +122,8 @@ class _Estimate:
     context: AuditContext
     seconds: Mapping[str, float]
     prints: Mapping[bool, Footprint]  #: of a forward pass, and linearized
+    layers: int
     processes: int
-
-    @functools.cached_property
-    def layers(self) -> int:
-        return len(self.context.model.layers()) or 1
 
     def row(self, check: AuditSpec) -> dict[str, Any]:
         """The estimate for one check."""
@@ -164,9 +167,47 @@ class _Kind:
     count: int
 
 
+@dataclass(frozen=True)
+class _Passes:
+    """One pass through the layers and one through the model.
+
+    Attributes:
+        model: at the rows whose latents are finite.
+        x: these rows.
+        z: their latents.
+        seconds: of the model's pass, per sample.
+        kinds: the layers by what they cost; the model itself if it has none.
+    """
+
+    model: Invertible
+    x: Tensor
+    z: Tensor
+    seconds: float
+    kinds: Sequence[_Kind]
+
+    @property
+    def layers(self) -> int:
+        return sum(kind.count for kind in self.kinds)
+
+
 @torch.no_grad()
-def _kinds(model: Invertible, x: Tensor) -> list[_Kind]:
-    """One layer for each class, shape and number of parameters; a model without layers is one."""
+def _first_pass(context: AuditContext, rows: Tensor) -> _Passes:
+    model, x = context.at(rows)
+    if not len(rows):
+        return _Passes(model, x, x, math.nan, ())
+    # first layer by layer, so that the model's own pass is not the very first one
+    kinds, composed = _kinds(model, x)
+    seconds, z = _clocked(lambda: model(x), x)
+    finite = finite_rows(z)
+    if not bool(finite.all()):
+        return _first_pass(context, rows[finite])
+    if not same_up_to_rounding(composed, z, torch.finfo(x.dtype).eps ** 0.5):
+        kinds = [_Kind(model, x, 1)]  # its layers are another map
+    return _Passes(model, x, z, seconds, kinds)
+
+
+def _kinds(model: Invertible, x: Tensor) -> tuple[list[_Kind], Tensor]:
+    """One layer for each class, shape and number of parameters, and what they make of x."""
     found: dict[Any, _Kind] = {}
     layers = model.layers()
     for layer in layers or (model,):
@@ -177,68 +218,102 @@ def _kinds(model: Invertible, x: Tensor) -> list[_Kind]:
             found[key] = _Kind(layer, x, 1)
         else:
             found[key] = replace(known, count=known.count + 1)
-        if layers:
-            x = layer(x)
-    return list(found.values())
+        x = layer(x)
+    return list(found.values()), x
 
 
-def _footprints(kinds: Sequence[_Kind], within: float) -> dict[bool, Footprint]:
+def _footprints(kinds: Sequence[_Kind]) -> dict[bool, Footprint]:
     """Of a pass, and linearized: the graphs of all layers are held together."""
-    plain, linearized = [], []
-    for kind in kinds:
-        plain.append(forward_footprint(kind.layer, kind.x, within=within))
-        one = linearized_footprint(kind.layer, kind.x, within=within)
-        linearized.append(Footprint(kind.count * one.fixed, kind.count * one.each))
+    graphs = [(kind.count, _graph_footprint(kind)) for kind in kinds]
     return {
-        False: Footprint(max(one.fixed for one in plain), max(one.each for one in plain)),
-        True: Footprint(sum(one.fixed for one in linearized), sum(one.each for one in linearized)),
+        # a pass holds what one layer computes at a time
+        False: Footprint(max(one.fixed for _, one in graphs), max(one.each for _, one in graphs)),
+        True: Footprint(
+            sum(count * one.fixed for count, one in graphs),
+            sum(count * one.each for count, one in graphs),
+        ),
     }
 
 
-def _timed(
-    model: Invertible, x: Tensor, kinds: Sequence[_Kind]
-) -> tuple[dict[str, float], dict[str, str]]:
+def _graph_footprint(kind: _Kind) -> Footprint:
+    """What autograd keeps of a pass and its inverse of one such layer, with its states."""
+    layer = kind.layer
+
+    def kept(count: int) -> int:
+        """Bytes at this many samples."""
+        rows = torch.zeros(count, dtype=torch.long, device=kind.x.device)
+        part, x = layer.select(rows), kind.x[rows].requires_grad_()
+        with _KeptForBackward(layer.parameters()) as graph:
+            z = part(x)
+            with contextlib.suppress(NotApplicable):
+                part.inverse(z.detach().requires_grad_())
+        return graph.bytes + 2 * (x.numel() + z.numel()) * x.element_size()
+
+    one = kept(1)
+    each = max(kept(2) - one, kind.x[0].numel() * kind.x.element_size())
+    return Footprint(max(0, one - each), each)
+
+
+class _KeptForBackward:
+    """A block that adds up the tensors that graphs recorded in it keep, the parameters aside."""
+
+    def __init__(self, parameters: Iterable[Tensor]) -> None:
+        self.bytes = 0
+        self._seen = {parameter.untyped_storage().data_ptr() for parameter in parameters}
+        self._kept: list[Tensor] = []  # else the memory of one could become that of another
+        self._hooks = torch.autograd.graph.saved_tensors_hooks(self._keep, lambda kept: kept)
+
+    def __enter__(self) -> _KeptForBackward:
+        self._hooks.__enter__()
+        return self
+
+    def __exit__(self, *raised: Any) -> None:
+        self._hooks.__exit__(*raised)
+        self._kept.clear()
+
+    def _keep(self, tensor: Tensor) -> Tensor:
+        if tensor.layout is not torch.strided:
+            return tensor
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in self._seen:
+            self._seen.add(storage.data_ptr())
+            self.bytes += storage.nbytes()
+            self._kept.append(tensor.detach())
+        return tensor
+
+
+def _timed(timed: _Passes) -> tuple[dict[str, float], dict[str, str]]:
     """Seconds per sample of each kind of pass, NaN where there is none, and why."""
     seconds, missing = dict.fromkeys(KINDS, math.nan), {}
-    with torch.no_grad():
-        # both have been called before, when layers were compared with their model
-        seconds["forward"], z = _clocked(lambda: model(x), x)
+    seconds["forward"] = timed.seconds
+    try:
+        with torch.no_grad():
+            seconds["inverse"], _ = _clocked(lambda: timed.model.inverse(timed.z), timed.x)
+    except NotApplicable as error:
+        missing["inverse"] = str(error)
+    seconds["linearize"] = seconds["product"] = 0.0
+    for kind in timed.kinds:
+        each, linearization = _clocked(functools.partial(Linearization, kind.layer, kind.x), kind.x)
+        seconds["linearize"] += kind.count * each
         try:
-            seconds["inverse"], _ = _clocked(lambda: model.inverse(z), x)
-        except NotApplicable as error:
-            missing["inverse"] = str(error)
-    seconds["linearize"] = 0.0
-    products = 0.0
-    for kind in kinds:
-        seconds["linearize"] += kind.count * _clock(
-            functools.partial(Linearization, kind.layer, kind.x), kind.x
-        )
-        try:
-            products += kind.count * _seconds_of_a_product(kind)
+            seconds["product"] += kind.count * _seconds_of_a_product(kind, linearization)
         except NotApplicable as error:
             missing["product"] = str(error)
-            products = math.nan
-    seconds["product"] = products
+            seconds["product"] = math.nan
     return seconds, missing
 
 
-def _seconds_of_a_product(kind: _Kind) -> float:
+def _seconds_of_a_product(kind: _Kind, linearization: Linearization) -> float:
     """The mean of the four products with one layer's Jacobian."""
-    linearization = Linearization(kind.layer, kind.x)
+    linearization.inverse_checked(0)  # so that no product is timed with its check
     pairs = (
         (linearization.jvp, kind.x),
         (linearization.vjp, linearization.output),
         (linearization.inverse_jvp, linearization.output),
         (linearization.inverse_vjp, kind.x),
     )
-    each = [_clock(functools.partial(product, vector), kind.x) for product, vector in pairs]
+    each = [_clocked(functools.partial(product, vector), kind.x)[0] for product, vector in pairs]
     return sum(each) / len(each)
-
-
-def _clock(call: Callable[[], Any], x: Tensor) -> float:
-    """Seconds of a call per sample of x; the first call prepares what later ones find ready."""
-    call()
-    return _clocked(call, x)[0]
 
 
 def _clocked(call: Callable[[], Answer], x: Tensor) -> tuple[float, Answer]:

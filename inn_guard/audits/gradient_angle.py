@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 import inspect
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -35,6 +35,7 @@ from inn_guard.report.verdict import Verdict
 __all__ = ["GradientComparison", "gradient_angle"]
 
 Pair = tuple[Tensor, Tensor]  #: one parameter's part of g and of h
+JOINED = 2**20  #: entries of small parameters that are handled as one vector
 
 
 @dataclass(frozen=True)
@@ -58,10 +59,11 @@ class GradientComparison:
     @classmethod
     def of(cls, pairs: Sequence[Pair]) -> GradientComparison:
         """Of gradients given as a pair of tensors per parameter."""
-        a, b = (_norm(pair[k] for pair in pairs) for k in (0, 1))
-        apart = _norm(g.double() / a - h.double() / b for g, h in pairs)
-        together = _norm(g.double() / a + h.double() / b for g, h in pairs)
-        return cls(a, b, apart, together, _norm(g.double() - h.double() for g, h in pairs))
+        a = _norm(g for g, _ in _joined(pairs))
+        b = _norm(h for _, h in _joined(pairs))
+        apart = _norm(g / a - h / b for g, h in _joined(pairs))
+        together = _norm(g / a + h / b for g, h in _joined(pairs))
+        return cls(a, b, apart, together, _norm(g - h for g, h in _joined(pairs)))
 
     def row(self) -> dict[str, float]:
         """Angle in degrees, distance and lengths.
@@ -87,17 +89,35 @@ class GradientComparison:
         }
 
 
+def _joined(pairs: Iterable[Pair]) -> Iterator[Pair]:
+    """The same gradients in float64, many small parameters in one vector."""
+    waiting: list[Pair] = []
+    for g, h in pairs:
+        entries = sum(part.numel() for part, _ in waiting) + g.numel()
+        if waiting and (entries > JOINED or g.device != waiting[0][0].device):
+            yield _vectors(waiting)
+            waiting = []
+        waiting.append((g, h))
+    if waiting:
+        yield _vectors(waiting)
+
+
+def _vectors(pairs: Sequence[Pair]) -> Pair:
+    g = torch.cat([g.reshape(-1) for g, _ in pairs])
+    h = torch.cat([h.reshape(-1) for _, h in pairs])
+    return g.double(), h.double()
+
+
 def _norm(vectors: Iterable[Tensor]) -> float:
-    lengths = [
-        torch.linalg.vector_norm(vector, dtype=torch.float64)
-        for vector in vectors
-        if vector.numel()
-    ]
-    return float(torch.linalg.vector_norm(torch.stack(lengths))) if lengths else 0.0
+    lengths = [torch.linalg.vector_norm(vector) for vector in vectors if vector.numel()]
+    if not lengths:
+        return 0.0
+    return float(torch.stack([length.cpu() for length in lengths]).norm())
 
 
 Loss = Callable[..., Tensor]
 Measured = Callable[[Invertible, Tensor], Tensor]
+At = tuple[Invertible, Tensor]  #: a model and the batch at which its gradient is taken
 
 
 def _cost(task: Task) -> Cost:
@@ -168,19 +188,25 @@ def gradient_angle(
     batches = usable.split(at_once)
     saving = saving_compared_chain(model, model.composition, keep=keep)
 
+    stored = _Stored(measure, parameters)
+
+    first = (model.select(batches[0]), x[batches[0]])
+
     def compare(rows: Tensor) -> tuple[GradientComparison, list[GradientComparison]]:
-        rebuilt, stored = (saving.select(rows), x[rows]), (model.select(rows), x[rows])
-        pairs = _pairs(rebuilt, stored, measure, parameters)
+        at = first if rows is batches[0] else (model.select(rows), x[rows])
+        pairs = stored.pairs((saving.select(rows), at[1]), at)
         parts = [GradientComparison.of([pairs[k] for k in group.members]) for group in groups]
         return GradientComparison.of(pairs), parts
 
-    compared = context.parallel.map_items(batches, compare)
+    # the first minibatch last: its true gradient is needed again
+    last_first = context.parallel.map_items(batches[::-1], compare)
+    compared = last_first[::-1]
     minibatches = tuple(whole.row() for whole, _ in compared)
-    rounding = _rounding(model.select(batches[0]), x[batches[0]], measure, parameters, context.seed)
+    rounding = _rounding(stored, first, context.seed)
     others = saving_compared_chain(
         model, model.composition, keep=OUTPUT if keep == INPUT else INPUT
     )
-    other = _other_choice(model, others, x, batches[0], measure, parameters)
+    other = _other_choice(stored, (others.select(batches[0]), first[1]), first)
     finding = _finding(minibatches, rounding, context.limits)
     finding = dataclasses.replace(finding, reason=finding.reason + _remarks(context, other, keep))
     finding = dataclasses.replace(finding, samples=len(usable), of=len(x))
@@ -237,19 +263,14 @@ def _values(minibatches: Sequence[Mapping[str, float]], rounding: float) -> dict
 
 
 def _other_choice(
-    model: AuditedModel,
-    other: Invertible,
-    x: Tensor,
-    rows: Tensor,
-    measure: Measured,
-    parameters: list[Tensor],
+    stored: _Stored, other: At, first: tuple[AuditedModel, Tensor]
 ) -> dict[str, float]:
     """The angle of the choice that does not decide, in one minibatch; nothing where it raises."""
-    part, batch = model.select(rows), x[rows]
+    model, _ = first
     # the last that the check does with the model, which may be in its first mode afterwards
     state = model.state or StateSnapshot(model)
     with state.preserved(), contextlib.suppress(NotApplicable, ModelError):
-        pairs = _pairs((other.select(rows), batch), (part, batch), measure, parameters)
+        pairs = stored.pairs(other, first)
         return {"other_angle": GradientComparison.of(pairs).row()["angle"]}
     return {}
 
@@ -302,31 +323,52 @@ class _Group:
         return {"index": self.index, "name": self.name, "parameters": self.parameters}
 
 
-def _rounding(
-    model: Invertible, x: Tensor, measure: Measured, parameters: list[Tensor], seed: int
-) -> float:
+class _Stored:
+    """Gradients with stored activations, beside which others are held.
+
+    The last one is kept for the next comparison at the very same tensor, unless random numbers were
+    drawn or buffers written: then every comparison needs one of its own.
+
+    Args:
+        measure: the loss of a model at a batch.
+        parameters: to which the gradients belong.
+    """
+
+    def __init__(self, measure: Measured, parameters: list[Tensor]) -> None:
+        self.measure, self.parameters = measure, parameters
+        self._known: tuple[Tensor, list[Tensor]] | None = None
+
+    def pairs(self, other: At, stored: At) -> list[Pair]:
+        """Gradients of both, with the same random numbers, parameter by parameter.
+
+        Args:
+            other: a model and a batch.
+            stored: the model with stored activations, and a batch.
+        """
+        surroundings = RandomAndBufferState(*other)
+        g = self._gradient(other)
+        is_repeatable = not surroundings.changed()
+        _, x = stored
+        if not is_repeatable or self._known is None or self._known[0] is not x:
+            self._known = None  # frees the last one
+            with surroundings.restored():
+                self._known = x, self._gradient(stored)
+        _, h = self._known
+        if not is_repeatable:
+            self._known = None
+        return list(zip(g, h, strict=True))
+
+    def _gradient(self, at: At) -> list[Tensor]:
+        return _gradients(self.measure(*at), self.parameters)
+
+
+def _rounding(stored: _Stored, at: At, seed: int) -> float:
     """|h(x') - h(x)| / |h(x)| with every entry of x moved by one rounding unit, up or down."""
+    model, x = at
     generator = torch.Generator().manual_seed(seed)
     sign = 2 * torch.randint(2, x.shape, generator=generator, device="cpu").to(x) - 1
     moved = x * (1 + torch.finfo(x.dtype).eps * sign)
-    return GradientComparison.of(_pairs((model, moved), (model, x), measure, parameters)).row()[
-        "distance"
-    ]
-
-
-def _pairs(
-    first: tuple[Invertible, Tensor],
-    second: tuple[Invertible, Tensor],
-    measure: Measured,
-    parameters: list[Tensor],
-) -> list[Pair]:
-    """Gradients at two models and batches, with the same random numbers, parameter by parameter."""
-    surroundings = RandomAndBufferState(*first)
-    g = _gradients(measure(*first), parameters)
-    surroundings.changed()
-    with surroundings.restored():
-        h = _gradients(measure(*second), parameters)
-    return list(zip(g, h, strict=True))
+    return GradientComparison.of(stored.pairs((model, moved), at)).row()["distance"]
 
 
 def _gradients(loss: Any, parameters: list[Tensor]) -> list[Tensor]:

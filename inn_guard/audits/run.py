@@ -26,7 +26,7 @@ from inn_guard.audits.batch import (
     checked_domain,
     first_batch,
 )
-from inn_guard.audits.context import AuditContext, audited_model
+from inn_guard.audits.context import AuditContext, audited_model, uncompared_model
 from inn_guard.audits.dry_run import dry_run as estimate
 from inn_guard.audits.level import Level
 from inn_guard.audits.priors import base_of
@@ -146,7 +146,7 @@ def audit(  # noqa: PLR0913
     parallel.check_agreement(wrapped, x)
     if limits is not None and not isinstance(limits, Limits):
         raise TypeError(f"expected limits as inn_guard.Limits(...); got {limits!r}")
-    audited = audited_model(wrapped, x)
+    audited = uncompared_model(wrapped, x) if dry_run else audited_model(wrapped, x)
     audit_context = AuditContext(
         audited,
         x,
@@ -166,6 +166,8 @@ def audit(  # noqa: PLR0913
         )
     counted = _counted(audit_context, counted_uses)
     settings = _settings(wrapped, audit_context, named=checks is not None)
+    if not dry_run:
+        settings["weights"] = _checksum(wrapped)
     settings["seconds"] = round(time.perf_counter() - start, 2)
     asked = () if checks is None else tuple(check.name for check in chosen)
     report = AuditReport(results, name or wrapped.name, settings, counted, asked)
@@ -304,7 +306,6 @@ def _settings(wrapped: Invertible, context: AuditContext, *, named: bool) -> dic
         "level": "chosen checks" if named else context.level.value,
         "seed": context.seed,
         "base": context.base.description,
-        "weights": _checksum(wrapped),
         "inn_guard": _version("inn-guard"),
         "torch": torch.__version__,
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),

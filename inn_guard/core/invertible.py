@@ -5,6 +5,7 @@ from __future__ import annotations
 import abc
 import copy
 import math
+from collections import OrderedDict
 from typing import Any, TypeVar
 
 import torch
@@ -30,6 +31,9 @@ __all__ = [
 
 Self = TypeVar("Self", bound="Invertible")
 Derived = TypeVar("Derived", bound="DerivedMap")
+
+_PLAIN_CONTAINERS = frozenset((dict, OrderedDict, list, set))
+_WITHOUT_TENSORS = frozenset((type(None), bool, int, float, str))
 
 
 class Invertible(nn.Module, abc.ABC):
@@ -124,7 +128,8 @@ class Invertible(nn.Module, abc.ABC):
         """A copy with parameters, buffers and context in ``dtype``; the original is unchanged."""
         # without its context: the output of an embedding net is no leaf and cannot be deep-copied
         bare = self.with_context(None)
-        clone = copy.deepcopy(bare, copies_of_computed_tensors(bare)).to(dtype)
+        memo = {**_copies_of_empty_containers(bare), **copies_of_computed_tensors(bare)}
+        clone = copy.deepcopy(bare, memo).to(dtype)
         if self.context is None:
             return clone
         return clone.with_context(cast_context(self.context, dtype))
@@ -255,8 +260,25 @@ def copies_of_computed_tensors(model: nn.Module) -> dict[int, Any]:
 
     for module in model.modules():
         for name, value in vars(module).items():
+            # most attributes are flags and empty registries
+            if type(value) in _WITHOUT_TENSORS or (type(value) in _PLAIN_CONTAINERS and not value):
+                continue
             if name not in ("_modules", "_parameters"):
                 collect(value)
+    return copies
+
+
+def _copies_of_empty_containers(model: nn.Module) -> dict[int, Any]:
+    """Copies, by id, of the empty dictionaries and lists of all modules.
+
+    Every module has a dozen registries of hooks, nearly all of them empty. ``copy.deepcopy`` spends
+    most of its time on these.
+    """
+    copies: dict[int, Any] = {}
+    for module in model.modules():
+        for value in vars(module).values():
+            if type(value) in _PLAIN_CONTAINERS and not value:
+                copies[id(value)] = type(value)()
     return copies
 
 

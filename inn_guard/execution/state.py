@@ -319,10 +319,12 @@ class _Values:
     back bit for bit, so a graph that has saved the tensor is right again.
     """
 
-    __slots__ = ("_counter", "_memory", "_tensor", "_value", "_version")
+    __slots__ = ("_bits", "_counter", "_memory", "_tensor", "_value", "_value_bits", "_version")
 
     def __init__(self, tensor: Tensor) -> None:
         self._tensor, self._memory, self._value = tensor, tensor.data, tensor.detach().clone()
+        # views of both, made once: an audit compares them after every check
+        self._bits, self._value_bits = _comparable(self._memory), _comparable(self._value)
         # an inference tensor has no version
         self._version = None if tensor.is_inference() else tensor._version
         self._counter = None
@@ -332,10 +334,16 @@ class _Values:
     def __call__(self) -> None:
         if not _same_memory(self._tensor, self._memory):
             self._tensor.data = self._memory
-        if not _identical(self._tensor.detach(), self._value):
+        if not self._is_unchanged():
             self._tensor.data.copy_(self._value)
         if self._counter is not None and self._tensor._version != self._version:
             self._counter.__exit__(None, None, None)
+
+    def _is_unchanged(self) -> bool:
+        """Whether the memory of the tensor holds the values that it held."""
+        if self._bits is None or self._value_bits is None:
+            return _identical(self._tensor.detach(), self._value)
+        return torch.equal(self._bits, self._value_bits)
 
     def if_written(self) -> None:
         """The same without a comparison of all values where no operation was seen that writes."""
@@ -489,6 +497,15 @@ def _identical(a: Tensor, b: Tensor) -> bool:
     if a.is_complex():
         a, b = torch.view_as_real(a.resolve_conj()), torch.view_as_real(b.resolve_conj())
     return torch.equal(_bits(a), _bits(b))
+
+
+def _comparable(t: Tensor) -> Tensor | None:
+    """A view of the bits of a tensor with plain memory; None of any other."""
+    if type(t) is not Tensor or t.layout != torch.strided or t.is_complex() or t.is_meta:
+        return None
+    if t.is_quantized or t.is_neg() or not t.numel():
+        return None
+    return _bits(t)
 
 
 def _bits(t: Tensor) -> Tensor:
