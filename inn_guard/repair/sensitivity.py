@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from inn_guard.audits.priors import base_of
+from inn_guard.audits.thresholds import feature_scale
 from inn_guard.core.invertible import Invertible
 from inn_guard.core.missing import NotApplicable
-from inn_guard.core.tensors import finite_rows, standard_normal
+from inn_guard.core.tensors import finite_rows, nonzero_or_one, standard_normal
 from inn_guard.report.limits import Limits
 
 __all__ = ["needed_layers", "sensitive_first"]
@@ -85,36 +86,42 @@ def needed_layers(shares: Sequence[float], *, roundoff: float) -> int:
 def _round_trips(
     model: Invertible, x: Tensor, rows: Tensor, limits: Limits, seed: int
 ) -> list[float]:
-    """x -> z -> x, relative to the deviations of the features."""
+    """x -> z -> x, by feature."""
     precise, start = model.select(rows).to_dtype(torch.float64), x[rows].double()
-    size = start.flatten(1).std(0).mean().item() or 1.0
     layers = precise.layers() or (precise,)
     there = [layer.forward for layer in layers]
     back = [layer.inverse for layer in reversed(layers)]
-    return _one_by_one(there, back, start, limits.reconstruction * size, seed)
+    unit = feature_scale(x[rows])
+    return _one_by_one(there, back, start, unit, limits.reconstruction, seed)
 
 
 def _draws(model: Invertible, x: Tensor, limits: Limits, prior: object, seed: int) -> list[float]:
-    """z -> x -> z, relative to the deviation of the base."""
+    """z -> x -> z, in units of the base's deviation."""
     base = base_of(model, x, prior=prior)
     z = base.draw(DRAWS, seed=seed).double()
     precise = model.select(torch.arange(DRAWS) % len(x)).to_dtype(torch.float64)
     layers = precise.layers() or (precise,)
-    size = base.deviation.double().mean().item() or 1.0
+    unit = nonzero_or_one(base.deviation.double())
     # a draw is lost by the root mean square over its entries, forecasts are Euclidean norms
-    limit = limits.draw * size * math.sqrt(z[0].numel())
+    limit = limits.draw * math.sqrt(z[0].numel())
     there = [layer.inverse for layer in reversed(layers)]
     back = [layer.forward for layer in layers]
-    return _one_by_one(there, back, z, limit, seed)[::-1]
+    return _one_by_one(there, back, z, unit, limit, seed)[::-1]
 
 
 def _one_by_one(
-    there: Sequence[Map], back: Sequence[Map], start: Tensor, limit: float, seed: int
+    there: Sequence[Map],
+    back: Sequence[Map],
+    start: Tensor,
+    unit: Tensor,
+    limit: float,
+    seed: int,
 ) -> list[float]:
     """The forecast error of a round trip by the roundings of each layer alone, over the limit.
 
-    The sum of ``jacobian.rounding_error``, e = sum_i A_i delta_i, term by term. For w ~ N(0, I) the
-    mean of (w^T A_i delta_i)^2 is |A_i delta_i|^2, and one backward pass gives w^T A_i for all i.
+    The sum of ``jacobian.rounding_error``, e = sum_i A_i delta_i, term by term, every entry in its
+    unit, S. For w ~ N(0, S^-2) the mean of (w^T A_i delta_i)^2 is |S^-1 A_i delta_i|^2, and one
+    backward pass gives w^T A_i for all i.
     """
     states = [start]
     with torch.no_grad():
@@ -123,7 +130,7 @@ def _one_by_one(
     generator = torch.Generator().manual_seed(seed)
     squares = [torch.zeros(len(start), dtype=torch.float64) for _ in there]
     for _ in range(PROBES):
-        gradients = _adjoints(states, back, standard_normal(start, generator))
+        gradients = _adjoints(states, back, standard_normal(start, generator) / unit)
         for k, square in enumerate(squares):
             for i in (k, k + 1):
                 moved = (gradients[i] * states[i]).flatten(1)

@@ -9,7 +9,6 @@ import pytest
 
 import inn_guard as ig
 from inn_guard.audits import (
-    jacobian_spectrum,
     log_det,
     preflight,
     rare_event_sampling,

@@ -18,6 +18,7 @@ from inn_guard.layers.chain import Chain
 from inn_guard.layers.permutation import Permutation
 from inn_guard.repair.mixed_precision import MixedPrecision
 from inn_guard.repair.sensitivity import needed_layers, sensitive_first
+from tests.audits.test_units import PLAIN, in_gauge
 
 FLOAT32, FLOAT64 = torch.float32, torch.float64
 
@@ -80,6 +81,17 @@ def test_each_forecast_puts_the_squeezing_layers_first(use):
     sensitive = {1} if use == "density" else {1, 3}
     others = max(shares[0], shares[4])  # layer 2 only moves entries: it is never raised
     assert min(shares[k] for k in sensitive) > 1e3 * others
+
+
+@pytest.mark.parametrize("use", ["reconstruction", "sampling"])
+def test_the_order_of_layers_is_the_same_in_any_units_of_every_state(use):
+    powers = [[-10, 0, 3, 10], [0, 7, 0, -7], [2, 2, -9, 4], [10, -10, 0, 1]]
+    found = []
+    for each in (PLAIN, powers):
+        model, x = in_gauge(2.0, each)
+        options = {"limits": ig.Limits(), "uses": [use], "prior": None, "seed": 0}
+        found.append(sensitive_first(model, x, **options))
+    assert found[0] == pytest.approx(found[1])
 
 
 def test_nothing_is_raised_where_everything_passes():
