@@ -292,7 +292,10 @@ class ScaledLinearization:
         part = self._inner.select(rows)
         if part is None:
             return None
-        return ScaledLinearization(part, self._scale)
+        scale = self._scale
+        if scale.dim() == self.states[0].dim() and len(scale) > 1:
+            scale = scale[rows]  # it differs between samples
+        return ScaledLinearization(part, scale)
 
     @staticmethod
     def _times(v: Tensor | LogScaledVector, scale: Tensor) -> LogScaledVector:

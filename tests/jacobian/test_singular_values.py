@@ -12,7 +12,7 @@ from torch import nn
 
 from inn_guard.adapters import wrap
 from inn_guard.core.layer_jacobian import NotApplicable
-from inn_guard.jacobian.chain import Linearization, LogScaledVector
+from inn_guard.jacobian.chain import Linearization, LogScaledVector, ScaledLinearization
 from inn_guard.jacobian.inverse_gains import inverse_gains, layer_extremes
 from inn_guard.jacobian.lanczos import gap_free_error, largest_singular_value
 from inn_guard.jacobian.singular_values import extreme_singular_values, full_jacobian, spectrum
@@ -312,3 +312,15 @@ def test_layer_extremes_are_the_svd_of_the_layer(dimension):
     forward, backward = layer_extremes(model.linearize(x), x, generator=generator(), tolerance=1e-6)
     torch.testing.assert_close(forward.exp(), exact[:, 0], rtol=1e-5, atol=0)
     torch.testing.assert_close(backward.exp(), 1 / exact[:, -1], rtol=1e-5, atol=0)
+
+
+def test_units_of_each_sample_stay_with_it():
+    """With samples that converge at different steps, of which the others are selected."""
+    model, x = random_chain(depth=3, dimension=20), torch.randn(8, 20)
+    unit = torch.rand(8, 20) + torch.logspace(-2, 2, 8)[:, None]
+    scaled = ScaledLinearization(Linearization(model, x), unit)
+    found = extreme_singular_values(scaled, generator=generator(), tolerance=1e-8, max_steps=60)
+    jacobian = reference.jacobian(model.forward, x) * unit[:, None]
+    exact = reference.singular_values(jacobian)
+    torch.testing.assert_close(found.log_max.exp(), exact[:, 0], rtol=1e-4, atol=0)
+    torch.testing.assert_close(found.log_min.exp(), exact[:, -1], rtol=1e-4, atol=0)
