@@ -332,7 +332,12 @@ def _at_depth_64(frame: pd.DataFrame, steps: int, when: str) -> Finding | None:
         f"with every seed; {', '.join(lost) or 'none'} lose it with at least one."
     )
     sound = int(passed(rows[_inverse_fails(rows)], "density").sum())
-    text += f" Of the {int(_inverse_fails(rows).sum())} models that lose it {sound} keep a density."
+    text += (
+        f" Models that lose it: {int(_inverse_fails(rows).sum())}, with a right density {sound}."
+    )
+    idle = rows[(rows["skipped"] == steps) & (steps > 0)]["flow"].unique()
+    if len(idle):
+        text += f" No step of {', '.join(idle)} was possible: its loss is not finite."
     columns = (*INVERSE, "sampling_figure", "reconstruction_figure", "skipped")
     return Finding(text, rows, ("density", *INVERSE), columns)
 

@@ -105,12 +105,14 @@ def test_a_flow_keeps_its_inverse_at_depth_64_if_every_seed_does():
         seed=[0, 1, 0, 1, 0],
         sampling=["stable", "stable", "stable", BAD, "undecided"],
         density=["stable"] * 5,
+        skipped=[0, 3, 0, 0, 400],
     )
     assert deepest_trained(frame.assign(depth=16)) is None
     found = deepest_trained(frame.assign(depth=64))
     assert found.text.startswith("After 400 steps at depth 64, a keep an inverse")
     assert "with every seed; b lose it with at least one." in found.text
-    assert "Of the 1 models that lose it 1 keep a density." in found.text
+    assert "Models that lose it: 1, with a right density 1." in found.text
+    assert "No step of c was possible" in found.text
     assert deepest(frame.assign(depth=64)) is None
 
 
