@@ -115,7 +115,7 @@ def _advice(report: AuditReport, context: AuditContext) -> Iterator[str]:
 
 
 def _density(report: AuditReport, context: AuditContext) -> Iterator[str]:
-    if _failed(report, "log_det") and hasattr(context.model.block, "refined"):
+    if _failed(report, "log_det") and hasattr(context.model.block, "trace"):  # that is integrated
         yield SMALLER_STEPS
         return
     if _failed(report, "log_det"):
@@ -146,7 +146,7 @@ def _sampling(report: AuditReport, context: AuditContext) -> Iterator[str]:
 
 def _reconstruction(report: AuditReport, context: AuditContext) -> Iterator[str]:
     cause = report["reconstruction"].settings.get("cause")
-    if cause in ("tolerance", "solver"):
+    if cause == "tolerance":
         yield report["reconstruction"].advice
         return
     if cause in ("wrong inverse", "unconverged"):

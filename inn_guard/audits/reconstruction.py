@@ -25,7 +25,6 @@ from inn_guard.audits.round_trip import (
     unconverged,
 )
 from inn_guard.audits.solver_settings import SAMPLES, Turned, find_helpful_setting
-from inn_guard.audits.solver_steps import Refinement, refinement
 from inn_guard.audits.spec import audit_check
 from inn_guard.audits.thresholds import feature_scale, format_log10, worst
 from inn_guard.core.missing import Missing, NotApplicable
@@ -137,10 +136,9 @@ class _Measured:
         bijective: whether x -> z -> x ought to be the identity.
         precise: the deciding round trip in a float64 copy, or why there is none.
         explained: for the worst samples of a failing model, what rounding explains; None else.
-        cause: "rounding", "condition", "tolerance", "solver", "unconverged", "wrong inverse",
-            "unknown", or "" where nothing fails.
+        cause: "rounding", "condition", "tolerance", "unconverged", "wrong inverse", "unknown", or
+            "" where nothing fails.
         turned: a setting of the inverse that makes it more exact, if one was found.
-        finer: what a finer solver does, if the cause is the solver's steps.
     """
 
     rows: Tensor
@@ -151,7 +149,6 @@ class _Measured:
     explained: Explanation | None = None
     cause: str = ""
     turned: Turned | None = None
-    finer: Refinement | None = None
 
     @property
     def deciding(self) -> RoundTrip:
@@ -193,11 +190,7 @@ def _measure(context: AuditContext, rows: Tensor, batch_size: int) -> _Measured:
         measured = _with_cause(context, measured, limit)
     if measured.cause == "rounding" or not _has_floor(measured):
         return measured
-    turned = _helpful_setting(context, measured)
-    if measured.cause and (turned is None or turned.error_after > limit):
-        finer = refinement(*context.at(measured.rows[:FIRST]), limit)
-        if finer is not None:
-            return dataclasses.replace(measured, cause="solver", finer=finer)
+    turned = _helpful_setting(context, measured, limit)
     cause = "tolerance" if turned is not None and measured.cause else measured.cause
     return dataclasses.replace(measured, turned=turned, cause=cause)
 
@@ -216,14 +209,15 @@ def _has_floor(measured: _Measured) -> bool:
     return floor > least and math.isfinite(floor)
 
 
-def _helpful_setting(context: AuditContext, measured: _Measured) -> Turned | None:
+def _helpful_setting(context: AuditContext, measured: _Measured, limit: float) -> Turned | None:
     """A setting that makes the inverse more exact at the worst samples."""
     if not measured.bijective:
         return None
     worst_rows = _worst_rows(context, measured)[:SAMPLES]
     if not len(worst_rows):
         return None
-    return find_helpful_setting(*context.at(measured.rows[worst_rows.to(measured.rows.device)]))
+    chosen = measured.rows[worst_rows.to(measured.rows.device)]
+    return find_helpful_setting(*context.at(chosen), limit)
 
 
 def _in_float64(context: AuditContext, measured: _Measured, batch_size: int) -> RoundTrip | Missing:
@@ -325,21 +319,9 @@ def _finding(context: AuditContext, measured: _Measured) -> tuple[Finding, str]:
 
 
 def _advice(measured: _Measured) -> str:
-    finer = measured.finer
     if measured.turned is not None:
         return measured.turned.advice()
-    if finer is None:
-        return _ADVICE[measured.cause]
-    if finer.suffices:
-        return (
-            f"Integrate in smaller steps: with solver={finer.solver}, {finer.samples} round trips "
-            f"were measured to come back to {finer.error:.1e}."
-        )
-    return (
-        "Integrate in smaller steps, or train a velocity that is less steep: with "
-        f"solver={finer.solver}, the finest that was tried, round trips are off by "
-        f"{finer.error:.1e}."
-    )
+    return _ADVICE[measured.cause]
 
 
 _ADVICE = {
@@ -375,11 +357,6 @@ def _because(measured: _Measured, limit: float) -> str:
     if not measured.cause:
         return ""
     text = ""
-    if measured.finer is not None:
-        return (
-            f"; it is the error of the solver: with {measured.finer.solver} they come back to "
-            f"{measured.finer.error:.1e}"
-        )
     if precise is not None and measured.cause == "rounding":
         return f"; in float64 they come back to {worst(precise):.1e}"
     if precise is not None and measured.cause == "wrong inverse":
@@ -388,7 +365,7 @@ def _because(measured: _Measured, limit: float) -> str:
             f"{worst(precise):.1e}, more than rounding explains"
         )
     elif precise is not None and measured.cause == "tolerance":
-        text = f"; the inverse stops early: float64 is off by {worst(precise):.1e}, too"
+        text = f"; the inverse itself is inexact: float64 is off by {worst(precise):.1e}, too"
     elif precise is not None and measured.deciding.start.dtype != torch.float64:
         off = f"is off by {worst(precise):.1e}"
         if not math.isfinite(worst(precise)):

@@ -1,10 +1,9 @@
-"""Whether a setting of an iterative inverse makes it more exact: turned on a copy, and measured."""
+"""Whether a setting of an inexact inverse makes it more exact: turned on a copy, and measured."""
 
 from __future__ import annotations
 
 import functools
 import re
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -14,7 +13,9 @@ from torch import Tensor, nn
 
 from inn_guard.audits.audited_model import AuditedModel, ModelError
 from inn_guard.audits.fault_tolerant import Guarded, patience
+from inn_guard.audits.operation_count import TooManyOperations, count_operations
 from inn_guard.audits.round_trip import RoundTrip
+from inn_guard.audits.thresholds import worst
 from inn_guard.core.missing import NotApplicable
 from inn_guard.execution.state import preserve_state
 
@@ -24,14 +25,17 @@ SAMPLES = 8
 HELPS = 2.0  #: by which factor the error must fall
 DEPTH = 3  #: objects within objects of a module that are looked into
 MOST = 6  #: settings that are tried
+TURNS = 2  #: of a setting; more only as long as the error is above the limit
+MOST_TURNS = 4
 #: How far the forward may move, in units of the error of the round trip: a setting of the map
 #: itself, such as the number of its steps, moves it further.
 MOVED = 10.0
 
 #: Tolerances stay above this many roundings: below, adaptive solvers take ever smaller steps.
 LEAST_ROUNDINGS = 10.0
-#: A trial may take this many times as long as the round trip, at least LEAST_SECONDS.
-PATIENCE, LEAST_SECONDS = 40.0, 2.0
+#: A trial may have this many times the operations of the round trip: as many more steps as are
+#: tried, and some.
+PATIENCE = 300.0
 
 #: words in the name of a number -> by what it is multiplied. Which of them matters is measured.
 FACTORS = (
@@ -51,6 +55,7 @@ class Turned:
         after: the value that was tried, in words.
         error_before: of the round trip, by feature, the worst of the samples.
         error_after: with the value that was tried.
+        suffices: whether that is within the limit.
     """
 
     name: str
@@ -58,6 +63,7 @@ class Turned:
     after: str
     error_before: float
     error_after: float
+    suffices: bool
 
     def sentence(self) -> str:
         """What was measured."""
@@ -67,10 +73,13 @@ class Turned:
 
     def advice(self) -> str:
         """What to do."""
-        return (
+        text = (
             f"Set {self.name} to {self.after} in place of {self.before}: the error of the inverse "
             f"was measured to fall from {self.error_before:.1e} to {self.error_after:.1e}."
         )
+        if not self.suffices:
+            text += " Nothing finer was tried: a map that is less steep needs less."
+        return text
 
 
 @dataclass(frozen=True)
@@ -93,42 +102,47 @@ class _Place:
         return value
 
 
-def find_helpful_setting(model: AuditedModel, x: Tensor) -> Turned | None:
+def find_helpful_setting(model: AuditedModel, x: Tensor, limit: float) -> Turned | None:
     """The setting that lowers the error of x -> z -> x most; None if there is none.
 
-    Iterations, steps and tolerances are found by their names in modules, in plain objects within
-    them, and among arguments that are bound to functions. All of one name are turned together, and
-    at last all tolerances. The model itself stays as it is.
+    It is turned until the error is within the limit, or falls no further. Iterations, steps and
+    tolerances are found by their names in modules, in plain objects within them, and among
+    arguments that are bound to functions. All of one name are turned together, and at last all
+    tolerances. The model itself stays as it is.
 
     Args:
         model: in evaluation mode.
         x: samples that come back worst, (B, *data).
+        limit: of the error by feature.
     """
     try:
         with preserve_state(model):
             copy = model.to_dtype(x.dtype)
-            return _best(copy, x)
+            return _best(copy, x, limit)
     except (ModelError, NotApplicable):
         return None
 
 
-def _best(copy: AuditedModel, x: Tensor) -> Turned | None:
+def _best(copy: AuditedModel, x: Tensor, limit: float) -> Turned | None:
     places = list(_places(copy))
     if not places:
         return None
     guarded = Guarded(copy, x, seconds=patience(copy, x))
-    start = time.perf_counter()
-    trip = _trip(guarded, x)
-    guarded.seconds = max(LEAST_SECONDS, PATIENCE * (time.perf_counter() - start))
-    error = trip.by_feature.nan_to_num(torch.inf, posinf=torch.inf).max().item()
+    trip, operations = count_operations(lambda: _trip(guarded, x))
+    if not trip.end.nan_to_num().equal(_trip(guarded, x).end.nan_to_num()):
+        return None  # a random map, whose mean over more steps is smaller
+    trial = _Trial(guarded, trip, PATIENCE * operations)
     found = None
     for group in _groups(places):
-        for times in (1, 2):
-            after = _error_with(group, times, guarded, trip, error)
-            best = error if found is None else found.error_after
+        for times in range(1, MOST_TURNS + 1):
+            if times > TURNS and found is not None and found.suffices:
+                break
+            after = trial.error_with(group, times)
+            best = trial.error if found is None else found.error_after
             if not after * HELPS <= best:
                 break
-            found = Turned(*_words(group, times, x.dtype), error, after)
+            words = _words(group, times, x.dtype)
+            found = Turned(*words, trial.error, after, suffices=after <= limit)
     return found
 
 
@@ -144,26 +158,46 @@ def _groups(places: list[_Place]) -> list[list[_Place]]:
     return groups
 
 
-def _error_with(
-    group: list[_Place], times: int, guarded: Guarded, trip: RoundTrip, error: float
-) -> float:
-    """The error of the round trip with these settings; inf if they are settings of the map."""
-    dtype = trip.start.dtype
-    if all(place.turned(times, dtype) == place.turned(times - 1, dtype) for place in group):
-        return torch.inf
-    try:
-        for place in group:
-            place.write(place.turned(times, dtype))
-        other = _trip(guarded, trip.start)
-    except (TypeError, ValueError, AttributeError, KeyError):
-        return torch.inf
-    finally:
-        for place in group:
-            place.write(place.value)
-    moved = RoundTrip(trip.middle, trip.middle, other.middle).by_feature
-    if not bool((moved <= MOVED * error).all()):
-        return torch.inf
-    return other.by_feature.nan_to_num(torch.inf, posinf=torch.inf).max().item()
+@dataclass(frozen=True)
+class _Trial:
+    """Round trips with other settings, beside the one with those that the model has.
+
+    Attributes:
+        guarded: the copy whose settings are turned.
+        trip: with the settings that it has.
+        operations: how many another one may need.
+    """
+
+    guarded: Guarded
+    trip: RoundTrip
+    operations: float
+
+    @property
+    def error(self) -> float:
+        """With the settings that the model has."""
+        return worst(self.trip.by_feature)
+
+    def error_with(self, group: list[_Place], times: int) -> float:
+        """With these settings turned so often; inf if they are settings of the map."""
+        trip = self.trip
+        dtype = trip.start.dtype
+        if all(place.turned(times, dtype) == place.turned(times - 1, dtype) for place in group):
+            return torch.inf
+        try:
+            for place in group:
+                place.write(place.turned(times, dtype))
+            other, _ = count_operations(
+                lambda: _trip(self.guarded, trip.start), at_most=self.operations
+            )
+        except (TooManyOperations, TypeError, ValueError, AttributeError, KeyError):
+            return torch.inf
+        finally:
+            for place in group:
+                place.write(place.value)
+        moved = RoundTrip(trip.middle, trip.middle, other.middle).by_feature
+        if not bool((moved <= MOVED * self.error).all()):
+            return torch.inf
+        return worst(other.by_feature)
 
 
 def _trip(guarded: Guarded, x: Tensor) -> RoundTrip:

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import copy
 import enum
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -171,19 +170,6 @@ class NeuralODE(Invertible):
         if self.context is None:
             return self.field(t, x)
         return self.field(t, x, self.context)
-
-    def refined(self) -> NeuralODE | None:
-        """The same flow with twice the steps or a tenth of the tolerances; None if unknown."""
-        finer: Solver
-        if type(self.solver) is FixedStep:
-            finer = replace(self.solver, steps=2 * self.solver.steps)
-        elif type(self.solver) is Adaptive:
-            finer = replace(self.solver, rtol=self.solver.rtol / 10, atol=self.solver.atol / 10)
-        else:
-            return None
-        clone = copy.copy(self)
-        clone.solver = finer
-        return clone
 
     def forward(self, x: Tensor) -> Tensor:
         """The state at time T from x at time 0, (B, *data)."""

@@ -112,11 +112,33 @@ def test_a_setting_that_helps_is_named_wherever_it_lies(model, name, dtype):
 
 def test_following_the_advice_works():
     model = Newton(num_iters=4)
-    turned = find_helpful_setting(audited_model(ig.wrap(model), data()), data())
+    turned = find_helpful_setting(audited_model(ig.wrap(model), data()), data(), 0.01)
     model.num_iters = int(turned.after)
     after = reconstruction(ig.wrap(model), data())
     assert after.values["relative_error"] == pytest.approx(turned.error_after)
     assert after.verdict == "stable"
+
+
+class ByResidual(Newton):
+    """Bisects until F(x) is as near to z as the tolerance says, which floats may never reach."""
+
+    def inverse(self, z: Tensor) -> Tensor:
+        low, high = -z.abs(), z.abs()
+        x = (low + high) / 2
+        while bool(((self.forward(x) - z).abs() > self.tol).any()):
+            below = self.forward(x) < z
+            low, high = torch.where(below, x, low), torch.where(below, high, x)
+            x = (low + high) / 2
+        return x
+
+
+def test_a_trial_that_does_not_end_is_ended_after_a_number_of_operations():
+    """Turned three times, the tolerance is below the rounding of float32 at z = 400."""
+    x = torch.linspace(7, 7.5, 8).reshape(8, 1).float()
+    model = audited_model(ig.wrap(ByResidual(tol=10.0)), x)
+    turned = find_helpful_setting(model, x, 1e-9)
+    assert (turned.name, turned.before, turned.after) == ("tol", "10", "0.001")
+    assert not turned.suffices
 
 
 class Unrelated(Newton):
@@ -147,7 +169,7 @@ class OfTheMap(Newton):
 )
 def test_nothing_is_named_that_does_not_help(model):
     wrapped = ig.wrap(model)
-    assert find_helpful_setting(audited_model(wrapped, data()), data()) is None
+    assert find_helpful_setting(audited_model(wrapped, data()), data(), 0.01) is None
 
 
 def test_an_iteration_that_diverges_gets_no_more_iterations():
