@@ -33,6 +33,7 @@ ADAPTERS: dict[str, str] = {
     "zuko": "inn_guard.adapters.zuko.adapter",
     "memcnn": "inn_guard.adapters.memcnn.adapter",
     "sbi": "inn_guard.adapters.sbi",
+    "bgflow": "inn_guard.adapters.bgflow",
     "torch.distributions.transforms": "inn_guard.adapters.torch_transforms",
     "torch.distributions.transformed_distribution": "inn_guard.adapters.torch_transforms",
 }
@@ -97,7 +98,8 @@ def wrap(  # noqa: PLR0913
             anything that ``wrap`` accepts. Without ``encode`` and ``decode`` they are the model.
         log_det: x -> log|det d encode(x)/dx|, if ``encode`` does not return it.
         context: a tensor (B, ...) or a nested tuple, list or dict of tensors, one row per sample.
-        x: data, (B, *data), on which the convention of an unknown model is tried.
+        x: data, (B, *data), on which the convention of an unknown model is tried; a tuple of
+            tensors for a model that maps several.
         velocity: dx/dt of a continuous flow, called as its arguments are named: (t, x), (x, t), or
             (x with t as a last feature); with a context as a further argument.
         solver: of the velocity: ``Adaptive`` or ``FixedStep`` of ``inn_guard.layers.ode``, or the
@@ -132,7 +134,7 @@ def _from_model(model: Any, x: Any, context: Context) -> Invertible:
     if isinstance(model, Invertible):
         return model if context is None else model.with_context(context)
     adapter = _adapter_of(model)
-    if adapter == ADAPTERS["sbi"]:
+    if adapter in (ADAPTERS["sbi"], ADAPTERS["bgflow"]):
         return importlib.import_module(adapter).adapt(model, context, x)
     if adapter is not None and adapter != _BY_METHODS:
         return importlib.import_module(adapter).adapt(model, context)
@@ -165,14 +167,17 @@ def _from_velocity(
     return flows.adapt(velocity, solver=solver, times=times, trace=trace, context=context)
 
 
-def _can_be_tried(x: Any) -> TypeGuard[Tensor]:
+def _can_be_tried(x: Any) -> TypeGuard[Tensor | tuple[Tensor, ...]]:
     """Whether x is a batch; anything else is refused with advice by who checks batches."""
+    if isinstance(x, (tuple, list)):
+        tensors = [part for part in x if isinstance(part, Tensor) and _can_be_tried(part)]
+        return 1 < len(x) == len(tensors) and len({len(part) for part in tensors}) == 1
     if not isinstance(x, Tensor) or x.is_meta or x.layout is not torch.strided:
         return False
     return x.is_floating_point() and x.dim() > 1 and x.numel() > 0
 
 
-def _by_convention(model: Any, x: Tensor, context: Context) -> Invertible:
+def _by_convention(model: Any, x: Tensor | tuple[Tensor, ...], context: Context) -> Invertible:
     """The model by what a batch shows; forward and inverse as documented where nothing is shown."""
     if not pairs(model, context):
         raise TypeError(_refusal(model))
@@ -181,7 +186,7 @@ def _by_convention(model: Any, x: Tensor, context: Context) -> Invertible:
     try:
         return recognise(model, x, context)
     except Unrecognised:
-        if _adapter_of(model) is None:
+        if _adapter_of(model) is None or not isinstance(x, Tensor):
             raise
     # a broken model, about which an audit has more to say
     return ForwardAndInverse(model, context)

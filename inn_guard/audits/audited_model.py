@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 from collections.abc import Callable
 from typing import Any, TypeVar
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor
 
 from inn_guard.core.composition import Composition
+from inn_guard.core.float64 import float64_throughout
 from inn_guard.core.invertible import Invertible, InvertibleWrapper
 from inn_guard.core.layer_jacobian import AutogradJacobian, LayerJacobian
 from inn_guard.core.missing import NotApplicable
@@ -61,11 +63,13 @@ class AuditedModel(InvertibleWrapper):
             map, ``layers()`` is hidden.
         recovery: what runs after a call that raised; shared with the layers.
         state: of the inner map, as checks find it; None where nobody has taken it.
+        throughout: whether its calls compute in float64 also where its code says float32.
     """
 
     data_shape: torch.Size | None = None
     composition: Composition = Composition()
     state: StateSnapshot | None = None
+    throughout: bool = False
 
     def __init__(
         self, inner: Invertible, label: str = "the model", *, trained: tuple[str, ...] = ()
@@ -111,7 +115,7 @@ class AuditedModel(InvertibleWrapper):
             AuditedModel(layer, f"layer {k} ({layer.name})") for k, layer in enumerate(layers)
         ]
         for layer in audited:
-            layer.recovery = self.recovery
+            layer.recovery, layer.throughout = self.recovery, self.throughout
         return tuple(audited)
 
     def linearize(self, x: Tensor) -> LayerJacobian:
@@ -142,11 +146,17 @@ class AuditedModel(InvertibleWrapper):
     def to_dtype(self, dtype: torch.dtype) -> AuditedModel:
         """A copy in another dtype, audited alike."""
         what = f"conversion to {dtype_name(dtype)}"
-        copy = self.rewrapped(self._named(what, lambda: self.inner.to_dtype(dtype)))
-        if copy is not self:
-            copy.state = StateSnapshot(copy.inner)
-            copy.recovery = Recovery(copy.state.restore_written)
-        return copy
+        converted = self.rewrapped(self._named(what, lambda: self.inner.to_dtype(dtype)))
+        if converted is not self:
+            converted.state = StateSnapshot(converted.inner)
+            converted.recovery = Recovery(converted.state.restore_written)
+        return converted
+
+    def in_float64_throughout(self) -> AuditedModel:
+        """This copy in float64, whose calls compute in float64 also where its code says float32."""
+        clone = copy.copy(self)
+        clone.throughout = True
+        return clone
 
     def _tensor(self, what: str, given: Tensor, call: Callable[[], Any]) -> Tensor:
         value = self._named(what, call)
@@ -164,7 +174,10 @@ class AuditedModel(InvertibleWrapper):
 
     def _named(self, what: str, call: Callable[[], Answer]) -> Answer:
         try:
-            return call()
+            if not self.throughout:
+                return call()
+            with float64_throughout():
+                return call()
         except BaseException as error:  # also a time limit
             self.recovery()
             if isinstance(error, (NotApplicable, ModelError)) or not isinstance(error, Exception):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -14,12 +15,13 @@ from inn_guard.audits.audited_model import AuditedModel, ModelError
 from inn_guard.audits.level import Level
 from inn_guard.core.base import BaseDistribution
 from inn_guard.core.composition import compare_layers
+from inn_guard.core.float64 import is_float64_throughout
 from inn_guard.core.invertible import Invertible
 from inn_guard.core.missing import NotApplicable
 from inn_guard.core.tensors import finite_rows
 from inn_guard.execution.memory import Footprint, forward_footprint, linearized_footprint
 from inn_guard.execution.parallel import SERIAL, WorkSharing
-from inn_guard.execution.state import StateSnapshot
+from inn_guard.execution.state import StateSnapshot, preserve_state
 from inn_guard.jacobian.chain import Linearization
 from inn_guard.report.limits import Limits
 
@@ -113,6 +115,44 @@ class AuditContext:
             raise copy
         self.shared.setdefault("lent", {})[key] = copy
         return copy
+
+    def in_float64(self) -> AuditedModel:
+        """The copy in float64 that others are held against, which computes nothing in float32.
+
+        What the model's code computes in float32 although its weights are in float64 is computed in
+        float64, so that the copy neither raises because of mixed dtypes nor shares that rounding.
+
+        Raises:
+            NotApplicable, ModelError: if it cannot be copied.
+        """
+        plain = self.in_dtype(torch.float64)
+        if not self.once("float32 within", lambda: self._has_float32_within(plain)):
+            return plain
+        return plain.in_float64_throughout()
+
+    def _has_float32_within(self, plain: AuditedModel) -> bool:
+        """Whether a float64 copy computes something in float32, and needs not."""
+        row = self.finite_rows()[:1]
+        if not len(row):
+            return False
+        x = self.x[row].double()
+
+        def encode(model: AuditedModel) -> None:
+            with torch.no_grad():
+                model(x)
+                with contextlib.suppress(NotApplicable):
+                    model.forward_and_log_det(x)
+
+        # the forward alone, since an inverse may take very long
+        with preserve_state(plain):
+            one = plain.select(row)
+            if is_float64_throughout(lambda: encode(one)):
+                return False
+            try:
+                encode(one.in_float64_throughout())
+            except (ModelError, NotApplicable):
+                return False
+        return True
 
     def take_back_copies(self) -> None:
         """Restore the copies that a check has used, for the next check."""

@@ -207,7 +207,7 @@ def _log_prob(context: AuditContext, model: AuditedModel, rows: Tensor, x: Tenso
 
 def _precise(context: AuditContext, rows: Tensor) -> Tensor | Missing:
     try:
-        copy = context.in_dtype(torch.float64)
+        copy = context.in_float64()
         return _log_prob(context, copy, rows, context.x.double())
     except (ModelError, NotApplicable) as error:
         return Missing(f"no float64 copy could be measured: {error}")

@@ -349,7 +349,7 @@ def _affordable(reference: _Reference, dimension: int) -> int:
 def _float64_copy(context: AuditContext, rows: Tensor) -> AuditedModel | Missing:
     """A copy in float64 that runs there: what a function has captured stays in its own dtype."""
     try:
-        copy = context.in_dtype(torch.float64).select(rows)
+        copy = context.in_float64().select(rows)
         with torch.no_grad():
             copy.forward_and_log_det(context.x[rows].double())
     except (NotApplicable, ModelError) as error:

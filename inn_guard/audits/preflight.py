@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -154,8 +155,10 @@ def _modes_and_weights(model: AuditedModel, findings: _Findings) -> None:
 
 
 def _forward(model: AuditedModel, x: Tensor, findings: _Findings) -> Tensor:
-    with changed_state(model) as changed:
-        z = model(x)
+    z, changed, harmless = _called(model, x, lambda part, t: part(t))
+    if harmless:
+        remark = f"a forward call writes {_names(harmless)}, which changes no result"
+        findings.remarks.append(remark)
     if changed:
         what = (
             f"a forward call in eval mode rewrites {len(changed)} parameters or buffers "
@@ -168,6 +171,41 @@ def _forward(model: AuditedModel, x: Tensor, findings: _Findings) -> Tensor:
             "forward writes into its input", "Pass clones, or make the layer out-of-place."
         )
     return z
+
+
+def _called(
+    model: AuditedModel, x: Tensor, call: Callable[[AuditedModel, Tensor], Tensor]
+) -> tuple[Tensor, list[str], list[str]]:
+    """The result; what the call rewrites and others depend on; what it rewrites without effect.
+
+    Models count their calls in buffers. What is rewritten has no effect if half of the samples,
+    with the same random numbers, have the same results before and after.
+    """
+    old = {name: tensor.detach().clone() for name, tensor in _state(model).items()}
+    with changed_state(model) as changed:
+        value = call(model, x)
+    half = torch.arange(len(x) // 2, device=x.device)
+    if not changed or not len(half) or not old.keys() >= set(changed):
+        return value, changed, []
+
+    def again(tensors: Mapping[str, Tensor]) -> Tensor | None:
+        with preserve_state(model), contextlib.suppress(ModelError, NotApplicable, RuntimeError):
+            now = _state(model)
+            for name in changed:
+                now[name].copy_(tensors[name])
+            return call(model.select(half), x[half])
+        return None
+
+    before, after = again(old), again(dict(_state(model)))
+    if before is None or after is None or not _same(before, after):
+        return value, changed, []
+    return value, [], changed
+
+
+def _state(model: AuditedModel) -> dict[str, Tensor]:
+    """Parameters and buffers by their names."""
+    parameters = model.named_parameters(remove_duplicate=False)
+    return {**dict(parameters), **dict(model.named_buffers(remove_duplicate=False))}
 
 
 def _initialised(model: AuditedModel, x: Tensor, findings: _Findings) -> None:
@@ -291,8 +329,7 @@ def _inverted(model: AuditedModel, x: Tensor, z: Tensor, findings: _Findings) ->
     part, latents = model.select(rows), z[rows]
     try:
         part(x[rows])
-        with changed_state(part) as changed:
-            first = part.inverse(latents)
+        first, changed, _ = _called(part, latents, lambda some, t: some.inverse(t))
         with contextlib.suppress(ModelError):  # may lie where there can be no data
             part(x[rows].flip(0))
         again, writes = part.call_on(latents.clone(), inverse=True)

@@ -226,7 +226,7 @@ def _in_float64(context: AuditContext, measured: _Measured, batch_size: int) -> 
         return measured.deciding
     go = round_trip if measured.bijective else latent_round_trip
     try:
-        copy = context.in_dtype(torch.float64).select(measured.rows)
+        copy = context.in_float64().select(measured.rows)
         return go(copy, start.double(), batch_size=batch_size, parallel=context.parallel)
     except (ModelError, NotApplicable) as error:
         return Missing(str(error))

@@ -509,7 +509,7 @@ def _float64_copy(context: AuditContext, seconds: float) -> Guarded | Missing:
         return Missing("the model is in float64 itself")
     some = context.finite_rows()
     try:
-        copy = context.in_dtype(torch.float64)
+        copy = context.in_float64()
         # float64 takes longer: at most ten times as long on any device in use
         guarded = Guarded(copy.select(some), context.x[some].double(), seconds=10 * seconds)
     except (ModelError, NotApplicable) as error:

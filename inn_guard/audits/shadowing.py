@@ -146,7 +146,7 @@ def _float64_copy(context: AuditContext) -> AuditedModel:
     if not len(context.finite_rows()):
         raise NotApplicable("no sample of x is finite")
     try:
-        return context.in_dtype(torch.float64)
+        return context.in_float64()
     except ModelError as error:
         raise NotApplicable(f"there is no float64 copy: {error}") from error
 

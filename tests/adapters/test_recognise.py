@@ -286,11 +286,34 @@ class Caching(Flow):
         return self.back(z)[0]
 
 
+class ManyOutputs(Flow):
+    """As StarFlow returns them: z, a caption, the state after every block, log-dets of blocks."""
+
+    def forward(self, x, y=None, reverse=False, **options):
+        if reverse:
+            return self.back(x)[0]
+        states, log_dets = [x], []
+        for coupling in self.couplings:
+            x, log_det = coupling(x)
+            states += [x, 2 * x, 3 * x, 4 * x]
+            log_dets.append(log_det[:, None, None].expand(-1, 2, 2) / 4)
+        return x, y, states, log_dets
+
+
+class SolverTakesOtherSteps(Flow):
+    """As FFJORD: the latent moves by the tolerance where a log-determinant is asked for."""
+
+    def forward(self, x, logpx=None, reverse=False):
+        off = 0.0 if logpx is None else 1e-5
+        y, log_det = self.back(x + 1e-4) if reverse else self.there(x + off)
+        return y if logpx is None else (y, logpx - log_det[:, None])
+
+
 WITH_LOG_DET = [
     *(Reverse, Rev, InverseFlag, FlagAmongKeywords, Mode, EncodeDecode, Extras, LogDetFirst),
     *(ListOfLatents, LatentsAsArguments, StepsOnTheWay, Summed, Mean, PerDimension),
     *(RunningDensity, RunningLogDet, OnRequest, MethodOfBoth, Generative, GenerativeByName),
-    *(MinusInLogProb, Inside, Mapping, PlainObject, Caching),
+    *(MinusInLogProb, Inside, Mapping, PlainObject, Caching, ManyOutputs),
 ]
 
 
@@ -343,6 +366,50 @@ def test_trials_leave_no_trace(kind):
     assert plain == {name: value for name, value in vars(model).items() if not name.startswith("_")}
     assert getattr(model, "cache", []) == []
     assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_latents_of_solvers_agree_up_to_their_error():
+    model, x = SolverTakesOtherSteps(), torch.randn(7, FEATURES)
+    _, log_det = truth(model, x)
+    own = ig.wrap(model, x=x).forward_and_log_det(x)[1]
+    torch.testing.assert_close(own, log_det, rtol=1e-3, atol=1e-3)
+
+
+class Several(Flow):
+    """As bgflow: several tensors, (B, 1) log-determinants."""
+
+    def forward(self, *xs, inverse=False):
+        joined = torch.cat([x.flatten(1) for x in xs], 1)
+        y, log_det = self.back(joined) if inverse else self.there(joined)
+        first = y[:, : xs[0][0].numel()].reshape(xs[0].shape)
+        return (first, y[:, first[0].numel() :].reshape(xs[1].shape), log_det[:, None])
+
+
+class AsOneTuple(Several):
+    def forward(self, xs, reverse=False):
+        return super().forward(*xs, inverse=reverse)
+
+
+@pytest.mark.parametrize("kind", [Several, AsOneTuple], ids=lambda kind: kind.__name__)
+def test_models_of_several_tensors_take_them_joined(kind):
+    model, x = kind(), torch.randn(16, FEATURES)
+    parts = (x[:, :2].reshape(16, 2, 1), x[:, 2:])
+    wrapped = ig.wrap(model, x=parts)
+    z, log_det = truth(model, x)
+    assert torch.equal(wrapped.pack(*parts), x)
+    torch.testing.assert_close(wrapped(x), z)
+    torch.testing.assert_close(wrapped.inverse(z), x)
+    torch.testing.assert_close(wrapped.forward_and_log_det(x)[1], log_det)
+    assert ig.audit(model, parts, level="quick").verdict.passed
+    with pytest.raises(ValueError, match=r"expected 2 tensors for \w+ with shapes"):
+        wrapped.pack(*parts[::-1])
+
+
+def test_one_tensor_for_a_model_of_several_is_refused_and_the_advice_works():
+    model, x = Several(), torch.randn(8, FEATURES)
+    with pytest.raises(TypeError, match=r"pass them as a tuple: x=\(first, second\)"):
+        ig.audit(model, x)
+    assert ig.audit(model, (x[:, :1], x[:, 1:]), level="quick").verdict.passed
 
 
 def test_a_base_that_log_prob_uses_is_declared():

@@ -100,6 +100,29 @@ class Misordered(Chain):
         return tuple(reversed(super().layers()))
 
 
+class Counting(Base):
+    """Counts its calls in a buffer, as continuous flows count evaluations."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("calls", torch.zeros(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        return super().forward(x)
+
+    def inverse(self, z: Tensor) -> Tensor:
+        self.calls += 1
+        return super().inverse(z)
+
+
+class Scheduled(Counting):
+    """The count matters."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) * self.calls
+
+
 class RefusesLarge(Base):
     def forward(self, x: Tensor) -> Tensor:
         if x.abs().max() > 100:
@@ -108,7 +131,9 @@ class RefusesLarge(Base):
 
 
 @pytest.mark.parametrize(
-    "model", [Base(), Warp(6), random_chain(), Base().to_dtype(torch.float32)], ids=lambda m: m.name
+    "model",
+    [Base(), Warp(6), random_chain(), Base().to_dtype(torch.float32)],
+    ids=lambda m: m.name,
 )
 def test_a_model_that_behaves_is_stable(model):
     dtype = next(model.parameters()).dtype
@@ -118,10 +143,18 @@ def test_a_model_that_behaves_is_stable(model):
     assert not result.tables
 
 
+def test_what_is_written_without_effect_is_remarked():
+    result = preflight(Counting().eval(), data())
+    assert result.verdict is Verdict.STABLE
+    (remark,) = result.tables["findings"]
+    assert remark["finding"] == "a forward call writes calls, which changes no result"
+
+
 @pytest.mark.parametrize(
     ("make", "found"),
     [
         (Initialising, r"rewrites 1 parameters or buffers \(scale\)"),
+        (Scheduled, r"rewrites 1 parameters or buffers \(calls\)"),
         (Random, "forward is random"),
         (Coupled, "depends on the others in its batch"),
         (InPlace, "forward writes into its input"),

@@ -12,8 +12,20 @@ from torch import Tensor, nn
 
 from inn_guard.adapters.captured_modules import Closure
 from inn_guard.core.invertible import Context
+from inn_guard.core.tensors import split_flat
 
-__all__ = ["Call", "Pair", "Zeros", "pairs", "with_log_det_argument", "with_switches"]
+__all__ = [
+    "Call",
+    "Pair",
+    "Shapes",
+    "Zeros",
+    "pairs",
+    "takes_several",
+    "with_log_det_argument",
+    "with_switches",
+]
+
+Shapes = tuple[tuple[int, ...], ...]  #: of one sample of each of several tensors
 
 #: methods that map data to latents, the likeliest first; and methods that map back
 ENCODERS = ("forward", "encode", "transform", "flow", "to_latent", "forward_transform", "forward_")
@@ -63,6 +75,7 @@ class Call:
         keywords: further arguments; a `Zeros` is made anew for every batch.
         context_name: the keyword of the context. "": it is the second argument.
         spread: whether a list of tensors is passed as that many arguments.
+        shapes: of the tensors that are joined in the one that is given; None: it is passed whole.
     """
 
     target: Closure
@@ -70,9 +83,12 @@ class Call:
     keywords: Mapping[str, Any] = field(default_factory=dict)
     context_name: str = ""
     spread: bool = False
+    shapes: Shapes | None = None
 
     def __call__(self, t: Any, *context: Context) -> Any:
         """What the target returns for t, a tensor or a list of tensors."""
+        if self.shapes is not None:
+            t = tuple(split_flat(t, self.shapes))
         rows = t[0] if isinstance(t, (list, tuple)) else t
         keywords = {}
         for name, value in self.keywords.items():
@@ -98,8 +114,15 @@ class Pair:
     decode: Call
 
     def swapped(self) -> Pair:
-        """The same with the directions exchanged."""
-        return Pair(self.decode, self.encode)
+        """The same with the directions exchanged; what x consists of stays."""
+        shapes = self.encode.shapes
+        encode = replace(self.decode, shapes=shapes, spread=shapes is not None)
+        return Pair(encode, replace(self.encode, shapes=None, spread=False))
+
+    def of_several(self, shapes: Shapes) -> tuple[Pair, Pair]:
+        """The same for an x of several tensors, passed as that many arguments or as one tuple."""
+        spread = replace(self.encode, shapes=shapes, spread=True)
+        return Pair(spread, self.decode), Pair(replace(spread, spread=False), self.decode)
 
 
 def pairs(model: Any, context: Context = None, text: str = "model") -> list[Pair]:
@@ -154,7 +177,16 @@ def with_log_det_argument(call: Call) -> Iterator[Call]:
         if isinstance(parameter.default, bool):
             values = (not parameter.default,)
         for value in values:
-            yield Call(call.target, call.text, {**call.keywords, name: value}, call.context_name)
+            yield replace(call, keywords={**call.keywords, name: value})
+
+
+def takes_several(call: Call) -> bool:
+    """Whether a call shows that it takes more than one tensor."""
+    parameters = list(_parameters(call.target.function).values())
+    if any(p.kind is p.VAR_POSITIONAL for p in parameters):
+        return True
+    needed = [p for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD and p.default is p.empty]
+    return len(needed) > 1
 
 
 def _pairs_of_methods(model: Any, context: Context, text: str) -> Iterator[Pair]:

@@ -88,7 +88,10 @@ def states(result: Any, batch: int) -> list[State]:
 
 
 def log_det_paths(result: Any, state: State, batch: int) -> list[Path]:
-    """The parts beside the latent that can be log-determinants, first those with (B,) numbers."""
+    """The parts beside the latent that can be log-determinants, first those with (B,) numbers.
+
+    A list, one log-determinant for each layer, is a part of its own.
+    """
     per_sample, other = [], []
     for path, leaf in leaves(result):
         if path in state.paths:
@@ -101,7 +104,23 @@ def log_det_paths(result: Any, state: State, batch: int) -> list[Path]:
             per_sample.append(path)
         elif size == 1 or rows == batch:
             other.append(path)
-    return per_sample + other
+    lists = [path for path in _list_paths(result, batch) if not _overlaps(path, state.paths)]
+    return per_sample + lists + other
+
+
+def _list_paths(result: Any, batch: int, path: Path = ()) -> Iterator[Path]:
+    """The lists within a result that hold nothing but two or more tensors of the batch."""
+    for key, part in _items(result):
+        if isinstance(part, (list, tuple)) and not _is_record(part):
+            tensors = all(isinstance(t, Tensor) and t.is_floating_point() for t in part)
+            if len(part) > 1 and tensors and all(t.dim() and len(t) == batch for t in part):
+                yield (*path, key)
+        if not isinstance(part, (Tensor, str)):
+            yield from _list_paths(part, batch, (*path, key))
+
+
+def _overlaps(path: Path, others: tuple[Path, ...]) -> bool:
+    return any(other[: len(path)] == path for other in others)
 
 
 def _is_state(leaf: Any, batch: int) -> bool:
@@ -114,13 +133,21 @@ def _lists(result: Any, batch: int, path: Path = ()) -> Iterator[State]:
     """The lists in a result whose tensors, two at least, can be latents."""
     if isinstance(result, (list, tuple)) and not _is_record(result):
         parts = {k: part for k, part in enumerate(result) if _is_state(part, batch)}
+        last = next(reversed(parts.values()), None)
+        if len(parts) > 2 and last is not None and last[0].numel() == 1:
+            # a log-determinant of shape (B, 1) behind the latents
+            yield _list_state(result, dict(list(parts.items())[:-1]), path)
         if len(parts) > 1:
-            shapes = tuple(tuple(part.shape[1:]) for part in parts.values())
-            makes_tuple = isinstance(result, tuple) and len(parts) == len(result)
-            yield State(tuple((*path, k) for k in parts), shapes, makes_tuple)
+            yield _list_state(result, parts, path)
     if not isinstance(result, Tensor):
         for key, part in _items(result):
             yield from _lists(part, batch, (*path, key))
+
+
+def _list_state(result: Any, parts: Mapping[int, Tensor], path: Path) -> State:
+    shapes = tuple(tuple(part.shape[1:]) for part in parts.values())
+    makes_tuple = isinstance(result, tuple) and len(parts) == len(result)
+    return State(tuple((*path, k) for k in parts), shapes, makes_tuple)
 
 
 def _items(result: Any) -> Sequence[tuple[Any, Any]]:

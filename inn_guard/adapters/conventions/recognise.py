@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -15,13 +15,14 @@ from inn_guard.adapters.captured_modules import Closure
 from inn_guard.adapters.conventions.calls import (
     Call,
     Pair,
+    Shapes,
     Zeros,
     pairs,
+    takes_several,
     with_log_det_argument,
     with_switches,
 )
 from inn_guard.adapters.conventions.readings import (
-    Path,
     State,
     leaves,
     log_det_paths,
@@ -35,10 +36,11 @@ from inn_guard.adapters.conventions.recognised import (
     Encode,
     LogDet,
     Recognised,
+    RecognisedOfSeveral,
 )
 from inn_guard.core.context import map_tensors, select_rows
 from inn_guard.core.invertible import Context, as_log_det, standard_normal_log_prob
-from inn_guard.core.tensors import finite_rows, same_tensor
+from inn_guard.core.tensors import concatenate_flat, finite_rows, same_tensor
 from inn_guard.execution.state import StateSnapshot, preserve_state
 
 __all__ = ["Unrecognised", "recognise"]
@@ -47,7 +49,7 @@ ROWS = 4  #: samples that are tried
 COMES_BACK = 1e-2  #: relative error of a round trip up to which two directions belong together
 SAME_LOG_DET = 0.05  #: nats; beyond a thousandth of the log-determinant itself
 JACOBIAN_UP_TO = 256  #: dimensions up to which a log-determinant is held against autograd's
-OPTIONS = 8  #: readings of one result that are tried
+OPTIONS = 16  #: readings of one result that are tried
 #: methods that return a log-determinant alone, of x or of (x, z)
 LOG_DETS = (
     *("log_abs_det_jacobian", "log_det_jacobian", "forward_log_det_jacobian", "log_det"),
@@ -66,7 +68,7 @@ class _Trial:
     Attributes:
         pair: the two calls.
         state: which part of the result is the latent.
-        back: which part of the way back is x.
+        back: which part of the way back is x, or which parts.
         result: of the first call.
         z: the latent as one tensor, (B, ...).
         error: median over the samples of |x' - x| / |x|; NaN if it is not finite.
@@ -74,7 +76,7 @@ class _Trial:
 
     pair: Pair
     state: State
-    back: Path
+    back: State
     result: Any
     z: Tensor
     error: float
@@ -94,7 +96,9 @@ class _Trial:
         else:
             split = _split(self.state.shapes)
             call = self.pair.decode.written(split)
-        return call + "".join(f"[{key!r}]" for key in self.back)
+        if self.back.shapes is not None:
+            return f"{call}[:{len(self.back.shapes)}]"
+        return call + "".join(f"[{key!r}]" for key in self.back.paths[0])
 
 
 @dataclass(frozen=True)
@@ -110,7 +114,11 @@ class _Option:
 
 
 def recognise(
-    model: Any, x: Tensor, context: Context = None, *, given: Pair | None = None
+    model: Any,
+    x: Tensor | Sequence[Tensor],
+    context: Context = None,
+    *,
+    given: Pair | None = None,
 ) -> Recognised:
     """The model as an Invertible, by the convention that a batch shows it to obey.
 
@@ -120,7 +128,8 @@ def recognise(
 
     Args:
         model: any object with methods, or a function with a flag.
-        x: data, (B, *data).
+        x: data, (B, *data); or several tensors, which the model takes as that many arguments or as
+            one tuple. The recognised model takes them joined in one, (B, D).
         context: passed to every call.
         given: the two directions, if they are known. Default: those the names suggest.
 
@@ -128,13 +137,18 @@ def recognise(
         Unrecognised: if nothing fits, or several conventions fit and differ.
     """
     candidates = pairs(model, context) if given is None else [given]
+    shapes: Shapes | None = None
+    if not isinstance(x, Tensor):
+        shapes = tuple(tuple(part.shape[1:]) for part in x)
+        x = concatenate_flat(x)
+        candidates = [pair for known in candidates for pair in known.of_several(shapes)]
     holder = _Holder(model, candidates)
     rows = _rows(x)
     sample = _like_weights(x[rows], holder)
     part = None if context is None else select_rows(context, rows)
     with preserve_state(holder), torch.no_grad():
         holder.eval()
-        attempt = _Attempt(model, sample, part, StateSnapshot(holder).restore_written)
+        attempt = _Attempt(model, sample, part, StateSnapshot(holder).restore_written, shapes)
         return attempt.described(attempt.best(candidates), context)
 
 
@@ -157,8 +171,16 @@ class _Holder(nn.Module):
 class _Attempt:
     """Trials of one model on one batch."""
 
-    def __init__(self, model: Any, x: Tensor, context: Context, restore: Any) -> None:
+    def __init__(
+        self,
+        model: Any,
+        x: Tensor,
+        context: Context,
+        restore: Any,
+        shapes: Shapes | None = None,
+    ) -> None:
         self.model, self.x, self.restore = model, x, restore
+        self.shapes = shapes  #: of the tensors that are joined in x
         self.given = () if context is None else (context,)
         self.failures: dict[str, str] = {}
 
@@ -180,7 +202,7 @@ class _Attempt:
                 raise Unrecognised(self._ambiguous([first, *others]))
             return self._by_density(first)
         if not ran:
-            raise Unrecognised(self._nothing_ran())
+            raise Unrecognised(self._nothing_ran(candidates))
         distinct = {(trial.pair.encode.text, trial.pair.decode.written("z")) for trial in ran}
         alone = len(distinct) == 1 and ran[0].z[0].numel() == self.x[0].numel()
         if len(ran) == 1 and alone:
@@ -210,7 +232,7 @@ class _Attempt:
             return []
         finally:
             self.restore()
-        options = states(result, len(self.x))[:OPTIONS]
+        options = self._likeliest(states(result, len(self.x)), result)
         if not options:
             self.failures[pair.encode.written("x")] = f"returns {_shape(result)}"
         ran = []
@@ -218,6 +240,12 @@ class _Attempt:
             for call in _ways_to_pass(pair.decode, state):
                 ran += self._way_back(Pair(pair.encode, call), state, result, name)
         return ran
+
+    def _likeliest(self, options: list[State], result: Any) -> list[State]:
+        """Those first that have as many numbers as x; at most OPTIONS."""
+        size = self.x.numel()
+        ordered = sorted(options, key=lambda state: state.joined(result).numel() != size)
+        return ordered[:OPTIONS]
 
     def _way_back(self, pair: Pair, state: State, result: Any, name: str) -> list[_Trial]:
         z = state.joined(result)
@@ -229,13 +257,23 @@ class _Attempt:
         finally:
             self.restore()
         found = []
-        for path, leaf in leaves(back):
-            if isinstance(leaf, Tensor) and leaf.shape == self.x.shape:
-                found.append(_Trial(pair, state, path, result, z, _error(leaf, self.x)))
+        for part in self._data_within(back):
+            error = _error(part.joined(back), self.x)
+            found.append(_Trial(pair, state, part, result, z, error))
         if not found:
             wanted = tuple(self.x.shape)
             self.failures[name] = f"the way back returns {_shape(back)} for x of shape {wanted}"
         return sorted(found, key=lambda trial: (not trial.comes_back, math.isnan(trial.error)))[:1]
+
+    def _data_within(self, back: Any) -> list[State]:
+        """The parts of the way back that have the shape of x, or its shapes."""
+        if self.shapes is not None:
+            return [part for part in states(back, len(self.x)) if part.shapes == self.shapes]
+        found = []
+        for path, leaf in leaves(back):
+            if isinstance(leaf, Tensor) and leaf.shape == self.x.shape:
+                found.append(State((path,)))
+        return found
 
     def _in_double(self, candidates: list[Pair], ran: list[_Trial]) -> list[_Trial]:
         """The trials that come back in a float64 copy, where rounding cannot hide it."""
@@ -246,9 +284,12 @@ class _Attempt:
         except Exception:  # a model that cannot be copied is judged as it is
             return []
         context = map_tensors(self.given, lambda t: t.double() if t.is_floating_point() else t)
-        attempt = _Attempt(fine, self.x.double(), None, lambda: None)
+        attempt = _Attempt(fine, self.x.double(), None, lambda: None, self.shapes)
         attempt.given = tuple(context)
-        again = attempt.trials(pairs(fine, context[0] if context else None))
+        alike = pairs(fine, context[0] if context else None)
+        if self.shapes is not None:
+            alike = [pair for known in alike for pair in known.of_several(self.shapes)]
+        again = attempt.trials(alike)
         good = {_key(trial) for trial in again if trial.comes_back}
         return [trial for trial in ran if _key(trial) in good]
 
@@ -289,7 +330,8 @@ class _Attempt:
             of = encode if option.call.spread else None
             separate = Alone(option.call, option.reading, by_row=option.by_row, encode=of)
         own = self._density_call() if density is not None else None
-        return Recognised(
+        kind = Recognised if self.shapes is None else RecognisedOfSeveral
+        recognised = kind(
             self.model,
             encode=encode,
             decode=Decode(trial.pair.decode, trial.state, trial.back, inverse),
@@ -299,6 +341,9 @@ class _Attempt:
             convention=self._words(trial, option, note),
             log_prob=own,
         )
+        if isinstance(recognised, RecognisedOfSeveral):
+            recognised.inputs = self.shapes or ()
+        return recognised
 
     def options(self, trial: _Trial) -> list[_Option]:
         """Everything that can be the log-determinant of x -> z, the likeliest first."""
@@ -306,7 +351,7 @@ class _Attempt:
         for call in with_log_det_argument(trial.pair.encode):
             result = self._tried(call, self.x.clone())
             for state in states(result, len(self.x)):
-                if same_tensor(state.joined(result), trial.z):
+                if self._same_latent(state.joined(result), trial):
                     found += self._parts(call, result, state)
         for name in LOG_DETS:
             method = getattr(self.model, name, None)
@@ -318,13 +363,26 @@ class _Attempt:
                 found += self._parts(both, self._tried(both, given), None)
         return found
 
+    def _same_latent(self, z: Tensor, trial: _Trial) -> bool:
+        """Whether a call with other arguments returns this latent.
+
+        A solver takes other steps when it integrates a log-determinant, too: its latents agree only
+        as far as its round trips do.
+        """
+        if z.shape != trial.z.shape:
+            return False
+        return same_tensor(z, trial.z) or _error(z, trial.z) <= 10 * trial.error <= COMES_BACK
+
     def _parts(self, call: Call, result: Any, state: State | None) -> list[_Option]:
         found = []
         for path in log_det_paths(result, state or State(()), len(self.x)):
             part = pick(result, path)
             of_both = call.spread and state is None
             text = written(path, f"{call.text}(x, z)" if of_both else call.written("x"), result)
-            by_row = not isinstance(part, Tensor) or part.numel() == 1
+            of_layers = isinstance(part, (list, tuple))
+            if of_layers:
+                text = f"sum(part.flatten(1).sum(1) for part in {text})"
+            by_row = not of_layers and (not isinstance(part, Tensor) or part.numel() == 1)
             if by_row and of_both:
                 continue
             reading = LogDet(path)
@@ -335,7 +393,7 @@ class _Attempt:
                 batch = as_log_det(part, self.x)
                 by_row = not bool(torch.isclose(values, batch, rtol=1e-4, atol=1e-5).all())
             else:
-                values = as_log_det(part, self.x)
+                values = reading.of(result, self.x)
             found.append(_Option(call, state, reading, values.detach(), by_row, text))
         return found
 
@@ -348,13 +406,13 @@ class _Attempt:
                 if _same_numbers(option.values, reference):
                     gap = (option.values - reference).abs().max().item()
                     return option, f"log_det agrees with autograd to {gap:.0e} nats"
-        for option in options:
-            if _is_running_density(option) and (
-                reference is None or _same_numbers(-option.values, reference)
-            ):
-                minus = replace(option.reading, sign=-1)
-                remark = "the model subtracts log_det from the log-density that it is given"
-                return replace(option, reading=minus, values=-option.values), remark
+        running = [option for option in options if _is_running_density(option)]
+        for fits in (_is_minus, _is_nearer_with_minus):  # a random estimate fits nowhere exactly
+            for option in running:
+                if fits(option, reference):
+                    minus = replace(option.reading, sign=-1)
+                    remark = "the model subtracts log_det from the log-density that it is given"
+                    return replace(option, reading=minus, values=-option.values), remark
         if density == -1 and options:
             minus = replace(options[0].reading, sign=-1)
             remark = "the model's own log_prob subtracts what it returns"
@@ -379,9 +437,8 @@ class _Attempt:
             return None
         finally:
             self.restore()
-        here = State((trial.back,))
         plain = []
-        for path in log_det_paths(back, here, len(self.x)):
+        for path in log_det_paths(back, trial.back, len(self.x)):
             part = pick(back, path)
             if not isinstance(part, Tensor) or len(part.reshape(-1)) != len(self.x):
                 continue
@@ -438,7 +495,8 @@ class _Attempt:
         method = getattr(self.model, "log_prob", None)
         if not callable(method):
             return None
-        return Call(Closure(method), "model.log_prob")
+        several = self.shapes is not None
+        return Call(Closure(method), "model.log_prob", spread=several, shapes=self.shapes)
 
     def _own_density(self, trial: _Trial, options: list[_Option] | None = None) -> int | None:
         """The sign with which the model's log_prob adds the log-determinant to that of N(0, I).
@@ -494,11 +552,13 @@ class _Attempt:
             )
         return f"{text}. Pass wrap(encode=f, decode=g) with the two directions"
 
-    def _nothing_ran(self) -> str:
+    def _nothing_ran(self, candidates: list[Pair]) -> str:
         tried = "; ".join(f"{call}: {why}" for call, why in list(self.failures.items())[:4])
         conditional = ""
         if not self.given and "required positional argument" in tried:
             conditional = " If the model is conditional, pass context=c."
+        if self.shapes is None and any(takes_several(pair.encode) for pair in candidates):
+            conditional += " If it maps several tensors, pass them as a tuple: x=(first, second)."
         return (
             f"expected two directions of {_class(self.model)} that run on x of shape "
             f"{tuple(self.x.shape)}; tried {tried or 'nothing'}.{conditional} Pass "
@@ -550,6 +610,17 @@ def _same_numbers(values: Tensor, reference: Tensor) -> bool:
     return bool((gap <= SAME_LOG_DET + 1e-3 * reference.double().abs()).all())
 
 
+def _is_minus(option: _Option, reference: Tensor | None) -> bool:
+    return reference is None or _same_numbers(-option.values, reference)
+
+
+def _is_nearer_with_minus(option: _Option, reference: Tensor | None) -> bool:
+    if reference is None:
+        return True
+    values = option.values.double()
+    return bool((values + reference).abs().sum() < (values - reference).abs().sum())
+
+
 def _relation(option: _Option, reference: Tensor) -> str:
     """What a log-determinant that is not log|det| is instead, and what to pass if that is meant."""
     if _same_numbers(-option.values, reference):
@@ -586,7 +657,7 @@ def _is_documented(pair: Pair) -> bool:
 
 def _key(trial: _Trial) -> tuple[Any, ...]:
     pair = trial.pair
-    return pair.encode.written("x"), pair.decode.written("z"), trial.state.paths, trial.back
+    return pair.encode.written("x"), pair.decode.written("z"), trial.state.paths, trial.back.paths
 
 
 def _wrap_call(trial: _Trial) -> str:

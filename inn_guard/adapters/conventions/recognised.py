@@ -11,13 +11,14 @@ from torch import Tensor, nn
 
 from inn_guard.adapters.callables import Functions
 from inn_guard.adapters.captured_modules import Closure
-from inn_guard.adapters.conventions.calls import Call
+from inn_guard.adapters.conventions.calls import Call, Shapes
 from inn_guard.adapters.conventions.readings import Path, State, pick
 from inn_guard.core.base import BaseDistribution
 from inn_guard.core.context import select_rows
 from inn_guard.core.invertible import Context, as_log_det
+from inn_guard.core.tensors import concatenate_flat
 
-__all__ = ["Alone", "Decode", "Encode", "LogDet", "Recognised"]
+__all__ = ["Alone", "Decode", "Encode", "LogDet", "Recognised", "RecognisedOfSeveral"]
 
 
 @dataclass(frozen=True)
@@ -25,7 +26,7 @@ class LogDet:
     """Where a log-determinant lies in a result.
 
     Attributes:
-        path: keys that lead to it.
+        path: keys that lead to it, or to a list of which it is the sum.
         sign: -1 if the result holds minus the log-determinant.
     """
 
@@ -34,7 +35,13 @@ class LogDet:
 
     def of(self, result: Any, like: Tensor) -> Tensor:
         """The log-determinant, (B,)."""
-        return self.sign * as_log_det(pick(result, self.path), like)
+        part = pick(result, self.path)
+        if not isinstance(part, (list, tuple)):
+            return self.sign * as_log_det(part, like)
+        total = as_log_det(part[0], like)
+        for further in part[1:]:
+            total = total + as_log_det(further, like)
+        return self.sign * total
 
 
 @dataclass(frozen=True)
@@ -58,13 +65,13 @@ class Decode:
 
     call: Call
     state: State
-    path: Path
+    back: State
     log_det: LogDet | None = None
 
     def __call__(self, z: Tensor, *context: Context) -> Any:
         """The data, (B, *data), and the log-determinant of the inverse, (B,), if there is one."""
         result = self.call(self.state.split(z), *context)
-        x = pick(result, self.path)
+        x = self.back.joined(result)
         return x if self.log_det is None else (x, self.log_det.of(result, z))
 
 
@@ -131,9 +138,15 @@ class Recognised(Functions):
         self._is_module = isinstance(subject, nn.Module)
         self._log_prob = None if log_prob is None else Closure(log_prob)
         self._latent_shape = tuple(latent_shape)
+        self._state = encode.state
         self.convention = convention
         if self._is_module:
             self.training = subject.training
+
+    def latents(self, z: Tensor) -> tuple[Tensor, ...]:
+        """The latent (B, ...) as the tensors that the model itself returns."""
+        parts = self._state.split(z)
+        return (parts,) if isinstance(parts, Tensor) else tuple(parts)
 
     def log_prob(self, x: Tensor) -> Tensor:
         """log p(x), (B,), by the model's own method if it was measured, else of a normal z."""
@@ -177,3 +190,23 @@ class Recognised(Functions):
     def name(self) -> str:
         """The class name of the model, or the name of the function."""
         return self._name
+
+
+class RecognisedOfSeveral(Recognised):
+    """A recognised model whose data are several tensors, which are joined in one, (B, D)."""
+
+    inputs: Shapes = ()  #: of one sample of each tensor
+
+    def pack(self, *tensors: Tensor) -> Tensor:
+        """The tensors (B, ...) as the one that every function takes, (B, D).
+
+        Raises:
+            ValueError: if their number or shapes are not the model's.
+        """
+        got = tuple(tuple(tensor.shape[1:]) for tensor in tensors)
+        if got != self.inputs:
+            raise ValueError(
+                f"expected {len(self.inputs)} tensors for {self.name} with shapes (B, ...) = "
+                f"{self.inputs}; got {got}"
+            )
+        return concatenate_flat(tensors)
