@@ -49,7 +49,8 @@ def repairs_section(frame: pd.DataFrame, repaired: pd.DataFrame) -> str:
         "",
         *_by_repair(repaired),
         "",
-        "Cured: of the models that fail a use, those that pass it afterwards. Broken: uses that "
+        "Cured: of the models that fail a use, those that pass it afterwards; undecided: the rate "
+        "of lost draws may be below the limit, which the draws do not prove. Broken: uses that "
         "passed before and fail afterwards. Exact mode restores rows of data; draws and densities "
         "stay what they are. It keeps bits beside z, given per dimension; they are negative where "
         "a flow expands, because it takes bits back then. Times are those of a busy machine.",
@@ -86,8 +87,12 @@ def _by_repair(repaired: pd.DataFrame) -> list[str]:
         for use in CHECKED_USES:
             of_use = rows[_has(rows["failing"], use)]
             cured = int(_has(of_use["cured"], use).sum())
+            unproved = int((of_use[f"{use}_after"] == "undecided").sum())
             applies = repair != "exact" or use == "reconstruction"
-            cells.append(f"{cured} of {len(of_use)}" if applies else "")
+            count = f"{cured} of {len(of_use)}"
+            if unproved:
+                count += f", {unproved} undecided"
+            cells.append(count if applies else "")
         cells.append(str(sum(len(uses.split()) for uses in rows["broken"])))
         change = (rows["bits_after"] - rows["bits_before"]).dropna()
         cells.append(_spread(change))
@@ -120,14 +125,15 @@ def _truth(repaired: pd.DataFrame) -> str:
 
 def _by_model(repaired: pd.DataFrame) -> list[str]:
     lines = heading(
-        [*MODEL, "repair", "figures before and after", "cured", "broken", "bits before", "after",
+        [*MODEL, "repair", "figures before, after (verdict)", "cured", "broken", "bits before", "after",
          "steps", "time, times", "layers in float64", "bits kept"]
     )  # fmt: skip
     for _, row in repaired[repaired["failing"] != ""].iterrows():
         figures = []
         for use in row["failing"].split():
             before, after = row[f"{use}_before_figure"], row[f"{use}_after_figure"]
-            figures.append(f"{USES[use]} {text(before)}, {text(after)}")
+            label = str(row[f"{use}_after"]).replace("_", " ")
+            figures.append(f"{USES[use]} {text(before)}, {text(after)} ({label})")
         layers = ""
         if row["repair"] == "raise_precision" and not row["refused"]:
             layers = f"{row['raised_layers']:.0f} of {row['layers']:.0f}"

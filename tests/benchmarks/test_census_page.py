@@ -216,7 +216,7 @@ def test_what_repairs_cure_and_break_is_counted_by_use():
     assert (
         "Of 2 failing uses of these models, cured are by `regularized` 0, by `stabilize` 1" in text
     )
-    assert "sampling 0.5, 0.25; reconstruction 0.5, 0.25" in text
+    assert "sampling 0.5, 0.25 (stable); reconstruction 0.5, 0.25 (stable)" in text
     assert repairs_section(models(), frame.head(0)) == ""
 
 
