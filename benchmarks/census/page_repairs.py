@@ -125,8 +125,8 @@ def _truth(repaired: pd.DataFrame) -> str:
 
 def _by_model(repaired: pd.DataFrame) -> list[str]:
     lines = heading(
-        [*MODEL, "repair", "figures before, after (verdict)", "cured", "broken", "bits before", "after",
-         "steps", "time, times", "layers in float64", "bits kept"]
+        [*MODEL, "repair", "figures before, after (verdict)", "cured", "broken",
+         "bits before", "after", "steps", "time, times", "layers in float64", "bits kept"]
     )  # fmt: skip
     for _, row in repaired[repaired["failing"] != ""].iterrows():
         figures = []
