@@ -60,7 +60,7 @@ SAVING = (("peer", "memory_saving"), ("case", "48 blocks"), ("loss", "z"))
 GOALS = (
     Goal("extremes", "ratio", 250, least=True, rows=(("batch", 32),)),
     Goal("extremes", "ratio", 110, least=True, rows=(("batch", 1),)),
-    Goal("promise", "failed", 0, least=False),
+    Goal("spectra_promise", "failed_share", 0.01, least=False),
     Goal("full_jacobian", "ratio", 8, least=True, rows=(("claim", "Jacobian"),)),
     Goal("full_jacobian", "ratio", 9, least=True, rows=(("claim", "spectrum"),)),
     Goal("ill_conditioned", "sigma_min_error", 0.01, least=False),

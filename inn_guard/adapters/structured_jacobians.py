@@ -12,14 +12,17 @@ from torch import Tensor, nn
 from inn_guard.core.layer_jacobian import (
     INEXACT,
     ROUNDING,
+    Castable,
     LayerJacobian,
     Map,
+    cast_where_large,
     random_vectors,
+    select_from_all,
 )
 from inn_guard.core.missing import Missing
 from inn_guard.core.readable import RulesByClass
 from inn_guard.core.tensors import norms
-from inn_guard.jacobian.network import NetworkJacobian
+from inn_guard.jacobian.network import NetworkJacobian, select_rows_of
 from inn_guard.layers.coupling import CouplingJacobian
 from inn_guard.layers.linear import ChannelMixingJacobian, PermutationJacobian
 from inn_guard.layers.partition import Partition
@@ -110,6 +113,18 @@ class PermutedOutputs:
         self._dim = 1 - network.output.dim()
         self.output = self._permuted(network.output)
 
+    def select(self, rows: Tensor) -> PermutedOutputs | None:
+        """The Jacobian at these rows; None where the network cannot select them."""
+        network = select_rows_of(self._network, rows)
+        return None if network is None else PermutedOutputs(network, factor=self._factor)
+
+    def in_dtype(self, dtype: torch.dtype) -> PermutedOutputs | None:
+        """The Jacobian whose network multiplies in ``dtype``; None if it cannot."""
+        if not isinstance(self._network, Castable):
+            return None
+        network = self._network.in_dtype(dtype)
+        return None if network is None else PermutedOutputs(network, factor=self._factor)
+
     def jvp(self, v: Tensor) -> Tensor:
         """J v, (..., B, *out)."""
         return self._permuted(self._network.jvp(v))
@@ -139,6 +154,18 @@ class SelectedOutputs:
         self._dim = 1 - network.output.dim()
         self.output = network.output.index_select(self._dim, order)
 
+    def select(self, rows: Tensor) -> SelectedOutputs | None:
+        """The Jacobian at these rows; None where the network cannot select them."""
+        network = select_rows_of(self._network, rows)
+        return None if network is None else SelectedOutputs(network, self._order)
+
+    def in_dtype(self, dtype: torch.dtype) -> SelectedOutputs | None:
+        """The Jacobian whose network multiplies in ``dtype``; None if it cannot."""
+        if not isinstance(self._network, Castable):
+            return None
+        network = self._network.in_dtype(dtype)
+        return None if network is None else SelectedOutputs(network, self._order)
+
     @classmethod
     def deinterleaved(cls, network: NetworkJacobian) -> SelectedOutputs:
         """The Jacobian of [t_1, s_1, t_2, s_2, ...] as that of [t, s]."""
@@ -164,6 +191,16 @@ class ChainJacobian:
     def __init__(self, jacobians: Sequence[LayerJacobian]) -> None:
         self._jacobians = tuple(jacobians)
         self.output = self._jacobians[-1].output
+
+    def select(self, rows: Tensor) -> ChainJacobian | None:
+        """The Jacobian of these rows; None where one of the maps cannot select them."""
+        chosen = select_from_all(self._jacobians, rows)
+        return None if chosen is None else ChainJacobian(chosen)
+
+    def in_dtype(self, dtype: torch.dtype) -> ChainJacobian | None:
+        """The composition with its large products in ``dtype``; None where it has none."""
+        jacobians = cast_where_large(self._jacobians, dtype)
+        return None if jacobians is None else ChainJacobian(jacobians)
 
     def jvp(self, v: Tensor) -> Tensor:
         """J v: (B, *data) -> (B, *latent)."""

@@ -7,7 +7,7 @@ transpose, its inverse and its inverse transpose with one vector per sample, and
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -21,13 +21,16 @@ __all__ = [
     "INEXACT",
     "ROUNDING",
     "AutogradJacobian",
+    "Castable",
     "LayerJacobian",
     "Map",
     "NotApplicable",
     "Selectable",
     "SelfChecking",
+    "cast_where_large",
     "is_adjoint_pair",
     "random_vectors",
+    "select_from_all",
 ]
 
 #: a function of one tensor: a map of a batch, or a product with its Jacobian
@@ -70,6 +73,15 @@ class Selectable(Protocol):
 
     def select(self, rows: Tensor) -> Any:
         """The Jacobian of these rows (indices or a mask); None where a part cannot be selected."""
+        ...
+
+
+@runtime_checkable
+class Castable(Protocol):
+    """A Jacobian whose large matrix products can be computed in a shorter dtype."""
+
+    def in_dtype(self, dtype: torch.dtype) -> Any:
+        """The same Jacobian with its large products in ``dtype``; None where it has none."""
         ...
 
 
@@ -159,6 +171,27 @@ class _Recorded:
         if tangent is None:
             raise NotApplicable("the map has no forward-mode derivative")
         return tangent.detach()
+
+
+def select_from_all(jacobians: Sequence[LayerJacobian], rows: Tensor) -> list[LayerJacobian] | None:
+    """Each Jacobian at these rows (indices or a mask); None where one cannot select them."""
+    chosen = []
+    for jacobian in jacobians:
+        part = jacobian.select(rows) if isinstance(jacobian, Selectable) else None
+        if part is None:
+            return None
+        chosen.append(part)
+    return chosen
+
+
+def cast_where_large(
+    jacobians: Sequence[LayerJacobian], dtype: torch.dtype
+) -> list[LayerJacobian] | None:
+    """Each Jacobian with its large products in ``dtype``, if it has any; None if none has."""
+    cast = [part.in_dtype(dtype) if isinstance(part, Castable) else None for part in jacobians]
+    if all(part is None for part in cast):
+        return None
+    return [new or old for new, old in zip(cast, jacobians, strict=True)]
 
 
 def random_vectors(*like: Tensor) -> list[Tensor]:

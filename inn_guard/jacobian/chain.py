@@ -23,7 +23,9 @@ from inn_guard.core.layer_jacobian import (
     LayerJacobian,
     Map,
     Selectable,
+    cast_where_large,
     random_vectors,
+    select_from_all,
 )
 from inn_guard.core.readable import is_as_written, why_patched
 from inn_guard.core.tensors import finite_rows, nonzero_or_one, peak, per_sample
@@ -189,14 +191,9 @@ class Linearization:
 
     def select(self, rows: Tensor) -> Linearization | None:
         """The linearization of these samples only; None where a layer cannot select them."""
-        chosen = []
-        for jacobian in self.jacobians:
-            part = None
-            if isinstance(jacobian, Selectable):
-                part = jacobian.select(rows)
-            if part is None:
-                return None
-            chosen.append(part)
+        chosen = select_from_all(self.jacobians, rows)
+        if chosen is None:
+            return None
         clone = copy.copy(self)
         clone.jacobians = chosen
         clone.states = [state[rows] for state in self.states]
@@ -204,6 +201,21 @@ class Linearization:
         clone._forward_checked = set(self._forward_checked)
         clone._inverse_jvp_checked = set(self._inverse_jvp_checked)
         clone._inverse_checked = set(self._inverse_checked)
+        return clone
+
+    def in_dtype(self, dtype: torch.dtype) -> Linearization | None:
+        """The linearization with its large products in ``dtype``; None where it has none.
+
+        The products with all layers are checked first, in their own dtype.
+        """
+        jacobians = cast_where_large([self.inverse_checked(k) for k in self._numbers()], dtype)
+        if jacobians is None:
+            return None
+        clone = copy.copy(self)
+        clone.jacobians = jacobians
+        clone._forward_checked = clone._inverse_jvp_checked = clone._inverse_checked = set(
+            self._numbers()
+        )
         return clone
 
     def _numbers(self) -> range:
@@ -296,6 +308,11 @@ class ScaledLinearization:
         if scale.dim() == self.states[0].dim() and len(scale) > 1:
             scale = scale[rows]  # it differs between samples
         return ScaledLinearization(part, scale)
+
+    def in_dtype(self, dtype: torch.dtype) -> ScaledLinearization | None:
+        """The same with large products in ``dtype``; None where there are none."""
+        cast = self._inner.in_dtype(dtype)
+        return None if cast is None else ScaledLinearization(cast, self._scale)
 
     @staticmethod
     def _times(v: Tensor | LogScaledVector, scale: Tensor) -> LogScaledVector:

@@ -10,12 +10,11 @@ from __future__ import annotations
 
 import collections
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from inn_guard.jacobian.network_products import Convolution, NetworkJacobian
 
@@ -27,6 +26,7 @@ __all__ = [
     "LinearProgram",
     "PerSource",
     "Rearrangement",
+    "Reshape",
     "Selection",
     "Step",
     "solved",
@@ -73,6 +73,11 @@ class Combination:
     sources: tuple[int, ...]
     target: int
     coefficients: tuple[Tensor | None, ...]
+
+    def in_dtype(self, dtype: torch.dtype) -> Combination:
+        """The sum with its coefficients in another dtype."""
+        cast = [None if c is None else c.to(dtype) for c in self.coefficients]
+        return Combination(self.sources, self.target, tuple(cast))
 
     def apply(self, values: Sequence[Tensor]) -> Tensor:
         """The sum."""
@@ -134,6 +139,28 @@ class Rearrangement:
 
 
 @dataclass(frozen=True)
+class Reshape:
+    """The same entries in another shape: from ``before`` to ``after``."""
+
+    sources: tuple[int, ...]
+    target: int
+    before: torch.Size
+    after: torch.Size
+
+    def apply(self, values: Sequence[Tensor]) -> Tensor:
+        """The entries in the shape ``after``."""
+        return values[0].reshape(self.after)
+
+    def transposed(self, u: Tensor) -> list[Tensor]:
+        """The entries in the shape ``before``."""
+        return [u.reshape(self.before)]
+
+    def solved_for(self, k: int) -> Reshape:
+        """The way back."""
+        return Reshape((self.target,), self.sources[0], self.after, self.before)
+
+
+@dataclass(frozen=True)
 class Selection:
     """Some entries along one dimension: ``index`` of ``size``."""
 
@@ -188,14 +215,17 @@ class ChannelMixing:
     weight: Tensor
     dim: int
 
+    def in_dtype(self, dtype: torch.dtype) -> ChannelMixing:
+        """The product computed, and returned, in another dtype."""
+        return replace(self, weight=self.weight.to(dtype))
+
     def apply(self, values: Sequence[Tensor]) -> Tensor:
         """The product with W."""
-        v = values[0].movedim(self.dim, -1)
-        return functional.linear(v, self.weight).movedim(-1, self.dim)
+        return _mixed(values[0].to(self.weight.dtype), self.weight.t(), self.dim)
 
     def transposed(self, u: Tensor) -> list[Tensor]:
         """The product with W^T."""
-        return [(u.movedim(self.dim, -1) @ self.weight).movedim(-1, self.dim)]
+        return [_mixed(u.to(self.weight.dtype), self.weight, self.dim)]
 
     def solved_for(self, k: int) -> ChannelMixing | None:
         """The product with W^-1; None where W is not square."""
@@ -212,6 +242,10 @@ class Convolved:
     sources: tuple[int, ...]
     target: int
     convolution: Convolution
+
+    def in_dtype(self, dtype: torch.dtype) -> Convolved:
+        """The convolution computed, and returned, in another dtype."""
+        return replace(self, convolution=self.convolution.in_dtype(dtype))
 
     def apply(self, values: Sequence[Tensor]) -> Tensor:
         """The convolution without its bias."""
@@ -255,10 +289,14 @@ _RETURNS_NEW = (ChannelMixing, Convolved)
 
 
 class LinearProgram:
-    """Steps that lead from the value ``start`` to the value ``end``; others are left out."""
+    """Steps that lead from the value ``start`` to the value ``end``; others are left out.
 
-    def __init__(self, steps: Sequence[Step], start: int, end: int) -> None:
-        self.start, self.end = start, end
+    Attributes:
+        batch: number of samples, if it has been measured that steps keep them apart; else 0.
+    """
+
+    def __init__(self, steps: Sequence[Step], start: int, end: int, *, batch: int = 0) -> None:
+        self.start, self.end, self.batch = start, end, batch
         needed, kept = {end}, []
         for step in reversed(steps):
             if step.target in needed:
@@ -271,6 +309,44 @@ class LinearProgram:
             self._readers.update(step.sources)
             for source in step.sources:
                 self._last_reader[source] = k
+
+    def in_dtype(self, dtype: torch.dtype, *, short: Sequence[int] = ()) -> LinearProgram | None:
+        """The program with its large convolutions, and what follows them, in a shorter dtype.
+
+        A value is short between two such steps. What adds it to values of the full dtype, or is
+        of another kind, computes in the full dtype again: so states of layers are not rounded.
+
+        Args:
+            dtype: the shorter one.
+            short: numbers of values that are given in it.
+
+        Returns:
+            None where no step is large.
+        """
+        casting = _Casting(dtype, set(short), 1 + max(step.target for step in self.steps))
+        for step in self.steps:
+            casting.add(step)
+        if not casting.short - set(short):
+            return None
+        return LinearProgram(casting.steps, self.start, self.end, batch=self.batch)
+
+    def select(self, rows: Tensor) -> LinearProgram | None:
+        """The program for these rows of the batch (indices or a mask); None where it has no such.
+
+        Every step has to keep the samples apart along its first dimension.
+        """
+        if not self.batch:
+            return None
+        if rows.dtype == torch.bool:
+            rows = rows.nonzero()[:, 0]
+        samples = _Samples(rows, self.batch)
+        chosen = []
+        for step in self.steps:
+            part = samples.of_step(step)
+            if part is None:
+                return None
+            chosen.append(part)
+        return LinearProgram(chosen, self.start, self.end, batch=len(rows))
 
     def run(self, v: Tensor) -> Tensor:
         """The product with v."""
@@ -311,6 +387,102 @@ class LinearProgram:
                     if isinstance(step, _RETURNS_NEW):
                         owned.add(source)
         return sums[self.start]
+
+
+@dataclass(frozen=True)
+class _Samples:
+    """Rows of a batch; tensors may hold several rows for each sample, one sample after another."""
+
+    rows: Tensor
+    batch: int
+
+    def of_step(self, step: Step) -> Step | None:
+        """The step for these rows; None where that is not known."""
+        if isinstance(step, Combination):
+            return self._of_combination(step)
+        if isinstance(step, Reshape):
+            before, after = self._of_shape(step.before), self._of_shape(step.after)
+            if before is None or after is None:
+                return None
+            return replace(step, before=before, after=after)
+        if isinstance(step, Convolved):
+            output = step.convolution.output
+            if len(output) != self.batch:
+                return None
+            return replace(step, convolution=step.convolution.select(self.rows))
+        if isinstance(step, (Selection, Assembly)):
+            return step if step.dim > 0 else None
+        if isinstance(step, ChannelMixing):
+            return step if step.dim > 0 else None
+        if isinstance(step, Rearrangement):
+            return step
+        return None
+
+    def _of_combination(self, step: Combination) -> Combination | None:
+        coefficients: list[Tensor | None] = []
+        for coefficient in step.coefficients:
+            if coefficient is None or coefficient.dim() == 0 or len(coefficient) == 1:
+                coefficients.append(coefficient)
+                continue
+            several, left = divmod(len(coefficient), self.batch)
+            if left:
+                return None
+            if several == 1:
+                coefficients.append(coefficient[self.rows])
+            else:
+                by_sample = coefficient.unflatten(0, (self.batch, several))
+                coefficients.append(by_sample[self.rows].flatten(0, 1))
+        return Combination(step.sources, step.target, tuple(coefficients))
+
+    def _of_shape(self, shape: torch.Size) -> torch.Size | None:
+        """The shape for these rows; None where its first dimension does not count samples."""
+        if not shape:
+            return None
+        several, left = divmod(shape[0], self.batch)
+        return None if left else torch.Size([several * len(self.rows), *shape[1:]])
+
+
+class _Casting:
+    """Steps of which some compute in a shorter dtype.
+
+    Attributes:
+        steps: those so far.
+        short: numbers of the values that are in the shorter dtype.
+    """
+
+    def __init__(self, dtype: torch.dtype, short: set[int], unused: int) -> None:
+        self.steps: list[Step] = []
+        self.short = short
+        self._dtype, self._unused = dtype, unused
+
+    def add(self, step: Step) -> None:
+        """Append the step, in the shorter dtype where that is faster and rounds no state."""
+        all_short = self.short.issuperset(step.sources)
+        large = isinstance(step, Convolved) and step.convolution.has_many_rows
+        if isinstance(step, (Combination, ChannelMixing, Convolved)) and (all_short or large):
+            self.steps.append(step.in_dtype(self._dtype))
+            self.short.add(step.target)
+        elif isinstance(step, (Rearrangement, Reshape, Selection)) and all_short:
+            self.steps.append(step)
+            self.short.add(step.target)
+        elif isinstance(step, Combination):
+            self.steps.append(step)  # adds the short values to the others, in the dtype of these
+        else:
+            sources = tuple(map(self._in_full, step.sources))
+            self.steps.append(replace(step, sources=sources))  # type: ignore[type-var]
+
+    def _in_full(self, value: int) -> int:
+        """The number of the value in the full dtype."""
+        if value not in self.short:
+            return value
+        number, self._unused = self._unused, self._unused + 1
+        there, back = _to(torch.float32), _to(self._dtype)
+        self.steps.append(Rearrangement((value,), number, there, back))
+        return number
+
+
+def _to(dtype: torch.dtype) -> Map:
+    return lambda v: v.to(dtype)
 
 
 def solved(program: LinearProgram) -> LinearProgram | None:
@@ -406,6 +578,16 @@ def _minus_ratio(coefficient: Tensor | None, divisor: Tensor | None) -> Tensor:
     if divisor is None:
         return -coefficient  # type: ignore[operator]
     return -1 / divisor if coefficient is None else -coefficient / divisor
+
+
+def _mixed(v: Tensor, matrix: Tensor, dim: int) -> Tensor:
+    """Every row along ``dim`` times the matrix."""
+    if v.dim() == 2 and dim == 1:
+        return v @ matrix
+    rows = v.movedim(dim, -1)
+    # one product of two matrices: of more dimensions, torch makes many small ones
+    flat = rows.reshape(-1, rows.shape[-1]) @ matrix
+    return flat.view(*rows.shape[:-1], -1).movedim(-1, dim)
 
 
 def _taken(v: Tensor, dim: int, index: range | Tensor) -> Tensor:

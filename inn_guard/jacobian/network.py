@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from inn_guard.core.layer_jacobian import Map, Selectable
+from inn_guard.core.layer_jacobian import Castable, Map, Selectable
 from inn_guard.core.missing import Missing
 from inn_guard.core.readable import RulesByClass
 from inn_guard.jacobian.network_products import (
@@ -130,6 +130,20 @@ class SequentialJacobian:
         clone.steps, clone.output = chosen, self.output[rows]
         return clone
 
+    def in_dtype(self, dtype: torch.dtype) -> SequentialJacobian | None:
+        """The chain whose products are computed in ``dtype``; None where a step has no such."""
+        cast = []
+        for step in self.steps:
+            if not isinstance(step, Castable):
+                return None
+            part = step.in_dtype(dtype)
+            if part is None:
+                return None
+            cast.append(part)
+        clone = copy.copy(self)
+        clone.steps = cast
+        return clone
+
     def jvp(self, v: Tensor) -> Tensor:
         """J v, (..., B, *out)."""
         return _chained(v, [(step, step.jvp) for step in self.steps])
@@ -162,6 +176,10 @@ class LinearJacobian:
         """The Jacobian at these rows."""
         return with_output(self, self.output[rows])
 
+    def in_dtype(self, dtype: torch.dtype) -> LinearJacobian:
+        """The Jacobian with its weight in ``dtype``."""
+        return _with_weight(self, self.weight.to(dtype))
+
     def jvp(self, v: Tensor) -> Tensor:
         """J v, (..., B, *out)."""
         return functional.linear(v, self.weight)
@@ -186,6 +204,10 @@ class PointwiseConvolution:
         """The Jacobian at these rows."""
         return with_output(self, self.output[rows])
 
+    def in_dtype(self, dtype: torch.dtype) -> PointwiseConvolution:
+        """The Jacobian with its weight in ``dtype``."""
+        return _with_weight(self, self.weight.to(dtype))
+
     def jvp(self, v: Tensor) -> Tensor:
         """J v, (..., B, *out)."""
         return functional.linear(v.movedim(-3, -1), self.weight).movedim(-1, -3)
@@ -204,6 +226,10 @@ class DiagonalJacobian:
     def select(self, rows: Tensor) -> DiagonalJacobian:
         """The Jacobian at these rows."""
         return DiagonalJacobian(self.output[rows], self.slope[rows])
+
+    def in_dtype(self, dtype: torch.dtype) -> DiagonalJacobian:
+        """The Jacobian with its slope in ``dtype``."""
+        return DiagonalJacobian(self.output, self.slope.to(dtype))
 
     def jvp(self, v: Tensor) -> Tensor:
         """J v, (..., B, *out)."""
@@ -226,6 +252,10 @@ class IdentityJacobian:
         """The Jacobian at these rows."""
         return with_output(self, self.output[rows])
 
+    def in_dtype(self, dtype: torch.dtype) -> IdentityJacobian:
+        """Itself: it multiplies nothing."""
+        return self
+
     def jvp(self, v: Tensor) -> Tensor:
         """J v, (..., B, *out)."""
         return v
@@ -243,6 +273,13 @@ def select_rows_of(jacobian: NetworkJacobian, rows: Tensor) -> Any:
 def _without_output(step: NetworkJacobian) -> NetworkJacobian:
     """The step with an output of the same shape that needs no memory: the values are not needed."""
     return with_output(step, step.output.new_empty(()).expand(step.output.shape))
+
+
+def _with_weight(jacobian: T, weight: Tensor) -> T:
+    """A shallow copy of the Jacobian with another weight."""
+    clone = copy.copy(jacobian)
+    vars(clone)["weight"] = weight
+    return clone
 
 
 #: their products are tensors of their own; IdentityJacobian returns its argument

@@ -12,11 +12,28 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.grad import conv2d_input
 
-from inn_guard.core.layer_jacobian import AutogradJacobian, Map, NotApplicable
+from inn_guard.core.layer_jacobian import (
+    AutogradJacobian,
+    Castable,
+    Map,
+    NotApplicable,
+    Selectable,
+)
 
-__all__ = ["AutogradNetwork", "Convolution", "NetworkJacobian", "with_output"]
+__all__ = [
+    "MANY_ROWS",
+    "AutogradNetwork",
+    "Convolution",
+    "NetworkInDtype",
+    "NetworkJacobian",
+    "network_in_dtype",
+    "with_output",
+]
 
 T = TypeVar("T")
+
+#: rows (positions times samples) from which on a product of matrices in a shorter dtype is faster
+MANY_ROWS = 512
 
 
 @runtime_checkable
@@ -92,19 +109,32 @@ class Convolution:
         """The Jacobian at these rows."""
         return with_output(self, self.output[rows])
 
+    @property
+    def has_many_rows(self) -> bool:
+        """Whether there are enough positions and samples for a shorter dtype to be faster."""
+        return len(self.output) * self.output.shape[2:].numel() >= MANY_ROWS
+
+    def in_dtype(self, dtype: torch.dtype) -> Convolution:
+        """The Jacobian whose products are computed, and returned, in ``dtype``."""
+        clone = with_output(self, self.output)
+        vars(clone).pop("_flipped", None)
+        clone.weight = self.weight.to(dtype)
+        return clone
+
     def jvp(self, v: Tensor) -> Tensor:
         """J v, (..., B, *out)."""
         if v.dim() > 4:
             v, leading = _merged(v)
             return self.jvp(v).unflatten(0, leading)
-        return functional.conv2d(_channels_last(v), self.weight, None, *self.geometry)
+        v = _channels_last(v.to(self.weight.dtype))
+        return functional.conv2d(v, self.weight, None, *self.geometry)
 
     def vjp(self, u: Tensor) -> Tensor:
         """J^T u, (..., B, *in)."""
         if u.dim() > 4:
             u, leading = _merged(u)
             return self.vjp(u).unflatten(0, leading)
-        u = _channels_last(u)
+        u = _channels_last(u.to(self.weight.dtype))
         if self._flipped is None:
             return conv2d_input([len(u), *self._shape], self.weight, u, *self.geometry)
         kernel, padding = self._flipped
@@ -121,6 +151,49 @@ class Convolution:
         if {*stride, *dilation, groups} != {1} or min(padding) < 0:
             return None
         return _channels_last(self.weight.flip(2, 3).transpose(0, 1)), padding
+
+
+class NetworkInDtype:
+    """The products of a network whose steps are computed in a shorter dtype.
+
+    Args:
+        inner: the Jacobian with all of its weights and slopes in ``dtype``.
+        dtype: of what ``inner`` multiplies. Vectors are converted to it and back.
+    """
+
+    def __init__(self, inner: NetworkJacobian, dtype: torch.dtype) -> None:
+        self.output = inner.output
+        self._inner, self._dtype = inner, dtype
+
+    def select(self, rows: Tensor) -> NetworkInDtype | None:
+        """The Jacobian at these rows; None where the network cannot select them."""
+        if not isinstance(self._inner, Selectable):
+            return None
+        part = self._inner.select(rows)
+        return None if part is None else NetworkInDtype(part, self._dtype)
+
+    def jvp(self, v: Tensor) -> Tensor:
+        """J v, (..., B, *out), in the dtype of v."""
+        return self._inner.jvp(v.to(self._dtype)).to(v.dtype)
+
+    def vjp(self, u: Tensor) -> Tensor:
+        """J^T u, (..., B, *in), in the dtype of u."""
+        return self._inner.vjp(u.to(self._dtype)).to(u.dtype)
+
+
+def network_in_dtype(network: NetworkJacobian, dtype: torch.dtype) -> NetworkInDtype | None:
+    """The network's products computed in ``dtype``.
+
+    None for a network that is not known step by step, and where there are too few positions and
+    samples for the shorter dtype to be faster.
+    """
+    output = network.output
+    if output.dim() != 4 or len(output) * output.shape[2:].numel() < MANY_ROWS:
+        return None
+    if not isinstance(network, Castable):
+        return None
+    inner = network.in_dtype(dtype)
+    return None if inner is None else NetworkInDtype(inner, dtype)
 
 
 def with_output(jacobian: T, output: Tensor) -> T:

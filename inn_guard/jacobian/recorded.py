@@ -10,6 +10,7 @@ believed: J^T u is compared with autograd's, and J v with J^T u, before either i
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -42,15 +43,25 @@ from inn_guard.jacobian.linear_program import (
     LinearProgram,
     PerSource,
     Rearrangement,
+    Reshape,
     Selection,
     Step,
     solved,
 )
 from inn_guard.jacobian.network_products import AutogradNetwork, Convolution, NetworkJacobian
 
-__all__ = ["RecordedJacobian", "RecordedNetwork", "linearize_function", "recorded_jacobian"]
+__all__ = [
+    "RecordedJacobian",
+    "RecordedNetwork",
+    "linearize_function",
+    "recorded_jacobian",
+    "recorded_network",
+]
 
 aten = torch.ops.aten
+
+#: what steps raise at vectors that they are not made for
+_FAILURES = (NotApplicable, RuntimeError, IndexError, KeyError, TypeError)
 
 
 def recorded_jacobian(layer: Invertible, x: Tensor, known: AutogradJacobian) -> LayerJacobian:
@@ -88,12 +99,37 @@ def linearize_function(function: Map, x: Tensor, *, module: nn.Module) -> Networ
     return RecordedNetwork(program, known.output, x.dim())
 
 
+def recorded_network(function: Map, x: Tensor, *, module: nn.Module) -> NetworkJacobian:
+    """As `linearize_function`, for callers that compare the layer of the network with autograd.
+
+    Only J v and J^T u are compared, with one another: whether they belong to ``function``, which
+    costs a forward and a backward pass of it, is not.
+    """
+    if any(part.training for part in module.modules()):
+        return AutogradNetwork(function, x)
+    program, output = _program(_Call(function, module), x.detach())
+    if program is None or output is None or not _transposes(program, x, output):
+        return AutogradNetwork(function, x)
+    return RecordedNetwork(program, output, x.dim())
+
+
 class RecordedNetwork:
     """J v and J^T u by the steps of a recorded pass."""
 
     def __init__(self, program: LinearProgram, output: Tensor, dims: int) -> None:
         self.output = output
         self._program, self._dims = program, dims
+
+    @torch.no_grad()
+    def select(self, rows: Tensor) -> RecordedNetwork | None:
+        """The Jacobian at these rows; None where its steps do not keep the samples apart."""
+        program = self._program.select(rows)
+        return None if program is None else RecordedNetwork(program, self.output[rows], self._dims)
+
+    def in_dtype(self, dtype: torch.dtype) -> RecordedNetwork | None:
+        """The Jacobian whose products are computed in ``dtype``; None where none is large."""
+        program = self._program.in_dtype(dtype, short=(self._program.start,))
+        return None if program is None else RecordedNetwork(program, self.output, self._dims)
 
     def jvp(self, v: Tensor) -> Tensor:
         """J v, (..., B, *out)."""
@@ -120,7 +156,37 @@ class RecordedJacobian:
         self.output = known.output
         self._inverse, self._program, self._known = inverse, program, known
         self._back: LinearProgram | None = None
-        self._asked = False
+        self._asked = self._back_measured = False
+
+    @torch.no_grad()
+    def select(self, rows: Tensor) -> RecordedJacobian | None:
+        """The Jacobian of these rows; None where its steps do not keep the samples apart."""
+        back = self._backwards()
+        if back is not None and self._program.batch and not self._back_measured:
+            (u,) = random_vectors(self.output)
+            x = back.run(u)
+            (v,) = random_vectors(x)
+            _measure_separability(back, (u, x), (v, back.run_transposed(v)))
+            self._back_measured = True
+        program = self._program.select(rows)
+        back_program = None if back is None else back.select(rows)
+        if program is None or back_program is None:
+            return None
+        clone = copy.copy(self)
+        clone.output = self.output[rows]
+        clone._program, clone._back = program, back_program
+        return clone
+
+    def in_dtype(self, dtype: torch.dtype) -> RecordedJacobian | None:
+        """The Jacobian with its large products in ``dtype``; None where it has none."""
+        back = self._backwards()
+        program = self._program.in_dtype(dtype)
+        back_program = None if back is None else back.in_dtype(dtype)
+        if program is None or back_program is None:
+            return None
+        clone = copy.copy(self)
+        clone._program, clone._back = program, back_program
+        return clone
 
     def forward_transposes(self) -> bool:
         """True: it has been measured."""
@@ -133,7 +199,7 @@ class RecordedJacobian:
     def vjp(self, u: Tensor) -> Tensor:
         """J^T u: (B, *latent) -> (B, *data); a leading dimension holds several u per sample."""
         if u.dim() > self.output.dim():
-            return self._known.vjp(u)
+            return torch.stack([self.vjp(row) for row in u])
         return self._program.run_transposed(u)
 
     def inverse_jvp(self, u: Tensor) -> Tensor:
@@ -165,14 +231,53 @@ def _checked_program(
     program, output = _program(function, x)
     if program is None or output is None or output.shape != known.output.shape:
         return None
-    v, u = random_vectors(x, known.output)
+    (u,) = random_vectors(known.output)
     try:
-        expected, back, image = known.vjp(u), program.run_transposed(u), program.run(v)
-    except (NotApplicable, RuntimeError, IndexError, TypeError):
+        expected, back = known.vjp(u), program.run_transposed(u)
+    except _FAILURES:
         return None
     same = _close(output, known.output) and _close(back, expected)
-    same = same and image.shape == output.shape
-    return program if same and is_adjoint_pair(image, u, v, back) else None
+    return program if same and _transposes(program, x, output) else None
+
+
+@torch.no_grad()
+def _transposes(program: LinearProgram, x: Tensor, output: Tensor) -> bool:
+    """Whether J v and J^T u of the program are transposes; finds also which samples it selects."""
+    v, u = random_vectors(x, output)
+    try:
+        image, back = program.run(v), program.run_transposed(u)
+    except _FAILURES:
+        return False
+    shapes_fit = image.shape == output.shape and back.shape == x.shape
+    if not shapes_fit or not is_adjoint_pair(image, u, v, back):
+        return False
+    _measure_separability(program, (v, image), (u, back))
+    return True
+
+
+def _measure_separability(
+    program: LinearProgram, forward: tuple[Tensor, Tensor], backward: tuple[Tensor, Tensor]
+) -> None:
+    """Let the program select samples if its products for two of them are those of the batch.
+
+    Args:
+        program: of a batch.
+        forward: (v, A v).
+        backward: (u, A^T u).
+    """
+    batch = len(forward[0])
+    rows = torch.tensor([batch - 1, 0], device=forward[0].device)
+    program.batch = batch
+    try:
+        few = program.select(rows)
+        right = few is not None
+        if few is not None:
+            image, back = few.run(forward[0][rows]), few.run_transposed(backward[0][rows])
+            right = _close(image, forward[1][rows]) and _close(back, backward[1][rows])
+    except _FAILURES:
+        right = False
+    if not right:
+        program.batch = 0
 
 
 def _close(actual: Tensor, expected: Tensor) -> bool:
@@ -304,7 +409,8 @@ class _Builder:
             if coefficient is None:
                 return number
         number = self.new()
-        self.steps.append(Combination(tuple(terms), number, tuple(terms.values())))
+        coefficients = tuple(map(_laid_out, terms.values()))
+        self.steps.append(Combination(tuple(terms), number, coefficients))
         self._terms[id(tensor)] = {number: None}
         return number
 
@@ -331,8 +437,7 @@ class _Builder:
 
     def reshaped(self, source: tuple[int, ...], before: torch.Size, after: torch.Size) -> int:
         """The number of a value in another shape."""
-        there, back = lambda v: v.reshape(after), lambda u: u.reshape(before)
-        self.steps.append(Rearrangement(source, self.new(), there, back))
+        self.steps.append(Reshape(source, self.new(), before, after))
         return self.steps[-1].target
 
     def name(self, output: Tensor, number: int) -> None:
@@ -484,6 +589,13 @@ def _product(a: Tensor | None, b: Tensor | None) -> Tensor | None:
     if a is None or b is None:
         return a if b is None else b
     return a * b
+
+
+def _laid_out(coefficient: Tensor | None) -> Tensor | None:
+    """In the layout of what convolutions return: elementwise products of two layouts are slow."""
+    if coefficient is None or coefficient.dim() != 4:
+        return coefficient
+    return coefficient.contiguous(memory_format=torch.channels_last)
 
 
 def _or_one(coefficient: Tensor | None, like: Tensor) -> Tensor:

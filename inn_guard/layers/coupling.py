@@ -21,6 +21,7 @@ from inn_guard.jacobian.network import (
     select_rows_of,
 )
 from inn_guard.jacobian.network_dense import add_product_
+from inn_guard.jacobian.network_products import network_in_dtype
 from inn_guard.layers.networks import Conditional
 from inn_guard.layers.partition import Halves, Partition
 from inn_guard.layers.scales import ScaleFunction, SigmoidScale
@@ -307,6 +308,14 @@ class CouplingJacobian:
         scale = _indexed(self._scale, rows)
         gain = _indexed(self._gain, rows)
         return CouplingJacobian(self.output[rows], network, self._partition, scale=scale, gain=gain)
+
+    def in_dtype(self, dtype: torch.dtype) -> CouplingJacobian | None:
+        """The Jacobian whose network multiplies in ``dtype``; None if the network's cannot."""
+        network = network_in_dtype(self._network, dtype)
+        if network is None:
+            return None
+        scale, gain = self._scale, self._gain
+        return CouplingJacobian(self.output, network, self._partition, scale=scale, gain=gain)
 
     def jvp(self, v: Tensor) -> Tensor:
         """J v: (..., B, *data) -> (..., B, *latent)."""

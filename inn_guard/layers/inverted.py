@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from inn_guard.core.invertible import DerivedMap, Invertible
-from inn_guard.core.layer_jacobian import LayerJacobian
+from inn_guard.core.layer_jacobian import Castable, LayerJacobian, Selectable
 
 __all__ = ["InverseJacobian", "InverseLayer", "inverse_chain"]
 
@@ -84,8 +84,23 @@ class InverseJacobian:
 
     def __init__(self, jacobian: LayerJacobian, x: Tensor) -> None:
         self.output = x
+        self._jacobian = jacobian
         self.jvp, self.vjp = jacobian.inverse_jvp, jacobian.inverse_vjp
         self.inverse_jvp, self.inverse_vjp = jacobian.jvp, jacobian.vjp
+
+    def select(self, rows: Tensor) -> InverseJacobian | None:
+        """The Jacobian of these rows; None where that of the map cannot select them."""
+        if not isinstance(self._jacobian, Selectable):
+            return None
+        jacobian = self._jacobian.select(rows)
+        return None if jacobian is None else InverseJacobian(jacobian, self.output[rows])
+
+    def in_dtype(self, dtype: torch.dtype) -> InverseJacobian | None:
+        """The Jacobian with its large products in ``dtype``; None where it has none."""
+        if not isinstance(self._jacobian, Castable):
+            return None
+        jacobian = self._jacobian.in_dtype(dtype)
+        return None if jacobian is None else InverseJacobian(jacobian, self.output)
 
     @classmethod
     def at(cls, inner: Invertible, z: Tensor) -> InverseJacobian:

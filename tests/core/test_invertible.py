@@ -368,9 +368,17 @@ def test_linearization_has_the_products_of_the_dense_jacobian(case):
 
     assert_product(linearization.jvp(v), m.J, v, relative)
     assert_product(linearization.vjp(u), m.J.mT, u, relative)
+    rows = torch.arange(len(m.x)).flip(0)[:2]
+    part = linearization.select(rows)
+    if part is not None:
+        assert_product(part.jvp(v[rows]), m.J[rows], v[rows], relative[rows])
+        assert_product(part.vjp(u[rows]), m.J[rows].mT, u[rows], relative[rows])
     if not case.bijective:
         return
     inverse = torch.linalg.inv(m.J)
     relative = relative + SLACK * case.float64_floor * m.condition
     assert_product(linearization.inverse_jvp(u), inverse, u, relative)
     assert_product(linearization.inverse_vjp(v), inverse.mT, v, relative)
+    if part is not None:
+        assert_product(part.inverse_jvp(u[rows]), inverse[rows], u[rows], relative[rows])
+        assert_product(part.inverse_vjp(v[rows]), inverse[rows].mT, v[rows], relative[rows])

@@ -180,3 +180,52 @@ def test_a_map_that_cannot_be_recorded_is_differentiated():
     x = data(3, 4)
     product = Linearization(model, x).vjp(torch.ones(3, 4)).value()
     same(product, x.cos() + 1)
+
+
+def test_samples_of_a_recorded_pass_are_selected():
+    net, x = Blocks(), data(6, 6)
+    # without a layer norm, which is differentiated by autograd, for all samples together
+    net.nets = nn.ModuleList(
+        nn.Sequential(nn.Linear(3, 7), nn.SiLU(), nn.Linear(7, 6)).eval() for _ in "ab"
+    )
+    model = ig.wrap(encode=net.encode, decode=net.decode).eval()
+    (jacobian,) = Linearization(model, x).jacobians
+    v = data(6, 6)
+    for rows in (torch.tensor([4, 0]), torch.arange(6) > 2, torch.tensor([1, 1, 1])):
+        part = jacobian.select(rows)
+        for name in ("jvp", "vjp", "inverse_jvp", "inverse_vjp"):
+            same(getattr(part, name)(v[rows]), getattr(jacobian, name)(v)[rows])
+        assert part.output.equal(jacobian.output[rows])
+        again = part.select(torch.tensor([0]))
+        same(again.jvp(v[rows][:1]), part.jvp(v[rows])[:1])
+
+
+class Tokens(nn.Module):
+    """A linear map and an activation of (B, T, C), with the time steps outermost or innermost."""
+
+    def __init__(self, outermost):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(3, 3, generator=torch.Generator().manual_seed(0)))
+        self.outermost = outermost
+        self.eval()
+
+    def forward(self, x):
+        batch, steps, channels = x.shape
+        if self.outermost:
+            rows = x.transpose(0, 1).reshape(-1, channels)
+            return (rows @ self.weight).tanh().view(steps, batch, channels).transpose(0, 1)
+        return (x.reshape(-1, channels) @ self.weight).tanh().view(x.shape)
+
+
+@pytest.mark.parametrize("outermost", [False, True])
+def test_samples_are_selected_only_where_the_steps_keep_them_apart(outermost):
+    net, x = Tokens(outermost), data(4, 4, 3)
+    network = linearize_function(net, x, module=net)
+    assert isinstance(network, RecordedNetwork)
+    v, rows = data(4, 4, 3), torch.tensor([2, 0])
+    part = network.select(rows)
+    if outermost:
+        assert part is None
+    else:
+        same(part.jvp(v[rows]), network.jvp(v)[rows])
+        same(part.vjp(v[rows]), network.vjp(v)[rows])

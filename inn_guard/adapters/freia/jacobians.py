@@ -18,7 +18,7 @@ from inn_guard.adapters.structured_jacobians import (
 )
 from inn_guard.core.layer_jacobian import LayerJacobian
 from inn_guard.jacobian.network import NetworkJacobian, linearize_network
-from inn_guard.jacobian.recorded import linearize_function
+from inn_guard.jacobian.recorded import recorded_network
 from inn_guard.layers.coupling import CouplingJacobian
 from inn_guard.layers.linear import ChannelMixingJacobian, ElementwiseJacobian
 from inn_guard.layers.partition import Leading
@@ -75,7 +75,7 @@ def _real_nvp(module: modules.RNVPCouplingBlock, x: Tensor, context: Any) -> Lay
         def shift_and_scale(k: Tensor) -> Tensor:
             return torch.cat([_at(shift, k, context), _at(h, k, context)], 1)
 
-        network = linearize_function(shift_and_scale, identity, module=module)
+        network = recorded_network(shift_and_scale, identity, module=module)
         return coupling_jacobian(x, network, partition, _scale_of(module))
 
     first = (module.subnet_t2, module.subnet_s2)
@@ -108,7 +108,7 @@ def _linearized(subnet: nn.Module, identity: Tensor, context: Any) -> NetworkJac
     """The Jacobian of a subnetwork with respect to the identity part."""
     if context is None or len(context) == 0:
         return linearize_network(subnet, identity)
-    return linearize_function(lambda k: _at(subnet, k, context), identity, module=subnet)
+    return recorded_network(lambda k: _at(subnet, k, context), identity, module=subnet)
 
 
 def _at(subnet: nn.Module, identity: Tensor, context: Any) -> Tensor:

@@ -16,7 +16,7 @@ from inn_guard.adapters.structured_jacobians import (
 )
 from inn_guard.core.layer_jacobian import LayerJacobian
 from inn_guard.jacobian.network import linearize_network
-from inn_guard.jacobian.recorded import linearize_function
+from inn_guard.jacobian.recorded import recorded_network
 from inn_guard.layers.coupling import CouplingJacobian
 from inn_guard.layers.partition import Halves
 
@@ -51,7 +51,7 @@ def _affine(module: AffineCoupling, x: Tensor, context: Any) -> LayerJacobian | 
             scale, shift = network(identity)
             return torch.cat([shift, scale], 1)
 
-        both = linearize_function(shift_and_scale, identity, module=network)
+        both = recorded_network(shift_and_scale, identity, module=network)
         return coupling_jacobian(x, both, partition, lambda scale: scale)
 
     return _two_sided(half, module, x)

@@ -17,7 +17,7 @@ from inn_guard.adapters.structured_jacobians import (
     permutation_jacobian,
 )
 from inn_guard.core.layer_jacobian import LayerJacobian
-from inn_guard.jacobian.recorded import linearize_function
+from inn_guard.jacobian.recorded import recorded_network
 
 
 @known_jacobian.register
@@ -44,7 +44,7 @@ def _coupling(module: Any, x: Tensor, context: Any) -> LayerJacobian | None:
         return None
     partition = Features(module.identity_features, module.transform_features)
     identity, _ = partition.split(x, dims=x.dim())
-    network = linearize_function(
+    network = recorded_network(
         lambda features: module.transform_net(features, context),
         identity,
         module=module.transform_net,

@@ -22,7 +22,7 @@ from inn_guard.jacobian.network import (
     linearize_module,
     linearize_network,
 )
-from inn_guard.jacobian.recorded import linearize_function
+from inn_guard.jacobian.recorded import recorded_network
 from inn_guard.layers.inverted import InverseJacobian
 from inn_guard.layers.linear import ElementwiseJacobian
 from inn_guard.layers.partition import Leading, Mask
@@ -72,7 +72,7 @@ def _masked_affine(module: flows.MaskedAffineFlow, x: Tensor, context: Any) -> L
     def shift_and_scale(identity: Tensor) -> Tensor:
         return torch.cat([module.t(identity), module.s(identity)], 1)
 
-    network = linearize_function(shift_and_scale, torch.where(mask, z, 0), module=module)
+    network = recorded_network(shift_and_scale, torch.where(mask, z, 0), module=module)
     return InverseJacobian(coupling_jacobian(z, network, Mask(mask), torch.exp), z)
 
 
