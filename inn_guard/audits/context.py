@@ -14,7 +14,7 @@ from torch import Tensor
 from inn_guard.audits.audited_model import AuditedModel, ModelError
 from inn_guard.audits.level import Level
 from inn_guard.core.base import BaseDistribution
-from inn_guard.core.composition import compare_layers
+from inn_guard.core.composition import Composition, compare_layers
 from inn_guard.core.float64 import is_float64_throughout
 from inn_guard.core.invertible import Invertible
 from inn_guard.core.missing import NotApplicable
@@ -204,15 +204,27 @@ class AuditContext:
         return name, self.parallel.size
 
 
-def audited_model(model: Invertible, x: Tensor) -> AuditedModel:
-    """The model as checks see it: with its layers if these are the same map, else opaque."""
+def audited_model(
+    model: Invertible, x: Tensor, *, known: Composition | None = None
+) -> AuditedModel:
+    """The model as checks see it: with its layers if these are the same map, else opaque.
+
+    Args:
+        model: the map.
+        x: data, (B, *data).
+        known: how layers and model differ, where they have been compared before.
+    """
     state = StateSnapshot(model)
-    # inside the block no audit in another thread has set its mode
+    audited = AuditedModel(model)
+    audited.data_shape = x.shape[1:]
+    audited.state = state
+    if known is not None:
+        audited.trained = _in_training_mode(model)
+        audited.composition = known
+        return audited
     with torch.no_grad(), state.preserved() as recover:
-        trained = tuple(name for name, part in model.named_modules() if part.training)
-        audited = AuditedModel(model, trained=trained)
-        audited.data_shape = x.shape[1:]
-        audited.state = state
+        # inside the block no audit in another thread has set its mode
+        audited.trained = _in_training_mode(model)
         audited.eval()
 
         def restore() -> None:
@@ -221,6 +233,10 @@ def audited_model(model: Invertible, x: Tensor) -> AuditedModel:
 
         audited.composition = compare_layers(audited, x, restore=restore)
     return audited
+
+
+def _in_training_mode(model: Invertible) -> tuple[str, ...]:
+    return tuple(name for name, part in model.named_modules() if part.training)
 
 
 def uncompared_model(model: Invertible, x: Tensor) -> AuditedModel:

@@ -19,6 +19,7 @@ from inn_guard.audits.context import AuditContext, audited_model
 from inn_guard.audits.cost_model import Cost, Task
 from inn_guard.audits.level import Level
 from inn_guard.audits.priors import base_of
+from inn_guard.core.composition import Composition
 from inn_guard.core.invertible import Invertible
 from inn_guard.core.missing import NotApplicable
 from inn_guard.execution.parallel import SERIAL
@@ -94,7 +95,9 @@ class AuditSpec:
         if settings:
             return self.with_settings(**settings)(model, x, **given)
         x = checked_batch(model, x).detach().clone()
-        audited = audited_model(model, x)
+        starts = given.get("starts", {})
+        audited = audited_model(model, x, known=_composition_in(starts))
+        starts["composition"] = dataclasses.astuple(audited.composition)
         context = AuditContext(
             audited,
             x,
@@ -105,7 +108,7 @@ class AuditSpec:
             seed=given.get("seed", 0),
             parallel=given.get("parallel", SERIAL),
             level=Level(given.get("level", Level.STANDARD)),
-            starts=given.get("starts", {}),
+            starts=starts,
         )
         return self.run(context)
 
@@ -192,6 +195,13 @@ class AuditSpec:
 
         question = inspect.getdoc(check) or name
         return cls(name, question.splitlines()[0], function)
+
+
+def _composition_in(starts: Mapping[str, Any]) -> Composition | None:
+    """How layers and model were found to differ at the last look; None at the first one."""
+    if "composition" not in starts:
+        return None
+    return Composition(*starts["composition"])
 
 
 @contextlib.contextmanager

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import weakref
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Sequence
 from types import FunctionType
 from typing import Any, Generic, TypeVar
 
@@ -83,7 +83,7 @@ def why_patched(module: nn.Module) -> Missing | None:
     if parametrize.is_parametrized(module):
         # the class that parametrize has put on top holds properties, and nothing of a user's
         for name, method in vars(type(module)).items():
-            if isinstance(method, FunctionType) and not _is_from(method, nn.Module):
+            if isinstance(method, FunctionType) and not _is_from(method, ["torch"]):
                 return Missing(f"{name} of {_name(module)} has been replaced")
     return _why_replaced(module)
 
@@ -132,7 +132,7 @@ def _why_called_otherwise(module: nn.Module) -> Missing | None:
     """Why a call of the module may do more than its forward; None if it does not."""
     for name in CALLING:
         calling = getattr(type(module), name)
-        if calling is not getattr(nn.Module, name) and not _is_from(calling, nn.Module):
+        if calling is not getattr(nn.Module, name) and not _is_from(calling, ["torch"]):
             return Missing(f"{_name(module)} defines {name}, which a call goes through")
     return None
 
@@ -321,16 +321,23 @@ def _unchanged(own: type, kind: type) -> type | Missing:
             if name not in HARMLESS and hasattr(kind, name):
                 return Missing(f"{own.__qualname__} overrides {name} of {kind.__qualname__}")
     for base in kind.__mro__:
+        # zuko gives torch's Transform a method: of its own classes that is no replacement
+        libraries = (_library(base.__module__), _library(kind.__module__))
         for name, method in vars(base).items():
-            # zuko gives torch's Transform a method: of its own classes that is no replacement
-            if isinstance(method, FunctionType) and not _is_from(method, base, kind):
+            if isinstance(method, FunctionType) and not _is_from(method, libraries):
                 return Missing(f"{name} of {base.__qualname__} has been replaced")
     return kind
 
 
-def _is_from(method: Any, *classes: type) -> bool:
-    roots = [each.__module__.partition(".")[0] for each in classes]
-    return (getattr(method, "__module__", None) or roots[0]).partition(".")[0] in roots
+def _is_from(method: Any, libraries: Sequence[str]) -> bool:
+    """Whether a function was defined in one of these libraries, or does not say where."""
+    module = getattr(method, "__module__", None)
+    return not module or _library(module) in libraries
+
+
+@functools.lru_cache(maxsize=None)
+def _library(module: str) -> str:
+    return module.partition(".")[0]
 
 
 def _reads_the_same(module: nn.Module, name: str, chain: nn.Module) -> bool:

@@ -134,18 +134,21 @@ class DisableMemorySaving:
 
 
 def log10_condition_number(report: AuditReport) -> float:
-    """log10 of the worst condition number in the check ``jacobian_spectrum``; inf if not finite.
+    """log10 of the worst condition number in the report; inf if not finite.
+
+    It is that of the check ``jacobian_spectrum``, else the lower bound of ``tracked_spectrum``.
 
     Raises:
-        ValueError: if the report lacks this check, or the check has no condition number.
+        ValueError: if the report has neither of these checks, or the check has no condition number.
     """
-    if "jacobian_spectrum" not in report:
+    measured = [name for name in ("jacobian_spectrum", "tracked_spectrum") if name in report]
+    if not measured:
         names = ", ".join(report.names) or "none"
         raise ValueError(
             f"expected the check jacobian_spectrum in the report; it has {names}: pass "
             'AuditHook(..., checks=["jacobian_spectrum"])'
         )
-    result = report["jacobian_spectrum"]
+    result = report[measured[0]]
     if result.verdict is Verdict.NON_FINITE:
         return math.inf
     if "log10_condition_number" in result.values:
@@ -165,7 +168,7 @@ class AdaptCoefficient:
     Args:
         coefficient: the coefficient to update.
         measured: report -> log10 of the condition number. Default: the worst one in the check
-            ``jacobian_spectrum``.
+            ``jacobian_spectrum``, or else in ``tracked_spectrum``.
     """
 
     coefficient: AdaptiveCoefficient

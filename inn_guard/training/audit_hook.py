@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from inn_guard.memory_saving import MemorySaving
 from inn_guard.report.audit_report import AuditReport
 from inn_guard.training.actions import Action
 from inn_guard.training.records import Record
+from inn_guard.training.regularizers.checks import is_number
 from inn_guard.training.schedule import Schedule, checked_step, schedule
 
 __all__ = ["AuditHook"]
@@ -43,11 +45,19 @@ class AuditHook:
     is recorded first; then the actions are called in their order. Without actions nothing is
     changed, whatever an audit finds.
 
-    Singular values begin at the vectors of the last look. They take two steps where the weights
-    have changed little. See `largest_singular_value` for what such a look may overlook.
-
     The default check runs one forward and one inverse pass over eight samples. Ask for more with
-    ``checks=["jacobian_spectrum", functools.partial(gradient_angle, loss=loss)]``.
+    ``checks=["jacobian_spectrum", functools.partial(gradient_angle, loss=loss)]``. Whether the
+    layers are the same map as the model is measured at the first audit only.
+
+    Singular values begin at the vectors of the last look. ``jacobian_spectrum`` takes two steps
+    where the weights have changed little; see `largest_singular_value` for what such a look may
+    overlook. ``tracked_spectrum`` takes one step and gives lower bounds.
+
+    How much of the training's time an audit takes depends on the net. ``share=0.01`` keeps all
+    audits together within one per cent of it: an audit that is due is left out until there is time
+    for it. The first one is always made. Which steps are audited then depends on the clock, so that
+    runs are not repeated bit for bit in what is recorded, and processes of one training may audit
+    different steps.
 
     With gradient accumulation, where one optimizer step takes several calls, pass the number of
     the optimizer step: ``hook(x, step=step)``. The first call of a due step is audited.
@@ -61,13 +71,16 @@ class AuditHook:
         record: called with the ``Record`` of every audit: a CsvRecorder, a TensorBoardRecorder,
             the ``append`` of a list.
         actions: called with it afterwards; see ``inn_guard.training.actions``.
+        share: of the time since the first call, how much the audits may take, in (0, 1]. Default:
+            every audit that is due is made.
 
     Attributes:
         next_step: number of the next call's step.
+        left_out: how many audits were due and not made, for want of time.
 
     Raises:
         TypeError: if ``checks`` is a string, or x is no tensor (B, *data).
-        ValueError: if ``samples`` is below 1.
+        ValueError: if ``samples`` is below 1, or ``share`` is no share.
     """
 
     def __init__(  # noqa: PLR0913
@@ -80,6 +93,7 @@ class AuditHook:
         samples: int | None = 8,
         record: Callable[[Record], object] | None = None,
         actions: Sequence[Action] = (),
+        share: float | None = None,
     ) -> None:
         if isinstance(checks, str):
             raise TypeError(f'expected a list of checks, got a string: pass checks=["{checks}"]')
@@ -97,6 +111,11 @@ class AuditHook:
                 f"expected actions as a list of functions, got {actions!r:.60}: pass "
                 "actions=[inn_guard.actions.RaiseError()]"
             )
+        if share is not None and not (is_number(share) and 0 < share <= 1):
+            raise ValueError(
+                "expected share as a number above 0, at most 1, or None for every audit that is "
+                f"due; got {share!r:.60}"
+            )
         wrapped = wrap(model, x=x)
         if isinstance(wrapped, MemorySaving):
             wrapped = wrapped.inner
@@ -107,8 +126,11 @@ class AuditHook:
         self.samples = samples
         self.record = record
         self.actions = tuple(actions)
+        self.share = share
         self.next_step = 0
+        self.left_out = 0
         self._every = every
+        self._clock = _Clock()
         self._audited: int | None = None
         self._starts: dict[str, Any] = {}
 
@@ -141,9 +163,14 @@ class AuditHook:
         step = checked_step(self.next_step if step is None else step)
         x = _checked(x if self.x is None else self.x)
         self.next_step = step + 1
+        self._clock.start()
         if step == self._audited or not self.due(step):
             return None
-        report = self.report(x, context)
+        if self.share is not None and not self._clock.allows(self.share):
+            self.left_out += 1
+            return None
+        with self._clock.measured():
+            report = self.report(x, context)
         self._audited = step
         # before the actions run: a record tells what was in force when the audit was made
         values: dict[str, float] = {}
@@ -205,6 +232,34 @@ class AuditHook:
         for action, saved in zip(self.actions, theirs, strict=True):
             if saved is not None:
                 action.load_state_dict(saved)  # type: ignore[attr-defined]
+
+
+class _Clock:
+    """Seconds since the first call of a hook, and those that its audits took."""
+
+    def __init__(self) -> None:
+        self._began: float | None = None
+        self._audits = 0.0
+
+    def start(self) -> None:
+        """Begin to count, at the first call."""
+        if self._began is None:
+            self._began = time.perf_counter()
+
+    def allows(self, share: float) -> bool:
+        """Whether the audits so far took at most this share of all seconds."""
+        if self._began is None:
+            return True
+        return self._audits <= share * (time.perf_counter() - self._began)
+
+    @contextlib.contextmanager
+    def measured(self) -> Iterator[None]:
+        """A block that is an audit."""
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self._audits += time.perf_counter() - start
 
 
 def _checked(x: object) -> Tensor:

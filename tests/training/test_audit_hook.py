@@ -11,8 +11,10 @@ import pytest
 import torch
 from torch import nn
 
-from inn_guard.audits import AUDITS
+from inn_guard.audits import AUDITS, context
 from inn_guard.audits.gradient_angle import gradient_angle
+from inn_guard.audits.tracked_spectrum import tracked_spectrum
+from inn_guard.jacobian.chain import Linearization
 from inn_guard.layers.chain import Chain
 from inn_guard.layers.coupling import AffineCoupling
 from inn_guard.layers.networks import MLP
@@ -259,6 +261,86 @@ def test_spectra_of_a_net_in_training_take_two_steps():
 
 
 @pytest.mark.thorough
+class Clock:
+    """Stands in for the module time: seconds pass where a test says so."""
+
+    def __init__(self):
+        self.now = 0.0
+
+    def perf_counter(self):
+        return self.now
+
+
+def test_audits_take_no_more_of_the_time_than_their_share(monkeypatch):
+    clock = Clock()
+    monkeypatch.setattr("inn_guard.training.audit_hook.time", clock)
+
+    def slow(model, x):
+        clock.now += 3.0
+        return AuditResult("slow", Verdict.STABLE, "took three seconds")
+
+    hook = AuditHook(chain().double(), data(), checks=[slow], every=10, share=0.01)
+    audited = []
+    for step in range(1000):
+        if hook() is not None:
+            audited.append(step)
+        clock.now += 1.0  # of a training step
+    assert audited == [0, 300, 600, 900]
+    assert hook.left_out == 96
+    assert 0.01 * clock.now + 3.0 >= 4 * 3.0
+
+
+def test_a_look_tracks_both_ends_of_the_spectrum_in_one_step():
+    torch.manual_seed(0)
+    model, x = chain().double(), data()
+    records = []
+    coefficient = AdaptiveCoefficient(FiniteDifferences(1e-3), target=1.5)
+    watch = AuditHook(
+        model,
+        x,
+        checks=[tracked_spectrum],
+        every=1,
+        record=records.append,
+        actions=[AdaptCoefficient(coefficient)],
+    )
+    products = []
+
+    def counted(linearization, v, plain=Linearization.jvp):
+        products.append(len(v))
+        return plain(linearization, v)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Linearization, "jvp", counted)
+        for _ in range(30):
+            watch()
+    assert products == [1] * 30
+    bounds = [record.row()["tracked_spectrum.log10_condition_number"] for record in records]
+    exact = AuditHook(model, x, checks=["jacobian_spectrum"], samples=1).report(x)
+    truth = exact["jacobian_spectrum"].values["log10_condition_number"]
+    assert bounds[0] < bounds[-1] <= truth + 1e-6
+    assert bounds[-1] == pytest.approx(truth, abs=0.02)
+    assert records[-1].row()["tracked_spectrum.samples"] == 1
+    assert records[-1].row()["tracked_spectrum.looks"] == 30
+    assert coefficient.value != coefficient.initial
+
+
+def test_layers_are_compared_with_the_model_at_the_first_look_only():
+    model, x = chain().double(), data()
+    watch = AuditHook(model, x, every=1)
+    with pytest.MonkeyPatch.context() as patch:
+        compared = []
+        plain = context.compare_layers
+
+        def counted(*given, **named):
+            compared.append(given)
+            return plain(*given, **named)
+
+        patch.setattr(context, "compare_layers", counted)
+        reports = [watch() for _ in range(3)]
+    assert len(compared) == 1
+    assert reports[0].results == reports[2].results
+
+
 def test_resuming_continues_bit_for_bit():
     def setup(seed):
         torch.manual_seed(seed)
@@ -325,6 +407,9 @@ def test_bad_input_is_refused():
         AuditHook(model, samples=0)
     with pytest.raises(ValueError, match="period"):
         AuditHook(model, every=0)
+    for share in (0, 1.5, -0.1, math.nan, "1 %", True):
+        with pytest.raises(ValueError, match="expected share as a number above 0, at most 1"):
+            AuditHook(model, share=share)
     with pytest.raises(ValueError, match=r"x\.to\(torch\.float64\)"):
         AuditHook(model)(data().float())
     with pytest.raises(ValueError, match="at least one sample"):
