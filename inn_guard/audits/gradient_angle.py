@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 import inspect
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -59,11 +59,15 @@ class GradientComparison:
     @classmethod
     def of(cls, pairs: Sequence[Pair]) -> GradientComparison:
         """Of gradients given as a pair of tensors per parameter."""
-        a = _norm(g for g, _ in _joined(pairs))
-        b = _norm(h for _, h in _joined(pairs))
-        apart = _norm(g / a - h / b for g, h in _joined(pairs))
-        together = _norm(g / a + h / b for g, h in _joined(pairs))
-        return cls(a, b, apart, together, _norm(g - h for g, h in _joined(pairs)))
+        parts = _parts(pairs)
+        vectors = [_vectors(part) for part in parts] if len(parts) == 1 else map(_vectors, parts)
+        lengths = [(_norm(g), _norm(h), _norm(g - h)) for g, h in vectors]
+        a, b, difference = (_length(column) for column in zip(*lengths, strict=True))
+        if len(parts) > 1:
+            vectors = map(_vectors, parts)  # again, so that one is held at a time
+        sums = [(_norm(g / a - h / b), _norm(g / a + h / b)) for g, h in vectors]
+        apart, together = (_length(column) for column in zip(*sums, strict=True))
+        return cls(a, b, apart, together, difference)
 
     def row(self) -> dict[str, float]:
         """Angle in degrees, distance and lengths.
@@ -89,30 +93,36 @@ class GradientComparison:
         }
 
 
-def _joined(pairs: Iterable[Pair]) -> Iterator[Pair]:
-    """The same gradients in float64, many small parameters in one vector."""
-    waiting: list[Pair] = []
+def _parts(pairs: Iterable[Pair]) -> list[list[Pair]]:
+    """The same gradients, many small parameters in one part."""
+    parts: list[list[Pair]] = [[]]
+    entries = 0
     for g, h in pairs:
-        entries = sum(part.numel() for part, _ in waiting) + g.numel()
-        if waiting and (entries > JOINED or g.device != waiting[0][0].device):
-            yield _vectors(waiting)
-            waiting = []
-        waiting.append((g, h))
-    if waiting:
-        yield _vectors(waiting)
+        entries += g.numel()
+        last = parts[-1]
+        if last and (entries > JOINED or g.device != last[0][0].device):
+            parts.append([])
+            entries = g.numel()
+        parts[-1].append((g, h))
+    return parts
 
 
 def _vectors(pairs: Sequence[Pair]) -> Pair:
+    """Both gradients of a part as one vector each, in float64."""
+    if not pairs:
+        return torch.zeros(0, dtype=torch.float64), torch.zeros(0, dtype=torch.float64)
     g = torch.cat([g.reshape(-1) for g, _ in pairs])
     h = torch.cat([h.reshape(-1) for _, h in pairs])
     return g.double(), h.double()
 
 
-def _norm(vectors: Iterable[Tensor]) -> float:
-    lengths = [torch.linalg.vector_norm(vector) for vector in vectors if vector.numel()]
-    if not lengths:
-        return 0.0
-    return float(torch.stack([length.cpu() for length in lengths]).norm())
+def _norm(vector: Tensor) -> float:
+    return torch.linalg.vector_norm(vector).item()
+
+
+def _length(parts: Sequence[float]) -> float:
+    """Of a vector, from the lengths of its parts; NaN if one of them is."""
+    return _norm(torch.tensor(parts, dtype=torch.float64))
 
 
 Loss = Callable[..., Tensor]

@@ -335,7 +335,7 @@ def _is_from(method: Any, libraries: Sequence[str]) -> bool:
     return not module or _library(module) in libraries
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _library(module: str) -> str:
     return module.partition(".")[0]
 

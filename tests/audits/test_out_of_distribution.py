@@ -7,11 +7,14 @@ from __future__ import annotations
 import math
 import threading
 import time
+from collections import Counter
 
 import FrEIA.framework
 import FrEIA.modules
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from nflows.nn.nets import ResidualNet
 from nflows.transforms import AffineCouplingTransform, CompositeTransform
 from torch import nn
@@ -125,6 +128,27 @@ def test_the_search_halves_down_to_the_first_failure():
     assert found.fails[3] == math.inf
     assert found.holds[3] == found.limit
     assert found.holds[4] == 0
+
+
+@given(seed=st.integers(0, 10**6))
+@settings(deadline=None)
+def test_halvings_that_share_a_call_find_what_single_ones_do(seed):
+    # what fails comes and goes with the radius, differently in every direction
+    generator = torch.Generator().manual_seed(seed)
+    phase = 6 * torch.rand(2, 5, generator=generator)
+    calls = Counter()
+
+    def at(at_once):
+        def fails(radii):
+            calls[at_once] += 1
+            return (3 * radii.log()[None] + phase[:, None]).sin() > 0.8
+
+        return smallest_failing_radii(fails, 5, at_once=at_once)
+
+    for single, shared in zip(at(1), at(16), strict=True):
+        assert torch.equal(single.fails, shared.fails)
+        assert torch.equal(single.holds, shared.holds)
+    assert calls[16] <= 4 < calls[1]
 
 
 @pytest.mark.parametrize("name", DATA_FAMILIES)

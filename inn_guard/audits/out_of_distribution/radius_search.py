@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -16,6 +16,7 @@ Fails = Callable[[Tensor], Tensor]
 
 SMALLEST, LARGEST = -3, 12  #: powers of two that are tried, in units of the data's own radius
 BISECTIONS = 6
+TOGETHER = 3  #: radii of each thing that two halvings with one call look at
 
 
 @dataclass(frozen=True)
@@ -68,18 +69,33 @@ def smallest_failing_radii(fails: Fails, count: int, *, at_once: int = 1) -> lis
             holds = torch.where(broken.isinf(), radius, holds)
         if not bool(broken.isinf().any()):
             break
-    things = torch.arange(len(broken))
     searched = broken.isfinite() & (holds > 0)
-    for _ in range(BISECTIONS if bool(searched.any()) else 0):
+
+    def failing_at(radii: list[Tensor]) -> list[Tensor]:
+        """Whether each thing fails at its own radii, (things, count), for each entry."""
+        points = torch.cat(radii)
+        things = torch.arange(len(holds)).repeat(len(radii))
+        parts = zip(points.split(at_once), things.split(at_once), strict=True)
+        found = [fails(part)[thing, range(len(thing))] for part, thing in parts]
+        return list(torch.cat(found).split(len(holds)))
+
+    left = BISECTIONS if bool(searched.any()) else 0
+    while left:
         middle = torch.where(searched, (holds * broken).sqrt(), holds)
-        # every thing at its own radii
-        failing = torch.cat(
-            [fails(part)[rows, range(len(rows))] for part, rows in _parts(middle, things, at_once)]
-        )
+        radii = [middle]
+        if at_once >= TOGETHER * len(holds) and left > 1:
+            # where the next halving may ask, in the same call
+            for quarter in (holds * middle, middle * broken):
+                radii.append(torch.where(searched, quarter.sqrt(), middle))
+        failing, *next_failing = failing_at(radii)
         broken = torch.where(failing & searched, middle, broken)
         holds = torch.where(searched & ~failing, middle, holds)
+        left -= 1
+        if next_failing:
+            middle = torch.where(failing, radii[1], radii[2])
+            below, above = next_failing
+            failing = torch.where(failing, below, above)
+            broken = torch.where(failing & searched, middle, broken)
+            holds = torch.where(searched & ~failing, middle, holds)
+            left -= 1
     return [Radii(*ends, 2.0**LARGEST) for ends in zip(holds, broken, strict=True)]
-
-
-def _parts(middle: Tensor, things: Tensor, at_once: int) -> Iterator[tuple[Tensor, Tensor]]:
-    return zip(middle.split(at_once), things.split(at_once), strict=True)
