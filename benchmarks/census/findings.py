@@ -257,8 +257,8 @@ def bfloat16(frame: pd.DataFrame) -> Finding | None:
     error = rows["density_figure"].replace(float("inf"), float("nan")).median()
     text = (
         f"Of {len(rows)} models cast to bfloat16, {shares}. The median of their largest "
-        f"errors of log p(x) is {number(error)} nats. A draw must come back to 1 % of the base's "
-        "deviation, and one rounding of bfloat16 is 0.4 %."
+        f"errors of log p(x) is {number(error)} nats. Draws were held to 1 % of the base's "
+        "deviation, and one rounding of bfloat16 is 0.4 %; since then they are held to 6 %."
     )
     return Finding(text, rows, CHECKED_USES, CHECKED_USES)
 

@@ -287,7 +287,9 @@ def _returning(steps: list[Step], z: Tensor, deviation: Tensor) -> int:
         return _returning(steps, z[:middle], deviation) + _returning(steps, z[middle:], deviation)
     off = (again.double() - z.double()).flatten(1) / deviation.double()
     error = off.square().mean(1).sqrt()
-    return int((x.flatten(1).isfinite().all(1) & (error <= DRAW)).sum())
+    return int(
+        (x.flatten(1).isfinite().all(1) & (error <= max(DRAW, 8 * torch.finfo(z.dtype).eps))).sum()
+    )
 
 
 # -- reconstruction

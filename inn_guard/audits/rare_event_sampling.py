@@ -396,6 +396,7 @@ class _Draws:
         self.shape = self.guarded.latent_shape
         self.dimension = self.shape.numel()
         self.deviation = context.base.deviation.double()
+        self.limit = context.limits.returned_draw(context.x.dtype)
         self._scale = nonzero_or_one(self.deviation).expand(self.shape)
         self._mean = torch.zeros_like(self._scale)
         self.log_density = self._locate_base()
@@ -432,7 +433,7 @@ class _Draws:
             x = guarded.inverse(z)
             largest = torch.maximum(peak(z), peak(x)).double()
         off = draw_error(z, guarded.forward(x), self.deviation)
-        lost = ~(finite_rows(x) & (off <= self.context.limits.draw))
+        lost = ~(finite_rows(x) & (off <= self.limit))
         value = largest.nan_to_num(LARGEST).clamp(1 / LARGEST, LARGEST).log10()
         return torch.where(lost, torch.full_like(value, math.inf), value)
 
@@ -547,7 +548,7 @@ def _result(
             "base": context.base.description,
             "gaussian": draws.log_density is None,
             "rate_limit": limit,
-            "draw_limit": context.limits.draw,
+            "draw_limit": context.limits.returned_draw(context.x.dtype),
             "temperature": TEMPERATURE,
             "seed": context.seed,
             "failures": draws.failures() or "none",

@@ -67,7 +67,8 @@ def sampling(context: AuditContext, *, draws: int | None = None) -> AuditResult:
 
     Latents z are drawn from the model's own base at temperature 1 (from ``prior`` if the caller
     gives one; from N(0, I) where there is neither, which is said). A draw x = F^-1(z) is lost if it
-    is not finite, or if F(x) is off from z by more than ``limits.draw``:
+    is not finite, or if F(x) is off from z by more than ``limits.draw`` (at least what the dtype
+    can hold):
 
         sqrt( mean_j ((F(x)_j - z_j) / deviation_j)^2 ) > 0.01
 
@@ -129,7 +130,7 @@ def sampling(context: AuditContext, *, draws: int | None = None) -> AuditResult:
             "draws": drawn.seen,
             "at_most": drawn.at_most,
             "why_at_most": drawn.why_at_most,
-            "draw_limit": context.limits.draw,
+            "draw_limit": context.limits.returned_draw(context.x.dtype),
             "rate_limit": context.limits.sampling,
             "confidence": context.limits.confidence,
             "seed": context.seed,
@@ -272,7 +273,7 @@ class _Measure:
         off, size, gap = (part.cpu() for part in found)
         limits = self.context.limits
         finite = size.isfinite()
-        lost = ~(finite & (off <= limits.draw))
+        lost = ~(finite & (off <= limits.returned_draw(z.dtype)))
         kept = ~lost
         drawn.seen += len(z)
         drawn.lost += int(lost.sum())
@@ -475,7 +476,7 @@ def _explained(context: AuditContext, drawn: _Draws) -> _Lost:
     nowhere = ~finite_rows(there)
     beyond = (far > FAR) & (distances > FAR)
     agreeing = int((same | nowhere | beyond).sum())
-    returning = int((error <= context.limits.draw).sum())
+    returning = int((error <= context.limits.returned_draw(context.x.dtype)).sum())
     cause = "unknown"
     # near the data a draw that both copies agree on is right; only its way back is rounded
     near = radii <= NEAR
@@ -495,7 +496,7 @@ def _explains(reach: Reach, z: Tensor) -> bool:
 def _reach(context: AuditContext, guarded: Guarded, z: Tensor, rows: Tensor) -> Reach:
     some = context.finite_rows()[:EXPLAINED]
     limits = RoundTripLimits(
-        draw=context.limits.draw,
+        draw=context.limits.returned_draw(context.x.dtype),
         data=context.limits.round_trip(context.x.dtype),
         deviation=context.base.deviation.double(),
     )

@@ -182,7 +182,7 @@ def _lost_draws(context: AuditContext, draws: int) -> _Lost:
     at_most = min(BLOCK, context.max_forward())
     x, error = context.parallel.map(rows, round_trips, at_most=at_most)
     finite = finite_rows(x)
-    lost = ~(finite & (error <= context.limits.draw))
+    lost = ~(finite & (error <= context.limits.returned_draw(z.dtype)))
     kept = lost & finite
     return _Lost("draw", z[kept], rows[kept], error[kept], int((lost & ~finite).sum()))
 

@@ -12,7 +12,7 @@ from inn_guard.report.verdict import Verdict
 __all__ = ["Limits"]
 
 #: In units of the dtype's eps: rounding alone may cost a round trip of a few operations half of
-#: this. A bfloat16 round trip cannot come back to 1 %.
+#: this, in whichever direction. A bfloat16 round trip cannot come back to 1 %.
 RESOLUTION = 8.0
 
 
@@ -27,7 +27,7 @@ class Limits:
             noticed.
         draw: a draw x = F^-1(z) is lost if F(x) is off from z by more than this, as the root mean
             square over the latent's entries in units of the base's deviation, or if it is not
-            finite.
+            finite. In a coarse dtype it is `returned_draw`.
         reconstruction: error of one entry of a round trip x -> z -> x, relative to the deviation of
             its feature or to its own size, whichever is larger. 1 % is what one sees in a plot.
         gradient_angle: between the memory-saving gradient and the true one, in degrees. Minibatch
@@ -73,6 +73,14 @@ class Limits:
         (0.01, 0.0625)
         """
         return max(self.reconstruction, RESOLUTION * torch.finfo(dtype).eps)
+
+    def returned_draw(self, dtype: torch.dtype) -> float:
+        """The limit of the error of a draw in this dtype: at least what the dtype can hold.
+
+        >>> Limits().returned_draw(torch.float32), Limits().returned_draw(torch.bfloat16)
+        (0.01, 0.0625)
+        """
+        return max(self.draw, RESOLUTION * torch.finfo(dtype).eps)
 
     def verdict(self, figure: float, limit: float) -> Verdict:
         """The verdict on a figure that ought to be small.

@@ -14,6 +14,10 @@ from inn_guard.audits.level import Level
 from inn_guard.audits.rates import rate_interval
 from inn_guard.audits.sampling import LEAST_DRAWS, sampling
 from inn_guard.core.invertible import Invertible
+from inn_guard.layers.chain import Chain
+from inn_guard.layers.coupling import AffineCoupling
+from inn_guard.layers.networks import MLP
+from inn_guard.layers.partition import Halves
 from tests.cases.toys import Embedding, Linear, Warp
 
 LATENTS: list[Tensor] = []  # not in the model: a check restores whatever a model counts
@@ -337,3 +341,27 @@ def test_the_base_of_a_library_is_the_one_it_samples_from(library):
     assert report["sampling"].settings["declared"]
     assert report.uses["sampling"].counted
     assert report.uses["sampling"].verdict == "stable"
+
+
+def test_a_draw_is_held_to_no_more_than_its_dtype_holds():
+    """Mild couplings return every draw, and lose one in ten to 1 % of the deviation in bfloat16.
+
+    With scales of e^6 they lose draws in every dtype that is not much finer.
+    """
+
+    def couplings(gain: float) -> ig.Invertible:
+        torch.manual_seed(0)
+        halves = [Halves(swapped=k % 2 == 1) for k in range(8)]
+        layers = [AffineCoupling(MLP([1, 16, 2]), partition=half) for half in halves]
+        with torch.no_grad():
+            for layer in layers:
+                layer.network[-1].weight.mul_(gain)
+        return Chain(*layers).bfloat16()
+
+    x = data(64).bfloat16()
+    mild = sampling(couplings(0.3), x)
+    assert mild.verdict == "stable"
+    assert mild.settings["draw_limit"] == 8 * torch.finfo(torch.bfloat16).eps
+    assert sampling(couplings(0.3), x, limits=ig.Limits(draw=0.1)).settings["draw_limit"] == 0.1
+    assert mild.values["worst_returning_error"] > 0.01
+    assert sampling(couplings(4.0), x).verdict == "unstable"

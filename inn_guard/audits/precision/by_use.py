@@ -75,10 +75,14 @@ class FiguresByUse:
                 return worst(trip.by_feature)
             return self._reconstruction(dtype)
 
+        def lost_draws(dtype: torch.dtype) -> float:
+            limit = self._context.limits.returned_draw(number_format.coarsest)
+            return self._lost_draws(dtype, limit)
+
         return {
             "density error": measured(self._density),
             "reconstruction error": measured(reconstruction),
-            f"lost of {BASE_DRAWS} draws": measured(self._lost_draws),
+            f"lost of {BASE_DRAWS} draws": measured(lost_draws),
         }
 
     def _density(self, dtype: torch.dtype) -> float:
@@ -99,7 +103,7 @@ class FiguresByUse:
             return worst(RoundTrip(start, z, model(model.inverse(z))).by_feature)
         return worst(RoundTrip(start, z, model.inverse(z)).by_feature)
 
-    def _lost_draws(self, dtype: torch.dtype) -> float:
+    def _lost_draws(self, dtype: torch.dtype, limit: float) -> float:
         context, latents = self._context, self._latents
         if isinstance(latents, Missing):
             raise NotApplicable(latents.reason)
@@ -111,7 +115,7 @@ class FiguresByUse:
         model = model.select(positions)
         again = model(model.inverse(z.clone()))
         off = draw_error(z, again, context.base.deviation.double())
-        return float((~(off <= context.limits.draw)).sum())
+        return float((~(off <= limit)).sum())
 
 
 def _latents(context: AuditContext) -> Tensor | Missing:
@@ -127,25 +131,29 @@ def lowest_by_use(context: AuditContext, table: Sequence[Mapping[str, Any]]) -> 
 
     Args:
         context: for its limits.
-        table: one row per number format, with the figures of `FiguresByUse` and its unit
-            roundoff.
+        table: one row per number format, with the figures of `FiguresByUse`, its unit roundoff and
+            its limit for round trips.
     """
-    limits = context.limits
-    allowed = {
-        "density": ("density error", limits.density),
-        "reconstruction": ("reconstruction error", limits.reconstruction),
-        "sampling": (f"lost of {BASE_DRAWS} draws", 0.0),
+    columns = {
+        "density": "density error",
+        "reconstruction": "reconstruction error",
+        "sampling": f"lost of {BASE_DRAWS} draws",
     }
     finest_first = sorted(table, key=lambda row: row["unit roundoff"])
     parts = []
-    for use, (column, limit) in allowed.items():
-        figures = [(row["number format"], row[column]) for row in finest_first]
-        if all(math.isnan(figure) for _, figure in figures):
+    for use, column in columns.items():
+        if all(math.isnan(row[column]) for row in finest_first):
             continue
         lowest = "none"
-        for name, figure in figures:
-            if not figure <= limit:
+        for row in finest_first:
+            # no draw may be lost; a coarse format is held to no more than it holds
+            allowed = {
+                "density": context.limits.density,
+                "reconstruction": row["usable"],
+                "sampling": 0.0,
+            }
+            if not row[column] <= allowed[use]:
                 break
-            lowest = name
+            lowest = row["number format"]
         parts.append(f"{use} {lowest}")
     return ", ".join(parts)
