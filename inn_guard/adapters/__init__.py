@@ -16,9 +16,14 @@ from typing import Any, TypeGuard
 import torch
 from torch import Tensor, nn
 
-from inn_guard.adapters.callables import ForwardAndInverse, Functions
+from inn_guard.adapters.callables import (
+    ForwardAndInverse,
+    Functions,
+    is_called_like_a_velocity,
+    velocity_within,
+)
 from inn_guard.adapters.captured_modules import Closure
-from inn_guard.adapters.conventions.calls import Call, Pair, pairs
+from inn_guard.adapters.conventions.calls import Call, Pair, pairs, takes_several
 from inn_guard.adapters.conventions.recognise import Unrecognised, recognise
 from inn_guard.core.invertible import Context, Invertible
 from inn_guard.layers.chain import Chain
@@ -101,7 +106,8 @@ def wrap(  # noqa: PLR0913
         x: data, (B, *data), on which the convention of an unknown model is tried; a tuple of
             tensors for a model that maps several.
         velocity: dx/dt of a continuous flow, called as its arguments are named: (t, x), (x, t), or
-            (x with t as a last feature); with a context as a further argument.
+            (x with t as a last feature), or (x) if it does not depend on t; with a context as a
+            further argument.
         solver: of the velocity: ``Adaptive`` or ``FixedStep`` of ``inn_guard.layers.ode``, or the
             name of an adaptive method. Default: dopri5 with tolerances of 1e-5.
         times: of the data and of the latents. Default: (1, 0), as in flow matching; FFJORD: (0, 1).
@@ -185,11 +191,19 @@ def _by_convention(model: Any, x: Tensor | tuple[Tensor, ...], context: Context)
         return ForwardAndInverse(model, context)  # is refused by who checks batches
     try:
         return recognise(model, x, context)
-    except Unrecognised:
-        if _adapter_of(model) is None or not isinstance(x, Tensor):
+    except Unrecognised as error:
+        inside = velocity_within(model)
+        if inside is not None:
+            raise Unrecognised(f"{error}, or wrap(velocity=model.{inside}, solver=...)") from error
+        if _adapter_of(model) is None or not isinstance(x, Tensor) or _needs_more(model, context):
             raise
     # a broken model, about which an audit has more to say
     return ForwardAndInverse(model, context)
+
+
+def _needs_more(model: Any, context: Context) -> bool:
+    """Whether a module is called with more than one tensor."""
+    return context is None and any(takes_several(pair.encode) for pair in pairs(model))
 
 
 def _uncompiled(model: Any) -> Any:
@@ -294,6 +308,13 @@ def _unknown(model: Any, name: str) -> str:
             f"expected a map with two directions, got {name}, which shows its density and no map "
             "x -> z; call wrap(encode=f, decode=g) with its two directions, or pass the attribute "
             "that holds its transform"
+        )
+    inside = velocity_within(model)
+    if inside is not None or is_called_like_a_velocity(model):
+        velocity = "model" if inside is None else f"model.{inside}"
+        return (
+            f"expected a map with two directions, got {name}, which looks like a velocity; call "
+            f"wrap(velocity={velocity}, solver=...), or wrap(encode=f, decode=g) with two functions"
         )
     return (
         f"expected an Invertible, a model of {', '.join(ADAPTERS)}, or a module with forward and "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -12,7 +13,20 @@ from inn_guard.adapters.captured_modules import Closure
 from inn_guard.core.invertible import Context, Invertible
 from inn_guard.layers.chain import Chain
 
-__all__ = ["ForwardAndInverse", "Functions", "adapt", "value_and_log_det"]
+__all__ = [
+    "TIMES",
+    "ForwardAndInverse",
+    "Functions",
+    "adapt",
+    "is_called_like_a_velocity",
+    "value_and_log_det",
+    "velocity_within",
+]
+
+#: what arguments for the time are called
+TIMES = ("t", "time", "times", "timestep", "timesteps", "ts")
+#: attributes in which solvers and neural differential equations hold a velocity
+VELOCITIES = ("vf", "velocity_model", "vector_field", "velocity", "odefunc", "ode_func")
 
 
 def adapt(model: nn.Module, context: Context = None) -> Invertible:
@@ -122,6 +136,20 @@ def value_and_log_det(result: Any, direction: str) -> tuple[Tensor, Any]:
         f"expected {direction} to return one tensor or (tensor, log_det), got a {got}; "
         "pass wrap(encode=..., decode=...) two functions that return only those"
     )
+
+
+def velocity_within(model: Any) -> str | None:
+    """The attribute of a solver or a neural differential equation that holds its velocity."""
+    return next((name for name in VELOCITIES if callable(getattr(model, name, None))), None)
+
+
+def is_called_like_a_velocity(model: Any) -> bool:
+    """Whether one of the first two arguments of a module's call is a time."""
+    try:
+        names = list(inspect.signature(model.forward).parameters)[:2]
+    except (AttributeError, TypeError, ValueError):
+        return False
+    return len(names) == 2 and any(name in TIMES for name in names)
 
 
 def _looks_like_several_latents(result: Sequence[Any]) -> bool:

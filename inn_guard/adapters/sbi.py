@@ -14,10 +14,15 @@ from torch import Tensor, nn
 
 from inn_guard.adapters import wrap
 from inn_guard.core.base import BaseDistribution
-from inn_guard.core.invertible import Context, Invertible, InvertibleWrapper
+from inn_guard.core.invertible import (
+    Context,
+    Invertible,
+    InvertibleWrapper,
+    standard_normal_log_prob,
+)
 from inn_guard.core.missing import MissingContextError
 
-__all__ = ["SbiEstimator", "adapt"]
+__all__ = ["SbiEstimator", "VectorField", "adapt"]
 
 NO_OBSERVATIONS = (
     "expected the observations that the estimator is conditioned on, one x for each theta or one "
@@ -67,7 +72,61 @@ def _vector_field(estimator: Any, context: Context) -> Invertible:
 
     velocity.__name__ = type(estimator).__name__
     times = (float(estimator.t_min), float(estimator.t_max))
-    return wrap(velocity=velocity, times=times, context=context)
+    flow = wrap(velocity=velocity, times=times, context=context)
+    return VectorField(flow, estimator.mean_base.detach(), estimator.std_base.detach())
+
+
+class VectorField(InvertibleWrapper):
+    """The flow of a vector field, with the normal distribution of the noise that it starts from.
+
+    Args:
+        flow: from theta to the noise.
+        mean: of the noise, (1, *theta_shape).
+        deviation: of the noise, likewise.
+    """
+
+    def __init__(self, flow: Invertible, mean: Tensor, deviation: Tensor) -> None:
+        super().__init__(flow)
+        self.register_buffer("mean", mean)
+        self.register_buffer("deviation", deviation)
+
+    def base(self) -> BaseDistribution:
+        """The noise, which theta is integrated from."""
+
+        def draw(n: int, observations: Context) -> Tensor:
+            shape = (n, *self.mean.shape[1:])
+            noise = torch.randn(shape, dtype=self.mean.dtype, device=self.mean.device)
+            return self.mean + self.deviation * noise
+
+        return BaseDistribution(
+            draw,
+            self.mean.new_empty(0),
+            context=self.context,
+            exact_deviation=self.deviation[0],
+            description="noise that it integrates from",
+            log_density=self._log_noise,
+        )
+
+    def log_prob(self, theta: Tensor) -> Tensor:
+        """log p(theta | x), (B,)."""
+        z, log_det = self.inner.forward_and_log_det(theta)
+        return self._log_noise(z) + log_det
+
+    def to_dtype(self, dtype: torch.dtype) -> VectorField:
+        """A copy in ``dtype``."""
+        return VectorField(
+            self.inner.to_dtype(dtype), self.mean.to(dtype), self.deviation.to(dtype)
+        )
+
+    @property
+    def convention(self) -> str:
+        """How the flow is integrated, in words."""
+        flow: Any = self.inner
+        return flow.convention
+
+    def _log_noise(self, z: Tensor) -> Tensor:
+        log_scale = self.deviation.log().expand_as(z).flatten(1).sum(1)
+        return standard_normal_log_prob((z - self.mean) / self.deviation) - log_scale
 
 
 class SbiEstimator(InvertibleWrapper):

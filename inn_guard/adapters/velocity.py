@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from inn_guard.adapters.callables import TIMES, velocity_within
 from inn_guard.adapters.captured_modules import Closure
 from inn_guard.core.invertible import Context, Invertible, InvertibleWrapper
 from inn_guard.layers.ode import (
@@ -24,8 +25,7 @@ from inn_guard.layers.ode import (
 __all__ = ["VelocityFlow", "adapt"]
 
 EXACT_UP_TO = 64  #: dimensions up to which the trace is exact: one more product for each
-#: what arguments for the time are called
-TIMES = ("t", "time", "times", "timestep", "timesteps", "ts")
+ADVICE = "Pass velocity=lambda t, x: ... with a scalar t"
 ADAPTIVE = ("dopri5", "dopri8", "bosh3", "fehlberg2", "adaptive_heun")
 
 
@@ -40,8 +40,8 @@ def adapt(
     """The flow of a velocity field as an Invertible, from the time of the data to that of z.
 
     Args:
-        velocity: v, called as v(t, x), v(x, t) or v([x, t]), as its arguments are named; with a
-            context as a further argument.
+        velocity: v, called as v(t, x), v(x, t) or v([x, t]), as its arguments are named, or as v(x)
+            if it does not depend on the time; with a context as a further argument.
         solver: an ``Adaptive`` or ``FixedStep`` of ``inn_guard.layers.ode``, or the name of an
             adaptive method. Default: dopri5 with tolerances of 1e-5.
         times: of the data and of the latents. Default: (1, 0), as in flow matching.
@@ -162,9 +162,11 @@ class _Field(nn.Module):
                 return (self.end - self.start) * value
             got = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
             tried.append(f"{form} returns {got}")
+        inside = velocity_within(self.velocity.function)
+        advice = f"Pass velocity=model.{inside}" if inside else ADVICE
         raise TypeError(
             f"expected velocity {self.name} to return dx/dt of shape {tuple(x.shape)}; tried "
-            f"{'; '.join(tried)}. Pass velocity=lambda t, x: ... with a scalar t"
+            f"{'; '.join(tried)}. {advice}"
         )
 
 
@@ -173,7 +175,7 @@ class _Form:
     """How a velocity is called.
 
     Attributes:
-        order: "t, x", "x, t" or "[x, t]", one tensor with the time as a last feature.
+        order: "t, x", "x, t" or "[x, t]", one tensor with the time as a last feature; or "x".
         shape: of the time for B samples: () or (B,) or (B, 1), as "", "B" or "B1".
     """
 
@@ -189,11 +191,15 @@ class _Form:
             t = t.expand(len(x))
         if self.shape == "B1":
             t = t.unsqueeze(1)
+        if self.order == "x":
+            return velocity(x, *context)
         if self.order == "[x, t]":
             return velocity(torch.cat([x, t], 1), *context)
         return velocity(*((t, x) if self.order == "t, x" else (x, t)), *context)
 
     def __str__(self) -> str:
+        if self.order == "x":
+            return "velocity(x)"
         shape = {"": "scalar", "B": "t of shape (B,)", "B1": "t of shape (B, 1)"}[self.shape]
         return f"velocity({self.order}), {shape}"
 
@@ -216,3 +222,5 @@ def _forms(velocity: Any) -> Iterator[_Form]:
         for shape in ("", "B", "B1"):
             yield _Form(order, shape)
     yield _Form("[x, t]", "B1")
+    if len(needed) == 1 or not parameters:
+        yield _Form("x", "")

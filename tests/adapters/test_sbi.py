@@ -117,6 +117,7 @@ def test_vector_fields_are_integrated_between_their_own_times():
     class Field(nn.Module):
         __module__ = "sbi.neural_nets.estimators.stand_in"
         t_min, t_max = 0.0, 1.0
+        mean_base, std_base = torch.full((1, THETA), 0.5), torch.full((1, THETA), 3.0)
 
         def ode_fn(self, input, condition, times):
             return (condition - 1).sum(1, keepdim=True) * input * times[:, None]
@@ -125,6 +126,13 @@ def test_vector_fields_are_integrated_between_their_own_times():
     model = wrap(Field(), context=x, x=theta)
     torch.testing.assert_close(model(theta), theta * math.exp(0.25), rtol=1e-4, atol=1e-4)
     assert model.name == "Field"
+    noise = torch.distributions.Normal(0.5, 3.0)
+    expected = noise.log_prob(theta * math.exp(0.25)).sum(1) + THETA * 0.25
+    torch.testing.assert_close(model.log_prob(theta), expected, rtol=1e-4, atol=1e-4)
+    drawn = model.base().draw(4096, seed=0)
+    assert drawn.mean().item() == pytest.approx(0.5, abs=0.1)
+    assert drawn.std().item() == pytest.approx(3.0, abs=0.1)
+    assert model.to_dtype(torch.float32)(theta.float()).dtype == torch.float32
 
 
 def test_without_an_observation_it_says_what_to_type():

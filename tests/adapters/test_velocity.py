@@ -64,6 +64,39 @@ def test_the_flow_runs_from_the_time_of_the_data_to_that_of_the_latents(kind, ti
     assert model.to_dtype(torch.float32)(x.float()).dtype == torch.float32
 
 
+def test_a_velocity_may_not_depend_on_the_time():
+    net, x = nn.Linear(SIZE, SIZE, bias=False), torch.randn(5, SIZE)
+    z = ig.wrap(velocity=net, solver=FixedStep(40), times=(0.0, 1.0))(x)
+    expected = x @ torch.linalg.matrix_exp(net.weight.detach()).T
+    torch.testing.assert_close(z, expected, rtol=1e-6, atol=1e-6)
+
+
+class NeuralODE(nn.Module):
+    """As in torchdyn: holds a velocity, returns the times and the path."""
+
+    def __init__(self):
+        super().__init__()
+        self.vf = TimeFirst()
+
+    def forward(self, x, t_span=None):
+        return torch.linspace(0, 1, 2), x[None]
+
+
+def test_what_holds_a_velocity_is_refused_and_the_advice_works():
+    node, x = NeuralODE(), torch.randn(5, SIZE)
+    with pytest.raises(TypeError, match=r"wrap\(velocity=model\.vf, solver=\.\.\.\)"):
+        ig.audit(node, x)
+    with pytest.raises(TypeError, match=r"wrap\(velocity=model\.vf, solver=\.\.\.\)"):
+        ig.wrap(node)
+    with pytest.raises(TypeError, match=r"Pass velocity=model\.vf"):
+        ig.wrap(velocity=node)(x)
+    with pytest.raises(
+        TypeError, match=r"looks like a velocity; call wrap\(velocity=model, solver"
+    ):
+        ig.audit(node.vf, x)
+    assert ig.wrap(velocity=node.vf)(x).shape == x.shape
+
+
 def test_functions_and_contexts_are_velocities_too():
     field, x, c = TimeFirst(), torch.randn(4, SIZE), torch.randn(4, SIZE)
     model = ig.wrap(velocity=lambda t, x, c: field(t, x) * c, context=c, solver=FixedStep(20))
