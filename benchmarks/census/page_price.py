@@ -77,23 +77,23 @@ def _sentence(pairs: pd.DataFrame, data: str) -> str:
         )
     best = costs.idxmin()
     some = treated[treated["treatment"] == best]
+    enough = ", ".join(costs.index)
     return (
-        f"{start}. Of the {len(costs)} treatments that divide it by ten with every seed, {best} "
-        f"costs least: {_range(some['more_bits'])} bits per dimension, for a division by "
+        f"{start}. Treatments that divide it by ten with every seed: {enough}. {best} "
+        f"costs least, {_range(some['more_bits'])} bits per dimension, for a division by "
         f"{_powers(some['fewer_digits'])}."
     )
 
 
 def _bounds(pairs: pd.DataFrame) -> list[str]:
     """What hard bounds on the couplings do, one sentence for each."""
-    lines = []
+    lines = ["* The bounds hold for the couplings. The linear maps between them are free."]
     bounds = pairs[pairs["treatment"].map(KINDS) == "bound"]
     for name, some in bounds.groupby("treatment", sort=False):
         larger = int((some["fewer_digits"] < 0).sum())
         lines.append(
-            f"* {str(name).capitalize()}: {_range(some['more_bits'])} bits per dimension over "
-            f"{len(some)} models, of which {larger} have a larger condition number than without. "
-            "The linear maps between the couplings are free."
+            f"* {str(name).capitalize()}: {_range(some['more_bits'])} bits per dimension. The "
+            f"condition number is larger than without in {larger} of {len(some)} models."
         )
     return lines
 
