@@ -112,8 +112,10 @@ def feature_deviation(x: Float[Tensor, "batch features"]) -> Tensor:
     values = x.detach().double()[finite_rows(x)]
     if not len(values):
         return torch.ones(x.shape[1], dtype=torch.float64, device=x.device)
-    deviation = values.std(0, correction=0)
-    noise = 4 * torch.finfo(x.dtype).eps * values.abs().amax(0)
+    largest = values.abs().amax(0)
+    unit = binary_scale(largest)
+    deviation = (values / unit).std(0, correction=0) * unit
+    noise = 4 * torch.finfo(x.dtype).eps * largest
     return torch.where(deviation > noise, deviation, feature_scale(values).amin(0))
 
 
