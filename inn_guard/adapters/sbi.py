@@ -85,6 +85,9 @@ class VectorField(InvertibleWrapper):
         deviation: of the noise, likewise.
     """
 
+    mean: Tensor
+    deviation: Tensor
+
     def __init__(self, flow: Invertible, mean: Tensor, deviation: Tensor) -> None:
         super().__init__(flow)
         self.register_buffer("mean", mean)
