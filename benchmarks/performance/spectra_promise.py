@@ -71,9 +71,9 @@ PRESETS = {
 }  # fmt: skip
 
 
-def glow(*, levels: int, blocks: int, hidden: int, factor: float, batch: int) -> Invertible:
-    """On 16 x 16 images, its convolutions multiplied by a factor."""
-    net = Sizes(hidden=hidden, levels=levels, size=16, batch=batch).net(blocks)
+def glow(*, size: int, levels: int, blocks: int, factor: float, batch: int) -> Invertible:
+    """On images of ``size`` pixels a side, its convolutions multiplied by a factor."""
+    net = Sizes(hidden=32, levels=levels, size=size, batch=batch).net(blocks)
     with torch.no_grad():
         for parameter in net.parameters():
             if parameter.dim() == 4:
@@ -96,10 +96,10 @@ def nflows(kind: Callable[..., object], *, dimension: int, blocks: int, hidden: 
     return ig.wrap(flow.eval())
 
 
-NETS: dict[str, Callable[[int], Invertible]] = {
-    "Glow": functools.partial(glow, levels=2, blocks=12, hidden=32, factor=1.0),
-    "Glow, networks x 1.5": functools.partial(glow, levels=2, blocks=12, hidden=32, factor=1.5),
-    "Glow, three levels": functools.partial(glow, levels=3, blocks=18, hidden=32, factor=1.0),
+NETS: dict[str, Callable[..., Invertible]] = {
+    "Glow": functools.partial(glow, size=8, levels=2, blocks=12, factor=1.0),
+    "Glow, networks x 1.5": functools.partial(glow, size=8, levels=2, blocks=12, factor=1.5),
+    "Glow, three levels": functools.partial(glow, size=8, levels=3, blocks=18, factor=1.0),
     "nflows affine": functools.partial(
         nflows, AffineCouplingTransform, dimension=64, blocks=16, hidden=64
     ),
@@ -107,7 +107,13 @@ NETS: dict[str, Callable[[int], Invertible]] = {
         nflows, AdditiveCouplingTransform, dimension=256, blocks=8, hidden=128
     ),
 }
-DIMENSIONS = {"nflows affine": (64,), "nflows additive": (256,)}
+SHAPES = {
+    "Glow": (3, 8, 8),
+    "Glow, networks x 1.5": (3, 8, 8),
+    "Glow, three levels": (3, 8, 8),
+    "nflows affine": (64,),
+    "nflows additive": (256,),
+}
 
 
 @dataclass(frozen=True)
@@ -136,11 +142,10 @@ def cases(config: Config) -> Iterator[tuple[str, Case]]:
 @functools.cache
 def prepared(name: str, batch: int) -> tuple[Invertible, Tensor]:
     """A net and its data."""
-    if name in DIMENSIONS:
-        net = NETS[name]()
-        x = torch.randn(batch, *DIMENSIONS[name], generator=torch.Generator().manual_seed(1))
-        return net, x
-    return NETS[name](batch=batch), Sizes(size=16, batch=batch).data()
+    x = torch.randn(batch, *SHAPES[name], generator=torch.Generator().manual_seed(1))
+    if x.dim() == 2:
+        return NETS[name](), x
+    return NETS[name](batch=batch), x
 
 
 @functools.cache
@@ -148,10 +153,7 @@ def truth(name: str, batch: int) -> Tensor:
     """ln sigma_max and ln sigma_min of every sample, (2, B), by float64 decompositions."""
     net, x = prepared(name, batch)
     net, x = net.to_dtype(torch.float64), x.double()
-    if name in DIMENSIONS:
-        jacobians = full_jacobian(net, x)
-    else:
-        jacobians = composed_jacobian(net, x)
+    jacobians = full_jacobian(net, x) if x.dim() == 2 else composed_jacobian(net, x)
     values = torch.linalg.svdvals(jacobians)
     return torch.stack([values[:, 0], values[:, -1]]).log()
 

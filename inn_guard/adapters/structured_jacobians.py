@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -24,7 +24,11 @@ from inn_guard.core.readable import RulesByClass
 from inn_guard.core.tensors import norms
 from inn_guard.jacobian.network import NetworkJacobian, select_rows_of
 from inn_guard.layers.coupling import CouplingJacobian
-from inn_guard.layers.linear import ChannelMixingJacobian, PermutationJacobian
+from inn_guard.layers.linear import (
+    ChannelMixingJacobian,
+    ElementwiseJacobian,
+    PermutationJacobian,
+)
 from inn_guard.layers.partition import Partition
 
 __all__ = [
@@ -32,8 +36,11 @@ __all__ = [
     "Features",
     "PermutedOutputs",
     "SelectedOutputs",
+    "WeightedParameters",
     "channel_mixing_jacobian",
     "coupling_jacobian",
+    "elementwise_coupling_jacobian",
+    "identity_transformed",
     "is_jacobian_of",
     "known_jacobian",
     "permutation_jacobian",
@@ -181,6 +188,44 @@ class SelectedOutputs:
         return self._network.vjp(u.index_select(self._dim, self._back))
 
 
+class WeightedParameters:
+    """The Jacobian of sum_p weight_ip theta_ip, with parameters theta that a network computes.
+
+    So each entry i of a coupling's transformed part depends on its own parameters, as in splines.
+
+    Args:
+        network: the Jacobian of theta, (B, entries * parameters, ...), those of an entry together.
+        weight: of every parameter, (B, entries, parameters, ...).
+    """
+
+    def __init__(self, network: NetworkJacobian, weight: Tensor) -> None:
+        self._network, self._weight = network, weight
+        self._dim = 1 - network.output.dim()
+        self.output = weight.new_empty(()).expand(weight.shape[:2] + weight.shape[3:])
+
+    def select(self, rows: Tensor) -> WeightedParameters | None:
+        """The Jacobian at these rows; None where the network cannot select them."""
+        network = select_rows_of(self._network, rows)
+        return None if network is None else WeightedParameters(network, self._weight[rows])
+
+    def in_dtype(self, dtype: torch.dtype) -> WeightedParameters | None:
+        """The Jacobian whose network multiplies in ``dtype``; None if it cannot."""
+        if not isinstance(self._network, Castable):
+            return None
+        network = self._network.in_dtype(dtype)
+        return None if network is None else WeightedParameters(network, self._weight.to(dtype))
+
+    def jvp(self, v: Tensor) -> Tensor:
+        """J v, (..., B, *out)."""
+        parameters = self._network.jvp(v).unflatten(self._dim, self._weight.shape[1:3])
+        return (parameters * self._weight).sum(self._dim)
+
+    def vjp(self, u: Tensor) -> Tensor:
+        """J^T u, (..., B, *in)."""
+        weighted = u.unsqueeze(self._dim) * self._weight
+        return self._network.vjp(weighted.flatten(self._dim - 1, self._dim))
+
+
 class ChainJacobian:
     """The Jacobian of a composition of maps.
 
@@ -252,6 +297,63 @@ def coupling_jacobian(
     value = value.detach()
     z = partition.join(identity, transformed * value + shift, dims=dims)
     return CouplingJacobian(z, network, partition, scale=value, gain=transformed * slope)
+
+
+def elementwise_coupling_jacobian(
+    x: Tensor,
+    network: NetworkJacobian,
+    partition: Partition,
+    transform: Callable[[Tensor, Tensor], Tensor],
+) -> CouplingJacobian | None:
+    """The Jacobian at x of z1 = x1, z2_i = h(x2_i; theta_i(x1)), as of a spline coupling.
+
+    Args:
+        x: the point, (B, C, ...).
+        network: the Jacobian of theta at x1, (B, entries * parameters, ...), those of an entry
+            together.
+        partition: splits x and z.
+        transform: (x2, theta) -> z2, the library's own.
+
+    Returns:
+        None if the network's outputs are not a whole number for each entry.
+    """
+    dims = x.dim()
+    identity, transformed = partition.split(x, dims=dims)
+    entries = transformed.shape[1]
+    several, left = divmod(network.output.shape[1], entries)
+    if left:
+        return None
+    # every entry depends on itself and its own parameters: one backward pass has all derivatives
+    leaves = [t.detach().clone().requires_grad_() for t in (transformed, network.output)]
+    with torch.enable_grad():
+        value = transform(*[leaf.clone() for leaf in leaves])
+    slope, weight = torch.autograd.grad(value, leaves, torch.ones_like(value))
+    z = partition.join(identity, value.detach(), dims=dims)
+    parameters = WeightedParameters(network, weight.unflatten(1, (entries, several)))
+    return CouplingJacobian(z, parameters, partition, scale=slope)
+
+
+def identity_transformed(
+    coupling: CouplingJacobian, partition: Partition, transform: Map | None
+) -> LayerJacobian:
+    """The Jacobian of a coupling after which the identity part, too, is mapped elementwise.
+
+    Args:
+        coupling: the Jacobian without that.
+        partition: splits its output.
+        transform: of the identity part; None if there is none.
+    """
+    if transform is None:
+        return coupling
+    identity, transformed = partition.split(coupling.output, dims=coupling.output.dim())
+    leaf = identity.detach().clone().requires_grad_()
+    with torch.enable_grad():
+        value = transform(leaf.clone())
+    (slope,) = torch.autograd.grad(value, leaf, torch.ones_like(value))
+    dims = coupling.output.dim()
+    z = partition.join(value.detach(), transformed, dims=dims)
+    slopes = partition.join(slope, torch.ones_like(transformed), dims=dims)
+    return ChainJacobian([coupling, ElementwiseJacobian(z, slopes)])
 
 
 def permutation_jacobian(

@@ -40,12 +40,14 @@ from inn_guard.jacobian.linear_program import (
     ChannelMixing,
     Combination,
     Convolved,
+    Factored,
     LinearProgram,
     PerSource,
     Rearrangement,
     Reshape,
     Selection,
     Step,
+    factored,
     solved,
 )
 from inn_guard.jacobian.network_products import AutogradNetwork, Convolution, NetworkJacobian
@@ -60,6 +62,8 @@ __all__ = [
 
 aten = torch.ops.aten
 
+#: An inverse is recorded up to this many times the operations of the forward pass.
+LONG = 10
 #: what steps raise at vectors that they are not made for
 _FAILURES = (NotApplicable, RuntimeError, IndexError, KeyError, TypeError)
 
@@ -148,33 +152,28 @@ class RecordedJacobian:
     """The four products by the steps of a recorded pass.
 
     J^-1 solves the steps of J, at the states of the forward pass. Where they cannot be solved one
-    by one, the layer's own inverse is recorded at F(x); and where that is not possible, it is
-    differentiated by autograd.
+    by one, the layer's own inverse is recorded at F(x). An inverse of very many operations, as one
+    pass for each dimension, is not: a dense J is factorised in its place, if it is not too large.
+    What is left is differentiated by autograd.
     """
 
     def __init__(self, inverse: _Call, program: LinearProgram, known: AutogradJacobian) -> None:
         self.output = known.output
         self._inverse, self._program, self._known = inverse, program, known
-        self._back: LinearProgram | None = None
-        self._asked = self._back_measured = False
+        self._back: LinearProgram | Factored | None = None
+        self._asked = False
+        #: of which Jacobian this one has which rows
+        self._part_of: tuple[RecordedJacobian, Tensor] | None = None
 
     @torch.no_grad()
     def select(self, rows: Tensor) -> RecordedJacobian | None:
         """The Jacobian of these rows; None where its steps do not keep the samples apart."""
-        back = self._backwards()
-        if back is not None and self._program.batch and not self._back_measured:
-            (u,) = random_vectors(self.output)
-            x = back.run(u)
-            (v,) = random_vectors(x)
-            _measure_separability(back, (u, x), (v, back.run_transposed(v)))
-            self._back_measured = True
         program = self._program.select(rows)
-        back_program = None if back is None else back.select(rows)
-        if program is None or back_program is None:
+        if program is None or (self._asked and (self._back is None or not self._back.batch)):
             return None
         clone = copy.copy(self)
-        clone.output = self.output[rows]
-        clone._program, clone._back = program, back_program
+        clone.output, clone._program = self.output[rows], program
+        clone._part_of, clone._asked = (self, rows), False
         return clone
 
     def in_dtype(self, dtype: torch.dtype) -> RecordedJacobian | None:
@@ -205,21 +204,40 @@ class RecordedJacobian:
     def inverse_jvp(self, u: Tensor) -> Tensor:
         """J^-1 u: (B, *latent) -> (B, *data)."""
         back = self._backwards()
-        return self._known.inverse_jvp(u) if back is None else back.run(u)
+        return self._by_autograd(u).inverse_jvp(u) if back is None else back.run(u)
 
     def inverse_vjp(self, v: Tensor) -> Tensor:
         """J^-T v: (B, *data) -> (B, *latent)."""
         back = self._backwards()
-        return self._known.inverse_vjp(v) if back is None else back.run_transposed(v)
+        return self._by_autograd(v).inverse_vjp(v) if back is None else back.run_transposed(v)
+
+    def _by_autograd(self, v: Tensor) -> AutogradJacobian:
+        if self._part_of is not None:
+            raise NotApplicable("the inverse of some samples alone is not known")
+        return self._known
 
     @torch.no_grad()
-    def _backwards(self) -> LinearProgram | None:
+    def _backwards(self) -> LinearProgram | Factored | None:
         """The steps of J^-1. Many audits need the forward products only: found on demand."""
-        if not self._asked:
-            self._asked = True
-            self._back = solved(self._program)
-            if self._back is None:
-                self._back = _program(self._inverse, self.output)[0]
+        if self._asked:
+            return self._back
+        self._asked = True
+        if self._part_of is not None:
+            whole, rows = self._part_of
+            back = whole._backwards()
+            self._back = None if back is None else back.select(rows)
+            return self._back
+        self._back = solved(self._program)
+        if self._back is None:
+            at_most = LONG * (1 + len(self._program.steps))
+            self._back = _program(self._inverse, self.output, at_most=at_most)[0]
+        if self._back is None:
+            self._back = factored(self._program, self.output)
+        elif self._program.batch:
+            (u,) = random_vectors(self.output)
+            x = self._back.run(u)
+            (v,) = random_vectors(x)
+            _measure_separability(self._back, (u, x), (v, self._back.run_transposed(v)))
         return self._back
 
 
@@ -291,10 +309,15 @@ def _close(actual: Tensor, expected: Tensor) -> bool:
 
 
 @torch.no_grad()
-def _program(function: _Call, x: Tensor) -> tuple[LinearProgram | None, Tensor | None]:
-    """The steps of the derivative of ``function`` at x, and its value; (None, None) without."""
+def _program(
+    function: _Call, x: Tensor, *, at_most: float = math.inf
+) -> tuple[LinearProgram | None, Tensor | None]:
+    """The steps of the derivative of ``function`` at x, and its value; (None, None) without.
+
+    Also where the function takes more than ``at_most`` operations.
+    """
     start = x.detach().clone()
-    recorder = _Recorder(start)
+    recorder = _Recorder(start, at_most)
     try:
         # writing in place becomes an operation with a result, so that no value is lost
         with _without_fused_attention(), recorder:
@@ -364,8 +387,9 @@ class _Operation:
 class _Recorder(TorchDispatchMode):
     """Notes the operations that read a tensor, or what other such operations have returned."""
 
-    def __init__(self, start: Tensor) -> None:
+    def __init__(self, start: Tensor, at_most: float) -> None:
         super().__init__()
+        self._at_most = at_most
         self.operations: list[_Operation] = []
         self._followed = {id(start)}  # ``operations`` keeps the tensors: no id is used again
 
@@ -378,6 +402,8 @@ class _Recorder(TorchDispatchMode):
         outputs = tuple(_tensors(result))
         self._followed.update(id(output) for output in outputs if output.is_floating_point())
         self.operations.append(_Operation(func, tuple(args), dict(named), outputs))
+        if len(self.operations) > self._at_most:
+            raise NotApplicable("the map takes too many operations to be worth recording")
         return result
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from nflows.transforms import LULinear, QRLinear, SVDLinear, linear, permutations
+from nflows.transforms import LULinear, QRLinear, SVDLinear, coupling, linear, permutations
 from nflows.transforms.coupling import AdditiveCouplingTransform, AffineCouplingTransform
 from torch import Tensor
 
@@ -13,6 +13,8 @@ from inn_guard.adapters.structured_jacobians import (
     Features,
     channel_mixing_jacobian,
     coupling_jacobian,
+    elementwise_coupling_jacobian,
+    identity_transformed,
     known_jacobian,
     permutation_jacobian,
 )
@@ -34,6 +36,30 @@ def _linear_map(module: Any, x: Tensor, context: Any) -> LayerJacobian | None:
     if x.dim() != 2:
         return None
     return channel_mixing_jacobian(x, module.weight().detach(), module.bias.detach())
+
+
+@known_jacobian.register(coupling.PiecewiseLinearCouplingTransform)
+@known_jacobian.register(coupling.PiecewiseQuadraticCouplingTransform)
+@known_jacobian.register(coupling.PiecewiseCubicCouplingTransform)
+@known_jacobian.register(coupling.PiecewiseRationalQuadraticCouplingTransform)
+def _spline(module: Any, x: Tensor, context: Any) -> LayerJacobian | None:
+    """A spline coupling, whose identity part may go through splines of its own."""
+    partition = Features(module.identity_features, module.transform_features)
+    identity, _ = partition.split(x, dims=x.dim())
+    network = recorded_network(
+        lambda features: module.transform_net(features, context),
+        identity,
+        module=module.transform_net,
+    )
+
+    def transform(transformed: Tensor, parameters: Tensor) -> Tensor:
+        return module._coupling_transform_forward(transformed, parameters)[0]
+
+    jacobian = elementwise_coupling_jacobian(x, network, partition, transform)
+    unconditional = module.unconditional_transform
+    if jacobian is None or unconditional is None:
+        return jacobian
+    return identity_transformed(jacobian, partition, lambda x1: unconditional(x1, context)[0])
 
 
 @known_jacobian.register(AdditiveCouplingTransform)

@@ -1,4 +1,4 @@
-"""zuko: Jacobians of its affine and additive couplings, its linear maps and its permutations."""
+"""zuko: Jacobians of its couplings, its linear maps and its permutations."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from torch import Tensor
 from zuko import transforms
 from zuko.flows.coupling import GeneralCouplingTransform
 from zuko.lazy import UnconditionalTransform
+from zuko.utils import unpack
 
 from inn_guard.adapters.structured_jacobians import (
     Features,
-    SelectedOutputs,
     channel_mixing_jacobian,
-    coupling_jacobian,
+    elementwise_coupling_jacobian,
     known_jacobian,
     permutation_jacobian,
 )
@@ -40,21 +40,18 @@ def _linearize_linear(module: zuko.nn.Linear, x: Tensor) -> NetworkJacobian:
 
 @known_jacobian.register
 def _coupling(module: GeneralCouplingTransform, x: Tensor, context: Any) -> LayerJacobian | None:
-    """A coupling whose univariate map is affine or additive."""
-    probe = _affine_or_additive(module)
-    if probe is None or x.dim() != 2:
+    """A coupling with any univariate map: affine, additive, a spline."""
+    if x.dim() != 2:
         return None
     partition = Features(module.mask.nonzero().squeeze(-1), (~module.mask).nonzero().squeeze(-1))
     identity, _ = partition.split(x, dims=2)
     network = _linearized(module.hyper, identity, context)
-    if isinstance(probe, transforms.AdditiveTransform):
-        return coupling_jacobian(x, network, partition, None)
 
-    def scale(h: Tensor) -> Tensor:
-        # the library's own activation: the scale of its affine map with parameters (shift, h)
-        return module.univariate(torch.zeros_like(h), h).scale  # type: ignore[attr-defined]
+    def transform(transformed: Tensor, parameters: Tensor) -> Tensor:
+        by_entry = parameters.unflatten(-1, (-1, module.total))
+        return module.univariate(*unpack(by_entry, module.shapes))(transformed)
 
-    return coupling_jacobian(x, SelectedOutputs.deinterleaved(network), partition, scale)
+    return elementwise_coupling_jacobian(x, network, partition, transform)
 
 
 @known_jacobian.register
@@ -69,18 +66,6 @@ def _unconditional(module: UnconditionalTransform, x: Tensor, context: Any) -> L
         return channel_mixing_jacobian(x, transform.R.detach())
     if isinstance(transform, transforms.LULinearTransform):
         return channel_mixing_jacobian(x, (transform.L @ transform.U).detach())
-    return None
-
-
-def _affine_or_additive(module: GeneralCouplingTransform) -> Any:
-    """The coupling's univariate map for zero parameters if it is affine or additive, else None."""
-    like = next(module.hyper.parameters())
-    probe = module.univariate(*[like.new_zeros(shape) for shape in module.shapes])
-    shapes = [list(shape) for shape in module.shapes]
-    if isinstance(probe, transforms.AdditiveTransform) and shapes == [[]]:
-        return probe
-    if isinstance(probe, transforms.MonotonicAffineTransform) and shapes == [[], []]:
-        return probe
     return None
 
 
