@@ -306,7 +306,7 @@ def official_glow(config: Any) -> Net:
 
 
 NETS: dict[str, Callable[[Any], Net]] = {
-    "official Glow, two callables": official_glow,
+    "official Glow as two callables": official_glow,
     "nflows AffineCouplingTransform": of_model(nflows_chain("AffineCouplingTransform")),
     "nflows AdditiveCouplingTransform": of_model(nflows_chain("AdditiveCouplingTransform")),
     "nflows rational-quadratic coupling": of_model(
@@ -321,7 +321,7 @@ NETS: dict[str, Callable[[Any], Net]] = {
     "FrEIA RNVPCouplingBlock": of_model(freia_chain("RNVPCouplingBlock")),
     "FrEIA NICECouplingBlock": of_model(freia_chain("NICECouplingBlock")),
     "FrEIA AllInOneBlock": of_model(freia_chain("AllInOneBlock")),
-    "FrEIA GLOWCouplingBlock, images": of_model(
+    "FrEIA GLOWCouplingBlock on images": of_model(
         freia_chain("GLOWCouplingBlock", images=True), squeezed_images
     ),
     "normflows AffineCouplingBlock": of_model(normflows_chain("AffineCouplingBlock")),
@@ -329,7 +329,7 @@ NETS: dict[str, Callable[[Any], Net]] = {
     "normflows CoupledRationalQuadraticSpline": of_model(
         normflows_chain("CoupledRationalQuadraticSpline")
     ),
-    "normflows GlowBlock, images": of_model(normflows_images, squeezed_images),
+    "normflows GlowBlock on images": of_model(normflows_images, squeezed_images),
     "normflows MaskedAffineAutoregressive": of_model(
         normflows_chain("MaskedAffineAutoregressive"), goal=OTHERS
     ),
@@ -337,5 +337,5 @@ NETS: dict[str, Callable[[Any], Net]] = {
     "zuko spline coupling": of_model(zuko_flow("spline coupling")),
     "zuko MAF": of_model(zuko_flow("MAF"), goal=OTHERS),
     "zuko NSF": of_model(zuko_flow("NSF"), goal=OTHERS),
-    "MemCNN AdditiveCoupling, images": of_model(memcnn_chain, squeezed_images),
+    "MemCNN AdditiveCoupling on images": of_model(memcnn_chain, squeezed_images),
 }
