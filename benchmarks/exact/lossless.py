@@ -182,6 +182,7 @@ def measure(config: Config, case: str) -> list[Row]:
             **_coded(net, x, config.batch_size),
             **_by_float(net, x, config.batch_size, half=_step(data) / 2),
             **_angles(config, data, net, module, loss),
+            "test_accuracy": _accuracy(data, net, module),
             "checksum": checksum[:12],
         }
     ]
@@ -249,6 +250,16 @@ def _angles(
     true = _gradient(loss, double, double, x.double(), labels)
     module.float()  # the head of a classifier was used in float64
     return {f"{mode}_degrees": _degrees(vector, true) for mode, vector in found.items()}
+
+
+@torch.no_grad()
+def _accuracy(data: QuantizedImages, net: Invertible, module: nn.Module) -> float:
+    """Share of right labels of up to 2000 test images; NaN of a flow."""
+    if not isinstance(module, Classifier):
+        return math.nan
+    x, labels = on_grid(data, data.test[:2000]), data.test_labels[:2000]
+    found = torch.cat([module.head(net(part)).argmax(1) for part in x.split(128)])
+    return float((found == labels).float().mean())
 
 
 def _gradient(loss: Loss, net: Invertible, of: Invertible, x: Tensor, labels: Tensor) -> Tensor:

@@ -164,8 +164,9 @@ def _rescale(
 ) -> FixedPoint:
     near = _with_room(state, sizes, divide=divide)
     if near is not None:
-        _scale_in_place(near, scale, negative=sizes.negative, divide=divide)
-        tape.push("near", sizes.negative)
+        places = _common_places(sizes)
+        _scale_in_place(near, scale, places, negative=sizes.negative, divide=divide)
+        tape.push("near", (sizes.negative, places))
         return near
     scale = scale.double()
     size = scale.abs()
@@ -179,8 +180,8 @@ def _rescale(
 
 def _undo_rescale(state: FixedPoint, scale: Tensor, tape: Tape, *, divide: bool) -> FixedPoint:
     if tape.events and tape.events[-1][0] == "near":
-        negative = tape.pop("near")
-        _scale_in_place(state, scale, negative=negative, divide=not divide)
+        negative, places = tape.pop("near")
+        _scale_in_place(state, scale, places, negative=negative, divide=not divide)
         return state
     scale = scale.double()
     num, den, power = _rational(scale.abs(), divide=divide)
@@ -200,9 +201,10 @@ def _with_room(state: FixedPoint, sizes: _Sizes, *, divide: bool) -> FixedPoint 
         return None
     # as they are in float32
     low, high = sizes.low * (1 - EPS), sizes.high * (1 + EPS)
-    den = 2.0 ** (MANTISSA - math.frexp(low)[1])
+    den = 2.0 ** _places(low)
     if divide:
-        low, high, den = 1 / high, 1 / low, 2.0**MANTISSA
+        # of both kinds of denominators, that of each entry and the common one
+        low, high, den = 1 / high, 1 / low, 2.0**MANTISSA * sizes.high / sizes.low * 2
     for known in (lambda: state, state.measured):
         now = known()
         # one more unit: an expansion fills the new places with bits from ``pushed``
@@ -213,8 +215,31 @@ def _with_room(state: FixedPoint, sizes: _Sizes, *, divide: bool) -> FixedPoint 
     return None
 
 
-def _scale_in_place(state: FixedPoint, scale: Tensor, *, negative: bool, divide: bool) -> None:
-    """``scale_by_ratio`` for scales that ``_with_room`` has accepted."""
+def _places(size: float) -> int:
+    """The places after the point of a float32 of this size."""
+    return MANTISSA - math.frexp(size)[1]
+
+
+def _common_places(sizes: _Sizes) -> int | None:
+    """k with integers scale * 2^k for all scales, if these times 2^k are below 2^53; else None."""
+    places = _places(sizes.low)
+    if sizes.high * (1 + EPS) * 2.0 ** (2 * places) < 2.0**53:
+        return places
+    return None
+
+
+def _scale_in_place(
+    state: FixedPoint, scale: Tensor, places: int | None, *, negative: bool, divide: bool
+) -> None:
+    """``scale_by_ratio`` for scales that ``_with_room`` has accepted.
+
+    Args:
+        state: is overwritten.
+        scale: of the shape of the state.
+        places: the denominator of all scales is 2^places; None: each has its own.
+        negative: whether a scale is negative.
+        divide: by the scale.
+    """
     scale = scale.expand(state.units.shape)
     for rows in _chunks(state.units):
         units, pushed = state.units[rows], state.pushed[rows]
@@ -223,26 +248,53 @@ def _scale_in_place(state: FixedPoint, scale: Tensor, *, negative: bool, divide:
             part = part.abs()
         if negative and divide:
             _flip_signs(units, scale[rows])
-        mantissa, denominator = _mantissa_and_denominator(part)
+        numerator, denominator = _fraction(part, places)
         if divide:
-            _change_radix(units, pushed, num=denominator, den=mantissa)
+            _change_radix(units, pushed, num=denominator, den=numerator)
         else:
-            _change_radix(units, pushed, num=mantissa, den=denominator)
+            _change_radix(units, pushed, num=numerator, den=denominator)
         if negative and not divide:
             _flip_signs(units, scale[rows])
 
 
-def _change_radix(units: Tensor, pushed: Tensor, *, num: Tensor, den: Tensor) -> None:
-    """The change of the radix in float64, in place; num * den must be below 2^53."""
-    left = torch.div(pushed, num).floor_()
-    digit = torch.addcmul(pushed, left, num, value=-1)
-    whole = torch.div(units, den).floor_()
-    rest = torch.addcmul(units, whole, den, value=-1)
-    mixed = digit.addcmul_(rest, num)
-    carry = torch.div(mixed, den, out=rest).floor_()
-    low = mixed.addcmul_(carry, den, value=-1)
-    torch.addcmul(carry, whole, num, out=units)
-    torch.addcmul(low, left, den, out=pushed)
+def _change_radix(
+    units: Tensor, pushed: Tensor, *, num: Tensor | float, den: Tensor | float
+) -> None:
+    """The change of the radix in float64, in place; num * den must be below 2^53.
+
+    A power of two is passed as a number: then no division is needed.
+    """
+    left = _quotient(pushed, num).floor_()
+    digit = _added(pushed, left, num, sign=-1)
+    whole = _quotient(units, den).floor_()
+    rest = _added(units, whole, den, sign=-1)
+    mixed = _added(digit, rest, num, sign=1, out=digit)
+    carry = _quotient(mixed, den, out=rest).floor_()
+    low = _added(mixed, carry, den, sign=-1, out=mixed)
+    _added(carry, whole, num, sign=1, out=units)
+    _added(low, left, den, sign=1, out=pushed)
+
+
+def _quotient(a: Tensor, b: Tensor | float, *, out: Tensor | None = None) -> Tensor:
+    if isinstance(b, Tensor):
+        return torch.div(a, b, out=out)
+    return torch.mul(a, 1 / b, out=out)
+
+
+def _added(
+    a: Tensor, b: Tensor, c: Tensor | float, *, sign: int, out: Tensor | None = None
+) -> Tensor:
+    """a + sign * b * c."""
+    if isinstance(c, Tensor):
+        return torch.addcmul(a, b, c, value=sign, out=out)
+    return torch.add(a, b, alpha=sign * c, out=out)
+
+
+def _fraction(scale: Tensor, places: int | None) -> tuple[Tensor, Tensor | float]:
+    """Integers (float64) with scale = numerator / denominator, the latter a power of two."""
+    if places is None:
+        return _mantissa_and_denominator(scale)
+    return scale.mul(2.0**places).double(), 2.0**places
 
 
 def _mantissa_and_denominator(scale: Tensor) -> tuple[Tensor, Tensor]:

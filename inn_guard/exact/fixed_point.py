@@ -79,7 +79,10 @@ class FixedPoint:
     def of(cls, values: Tensor, fraction_bits: int) -> FixedPoint:
         """The nearest state to finite values; entries too large for a word get an exponent."""
         units, exponent = _nearest(values, fraction_bits)
-        return cls(units, torch.full_like(units, SEED), exponent, fraction_bits)
+        pushed = torch.full_like(units, SEED)
+        return cls(
+            units, pushed, exponent, fraction_bits, largest=_largest(units), fullest=float(SEED)
+        )
 
     def values(self, dtype: torch.dtype) -> Tensor:
         """The values, rounded, in contiguous memory with the strides of a new tensor.
@@ -88,9 +91,16 @@ class FixedPoint:
         Zeros are positive, whatever the sign of ``units``: a network tells one from the other.
         """
         rounded = torch.empty(self.units.shape, dtype=dtype, device=self.units.device)
-        if self.exponent is None and dtype in (torch.float32, torch.float64):
-            return rounded.copy_(self.units).mul_(2.0**-self.fraction_bits).add_(0.0)
-        return rounded.copy_(self._times_unit(self.units, -1)).add_(0.0)
+        self.write_values(rounded)
+        return rounded
+
+    def write_values(self, place: Tensor) -> None:
+        """The values, rounded, into a tensor of this shape."""
+        if self.exponent is None and place.dtype in (torch.float32, torch.float64):
+            zero = torch.zeros((), dtype=torch.float64, device=place.device)
+            torch.add(zero, self.units, alpha=2.0**-self.fraction_bits, out=place)
+        else:
+            place.copy_(self._times_unit(self.units, -1)).add_(0.0)
 
     def take(self, entries: Entries) -> FixedPoint:
         """The entries as a state of shape (B, n); for a slice, of views of this one."""
@@ -206,6 +216,8 @@ def power_of_two(power: Tensor) -> Tensor:
 
 
 def _largest(units: Tensor) -> float:
+    if not units.numel():
+        return 0.0
     low, high = torch.aminmax(units)
     return max(-float(low), float(high))
 

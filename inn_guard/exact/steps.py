@@ -11,7 +11,7 @@ import abc
 import copy
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import TypeVar
 
 import torch
@@ -24,6 +24,7 @@ from inn_guard.exact.tape import Packed, Tape, checksum
 __all__ = [
     "Affine",
     "Autoregressive",
+    "Constants",
     "Matrix",
     "Moves",
     "OnTail",
@@ -41,12 +42,32 @@ Self = TypeVar("Self", bound="Step")
 Parameters = Callable[[Tensor], tuple[Tensor | None, Tensor | None]]
 
 
+@dataclass(frozen=True)
+class Constants:
+    """Parameters that depend on nothing."""
+
+    scale: Tensor | None
+    shift: Tensor | None
+
+    def __call__(self, known: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        """The same for every x."""
+        return self.scale, self.shift
+
+    def mapped(self, function: Callable[[Tensor], Tensor]) -> Constants:
+        """The constants with ``function(tensor)`` in the place of every tensor."""
+        scale, shift = (None if t is None else function(t) for t in (self.scale, self.shift))
+        return Constants(scale, shift)
+
+
 class Step(abc.ABC):
     """A bijection on states. It may overwrite the tensors of the state that it gets.
 
     Args:
         dtype: in which parameters and stored layers are computed.
     """
+
+    #: whether ``run`` raises NoExactRule, if at all, before it has overwritten anything
+    refuses_in_time = True
 
     def __init__(self, dtype: torch.dtype) -> None:
         self.dtype = dtype
@@ -66,6 +87,10 @@ class Step(abc.ABC):
     def passes_of_undo(self) -> int:
         """How often ``undo`` evaluates the parameters."""
         return 1
+
+    def mapped(self: Self, function: Callable[[Tensor], Tensor]) -> Self:
+        """The step with ``function(tensor)`` in the place of every large tensor that it holds."""
+        return self
 
 
 def run(steps: Sequence[Step], state: FixedPoint, tape: Tape) -> FixedPoint:
@@ -136,6 +161,14 @@ class Moves(Step):
             raise NoExactRule("it does more than moving entries")
         return cls(rows, x.shape[1:], moved.shape[1:], dtype=x.dtype)
 
+    def are_of(self, function: Callable[[Tensor], Tensor]) -> bool:
+        """Whether the function, of one sample, still makes these moves."""
+        numbers = torch.arange(len(self.rows), device=self.rows.device).to(self.dtype)
+        moved = function(numbers.reshape(1, *self.shape))
+        if moved.shape[1:] != self.latent_shape:
+            return False
+        return torch.equal(moved.flatten(), numbers.take(self.rows))
+
     def run(self, state: FixedPoint, tape: Tape) -> FixedPoint:
         """The entries in their new order."""
         return _moved(state, self.rows, self.latent_shape)
@@ -179,32 +212,50 @@ class Affine(Step):
     def __init__(
         self,
         parameters: Parameters,
-        changed: Tensor | None,
+        changed: Entries | None,
         *,
         dtype: torch.dtype,
         divide: bool = False,
     ) -> None:
         super().__init__(dtype)
         self.parameters, self.divide = parameters, divide
-        self.changed: Entries = slice(None) if changed is None else as_slice(changed)
         self.changes_all = changed is None
-        #: whether the parameters depend on the state; set to False where they are known
-        self.reads_state = True
+        self.changed: Entries = slice(None)
+        if isinstance(changed, Tensor):
+            self.changed = as_slice(changed)
+        elif changed is not None:
+            self.changed = changed
 
     def run(self, state: FixedPoint, tape: Tape) -> FixedPoint:
         """Scaled and shifted."""
-        scale, shift = self.parameters(self._known(state))
+        return self.applied(state, *self.parameters(self.known(state)), tape)
+
+    def applied(
+        self, state: FixedPoint, scale: Tensor | None, shift: Tensor | None, tape: Tape
+    ) -> FixedPoint:
+        """Scaled and shifted by these values of the parameters."""
         part = state.take(self.changed)
-        part = affine(part, _flat(scale, part), _flat(shift, part), tape, divide=self.divide)
+        width = part.units.shape[1]
+        part = affine(part, flat(scale, width), flat(shift, width), tape, divide=self.divide)
         tape.push("digest", checksum(scale, shift))
         return state.put(self.changed, part)
 
     def undo(self, state: FixedPoint, tape: Tape) -> FixedPoint:
         """Shifted and scaled back."""
-        scale, shift = self.parameters(self._known(state))
+        return self.undone(state, *self.parameters(self.known(state)), tape)
+
+    def undone(
+        self, state: FixedPoint, scale: Tensor | None, shift: Tensor | None, tape: Tape
+    ) -> FixedPoint:
+        """Shifted and scaled back by these values of the parameters.
+
+        Raises:
+            Mismatch: if they are not those of ``applied``.
+        """
         tape.compare(checksum(scale, shift))
         part = state.take(self.changed)
-        part = undo_affine(part, _flat(scale, part), _flat(shift, part), tape, divide=self.divide)
+        width = part.units.shape[1]
+        part = undo_affine(part, flat(scale, width), flat(shift, width), tape, divide=self.divide)
         return state.put(self.changed, part)
 
     def inverted(self) -> Affine:
@@ -213,12 +264,28 @@ class Affine(Step):
         clone.divide = not self.divide
         return clone
 
-    def _known(self, state: FixedPoint) -> Tensor:
+    def mapped(self, function: Callable[[Tensor], Tensor]) -> Affine:
+        """With other constants, if its parameters are constants."""
+        if not isinstance(self.parameters, Constants):
+            return self
+        clone = copy.copy(self)
+        clone.parameters = self.parameters.mapped(function)
+        return clone
+
+    def known(self, state: FixedPoint) -> Tensor:
         """The values of the entries that stay, and zeros."""
-        if self.changes_all or not self.reads_state:
+        if self.changes_all:
             zero = torch.zeros((), dtype=self.dtype, device=state.units.device)
             return zero.expand(state.units.shape)
-        return without(state.values(self.dtype), self.changed)
+        if not isinstance(self.changed, slice) or state.exponent is not None:
+            return without(state.values(self.dtype), self.changed)
+        # only the entries that stay need to be converted
+        known = torch.zeros(state.units.shape, dtype=self.dtype, device=state.units.device)
+        width = known[0].numel()
+        start, stop, _ = self.changed.indices(width)
+        for stays in (slice(start), slice(stop, width)):
+            state.take(stays).write_values(known.flatten(1)[:, stays])
+        return known
 
 
 def without(x: Tensor, entries: Entries) -> Tensor:
@@ -231,14 +298,13 @@ def without(x: Tensor, entries: Entries) -> Tensor:
     return flat.reshape(x.shape)
 
 
-def _flat(parameter: Tensor | None, part: FixedPoint) -> Tensor | None:
-    """A parameter as (B, n)."""
+def flat(parameter: Tensor | None, width: int) -> Tensor | None:
+    """A parameter of the entries of a part as (B, width), or broadcasting to it."""
     if parameter is None:
         return None
-    batch, n = part.units.shape
-    if parameter.dim() > 1 and parameter.shape[1:].numel() == n:
-        parameter = parameter.flatten(1)
-    return parameter.expand(batch, n)
+    if parameter.dim() > 1 and parameter.shape[1:].numel() == width:
+        return parameter.flatten(1)
+    return parameter
 
 
 class Autoregressive(Step):
@@ -253,6 +319,8 @@ class Autoregressive(Step):
         dtype: in which the parameters are computed.
         divide: the inverse map: x -> z with x_i = z_i * scale_i(z) + shift_i(z).
     """
+
+    refuses_in_time = False
 
     def __init__(
         self, parameters: Parameters, order: Tensor, *, dtype: torch.dtype, divide: bool = False
@@ -539,6 +607,8 @@ class OnTail(Step):
         latent_shape: of the last entries after.
         dtype: of the model.
     """
+
+    refuses_in_time = False
 
     def __init__(
         self,

@@ -14,7 +14,7 @@ from inn_guard.core.layer_jacobian import NotApplicable
 from inn_guard.memory_saving.forward import ForwardPass, Step, Tape
 from inn_guard.memory_saving.replay import hooks_suspended
 
-__all__ = ["BackwardPass"]
+__all__ = ["BackwardPass", "LocalGraph", "leaves_of"]
 
 
 @dataclass(frozen=True)
@@ -74,15 +74,26 @@ class BackwardPass:
     ) -> tuple[Tensor, Tensor | None]:
         """Input of step k and its gradient; adds the gradients of the step's dependencies."""
         local = self._rebuild(k, output)
-        state = local.state.detach()
+        return local.state.detach(), self._pulled_back(k, local, gradients)
+
+    def _pulled_back(
+        self, k: int, local: LocalGraph, gradients: Sequence[Tensor | None]
+    ) -> Tensor | None:
+        """The gradient of the leaf ``local.state``; adds those of the step's dependencies.
+
+        Args:
+            k: number of the step.
+            local: its graph.
+            gradients: of ``local.outputs``.
+        """
         values, value_gradients = [], []
         for value, gradient in zip(local.outputs, gradients, strict=True):
             if gradient is not None and value.requires_grad:
                 values.append(value)
                 value_gradients.append(gradient)
-        leaves = _leaves(values)
+        leaves = leaves_of(values)
         if not leaves:
-            return state, None
+            return None
         with hooks_suspended(leaves):
             found = torch.autograd.grad(values, leaves, value_gradients, allow_unused=True)
         state_gradient = None
@@ -91,7 +102,7 @@ class BackwardPass:
                 state_gradient = gradient
             else:
                 self._add(self._position(k, leaf, local), gradient)
-        return state, state_gradient
+        return state_gradient
 
     def _rebuild(self, k: int, output: Tensor) -> LocalGraph:
         if k not in self._exact:
@@ -188,7 +199,7 @@ class BackwardPass:
         self.gradients[position] = gradient
 
 
-def _leaves(values: Sequence[Tensor]) -> list[Tensor]:
+def leaves_of(values: Sequence[Tensor]) -> list[Tensor]:
     """The leaves of the graph of ``values``."""
     found: list[Tensor] = []
     stack: list[Any] = []

@@ -23,9 +23,11 @@ from inn_guard.exact.fixed_point import NoExactRule
 from inn_guard.exact.steps import Step
 from inn_guard.layers.inverted import InverseLayer
 
-__all__ = ["Rule", "library_is_loaded", "register", "rule_of", "steps_of"]
+__all__ = ["Kinds", "Rule", "library_is_loaded", "register", "rule_of", "steps_of"]
 
 Steps = Callable[[Invertible, Tensor], list[Step]]
+
+Kinds = dict[type, "type | Missing"]  #: class of a block -> the class whose rule holds, or why not
 
 #: module of the library -> module of its rules here
 LIBRARIES = {
@@ -62,8 +64,12 @@ def register(name: str, *classes: type) -> Callable[[Steps], Steps]:
     return add
 
 
-def rule_of(layer: Invertible) -> Rule:
+def rule_of(layer: Invertible, kinds: Kinds | None = None) -> Rule:
     """The rule of a layer.
+
+    Args:
+        layer: the layer.
+        kinds: what has been found for the classes of other layers just before; it is filled in.
 
     Raises:
         NoExactRule: if there is none for its exact class, or its methods have been replaced.
@@ -73,10 +79,14 @@ def rule_of(layer: Invertible) -> Rule:
         if library_is_loaded(library):
             importlib.import_module(f"inn_guard.exact.rules.{module}")
     if type(layer) is InverseLayer:
-        inner = rule_of(layer.inner)
+        inner = rule_of(layer.inner, kinds)
         return Rule(f"{inner.name}, inverted", _RULES[InverseLayer].steps)
     block = _defining(layer)
-    kind = class_of_call(block, _RULES)
+    kind = None if kinds is None else kinds.get(type(block))
+    if kind is None:
+        kind = class_of_call(block, _RULES)
+    if kinds is not None:
+        kinds[type(block)] = kind
     if isinstance(kind, Missing):
         raise NoExactRule(kind.reason)
     why = first_reason((layer, block), why_patched)

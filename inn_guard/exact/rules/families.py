@@ -9,7 +9,7 @@ from torch import Tensor
 
 from inn_guard.core.invertible import Invertible
 from inn_guard.exact.fixed_point import NoExactRule
-from inn_guard.exact.steps import Affine, Matrix, Moves, Step
+from inn_guard.exact.steps import Affine, Constants, Matrix, Moves, Step
 
 __all__ = ["channels_of", "coupling", "elementwise_affine", "matrix", "moves"]
 
@@ -33,7 +33,7 @@ def elementwise_affine(layer: Invertible, x: Tensor) -> list[Step]:
     zeros = torch.zeros_like(samples, dtype=torch.float64)
     shift = double(zeros)
     scale = double(zeros + 1) - shift
-    return [Affine(lambda known: (scale, shift), None, dtype=x.dtype)]
+    return [Affine(Constants(scale, shift), None, dtype=x.dtype)]
 
 
 def matrix(layer: Invertible, x: Tensor) -> list[Step]:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from inn_guard.exact.fixed_point import NoExactRule
+from inn_guard.exact.fixed_point import Entries, NoExactRule
 from inn_guard.exact.rules import register, rule_of, steps_of
 from inn_guard.exact.rules.families import elementwise_affine, matrix, moves
 from inn_guard.exact.steps import Affine, Autoregressive, OnTail, Step, StoredInput
@@ -37,15 +37,14 @@ def exact_actnorm(layer: Any, x: Tensor) -> list[Step]:
 @register("additive or affine coupling", AdditiveCoupling, AffineCoupling)
 def exact_coupling(layer: Any, x: Tensor) -> list[Step]:
     """One coupling; its network is evaluated at the identity part."""
-    if type(layer.partition) is Mask:
+    only_changed = type(layer.partition) is Mask
+    if only_changed:
         stays = layer.partition.mask.expand(x.shape[1:]).flatten()
-        changed = (~stays).nonzero().flatten()
+        changed: Entries = (~stays).nonzero().flatten()
     elif type(layer.partition) in (Halves, Leading):
-        numbers = torch.arange(x[0].numel(), device=x.device).reshape(1, *x.shape[1:])
-        changed = layer.split(numbers)[1].flatten()
+        changed = _transformed_block(layer.partition, x)
     else:
         raise NoExactRule(f"there is no rule for the partition {type(layer.partition).__name__}")
-    only_changed = type(layer.partition) is Mask
 
     def parameters(known: Tensor) -> tuple[Tensor | None, Tensor | None]:
         elementwise = layer.parameters_of(layer.split(known)[0])
@@ -57,6 +56,15 @@ def exact_coupling(layer: Any, x: Tensor) -> list[Step]:
         return chosen[0], chosen[1]
 
     return [Affine(parameters, changed, dtype=x.dtype)]
+
+
+def _transformed_block(partition: Any, x: Tensor) -> slice:
+    """The entries of a flat sample that a partition into two blocks of channels transforms."""
+    positions, width = x.shape[2:].numel(), x.shape[1:].numel()
+    border = partition.first_size(x.shape[1]) * positions
+    if partition.swapped:
+        return slice(border)
+    return slice(border, width)
 
 
 @register("autoregressive", MaskedAutoregressive)
