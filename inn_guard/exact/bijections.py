@@ -23,7 +23,7 @@ References:
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 
 import torch
@@ -33,6 +33,7 @@ from inn_guard.exact.fixed_point import LIMIT, TARGET, FixedPoint, NoExactRule
 from inn_guard.exact.tape import Packed, PackedMask, Tape
 
 __all__ = [
+    "Block",
     "Shear",
     "affine",
     "scale_by_ratio",
@@ -484,67 +485,104 @@ def _needed(state: FixedPoint, added: Tensor, growth: Tensor) -> float:
 
 
 @dataclass(frozen=True)
-class Shear:
-    """x -> x + M x over dimension 1.
+class Block:
+    """A part of a shear: in each of n groups of neighbouring features, some get added the others.
 
     Attributes:
-        matrix: M, (C, C) float64, whose targets and sources are different features: M^2 = 0.
+        start: the first feature of the first group.
+        matrices: (n, targets, sources) float64.
+        sources_first: whether the sources are the first features of a group.
+    """
+
+    start: int
+    matrices: Tensor
+    sources_first: bool
+
+    def split(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """(targets, sources) of x (C, N): views (n, targets, N) and (n, sources, N)."""
+        count, targets, sources = self.matrices.shape
+        size = targets + sources
+        groups = x[self.start : self.start + count * size].view(count, size, -1)
+        if self.sources_first:
+            return groups[:, sources:], groups[:, :sources]
+        return groups[:, :targets], groups[:, targets:]
+
+    def product(self, sources: Tensor) -> Tensor:
+        """What the targets get added, (n, targets, N)."""
+        if sources.shape[1] == 1:
+            return self.matrices * sources
+        return torch.bmm(self.matrices, sources)
+
+
+@dataclass(frozen=True)
+class Shear:
+    """x -> x + M x for x (C, N), with features in dimension 0.
+
+    Attributes:
+        blocks: the parts of M that are not zero. No source is a target, so that M^2 = 0.
         growth: of the largest |x_i| to the largest |(M x)_i|, an upper bound.
     """
 
-    matrix: Tensor
+    blocks: tuple[Block, ...]
     growth: float
 
     @classmethod
-    def of(cls, matrix: Tensor) -> Shear:
-        """The shear with this matrix."""
-        return cls(matrix, float(matrix.abs().sum(1).max()))
+    def of(cls, blocks: Iterable[Block]) -> Shear:
+        """The shear with these blocks."""
+        blocks = tuple(blocks)
+        return cls(blocks, max(float(one.matrices.abs().sum(2).max()) for one in blocks))
 
-    @property
-    def inverse(self) -> Shear:
-        """x - M x."""
-        return Shear(-self.matrix, self.growth)
+    def mapped(self, function: Callable[[Tensor], Tensor]) -> Shear:
+        """The shear with ``function(tensor)`` in the place of every tensor."""
+        blocks = tuple(replace(one, matrices=function(one.matrices)) for one in self.blocks)
+        return replace(self, blocks=blocks)
 
-    def added(self, x: Tensor) -> Tensor:
-        """M x for x (B, C, *positions)."""
-        if x.dim() == 2:
-            return x @ self.matrix.T
-        return (self.matrix @ x.flatten(2)).reshape(x.shape)
+    def product(self, x: Tensor) -> Tensor:
+        """M x."""
+        whole = torch.zeros_like(x)
+        for one in self.blocks:
+            one.split(whole)[0].copy_(one.product(one.split(x)[1]))
+        return whole
 
 
-def shear(state: FixedPoint, step: Shear, tape: Tape) -> FixedPoint:
-    """x -> x + M x, rounded to units.
+def shear(state: FixedPoint, step: Shear, tape: Tape, *, sign: int) -> FixedPoint:
+    """x -> x + sign * M x, rounded to units.
 
     Args:
-        state: (B, C, *positions).
+        state: (C, N).
         step: M.
         tape: for changed exponents.
+        sign: 1, or -1 for the inverse map.
     """
     if state.exponent is None:
         for known in (lambda: state, state.measured):
             largest = known().largest * (1 + step.growth) + 1
             if largest < LIMIT:
                 tape.push("exponents", None)
-                state.units.add_(step.added(state.units).round_())
+                _add_sheared(state, step, sign)
                 return replace(state, largest=largest)
-    added = step.added(state.values(torch.float64))
+    added = step.product(state.values(torch.float64))
     state = _make_room(state, 2 * added.abs(), torch.ones_like(added), tape)
     # the sources may have other exponents now: what is added is computed from them as the decoder
     # sees them
-    state.units.add_(_sheared(state, step))
+    _add_sheared(state, step, sign)
     return replace(state, largest=math.inf)
 
 
-def undo_shear(state: FixedPoint, step: Shear, tape: Tape) -> FixedPoint:
+def undo_shear(state: FixedPoint, step: Shear, tape: Tape, *, sign: int) -> FixedPoint:
     """The x from which ``shear`` made this state."""
-    state.units.sub_(_sheared(state, step))
+    _add_sheared(state, step, -sign)
     return _undo_make_room(state, tape)
 
 
-def _sheared(state: FixedPoint, step: Shear) -> Tensor:
+def _add_sheared(state: FixedPoint, step: Shear, sign: int) -> None:
     if state.exponent is None:
-        return step.added(state.units).round_()
-    return state.in_units(step.added(state.values(torch.float64))).round_()
+        for one in step.blocks:
+            targets, sources = one.split(state.units)
+            targets.add_(one.product(sources).round_(), alpha=sign)
+        return
+    added = state.in_units(step.product(state.values(torch.float64))).round_()
+    state.units.add_(added, alpha=sign)
 
 
 def _floor_divide(a: Tensor, b: Tensor) -> Tensor:

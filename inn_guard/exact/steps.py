@@ -17,7 +17,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from inn_guard.exact.bijections import Shear, affine, shear, undo_affine, undo_shear
+from inn_guard.exact.bijections import Block, Shear, affine, shear, undo_affine, undo_shear
 from inn_guard.exact.fixed_point import Entries, FixedPoint, NoExactRule, as_slice
 from inn_guard.exact.tape import Packed, Tape, checksum
 
@@ -412,33 +412,41 @@ class Matrix(Step):
         self, weight: Tensor, bias: Tensor | None, *, dtype: torch.dtype, inverse: bool = False
     ) -> None:
         super().__init__(dtype)
-        self.bias, self.inverse = bias, inverse
+        self.inverse = inverse
         weight = weight.double()
         if not bool(weight.isfinite().all()):
             raise NoExactRule("its matrix is not finite")
         pivots, lower, upper = torch.linalg.lu(weight)
-        self.diagonal = upper.diagonal().clone()
-        if not bool((self.diagonal != 0).all()):
+        diagonal = upper.diagonal().clone()
+        if not bool((1 / diagonal).isfinite().all()):
             raise NoExactRule("its matrix is singular")
         # P L U: row i of L U goes to row order.argsort()[i], z = (L U x)[order]
         self.order = pivots.argmax(1)
         self.order_back = self.order.argsort()
-        self.upper = _shears(upper / self.diagonal[:, None], lower=False)
+        self.scale = None if bool((diagonal == 1).all()) else diagonal[:, None]
+        self.shift = None if bias is None else bias.double()[:, None]
+        self.upper = _shears(upper / diagonal[:, None], lower=False)
         self.lower = _shears(lower, lower=True)
         self.digest = checksum(weight, bias)
 
     def run(self, state: FixedPoint, tape: Tape) -> FixedPoint:
         """z, or x if ``inverse``."""
+        shape = state.units.shape
+        state = _features_first(state)
         state = self._backward(state, tape) if self.inverse else self._forward(state, tape)
         tape.push("digest", self.digest)
-        return state
+        return _samples_first(state, shape)
 
     def undo(self, state: FixedPoint, tape: Tape) -> FixedPoint:
         """x, or z if ``inverse``."""
         tape.compare(self.digest)
+        shape = state.units.shape
+        state = _features_first(state)
         if self.inverse:
-            return self._undo_backward(state, tape)
-        return self._undo_forward(state, tape)
+            state = self._undo_backward(state, tape)
+        else:
+            state = self._undo_forward(state, tape)
+        return _samples_first(state, shape)
 
     def inverted(self) -> Matrix:
         """W^-1."""
@@ -446,63 +454,86 @@ class Matrix(Step):
         clone.inverse = not self.inverse
         return clone
 
+    def mapped(self, function: Callable[[Tensor], Tensor]) -> Matrix:
+        """With other tensors in its shears."""
+        clone = copy.copy(self)
+        clone.upper = [one.mapped(function) for one in self.upper]
+        clone.lower = [one.mapped(function) for one in self.lower]
+        return clone
+
     def _forward(self, state: FixedPoint, tape: Tape) -> FixedPoint:
         for one in self.upper:
-            state = shear(state, one, tape)
-        state = affine(state, self._scale(state), None, tape, divide=False)
+            state = shear(state, one, tape, sign=1)
+        state = affine(state, self.scale, None, tape, divide=False)
         for one in self.lower:
-            state = shear(state, one, tape)
+            state = shear(state, one, tape, sign=1)
         state = _ordered(state, self.order)
-        return affine(state, None, self._shift(state), tape, divide=False)
+        return affine(state, None, self.shift, tape, divide=False)
 
     def _undo_forward(self, state: FixedPoint, tape: Tape) -> FixedPoint:
-        state = undo_affine(state, None, self._shift(state), tape, divide=False)
+        state = undo_affine(state, None, self.shift, tape, divide=False)
         state = _ordered(state, self.order_back)
         for one in reversed(self.lower):
-            state = undo_shear(state, one, tape)
-        state = undo_affine(state, self._scale(state), None, tape, divide=False)
+            state = undo_shear(state, one, tape, sign=1)
+        state = undo_affine(state, self.scale, None, tape, divide=False)
         for one in reversed(self.upper):
-            state = undo_shear(state, one, tape)
+            state = undo_shear(state, one, tape, sign=1)
         return state
 
     def _backward(self, state: FixedPoint, tape: Tape) -> FixedPoint:
-        state = affine(state, None, self._shift(state), tape, divide=True)
+        state = affine(state, None, self.shift, tape, divide=True)
         state = _ordered(state, self.order_back)
         for one in reversed(self.lower):
-            state = shear(state, one.inverse, tape)
-        state = affine(state, self._scale(state), None, tape, divide=True)
+            state = shear(state, one, tape, sign=-1)
+        state = affine(state, self.scale, None, tape, divide=True)
         for one in reversed(self.upper):
-            state = shear(state, one.inverse, tape)
+            state = shear(state, one, tape, sign=-1)
         return state
 
     def _undo_backward(self, state: FixedPoint, tape: Tape) -> FixedPoint:
         for one in self.upper:
-            state = undo_shear(state, one.inverse, tape)
-        state = undo_affine(state, self._scale(state), None, tape, divide=True)
+            state = undo_shear(state, one, tape, sign=-1)
+        state = undo_affine(state, self.scale, None, tape, divide=True)
         for one in self.lower:
-            state = undo_shear(state, one.inverse, tape)
+            state = undo_shear(state, one, tape, sign=-1)
         state = _ordered(state, self.order)
-        return undo_affine(state, None, self._shift(state), tape, divide=True)
-
-    def _scale(self, state: FixedPoint) -> Tensor | None:
-        if bool((self.diagonal == 1).all()):
-            return None
-        return _over_channels(self.diagonal, state)
-
-    def _shift(self, state: FixedPoint) -> Tensor | None:
-        if self.bias is None:
-            return None
-        return _over_channels(self.bias.double(), state)
+        return undo_affine(state, None, self.shift, tape, divide=True)
 
 
-def _over_channels(parameter: Tensor, state: FixedPoint) -> Tensor:
-    """One number for each channel, in the shape of the state."""
-    positions = [1] * (state.units.dim() - 2)
-    return parameter.reshape(-1, *positions).expand(state.units.shape)
+def _features_first(state: FixedPoint) -> FixedPoint:
+    """The state as (C, N): the values of a feature at all positions of all samples in a row.
+
+    Pushed bits stay where they are in memory: they belong to no value, as long as the way back
+    finds them in the same places.
+    """
+    features = state.units.shape[1]
+
+    def moved(t: Tensor) -> Tensor:
+        return t.transpose(0, 1).reshape(features, -1).contiguous()
+
+    exponent = None if state.exponent is None else moved(state.exponent)
+    pushed = state.pushed.reshape(features, -1)
+    return replace(state, units=moved(state.units), pushed=pushed, exponent=exponent)
+
+
+def _samples_first(state: FixedPoint, shape: torch.Size) -> FixedPoint:
+    """The state as (B, C, *positions) again."""
+    batch, features = shape[:2]
+
+    def moved(t: Tensor) -> Tensor:
+        return t.reshape(features, batch, *shape[2:]).transpose(0, 1).contiguous()
+
+    exponent = None if state.exponent is None else moved(state.exponent)
+    pushed = state.pushed.reshape(shape)
+    return replace(state, units=moved(state.units), pushed=pushed, exponent=exponent)
 
 
 def _ordered(state: FixedPoint, order: Tensor) -> FixedPoint:
-    return state.mapped(lambda t: t.index_select(1, order))
+    # pushed bits belong to no value
+    exponent = state.exponent
+    if exponent is not None:
+        exponent = exponent.index_select(0, order)
+    return replace(state, units=state.units.index_select(0, order), exponent=exponent)
 
 
 def _shears(triangle: Tensor, *, lower: bool) -> list[Shear]:
@@ -511,33 +542,43 @@ def _shears(triangle: Tensor, *, lower: bool) -> list[Shear]:
     T = [[T11, 0], [T21, T22]] is one shear by T21 T11^-1 after both diagonal blocks. The blocks of
     one size are sheared at the same time.
     """
-    count = len(triangle)
-    size = 1 << (count - 1).bit_length()
-    padded = torch.eye(size, dtype=triangle.dtype, device=triangle.device)
-    padded[:count, :count] = triangle
     if not lower:
         # with rows and columns in reverse order it is a lower triangle
-        padded = padded.flip(0, 1)
+        triangle = triangle.flip(0, 1)
+    count, half = len(triangle), 1
     shears = []
-    half = 1
-    while half < size:
-        blocks = padded.reshape(size // (2 * half), 2 * half, size // (2 * half), 2 * half)
-        blocks = blocks.diagonal(dim1=0, dim2=2).movedim(-1, 0)
-        quotient = torch.linalg.solve_triangular(
-            blocks[:, :half, :half],
-            blocks[:, half:, :half],
-            upper=False,
-            left=False,
-            unitriangular=True,
-        )
-        shear = torch.zeros_like(blocks)
-        shear[:, half:, :half] = quotient
-        whole = torch.block_diag(*shear)
-        if not lower:
-            whole = whole.flip(0, 1)
-        shears.append(whole[:count, :count].contiguous())
+    while half < count:
+        groups = count // (2 * half)
+        whole = 2 * half * groups
+        blocks = []
+        if groups:
+            squares = triangle[:whole, :whole].reshape(groups, 2 * half, groups, 2 * half)
+            squares = squares.diagonal(dim1=0, dim2=2).movedim(-1, 0)
+            blocks.append(_block(squares, half, start=0, features=count, lower=lower))
+        if count - whole > half:
+            rest = triangle[None, whole:, whole:]
+            blocks.append(_block(rest, half, start=whole, features=count, lower=lower))
+        found = [one for one in blocks if bool(one.matrices.any())]
+        if found:
+            shears.append(Shear.of(found))
         half *= 2
-    return [Shear.of(matrix) for matrix in shears if bool(matrix.any())]
+    return shears
+
+
+def _block(squares: Tensor, half: int, *, start: int, features: int, lower: bool) -> Block:
+    """The shears by T21 T11^-1 of some triangles T, (n, size, size), with T11 of size ``half``."""
+    quotient = torch.linalg.solve_triangular(
+        squares[:, :half, :half],
+        squares[:, half:, :half],
+        upper=False,
+        left=False,
+        unitriangular=True,
+    )
+    if lower:
+        return Block(start, quotient.contiguous(), sources_first=True)
+    # in the order of the features again
+    first = features - start - len(squares) * squares.shape[1]
+    return Block(first, quotient.flip(0, 1, 2).contiguous(), sources_first=False)
 
 
 class StoredInput(Step):

@@ -181,8 +181,9 @@ def _words(tensor: Tensor) -> Tensor:
     """The bits of a tensor as int64, with zeros at the end if there are too few."""
     count = 8 // tensor.element_size()
     # a slice of columns, such as half of a network's output, needs no copy
-    if tensor.dim() == 2 and tensor.stride(1) == 1 and tensor.shape[1] % count == 0:
-        if tensor.stride(0) % count == 0 and tensor.storage_offset() % count == 0:
+    if tensor.dim() == 2 and tensor.stride(1) == 1:
+        lengths = (tensor.shape[1], tensor.stride(0), tensor.storage_offset())
+        if not any(length % count for length in lengths):
             return tensor.view(torch.int64)
     content = _dense(tensor).view(torch.uint8)
     missing = -len(content) % 8

@@ -499,7 +499,7 @@ def _log_det(coupling: Affine, scale: Tensor | None, state: FixedPoint) -> Tenso
     batch, width = len(state.units), state.take(coupling.changed).units.shape[1]
     if scale is None:
         return torch.zeros(batch, dtype=coupling.dtype, device=state.units.device)
-    logarithm = flat(scale, width).expand(batch, width).abs().log()
+    logarithm = cast(Tensor, flat(scale, width)).expand(batch, width).abs().log()
     if not bool(logarithm.min() > LEAST_LOGARITHM):
         raise NoExactRule("a scale is too close to zero")
     total = logarithm.sum(1)
@@ -522,7 +522,7 @@ def _is_coupling(step: Step, state: FixedPoint, after: FixedPoint, record: Exact
     with record.restored(), torch.enable_grad():
         own = step.apply(leaf)
     # some numbers between -1 and 1 in the place of the gradients that are to come
-    gradients = [torch.sin(torch.arange(t.numel(), device=t.device)).to(t).reshape(t.shape) for t in own]
+    gradients = [_some_numbers(output) for output in own]
     if step.with_log_det:
         log_det = _log_det(only, point.scale, state)
         if not close(log_det[:, None], own[1].detach()[:, None], resolution=1e-5):
@@ -532,9 +532,7 @@ def _is_coupling(step: Step, state: FixedPoint, after: FixedPoint, record: Exact
         return False
     expected = torch.autograd.grad(own, [leaf, *wanted], gradients, allow_unused=True)
     inside = point.output_gradients(gradients)
-    found = torch.autograd.grad(
-        point.outputs, [point.known, *wanted], inside, allow_unused=True
-    )
+    found = torch.autograd.grad(point.outputs, [point.known, *wanted], inside, allow_unused=True)
     found = (point.gradient(gradients, found[0]), *found[1:])
     for a, b in zip(found, expected, strict=True):
         if (a is None) != (b is None):
@@ -542,6 +540,11 @@ def _is_coupling(step: Step, state: FixedPoint, after: FixedPoint, record: Exact
         if a is not None and not close(a[None], b[None], resolution=1e-6):
             return False
     return True
+
+
+def _some_numbers(like: Tensor) -> Tensor:
+    numbers = torch.arange(like.numel(), dtype=torch.float64, device=like.device)
+    return numbers.sin().to(like.dtype).reshape(like.shape)
 
 
 def _numbers_are_exact(moved: Moves) -> bool:

@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from inn_guard.exact.bijections import (
+    Block,
     Shear,
     affine,
     scale_by_ratio,
@@ -17,7 +18,8 @@ from inn_guard.exact.bijections import (
     undo_shear,
 )
 from inn_guard.exact.fixed_point import SEED, FixedPoint, NoExactRule
-from inn_guard.exact.tape import Mismatch, Packed, PackedMask, Tape, digest
+from inn_guard.exact.steps import Matrix, _shears
+from inn_guard.exact.tape import Mismatch, Packed, PackedMask, Tape, checksum, digest
 
 SHAPE = (3, 5)
 WORDS = st.integers(-(2**50), 2**50)
@@ -112,15 +114,68 @@ def test_shifts_that_are_not_finite_are_refused():
         applied(affine, state, None, torch.full(SHAPE, torch.nan), Tape(), divide=False)
 
 
-@given(integers(WORDS), st.floats(1e-3, 1e12))
-def test_shears_are_undone_bit_for_bit(units, size):
-    matrix = torch.zeros(5, 5)
-    matrix[3:, :3] = size * torch.randn(2, 3)
+@given(integers(WORDS), st.floats(1e-3, 1e12), st.booleans(), st.sampled_from([1, -1]))
+def test_shears_are_undone_bit_for_bit(units, size, sources_first, sign):
     state, tape = state_of(units, torch.full(SHAPE, SEED)), Tape()
-    step = Shear.of(matrix)
-    after = applied(shear, state, step, tape)
-    assert_same(applied(undo_shear, after, step, tape), state)
+    step = Shear.of([Block(0, size * torch.randn(1, 1, 2), sources_first=sources_first)])
+    after = applied(shear, state, step, tape, sign=sign)
+    assert_same(applied(undo_shear, after, step, tape, sign=sign), state)
     assert tape.events == []
+
+
+@pytest.mark.parametrize("features", [1, 2, 3, 5, 8, 11, 12, 17])
+@pytest.mark.parametrize("lower", [True, False])
+def test_the_shears_of_a_triangle_have_its_product(features, lower):
+    generator = torch.Generator().manual_seed(features)
+    triangle = torch.randn(features, features, generator=generator, dtype=torch.float64)
+    triangle = triangle.tril(-1) if lower else triangle.triu(1)
+    triangle += torch.eye(features)
+    product = torch.eye(features, dtype=torch.float64)
+    shears = _shears(triangle, lower=lower)
+    for step in shears:
+        moved = step.product(product)
+        assert not bool(step.product(moved).any())
+        assert float(moved.abs().max()) <= step.growth * float(product.abs().max())
+        product = product + moved
+    assert torch.allclose(product, triangle, atol=1e-10 * float(product.abs().max()))
+    assert len(shears) <= (features - 1).bit_length()
+
+
+@pytest.mark.parametrize("shape", [(3, 1), (4, 5), (2, 3, 4), (5, 6, 2, 3)])
+@pytest.mark.parametrize("inverse", [True, False])
+def test_matrices_have_the_right_values_and_are_undone(shape, inverse):
+    torch.manual_seed(len(shape))
+    weight, bias = torch.randn(shape[1], shape[1]).double(), torch.randn(shape[1]).double()
+    state = FixedPoint.of(torch.randn(shape), 32)
+    step, tape = Matrix(weight, bias, dtype=torch.float64, inverse=inverse), Tape()
+    after = step.run(state.clone(), tape)
+    x, z = state.values(torch.float64).flatten(2 if len(shape) > 2 else 1), None
+    columns = x if len(shape) > 2 else x[..., None]
+    if inverse:
+        z = torch.linalg.solve(weight, columns - bias[:, None])
+    else:
+        z = weight @ columns + bias[:, None]
+    growth = 1 + float(torch.linalg.cond(weight))
+    difference = (after.values(torch.float64).reshape(z.shape) - z).abs().max()
+    assert float(difference) < 1e-7 * growth * float(z.abs().max())
+    assert_same(step.undo(after, tape), state)
+    assert tape.events == []
+
+
+def test_a_checksum_sees_every_bit_and_the_order_also_in_half_of_a_tensor():
+    whole = torch.randn(6, 8)
+    left, right = whole.chunk(2, 1)
+    assert checksum(left, right) == checksum(left.clone(), right.clone())
+    seen = {checksum(left, right), checksum(right, left), checksum(left), checksum(None, right)}
+    for bit in range(32):
+        for half in (0, 1):
+            changed = whole.clone()
+            words = changed.view(torch.int32)
+            words[3, 4 * half + bit % 4] ^= 1 << bit if bit < 31 else -(1 << 31)
+            seen.add(checksum(*changed.chunk(2, 1)))
+    # two signs at once
+    seen.add(checksum(left, torch.cat([-right[:2], right[2:]])))
+    assert len(seen) == 4 + 64 + 1
 
 
 def test_large_values_get_exponents_and_small_ones_none():
