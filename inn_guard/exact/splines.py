@@ -14,28 +14,62 @@ from inn_guard.exact.fixed_point import FixedPoint, NoExactRule
 from inn_guard.exact.steps import Step
 from inn_guard.exact.tape import Tape, checksum
 
-__all__ = ["Knots", "RationalQuadratic"]
+__all__ = ["Form", "Knots", "Spline", "cubic", "rational_quadratic"]
 
 CELLS = 4096  #: of a bin
 
 
+#: (position in a bin between 0 and 1, slope of the bin's chord, slopes at its left and right end)
+#: -> share of the bin's height, from 0 to 1
+Form = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+
+
+def rational_quadratic(theta: Tensor, slope: Tensor, left: Tensor, right: Tensor) -> Tensor:
+    """The monotone rational-quadratic function with these slopes.
+
+    References:
+        Neural Spline Flows (Durkan, Bekasov, Murray, Papamakarios, 2019), section 3.1.
+    """
+    product = theta * (1 - theta)
+    above = slope * theta * theta + left * product
+    return above / (slope + (left + right - 2 * slope) * product)
+
+
+def cubic(theta: Tensor, slope: Tensor, left: Tensor, right: Tensor) -> Tensor:
+    """The cubic polynomial with these slopes.
+
+    It is quadratic where the chord's slope is the mean of the two, and linear where all are equal.
+
+    References:
+        Cubic-Spline Flows (Durkan, Bekasov, Murray, Papamakarios, 2019), section 3.
+    """
+    second, third = 3 * slope - 2 * left - right, left + right - 2 * slope
+    return theta * (left + theta * (second + theta * third)) / slope
+
+
 @dataclass(frozen=True)
 class Knots:
-    """Rational-quadratic splines, each of K bins between knots; the identity outside of them.
+    """Splines, each of K bins between knots; the identity outside of them.
 
     Attributes:
         x: of the knots, (B, n, K + 1) float64, increasing.
         y: of the knots, of the same shape; the first and last ones are those of x.
-        slopes: at the knots, of the same shape.
+        left: slopes at the left ends of the bins, (B, n, K).
+        right: slopes at their right ends.
+        form: of the spline in a bin.
+        outside: whether values outside of the knots are allowed.
     """
 
     x: Tensor
     y: Tensor
-    slopes: Tensor
+    left: Tensor
+    right: Tensor
+    form: Form
+    outside: bool = True
 
 
-class RationalQuadratic(Step):
-    """Some entries pass splines, whose knots the other entries determine.
+class Spline(Step):
+    """Some entries pass monotone splines, whose knots the other entries determine.
 
     Each bin has 4096 cells. The ends of cell m are a_m = a_0 + W m div 4096 and
     b_m = b_0 + 2 m + round((H - 2 * 4096) phi(m / 4096)), which increase whatever the rounding of
@@ -47,9 +81,6 @@ class RationalQuadratic(Step):
         changed: entries (indices into one flat sample) that are changed.
         dtype: in which the knots are computed.
         inverse: the inverse splines instead.
-
-    References:
-        Neural Spline Flows (Durkan, Bekasov, Murray, Papamakarios, 2019), section 3.1.
     """
 
     def __init__(
@@ -67,10 +98,15 @@ class RationalQuadratic(Step):
         """The entries through their splines.
 
         Raises:
-            NoExactRule: if the bins are too narrow, or values need exponents.
+            NoExactRule: if the bins are too narrow, values need exponents or lie outside of the
+                knots where they must not, or a spline decreases.
         """
         bins, part = self._evaluated(state)
         cells = bins.cells(part.units.long(), by_y=self.inverse)
+        if bool((cells.height < 1).any()):
+            raise NoExactRule("a spline decreases")
+        if not (bins.outside or bool(cells.inside.all())):
+            raise NoExactRule("a value lies outside of its spline's knots")
         start, den, end, num = cells.between(inverse=self.inverse)
         inside = replace(part, units=torch.where(cells.inside, part.units - start, 0))
         inside = scale_by_ratio(inside, num, den, tape)
@@ -89,7 +125,7 @@ class RationalQuadratic(Step):
         units = torch.where(cells.inside, start + inside.units, part.units)
         return state.put(self.changed, replace(inside, units=units))
 
-    def inverted(self) -> RationalQuadratic:
+    def inverted(self) -> Spline:
         """The inverse splines."""
         clone = copy.copy(self)
         clone.inverse = not self.inverse
@@ -130,11 +166,14 @@ class _Cells:
 
 @dataclass(frozen=True)
 class _Bins:
-    """Integer knots, (B, n, K + 1)."""
+    """Integer knots, (B, n, K + 1), and the slopes of ``Knots``."""
 
     x: Tensor
     y: Tensor
-    slopes: Tensor
+    left: Tensor
+    right: Tensor
+    form: Form
+    outside: bool
 
     @classmethod
     def of(cls, knots: Knots, state: FixedPoint) -> _Bins:
@@ -143,14 +182,15 @@ class _Bins:
         x, y = (state.in_units(values).round().long() for values in (knots.x, knots.y))
         if bool((x.diff() < CELLS).any() | (y.diff() < 4 * CELLS).any()):
             raise NoExactRule("a bin is too narrow")
-        return cls(x, y, knots.slopes)
+        return cls(x, y, knots.left, knots.right, knots.form, knots.outside)
 
     @property
     def checksum(self) -> tuple[int, ...]:
-        return checksum(self.x, self.y, self.slopes)
+        return checksum(self.x, self.y, self.left, self.right)
 
     def cells(self, units: Tensor, *, by_y: bool) -> _Cells:
         """The cells in which entries, x or y, lie."""
+        # the ends of x and y are the same
         inside = (units >= self.x[..., 0]) & (units < self.x[..., -1])
         edges = (self.y if by_y else self.x)[..., 1:-1].contiguous()
         number = torch.searchsorted(edges, units[..., None].contiguous(), right=True)
@@ -172,6 +212,7 @@ class _Bin:
     slope: Tensor
     first: Tensor
     last: Tensor
+    form: Form
 
     @classmethod
     def of(cls, bins: _Bins, number: Tensor) -> _Bin:
@@ -185,8 +226,9 @@ class _Bin:
             width,
             height,
             height.double() / width.double(),
-            _pick(bins.slopes, number),
-            _pick(bins.slopes, number + 1),
+            _pick(bins.left, number),
+            _pick(bins.right, number),
+            bins.form,
         )
 
     def x(self, cell: Tensor) -> Tensor:
@@ -195,11 +237,7 @@ class _Bin:
 
     def y(self, cell: Tensor) -> Tensor:
         """The lower end of its image."""
-        theta = cell.double() / CELLS
-        product = theta * (1 - theta)
-        above = self.slope * theta * theta + self.first * product
-        below = self.slope + (self.first + self.last - 2 * self.slope) * product
-        phi = above / below
+        phi = self.form(cell.double() / CELLS, self.slope, self.first, self.last)
         return self.lower + 2 * cell + ((self.height - 2 * CELLS).double() * phi).round().long()
 
 
