@@ -19,8 +19,7 @@ class Ascent(SignAscent):
 
     The gradient of the reconstruction error is a signal (where the inverse amplifies more) under
     rounding noise of the same size, drawn afresh at every point. A running mean of directions keeps
-    the first and forgets the second. What is left to gain at the end is luck, the rounding errors
-    of one particular point, and a draw costs one round trip, half of what a gradient costs.
+    the first and forgets the second.
 
     Attributes:
         momentum: weight of the mean so far.

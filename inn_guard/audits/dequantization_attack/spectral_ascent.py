@@ -25,14 +25,16 @@ class SpectralAscent(SignAscent):
     step of a power iteration, and its gradient with respect to x is that of the gain. The nudge is
     long enough to stand out above rounding and short enough to stay within the cube's
     neighbourhood, and vanishes where the errors themselves are that long; then this is the ascent
-    on the error. Every fifth step the true error is measured. What is left of the budget is drawn
-    around the end, as in Ascent.
+    on the error. Every fifth step the true error is measured. The steps follow a running mean of
+    the gradients' directions, since the nudge lags behind while the steps are long.
 
     Attributes:
+        momentum: weight of the mean so far.
         reach: length of the nudge's image in units of |x|.
     """
 
-    reach: float | int = 0.05
+    momentum: float | int = 0.8
+    reach: float | int = 0.01
 
     def uphill(self, search: Search, start: Tensor) -> Uphill:
         """The gradient of the growth of a nudge that turns towards what grows most."""
@@ -40,10 +42,10 @@ class SpectralAscent(SignAscent):
         direction = unit(noise.to(search.latent))
         wanted = self.reach * start.flatten(1).double().norm(dim=1)
         length = 1e-4 * search.latent.flatten(1).double().norm(dim=1)
-        step, true = 0, search.error
+        step, true, mean = 0, search.error, torch.zeros_like(start)
 
         def slope(x: Tensor) -> Tensor:
-            nonlocal direction, length, step, true
+            nonlocal direction, length, step, true, mean
             if step % EVERY == 0:
                 true = search.errors(x)
             step += 1
@@ -51,7 +53,8 @@ class SpectralAscent(SignAscent):
             pulled = search.gradient(x, _along(direction, usable))
             direction = _turned(direction, pulled)
             length = _adjusted(length, pulled.error.to(length.device), wanted)
-            return pulled.to_x
+            mean = self.momentum * mean + unit(pulled.to_x)
+            return mean
 
         return slope
 

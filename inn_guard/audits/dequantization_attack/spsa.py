@@ -18,6 +18,8 @@ __all__ = ["GradientFree"]
 class GradientFree(SignAscent):
     """Simultaneous perturbations: log errors at x + c d and x - c d, averaged over random signs d.
 
+    Its directions are so noisy that it takes small steps.
+
     Attributes:
         momentum: weight of the mean of directions so far.
         spread: c, in half-widths.
@@ -27,6 +29,8 @@ class GradientFree(SignAscent):
         Approximation (Spall, 1992).
     """
 
+    first_step: float | int = 0.25
+    last_step: float | int = 0.005
     momentum: float | int = 0.95
     spread: float | int = 0.5
 

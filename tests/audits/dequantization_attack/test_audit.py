@@ -235,9 +235,9 @@ def test_the_spectral_ascent_climbs_to_where_the_inverse_amplifies_most(monkeypa
     It is the upper face of the cube in x_1.
 
     The round trip is exact but for rounding, so its error knows no such direction: only the gain
-    does. A trial of the climb would therefore end it.
+    does. A short first stage would therefore end the climb.
     """
-    monkeypatch.setattr("inn_guard.audits.dequantization_attack.sign_ascent.TRIAL", 1.0)
+    monkeypatch.setattr("inn_guard.audits.dequantization_attack.sign_ascent.STAGE", 1.0)
 
     class Funnel(Invertible):
         def forward(self, x):
