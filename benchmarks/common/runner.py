@@ -23,9 +23,10 @@ import hashlib
 import importlib.metadata
 import json
 import platform
+import shlex
 import sys
 import tempfile
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -39,7 +40,17 @@ from benchmarks.common.figures import save_figure
 from benchmarks.common.image_files import MissingData, file_checksums
 from inn_guard.execution.files import atomic_write
 
-__all__ = ["RESULTS", "Row", "collect", "keyed", "main", "preset", "write_results"]
+__all__ = [
+    "RESULTS",
+    "Row",
+    "collect",
+    "command",
+    "configured",
+    "keyed",
+    "main",
+    "preset",
+    "write_results",
+]
 
 Row = dict[str, Any]
 BENCHMARKS = Path(__file__).parents[1]
@@ -100,13 +111,39 @@ def keyed(form: str, cases: Iterable[Any]) -> dict[str, Any]:
     return {form.format(case): case for case in cases}
 
 
-def write_results(name: str, frame: pd.DataFrame, config: Any, *, folder: Path = RESULTS) -> Path:
-    """Write ``name``.csv and ``name``.json; the latter has configuration, versions and machine."""
+def command(script: ModuleType, preset_name: str, config: Any) -> str:
+    """The shortest command line that runs this configuration."""
+    usual = preset(script, preset_name)
+    words = ["inn-guard", "bench", _name(script.__name__), "--preset", preset_name]
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if value != getattr(usual, field.name):
+            words += [_flag(field.name), _text(value)]
+    return shlex.join(words)
+
+
+def configured(script: ModuleType, words: Sequence[str]) -> Any:
+    """The ``Config`` that the words of a command line behind the experiment's name choose."""
+    parser = _parser(script)
+    flags = vars(parser.parse_args(words))
+    chosen, _ = flags.pop("preset"), flags.pop("out")
+    return _configured(parser, preset(script, chosen), flags)
+
+
+def write_results(
+    name: str, frame: pd.DataFrame, config: Any, *, command: str, folder: Path = RESULTS
+) -> Path:
+    """Write ``name``.csv and ``name``.json.
+
+    The latter has the command, the configuration with its seeds, checksums of the data, and the
+    versions and machine.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     table = folder / f"{name}.csv"
     with atomic_write(table) as partial:
         frame.to_csv(partial, index=False, float_format="%.6g")
     origin = {
+        "command": command,
         "config": dataclasses.asdict(config),
         "data": data_checksums(config),
         **environment(),
@@ -163,7 +200,8 @@ def main(script_name: str, argv: list[str] | None = None) -> None:
     name = _stem(script_name)
     if chosen != "cpu":
         name += f"_{chosen}"
-    table = write_results(name, frame, config, folder=folder)
+    line = command(script, chosen, config)
+    table = write_results(name, frame, config, command=line, folder=folder)
     print(frame.to_string(index=False))
     print(paper_comparison(script, frame))
     for file, digest in data_checksums(config).items():
@@ -198,8 +236,7 @@ def _parser(script: ModuleType) -> argparse.ArgumentParser:
         f"default: {RESULTS}, or {UNFINISHED} for the preset smoke",
     )
     for field in dataclasses.fields(script.Config):
-        flag = f"--{field.name.replace('_', '-')}"
-        parser.add_argument(flag, default=argparse.SUPPRESS, help=str(field.type))
+        parser.add_argument(_flag(field.name), default=argparse.SUPPRESS, help=str(field.type))
     return parser
 
 
@@ -211,8 +248,9 @@ def _configured(parser: argparse.ArgumentParser, config: Any, flags: Mapping[str
         try:
             values[key] = _parsed(current, text)
         except (ValueError, KeyError):
-            flag = key.replace("_", "-")
-            parser.error(f"argument --{flag}: expected something like {current!r}; got {text!r}")
+            parser.error(
+                f"argument {_flag(key)}: expected something like {current!r}; got {text!r}"
+            )
     try:
         return dataclasses.replace(config, **values)
     except ValueError as error:
@@ -232,12 +270,17 @@ def _check_writable(parser: argparse.ArgumentParser, folder: Path) -> None:
         )
 
 
-def _stem(module: str) -> str:
-    """The experiment's folder and file, joined: injflow_table1."""
+def _name(module: str) -> str:
+    """The experiment's folder and file: injflow.table1."""
     if module == "__main__":
         path = Path(sys.argv[0]).resolve().relative_to(BENCHMARKS)
-        return "_".join(path.with_suffix("").parts)
-    return module.removeprefix("benchmarks.").replace(".", "_")
+        return ".".join(path.with_suffix("").parts)
+    return module.removeprefix("benchmarks.")
+
+
+def _stem(module: str) -> str:
+    """What the experiment's results are called: injflow_table1."""
+    return _name(module).replace(".", "_")
 
 
 def _digest(config: Any) -> str:
@@ -264,6 +307,17 @@ def _parsed(current: Any, text: str) -> Any:
         kind = type(next(iter(current), ""))
         return tuple(kind(part) for part in text.split(",") if part)
     return type(current)(text)
+
+
+def _flag(field: str) -> str:
+    return f"--{field.replace('_', '-')}"
+
+
+def _text(value: Any) -> str:
+    """What `_parsed` takes for the value."""
+    if isinstance(value, tuple):
+        return ",".join(str(item) for item in value)
+    return str(value)
 
 
 def _append_case(path: Path, key: str, rows: list[Row]) -> None:

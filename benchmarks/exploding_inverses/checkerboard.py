@@ -65,7 +65,7 @@ class Config:
     steps: int = 50_000  # of Adam at 1e-3 with weight decay 1e-5
     residual_steps: int = 50_000  # of the residual flow
     batch_size: int = 500  # new samples at every step
-    looks: int = 12  # during training; each writes a checkpoint, from which a killed run goes on
+    looks: int = 12  # during training; a killed run goes on from the last one
     extent: float = 8.0  # the grid covers [-extent, extent]^2
     points: int = 101  # of the grid in each direction
     seconds: float = 600.0  # for the certified bounds of each net
@@ -104,7 +104,7 @@ def build(config: Config, name: str) -> Chain:
 
 
 def trained(config: Config, name: str) -> tuple[Chain, list[Row]]:
-    """The net after maximum likelihood, and what was seen on the way."""
+    """The net after maximum likelihood, and a row for every look on the way."""
     net = build(config, name)
     optimizer = torch.optim.Adam(net.parameters(), 1e-3, weight_decay=1e-5, fused=True)
     steps = config.steps

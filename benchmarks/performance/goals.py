@@ -56,7 +56,7 @@ def audit(case: str, goal: float) -> Goal:
     return Goal("audits", "cost", goal, least=False, rows=(("case", case),))
 
 
-SAVING = (("peer", "memory_saving"), ("case", "48 blocks"), ("loss", "z"))
+SAVING = (("peer", "memory_saving"), ("case", "images 48"), ("loss", "z"))
 GOALS = (
     Goal("extremes", "ratio", 250, least=True, rows=(("batch", 32),)),
     Goal("extremes", "ratio", 110, least=True, rows=(("batch", 1),)),

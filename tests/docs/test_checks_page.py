@@ -73,7 +73,7 @@ def setting(check: str, name: str) -> int:
         f" {setting('shadowing', 'samples')} samples",
         f"{SpectralAscent().budget:g} forward passes of"
         f" {setting('dequantization_attack', 'samples')} samples",
-        f"A {FRACTIONS[sign_ascent.TRIAL]} of its climb is a trial",
+        f"after each {FRACTIONS[sign_ascent.STAGE]} of the budget",
         f"{setting('lipschitz_bounds', 'seconds'):g} seconds of work on one slow core",
         f"up to {STRETCHES[-1]:,.0f} times as far from their centre",
         f"were measured to fall to {FRACTIONS[1 / HELPS]} or less".replace("were", "was"),
