@@ -62,7 +62,8 @@ def shadowing(
 
     Then x is within the window of F^-1(z') for a z' within the window of z: it is a right draw,
     even where F(x) is far from z. Of data, z is within the window of F(x') for an x' within the
-    window of x. The window is measured, not proved, and tells nothing about log p(x).
+    window of x. The window is measured, not proved, and tells nothing about log p(x). It is
+    relative to the length of a state: of features in different units, to that of the largest.
 
     The verdict holds the largest window against ``limits.draw``, and is undecided if Newton's
     method finds no orbit. It decides no use.

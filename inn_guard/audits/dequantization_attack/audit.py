@@ -210,6 +210,7 @@ class _WorstPoints:
             at_centre=search.curve[0][1],
             searched=search.error,
             again=torch.where(whole, off.norm(dim=1), infinite).cpu(),
+            # all entries of quantized data have one unit
             relative=(
                 torch.where(whole, off.abs().amax(1), infinite) / data_scale(search.points)
             ).cpu(),
