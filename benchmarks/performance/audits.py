@@ -42,11 +42,14 @@ class Config:
     batch: int = 64
     steps: int = 100  # of training
     rounds: int = 5
+    rounds_of_full: int = 1  # of the level "full", which takes as long as all others together
     cases: tuple[str, ...] = tuple(GOALS)
 
 
 PRESETS = {
     "smoke": {"blocks": 2, "hidden": 8, "steps": 2, "rounds": 1, "cases": ("dry run", "quick")},
+    # a minute of one idle core; without the level full, which takes another
+    "short": {"rounds": 3, "cases": ("dry run", "quick", "standard")},
     "cpu": {},  # the claim's sizes
 }
 
@@ -93,7 +96,7 @@ def forward_passes(config: Config, case: str) -> float:
 
     audit()  # what is imported and compiled once is no cost of an audit
     ratios = []
-    for _ in range(config.rounds):
+    for _ in range(config.rounds_of_full if case == "full" else config.rounds):
         before = seconds_of_a_pass(model, x)
         seconds, _ = processor_seconds(audit)
         ratios.append(2 * seconds / (before + seconds_of_a_pass(model, x)))
@@ -125,7 +128,9 @@ def import_share(rounds: int) -> float:
 
 
 def run(config: Config) -> pd.DataFrame:
-    return collect(config, config.cases, measure)
+    frame = collect(config, config.cases, measure)
+    print(frame.to_string(index=False))
+    return frame
 
 
 if __name__ == "__main__":

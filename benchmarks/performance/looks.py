@@ -158,7 +158,9 @@ def with_share(
 
 
 def run(config: Config) -> pd.DataFrame:
-    return collect(config, config.nets, measure)
+    frame = collect(config, config.nets, measure)
+    print(frame.T.to_string(header=False))
+    return frame
 
 
 if __name__ == "__main__":
