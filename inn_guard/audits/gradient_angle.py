@@ -156,11 +156,12 @@ def gradient_angle(
     x and z are kept and the inputs of all layers but the first one are rebuilt. With "output" z
     alone is kept, as in the paper's code: these gradients also hold the error of the rebuilt x, and
     can be further off. The angle that the other choice has in the first minibatch is reported, too.
-    The loss is ``context.loss``, which takes (z) or (z,
-    log_det) and returns one number; by default the negative log-likelihood under a standard normal,
-    or the mean square of z where there is no log-determinant, or where those of the layers do not
-    add up to the model's own: that is no fault of memory saving. Angles come from the difference of
-    the unit vectors, which small angles survive.
+
+    The loss is ``context.loss``, which takes (z) or (z, log_det) and returns one number. By default
+    it is the negative log-likelihood under a standard normal. It is the mean square of z where
+    there is no log-determinant, or where those of the layers do not add up to the model's own,
+    which is no fault of memory saving. Angles come from the difference of the unit vectors, which
+    small angles survive.
 
     The verdict holds the worst minibatch against ``limits.gradient_angle`` and
     ``limits.gradient_length``; samples with NaN or Inf are left out. Where rounding x moves the

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 __all__ = ["lipschitz_bounds"]
 
 #: A layer is named as a cause if its bound is this far above the geometric mean, or infinite.
-LOUD = 1.5
+DOMINANT = 1.5
 NAMED = 6  #: layers that an advice names
 SAMPLED = 16  #: rows of the data at which layers are measured, too
 ON_IMAGES = (
@@ -154,7 +154,7 @@ def _values(bounds: LipschitzBounds) -> dict[str, float]:
 
 
 def _rows(lower: list[tuple[float, float]], bounds: LipschitzBounds) -> list[Mapping[str, Any]]:
-    loud = _loud(bounds.per_layer)
+    dominant = _dominant(bounds.per_layer)
     rows: list[Mapping[str, Any]] = []
     for k, layer in enumerate(bounds.per_layer):
         row: dict[str, Any] = {"index": k, "name": layer.name}
@@ -170,7 +170,7 @@ def _rows(lower: list[tuple[float, float]], bounds: LipschitzBounds) -> list[Map
             "table3_inverse": layer.paper_bound.inverse,
         }
         row |= {
-            "makes_it_large": k in loud,
+            "makes_it_large": k in dominant,
             "method": layer.bounds.method,
             "reason": layer.bounds.reason,
         }
@@ -204,9 +204,9 @@ def _sampled(
     return result
 
 
-def _loud(layers: tuple[LayerBound, ...]) -> set[int]:
+def _dominant(layers: tuple[LayerBound, ...]) -> set[int]:
     """Layers whose bound, in one direction, is far above the geometric mean of all layers'."""
-    loud = set()
+    found = set()
     for side in ("forward", "inverse"):
         logs = [
             math.log(getattr(layer.bounds, side)) if getattr(layer.bounds, side) > 0 else 0.0
@@ -214,8 +214,8 @@ def _loud(layers: tuple[LayerBound, ...]) -> set[int]:
         ]
         finite = [value for value in logs if math.isfinite(value)]
         mean = sum(finite) / len(finite) if finite else 0.0
-        loud |= {k for k, value in enumerate(logs) if value > mean + math.log(LOUD)}
-    return loud
+        found |= {k for k, value in enumerate(logs) if value > mean + math.log(DOMINANT)}
+    return found
 
 
 def _advice(bounds: LipschitzBounds) -> str:
@@ -231,19 +231,13 @@ def _advice(bounds: LipschitzBounds) -> str:
             "residual layers: certified spectral normalisation below one makes the inverse exist"
         )
     if not advice and max(bounds.forward, bounds.inverse) > 10 * len(bounds.per_layer):
-        loud = [
-            f"{k} ({layer.name})"
-            for k, layer in enumerate(bounds.per_layer)
-            if k in _loud(bounds.per_layer)
-        ]
-        named = ", ".join(
-            [*loud[:NAMED], f"{len(loud) - NAMED} more"] if len(loud) > NAMED else loud
-        )
-        culprits = (
-            f"layers that make the product large: {named}"
-            if loud
-            else "all layers make the product large alike"
-        )
+        dominant = sorted(_dominant(bounds.per_layer))
+        culprits = "all layers make the product large alike"
+        if dominant:
+            named = [f"{k} ({bounds.per_layer[k].name})" for k in dominant[:NAMED]]
+            if len(dominant) > NAMED:
+                named.append(f"{len(dominant) - NAMED} more")
+            culprits = f"layers that make the product large: {', '.join(named)}"
         advice.append(
             f"{culprits}; spectral normalisation of the subnetworks lowers both directions, a "
             "scale in (0.5, 1) the inverse of affine couplings, and additive couplings have no "

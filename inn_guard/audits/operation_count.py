@@ -56,15 +56,8 @@ class _Counter(TorchDispatchMode):
         if formula is not None:
             self.total += formula(*args, **(kwargs or {}), out_val=out)
         elif not func.is_view:
-            self.total += sum(
-                t.numel()
-                for t in (out if isinstance(out, (tuple, list)) else (out,))
-                if _is_tensor(t)
-            )
+            results = out if isinstance(out, (tuple, list)) else (out,)
+            self.total += sum(result.numel() for result in results if isinstance(result, Tensor))
         if self.total > self.at_most:
             raise TooManyOperations(f"more than {self.at_most:,.0f} operations")
         return out
-
-
-def _is_tensor(value: Any) -> bool:
-    return isinstance(value, Tensor)

@@ -43,11 +43,12 @@ def percent(rate: float) -> str:
 
 
 def draws_that_decide(count: int, of: int, limit: float, *, confidence: float = 0.95) -> int | None:
-    """How many draws would decide, if the rate is the one seen so far.
+    """How many draws would put the limit outside of the interval, if the rate stays as seen so far.
 
-    They put the limit outside of the interval.
+    The rate is estimated as (count + 1/2) / (of + 1), or 0 where nothing was counted.
 
-    The rate is estimated as (count + 1/2) / (of + 1). None: more than MOST_DRAWS.
+    Returns:
+        the smallest number of draws; None if that is more than MOST_DRAWS.
     """
     rate = (count + 0.5) / (of + 1)
     if count == 0:

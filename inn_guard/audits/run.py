@@ -211,8 +211,7 @@ def _with_deciding(
         return chosen
     names = {check.name for check in chosen}
     needed = {check.name for check in AUDITS.values() if set(check.uses) & set(uses)}
-    order = [check for check in AUDITS.values() if check.name in names | needed]
-    return order
+    return [check for check in AUDITS.values() if check.name in names | needed]
 
 
 def _memory(memory: float | int | None) -> float | int | None:

@@ -94,10 +94,10 @@ def out_of_distribution(
     table: of the feature's deviation or the entry's size), or not finite, or if the forward and the
     inverse log-determinant leave more than 0.1 bits per dimension: then the change of variables
     means nothing there. The verdict is that of ``others``, of what lies within the data's range,
-    and of the latents of x; the rest is reported. Draws from the base itself are the matter of
-    ``sampling``. What the model does on an input (loop, return NaN) is its answer. Inputs outside
-    of the audit's ``domain`` are left out; so are those that the model's forward refuses by an
-    exception, since it says so itself.
+    and of the latents of x; the rest is reported. Draws from the base itself are measured by
+    ``sampling``. A call that does not return, or returns NaN, counts as a failure. Inputs outside
+    of the audit's ``domain`` are left out. So are those for which the model's forward raises: it
+    says itself that it does not take them.
 
     The radius search goes from the batch's mean along random directions, in units of the data's
     distance from it, to the first radius where an inverse or a likelihood fails.
