@@ -25,6 +25,7 @@ from inn_guard.lipschitz.cross_check import (
     why_no_copy,
     without_bounds,
 )
+from inn_guard.lipschitz.linearised_chain import linearised
 from inn_guard.lipschitz.maps.base import BoundedMap, NoRule, bounded_map
 from inn_guard.lipschitz.maps.closed_forms import Pair
 from inn_guard.lipschitz.maps.preimage import is_everywhere
@@ -46,6 +47,7 @@ from inn_guard.numerics.rounding import Upper
 __all__ = ["Computed", "Conditions", "Progress", "compute"]
 
 Progress = Callable[[str, float], None]
+LINEARISED = 0.9  #: of the time, at most, for a linearisation; it is left out if it takes longer
 BRANCHING = 4  #: dimensions up to which a box is branched
 
 
@@ -188,7 +190,7 @@ class _Run:
         scope = f"on the {_text_of(self.box)}"
         is_global = all(layer.bounds.is_global for layer in per_layer)
         # chains and enclosures take slopes on the box, even of layers whose own bounds are global
-        if any(factor.proof is not None for factor in (*forward, *inverse)):
+        if any(factor.proof is not None or factor.method for factor in (*forward, *inverse)):
             is_global = is_everywhere(self.box)
         if is_global and method == by_layers:
             scope = "global"
@@ -271,13 +273,15 @@ class _Run:
         return self.deadline.fraction(otherwise)
 
     def _per_layer(self, maps: list[tuple[str, BoundedMap]]) -> LayerBounds:
+        described = [bounded for _, bounded in maps]
         effort = self.effort
         if effort is None:
             seconds = min(10.0, 0.4 * self.seconds / len(maps))
             effort = SearchBudget(steps=30, seconds=seconds)
-        effort = replace(effort, deadline=self._fraction(0.2, 0.4))
         try:
-            return bound_layers(maps, self.box, effort)
+            near = linearised(described, self.box, self.deadline.fraction(LINEARISED))
+            effort = replace(effort, deadline=self._fraction(0.2, 0.4))
+            return bound_layers(maps, self.box, effort, near)
         except RuntimeError as error:
             shape = ", ".join(["B", *map(str, self.box.shape)])
             raise ValueError(
@@ -338,14 +342,10 @@ def _method(factors: list[Factor]) -> str:
     count, total = longest.last - longest.first, factors[-1].last
     if count == 1:
         return "product of layers"
-    kind = "recursion"
-    if longest.enclosed:
-        kind = "enclosed Jacobians"
+    kind = longest.method or "recursion"
     if count < total:
         return f"{kind} over runs of up to {count} of {total} layers"
-    if longest.enclosed:
-        return kind
-    return "whole-network recursion"
+    return longest.method or "whole-network recursion"
 
 
 def _text_of(box: Interval) -> str:

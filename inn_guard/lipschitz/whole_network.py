@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from inn_guard.execution.deadline import Deadline, spend
+from inn_guard.lipschitz.linearised_chain import Linearised
 from inn_guard.lipschitz.lipsdp.chain import Chain
 from inn_guard.lipschitz.maps.base import BlockBounds, BoundedMap
 from inn_guard.lipschitz.maps.closed_forms import Pair
@@ -37,6 +38,7 @@ __all__ = [
 
 WIDE = 256  #: entries of a sample up to which Jacobians are enclosed
 ENCLOSED = 8.0  #: operations on centres and radii for each parameter of a network and each input
+NEAR = "linearisation at the centre"
 SHARE = 0.1  #: of the time left that one layer may take, or twice its equal share if that is more
 
 
@@ -49,14 +51,14 @@ class Factor:
         last: index after the last layer.
         bound: certified bound of the layers' Jacobian (or inverse Jacobian).
         proof: the chain and its multipliers, where a chain gave the bound.
-        enclosed: whether the bound is that of a product of enclosed Jacobians.
+        method: what gave the bound, if that was no chain of several layers.
     """
 
     first: int
     last: int
     bound: float
     proof: Proof | None = None
-    enclosed: bool = False
+    method: str = ""
 
 
 def product(bounds: Sequence[float]) -> Upper:
@@ -114,7 +116,7 @@ def jacobian_factors(jacobians: Sequence[Interval | None], deadline: Deadline) -
             if not math.isfinite(bound):
                 break
             proof = Proof(bound, Chain(total.shape[1], (), matrix[None], error), ())
-            found.append(Factor(first, last + 1, bound, proof, enclosed=True))
+            found.append(Factor(first, last + 1, bound, proof, "enclosed Jacobians"))
     return found
 
 
@@ -129,6 +131,7 @@ class LayerBound:
         bounds: certified bounds on that box.
         paper_bound: bounds by the formula of Table 3; NaN where time ran out.
         jacobians: enclosures of J and of J^-1, of few entries; None where there are none.
+        so_far: bounds of all layers from the first to this one together; None where there are none.
     """
 
     name: str
@@ -137,19 +140,29 @@ class LayerBound:
     bounds: BlockBounds
     paper_bound: Pair
     jacobians: tuple[Interval, Interval] | None = None
+    so_far: Pair | None = None
 
 
 LayerBounds = Sequence[LayerBound]
 
 
 def bound_layers(
-    layers: Sequence[tuple[str, BoundedMap]], box: Interval, effort: SearchBudget
+    layers: Sequence[tuple[str, BoundedMap]],
+    box: Interval,
+    effort: SearchBudget,
+    near: Sequence[Linearised] = (),
 ) -> LayerBounds:
     """Every layer's bounds on the box that the layers before it make of ``box``.
 
     Boxes are the intersection of interval bounds and, if ``box`` is bounded, of the reachable set
     of differences from its centre, and of what the mean-value theorem says of few entries. Table
     3's bounds are NaN where time ran out; they are only shown.
+
+    Args:
+        layers: names and maps.
+        box: of the inputs.
+        effort: budget of all layers together.
+        near: what a linearisation says of the first layers.
     """
     result = []
     reach = moved_by_mean = None
@@ -175,6 +188,9 @@ def bound_layers(
             moved_by_mean = moved_by_mean.after(described, jacobians)
         if moved_by_mean is not None:
             box = moved_by_mean.intersect(box)
+        if k < len(near):
+            box = box.meet(near[k].box)
+            result[-1] = replace(result[-1], so_far=near[k].bounds)
     return tuple(result)
 
 
@@ -287,15 +303,30 @@ def _stretched(reach: ReachableSet | None, layer: LayerBound) -> ReachableSet | 
 
 
 def forward_factors(layers: LayerBounds, effort: SearchBudget) -> list[Factor]:
-    """Factors of least product that bound the forward map: chains, enclosed Jacobians, layers."""
-    return _factors(layers, effort, _Forward())
+    """Factors of least product that bound the forward map.
+
+    There are chains, products of enclosed Jacobians, linearisations, and single layers.
+    """
+    near = [Factor(0, k, pair.forward, method=NEAR) for k, pair in _from_first(layers)]
+    return _factors(layers, effort, _Forward(), near)
 
 
 def inverse_factors(layers: LayerBounds, effort: SearchBudget) -> list[Factor]:
     """The same for the inverse map, whose first layer is the last of the forward map."""
-    reversed_factors = _factors(tuple(reversed(layers)), effort, _Inverse())
     n = len(layers)
+    near = [Factor(n - k, n, pair.inverse, method=NEAR) for k, pair in _from_first(layers)]
+    reversed_factors = _factors(tuple(reversed(layers)), effort, _Inverse(), near)
     return [replace(f, first=n - f.last, last=n - f.first) for f in reversed(reversed_factors)]
+
+
+def _from_first(layers: LayerBounds) -> list[tuple[int, Pair]]:
+    """Bounds of the first k layers together, with k, up to a layer about which nothing is known."""
+    found: list[tuple[int, Pair]] = []
+    for k, layer in enumerate(layers, 1):
+        if layer.so_far is None or layer.bounds.forward == layer.bounds.inverse == math.inf:
+            break
+        found.append((k, layer.so_far))
+    return found
 
 
 class _Forward:
@@ -334,8 +365,10 @@ class _Inverse(_Forward):
         return layer.map.image(layer.box).shape
 
 
-def _factors(layers: LayerBounds, effort: SearchBudget, direction: _Forward) -> list[Factor]:
-    factors = []
+def _factors(
+    layers: LayerBounds, effort: SearchBudget, direction: _Forward, near: list[Factor]
+) -> list[Factor]:
+    factors = [factor for factor in near if math.isfinite(factor.bound)]
     for k, layer in enumerate(layers):
         proof = layer.bounds.proofs.get(direction.name)
         factors.append(Factor(k, k + 1, direction.bound(layer), proof))

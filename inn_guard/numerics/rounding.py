@@ -17,6 +17,7 @@ __all__ = [
     "TINY",
     "UNIT",
     "Upper",
+    "above_shift",
     "enlarged",
     "frobenius_norm",
     "gamma",
@@ -225,10 +226,15 @@ def largest_eigenvalue(matrices: Tensor) -> Upper:
     H = matrices.reshape(-1, *matrices.shape[-2:])
     if not is_finite(H):
         return Upper(math.inf)
-    n = H.shape[-1]
     s = _shift_with_cholesky(H)
     if not math.isfinite(s):
         return Upper(math.inf)
+    return above_shift(H, s)
+
+
+def above_shift(H: Tensor, s: Upper) -> Upper:
+    """The bound s + c of ``largest_eigenvalue``, where s I - H has been factorised."""
+    n = H.shape[-1]
     diagonal = H.diagonal(dim1=1, dim2=2).real
     trace = Upper.computed(float((-diagonal + s).clamp_min(0).sum(1).max()), n + 2)
     subtraction = 2 * UNIT * (Upper(abs(s)) + float(diagonal.abs().max()))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 from jaxtyping import Num
@@ -11,6 +12,7 @@ from torch import Tensor
 from inn_guard.numerics.rounding import (
     UNIT,
     Upper,
+    above_shift,
     frobenius_norm,
     gamma,
     gamma_of,
@@ -25,8 +27,12 @@ __all__ = [
     "inverse_norm",
     "inverse_with_error",
     "norm_operations",
+    "singular_range",
     "spectral_norm",
 ]
+
+STEPS = 40  #: of the Lanczos iteration, which only guesses
+MARGIN = 1e-3  #: relative distance of the first shift tried from the guess
 
 
 def spectral_norm(matrix: Num[Tensor, "*batch m n"], error: float = 0.0) -> Upper:
@@ -111,6 +117,70 @@ def inverse_with_error(matrix: Num[Tensor, "n n"]) -> tuple[Tensor, Upper]:
     """An approximate inverse X of W and a certified bound of ||W^-1 - X||; inf if W is singular."""
     X, defect = _approximate_inverse(exact(matrix))
     return X, spectral_norm(X) * defect / (1 - defect)
+
+
+def singular_range(matrix: Num[Tensor, "n n"]) -> tuple[float, Upper]:
+    """A lower bound of sigma_min and an upper bound of sigma_max, for large square matrices.
+
+    Eigenvalues of A^T A are guessed by Lanczos iterations, and certified by Cholesky
+    factorisations: a few products of matrices, where ``spectral_norm`` needs all eigenvalues. The
+    bounds are off by a part in a thousand.
+
+    Returns:
+        (lower, upper); (0, inf) where nothing is proved.
+
+    >>> least, most = singular_range(torch.diag(torch.tensor([2.0, 5.0])))
+    >>> 1.99 < least <= 2.0 and 5.0 <= most < 5.01
+    True
+    """
+    A = exact(matrix)
+    if not is_finite(A) or not bool(A.any()):
+        return 0.0, Upper(math.inf)
+    scale = power_of_two(A)
+    A = A / scale
+    size = frobenius_norm(A)
+    G = A.mT @ A
+    rounding = gamma(len(A) + 2) * size * size
+    top = _certified_shift(G, _guessed_eigenvalue(lambda v: G @ v, len(G)))
+    least = 0.0
+    L, info = torch.linalg.cholesky_ex(G)
+    if int(info) == 0:
+        guess = 1 / _guessed_eigenvalue(lambda v: torch.cholesky_solve(v[:, None], L)[:, 0], len(G))
+        bottom = _certified_shift(-G, -guess) + rounding
+        # sqrt is rounded to nearest
+        least = math.sqrt(max(-float(bottom), 0.0)) * (1 - 2 * UNIT) * scale
+    return least, (top + rounding).sqrt() * scale
+
+
+def _guessed_eigenvalue(product: Callable[[Tensor], Tensor], n: int) -> float:
+    """The largest eigenvalue of a positive semidefinite matrix, roughly, by Lanczos."""
+    generator = torch.Generator().manual_seed(0)
+    v = torch.randn(n, generator=generator, device="cpu", dtype=torch.float64)
+    basis = (v / v.norm())[None]
+    for _ in range(min(STEPS, n - 1)):
+        w = product(basis[-1])
+        # twice: once leaves too much of the basis in w
+        w = w - basis.T @ (basis @ w)
+        w = w - basis.T @ (basis @ w)
+        length = w.norm()
+        if not length > 1e-12:
+            break
+        basis = torch.cat([basis, (w / length)[None]])
+    projected = basis @ torch.stack([product(row) for row in basis], 1)
+    return float(torch.linalg.eigvalsh((projected + projected.T) / 2)[-1])
+
+
+def _certified_shift(H: Tensor, guess: float) -> Upper:
+    """A bound of the largest eigenvalue of H a little above a guess of it; inf if there is none."""
+    margin = MARGIN
+    while margin < 1:
+        s = Upper(guess + margin * abs(guess))
+        shifted = -H
+        shifted.diagonal().add_(s)
+        if int(torch.linalg.cholesky_ex(shifted)[1]) == 0:
+            return above_shift(H[None], s)
+        margin *= 4
+    return Upper(math.inf)
 
 
 def _approximate_inverse(W: Tensor) -> tuple[Tensor, Upper]:

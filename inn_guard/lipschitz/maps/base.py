@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from inn_guard.core.missing import Missing
 from inn_guard.core.readable import RulesByClass
 from inn_guard.lipschitz.maps.closed_forms import Pair
+from inn_guard.lipschitz.maps.neighbourhood import Moved, Neighbourhood
 from inn_guard.lipschitz.maps.preimage import everywhere
 from inn_guard.lipschitz.networks.chain_builder import ChainBuilder, Linear
 from inn_guard.lipschitz.networks.conditioner import Proof, SearchBudget, bound_chain, torus_of
@@ -157,6 +158,14 @@ class BoundedMap(abc.ABC):
             Unbounded: if they are not known.
         """
         raise Unbounded(f"the Jacobian of {type(self).__name__} is not enclosed")
+
+    def linearised(self, around: Neighbourhood) -> Moved:
+        """The map to first order around a point.
+
+        Raises:
+            Unbounded: if that is not known.
+        """
+        raise Unbounded(f"{type(self).__name__} is not linearised")
 
     def subnetworks(self) -> list[nn.Module]:
         """The networks in it, whose paddings a torus must hold."""

@@ -26,6 +26,7 @@ from inn_guard.lipschitz.lipsdp.chain import Chain
 from inn_guard.lipschitz.maps.base import BlockBounds, BoundedMap, for_last_box
 from inn_guard.lipschitz.maps.closed_forms import Pair, supremum
 from inn_guard.lipschitz.maps.elementary import per_channel
+from inn_guard.lipschitz.maps.neighbourhood import Moved, Neighbourhood
 from inn_guard.lipschitz.maps.preimage import everywhere, is_everywhere, preimage
 from inn_guard.lipschitz.networks.chain_builder import ChainBuilder, ChainInterpreter, Linear
 from inn_guard.lipschitz.networks.conditioner import (
@@ -33,15 +34,19 @@ from inn_guard.lipschitz.networks.conditioner import (
     SearchBudget,
     analyse,
     bound_chain,
+    linearise,
     torus_of,
     trace_network,
 )
 from inn_guard.lipschitz.networks.graph import Network, Unbounded
+from inn_guard.lipschitz.networks.interpreters import Columns, Constant
 from inn_guard.lipschitz.transformers.affine import Affine
 from inn_guard.lipschitz.transformers.base import Transformer, where
 from inn_guard.numerics.interval_matrices import diagonal
 from inn_guard.numerics.intervals import Interval
-from inn_guard.numerics.rounding import Upper
+from inn_guard.numerics.rounding import UNIT, Upper
+
+APART = 4  #: parameters of an entry up to which each has a constant of its own
 
 __all__ = [
     "ByChannel",
@@ -68,6 +73,11 @@ class Split(Protocol):
 
     def joined(self, x: Tensor, changed: Tensor) -> Tensor:
         """x with its changed entries replaced."""
+        ...
+
+    @property
+    def is_partition(self) -> bool:
+        """Whether every entry is either kept or changed."""
         ...
 
     def matrices(self) -> tuple[Tensor, Tensor]:
@@ -126,6 +136,7 @@ class ByMask:
     """Entries where ``mask`` (of a sample's shape) is true are kept; both parts have that shape."""
 
     mask: Tensor
+    is_partition = True
 
     def kept(self, x: Tensor) -> Tensor:
         return torch.where(self.mask, x, 0.0)
@@ -174,6 +185,31 @@ class Derivatives:
     def scale(self) -> Pair:
         """sup dh/dx and sup 1 / (dh/dx)."""
         return Pair(supremum(self.slope), supremum(self.slope.reciprocal()))
+
+
+@dataclass(frozen=True)
+class _Constants:
+    """Constants of the Jacobian of all parameters together, and of each alone."""
+
+    joint: Constant
+    parts: list[Constant]
+
+    def weighted(self, factors: list[Interval]) -> Upper:
+        """||sum_k D_k J_k||."""
+        return self._sum(factors, [part.lipschitz for part in self.parts], self.joint.lipschitz)
+
+    def apart(self, factors: list[Interval], reference: list[Interval]) -> Upper:
+        """||sum_k D_k J_k - D_k,c J_k,c||."""
+        deviations = [part.deviation for part in self.parts]
+        moved = [f - c for f, c in zip(factors, reference, strict=True)]
+        return self._sum(factors, deviations, self.joint.deviation) + self.weighted(moved)
+
+    @staticmethod
+    def _sum(factors: list[Interval], parts: list[Upper], joint: Upper) -> Upper:
+        total = Upper(0.0)
+        for factor, part in zip(factors, parts, strict=True):
+            total = total + supremum(factor) * part
+        return Upper.min(total, _row_norm(factors) * joint)
 
 
 @dataclass(frozen=True)
@@ -284,6 +320,52 @@ class Coupling(BoundedMap):
         log_M = -self.dependence(d, d.log_sensitivities)
         return assembled(d.slope, M), assembled(d.slope.reciprocal(), log_M)
 
+    def linearised(self, around: Neighbourhood) -> Moved:
+        """C = [[I, 0], [M_c, D_c]] with the derivatives of one point, and its exact inverse.
+
+        ||J - C|| <= ||[M - M_c, D - D_c]||, and M - M_c is the sum of dh/dtheta_k (J_k - J_k,c) and
+        (dh/dtheta_k - its value at the point) J_k,c; the same with log-sensitivities for J^-1.
+        """
+        if not self.split.is_partition:
+            raise Unbounded("kept and changed entries that are no partition")
+        box, keep = around.range(), torch.vmap(self.split.kept)
+        inputs = keep(around.columns)
+        near = linearise(
+            self._graph,
+            around.centre.map(self.split.kept),
+            box.map(self.split.kept),
+            inputs,
+            around.directions,
+        )
+        over = self._derivatives_of(near.near, box.map(self.split.changed))
+        at = self._derivatives_of(near.point, around.centre.map(self.split.changed))
+        slope = at.slope.centre
+        changed = torch.vmap(self.split.changed)(around.columns)
+        total = Columns(changed, Upper(0.0)).moved(changed * slope, _largest(slope), 2)
+        J = self._constants(near.constant())
+        sensitivities = [s.centre for s in at.sensitivities]
+        for rows, sensitivity in zip(self.rows, sensitivities, strict=True):
+            part = Columns(near.columns.values[:, rows], near.columns.error)
+            part = part.moved(part.values * sensitivity, _largest(sensitivity), 2)
+            values = total.values + part.values
+            rounding = 2 * UNIT * (total.size + part.size)
+            total = Columns(values, total.error + part.error + rounding)
+        forward = J.apart(over.sensitivities, [Interval.of(s) for s in sensitivities])
+        # the inverse of C has exact quotients
+        quotients = [Interval.of(s) / Interval.of(slope) for s in sensitivities]
+        inverse = J.apart(over.log_sensitivities, quotients)
+        reciprocal = Interval.of(slope).reciprocal()
+        scale = _largest((over.slope - slope).magnitude)
+        inverse_scale = _largest((over.slope.reciprocal() - reciprocal).magnitude)
+        values = torch.vmap(self.split.joined)(around.columns, total.values)
+        centre = self._joined(around.centre, self.transformer.value(at.x, at.theta))
+        return Moved(
+            centre,
+            Columns(values, total.error),
+            (forward * forward + scale * scale).sqrt(),
+            (inverse * inverse + inverse_scale * inverse_scale).sqrt(),
+        )
+
     def dependence(self, d: Derivatives, factors: list[Interval]) -> Interval:
         """sum_k diag(factor_k) J_theta_k, (changed entries, network inputs); zeros stay zeros."""
         entries = d.network.jacobian()
@@ -329,7 +411,10 @@ class Coupling(BoundedMap):
         Raises:
             Unbounded: if the network is not understood.
         """
-        network, x, h = self.analysed(box), box.map(self.split.changed), self.transformer
+        return self._derivatives_of(self.analysed(box), box.map(self.split.changed))
+
+    def _derivatives_of(self, network: AnalysedNetwork, x: Interval) -> Derivatives:
+        h = self.transformer
         theta = [network.output[rows] for rows in self.rows]
         return Derivatives(
             network,
@@ -341,13 +426,26 @@ class Coupling(BoundedMap):
         )
 
     def norms(self, d: Derivatives, deadline: Deadline) -> Pair:
-        """Bounds of ||M|| and ||D^-1 M||: ||sum_k D_k J_k|| <= max_i sqrt(sum_k D_k,i^2) ||J||."""
+        """Bounds of ||M|| and ||D^-1 M||.
+
+        ||sum_k D_k J_k|| is at most max_i sqrt(sum_k D_k,i^2) ||J||, J of all parameters together,
+        and at most sum_k ||D_k|| ||J_k||.
+        """
+        try:
+            J = self._constants(d.network.constant(deadline))
+        except Unbounded:
+            return Pair(math.inf, math.inf)
+        return Pair(*[J.weighted(factors) for factors in (d.sensitivities, d.log_sensitivities)])
+
+    def _constants(self, joint: Constant) -> _Constants:
+        parts = [joint] * len(self.rows)
+        if len(self.rows) <= APART:
+            parts = [joint.rows(rows) for rows in self.rows]
         # of an output that serves as several parameters J_k is stacked as often
         most = int(torch.cat(list(self.rows)).bincount().max())
-        L = Upper(d.network.product(deadline)) * Upper(float(most)).sqrt()
-        if most == 1:
-            L = Upper(d.network.product(deadline))
-        return Pair(_row_norm(d.sensitivities) * L, _row_norm(d.log_sensitivities) * L)
+        if most > 1:
+            joint = joint.scaled(Upper(float(most)).sqrt(), joint.shape)
+        return _Constants(joint, parts)
 
     def reason_for_infinity(self, d: Derivatives, scale: Pair) -> str:
         """Why a bound is infinite."""
@@ -486,6 +584,10 @@ def _paper_affine(transformer: Affine, d: Derivatives, L: Upper) -> Pair:
     M = x * supremum(slope) * L + L
     M_star = y * inverse_slope * L + inverse_slope * L * supremum(t) + scale.inverse * L
     return blocks.affine_coupling(Pair(M, M_star), scale, paper=True)
+
+
+def _largest(x: Tensor) -> Upper:
+    return Upper(float(x.abs().max()))
 
 
 def _is_one(factor: Interval) -> bool:

@@ -16,12 +16,13 @@ import inn_guard.lipschitz.maps.closed_forms as blocks
 from inn_guard.execution.deadline import spend
 from inn_guard.lipschitz.maps.base import BlockBounds, BoundedMap
 from inn_guard.lipschitz.maps.closed_forms import Pair
+from inn_guard.lipschitz.maps.neighbourhood import Moved, Neighbourhood, moved_by_slopes
 from inn_guard.lipschitz.maps.preimage import everywhere, preimage
 from inn_guard.lipschitz.networks.activations import Activation
 from inn_guard.lipschitz.networks.chain_builder import ChainBuilder, Linear
 from inn_guard.lipschitz.networks.conditioner import SearchBudget
 from inn_guard.lipschitz.networks.graph import Unbounded
-from inn_guard.lipschitz.networks.interpreters import over_channels
+from inn_guard.lipschitz.networks.interpreters import Columns, over_channels
 from inn_guard.lipschitz.transformers.base import clamped, product_with_complement
 from inn_guard.numerics.interval_matrices import diagonal, within
 from inn_guard.numerics.intervals import Box, Interval, linear
@@ -95,6 +96,17 @@ class Rearrangement(BoundedMap):
             raise Unbounded("entries are dropped, added or repeated")
         return Interval.of(matrix), Interval.of(matrix.T)
 
+    def linearised(self, around: Neighbourhood) -> Moved:
+        """Every column is rearranged, without rounding."""
+        # of every entry there must be exactly one
+        labels = torch.arange(around.centre.shape.numel(), dtype=torch.float64)
+        moved = self.move(labels.reshape(1, *around.centre.shape))
+        if not torch.equal(moved.flatten().sort().values, labels):
+            raise Unbounded("entries are dropped, added or repeated")
+        columns = Columns(self.move(around.columns), Upper(0.0))
+        centre = self.image(around.centre)
+        return Moved(centre, columns, Upper(0.0), Upper(0.0), is_isometry=True)
+
     def order(self, box: Interval) -> Tensor:
         """The order of channels.
 
@@ -158,6 +170,9 @@ class ShapeDependent(BoundedMap):
     def jacobians(self, box: Interval) -> tuple[Interval, Interval]:
         return self.at(box).jacobians(box)
 
+    def linearised(self, around: Neighbourhood) -> Moved:
+        return self.at(around.centre).linearised(around)
+
     def subnetworks(self) -> list[nn.Module]:
         return list(self.networks)
 
@@ -193,6 +208,11 @@ class Diagonal(BoundedMap):
     def jacobians(self, box: Interval) -> tuple[Interval, Interval]:
         """The diagonal and its inverse."""
         return _diagonals(_at_every_pixel(self.scale, box).map(lambda t: t.expand(box.shape)))
+
+    def linearised(self, around: Neighbourhood) -> Moved:
+        slopes = _at_every_pixel(self.scale, around.centre)
+        slopes = slopes.map(lambda t: t.expand(around.centre.shape))
+        return moved_by_slopes(around, self.image(around.centre), slopes)
 
     def _per_channel(self, channels: int) -> Tensor:
         return exact(self.scale) * torch.ones(channels, dtype=torch.float64)
@@ -282,6 +302,15 @@ class LinearMap(BoundedMap):
         weight = within(exact(self.weight), self.error)
         return repeated(weight), repeated(within(inverse, error))
 
+    def linearised(self, around: Neighbourhood) -> Moved:
+        W = exact(self.weight)
+        error = self.inverse()[1]
+        values = torch.einsum("oc,nc...->no...", W, around.columns)
+        columns = Columns(around.columns, Upper(0.0))
+        columns = columns.moved(values, cheap_norm(W.abs()), W.shape[1] + 2)
+        # W^-1 lies within ``error`` of the computed one, and so does the inverse of the weight
+        return Moved(self.image(around.centre), columns, Upper(self.error), 2 * error)
+
     def inverse(self) -> tuple[Tensor, Upper]:
         """W^-1, computed, with a bound of the norm of its error.
 
@@ -342,6 +371,10 @@ class Elementwise(BoundedMap):
     def jacobians(self, box: Interval) -> tuple[Interval, Interval]:
         """The slopes, and one over them."""
         return _diagonals(self.slope(box))
+
+    def linearised(self, around: Neighbourhood) -> Moved:
+        slopes = self.slope(around.range())
+        return moved_by_slopes(around, self.image(around.centre), slopes)
 
 
 @dataclass(frozen=True)

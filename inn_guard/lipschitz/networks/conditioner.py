@@ -16,24 +16,30 @@ from inn_guard.lipschitz.lipsdp.chain import Chain, Multipliers
 from inn_guard.lipschitz.lipsdp.multipliers import NORM, Goal, fast_multipliers, optimise
 from inn_guard.lipschitz.lipsdp.recursion import certify
 from inn_guard.lipschitz.networks.chain_builder import ChainBuilder, ChainInterpreter, Linear, Torus
+from inn_guard.lipschitz.networks.directions import Directions, chunks
 from inn_guard.lipschitz.networks.graph import CONVOLUTIONS, Network, Unbounded
 from inn_guard.lipschitz.networks.interpreters import (
+    Columns,
     Constant,
+    DeviationInterpreter,
     IntervalInterpreter,
     JacobianInterpreter,
     NormProduct,
+    ReferenceJacobian,
 )
 from inn_guard.numerics.convolution_norm import paddings
 from inn_guard.numerics.intervals import Interval
-from inn_guard.numerics.rounding import Upper
+from inn_guard.numerics.rounding import Upper, enlarged
 from inn_guard.numerics.spectral_norm import spectral_norm
 
 __all__ = [
     "AnalysedNetwork",
+    "LinearisedNetwork",
     "Proof",
     "SearchBudget",
     "analyse",
     "bound_chain",
+    "linearise",
     "searched_multipliers",
     "subnetwork_lipschitz",
     "torus_of",
@@ -88,14 +94,29 @@ class AnalysedNetwork:
     output: Interval
     preactivations: dict[str, Interval]
 
-    def product(self, deadline: Deadline | None = None) -> Upper:
-        """A Lipschitz constant by certified norms; inf where an operation has none."""
+    def constant(
+        self,
+        deadline: Deadline | None = None,
+        reference: dict[str, Interval] | None = None,
+    ) -> Constant:
+        """A Lipschitz constant by certified norms.
+
+        Args:
+            deadline: norms that would take longer are replaced by cheaper ones.
+            reference: preactivations at a point, whose slopes the Jacobian is compared with.
+
+        Raises:
+            Unbounded: if an operation has none.
+        """
         start = Constant(Upper(1.0), tuple(self.box.shape))
+        return self.network.interpret(start, NormProduct(self.preactivations, deadline, reference))
+
+    def product(self, deadline: Deadline | None = None) -> Upper:
+        """The constant; inf where an operation has none."""
         try:
-            constant = self.network.interpret(start, NormProduct(self.preactivations, deadline))
+            return self.constant(deadline).lipschitz
         except Unbounded:
             return Upper(math.inf)
-        return constant.lipschitz
 
     def jacobian(self) -> Interval:
         """The Jacobian over the box, (outputs, inputs), images flattened."""
@@ -107,6 +128,65 @@ class AnalysedNetwork:
     def append_to(self, builder: ChainBuilder, x: Linear) -> Linear:
         """The network's output for an input x; its layers are appended to the builder's chain."""
         return self.network.interpret(x, ChainInterpreter(builder, self.preactivations))
+
+
+@dataclass(frozen=True)
+class LinearisedNetwork:
+    """A network near a point, for inputs of a neighbourhood.
+
+    Attributes:
+        near: its values and slopes, boxes of which follow from the linear approximation.
+        point: its values at the point.
+        columns: the reference Jacobian times the columns of the inputs.
+    """
+
+    near: AnalysedNetwork
+    point: AnalysedNetwork
+    columns: Columns
+
+    def constant(self) -> Constant:
+        """Bounds of the Jacobian, and of its distance from the reference."""
+        return self.near.constant(reference=self.point.preactivations)
+
+
+def linearise(
+    network: Network, point: Interval, box: Interval, inputs: Tensor, directions: Directions
+) -> LinearisedNetwork:
+    """A network in the neighbourhood of a point.
+
+    Args:
+        network: its graph.
+        point: encloses the input at the centre.
+        box: holds every input.
+        inputs: what each direction moves in the input, (n, *shape), exactly.
+        directions: which moves there are.
+
+    Raises:
+        Unbounded: if an operation of the module is not known, or its values are not.
+    """
+    at_point = analyse(network, point)
+    weights, sums, squares, errors = directions.radius, {}, {}, {}
+    parts: list[Columns] = []
+    for chunk in chunks(inputs):
+
+        def collect(node: str, x: Columns, radius: Tensor = weights[chunk]) -> None:
+            size = x.values.abs()
+            sums[node] = sums.get(node, 0.0) + torch.tensordot(radius, size, 1)
+            squares[node] = squares.get(node, 0.0) + size.square().sum(0)
+            square = x.error * x.error
+            errors[node] = errors.get(node, Upper(0.0)) + square
+
+        jacobian = ReferenceJacobian(at_point.preactivations, collect)
+        parts.append(network.interpret(Columns(inputs[chunk], Upper(0.0)), jacobian))
+        collect("", parts[-1])
+    spread = {n: directions.spread(sums[n], squares[n], errors[n].sqrt()) for n in sums}
+    deviation = DeviationInterpreter(at_point.preactivations, spread)
+    apart = network.interpret(torch.zeros_like(point.lo), deviation)
+    moved = enlarged(apart + spread[""], 1)
+    output = at_point.output + Interval(-moved, moved)
+    near = AnalysedNetwork(network, box, output, deviation.preactivations)
+    columns = Columns(torch.cat([part.values for part in parts]), errors[""].sqrt())
+    return LinearisedNetwork(near, at_point, columns)
 
 
 def trace_network(module: nn.Module, context: Any = None) -> Network:
