@@ -7,10 +7,10 @@ first k layers. With ||J(x) - C_k|| <= eps_k for layer k on the states that it g
 
     J_k(x) = P_k (I + N),   1 + ||N|| <= 1 + nu_k = prod_j (1 + ||P_j^-1|| eps_j ||P_{j-1}||),
 
-because J_k = (C_k + E) P_{k-1} (I + N') = P_k (I + P_k^-1 E P_{k-1}) (I + N'). Averages of N along
-a line obey the same bound, so that x_k(x) = x_k(c) + P_k (d + w) with d = x - c and ||w|| <= nu_k
-||r||: the states that layer k + 1 gets. Telescoping sums give, with ||J_layer^-1 - C_k^-1|| <=
-eps'_k,
+because J_k = (C_k + E) P_{k-1} (I + N') = P_k (I + P_k^-1 E P_{k-1}) (I + N'). Differences obey the
+same with averages of derivatives: x_k(x) = c_k + P_k (d + w) with d = x - c, the states that layer
+k + 1 gets. Every c_k is a rounded point, and ||P_k^-1|| times its error goes into w as well.
+Telescoping sums give, with ||J_layer^-1 - C_k^-1|| <= eps'_k,
 
     ||J|| <= ||P_n|| + sum_k ||C_n ... C_{k+1}|| eps_k ||P_{k-1}|| (1 + nu_{k-1}),
     ||J^-1|| <= ||P_n^-1|| + sum_k ||P_{k-1}^-1|| eps'_k ||J_{k+1}^-1 ... J_n^-1||.
@@ -33,7 +33,7 @@ from inn_guard.lipschitz.networks.conditioner import SearchBudget
 from inn_guard.lipschitz.networks.directions import Directions
 from inn_guard.lipschitz.networks.graph import Unbounded
 from inn_guard.numerics.intervals import Interval
-from inn_guard.numerics.rounding import Upper
+from inn_guard.numerics.rounding import Upper, frobenius_norm
 from inn_guard.numerics.spectral_norm import singular_range
 
 __all__ = ["Linearised", "LinearisedChain", "linearised"]
@@ -84,7 +84,7 @@ class LinearisedChain:
         n = box.shape.numel()
         columns = torch.eye(n, dtype=torch.float64).reshape(n, *box.shape)
         directions = Directions(box.radius.flatten(), Upper(0.0))
-        around = Neighbourhood(Interval.of(box.centre), columns, directions, box)
+        around = Neighbourhood(box.centre, columns, directions, box)
         one = Upper(1.0)
         return cls(around, (Step(Pair(0.0, 0.0), one, one, one, Pair(1.0, 1.0)),), one)
 
@@ -112,14 +112,15 @@ class LinearisedChain:
             rounded = moved.columns.error / least
             exactness = exactness / (1 - rounded)
             inverse = Upper(1.0) / least
-        moving = moved.forward * last.largest + moved.columns.error
-        growth = last.growth * (1 + inverse * moving)
+        factor = 1 + inverse * (moved.forward * last.largest + moved.columns.error)
+        growth = last.growth * factor
         if not growth < FAR or not math.isfinite(exactness):
             raise Unbounded("the layers are too far from linear in this box")
-        directions = Directions(
-            self.around.directions.radius, (growth - 1) * _length(self.around.directions)
-        )
-        around = Neighbourhood(moved.centre, columns, directions, described.image(states))
+        directions = self.around.directions
+        rounding = inverse * frobenius_norm(moved.centre.radius.reshape(1, -1))
+        slack = directions.slack + (factor - 1) * directions.length + rounding
+        directions = Directions(directions.radius, slack)
+        around = Neighbourhood(moved.centre.centre, columns, directions, described.image(states))
         eps = Pair(moved.forward, moved.inverse)
         step = Step(eps, largest, inverse * exactness, growth, own)
         return LinearisedChain(around, (*self.steps, step), exactness)
@@ -143,10 +144,6 @@ class LinearisedChain:
         """||P_n^-1|| / (1 - nu_n) bounds J^-1."""
         last = self.steps[-1]
         return last.inverse / (1 - (last.growth - 1))
-
-
-def _length(directions: Directions) -> Upper:
-    return Directions(directions.radius, Upper(0.0)).length
 
 
 @dataclass(frozen=True)

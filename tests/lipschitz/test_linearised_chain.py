@@ -124,4 +124,6 @@ def test_widths_grow_and_the_chain_ends_where_nothing_is_known():
     singular = InvertibleLinear(4).double()
     nn.init.zeros_(singular.weight)
     with pytest.raises(Unbounded):
-        LinearisedChain.of(Box(-torch.ones(4), torch.ones(4))).through(bounded_map(singular, singular))
+        LinearisedChain.of(Box(-torch.ones(4), torch.ones(4))).through(
+            bounded_map(singular, singular)
+        )

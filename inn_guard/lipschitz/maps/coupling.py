@@ -332,13 +332,13 @@ class Coupling(BoundedMap):
         inputs = keep(around.columns)
         near = linearise(
             self._graph,
-            around.centre.map(self.split.kept),
+            around.point.map(self.split.kept),
             box.map(self.split.kept),
             inputs,
             around.directions,
         )
         over = self._derivatives_of(near.near, box.map(self.split.changed))
-        at = self._derivatives_of(near.point, around.centre.map(self.split.changed))
+        at = self._derivatives_of(near.point, around.point.map(self.split.changed))
         slope = at.slope.centre
         changed = torch.vmap(self.split.changed)(around.columns)
         total = Columns(changed, Upper(0.0)).moved(changed * slope, _largest(slope), 2)
@@ -358,7 +358,7 @@ class Coupling(BoundedMap):
         scale = _largest((over.slope - slope).magnitude)
         inverse_scale = _largest((over.slope.reciprocal() - reciprocal).magnitude)
         values = torch.vmap(self.split.joined)(around.columns, total.values)
-        centre = self._joined(around.centre, self.transformer.value(at.x, at.theta))
+        centre = self._joined(around.point, self.transformer.value(at.x, at.theta))
         return Moved(
             centre,
             Columns(values, total.error),

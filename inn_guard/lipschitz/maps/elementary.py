@@ -104,7 +104,7 @@ class Rearrangement(BoundedMap):
         if not torch.equal(moved.flatten().sort().values, labels):
             raise Unbounded("entries are dropped, added or repeated")
         columns = Columns(self.move(around.columns), Upper(0.0))
-        centre = self.image(around.centre)
+        centre = self.image(around.point)
         return Moved(centre, columns, Upper(0.0), Upper(0.0), is_isometry=True)
 
     def order(self, box: Interval) -> Tensor:
@@ -171,7 +171,7 @@ class ShapeDependent(BoundedMap):
         return self.at(box).jacobians(box)
 
     def linearised(self, around: Neighbourhood) -> Moved:
-        return self.at(around.centre).linearised(around)
+        return self.at(around.point).linearised(around)
 
     def subnetworks(self) -> list[nn.Module]:
         return list(self.networks)
@@ -210,9 +210,9 @@ class Diagonal(BoundedMap):
         return _diagonals(_at_every_pixel(self.scale, box).map(lambda t: t.expand(box.shape)))
 
     def linearised(self, around: Neighbourhood) -> Moved:
-        slopes = _at_every_pixel(self.scale, around.centre)
+        slopes = _at_every_pixel(self.scale, around.point)
         slopes = slopes.map(lambda t: t.expand(around.centre.shape))
-        return moved_by_slopes(around, self.image(around.centre), slopes)
+        return moved_by_slopes(around, self.image(around.point), slopes)
 
     def _per_channel(self, channels: int) -> Tensor:
         return exact(self.scale) * torch.ones(channels, dtype=torch.float64)
@@ -309,7 +309,7 @@ class LinearMap(BoundedMap):
         columns = Columns(around.columns, Upper(0.0))
         columns = columns.moved(values, cheap_norm(W.abs()), W.shape[1] + 2)
         # W^-1 lies within ``error`` of the computed one, and so does the inverse of the weight
-        return Moved(self.image(around.centre), columns, Upper(self.error), 2 * error)
+        return Moved(self.image(around.point), columns, Upper(self.error), 2 * error)
 
     def inverse(self) -> tuple[Tensor, Upper]:
         """W^-1, computed, with a bound of the norm of its error.
@@ -374,7 +374,7 @@ class Elementwise(BoundedMap):
 
     def linearised(self, around: Neighbourhood) -> Moved:
         slopes = self.slope(around.range())
-        return moved_by_slopes(around, self.image(around.centre), slopes)
+        return moved_by_slopes(around, self.image(around.point), slopes)
 
 
 @dataclass(frozen=True)

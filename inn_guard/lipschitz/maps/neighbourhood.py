@@ -19,23 +19,29 @@ class Neighbourhood:
     """States x = centre + P d, for all d in a set of directions.
 
     Attributes:
-        centre: encloses one state, (*shape).
+        centre: a state, (*shape).
         columns: P, column by column, (n, *shape), exactly.
         directions: the set.
         box: holds the states, too.
     """
 
-    centre: Interval
+    centre: Tensor
     columns: Tensor
     directions: Directions
     box: Interval
 
+    @property
+    def point(self) -> Interval:
+        """The centre as an interval."""
+        return Interval.of(self.centre)
+
     def range(self) -> Interval:
-        """A box of the states."""
+        """A box of the states and the centre."""
         radius = self.directions.radius.reshape(-1, *[1] * (self.columns.dim() - 1))
         sums = (radius * self.columns.abs()).sum(0)
         moved = self.directions.spread(sums, self.columns.square().sum(0), Upper(0.0))
-        return self.box.meet(self.centre + Interval(-moved, moved))
+        # the centre is rounded, and lines from it to the states count
+        return self.box.meet(self.point + Interval(-moved, moved)).hull(self.point)
 
 
 @dataclass(frozen=True)
