@@ -29,8 +29,7 @@ from inn_guard.lipschitz.maps.base import BoundedMap
 from inn_guard.lipschitz.maps.closed_forms import Pair
 from inn_guard.lipschitz.maps.composition import Composition
 from inn_guard.lipschitz.maps.neighbourhood import Neighbourhood
-from inn_guard.lipschitz.networks.conditioner import SearchBudget
-from inn_guard.lipschitz.networks.directions import Directions
+from inn_guard.lipschitz.networks.conditioner import Directions, SearchBudget
 from inn_guard.lipschitz.networks.graph import Unbounded
 from inn_guard.numerics.intervals import Interval
 from inn_guard.numerics.rounding import Upper, frobenius_norm

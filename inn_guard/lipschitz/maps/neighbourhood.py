@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from inn_guard.lipschitz.networks.directions import Directions
+from inn_guard.lipschitz.networks.conditioner import Directions
 from inn_guard.lipschitz.networks.interpreters import Columns
 from inn_guard.numerics.intervals import Interval
 from inn_guard.numerics.rounding import Upper

@@ -16,7 +16,6 @@ from inn_guard.lipschitz.lipsdp.chain import Chain, Multipliers
 from inn_guard.lipschitz.lipsdp.multipliers import NORM, Goal, fast_multipliers, optimise
 from inn_guard.lipschitz.lipsdp.recursion import certify
 from inn_guard.lipschitz.networks.chain_builder import ChainBuilder, ChainInterpreter, Linear, Torus
-from inn_guard.lipschitz.networks.directions import Directions, chunks
 from inn_guard.lipschitz.networks.graph import CONVOLUTIONS, Network, Unbounded
 from inn_guard.lipschitz.networks.interpreters import (
     Columns,
@@ -29,11 +28,12 @@ from inn_guard.lipschitz.networks.interpreters import (
 )
 from inn_guard.numerics.convolution_norm import paddings
 from inn_guard.numerics.intervals import Interval
-from inn_guard.numerics.rounding import Upper, enlarged
+from inn_guard.numerics.rounding import Upper, enlarged, frobenius_norm
 from inn_guard.numerics.spectral_norm import spectral_norm
 
 __all__ = [
     "AnalysedNetwork",
+    "Directions",
     "LinearisedNetwork",
     "Proof",
     "SearchBudget",
@@ -45,6 +45,8 @@ __all__ = [
     "torus_of",
     "trace_network",
 ]
+
+CHUNK = 128  #: columns of a Jacobian that go through a network together
 
 
 @dataclass(frozen=True)
@@ -131,6 +133,36 @@ class AnalysedNetwork:
 
 
 @dataclass(frozen=True)
+class Directions:
+    """All d = e + w with |e_i| <= radius_i and ||w|| <= slack, of flattened inputs.
+
+    Attributes:
+        radius: (n,).
+        slack: of the Euclidean norm of w.
+    """
+
+    radius: Tensor
+    slack: Upper
+
+    @property
+    def length(self) -> Upper:
+        """A bound of ||d||."""
+        return frobenius_norm(self.radius[None]) + self.slack
+
+    def spread(self, sums: Tensor, squares: Tensor, error: Upper) -> Tensor:
+        """How far sum_i d_i column_i moves each entry.
+
+        Args:
+            sums: sum_i radius_i |column_i|, as computed.
+            squares: sum_i column_i^2.
+            error: bounds the Frobenius norm of the columns' rounding error.
+        """
+        terms = len(self.radius) + 4
+        moved = sums + self.slack * squares.sqrt() + self.length * error
+        return enlarged(moved, 2 * terms)
+
+
+@dataclass(frozen=True)
 class LinearisedNetwork:
     """A network near a point, for inputs of a neighbourhood.
 
@@ -167,7 +199,9 @@ def linearise(
     at_point = analyse(network, point)
     weights, sums, squares, errors = directions.radius, {}, {}, {}
     parts: list[Columns] = []
-    for chunk in chunks(inputs):
+    # a few columns at a time: those inside a network take much memory
+    for start in range(0, len(inputs), CHUNK):
+        chunk = slice(start, start + CHUNK)
 
         def collect(node: str, x: Columns, radius: Tensor = weights[chunk]) -> None:
             size = x.values.abs()
