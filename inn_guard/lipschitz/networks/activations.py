@@ -47,6 +47,7 @@ class Activation:
         minima: point -> value, for every local minimum of f, and the values next to a jump.
         second: f'', or None where only its bound is known.
         third: sup |f'''|, the Lipschitz constant of f'' where that is given.
+        jump: how far f jumps at most: differences are slopes times distances, and that.
     """
 
     function: Function
@@ -57,6 +58,7 @@ class Activation:
     minima: Mapping[float, float] = field(default_factory=dict)
     second: Function | None = None
     third: float = math.inf
+    jump: float = 0.0
 
     def value(self, x: Interval) -> Interval:
         """An enclosure of f over x."""
@@ -305,7 +307,9 @@ def _softplus(module: nn.Softplus) -> Activation | None:
     slopes = {switch: (1 / (1 + jump), 1.0)}
     # and the value down to the switch itself, from a little above it
     extrema = {switch: switch, math.nextafter(switch, 0.0): switch + jump / beta}
-    return Activation(value, derivative, slopes, (0.0, math.inf), beta / 4, extrema)
+    return Activation(
+        value, derivative, slopes, (0.0, math.inf), beta / 4, extrema, jump=2 * jump / beta
+    )
 
 
 @activation.register
@@ -354,6 +358,7 @@ def scaled(
         (outer * function.limits[0] + shift, outer * function.limits[1] + shift),
         function.curvature * abs(outer) * inner * inner,
         minima,
+        jump=function.jump * abs(outer),
     )
 
 

@@ -46,6 +46,7 @@ __all__ = [
     "trace_network",
 ]
 
+OUTPUT = ""  #: no name of a node
 CHUNK = 128  #: columns of a Jacobian that go through a network together
 
 
@@ -197,13 +198,16 @@ def linearise(
         Unbounded: if an operation of the module is not known, or its values are not.
     """
     at_point = analyse(network, point)
-    weights, sums, squares, errors = directions.radius, {}, {}, {}
+    # of the columns in front of each activation, by node, and of the output
+    sums: dict[str, Tensor] = {}
+    squares: dict[str, Tensor] = {}
+    errors: dict[str, Upper] = {}
     parts: list[Columns] = []
     # a few columns at a time: those inside a network take much memory
     for start in range(0, len(inputs), CHUNK):
         chunk = slice(start, start + CHUNK)
 
-        def collect(node: str, x: Columns, radius: Tensor = weights[chunk]) -> None:
+        def collect(node: str, x: Columns, radius: Tensor = directions.radius[chunk]) -> None:
             size = x.values.abs()
             sums[node] = sums.get(node, 0.0) + torch.tensordot(radius, size, 1)
             squares[node] = squares.get(node, 0.0) + size.square().sum(0)
@@ -212,14 +216,14 @@ def linearise(
 
         jacobian = ReferenceJacobian(at_point.preactivations, collect)
         parts.append(network.interpret(Columns(inputs[chunk], Upper(0.0)), jacobian))
-        collect("", parts[-1])
+        collect(OUTPUT, parts[-1])
     spread = {n: directions.spread(sums[n], squares[n], errors[n].sqrt()) for n in sums}
     deviation = DeviationInterpreter(at_point.preactivations, spread)
     apart = network.interpret(torch.zeros_like(point.lo), deviation)
-    moved = enlarged(apart + spread[""], 1)
+    moved = enlarged(apart + spread[OUTPUT], 1)
     output = at_point.output + Interval(-moved, moved)
     near = AnalysedNetwork(network, box, output, deviation.preactivations)
-    columns = Columns(torch.cat([part.values for part in parts]), errors[""].sqrt())
+    columns = Columns(torch.cat([part.values for part in parts]), errors[OUTPUT].sqrt())
     return LinearisedNetwork(near, at_point, columns)
 
 

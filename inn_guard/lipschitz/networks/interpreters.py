@@ -463,7 +463,7 @@ class DeviationInterpreter:
         self.preactivations[node] = point + Interval(-moved, moved)
         slopes = reference_slopes(function, point).abs()
         apart = slope_deviations(function, self.preactivations[node], point)
-        return enlarged(slopes * x + apart * moved, 3)
+        return enlarged(slopes * x + apart * moved + function.jump, 4)
 
     def rescale(self, x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
         """Times the absolute scale."""
