@@ -31,7 +31,8 @@ def price_section(priced: pd.DataFrame) -> str:
         "RealNVP of depth 8 with unbounded exponential scales, 400 steps, from the same first "
         "weights with each treatment. FD c and NF c add c times the penalty of Behrmann et al. "
         "(2021) at every fifth step. Bits per dimension are those of 128 held-out rows; the "
-        "condition number is the largest at these, by dense float64 Jacobians.",
+        "condition number is the largest at these, by dense float64 Jacobians, and inf where one "
+        "of them is not finite.",
         "",
         f"![Likelihood against condition number](../../benchmarks/results/census/{FIGURE}.png)",
         "",
@@ -79,8 +80,8 @@ def _sentence(pairs: pd.DataFrame, data: str) -> str:
     some = treated[treated["treatment"] == best]
     enough = ", ".join(costs.index)
     return (
-        f"{start}. Treatments that divide it by ten with every seed: {enough}. {best} "
-        f"costs least, {_range(some['more_bits'])} bits per dimension, for a division by "
+        f"{start}. Treatments that divide it by ten with every seed: {enough}. The "
+        f"cheapest is {best}: {_range(some['more_bits'])} bits per dimension, for a division by "
         f"{_powers(some['fewer_digits'])}."
     )
 
