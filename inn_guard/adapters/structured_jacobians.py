@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -22,6 +24,7 @@ from inn_guard.core.layer_jacobian import (
 from inn_guard.core.missing import Missing
 from inn_guard.core.readable import RulesByClass
 from inn_guard.core.tensors import norms
+from inn_guard.jacobian.factored import Factored, factored
 from inn_guard.jacobian.network import NetworkJacobian, select_rows_of
 from inn_guard.layers.coupling import CouplingJacobian
 from inn_guard.layers.linear import (
@@ -33,6 +36,7 @@ from inn_guard.layers.partition import Partition
 
 __all__ = [
     "ChainJacobian",
+    "EntrywiseJacobian",
     "Features",
     "PermutedOutputs",
     "SelectedOutputs",
@@ -40,11 +44,15 @@ __all__ = [
     "channel_mixing_jacobian",
     "coupling_jacobian",
     "elementwise_coupling_jacobian",
+    "entrywise_jacobian",
     "identity_transformed",
     "is_jacobian_of",
     "known_jacobian",
     "permutation_jacobian",
 ]
+
+
+FEW_PASSES = 4  #: passes of an inverse up to which substituting is faster than factorising
 
 
 @RulesByClass
@@ -319,6 +327,109 @@ def elementwise_coupling_jacobian(
     """
     dims = x.dim()
     identity, transformed = partition.split(x, dims=dims)
+    found = _slopes(transformed, network, transform)
+    if found is None:
+        return None
+    value, parameters, slope = found
+    z = partition.join(identity, value, dims=dims)
+    return CouplingJacobian(z, parameters, partition, scale=slope)
+
+
+class EntrywiseJacobian:
+    """The Jacobian of z_i = h(x_i; theta_i(x)), where theta_i depends on earlier entries only.
+
+    J = diag(slope) + A, with A = the weighted Jacobian of the parameters. A vanishes after as many
+    powers as the layer's inverse takes passes. So J^-1 u is the last of v = (u - A v) / slope,
+    repeated as often; where that is many times, a dense J is factorised instead.
+
+    Args:
+        output: z.
+        parameters: A.
+        slope: the derivative of h by its first argument.
+        passes: of the layer's inverse.
+    """
+
+    def __init__(
+        self, output: Tensor, parameters: WeightedParameters, slope: Tensor, passes: int
+    ) -> None:
+        self.output = output
+        self._parameters, self._slope, self._passes = parameters, slope, passes
+
+    def select(self, rows: Tensor) -> EntrywiseJacobian | None:
+        """The Jacobian of these rows; None where the network's cannot select them."""
+        parameters = self._parameters.select(rows)
+        if parameters is None:
+            return None
+        clone = copy.copy(self)
+        vars(clone).pop("_factored", None)
+        if "_factored" in vars(self) and self._factored is not None:
+            vars(clone)["_factored"] = self._factored.select(rows)
+        clone.output, clone._parameters = self.output[rows], parameters
+        clone._slope = self._slope[rows]
+        return clone
+
+    def jvp(self, v: Tensor) -> Tensor:
+        """J v: (B, *data) -> (B, *latent)."""
+        return torch.addcmul(self._parameters.jvp(v), v, self._slope)
+
+    def vjp(self, u: Tensor) -> Tensor:
+        """J^T u: (B, *latent) -> (B, *data)."""
+        return torch.addcmul(self._parameters.vjp(u), u, self._slope)
+
+    def inverse_jvp(self, u: Tensor) -> Tensor:
+        """J^-1 u: (B, *latent) -> (B, *data)."""
+        if self._passes > FEW_PASSES and self._factored is not None:
+            return self._factored.run(u)
+        return self._substituted(u, self._parameters.jvp)
+
+    def inverse_vjp(self, v: Tensor) -> Tensor:
+        """J^-T v: (B, *data) -> (B, *latent)."""
+        if self._passes > FEW_PASSES and self._factored is not None:
+            return self._factored.run_transposed(v)
+        return self._substituted(v, self._parameters.vjp)
+
+    def _substituted(self, right: Tensor, product: Map) -> Tensor:
+        solution = right / self._slope
+        for _ in range(self._passes - 1):
+            solution = (right - product(solution)) / self._slope
+        return solution
+
+    @functools.cached_property
+    def _factored(self) -> Factored | None:
+        return factored(self)
+
+
+def entrywise_jacobian(
+    x: Tensor,
+    network: NetworkJacobian,
+    transform: Callable[[Tensor, Tensor], Tensor],
+    *,
+    passes: int,
+) -> EntrywiseJacobian | None:
+    """The Jacobian at x of z_i = h(x_i; theta_i(x)), as of an autoregressive layer.
+
+    Args:
+        x: the point, (B, D).
+        network: the Jacobian of theta at x, (B, D * parameters), those of an entry together.
+        transform: (x, theta) -> z, the library's own.
+        passes: of the layer's inverse.
+
+    Returns:
+        None if the network's outputs are not a whole number for each entry.
+    """
+    found = _slopes(x, network, transform)
+    if found is None:
+        return None
+    output, parameters, slope = found
+    return EntrywiseJacobian(output, parameters, slope, passes)
+
+
+def _slopes(
+    transformed: Tensor,
+    network: NetworkJacobian,
+    transform: Callable[[Tensor, Tensor], Tensor],
+) -> tuple[Tensor, WeightedParameters, Tensor] | None:
+    """h(x_i; theta_i), the weighted Jacobian of its parameters, and its derivative by x_i."""
     entries = transformed.shape[1]
     several, left = divmod(network.output.shape[1], entries)
     if left:
@@ -328,9 +439,8 @@ def elementwise_coupling_jacobian(
     with torch.enable_grad():
         value = transform(*[leaf.clone() for leaf in leaves])
     slope, weight = torch.autograd.grad(value, leaves, torch.ones_like(value))
-    z = partition.join(identity, value.detach(), dims=dims)
     parameters = WeightedParameters(network, weight.unflatten(1, (entries, several)))
-    return CouplingJacobian(z, parameters, partition, scale=slope)
+    return value.detach(), parameters, slope
 
 
 def identity_transformed(

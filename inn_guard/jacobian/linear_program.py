@@ -23,19 +23,14 @@ __all__ = [
     "ChannelMixing",
     "Combination",
     "Convolved",
-    "Factored",
     "LinearProgram",
     "PerSource",
     "Rearrangement",
     "Reshape",
     "Selection",
     "Step",
-    "factored",
     "solved",
 ]
-
-MAX_ENTRIES = 2**27  #: of the Jacobians of all samples that are factorised: 1 GiB in float64
-ROWS_AT_ONCE = 1024  #: products that are computed together for a dense Jacobian
 
 #: a tensor -> a tensor
 Map = Callable[[Tensor], Tensor]
@@ -488,68 +483,6 @@ class _Casting:
 
 def _to(dtype: torch.dtype) -> Map:
     return lambda v: v.to(dtype)
-
-
-class Factored:
-    """J^-1 of a program as a product of triangular matrices, with one of J for each sample.
-
-    Args:
-        factors: of ``torch.linalg.lu_factor``, (B, D, D) and (B, D).
-        shape: of what J maps from, without the batch.
-    """
-
-    def __init__(self, factors: tuple[Tensor, Tensor], shape: torch.Size) -> None:
-        self._factors, self._shape = factors, shape
-        self.batch = len(factors[1])
-
-    def select(self, rows: Tensor) -> Factored:
-        """J^-1 of these samples."""
-        return Factored((self._factors[0][rows], self._factors[1][rows]), self._shape)
-
-    def in_dtype(self, dtype: torch.dtype) -> None:
-        """None: it has no large products."""
-        return
-
-    def run(self, u: Tensor) -> Tensor:
-        """J^-1 u: (B, *latent) -> (B, *data)."""
-        return self._solution(u, adjoint=False)
-
-    def run_transposed(self, v: Tensor) -> Tensor:
-        """J^-T v: (B, *data) -> (B, *latent), in the shape of v."""
-        return self._solution(v, adjoint=True)
-
-    def _solution(self, right: Tensor, *, adjoint: bool) -> Tensor:
-        columns = right.flatten(1).unsqueeze(2)
-        solution = torch.linalg.lu_solve(*self._factors, columns, adjoint=adjoint)
-        return solution.reshape(len(right), *self._shape)
-
-
-def factored(program: LinearProgram, output: Tensor) -> Factored | None:
-    """J^-1 of a program by factorising a dense J; None where J is too large, or not square.
-
-    Samples must be separable, so that many rows of J are computed with one run of the program.
-    """
-    batch, size = len(output), output[0].numel()
-    if not program.batch or batch * size * size > MAX_ENTRIES:
-        return None
-    at_once = max(1, ROWS_AT_ONCE // batch)
-    wide = program.select(torch.arange(batch, device=output.device).repeat(at_once))
-    if wide is None:
-        return None
-    rows = []
-    for first in range(0, size, at_once):
-        basis = output.new_zeros(at_once, batch, size)
-        numbers = torch.arange(min(at_once, size - first), device=output.device)
-        basis[numbers, :, first + numbers] = 1
-        part = wide.run_transposed(basis.view(at_once * batch, *output.shape[1:]))
-        shape = part.shape[1:]
-        rows.append(part.reshape(at_once, batch, -1)[: len(numbers)])
-    jacobian = torch.cat(rows).transpose(0, 1)
-    if jacobian.shape[1] != jacobian.shape[2] or shape != output.shape[1:]:
-        return None
-    # an exactly singular J is found by the checks of J^-1
-    factors, pivots, _ = torch.linalg.lu_factor_ex(jacobian.double())
-    return Factored((factors.to(output.dtype), pivots), shape)
 
 
 def solved(program: LinearProgram) -> LinearProgram | None:

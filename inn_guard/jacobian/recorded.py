@@ -35,19 +35,18 @@ from inn_guard.core.layer_jacobian import (
     random_vectors,
 )
 from inn_guard.core.tensors import norms
+from inn_guard.jacobian.factored import Factored, factored
 from inn_guard.jacobian.linear_program import (
     Assembly,
     ChannelMixing,
     Combination,
     Convolved,
-    Factored,
     LinearProgram,
     PerSource,
     Rearrangement,
     Reshape,
     Selection,
     Step,
-    factored,
     solved,
 )
 from inn_guard.jacobian.network_products import AutogradNetwork, Convolution, NetworkJacobian
@@ -232,7 +231,8 @@ class RecordedJacobian:
             at_most = LONG * (1 + len(self._program.steps))
             self._back = _program(self._inverse, self.output, at_most=at_most)[0]
         if self._back is None:
-            self._back = factored(self._program, self.output)
+            known = RecordedNetwork(self._program, self.output, self.output.dim())
+            self._back = factored(known)
         elif self._program.batch:
             (u,) = random_vectors(self.output)
             x = self._back.run(u)
@@ -688,6 +688,19 @@ def _sliced(builder: _Builder, operation: _Operation) -> bool:
     return _select(builder, tensor, operation.outputs[0], dim, index)
 
 
+def _one_selected(builder: _Builder, operation: _Operation) -> bool:
+    """One index along a dimension, which vanishes."""
+    tensor, dim, index = operation.arguments
+    output = operation.outputs[0]
+    dim, index = dim % tensor.dim(), index % tensor.shape[dim]
+    source = (builder.number_of(tensor),)
+    step = Selection(source, builder.new(), dim, range(index, index + 1), tensor.shape[dim])
+    builder.steps.append(step)
+    shape = torch.Size([*tensor.shape[:dim], 1, *tensor.shape[dim + 1 :]])
+    builder.name(output, builder.reshaped((step.target,), shape, output.shape))
+    return True
+
+
 def _split(builder: _Builder, operation: _Operation) -> bool:
     tensor, _, dim = (*operation.arguments, 0)[:3]
     begin = 0
@@ -831,6 +844,7 @@ _RULES: dict[Any, Rule] = {
     aten.transpose.int: _transposed,
     aten.permute.default: _permuted,
     aten._to_copy.default: _cast,
+    aten.select.int: _one_selected,
     aten.slice.Tensor: _sliced,
     aten.split.Tensor: _split,
     aten.split_with_sizes.default: _split,

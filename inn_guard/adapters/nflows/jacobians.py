@@ -5,7 +5,15 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from nflows.transforms import LULinear, QRLinear, SVDLinear, coupling, linear, permutations
+from nflows.transforms import (
+    LULinear,
+    QRLinear,
+    SVDLinear,
+    autoregressive,
+    coupling,
+    linear,
+    permutations,
+)
 from nflows.transforms.coupling import AdditiveCouplingTransform, AffineCouplingTransform
 from torch import Tensor
 
@@ -14,6 +22,7 @@ from inn_guard.adapters.structured_jacobians import (
     channel_mixing_jacobian,
     coupling_jacobian,
     elementwise_coupling_jacobian,
+    entrywise_jacobian,
     identity_transformed,
     known_jacobian,
     permutation_jacobian,
@@ -60,6 +69,24 @@ def _spline(module: Any, x: Tensor, context: Any) -> LayerJacobian | None:
     if jacobian is None or unconditional is None:
         return jacobian
     return identity_transformed(jacobian, partition, lambda x1: unconditional(x1, context)[0])
+
+
+@known_jacobian.register(autoregressive.MaskedAffineAutoregressiveTransform)
+@known_jacobian.register(autoregressive.MaskedPiecewiseLinearAutoregressiveTransform)
+@known_jacobian.register(autoregressive.MaskedPiecewiseQuadraticAutoregressiveTransform)
+@known_jacobian.register(autoregressive.MaskedPiecewiseCubicAutoregressiveTransform)
+@known_jacobian.register(autoregressive.MaskedPiecewiseRationalQuadraticAutoregressiveTransform)
+def _autoregressive(module: Any, x: Tensor, context: Any) -> LayerJacobian | None:
+    """Every feature goes through a map whose parameters depend on earlier features."""
+    if x.dim() != 2:
+        return None
+    net = module.autoregressive_net
+    network = recorded_network(lambda features: net(features, context), x, module=net)
+
+    def transform(features: Tensor, parameters: Tensor) -> Tensor:
+        return module._elementwise_forward(features, parameters)[0]
+
+    return entrywise_jacobian(x, network, transform, passes=x.shape[1])
 
 
 @known_jacobian.register(AdditiveCouplingTransform)

@@ -15,6 +15,7 @@ from inn_guard.adapters.structured_jacobians import (
     channel_mixing_jacobian,
     coupling_jacobian,
     elementwise_coupling_jacobian,
+    entrywise_jacobian,
     identity_transformed,
     known_jacobian,
     permutation_jacobian,
@@ -101,6 +102,24 @@ def _spline(
     if jacobian is None or unconditional is None:
         return jacobian
     return identity_transformed(jacobian, partition, lambda x1: unconditional(x1, context)[0])
+
+
+@known_jacobian.register
+def _autoregressive(
+    module: flows.MaskedAffineAutoregressive, x: Tensor, context: Any
+) -> LayerJacobian | None:
+    """The library's forward, latent -> data, maps each feature given earlier ones."""
+    if x.dim() != 2:
+        return None
+    z = module.inverse(x, context)[0]
+    net = module.autoregressive_net
+    network = recorded_network(lambda features: net(features, context), z, module=net)
+
+    def transform(features: Tensor, parameters: Tensor) -> Tensor:
+        return module._elementwise_forward(features, parameters)[0]
+
+    jacobian = entrywise_jacobian(z, network, transform, passes=z.shape[1])
+    return None if jacobian is None else InverseJacobian(jacobian, z)
 
 
 @known_jacobian.register(flows.ActNorm)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 import zuko.nn
 from torch import Tensor
 from zuko import transforms
+from zuko.flows.autoregressive import MaskedAutoregressiveTransform
 from zuko.flows.coupling import GeneralCouplingTransform
 from zuko.lazy import UnconditionalTransform
 from zuko.utils import unpack
@@ -16,6 +18,7 @@ from inn_guard.adapters.structured_jacobians import (
     Features,
     channel_mixing_jacobian,
     elementwise_coupling_jacobian,
+    entrywise_jacobian,
     known_jacobian,
     permutation_jacobian,
 )
@@ -46,12 +49,18 @@ def _coupling(module: GeneralCouplingTransform, x: Tensor, context: Any) -> Laye
     partition = Features(module.mask.nonzero().squeeze(-1), (~module.mask).nonzero().squeeze(-1))
     identity, _ = partition.split(x, dims=2)
     network = _linearized(module.hyper, identity, context)
+    return elementwise_coupling_jacobian(x, network, partition, _univariate(module))
 
-    def transform(transformed: Tensor, parameters: Tensor) -> Tensor:
-        by_entry = parameters.unflatten(-1, (-1, module.total))
-        return module.univariate(*unpack(by_entry, module.shapes))(transformed)
 
-    return elementwise_coupling_jacobian(x, network, partition, transform)
+@known_jacobian.register
+def _autoregressive(
+    module: MaskedAutoregressiveTransform, x: Tensor, context: Any
+) -> LayerJacobian | None:
+    """Every feature goes through a univariate map whose parameters depend on earlier features."""
+    if x.dim() != 2:
+        return None
+    network = _linearized(module.hyper, x, context)
+    return entrywise_jacobian(x, network, _univariate(module), passes=module.passes)
 
 
 @known_jacobian.register
@@ -67,6 +76,16 @@ def _unconditional(module: UnconditionalTransform, x: Tensor, context: Any) -> L
     if isinstance(transform, transforms.LULinearTransform):
         return channel_mixing_jacobian(x, (transform.L @ transform.U).detach())
     return None
+
+
+def _univariate(module: Any) -> Callable[[Tensor, Tensor], Tensor]:
+    """(features, parameters of all of them) -> the univariate maps' values."""
+
+    def transform(features: Tensor, parameters: Tensor) -> Tensor:
+        by_entry = parameters.unflatten(-1, (-1, module.total))
+        return module.univariate(*unpack(by_entry, module.shapes))(features)
+
+    return transform
 
 
 def _linearized(hyper: Any, identity: Tensor, context: Any) -> NetworkJacobian:
