@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pandas as pd
 
-from benchmarks.census.price import KINDS
+from benchmarks.census.price import KINDS, resolved
 from benchmarks.census.rows import agreement
 from benchmarks.census.tables import heading, line, number
 
@@ -31,8 +31,8 @@ def price_section(priced: pd.DataFrame) -> str:
         "RealNVP of depth 8 with unbounded exponential scales, 400 steps, from the same first "
         "weights with each treatment. FD c and NF c add c times the penalty of Behrmann et al. "
         "(2021) at every fifth step. Bits per dimension are those of 128 held-out rows; the "
-        "condition number is the largest at these, by dense float64 Jacobians, and inf where one "
-        "of them is not finite.",
+        "condition number is the largest at these, by dense float64 Jacobians. Beyond 1e16, or "
+        "where a Jacobian is not finite, it counts as 1e16: float64 resolves no more.",
         "",
         f"![Likelihood against condition number](../../benchmarks/results/census/{FIGURE}.png)",
         "",
@@ -50,6 +50,7 @@ def price_section(priced: pd.DataFrame) -> str:
 
 def against_nothing(priced: pd.DataFrame) -> pd.DataFrame:
     """Every row with its difference to the untreated flow of the same data and seed."""
+    priced = resolved(priced)
     plain = priced[priced["treatment"] == "nothing"]
     columns = ["data", "seed", "bits", "log10_condition"]
     pairs = priced.merge(plain[columns], on=["data", "seed"], suffixes=("", "_plain"))

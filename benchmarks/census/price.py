@@ -47,11 +47,12 @@ from inn_guard.layers.networks import MLP, zero_last
 from inn_guard.layers.scales import ClampedScale, ExpScale, ScaleFunction, squashed_sigmoid
 from inn_guard.training.regularizer_hook import Regularizer
 
-__all__ = ["COLOURS", "KINDS", "PRESETS", "TREATMENTS", "Config", "draw", "run"]
+__all__ = ["COLOURS", "KINDS", "PRESETS", "TREATMENTS", "Config", "draw", "resolved", "run"]
 
 USES = ("density", "sampling", "reconstruction")
 FD_COEFFICIENTS = (0.01, 0.1, 1.0, 10.0)
 NF_COEFFICIENTS = (10.0,)
+MOST_DIGITS = 16
 #: kind of treatment -> colour
 COLOURS = {"nothing": "#444444", "FD": "#0072b2", "NF": "#cc79a7", "bound": "#d55e00"}
 
@@ -218,8 +219,14 @@ def run(config: Config) -> pd.DataFrame:
     return collect(config, cases, measure)
 
 
+def resolved(frame: pd.DataFrame) -> pd.DataFrame:
+    """Condition numbers limited to what float64 can tell."""
+    return frame.assign(log10_condition=frame["log10_condition"].clip(upper=MOST_DIGITS))
+
+
 def draw(frame: pd.DataFrame) -> Figure:
     """The front of each data set: every model small, the medians over the seeds large."""
+    frame = resolved(frame)
     sets = list(dict.fromkeys(frame["data"]))
     figure = Figure(figsize=(4.2 * len(sets) + 0.6, 4.2), layout="constrained")
     axes = figure.subplots(1, len(sets), squeeze=False)[0]

@@ -239,6 +239,9 @@ def test_the_price_is_that_of_pairs_of_the_same_seed():
     assert "+0.125 to +0.250 bits per dimension" in text
     assert "18 verdicts of density, sampling and reconstruction agree, 0 contradict" in text
     assert price_section(frame.head(0)) == ""
+    # of two condition numbers that float64 does not resolve neither is smaller
+    frame.loc[frame["seed"] == 0, "log10_condition"] = [math.inf, 18.0, 1.0]
+    assert "divide it by ten with every seed: FD 10. The cheapest" in price_section(frame)
 
 
 def test_the_committed_pages_are_those_of_the_committed_rows():
