@@ -102,6 +102,12 @@ CASES = {
         (6,),
         (),
     ),
+    "zuko spline": (
+        lambda: coupling(univariate=T.MonotonicRQSTransform, shapes=[(4,), (4,), (3,)]),
+        (5,),
+        (),
+    ),
+    "zuko autoregressive": (lambda: zuko.flows.MaskedAutoregressiveTransform(5), (5,), ()),
     "MemCNN wrapped": (
         lambda: memcnn.InvertibleModuleWrapper(memcnn.AdditiveCoupling(half(), half())),
         (6,),
@@ -148,11 +154,6 @@ DIFFERENT = {
         nf.flows.MaskedAffineFlow(torch.tensor([1.0, 0.5, 0.0, 1.0, 0.0]), mlp(), mlp()),
         (5,),
     ),
-    "zuko spline": lambda: (
-        coupling(univariate=T.MonotonicRQSTransform, shapes=[(4,), (4,), (3,)]),
-        (5,),
-    ),
-    "zuko autoregressive": lambda: (zuko.flows.MaskedAutoregressiveTransform(5), (5,)),
     "MemCNN wrapper inside": lambda: (memcnn.AdditiveCoupling(wrapper(), nn.Linear(4, 4)), (8,)),
 }
 
