@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import importlib
 import pickle
 import subprocess
@@ -72,3 +73,11 @@ def test_functions_come_before_packages_of_the_same_name():
 def test_public_classes_are_pickled_by_their_own_modules():
     assert pickle.loads(pickle.dumps(ig.Limits)) is ig.Limits
     assert pickle.loads(pickle.dumps(ig.Verdict.STABLE)) is ig.Verdict.STABLE
+
+
+def test_functions_that_use_the_package_can_be_sent_to_other_processes():
+    cloudpickle = pytest.importorskip("cloudpickle")
+    assert pickle.loads(pickle.dumps(ig)) is ig
+    assert copy.deepcopy([ig])[0] is ig
+    function = cloudpickle.loads(cloudpickle.dumps(lambda: ig.Limits().density))
+    assert function() == ig.Limits().density
