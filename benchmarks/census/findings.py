@@ -335,6 +335,7 @@ def _at_depth_64(frame: pd.DataFrame, steps: int, when: str) -> Finding | None:
     text += (
         f" Models that lose it: {int(_inverse_fails(rows).sum())}, with a right density {sound}."
     )
+    text += f" Seeds measured: {rows['seed'].nunique()}."
     idle = rows[(rows["skipped"] == steps) & (steps > 0)]["flow"].unique()
     if len(idle):
         text += f" No step of {', '.join(idle)} was possible: its loss is not finite."

@@ -284,8 +284,9 @@ def _origins(parts: dict[str, dict[str, Any]], frames: Sequence[pd.DataFrame]) -
         "and held-out samples, `weights` those of the model.",
         "",
         "* The grid is what two to three hours on a shared machine allowed, and has gaps: splines, "
-        "i-ResNet, AEF and NIF on few data sets; depth 64 on one data set, trained with few flows; "
-        "4,000 steps and image patches with a part of the flows.",
+        "i-ResNet, AEF and NIF on few data sets; depth 64 on one data set and one seed, trained "
+        "with four flows; 4,000 steps on one data set and one seed, so that no statement counts "
+        "them; image patches with six flows, three of them with three seeds.",
         "* Image patches are 16 x 16 cuts of CIFAR-10 in JPEG copies, so that pixels differ "
         "slightly from the original's. The part's JSON file has the checksums of the files.",
         "* The kinds of statements above were chosen after looking at the first rows. Their "
