@@ -38,12 +38,13 @@ def dry_run(
     """Estimated time in seconds and memory in bytes of each check, of which none is run.
 
     One forward and one inverse are timed on a few samples. Of layers of the same class, shape and
-    number of parameters one is linearized and stands for all: its products are timed. Its memory is
-    what autograd keeps of a pass and its inverse, measured on one and two samples. Time is the
-    number of passes that a check declares, times the time of a pass per sample. That is an
-    estimate: too high where large batches run faster, and blind to what iterations depend on. The
-    work that processes share is divided by their number. Where the memory is bounded, a pass and a
-    linearization of the whole model are metered.
+    number of parameters one is linearized and stands for all: its products are timed. A layer
+    without parameters, beside others that have some, takes as long for a product as for a pass. The
+    memory of a layer is what autograd keeps of a pass and its inverse, measured on one and two
+    samples. Time is the number of passes that a check declares, times the time of a pass per
+    sample. That is an estimate: too high where large batches run faster, and blind to what
+    iterations depend on. The work that processes share is divided by their number. Where the memory
+    is bounded, a pass and a linearization of the whole model are metered.
 
     Args:
         context: model and data.
@@ -159,12 +160,16 @@ class _Kind:
     Attributes:
         layer: one of them.
         x: its input.
+        size: entries of its parameters.
+        seconds: of its pass, per sample.
         count: how many there are.
     """
 
     layer: Invertible
     x: Tensor
-    count: int
+    size: int
+    seconds: float
+    count: int = 1
 
 
 @dataclass(frozen=True)
@@ -202,7 +207,8 @@ def _first_pass(context: AuditContext, rows: Tensor) -> _Passes:
     if not bool(finite.all()):
         return _first_pass(context, rows[finite])
     if not same_up_to_rounding(composed, z, torch.finfo(x.dtype).eps ** 0.5):
-        kinds = [_Kind(model, x, 1)]  # its layers are another map
+        size = sum(parameter.numel() for parameter in model.parameters())
+        kinds = [_Kind(model, x, size, seconds)]  # its layers are another map
     return _Passes(model, x, z, seconds, kinds)
 
 
@@ -213,12 +219,12 @@ def _kinds(model: Invertible, x: Tensor) -> tuple[list[_Kind], Tensor]:
     for layer in layers or (model,):
         size = sum(parameter.numel() for parameter in layer.parameters())
         key = (type(layer.block), x.shape, size)
-        known = found.get(key)
-        if known is None:
-            found[key] = _Kind(layer, x, 1)
+        seconds, z = _clocked(functools.partial(layer, x), x)
+        if key in found:
+            found[key] = replace(found[key], count=found[key].count + 1, seconds=seconds)
         else:
-            found[key] = replace(known, count=known.count + 1)
-        x = layer(x)
+            found[key] = _Kind(layer, x, size, seconds)
+        x = z
     return list(found.values()), x
 
 
@@ -293,6 +299,11 @@ def _timed(timed: _Passes) -> tuple[dict[str, float], dict[str, str]]:
         missing["inverse"] = str(error)
     seconds["linearize"] = seconds["product"] = 0.0
     for kind in timed.kinds:
+        if not kind.size and len(timed.kinds) > 1:
+            # a permutation or the like, whose products do what a pass does
+            seconds["linearize"] += kind.count * kind.seconds
+            seconds["product"] += kind.count * kind.seconds
+            continue
         each, linearization = _clocked(functools.partial(Linearization, kind.layer, kind.x), kind.x)
         seconds["linearize"] += kind.count * each
         try:

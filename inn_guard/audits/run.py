@@ -323,6 +323,7 @@ def _library(model: Invertible) -> str:
     return "" if root in ("__main__", "builtins", "torch") else root
 
 
+@functools.cache
 def _version(package: str) -> str:
     try:
         return version(package)
