@@ -81,9 +81,9 @@ class AuditSpec:
             model: the map.
             x: data, (B, *data).
             settings: the check's own, and limits, prior, domain, loss, seed, parallel and level, as
-                ``audit`` has them, and starts, a dictionary in which a check leaves what it begins
-                from the next time. Of one name, the check's own: the domain of lipschitz_bounds is
-                a box.
+                ``audit`` has them. Of one name, the check's own: the domain of lipschitz_bounds is
+                a box. ``starts`` is a dictionary in which a check leaves what it begins from the
+                next time, and how layers and model differ.
 
         Raises:
             TypeError: if a setting is unknown, or x is no real floating-point tensor.
@@ -97,7 +97,6 @@ class AuditSpec:
         x = checked_batch(model, x).detach().clone()
         starts = given.get("starts", {})
         audited = audited_model(model, x, known=_composition_in(starts))
-        starts["composition"] = dataclasses.astuple(audited.composition)
         context = AuditContext(
             audited,
             x,
@@ -110,7 +109,11 @@ class AuditSpec:
             level=Level(given.get("level", Level.STANDARD)),
             starts=starts,
         )
-        return self.run(context)
+        result = self.run(context)
+        if result.values:
+            # where nothing could be measured, layers and model could not be compared, either
+            starts["composition"] = dataclasses.astuple(audited.composition)
+        return result
 
     def run(self, context: AuditContext) -> AuditResult:
         """Run this check within an audit; the model comes out as it went in, also after an error.
