@@ -12,6 +12,7 @@ from jaxtyping import Shaped
 from torch import Tensor, nn
 
 from inn_guard.adapters import wrap
+from inn_guard.audits.batch import check_context
 from inn_guard.audits.quick_check import quick_round_trip
 from inn_guard.audits.run import Check, resolve_check
 from inn_guard.core.invertible import Context, Invertible
@@ -158,7 +159,8 @@ class AuditHook:
 
         Raises:
             TypeError: if x is no floating-point tensor, or neither the hook nor the call has one.
-            ValueError: if x is empty or has another dtype or device than the model.
+            ValueError: if x is empty or has another dtype or device than the model, or the context
+                has not one row for each sample.
         """
         step = checked_step(self.next_step if step is None else step)
         x = _checked(x if self.x is None else self.x)
@@ -187,6 +189,7 @@ class AuditHook:
         """Run the checks on the first samples of x, whether due or not, without a record."""
         model = self.model
         if context is not None:
+            check_context(context, x)
             model = model.with_context(context)
         if self.samples is not None and self.samples < len(x):
             rows = torch.arange(self.samples, device=x.device)

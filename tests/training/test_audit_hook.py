@@ -212,6 +212,8 @@ def test_few_samples_with_their_context_are_audited():
     AuditHook(Scaling(), every=1, checks=[sizes], samples=3)(data(), context)
     AuditHook(Scaling(), every=1, checks=[sizes], samples=None)(data(), context)
     assert seen == [(3, [[1.0], [2.0], [3.0]]), (12, context.tolist())]
+    with pytest.raises(ValueError, match=r"context with 12 rows, .*; got shape \(0, 1\)"):
+        AuditHook(Scaling(), every=1, checks=[sizes])(data(), context[:0])
     assert AuditHook(TwoCouplings().double(), samples=50)(data()).settings["samples"] == 12
 
 
