@@ -293,9 +293,9 @@ def _origins(parts: dict[str, dict[str, Any]], frames: Sequence[pd.DataFrame]) -
         "numbers are counted by `benchmarks/census/findings.py`.",
         "* The plain formulas first called four bfloat16 models unfit whose library has no inverse "
         "in bfloat16. They are unknown now, and the three flows concerned were measured again.",
-        "* The committed rows of FrEIA's AllInOne cannot be repeated bit for bit: it draws its "
-        "rotations from numpy, whose generator was not seeded then. Its rows in different parts "
-        "are of different weights.",
+        "* The rows of FrEIA's AllInOne, but for those on patches and in `all_in_one_float64`, "
+        "cannot be repeated bit for bit: it draws its rotations from numpy, whose generator was "
+        "not seeded then. Its rows in different parts are of different weights.",
         "* Times are those of a machine that did other work.",
         "",
         "| part | command | rows |",
