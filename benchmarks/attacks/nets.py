@@ -114,10 +114,10 @@ def train(
 
 
 SUBJECTS: dict[str, Callable[[Path, int], Subject]] = {
-    "digits, ours": digits_subject("plain", blocks=24, learning_rate=7e-3, steps=250),
-    "digits, ours, overheated": digits_subject("plain", blocks=24, learning_rate=1.2e-2, steps=250),
-    "digits, FrEIA": digits_subject("FrEIA", blocks=24, learning_rate=1e-3, steps=250),
-    "digits, nflows": digits_subject("nflows", blocks=24, learning_rate=5e-3, steps=250),
-    "digits, i-ResNet": iresnet_subject,
-    "CIFAR-10 (JPEG copies), Glow": trained_glow,
+    "digits ours": digits_subject("plain", blocks=24, learning_rate=7e-3, steps=250),
+    "digits ours overheated": digits_subject("plain", blocks=24, learning_rate=1.2e-2, steps=250),
+    "digits FrEIA": digits_subject("FrEIA", blocks=24, learning_rate=1e-3, steps=250),
+    "digits nflows": digits_subject("nflows", blocks=24, learning_rate=5e-3, steps=250),
+    "digits i-ResNet": iresnet_subject,
+    "CIFAR-10 (JPEG copies) Glow": trained_glow,
 }

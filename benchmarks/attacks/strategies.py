@@ -55,7 +55,7 @@ class Config:
 
 
 PRESETS = {
-    "smoke": {"subjects": ("digits, ours",), "images": 2, "budgets": (40,), "seeds": 1},
+    "smoke": {"subjects": ("digits ours",), "images": 2, "budgets": (40,), "seeds": 1},
     "cpu": {"seeds": 2},  # minutes on one core
 }
 

@@ -49,6 +49,7 @@ __all__ = [
     "keyed",
     "main",
     "preset",
+    "stem",
     "write_results",
 ]
 
@@ -86,7 +87,7 @@ def collect(
     """
     if not isinstance(cases, Mapping):
         cases = {key: key for key in cases}
-    name = _stem(type(config).__module__)
+    name = stem(type(config).__module__)
     path = UNFINISHED / f"{name}-{_digest(config)}.jsonl"
     finished = _read_finished(path)
     with tqdm(cases.items(), desc=name, unit="case", disable=None) as bar:
@@ -197,7 +198,7 @@ def main(script_name: str, argv: list[str] | None = None) -> None:
         frame = script.run(config)
     except MissingData as error:
         parser.exit(2, f"error: {error}\n")
-    name = _stem(script_name)
+    name = stem(script_name)
     if chosen != "cpu":
         name += f"_{chosen}"
     line = command(script, chosen, config)
@@ -218,7 +219,7 @@ def paper_comparison(script: ModuleType, frame: pd.DataFrame) -> str:
         table = script.compare_with_paper(frame)
         return f"\nThe paper's numbers and ours:\n{table.to_string(index=False)}\n"
     for one in EXPERIMENTS:
-        if one.reference and one.stem == _stem(script.__name__):
+        if one.reference and one.stem == stem(script.__name__):
             title = f"The paper's numbers ({one.paper}; reference/{one.reference})"
             return f"\n{title}:\n{one.published().to_string(index=False)}\n"
     return ""
@@ -226,7 +227,7 @@ def paper_comparison(script: ModuleType, frame: pd.DataFrame) -> str:
 
 def _parser(script: ModuleType) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        description=(script.__doc__ or "").strip().partition("\n")[0], prog=_stem(script.__name__)
+        description=(script.__doc__ or "").strip().partition("\n")[0], prog=stem(script.__name__)
     )
     parser.add_argument("--preset", choices=list(script.PRESETS), default="cpu")
     parser.add_argument(
@@ -278,7 +279,7 @@ def _name(module: str) -> str:
     return module.removeprefix("benchmarks.")
 
 
-def _stem(module: str) -> str:
+def stem(module: str) -> str:
     """What the experiment's results are called: injflow_table1."""
     return _name(module).replace(".", "_")
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.common.checkpoint import load_checkpoint, save_checkpoint
-from benchmarks.common.runner import Row
+from benchmarks.common.runner import Row, stem
 from benchmarks.exploding_inverses.image_data import DATA, LabelledImages
 
 Net = TypeVar("Net", bound=nn.Module)
@@ -192,7 +192,8 @@ def train(
 
 def checkpoint_of(config: Any, key: str) -> Path:
     """Where the checkpoint of one case of this configuration lies while it is being trained."""
-    digest = hashlib.sha256(f"{type(config).__module__} {config!r} {key}".encode()).hexdigest()[:16]
+    name = f"{stem(type(config).__module__)} {config!r} {key}"
+    digest = hashlib.sha256(name.encode()).hexdigest()[:16]
     return Path("runs") / f"{digest}.safetensors"
 
 
