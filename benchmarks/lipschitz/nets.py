@@ -141,22 +141,28 @@ def _train(flow: Chain, batch: Callable[[], Tensor], steps: int) -> None:
         optimiser.step()
 
 
-def images(count: int, generator: torch.Generator) -> Tensor:
-    """Smooth synthetic images in [0, 1], (count, 3, 32, 32)."""
-    coarse = torch.randn(count, 3, 8, 8, generator=generator)
-    fine = torch.randn(count, 3, 16, 16, generator=generator)
-    smooth = _enlarged(coarse) + 0.3 * _enlarged(fine)
+def images(count: int, generator: torch.Generator, size: int = 32) -> Tensor:
+    """Smooth synthetic images in [0, 1], (count, 3, size, size)."""
+    coarse = torch.randn(count, 3, size // 4, size // 4, generator=generator)
+    fine = torch.randn(count, 3, size // 2, size // 2, generator=generator)
+    smooth = _enlarged(coarse, size) + 0.3 * _enlarged(fine, size)
     return torch.sigmoid(smooth).clamp(0, 1)
 
 
-def _enlarged(images: Tensor) -> Tensor:
-    return F.interpolate(images, size=32, mode="bicubic", align_corners=False)
+def _enlarged(images: Tensor, size: int) -> Tensor:
+    return F.interpolate(images, size=size, mode="bicubic", align_corners=False)
 
 
 def conv_flow(
-    *, affine: bool = False, blocks: int = 16, hidden: int = 128, steps: int = 40, seed: int = 0
+    *,
+    affine: bool = False,
+    blocks: int = 16,
+    hidden: int = 128,
+    steps: int = 40,
+    seed: int = 0,
+    size: int = 32,
 ) -> Chain:
-    """A flow on 3 x 32 x 32, squeezed to 12 x 16 x 16.
+    """A flow on 3 x size x size, squeezed to 12 channels.
 
     Its couplings have networks of 3x3, 1x1 and 3x3 convolutions with ELU; a permutation after each
     exchanges the halves.
@@ -174,5 +180,5 @@ def conv_flow(
             layers += [coupling, Permutation(torch.cat([torch.arange(6, 12), torch.arange(6)]))]
         flow = Chain(*layers)
     generator = torch.Generator().manual_seed(seed)
-    _train(flow, lambda: images(8, generator) - 0.5, steps)
+    _train(flow, lambda: images(8, generator, size) - 0.5, steps)
     return flow.double().eval().requires_grad_(requires_grad=False)

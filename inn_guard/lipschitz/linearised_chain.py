@@ -181,15 +181,18 @@ def linearised(layers: Sequence[BoundedMap], box: Interval, deadline: Deadline) 
 
 def _is_affordable(layers: Sequence[BoundedMap], box: Interval, deadline: Deadline) -> bool:
     """Whether there is time for all layers; if so, it is spent."""
-    n, pixels = box.shape.numel(), box.shape[1:].numel()
+    n = box.shape.numel()
     if not box.bounded or n > LARGEST:
         return False
-    operations = 0.0
+    point, operations = Interval.of(box.centre), 0.0
     for layer in layers:
         parameters = sum(p.numel() for net in layer.subnetworks() for p in net.parameters())
+        pixels = point.shape[1:].numel()
         operations += n * (2.0 * parameters * pixels + 4.0 * n) + CALLS
         if parameters:
             operations += NORMS * n**3
+        # a layer may change the size of images
+        point = layer.image(point)
     if not deadline.can_afford(operations):
         return False
     spend(operations)

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from inn_guard.numerics.rounding import gamma, largest_eigenvalue
-from inn_guard.numerics.spectral_norm import inverse_norm, spectral_norm
+from inn_guard.numerics.spectral_norm import inverse_norm, singular_range, spectral_norm
 from tests.cases.trials import trials
 
 mpmath.mp.dps = 40
@@ -111,3 +111,31 @@ def test_gamma():
     assert gamma(1) >= 2.0**-53
     with pytest.raises(ValueError, match="fewer"):
         gamma(2**53)
+
+
+@pytest.mark.parametrize("condition", [1.0, 1e3, 1e6])
+@pytest.mark.parametrize("n", [1, 3, 60])
+def test_singular_ranges_hold_all_singular_values(n, condition):
+    generator = torch.Generator().manual_seed(n)
+    left, right = (
+        torch.linalg.qr(torch.randn(n, n, generator=generator, dtype=torch.float64))[0]
+        for _ in range(2)
+    )
+    values = torch.logspace(0, -math.log10(condition), n, dtype=torch.float64)
+    for scale in (1.0, 1e-120, 1e120):
+        A = scale * (left * values) @ right
+        least, most = singular_range(A)
+        largest, smallest = scale * float(values[0]), scale * float(values[-1])
+        assert largest * (1 - 1e-14 * n) <= most <= 1.01 * largest
+        # the Gram matrix knows small values to the root of the rounding
+        assert 0 <= least <= smallest * (1 + 1e-14 * n * condition)
+        if condition < 1e6:
+            assert least >= 0.98 * smallest
+
+
+def test_singular_ranges_of_what_is_singular_or_not_finite():
+    assert singular_range(torch.zeros(3, 3)) == (0.0, math.inf)
+    assert singular_range(torch.diag(torch.tensor([1.0, math.nan]))) == (0.0, math.inf)
+    least, most = singular_range(torch.ones(4, 4))
+    assert least < 1e-6
+    assert 4.0 <= most < 4.01
