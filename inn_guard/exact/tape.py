@@ -174,17 +174,22 @@ def checksum(*tensors: Tensor | None) -> tuple[int, ...]:
 def _checksum(words: Tensor) -> int:
     # the upper halves count as lower ones, too: a product would lose their highest bits
     mixed = words.bitwise_right_shift(32).bitwise_xor_(words).flatten()
-    return int(mixed.dot(_weights(len(mixed), mixed.device)))
+    weights = _weights(len(mixed), mixed.device)
+    if mixed.device.type == "cpu":
+        return int(mixed.dot(weights))
+    # GPUs have no product of integer vectors
+    return int(mixed.mul_(weights).sum())
 
 
 def _words(tensor: Tensor) -> Tensor:
     """The bits of a tensor as int64, with zeros at the end if there are too few."""
     count = 8 // tensor.element_size()
-    # a slice of columns, such as half of a network's output, needs no copy
-    if tensor.dim() == 2 and tensor.stride(1) == 1:
-        lengths = (tensor.shape[1], tensor.stride(0), tensor.storage_offset())
+    # a slice of channels, such as half of a network's output, needs no copy
+    rows = tensor.flatten(1) if tensor.dim() > 1 else tensor[None]
+    if rows.dim() == 2 and rows.stride(1) == 1:
+        lengths = (rows.shape[1], rows.stride(0), rows.storage_offset())
         if not any(length % count for length in lengths):
-            return tensor.view(torch.int64)
+            return rows.view(torch.int64)
     content = _dense(tensor).view(torch.uint8)
     missing = -len(content) % 8
     if missing:

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from benchmarks.performance.measurement import peak_allocated
+from inn_guard.adapters import wrap
 from inn_guard.core.invertible import Invertible
 from inn_guard.exact import Mismatch
 from inn_guard.layers.actnorm import ActNorm, Diagonal
@@ -16,6 +17,7 @@ from inn_guard.layers.autoregressive import maf
 from inn_guard.layers.chain import Chain
 from inn_guard.layers.coupling import AdditiveCoupling, AffineCoupling
 from inn_guard.layers.networks import MLP
+from inn_guard.layers.partition import Mask
 from inn_guard.layers.permutation import Permutation
 from inn_guard.layers.preprocessing import Logit
 from inn_guard.layers.scales import SigmoidScale
@@ -241,6 +243,69 @@ def test_bad_data_and_arguments_are_refused():
         saving(torch.tensor([[1.0] * 16, [torch.nan] * 16]))
     with pytest.raises(ValueError, match="exact=True or a guard, got both"):
         memory_saving(couplings(layers=1), exact=True, guard=1e-3)
+
+
+@pytest.mark.parametrize("value", [1e30, -1e30, 1e-42, 1e-30, -0.0])
+def test_gradients_at_extreme_values_are_those_of_stored_activations(value):
+    model = couplings(layers=3, gain=1.0)
+    x = torch.randn(8, 16, dtype=torch.float32)
+    x[3, 9] = x[4, 1] = value
+
+    def loss(f, x):
+        z, log_det = f.forward_and_log_det(x)
+        # a square would overflow
+        return (z.abs() / (1 + z.abs().detach()) - log_det[:, None]).mean()
+
+    true = gradient(model.to_dtype(torch.float64), x.double(), loss)
+    stored = gradient(model, x, loss)
+    found = gradient(memory_saving(model, exact=True), x, loss)
+    assert distance(found, true) <= 2 * distance(stored, true) + ROUNDING
+
+
+@pytest.mark.parametrize("library", ["nflows", "freia", "ours/masked"])
+def test_couplings_of_every_library_evaluate_their_network_once(library):
+    model, network = counted_coupling(library)
+    saving, x = memory_saving(model, exact=True), torch.randn(5, 4, dtype=torch.float32)
+    nll(saving, x).backward()
+    expected = gradient(model, x)
+    network.calls = 0
+    value = nll(saving, x)
+    assert network.calls == 1
+    value.backward()
+    assert network.calls == 2
+    assert distance(gradient(saving, x, of=model), expected) < 1e-5
+
+
+def counted_coupling(library):
+    """A chain with one coupling, and its network."""
+    made = []
+
+    def network(inputs, outputs):
+        made.append(nets.Counted(MLP([inputs, 8, outputs])))
+        return made[-1]
+
+    if library == "nflows":
+        from nflows.transforms import AffineCouplingTransform, CompositeTransform
+
+        class WithContext(nn.Module):
+            def __init__(self, inner):
+                super().__init__()
+                self.inner = inner
+
+            def forward(self, x, context=None):
+                return self.inner(x)
+
+        coupling = AffineCouplingTransform([0, 1, 0, 1], lambda i, o: WithContext(network(i, o)))
+        return wrap(CompositeTransform([coupling]).float()), made[0]
+    if library == "freia":
+        import FrEIA.framework
+        import FrEIA.modules
+
+        chain = FrEIA.framework.SequenceINN(4)
+        chain.append(FrEIA.modules.AffineCouplingOneSided, subnet_constructor=network)
+        return wrap(chain.float()), made[0]
+    mask = torch.tensor([True, False, False, True])
+    return Chain(AffineCoupling(network(4, 8), partition=Mask(mask)).float()), made[0]
 
 
 def test_an_error_in_a_layer_leaves_no_trace():
