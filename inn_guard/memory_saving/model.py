@@ -65,12 +65,13 @@ def memory_saving(
     those of ``exact(model)``: the backward pass restores every bit of them, also where the inverse
     of the model is lost. z differs from the model's own by rounding of float32, for a model in
     float64 too. Kept between the passes are the last state, 16 bytes an entry, and the bits that
-    contractions push out. Stored, with 5 bytes an entry or so, is the input of layers without an
-    exact rule; of autoregressive layers, whose input would take one pass of the network for each
-    entry; and of layers that draw random numbers or update statistics, unless one evaluation of
-    their network restores and differentiates. ``saving.plan()`` says which. On the CPU a step takes
-    three to four times as long as with stored activations. The first batch of a shape takes longer:
-    every layer is restored at once and compared.
+    contractions push out. One evaluation of a coupling's network restores and differentiates.
+    Stored, with 5 bytes an entry or so, is the input of layers without an exact rule; of
+    autoregressive layers, whose input would take one pass of the network for each entry; and of
+    other layers than couplings that draw random numbers or update statistics. ``saving.plan()``
+    says which. On the CPU a step takes up to three times as long as with stored activations. The
+    first batch of a shape takes longer: every layer is restored at once and compared, and the
+    gradient of every coupling with that of autograd.
 
     Args:
         model: an Invertible with layers(); parameters are shared, nothing in it is changed.
