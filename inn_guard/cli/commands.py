@@ -355,7 +355,9 @@ def _read(path: Path) -> AuditReport:
     try:
         return load(path)
     except (OSError, ValueError) as error:
-        raise WrongUsage(f"{path} cannot be shown: {error}") from error
+        raise WrongUsage(
+            f"{path} cannot be shown: {error}; pass a report that `inn-guard audit --json` wrote"
+        ) from error
 
 
 def _different_names(paths: list[Path]) -> list[str]:

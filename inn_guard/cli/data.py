@@ -119,7 +119,10 @@ def is_integer(array: np.ndarray) -> bool:
 
 def _read_file(path: Path, count: int, *, least_dimensions: int) -> Rows:
     if not path.is_file():
-        raise WrongUsage(f"there is no file or folder {path}")
+        raise WrongUsage(
+            f"there is no file or folder {path}: pass data as .pt, .npy, .csv or .parquet, or a "
+            "folder of images"
+        )
     if path.suffix.lower() in TORCH_SUFFIXES:
         array = _torch_array(path)
     elif path.suffix.lower() == ".csv":
@@ -199,7 +202,9 @@ def _csv_array(path: Path) -> np.ndarray:
             warnings.simplefilter("ignore")  # a table without rows is refused below, by its shape
             return np.loadtxt(path, delimiter=",", skiprows=int(header), ndmin=2, encoding="utf-8")
     except (ValueError, csv.Error) as error:
-        raise WrongUsage(f"{path} cannot be read as a table of numbers: {error}") from error
+        raise WrongUsage(
+            f"{path} cannot be read as a table of numbers: {error}; pass one of numbers"
+        ) from error
 
 
 def _parquet_rows(path: Path, count: int) -> Rows:
@@ -225,7 +230,9 @@ def _parquet_rows(path: Path, count: int) -> Rows:
     except (WrongUsage, MemoryError):
         raise
     except Exception as error:  # a damaged or hostile file may raise anything
-        raise WrongUsage(f"{path} cannot be read as a table of numbers: {error}") from error
+        raise WrongUsage(
+            f"{path} cannot be read as a table of numbers: {error}; pass one of numbers"
+        ) from error
     if values.size == 0:
         raise WrongUsage(
             f"expected numbers of shape (samples, ...) in {path}, got shape {values.shape}"

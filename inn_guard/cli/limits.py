@@ -44,7 +44,9 @@ def read_limits(path: Path | None) -> Limits | None:
 
 def _table(path: Path) -> dict[str, Any]:
     if not path.is_file():
-        raise WrongUsage(f"there is no file of limits {path}")
+        raise WrongUsage(
+            f"there is no file of limits {path}: pass one in TOML, with lines such as density = 0.1"
+        )
     try:
         if path.stat().st_size > MOST_BYTES:
             raise WrongUsage(f"expected a short file of limits, got {path} of more than 1 MiB")

@@ -155,7 +155,10 @@ def _attribute(module: Any, path: str, module_name: str) -> Any:
     found = module
     for part in path.split("."):
         if not hasattr(found, part):
-            raise WrongUsage(f"the module {module_name} has no {path!r}")
+            raise WrongUsage(
+                f"the module {module_name} has no {path!r}: pass {module_name}:NAME, the name of "
+                "a model or of a function that makes one"
+            )
         found = getattr(found, part)
     return found
 
@@ -214,7 +217,9 @@ def save_weights(model: nn.Module, path: Path) -> None:
 
 def _read_weights(path: Path) -> Mapping[str, Any]:
     if not path.is_file():
-        raise WrongUsage(f"there is no file of weights {path}")
+        raise WrongUsage(
+            f"there is no file of weights {path}: pass one that torch.save or safetensors wrote"
+        )
     check_archive(path)
     try:
         if path.suffix == ".safetensors":
