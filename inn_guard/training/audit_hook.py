@@ -242,7 +242,7 @@ class _Clock:
 
     def __init__(self) -> None:
         self._began: float | None = None
-        self._audits = 0.0
+        self._audits = self._last = 0.0
 
     def start(self) -> None:
         """Begin to count, at the first call."""
@@ -250,10 +250,13 @@ class _Clock:
             self._began = time.perf_counter()
 
     def allows(self, share: float) -> bool:
-        """Whether the audits so far took at most this share of all seconds."""
-        if self._began is None:
+        """Whether the audits, with one more like the last one, take at most this share.
+
+        The first one is always allowed.
+        """
+        if self._began is None or not self._audits:
             return True
-        return self._audits <= share * (time.perf_counter() - self._began)
+        return self._audits + self._last <= share * (time.perf_counter() - self._began)
 
     @contextlib.contextmanager
     def measured(self) -> Iterator[None]:
@@ -262,7 +265,8 @@ class _Clock:
         try:
             yield
         finally:
-            self._audits += time.perf_counter() - start
+            self._last = time.perf_counter() - start
+            self._audits += self._last
 
 
 def _checked(x: object) -> Tensor:
