@@ -303,34 +303,11 @@ def _origins(parts: dict[str, dict[str, Any]], frames: Sequence[pd.DataFrame]) -
     ]
     for name, origin in parts.items():
         count = sum(int((frame["part"] == name).sum()) for frame in frames if len(frame))
-        lines.append(line([name, f"`{_command(origin, name)}`", count]))
+        command = f"{origin['command']} --out benchmarks/results/census/{name}"
+        lines.append(line([name, f"`{command}`", count]))
     versions = next(iter(parts.values()), {}).get("packages", {})
     listed = ", ".join(f"{package} {version}" for package, version in versions.items())
     return "\n".join([*lines, "", f"Versions: {listed}.", ""])
-
-
-#: script -> the fields of its configuration that tell the parts apart
-PARTS_BY = {
-    "census": ("sets", "data_root", "seeds", "depths", "steps", "dtypes", "flows"),
-    "repairs": ("rounds", "deepest", "flows", "sets"),
-    "price": ("sets", "treatments"),
-}
-
-
-def _command(origin: dict[str, Any], name: str) -> str:
-    script, config = origin["script"], origin["config"]
-    words = [f"inn-guard bench census.{script} --preset cpu"]
-    for field in PARTS_BY[script]:
-        value = config[field]
-        if isinstance(value, list):
-            value = ",".join(map(str, value))
-        if not value:
-            continue
-        if field in ("flows", "treatments"):
-            value = f'"{value}"'
-        words.append(f"--{field.replace('_', '-')} {value}")
-    words.append(f"--out benchmarks/results/census/{name}")
-    return " ".join(words)
 
 
 def _names(columns: Iterable[str]) -> list[str]:

@@ -88,12 +88,11 @@ def _joined(folder: Path, stem: str) -> pd.DataFrame:
 
 
 def origins(folder: Path = FOLDER) -> dict[str, dict[str, Any]]:
-    """Part -> its script, configuration, versions and checksums."""
-    found = {}
-    for path in sorted(folder.glob("*/census_*.json")):
-        script = path.stem.removeprefix("census_")
-        found[path.parent.name] = {"script": script, **json.loads(path.read_text("utf-8"))}
-    return found
+    """Part -> its command, configuration, versions and checksums."""
+    return {
+        path.parent.name: json.loads(path.read_text(encoding="utf-8"))
+        for path in sorted(folder.glob("*/census_*.json"))
+    }
 
 
 def passed(frame: pd.DataFrame, use: str) -> pd.Series:
