@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
@@ -14,21 +16,50 @@ MAX_ENTRIES = 2**27  #: of the Jacobians of all samples together: 1 GiB in float
 ROWS_AT_ONCE = 1024  #: products that are computed together
 
 
+@dataclass(frozen=True)
+class _PivotedTriangular:
+    """J = P L U for each sample: L and U in one matrix (B, D, D), and the pivots (B, D)."""
+
+    factors: Tensor
+    pivots: Tensor
+
+    def select(self, rows: Tensor) -> _PivotedTriangular:
+        return _PivotedTriangular(self.factors[rows], self.pivots[rows])
+
+    def solution(self, columns: Tensor, *, adjoint: bool) -> Tensor:
+        return torch.linalg.lu_solve(self.factors, self.pivots, columns, adjoint=adjoint)
+
+
+@dataclass(frozen=True)
+class _Triangular:
+    """J that is triangular itself, as of an autoregressive layer in the order of its features."""
+
+    factors: Tensor
+    upper: bool
+
+    def select(self, rows: Tensor) -> _Triangular:
+        return _Triangular(self.factors[rows], self.upper)
+
+    def solution(self, columns: Tensor, *, adjoint: bool) -> Tensor:
+        matrix = self.factors.mT if adjoint else self.factors
+        return torch.linalg.solve_triangular(matrix, columns, upper=self.upper != adjoint)
+
+
 class Factored:
-    """J^-1 by triangular matrices, J = P L U for each sample.
+    """J^-1 by triangular matrices.
 
     Args:
-        factors: of ``torch.linalg.lu_factor``, (B, D, D) and (B, D).
+        factors: of J, one for each sample.
         shape: of what J maps from, without the batch.
     """
 
-    def __init__(self, factors: tuple[Tensor, Tensor], shape: torch.Size) -> None:
+    def __init__(self, factors: _PivotedTriangular | _Triangular, shape: torch.Size) -> None:
         self._factors, self._shape = factors, shape
-        self.batch = len(factors[1])
+        self.batch = len(factors.factors)
 
     def select(self, rows: Tensor) -> Factored:
         """J^-1 of these samples."""
-        return Factored((self._factors[0][rows], self._factors[1][rows]), self._shape)
+        return Factored(self._factors.select(rows), self._shape)
 
     def in_dtype(self, dtype: torch.dtype) -> None:
         """None: it has no large products."""
@@ -44,7 +75,7 @@ class Factored:
 
     def _solution(self, right: Tensor, *, adjoint: bool) -> Tensor:
         columns = right.flatten(1).unsqueeze(2)
-        solution = torch.linalg.lu_solve(*self._factors, columns, adjoint=adjoint)
+        solution = self._factors.solution(columns, adjoint=adjoint)
         return solution.reshape(len(right), *self._shape)
 
 
@@ -71,6 +102,10 @@ def factored(jacobian: NetworkJacobian) -> Factored | None:
     dense = torch.cat(rows).transpose(0, 1)
     if dense.shape[1] != dense.shape[2] or part.shape[1:] != output.shape[1:]:
         return None
+    for upper in (False, True):
+        other_side = dense.tril(-1) if upper else dense.triu(1)
+        if not bool(other_side.any()):
+            return Factored(_Triangular(dense.contiguous(), upper), output.shape[1:])
     # an exactly singular J is found by the checks of J^-1
     factors, pivots, _ = torch.linalg.lu_factor_ex(dense.double())
-    return Factored((factors.to(output.dtype), pivots), output.shape[1:])
+    return Factored(_PivotedTriangular(factors.to(output.dtype), pivots), output.shape[1:])
