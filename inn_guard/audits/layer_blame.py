@@ -18,7 +18,7 @@ from inn_guard.audits.spec import audit_check
 from inn_guard.audits.thresholds import feature_scale, format_log10
 from inn_guard.core.layer_jacobian import NotApplicable
 from inn_guard.core.random import Noise, SampleNoise
-from inn_guard.core.tensors import log_norm
+from inn_guard.core.tensors import log_norm, per_sample
 from inn_guard.jacobian.chain import Linearization
 from inn_guard.jacobian.inverse_gains import inverse_gains, layer_extremes
 from inn_guard.report.limits import Limits
@@ -55,11 +55,13 @@ def layer_blame(context: AuditContext, *, samples: int = 32, probes: int = 8) ->
 
         contribution = sqrt( E |S^-1 J_1^-1 ... J_{k-1}^-1 (s * e_k)|^2 / D ),   s: random signs
 
-    The gain is the same of h_k in place of e_k: the growth of a relative error of h_k. Errors of
-    different layers add up as squares. A layer's digits are log10 of the error over the error that
-    would be left if this layer only rounded and did not amplify what comes from behind it; its
-    share is its part of all digits. A change of units, of all entries or of some, of x or of a
-    state, costs none.
+    The gain is the same of an error as long as h_k, spread evenly over its entries, in place of
+    e_k: the growth of a relative error of h_k. Of x itself each entry errs by its own size. Errors
+    of different layers add up as squares. A layer's digits are log10 of the error over the error
+    that would be left if this layer only rounded and did not amplify what comes from behind it; its
+    share is its part of all digits. A change of the units of x costs none, and of a state none if
+    all its entries change alike: a layer that squeezes some entries is to blame when later layers
+    mix them with the others.
 
     A layer's ``bits_lost``, -log2|det J_k| / D, are those that it throws away at an absolute
     resolution, as the mean over the samples. Exact mode keeps as many. They are left out where a
@@ -259,9 +261,8 @@ def _measure(linearization: Linearization, probes: int, noise: Noise, unit: Tens
         contributions.append(gains.log_size(k, error))
         bits.append(bits_lost(layer, state, dimension=dimension))
     eps = math.log(torch.finfo(linearization.output.dtype).eps)
-    # what one relative error of a state, of the size of each of its entries, does to x
-    states = enumerate(linearization.states)
-    log_gain = torch.stack([gains.log_size(k, state) for k, state in states])
+    sizes = [linearization.states[0], *map(_spread_evenly, linearization.states[1:])]
+    log_gain = torch.stack([gains.log_size(k, size) for k, size in enumerate(sizes)])
     contribution = torch.stack(contributions)
     # rounding of x itself, in units of its features
     base = torch.full_like(log_gain[0], eps)
@@ -277,6 +278,12 @@ def _measure(linearization: Linearization, probes: int, noise: Noise, unit: Tens
         base.cpu(),
         gains.exact,
     )
+
+
+def _spread_evenly(state: Tensor) -> Tensor:
+    """A vector of the same length whose entries are all alike."""
+    each = log_norm(state.double()).exp() / math.sqrt(state[0].numel())
+    return per_sample(each, state).expand_as(state)
 
 
 def _judged(

@@ -214,7 +214,18 @@ def test_precision_is_the_same_in_any_units_of_every_state(gain, powers):
 
 
 @given(**GAUGES)
-def test_the_blamed_layer_is_the_same_in_any_units_of_every_state(gain, powers):
+def test_the_error_of_each_layer_is_the_same_in_any_units_of_every_state(gain, powers):
+    plain, found = (layer_blame(*in_gauge(gain, each)) for each in (PLAIN, powers))
+    assert found.verdict == plain.verdict
+    assert found.settings["worst_sample"] == plain.settings["worst_sample"]
+    for row, other in zip(found.per_layer, plain.per_layer, strict=True):
+        assert row["contribution"] == pytest.approx(other["contribution"], rel=1e-3)
+
+
+@given(**GAUGES)
+def test_the_blamed_layer_is_the_same_in_any_units_of_x(gain, powers):
+    """And in any units of the states between layers in which all entries change alike."""
+    powers = [powers[0], *([power[0]] * FEATURES for power in powers[1:])]
     plain, found = (layer_blame(*in_gauge(gain, each)) for each in (PLAIN, powers))
     assert found.verdict == plain.verdict
     assert found.settings["worst_sample"] == plain.settings["worst_sample"]
