@@ -56,12 +56,11 @@ def layer_blame(context: AuditContext, *, samples: int = 32, probes: int = 8) ->
         contribution = sqrt( E |S^-1 J_1^-1 ... J_{k-1}^-1 (s * e_k)|^2 / D ),   s: random signs
 
     The gain is the same of an error as long as h_k, spread evenly over its entries, in place of
-    e_k: the growth of a relative error of h_k. Of x itself each entry errs by its own size. Errors
-    of different layers add up as squares. A layer's digits are log10 of the error over the error
-    that would be left if this layer only rounded and did not amplify what comes from behind it; its
-    share is its part of all digits. A change of the units of x costs none, and of a state none if
-    all its entries change alike: a layer that squeezes some entries is to blame when later layers
-    mix them with the others.
+    e_k: the growth of a relative error of h_k. Errors of different layers add up as squares. A
+    layer's digits are log10 of the error over the error that would be left if this layer only
+    rounded and did not amplify what comes from behind it; its share is its part of all digits. A
+    layer that squeezes some entries of a state amplifies: later layers may mix them with the
+    others. One that brings entries of x from their units to a common one does not.
 
     A layer's ``bits_lost``, -log2|det J_k| / D, are those that it throws away at an absolute
     resolution, as the mean over the samples. Exact mode keeps as many. They are left out where a
@@ -261,13 +260,16 @@ def _measure(linearization: Linearization, probes: int, noise: Noise, unit: Tens
         contributions.append(gains.log_size(k, error))
         bits.append(bits_lost(layer, state, dimension=dimension))
     eps = math.log(torch.finfo(linearization.output.dtype).eps)
-    sizes = [linearization.states[0], *map(_spread_evenly, linearization.states[1:])]
-    log_gain = torch.stack([gains.log_size(k, size) for k, size in enumerate(sizes)])
+    states = list(enumerate(linearization.states))
+    log_gain = torch.stack([gains.log_size(k, _spread_evenly(state)) for k, state in states])
+    by_entry = torch.stack([gains.log_size(k, state) for k, state in states])
     contribution = torch.stack(contributions)
     # rounding of x itself, in units of its features
     base = torch.full_like(log_gain[0], eps)
-    amplification = log_gain.diff(dim=0).nan_to_num(0.0)
-    digits = digits_lost(contribution, log_gain[:-1] + eps, amplification, base)
+    # where a layer undoes units of the data, evenly spread errors shrink: its entries tell its growth
+    growth = torch.maximum(log_gain.diff(dim=0), by_entry.diff(dim=0))
+    rounding = torch.cat([by_entry[:1], log_gain[1:-1]]) + eps
+    digits = digits_lost(contribution, rounding, growth.nan_to_num(0.0), base)
     return _Measurement(
         torch.stack(conditions).cpu(),
         log_gain[:-1].cpu(),

@@ -81,9 +81,9 @@ def test_a_change_of_unit_costs_no_digits():
 
 def test_gains_are_those_of_the_dense_inverses():
     model, x = random_chain(depth=2, spread=2.0), torch.randn(1, 6)
-    first, *later = Linearization(model, x).states
-    # of x each entry's own size, of later states their length, spread over the entries
-    states = [first, *(state.square().mean().sqrt().expand_as(state) for state in later)]
+    states = Linearization(model, x).states
+    # the length of each, spread over its entries
+    states = [state.square().mean().sqrt().expand_as(state) for state in states]
     sizes = reference_jacobian.sizes_of_errors(model, x, states, unit=feature_scale(x)[0])
     rows = layer_blame(model, x, probes=6).per_layer
     assert [row["log10_gain"] for row in rows] == pytest.approx(sizes[:-1, 0].log10().tolist())
