@@ -266,7 +266,7 @@ def _measure(linearization: Linearization, probes: int, noise: Noise, unit: Tens
     contribution = torch.stack(contributions)
     # rounding of x itself, in units of its features
     base = torch.full_like(log_gain[0], eps)
-    # where a layer undoes units of the data, evenly spread errors shrink: its entries tell its growth
+    # evenly spread errors shrink where a layer undoes units of the data: see its entries, too
     growth = torch.maximum(log_gain.diff(dim=0), by_entry.diff(dim=0))
     rounding = torch.cat([by_entry[:1], log_gain[1:-1]]) + eps
     digits = digits_lost(contribution, rounding, growth.nan_to_num(0.0), base)
