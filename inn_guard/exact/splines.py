@@ -16,7 +16,7 @@ from inn_guard.exact.tape import Tape, checksum
 
 __all__ = ["Form", "Knots", "Spline", "cubic", "rational_quadratic"]
 
-CELLS = 4096  #: of a bin
+CELLS = 2048  #: of a bin
 
 
 #: (position in a bin between 0 and 1, slope of the bin's chord, slopes at its left and right end)
@@ -71,8 +71,8 @@ class Knots:
 class Spline(Step):
     """Some entries pass monotone splines, whose knots the other entries determine.
 
-    Each bin has 4096 cells. The ends of cell m are a_m = a_0 + W m div 4096 and
-    b_m = b_0 + 2 m + round((H - 2 * 4096) phi(m / 4096)), which increase whatever the rounding of
+    Each bin has 2048 cells. The ends of cell m are a_m = a_0 + W m div 2048 and
+    b_m = b_0 + 2 m + round((H - 2 * 2048) phi(m / 2048)), which increase whatever the rounding of
     the spline phi does. Cell [a_m, a_m+1) goes to [b_m, b_m+1) by a change of the mixed radix. phi
     takes only + - * / in float64, whose bits do not depend on the machine.
 

@@ -533,9 +533,14 @@ def _is_coupling(step: Step, state: FixedPoint, after: FixedPoint, record: Exact
     wanted = [tensor for tensor in leaves_of(own) if tensor is not leaf]
     if {id(t) for t in wanted} != {id(t) for t in leaves_of(point.outputs) if t is not point.known}:
         return False
-    expected = torch.autograd.grad(own, [leaf, *wanted], gradients, allow_unused=True)
+    # both graphs may end in that of a context, which the caller still needs
+    expected = torch.autograd.grad(
+        own, [leaf, *wanted], gradients, allow_unused=True, retain_graph=True
+    )
     inside = point.output_gradients(gradients)
-    found = torch.autograd.grad(point.outputs, [point.known, *wanted], inside, allow_unused=True)
+    found = torch.autograd.grad(
+        point.outputs, [point.known, *wanted], inside, allow_unused=True, retain_graph=True
+    )
     found = (point.gradient(gradients, found[0]), *found[1:])
     for a, b in zip(found, expected, strict=True):
         if (a is None) != (b is None):

@@ -13,6 +13,9 @@ CAUGHT = {
     508: "a part of a library's block that is a subclass",
     2537: "a coupling whose index of kept entries is no partition",
     756: "a permutation that repeats an entry",
+    8431: "a coupling that changes no entry",
+    20831: "a coupling that keeps no entry",
+    31423: "a permutation matrix times two, which the inverse transposes",
 }
 
 

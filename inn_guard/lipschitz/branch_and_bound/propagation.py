@@ -167,6 +167,8 @@ def step_of_coupling(bounded: Coupling, domain: Interval) -> Step:
     K_matrix, S = bounded.split.matrices()
     keep, change = K_matrix.any(0).nonzero().flatten(), S.any(0).nonzero().flatten()
     order, count = torch.cat([keep, change]), len(keep)
+    if not len(keep) or not len(change):
+        raise Unbounded("the coupling keeps no entry, or changes none")
     rows = [index[S[:, change].argmax(0)] for index in bounded.rows]
     network = NetworkOnBoxes(bounded.network, K_matrix[:, keep], bounded.context)
     coupled = _on_boxes(bounded.transformer, network, rows, domain[keep])

@@ -154,6 +154,10 @@ def bound_channel_mixing(block: ChannelMixing, layer: Any) -> BoundedMap:
 
 @bounded_map.register
 def bound_lu_linear(block: LULinear, layer: Any) -> BoundedMap:
+    # the inverse transposes the permutation and divides by the signs
+    identity = torch.eye(len(block.pivots)).to(block.pivots)
+    if not torch.equal(block.pivots @ block.pivots.T, identity):
+        return NoRule("its pivots are no permutation: its inverse is another map's")
     return maps.LinearMap.product(block.pivots, *block._factors())
 
 

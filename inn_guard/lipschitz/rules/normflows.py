@@ -177,14 +177,31 @@ def bound_squeeze(block: nf.Squeeze, layer: Any) -> BoundedMap:
     return maps.Rearrangement(lambda x: block.inverse(x)[0])
 
 
+def _why_no_factors(block: Any) -> str:
+    """Why the block's inverse is not that of its factors; "" if it is."""
+    if not block.use_lu:
+        return ""
+    # the inverse transposes the permutation and multiplies by the signs
+    identity = torch.eye(len(block.P)).to(block.P)
+    if torch.equal(block.P @ block.P.T, identity) and bool((block.sign_S.abs() == 1).all()):
+        return ""
+    return "its P is no permutation, or its signs are not of size 1"
+
+
 @bounded_map.register
 def bound_invertible_affine(block: nf.InvertibleAffine, layer: Any) -> BoundedMap:
+    why = _why_no_factors(block)
+    if why:
+        return NoRule(why)
     # data -> latent is x W
     return maps.LinearMap.product(*[factor.T for factor in reversed(_factors(block))])
 
 
 @bounded_map.register
 def bound_invertible_1x1_convolution(block: nf.Invertible1x1Conv, layer: Any) -> BoundedMap:
+    why = _why_no_factors(block)
+    if why:
+        return NoRule(why)
     return maps.LinearMap.product(*_factors(block))
 
 
