@@ -310,7 +310,7 @@ def _close(actual: Tensor, expected: Tensor) -> bool:
 
 @torch.no_grad()
 def _program(
-    function: _Call, x: Tensor, *, at_most: float = math.inf
+    function: _Call, x: Tensor, *, at_most: float | int = math.inf
 ) -> tuple[LinearProgram | None, Tensor | None]:
     """The steps of the derivative of ``function`` at x, and its value; (None, None) without.
 
@@ -387,7 +387,7 @@ class _Operation:
 class _Recorder(TorchDispatchMode):
     """Notes the operations that read a tensor, or what other such operations have returned."""
 
-    def __init__(self, start: Tensor, at_most: float) -> None:
+    def __init__(self, start: Tensor, at_most: float | int) -> None:
         super().__init__()
         self._at_most = at_most
         self.operations: list[_Operation] = []

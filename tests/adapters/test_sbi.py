@@ -113,6 +113,7 @@ def test_one_observation_serves_many_theta_and_a_posterior_has_its_own():
         wrap(estimator)(theta)
 
 
+@pytest.mark.unchecked
 def test_vector_fields_are_integrated_between_their_own_times():
     class Field(nn.Module):
         __module__ = "sbi.neural_nets.estimators.stand_in"
