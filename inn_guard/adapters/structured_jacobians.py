@@ -26,6 +26,7 @@ from inn_guard.core.readable import RulesByClass
 from inn_guard.core.tensors import norms
 from inn_guard.jacobian.factored import Factored, factored
 from inn_guard.jacobian.network import NetworkJacobian, select_rows_of
+from inn_guard.jacobian.recorded import recorded_network
 from inn_guard.layers.coupling import CouplingJacobian
 from inn_guard.layers.linear import (
     ChannelMixingJacobian,
@@ -43,12 +44,14 @@ __all__ = [
     "WeightedParameters",
     "channel_mixing_jacobian",
     "coupling_jacobian",
+    "coupling_network",
     "elementwise_coupling_jacobian",
     "entrywise_jacobian",
     "identity_transformed",
     "is_jacobian_of",
     "known_jacobian",
     "permutation_jacobian",
+    "spline_coupling_jacobian",
 ]
 
 
@@ -496,3 +499,38 @@ def channel_mixing_jacobian(
     # of a singular W the inverse is not finite or wrong, which the checks of its products find
     inverse = torch.linalg.inv_ex(weight).inverse
     return ChannelMixingJacobian.of_weight(x, weight, inverse=inverse, shift=shift)
+
+
+def coupling_network(module: Any, x: Tensor, context: Any) -> tuple[NetworkJacobian, Features]:
+    """The network of a coupling with the attributes of nflows' couplings, and its parts.
+
+    Args:
+        module: with ``identity_features``, ``transform_features`` and ``transform_net``.
+        x: input, (B, *data).
+        context: what the network takes beside its features.
+    """
+    partition = Features(module.identity_features, module.transform_features)
+    identity, _ = partition.split(x, dims=x.dim())
+    network = recorded_network(
+        lambda features: module.transform_net(features, context),
+        identity,
+        module=module.transform_net,
+    )
+    return network, partition
+
+
+def spline_coupling_jacobian(module: Any, x: Tensor, context: Any) -> LayerJacobian | None:
+    """Of a spline coupling of nflows, or of the port of it in normflows.
+
+    Its identity part may go through splines of its own.
+    """
+    network, partition = coupling_network(module, x, context)
+
+    def transform(transformed: Tensor, parameters: Tensor) -> Tensor:
+        return module._coupling_transform_forward(transformed, parameters)[0]
+
+    jacobian = elementwise_coupling_jacobian(x, network, partition, transform)
+    unconditional = module.unconditional_transform
+    if jacobian is None or unconditional is None:
+        return jacobian
+    return identity_transformed(jacobian, partition, lambda x1: unconditional(x1, context)[0])

@@ -18,14 +18,13 @@ from nflows.transforms.coupling import AdditiveCouplingTransform, AffineCoupling
 from torch import Tensor
 
 from inn_guard.adapters.structured_jacobians import (
-    Features,
     channel_mixing_jacobian,
     coupling_jacobian,
-    elementwise_coupling_jacobian,
+    coupling_network,
     entrywise_jacobian,
-    identity_transformed,
     known_jacobian,
     permutation_jacobian,
+    spline_coupling_jacobian,
 )
 from inn_guard.core.layer_jacobian import LayerJacobian
 from inn_guard.jacobian.recorded import recorded_network
@@ -53,22 +52,7 @@ def _linear_map(module: Any, x: Tensor, context: Any) -> LayerJacobian | None:
 @known_jacobian.register(coupling.PiecewiseRationalQuadraticCouplingTransform)
 def _spline(module: Any, x: Tensor, context: Any) -> LayerJacobian | None:
     """A spline coupling, whose identity part may go through splines of its own."""
-    partition = Features(module.identity_features, module.transform_features)
-    identity, _ = partition.split(x, dims=x.dim())
-    network = recorded_network(
-        lambda features: module.transform_net(features, context),
-        identity,
-        module=module.transform_net,
-    )
-
-    def transform(transformed: Tensor, parameters: Tensor) -> Tensor:
-        return module._coupling_transform_forward(transformed, parameters)[0]
-
-    jacobian = elementwise_coupling_jacobian(x, network, partition, transform)
-    unconditional = module.unconditional_transform
-    if jacobian is None or unconditional is None:
-        return jacobian
-    return identity_transformed(jacobian, partition, lambda x1: unconditional(x1, context)[0])
+    return spline_coupling_jacobian(module, x, context)
 
 
 @known_jacobian.register(autoregressive.MaskedAffineAutoregressiveTransform)
@@ -95,13 +79,7 @@ def _coupling(module: Any, x: Tensor, context: Any) -> LayerJacobian | None:
     """z1 = x1, and z2 = x2 + t(x1) or z2 = x2 * g(s(x1)) + t(x1)."""
     if module.unconditional_transform is not None:
         return None
-    partition = Features(module.identity_features, module.transform_features)
-    identity, _ = partition.split(x, dims=x.dim())
-    network = recorded_network(
-        lambda features: module.transform_net(features, context),
-        identity,
-        module=module.transform_net,
-    )
+    network, partition = coupling_network(module, x, context)
     if isinstance(module, AdditiveCouplingTransform):
         return coupling_jacobian(x, network, partition, None)
 

@@ -10,15 +10,13 @@ from normflows import flows, nets
 from torch import Tensor
 
 from inn_guard.adapters.structured_jacobians import (
-    Features,
     SelectedOutputs,
     channel_mixing_jacobian,
     coupling_jacobian,
-    elementwise_coupling_jacobian,
     entrywise_jacobian,
-    identity_transformed,
     known_jacobian,
     permutation_jacobian,
+    spline_coupling_jacobian,
 )
 from inn_guard.core.layer_jacobian import LayerJacobian
 from inn_guard.jacobian.network import (
@@ -85,23 +83,7 @@ def _spline(
     module: flows.CoupledRationalQuadraticSpline, x: Tensor, context: Any
 ) -> LayerJacobian | None:
     """A spline coupling, whose identity part goes through splines of its own."""
-    spline = module.prqct
-    partition = Features(spline.identity_features, spline.transform_features)
-    identity, _ = partition.split(x, dims=x.dim())
-    network = recorded_network(
-        lambda features: spline.transform_net(features, context),
-        identity,
-        module=spline.transform_net,
-    )
-
-    def transform(transformed: Tensor, parameters: Tensor) -> Tensor:
-        return spline._coupling_transform_forward(transformed, parameters)[0]
-
-    jacobian = elementwise_coupling_jacobian(x, network, partition, transform)
-    unconditional = spline.unconditional_transform
-    if jacobian is None or unconditional is None:
-        return jacobian
-    return identity_transformed(jacobian, partition, lambda x1: unconditional(x1, context)[0])
+    return spline_coupling_jacobian(module.prqct, x, context)
 
 
 @known_jacobian.register
