@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
 
+import msgspec
 import torch
 from torch import Tensor
 
 from inn_guard.report.audit_report import SCHEMA, AuditReport
 from inn_guard.report.result import AuditResult
-from inn_guard.report.uses import USES, Finding
+from inn_guard.report.uses import Finding
 from inn_guard.report.verdict import Verdict
 
 __all__ = ["from_json", "load"]
@@ -33,7 +33,52 @@ _DRAWN: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
 }
 
 _NON_FINITE = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
-_VERDICTS = dict(zip(map(str, Verdict), Verdict, strict=True))
+
+# what the file must hold; msgspec refuses anything else and says where it stands
+_Number = float | Literal["nan", "inf", "-inf"]
+_Whole = Annotated[int, msgspec.Meta(ge=-LARGEST, le=LARGEST)]
+_Row = dict[str, _Whole | float | bool | str | None]
+_Use = Literal["density", "sampling", "reconstruction", "gradients", "other_inputs"]
+
+
+class _Finding(msgspec.Struct):
+    verdict: Verdict
+    figure: _Number
+    limit: _Number
+    unit: str
+    reason: str
+    samples: _Whole
+    of: _Whole
+
+
+class _Result(msgspec.Struct):
+    name: str
+    verdict: Verdict
+    reason: str
+    headline: list[str]
+    uses: dict[_Use, _Finding] = {}
+    values: dict[str, _Number] = {}
+    units: dict[str, str] = {}
+    per_sample: dict[str, list[Any]] = {}
+    measured_mask: dict[str, list[bool]] = {}
+    per_layer: list[_Row] = []
+    tables: dict[str, list[_Row]] = {}
+    settings: dict[str, Any] = {}
+    advice: str = ""
+
+
+class _Report(msgspec.Struct):
+    schema: int
+    model: str
+    results: list[_Result]
+    advice: list[str]
+    settings: dict[str, Any] = {}
+    counted: dict[str, str] | None = None
+    asked: list[str] | None = None
+
+
+class _Schema(msgspec.Struct):
+    schema: int
 
 
 def from_json(text: str) -> AuditReport:
@@ -48,141 +93,77 @@ def from_json(text: str) -> AuditReport:
         ValueError: if it is not JSON, or not a saved report.
     """
     try:
-        content = json.loads(text, parse_constant=_refuse_constant)
-        return _report(content)
-    except json.JSONDecodeError as error:
-        raise ValueError(
-            f"expected a report saved with --json or to_json(), got text that is not JSON: {error}"
-        ) from None
-    except RecursionError:
-        raise ValueError(
-            "expected a report saved with --json or to_json(), got JSON nested too deeply"
-        ) from None
+        schema = msgspec.json.decode(text, type=_Schema).schema
+        if schema != SCHEMA:
+            raise ValueError(
+                f"expected a saved report of schema {SCHEMA}, got schema {schema}: "
+                "read it with the version of inn_guard that wrote it"
+            )
+        return _report(msgspec.json.decode(text, type=_Report))
+    except (msgspec.DecodeError, UnicodeError, RecursionError) as error:
+        raise ValueError(f"expected a report saved with --json or to_json(): {error}") from None
 
 
-def _refuse_constant(name: str) -> float:
-    raise ValueError(
-        f"expected a report saved with --json or to_json(), got the bare word {name}, which is "
-        "not JSON"
-    )
-
-
-def _report(content: Any) -> AuditReport:
-    saved = _mapping(content, "the file")
-    schema = _field(saved, "schema", int)
-    if schema != SCHEMA:
-        raise ValueError(
-            f"expected a saved report of schema {SCHEMA}, got schema {schema}: "
-            "read it with the version of inn_guard that wrote it"
-        )
-    counted, asked = saved.get("counted"), saved.get("asked")
-    if counted is not None:
-        counted = _each(saved, "counted", _text)
-    if asked is not None:
-        asked = _texts(saved, "asked")
-    results = []
-    for row in _field(saved, "results", list):
-        results.append(_result(_mapping(row, "results")))
+def _report(saved: _Report) -> AuditReport:
+    asked = None
+    if saved.asked is not None:
+        asked = tuple(saved.asked)
     return AuditReport(
-        tuple(results),
-        _field(saved, "model", str),
-        _settings(_mapping(saved.get("settings", {}), "settings")),
-        counted=counted,
+        tuple(map(_result, saved.results)),
+        saved.model,
+        _settings(saved.settings),
+        counted=saved.counted,
         asked=asked,
-        advice=_texts(saved, "advice"),
+        advice=tuple(saved.advice),
     )
 
 
-def _result(row: Mapping[str, Any]) -> AuditResult:
-    tables = _each(row, "tables", _rows)
+def _result(saved: _Result) -> AuditResult:
+    tables = {}
+    for name, rows in saved.tables.items():
+        tables[name] = _rows(rows)
     for name, (numbers, others) in _DRAWN.items():
         _check_columns(name, tables.get(name, ()), numbers, others)
+    values = {}
+    for name, value in saved.values.items():
+        values[name] = _number(value)
+    per_sample = {}
+    for name, entries in saved.per_sample.items():
+        per_sample[name] = _tensor(entries)
+    masks = {}
+    for name, mask in saved.measured_mask.items():
+        masks[name] = torch.tensor(mask, dtype=torch.bool)
+    uses: dict[str, Finding] = {}
+    for use, finding in saved.uses.items():
+        uses[use] = _finding(finding)
     return AuditResult(
-        _field(row, "name", str),
-        _verdict(row),
-        _field(row, "reason", str),
-        uses=_uses(row),
-        headline=_texts(row, "headline"),
-        values=_each(row, "values", _number),
-        units=_each(row, "units", _text),
-        per_sample=_each(row, "per_sample", _tensor),
-        measured_mask=_each(row, "measured_mask", _mask),
-        per_layer=_rows(row.get("per_layer", [])),
+        saved.name,
+        saved.verdict,
+        saved.reason,
+        uses=uses,
+        headline=tuple(saved.headline),
+        values=values,
+        units=saved.units,
+        per_sample=per_sample,
+        measured_mask=masks,
+        per_layer=_rows(saved.per_layer),
         tables=tables,
-        settings=_settings(_mapping(row.get("settings", {}), "settings")),
-        advice=_text(row.get("advice", "")),
+        settings=_settings(saved.settings),
+        advice=saved.advice,
     )
 
 
-def _uses(row: Mapping[str, Any]) -> dict[str, Finding]:
-    found = {}
-    for use, finding in _mapping(row.get("uses", {}), "uses").items():
-        if use not in USES:
-            raise ValueError(f"expected uses out of {', '.join(USES)}; got {use!r}")
-        content = _mapping(finding, "a finding")
-        found[use] = Finding(
-            _verdict(content),
-            _number(content.get("figure")),
-            _number(content.get("limit")),
-            _field(content, "unit", str),
-            _field(content, "reason", str),
-            _field(content, "samples", int),
-            _field(content, "of", int),
-        )
-    return found
+def _finding(saved: _Finding) -> Finding:
+    fields = msgspec.structs.asdict(saved)
+    fields["figure"] = _number(saved.figure)
+    fields["limit"] = _number(saved.limit)
+    return Finding(**fields)
 
 
-def _verdict(row: Mapping[str, Any]) -> Verdict:
-    label = _field(row, "verdict", str)
-    if label not in _VERDICTS:
-        raise ValueError(f"expected a verdict out of {', '.join(_VERDICTS)}; got {label!r}")
-    return _VERDICTS[label]
-
-
-def _texts(row: Mapping[str, Any], name: str) -> tuple[str, ...]:
-    return tuple(map(_text, _field(row, name, list)))
-
-
-def _text(value: Any) -> str:
-    if not isinstance(value, str):
-        raise ValueError(f"expected a saved report with text, got {value!r:.60}")
-    return value
-
-
-def _mapping(value: Any, where: str) -> Mapping[str, Any]:
-    if not isinstance(value, dict):
-        raise ValueError(
-            f"expected a saved report; in {where}, got {type(value).__name__} where names and "
-            "values belong"
-        )
-    return value
-
-
-def _field(row: Mapping[str, Any], name: str, kind: type) -> Any:
-    value = row.get(name)
-    # in JSON true is no number, in Python it is an int
-    if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
-        raise ValueError(
-            f"expected a saved report with {name!r} as {kind.__name__}, got {value!r:.60}"
-        )
-    return value
-
-
-def _each(row: Mapping[str, Any], name: str, read: Callable[[Any], Any]) -> dict[str, Any]:
-    return {key: read(value) for key, value in _mapping(row.get(name, {}), name).items()}
-
-
-def _rows(value: Any) -> tuple[dict[str, Any], ...]:
-    if not isinstance(value, list):
-        raise ValueError(f"expected a saved report with a list of rows, got {value!r:.60}")
+def _rows(saved: list[_Row]) -> tuple[dict[str, Any], ...]:
     rows = []
-    for row in value:
-        cells = {key: _plain(value) for key, value in _mapping(row, "a row of a table").items()}
-        if any(isinstance(cell, (tuple, dict)) for cell in cells.values()):
-            raise ValueError(
-                f"expected a saved report with a number or text in every cell, got {row!r:.60}"
-            )
-        rows.append(cells)
+    for row in saved:
+        rows.append({name: _parsed(cell) for name, cell in row.items()})
     return tuple(rows)
 
 
@@ -207,21 +188,24 @@ def _check_columns(
                 )
 
 
-def _settings(values: Mapping[str, Any]) -> dict[str, Any]:
-    settings = {key: _plain(value) for key, value in values.items()}
+def _settings(saved: Mapping[str, Any]) -> dict[str, Any]:
+    settings = {name: _plain(value) for name, value in saved.items()}
     for name in _NUMBERS & settings.keys():
-        _number(settings[name])
-    if "rate_limit" in settings and not 0 < _number(settings["rate_limit"]) < math.inf:
+        if not isinstance(settings[name], (int, float)):
+            raise ValueError(
+                f"expected a saved report with a number as {name}, got {settings[name]!r:.60}"
+            )
+    if "rate_limit" in settings and not 0 < settings["rate_limit"] < math.inf:
         raise ValueError(f"expected a positive rate_limit, got {settings['rate_limit']!r:.60}")
     return settings
 
 
 def _plain(value: Any) -> Any:
-    """A setting or a cell: "nan" and "inf" stand for numbers, lists for tuples."""
+    """A setting: "nan" and "inf" stand for numbers, lists for tuples."""
     if isinstance(value, list):
         return tuple(map(_plain, value))
-    if isinstance(value, int) and abs(value) > LARGEST:
-        raise ValueError("expected a saved report with whole numbers of at most 18 digits")
+    if isinstance(value, int):
+        return msgspec.convert(value, _Whole | bool)
     return _parsed(value)
 
 
@@ -233,28 +217,14 @@ def _parsed(value: Any) -> Any:
 
 
 def _number(value: Any) -> float:
-    number = _parsed(value)
-    if isinstance(number, bool) or not isinstance(number, (int, float)):
-        raise ValueError(f"expected a saved report with a number, got {value!r:.60}")
-    try:
-        return float(number)
-    except OverflowError:
-        raise ValueError("expected a saved report with numbers that fit a float64") from None
+    return float(_parsed(msgspec.convert(value, _Number)))
 
 
-def _mask(value: Any) -> Tensor:
-    if not isinstance(value, list) or set(map(type, value)) - {bool}:
-        raise ValueError(
-            f"expected a saved report with a list of true and false, got {value!r:.60}"
-        )
-    return torch.tensor(value, dtype=torch.bool)
-
-
-def _tensor(value: Any) -> Tensor:
+def _tensor(saved: list[Any]) -> Tensor:
     """A list of numbers, or of lists of the same length, as a float64 tensor."""
     try:
-        return torch.tensor(_numbers(value), dtype=torch.float64)
-    except (TypeError, ValueError, OverflowError) as error:
+        return torch.tensor(_numbers(saved), dtype=torch.float64)
+    except (TypeError, ValueError) as error:
         raise ValueError(f"expected a saved report with numbers per sample: {error}") from None
 
 

@@ -127,9 +127,7 @@ def broken(**changes):
     ids=lambda text: text[:24],
 )
 def test_anything_else_is_refused_in_words(text):
-    with pytest.raises(
-        ValueError, match=r"expected (a saved report|a report saved|a verdict|uses out of)"
-    ):
+    with pytest.raises(ValueError, match=r"expected (a saved report|a report saved)"):
         from_json(text)
 
 
@@ -231,8 +229,9 @@ def test_many_damaged_reports_are_refused_or_shown():
         ({"settings": {"rate_limit": "inf"}}, "rate_limit"),
         ({"tables": {"looks": [{"draws": 3}]}}, "column 'lost'"),
         ({"tables": {"looks": [dict.fromkeys(("draws", "lost", "rate_low"), 1)]}}, "rate_high"),
-        ({"per_layer": [{"gain": [1, 2]}]}, "in every cell"),
-        ({"per_layer": [{"gain": 10**30}]}, "18 digits"),
+        ({"per_layer": [{"gain": [1, 2]}]}, r"got `array` - at `\$.results\[0\].per_layer\[0\]"),
+        ({"per_layer": [{"gain": 10**30}]}, "<= 1000000000000000000"),
+        ({"uses": {"density": {**FINDING, "figure": "large"}}}, "'large' - at"),
     ],
 )
 def test_what_could_not_be_drawn_is_refused(change, match):
