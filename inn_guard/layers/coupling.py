@@ -208,6 +208,9 @@ class AffineCoupling(Coupling):
         partition: which part is the identity part. Default: the first half of the channels.
         scale: g. Default: Glow's sigmoid(s + 2).
 
+    Raises:
+        TypeError: if ``scale`` is no scale function.
+
     References:
         Density estimation using Real NVP (Dinh, Sohl-Dickstein, Bengio, 2017).
     """
@@ -220,7 +223,14 @@ class AffineCoupling(Coupling):
         scale: ScaleFunction | None = None,
     ) -> None:
         super().__init__(network, partition=partition)
-        self.scale: ScaleFunction = SigmoidScale() if scale is None else scale
+        if scale is None:
+            scale = SigmoidScale()
+        if not isinstance(scale, ScaleFunction):
+            raise TypeError(
+                "expected a scale function such as SigmoidScale(), ClampedScale() or ExpScale(); "
+                f"got {scale!r:.60}"
+            )
+        self.scale: ScaleFunction = scale
 
     @classmethod
     def on_halves(
