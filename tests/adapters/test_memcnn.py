@@ -135,16 +135,25 @@ def test_the_switch_leaves_the_model_alone():
     assert x.untyped_storage().size() > 0
 
 
-def test_where_the_inverse_is_bad_its_gradients_and_ours_are_wrong_by_the_same_order_of_magnitude():
-    torch.manual_seed(0)
-    net, x = chain(10, scale=3.0).float(), torch.randn(16, FEATURES, dtype=torch.float32)
-    pairs = switched_gradients(net, x, loss)
-    ours = torch.autograd.grad(loss(memory_saving(wrap(layers=net))(x)), list(net.parameters()))
-    size = torch.cat([true.flatten() for _, true in pairs]).norm()
-    theirs_off = torch.cat([(saving - true).flatten() for saving, true in pairs]).norm() / size
-    ours_off = (
-        torch.cat([(g - true).flatten() for g, (_, true) in zip(ours, pairs, strict=True)]).norm()
-        / size
-    )
-    assert theirs_off > 1e-2
-    assert 0.1 < ours_off / theirs_off < 10  # ours holds x itself, so one layer less is rebuilt
+def relative_error(gradients, true):
+    """Distance of a list of gradients from the true ones, over the length of the true ones."""
+    off = torch.cat([(one - other).flatten() for one, other in zip(gradients, true, strict=True)])
+    return float(off.norm() / torch.cat([one.flatten() for one in true]).norm())
+
+
+def test_where_the_inverse_is_bad_both_gradients_are_wrong_and_ours_no_more_than_theirs():
+    theirs, ours = [], []
+    for seed in range(3, 8):
+        torch.manual_seed(seed)
+        net, x = chain(10, scale=3.0).float(), torch.randn(16, FEATURES, dtype=torch.float32)
+        pairs = switched_gradients(net, x, loss)
+        saving, true = zip(*pairs, strict=True)
+        rebuilt = torch.autograd.grad(
+            loss(memory_saving(wrap(layers=net))(x)), list(net.parameters())
+        )
+        theirs.append(relative_error(saving, true))
+        ours.append(relative_error(rebuilt, true))
+    assert max(theirs) > 1e-2
+    assert max(ours) > 1e-3
+    # ours holds x itself, so one layer less is rebuilt
+    assert all(own < 2 * their for own, their in zip(ours, theirs, strict=True))
