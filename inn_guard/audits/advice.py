@@ -23,10 +23,10 @@ INITIALISE = (
     "flow.train(); ig.wrap(flow)(x); flow.eval()"
 )
 STANDARDISE = "Standardise the data, {what}: train and audit on (x - x.mean(0)) / x.std(0) instead."
-FORMULA = "Derive the log-determinant again: training by likelihood follows this number."
-SMALLER_STEPS = (
-    "The log-determinant is that of the exact flow; that of the solver's steps differs. Integrate "
-    "in smaller steps where log p(x) is evaluated."
+RANDOM_DENSITY = (
+    "log p(x) differs from call to call. Where it is compared or reported, let the model compute "
+    "the exact trace (trace=ExactTrace() of inn_guard.layers.ode, exact=True in zuko, "
+    'divergence_fn="brute_force" in FFJORD), or average over calls; train with the estimate.'
 )
 DENSITY_FLOAT64 = (
     "Evaluate log p with the layers that need it in float64, against which it was measured:\n"
@@ -76,14 +76,14 @@ GIVES = {
 
 
 def advise(report: AuditReport, context: AuditContext) -> tuple[str, ...]:
-    """Advice for the counted uses that fail; () where none fails.
+    """Advice for the counted uses that fail, or whose density is random; () where there is none.
 
     Which advice follows from what, in this order: a model that was never initialised; data that are
     far from standardised; a wrong log-determinant; log p(x) that float32 cannot hold; lost draws,
     by their cause; round trips, by theirs; gradients; and that densities hold where only the
     inverse is lost.
     """
-    if not report.verdict.failed and not _never_initialised(report):
+    if not (report.verdict.failed or _never_initialised(report) or _is_random(report)):
         return ()
     return tuple(dict.fromkeys(_advice(report, context)))
 
@@ -99,8 +99,7 @@ def _advice(report: AuditReport, context: AuditContext) -> Iterator[str]:
     unusual = _unusual_scale(context.x)
     if unusual:
         yield STANDARDISE.format(what=unusual)
-    if "density" in failing:
-        yield from _density(report, context)
+    yield from _density(report, fails="density" in failing)
     if "sampling" in failing:
         yield from _sampling(report, context)
     if "reconstruction" in failing:
@@ -114,12 +113,13 @@ def _advice(report: AuditReport, context: AuditContext) -> Iterator[str]:
     yield from _other(report)
 
 
-def _density(report: AuditReport, context: AuditContext) -> Iterator[str]:
-    if _failed(report, "log_det") and hasattr(context.model.block, "trace"):  # that is integrated
-        yield SMALLER_STEPS
+def _density(report: AuditReport, *, fails: bool) -> Iterator[str]:
+    if not fails:
+        if _is_random(report):
+            yield RANDOM_DENSITY
         return
     if _failed(report, "log_det"):
-        yield FORMULA
+        yield report["log_det"].advice
         return
     if "not the base's" in report["density"].reason:
         yield report["density"].advice
@@ -189,6 +189,15 @@ def _failed(report: AuditReport, check: str) -> bool:
 
 def _is_measured(report: AuditReport, use: UseVerdict) -> bool:
     return use.check != "" and len(report[use.check].values) > 0
+
+
+def _is_random(report: AuditReport) -> bool:
+    """Whether the density counts and is undecided because log p of one z and x is random."""
+    use = report.uses.get("density")
+    if use is None or not use.counted or use.verdict is not Verdict.UNDECIDED:
+        return False
+    random_map = "log_det" in report and "the map is random" in report["log_det"].reason
+    return bool(report["density"].settings.get("random")) and not random_map
 
 
 def _never_initialised(report: AuditReport) -> bool:

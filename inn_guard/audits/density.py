@@ -105,6 +105,7 @@ def density(context: AuditContext) -> AuditResult:
             "reference": measured.reference,
             "base": context.base.description,
             "outside_of_support": int(measured.outside.sum()),
+            "random": measured.is_random,
         },
         advice="" if not finding.verdict.failed else _advice(measured),
     )
@@ -271,8 +272,8 @@ def _finding(context: AuditContext, measured: _Measured) -> Finding:
     elif measured.is_random and measured.repeats > NOTICED * limit:
         verdict = Verdict.UNDECIDED
         reason = (
-            "log p(x) is random: two calls on the same x differ by up to "
-            f"{measured.repeats:.1e} nats"
+            "log p(x) is random, as where a trace is estimated: two calls on the same x differ by "
+            f"up to {measured.repeats:.1e} nats"
         )
     elif measured.apart > limit:
         verdict, figure = Verdict.UNSTABLE, measured.apart

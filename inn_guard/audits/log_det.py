@@ -21,6 +21,7 @@ from inn_guard.audits.thresholds import worst
 from inn_guard.core.invertible import Invertible
 from inn_guard.core.missing import Missing, NotApplicable
 from inn_guard.core.tensors import dtype_name, finite_rows
+from inn_guard.execution.state import preserve_state
 from inn_guard.jacobian.chain import Linearization
 from inn_guard.jacobian.log_det import LayerLogDet, layer_log_det, stochastic_log_det
 from inn_guard.report.result import AuditResult, to_full_batch
@@ -36,10 +37,20 @@ LEAST, USUAL, MOST = 8, 64, 256  #: samples that are compared
 DENSE_ENTRIES = 2**22
 #: Up to this dimension a layer without structure is decomposed. Quadrature takes 512 products.
 DENSE = {Level.QUICK: 1024, Level.STANDARD: 1024, Level.FULL: 4096}
-SIGMAS = 4.0  #: standard errors that a stochastic estimate may be off
+SIGMAS = 4.0  #: standard errors that a stochastic reference may be off
+#: Probability that any of the samples of a right, but random log-determinant is called wrong.
+FALSE_ALARM = 1e-4
 PROBES, QUADRATURE_STEPS = 8, 32  #: of the stochastic reference
 DRAWS = 16  #: of a model whose log-determinant is itself random
 DERIVE = "Derive the log-determinant again; training by likelihood follows this number."
+SMALLER_STEPS = (
+    "The log-determinant is that of the exact flow; that of the solver's steps differs. Integrate "
+    "in smaller steps where log p(x) is evaluated."
+)
+EXACT_TRACE = (
+    "The log-determinant is an estimate by random vectors. Where log p(x) is evaluated, compute "
+    "the exact trace: trace=inn_guard.layers.ode.ExactTrace()"
+)
 FOLDS = "Keep the derivative of the map from changing sign; where it does, there is no inverse."
 
 
@@ -76,8 +87,11 @@ def log_det(context: AuditContext, *, samples: int | None = None) -> AuditResult
     formula's error; what float32 adds is asked by ``density``. For larger layers without structure
     the reference is stochastic Lanczos quadrature between two bounds: an error is only called one
     if it exceeds the limit beyond bounds and four standard errors, and where these are wider than
-    the limit the answer is undecided. A log-determinant that is random itself (Hutchinson's
-    estimator) is averaged.
+    the limit the answer is undecided.
+
+    A log-determinant that is random itself (Hutchinson's estimator) is the mean of 16 draws, and
+    judged by their spread: its error is only called one if it exceeds the limit beyond a quantile
+    of Student's t, by which a right estimator is called wrong once in 10,000 audits.
 
     A map whose det J changes sign between samples folds: it has no inverse there, and log|det J| is
     no density. It is unstable unless these samples come back. A map without a derivative by
@@ -126,7 +140,7 @@ def log_det(context: AuditContext, *, samples: int | None = None) -> AuditResult
     finding = _finding(context, compared, lost=int(lost.sum()), of=len(usable))
     advice = ""
     if finding.verdict.failed:
-        advice = FOLDS if compared.folded else DERIVE
+        advice = FOLDS if compared.folded else _advice(context)
     values = _values(compared)
     return AuditResult(
         "log_det",
@@ -261,7 +275,19 @@ class _Compared:
     @property
     def allowed(self) -> Tensor:
         """What chance and the bounds of the reference may add to the error."""
-        return SIGMAS * self.own.standard_error + self.reference.unknown
+        scatter = self.own.standard_error
+        if self.own.draws > 1:
+            # of few draws that happen to be alike the error is underestimated
+            typical = scatter.square().mean().sqrt()
+            scatter = _quantile(self.own.draws, len(scatter)) * scatter.clamp(min=typical)
+        return scatter + self.reference.unknown
+
+
+def _quantile(draws: int, samples: int) -> float:
+    """Standard errors of a mean of draws that none of the samples exceeds but by a false alarm."""
+    import scipy.stats  # only for random log-determinants: it takes half a second
+
+    return float(scipy.stats.t.ppf(1 - FALSE_ALARM / (2 * samples), draws - 1))
 
 
 def _not_finite(context: AuditContext, usable: Tensor) -> Tensor | tuple[int, ...]:
@@ -528,13 +554,27 @@ def _reason(compared: _Compared, limit: float) -> str:
         )
         text += _at_fault(compared.reference, limit)
     else:
+        subject = "the formula of the log-determinant agrees"
+        if scatter > 0:
+            subject = f"the log-determinant is random; the mean of {compared.own.draws} agrees"
         text = (
-            f"the formula of the log-determinant agrees with the Jacobian of {count} samples to "
-            f"{worst(compared.error):.1e} nats ({how})"
+            f"{subject} with the Jacobian of {count} samples to {worst(compared.error):.1e} nats "
+            f"({how})"
         )
     if compared.folded:
         text += f"; det J changes sign in {', '.join(compared.folded)}, but all samples come back"
     return text + _left(compared, limit)
+
+
+def _advice(context: AuditContext) -> str:
+    """What to do about a wrong log-determinant: of a solver, a finer one."""
+    trace = getattr(context.model.block, "trace", None)
+    if trace is None:
+        return DERIVE
+    x = context.x[:1]
+    with preserve_state(context.model):
+        vectors = len(trace.prepare(x))
+    return EXACT_TRACE if vectors < x.numel() else SMALLER_STEPS
 
 
 def _left(compared: _Compared, limit: float) -> str:

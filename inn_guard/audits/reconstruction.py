@@ -24,7 +24,7 @@ from inn_guard.audits.round_trip import (
     round_trip,
     unconverged,
 )
-from inn_guard.audits.solver_settings import SAMPLES, Turned, find_helpful_setting
+from inn_guard.audits.solver_settings import HELPS, SAMPLES, Turned, find_helpful_setting
 from inn_guard.audits.spec import audit_check
 from inn_guard.audits.thresholds import feature_scale, format_log10, worst
 from inn_guard.core.missing import Missing, NotApplicable
@@ -190,7 +190,13 @@ def _measure(context: AuditContext, rows: Tensor, batch_size: int) -> _Measured:
         measured = _with_cause(context, measured, limit)
     if measured.cause == "rounding" or not _has_floor(measured):
         return measured
+    error = worst(measured.deciding.by_feature)
+    if context.limits.verdict(error, limit) is Verdict.STABLE:
+        return measured  # there is nothing to turn
     turned = _helpful_setting(context, measured, limit)
+    # alone, the worst samples may take other steps than in their batch, and have other errors
+    if turned is not None and not turned.error_after * HELPS <= error:
+        turned = None
     cause = "tolerance" if turned is not None and measured.cause else measured.cause
     return dataclasses.replace(measured, turned=turned, cause=cause)
 

@@ -19,7 +19,7 @@ from inn_guard.audits.thresholds import worst
 from inn_guard.core.missing import NotApplicable
 from inn_guard.execution.state import preserve_state
 
-__all__ = ["SAMPLES", "Turned", "find_helpful_setting"]
+__all__ = ["HELPS", "SAMPLES", "Turned", "find_helpful_setting"]
 
 SAMPLES = 8
 HELPS = 2.0  #: by which factor the error must fall

@@ -404,7 +404,10 @@ def _global_generators() -> Restore:
 
 def _generators_of_accelerator() -> Restore:
     """The restoration of the global generators of the GPUs, if they are in use."""
-    accelerator = torch.accelerator.current_accelerator()
+    try:
+        accelerator = torch.accelerator.current_accelerator()
+    except RuntimeError:  # so says torch 2.6 that there is none; asking first would start CUDA
+        accelerator = None
     holder = None if accelerator is None else generator_of_device(accelerator)
     # asking a device that is not in use would start it, which takes memory and forbids forks
     if holder is None or not getattr(holder, "is_initialized", lambda: True)():

@@ -344,6 +344,42 @@ def test_directions_and_log_determinant_are_recognised(kind):
         assert {id(p) for p in wrapped.parameters()} == {id(p) for p in model.parameters()}
 
 
+class RunningObjective(Flow):
+    """As Glow: adds its log-determinant to the objective that it is given."""
+
+    def forward(self, x, objective=None, reverse=False):
+        z, log_det = self.back(x) if reverse else self.there(x)
+        return z if objective is None else (z, objective + log_det)
+
+
+@pytest.mark.parametrize("kind", [RunningDensity, RunningObjective, RunningLogDet])
+def test_small_log_determinants_have_the_right_sign(kind):
+    """As of a fresh FFJORD: they agree with their negatives to the tolerance of a solver."""
+    model, x = kind(), torch.randn(7, FEATURES)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(0.01)
+    log_det = truth(model, x)[1]
+    assert 1e-6 < log_det.abs().max() < 0.02
+    torch.testing.assert_close(ig.wrap(model, x=x).forward_and_log_det(x)[1], log_det)
+
+
+class Estimated(Flow):
+    """Returns a random estimate of its log-determinant."""
+
+    def forward(self, x):
+        z, log_det = self.there(x)
+        return z, log_det + torch.randn(len(x))
+
+    def inverse(self, z):
+        return self.back(z)[0]
+
+
+def test_a_log_determinant_that_differs_by_call_is_said_to_be_random():
+    wrapped = ig.wrap(Estimated(), x=torch.randn(7, FEATURES))
+    assert "log_det differs from call to call" in wrapped.convention
+
+
 @pytest.mark.parametrize("kind", [Reverse, ListOfLatents, Summed, RunningDensity, Inside])
 def test_audits_recognise_by_themselves_and_say_so(kind):
     report = ig.audit(kind(), torch.randn(16, FEATURES), level="quick")

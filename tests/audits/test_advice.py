@@ -11,10 +11,10 @@ import torch
 from torch import Tensor, nn
 
 import inn_guard as ig
-from inn_guard.audits import advice
+from inn_guard.audits import advice, log_det
 from inn_guard.layers.chain import Chain
 from inn_guard.layers.fixed_point import FixedPoint
-from inn_guard.layers.ode import FixedStep, RungeKutta
+from inn_guard.layers.ode import ExactTrace, FixedStep, HutchinsonTrace, RungeKutta
 from inn_guard.layers.residual import Residual
 from inn_guard.layers.residual_log_det import ExactLogDet
 from inn_guard.report.audit_report import AuditReport
@@ -167,7 +167,7 @@ def test_a_formula_derived_again():
     model, settings = Claims(2 * torch.eye(6)), {"uses": ["density"], "level": "quick"}
     failing = ig.audit(model, data(), **settings)
     assert failing.verdict.failed
-    assert begins(failing, advice.FORMULA)
+    assert begins(failing, log_det.DERIVE)
     model.sign = 1.0
     assert ig.audit(model, data(), **settings).verdict.passed
 
@@ -353,6 +353,33 @@ def test_log_determinants_of_the_exact_flow_need_small_steps():
     growth.weight.data.copy_(4 * torch.eye(2))
     coarse = ig.wrap(velocity=lambda t, x: growth(x), solver=FixedStep(3, RungeKutta.EULER))
     report = ig.audit(coarse, torch.randn(8, 2), checks=["log_det"])
-    assert report.advice == (advice.SMALLER_STEPS,)
+    assert report.advice == (log_det.SMALLER_STEPS,)
     fine = ig.wrap(velocity=lambda t, x: growth(x), solver=FixedStep(100))
     assert ig.audit(fine, torch.randn(8, 2), checks=["log_det"]).verdict.passed
+
+
+@pytest.mark.parametrize(
+    ("seed", "verdict", "text"),
+    [(None, "undecided", advice.RANDOM_DENSITY), (0, "unstable", log_det.EXACT_TRACE)],
+    ids=["drawn at every call", "drawn once"],
+)
+def test_estimated_traces_are_exact_where_log_p_is_evaluated(seed, verdict, text):
+    net = nn.Sequential(nn.Linear(7, 16), nn.Tanh(), nn.Linear(16, 6)).double()
+    x, settings = data(16), {"uses": ["density"], "level": "quick"}
+
+    def report(trace) -> AuditReport:
+        return ig.audit(ig.wrap(velocity=net, solver=FixedStep(8), trace=trace), x, **settings)
+
+    estimated = report(HutchinsonTrace(seed=seed))
+    assert estimated.uses["density"].verdict == verdict
+    assert estimated.advice == (text,)
+    assert report(ExactTrace()).verdict.passed
+
+
+def test_a_random_map_is_not_told_to_take_the_exact_trace():
+    noisy = ig.wrap(
+        encode=lambda x: (x + 0.1 * torch.randn(x.shape).to(x), x.new_zeros(len(x))),
+        decode=lambda z: z,
+    )
+    report = ig.audit(noisy, data(16), uses=["density"], level="quick")
+    assert advice.RANDOM_DENSITY not in report.advice

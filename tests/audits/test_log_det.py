@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from inn_guard.audits.level import Level
-from inn_guard.audits.log_det import log_det
+from inn_guard.audits.log_det import _Compared, _Layer, _Own, _Reference, log_det
 from inn_guard.core.invertible import Invertible
 from inn_guard.layers.actnorm import Diagonal
 from inn_guard.layers.chain import Chain
@@ -130,8 +130,38 @@ def test_a_random_estimator_is_averaged():
     good, bad = (log_det(Claim(noisy(bias)), data()) for bias in (0.0, 1.0))
     assert good.settings["draws"] == 16
     assert good.verdict is Verdict.STABLE, good.reason
+    assert "the log-determinant is random; the mean of 16 agrees" in good.reason
     assert bad.verdict is Verdict.UNSTABLE
     assert "standard error" in bad.reason
+
+
+def drawn(draws: Tensor) -> _Compared:
+    """What is compared if these are draws, (16, B), of log-determinants that are 0."""
+    zero = torch.zeros(draws.shape[1], dtype=torch.float64)
+    layer = _Layer(0, "", zero, zero, zero, zero, 0)
+    own = _Own(draws.mean(0), draws.std(0) / len(draws) ** 0.5, len(draws))
+    return _Compared(torch.arange(len(zero)), own, _Reference((layer,), ""), zero, (), False)
+
+
+@pytest.mark.parametrize("kind", ["normal", "of other scales", "signs"])
+def test_a_right_but_random_estimator_is_hardly_ever_called_wrong(kind):
+    generator = torch.Generator().manual_seed(0)
+    alarms, audits = 0, 2000
+    for _ in range(audits):
+        draws = torch.randn(16, 64, generator=generator, dtype=torch.float64)
+        if kind == "of other scales":
+            draws = draws * torch.logspace(-2, 2, 64, dtype=torch.float64)
+        if kind == "signs":
+            draws = draws.sign()
+        compared = drawn(draws)
+        alarms += int((compared.error > compared.allowed).any())
+    assert alarms <= 2  # 0.2 are expected
+
+
+def test_a_biased_estimator_is_called_wrong_beyond_its_spread():
+    generator = torch.Generator().manual_seed(0)
+    draws = 0.1 * torch.randn(16, 64, generator=generator, dtype=torch.float64)
+    assert bool((drawn(draws + 1).error > drawn(draws + 1).allowed).all())
 
 
 def with_condition(dimension: int, condition: float, seed: int = 0) -> Tensor:

@@ -424,3 +424,17 @@ def test_the_anomaly_mode_and_the_switches_of_attention_come_back():
         torch.backends.cuda.enable_flash_sdp(not torch.backends.cuda.flash_sdp_enabled())
     assert not torch.is_anomaly_enabled()
     assert torch.backends.cuda.flash_sdp_enabled()
+
+
+def test_a_torch_that_raises_without_an_accelerator_has_none(monkeypatch):
+    """As torch 2.6 does; later ones return None."""
+
+    def raises() -> torch.device:
+        raise RuntimeError("Cannot access accelerator device when none is available.")
+
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", raises)
+    module = nn.Linear(2, 2)
+    before = torch.get_rng_state()
+    with preserve_state(module):
+        torch.rand(3)
+    assert torch.equal(torch.get_rng_state(), before)
