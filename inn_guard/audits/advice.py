@@ -196,6 +196,8 @@ def _is_random(report: AuditReport) -> bool:
     use = report.uses.get("density")
     if use is None or not use.counted or use.verdict is not Verdict.UNDECIDED:
         return False
+    if "density" not in report:
+        return False  # decided by log_det alone
     random_map = "log_det" in report and "the map is random" in report["log_det"].reason
     return bool(report["density"].settings.get("random")) and not random_map
 

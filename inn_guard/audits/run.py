@@ -37,7 +37,7 @@ from inn_guard.core.invertible import Invertible
 from inn_guard.core.tensors import dtype_name
 from inn_guard.execution.parallel import Group, WorkSharing
 from inn_guard.execution.progress import ProgressBar
-from inn_guard.execution.state import real_default_device
+from inn_guard.execution.state import real_default_device, without_autocast
 from inn_guard.jacobian.allocator import freed_memory_returned
 from inn_guard.memory_saving import MemorySaving
 from inn_guard.report.audit_report import NAMED, AuditReport
@@ -53,6 +53,7 @@ Check = AuditSpec | Callable[..., AuditResult]
 
 
 @real_default_device()
+@without_autocast()
 @freed_memory_returned()
 def audit(  # noqa: PLR0913
     model: Any,

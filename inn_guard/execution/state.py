@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import contextlib
 import functools
 import operator
 import os
@@ -21,7 +22,13 @@ from torch.autograd.grad_mode import _unsafe_preserve_version_counter
 
 from inn_guard.core.random import generator_of_device
 
-__all__ = ["StateSnapshot", "changed_state", "preserve_state", "real_default_device"]
+__all__ = [
+    "StateSnapshot",
+    "changed_state",
+    "preserve_state",
+    "real_default_device",
+    "without_autocast",
+]
 
 Restore = Callable[[], None]
 Found = list[tuple[Any, int]]  #: values still to be looked into, each with its depth
@@ -120,10 +127,25 @@ class StateSnapshot:
 @contextmanager
 def real_default_device() -> Iterator[None]:
     """New tensors have numbers inside, also under ``torch.device("meta")``."""
-    if torch.get_default_device().type != "meta":
+    if not torch.empty(0).is_meta:  # torch 2.6 has no other way to see a ``with torch.device``
         yield
         return
     with torch.device("cpu"):
+        yield
+
+
+@contextmanager
+def without_autocast() -> Iterator[None]:
+    """Autocast of the caller is off.
+
+    Weights that a pass without a graph has cast stay in its cache, and have no gradient there.
+    """
+    accelerator = _accelerator()
+    devices = ["cpu"] if accelerator is None else ["cpu", accelerator.type]
+    with contextlib.ExitStack() as stack:
+        for device in devices:
+            if torch.is_autocast_enabled(device):
+                stack.enter_context(torch.autocast(device, enabled=False))
         yield
 
 
@@ -404,10 +426,7 @@ def _global_generators() -> Restore:
 
 def _generators_of_accelerator() -> Restore:
     """The restoration of the global generators of the GPUs, if they are in use."""
-    try:
-        accelerator = torch.accelerator.current_accelerator()
-    except RuntimeError:  # so says torch 2.6 that there is none; asking first would start CUDA
-        accelerator = None
+    accelerator = _accelerator()
     holder = None if accelerator is None else generator_of_device(accelerator)
     # asking a device that is not in use would start it, which takes memory and forbids forks
     if holder is None or not getattr(holder, "is_initialized", lambda: True)():
@@ -415,6 +434,13 @@ def _generators_of_accelerator() -> Restore:
     if hasattr(holder, "get_rng_state_all"):
         return functools.partial(holder.set_rng_state_all, holder.get_rng_state_all())
     return functools.partial(holder.set_rng_state, holder.get_rng_state())
+
+
+def _accelerator() -> torch.device | None:
+    try:
+        return torch.accelerator.current_accelerator()
+    except RuntimeError:  # so says torch 2.6 that there is none; asking first would start CUDA
+        return None
 
 
 def _process_settings() -> list[Restore]:

@@ -203,3 +203,25 @@ def test_a_backward_pass_that_raises_is_no_derivative(check):
     assert report[check].verdict == expected
     if report[check].verdict == "not_applicable":
         assert "its backward pass raises KeyError" in report[check].reason
+
+
+SEEN: list[bool] = []  #: outside of the model, whose own lists are restored
+
+
+class Watched(Chain):
+    """Notes under which autocast it is called."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        SEEN.append(torch.is_autocast_enabled("cpu"))
+        return super().forward(x)
+
+
+def test_no_pass_runs_under_the_autocast_of_the_caller():
+    """Weights that it casts without a graph would stay in its cache: a step would not move them."""
+    model = Watched(AffineCoupling(MLP([2, 8, 4])))
+    SEEN.clear()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        ig.audit(model, torch.randn(16, 4), checks=["preflight", "log_det"])
+        assert torch.is_autocast_enabled("cpu")
+    assert SEEN
+    assert not any(SEEN)

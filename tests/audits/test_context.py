@@ -138,7 +138,8 @@ def test_the_mode_is_seen_and_put_back():
 def test_a_missing_kernel_is_a_failure_not_a_missing_inverse():
     x = data().bfloat16()
     model = context(Linear(torch.eye(6)).bfloat16(), x).model
-    with pytest.raises(ModelError, match="inverse of the model raises NotImplementedError"):
+    says = "inverse of the model raises (NotImplementedError|RuntimeError)"  # torch 2.6: the latter
+    with pytest.raises(ModelError, match=says):
         model.inverse(x)
 
 

@@ -78,3 +78,14 @@ def test_some_rows_become_a_full_batch_with_a_mask():
     assert full["measured_mask"]["error"].tolist() == [False, True, False]
     everything = to_full_batch({"error": torch.ones(3)}, torch.arange(3), 3)
     assert everything["measured_mask"] == {}
+
+
+def test_results_whose_figures_are_nan_are_equal():
+    """Of two NaNs that are not the same object, too, which tuples of Python 3.12 would compare."""
+
+    def result(figure: float) -> AuditResult:
+        found = finding("undecided", figure, 0.1, "nats")
+        return AuditResult("a", Verdict.UNDECIDED, "", uses={"density": found})
+
+    assert result(float("nan")) == result(float("nan"))
+    assert result(float("nan")) != result(1.0)

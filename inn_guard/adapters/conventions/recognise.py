@@ -41,7 +41,7 @@ from inn_guard.adapters.conventions.recognised import (
 from inn_guard.core.context import map_tensors, select_rows
 from inn_guard.core.invertible import Context, as_log_det, standard_normal_log_prob
 from inn_guard.core.tensors import concatenate_flat, finite_rows, same_tensor
-from inn_guard.execution.state import StateSnapshot, preserve_state
+from inn_guard.execution.state import StateSnapshot, preserve_state, without_autocast
 
 __all__ = ["Unrecognised", "recognise"]
 
@@ -147,7 +147,7 @@ def recognise(
     rows = _rows(x)
     sample = _like_weights(x[rows], holder)
     part = None if context is None else select_rows(context, rows)
-    with preserve_state(holder), torch.no_grad():
+    with preserve_state(holder), torch.no_grad(), without_autocast():
         holder.eval()
         attempt = _Attempt(model, sample, part, StateSnapshot(holder).restore_written, shapes)
         return attempt.described(attempt.best(candidates), context)
