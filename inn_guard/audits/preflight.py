@@ -261,7 +261,7 @@ def _refused(model: AuditedModel, x: Tensor, error: ModelError) -> None:
             continue
         return
     shape = f"{tuple(x.shape[1:])} per sample in {x.dtype}"
-    raise InputRejected(f"expected x of a shape that the model accepts, got {shape}: {error}")
+    raise InputRejected(f"expected x that the model accepts, got {shape}: {error}")
 
 
 def _is_one_map(model: AuditedModel, x: Tensor, z: Tensor, findings: _Findings) -> bool:

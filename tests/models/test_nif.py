@@ -272,7 +272,7 @@ def test_audits_find_latents_that_share_a_direction():
     model, x = audited()
     with torch.no_grad():
         columns = model.prior.widening.weight
-        columns[:, 1] = columns[:, 0] + 1e-9 * columns[:, 1]
+        columns[:, 1] = columns[:, 0] + 1e-7 * columns[:, 1]
     report = ig.audit(model, x, checks=["reconstruction", "jacobian_spectrum"])
     assert report.verdict is ig.Verdict.UNSTABLE
-    assert report["jacobian_spectrum"].values["decoder_condition_number"] > 1e8
+    assert report["jacobian_spectrum"].values["decoder_condition_number"] > 1e7
