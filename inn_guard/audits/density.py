@@ -17,6 +17,7 @@ from inn_guard.audits.rates import percent, rate_interval
 from inn_guard.audits.spec import audit_check
 from inn_guard.audits.thresholds import worst
 from inn_guard.core.missing import Missing, NotApplicable
+from inn_guard.report.formatting import brief
 from inn_guard.report.result import AuditResult, to_full_batch
 from inn_guard.report.uses import Finding
 from inn_guard.report.verdict import Verdict
@@ -273,13 +274,13 @@ def _finding(context: AuditContext, measured: _Measured) -> Finding:
         verdict = Verdict.UNDECIDED
         reason = (
             "log p(x) is random, as where a trace is estimated: two calls on the same x differ by "
-            f"up to {measured.repeats:.1e} nats"
+            f"up to {brief(measured.repeats)} nats"
         )
     elif measured.apart > limit:
         verdict, figure = Verdict.UNSTABLE, measured.apart
         reason = (
             "log_prob(x) is not the base's log p(z) plus the log-determinant: they differ by up to "
-            f"{measured.apart:.1e} nats"
+            f"{brief(measured.apart)} nats"
         )
     else:
         verdict = context.limits.verdict(figure, limit)
@@ -293,12 +294,12 @@ def _reason(context: AuditContext, measured: _Measured, figure: float) -> str:
     limit, count = context.limits.density, len(measured.own)
     above = int((measured.error > limit).sum())
     if not above:
-        text = f"log p(x) of all {count} samples right to {figure:.1e} nats (limit {limit:g})"
+        text = f"log p(x) of all {count} samples right to {brief(figure)} nats (limit {limit:g})"
         return text if measured.reference == "float64 copy" else f"{text}, {measured.reference}"
     low, high = rate_interval(above, count, confidence=context.limits.confidence)
     return (
         f"log p(x) of {above} of {count} samples is off by more than {limit:g} nats "
-        f"({percent(low)} to {percent(high)} % of all), by up to {figure:.1e}"
+        f"({percent(low)} to {percent(high)} % of all), by up to {brief(figure)}"
     )
 
 

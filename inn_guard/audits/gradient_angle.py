@@ -27,6 +27,7 @@ from inn_guard.memory_saving import (
     RandomAndBufferState,
     saving_compared_chain,
 )
+from inn_guard.report.formatting import brief
 from inn_guard.report.limits import Limits
 from inn_guard.report.result import AuditResult
 from inn_guard.report.uses import Finding
@@ -292,7 +293,7 @@ def _remarks(context: AuditContext, other: Mapping[str, float], keep: str) -> st
     angle = other.get("other_angle", 0.0)
     if not context.limits.verdict(angle, context.limits.gradient_angle).passed:
         kept = "z alone" if keep == INPUT else "x and z"
-        off = f"off by {angle:.1e} degrees" if math.isfinite(angle) else "not finite"
+        off = f"off by {brief(angle)} degrees" if math.isfinite(angle) else "not finite"
         text += f"; with {kept} kept it is {off}"
     if context.loss is None and context.model.composition.log_det:
         text += f"; of z alone, since {context.model.composition.log_det}"
@@ -485,16 +486,17 @@ def _finding(
         by_angle = limits.verdict(angle, limits.gradient_angle)
         verdict = Verdict.worst([by_angle, limits.verdict(length, limits.gradient_length)])
         reason = (
-            f"memory-saving gradient off by {angle:.1e} degrees (limit {limits.gradient_angle:g}), "
-            f"its length by {length:.1e} (limit {limits.gradient_length:g})"
+            f"memory-saving gradient off by {brief(angle)} degrees "
+            f"(limit {limits.gradient_angle:g}), "
+            f"its length by {brief(length)} (limit {limits.gradient_length:g})"
         )
         if count > 1:
             reason += f", in the worst of {count} minibatches"
         if verdict.failed and rounding >= distance:
             verdict = Verdict.UNDECIDED
             reason += (
-                f"; rounding x moves the true gradient by {rounding:.1e} of its length, so that it "
-                "is not determined at this precision"
+                f"; rounding x moves the true gradient by {brief(rounding)} of its length, "
+                "so that it is not determined at this precision"
             )
     return Finding(verdict, figure, limit, unit, reason, 0, 0)
 

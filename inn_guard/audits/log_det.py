@@ -24,6 +24,7 @@ from inn_guard.core.tensors import dtype_name, finite_rows
 from inn_guard.execution.state import preserve_state
 from inn_guard.jacobian.chain import Linearization
 from inn_guard.jacobian.log_det import LayerLogDet, layer_log_det, stochastic_log_det
+from inn_guard.report.formatting import brief
 from inn_guard.report.result import AuditResult, to_full_batch
 from inn_guard.report.uses import Finding
 from inn_guard.report.verdict import Verdict
@@ -530,7 +531,7 @@ def _finding(context: AuditContext, compared: _Compared, *, lost: int, of: int) 
         if verdict.passed and unknown > limit:
             verdict, figure = Verdict.UNDECIDED, math.nan
             reason = (
-                f"the log-determinant of a Jacobian without structure is known to {unknown:.1e} "
+                f"the log-determinant of a Jacobian without structure is known to {brief(unknown)} "
                 f"nats only ({reference.label}), and within that the formula agrees"
             )
             reason += _left(compared, limit)
@@ -542,15 +543,15 @@ def _reason(compared: _Compared, limit: float) -> str:
     how = compared.reference.label
     scatter = compared.own.standard_error.max().item()
     if scatter > 0:
-        how += f", standard error {scatter:.1e}"
+        how += f", standard error {brief(scatter)}"
     unknown = worst(compared.reference.unknown)
     if unknown > 0:
-        how += f", within {unknown:.1e}"
+        how += f", within {brief(unknown)}"
     wrong = compared.error - compared.allowed > limit
     if bool(wrong.any()):
         text = (
             f"the log-determinant of {int(wrong.sum())} of {count} samples differs from the "
-            f"Jacobian's by up to {worst(compared.error):.1e} nats ({how})"
+            f"Jacobian's by up to {brief(worst(compared.error))} nats ({how})"
         )
         text += _at_fault(compared.reference, limit)
     else:
@@ -558,8 +559,8 @@ def _reason(compared: _Compared, limit: float) -> str:
         if scatter > 0:
             subject = f"the log-determinant is random; the mean of {compared.own.draws} agrees"
         text = (
-            f"{subject} with the Jacobian of {count} samples to {worst(compared.error):.1e} nats "
-            f"({how})"
+            f"{subject} with the Jacobian of {count} samples "
+            f"to {brief(worst(compared.error))} nats ({how})"
         )
     if compared.folded:
         text += f"; det J changes sign in {', '.join(compared.folded)}, but all samples come back"
@@ -584,7 +585,7 @@ def _left(compared: _Compared, limit: float) -> str:
     left = worst(compared.cancelled.abs())
     if left <= limit:
         return ""
-    return f"; those of forward and inverse add up to {left:.1e} nats, not 0"
+    return f"; those of forward and inverse add up to {brief(left)} nats, not 0"
 
 
 def _at_fault(reference: _Reference, limit: float) -> str:
@@ -594,7 +595,7 @@ def _at_fault(reference: _Reference, limit: float) -> str:
     wrong = [layer for layer in reference.layers if layer.error > limit]
     if wrong:
         wrong.sort(key=lambda layer: layer.error, reverse=True)
-        named = [f"{layer.place} by {layer.error:.1e}" for layer in wrong[:3]]
+        named = [f"{layer.place} by {brief(layer.error)}" for layer in wrong[:3]]
         more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
         return f": off in {', '.join(named)}{more}"
     if all(isinstance(layer.own, Tensor) for layer in reference.layers):

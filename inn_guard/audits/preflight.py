@@ -17,6 +17,7 @@ from inn_guard.audits.spec import audit_check
 from inn_guard.core.missing import MissingContextError, NotApplicable
 from inn_guard.core.tensors import finite_rows
 from inn_guard.execution.state import changed_state, preserve_state
+from inn_guard.report.formatting import brief
 from inn_guard.report.result import AuditResult
 from inn_guard.report.uses import USES, Finding
 from inn_guard.report.verdict import Verdict
@@ -269,7 +270,7 @@ def _is_one_map(model: AuditedModel, x: Tensor, z: Tensor, findings: _Findings) 
     again = model(x)
     if _same(z, again):
         return True
-    what = f"forward is random: two calls on the same x differ by {_difference(z, again):.1e}"
+    what = f"forward is random: two calls on the same x differ by {brief(_difference(z, again))}"
     advice = "Switch off what is random (dropout, noise), or pass the noise in as data."
     findings.add(what, advice)
     return False
@@ -309,9 +310,8 @@ def _coupled(model: AuditedModel, x: Tensor, rows: Tensor, findings: _Findings) 
         return
     if _same(z, moved):
         return
-    what = (
-        f"the output of a sample depends on the others in its batch, by {_difference(z, moved):.1e}"
-    )
+    by = brief(_difference(z, moved))
+    what = f"the output of a sample depends on the others in its batch, by {by}"
     if same_up_to_rounding(z, moved, COUPLED):
         findings.remarks.append(f"{what}, as in adaptive solvers")
         return
@@ -351,7 +351,7 @@ def _two_inverses(
     model: AuditedModel, z: Tensor, first: Tensor, again: Tensor, findings: _Findings
 ) -> None:
     """Why two inverses of the same latents differ, with a forward call of other data between."""
-    by = f"by {_difference(first, again):.1e}"
+    by = f"by {brief(_difference(first, again))}"
     if _same(again, model.inverse(z)):
         findings.add(
             "the inverse depends on the forward call before it: after another x, F^-1(z) differs "

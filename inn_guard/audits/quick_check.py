@@ -10,6 +10,7 @@ from inn_guard.audits.context import AuditContext
 from inn_guard.audits.round_trip import RoundTrip, latent_round_trip, round_trip
 from inn_guard.audits.spec import audit_check
 from inn_guard.audits.thresholds import worst
+from inn_guard.report.formatting import brief
 from inn_guard.report.result import AuditResult
 from inn_guard.report.verdict import Verdict
 
@@ -45,7 +46,7 @@ def quick_round_trip(context: AuditContext, *, samples: int = 8) -> AuditResult:
     else:
         verdict = context.limits.verdict(worst(errors), limit)
         error, count = worst(errors), len(errors)
-        reason = f"worst of {count} round trips {error:.1e} of its feature (limit {limit:g})"
+        reason = f"worst of {count} round trips {brief(error)} of its feature (limit {limit:g})"
     return AuditResult(
         NAME,
         verdict,

@@ -29,6 +29,7 @@ from inn_guard.audits.spec import audit_check
 from inn_guard.audits.thresholds import feature_scale, format_log10, worst
 from inn_guard.core.missing import Missing, NotApplicable
 from inn_guard.core.tensors import finite_rows
+from inn_guard.report.formatting import brief
 from inn_guard.report.result import AuditResult, to_full_batch
 from inn_guard.report.uses import Finding
 from inn_guard.report.verdict import Verdict
@@ -308,7 +309,7 @@ def _finding(context: AuditContext, measured: _Measured) -> tuple[Finding, str]:
     else:
         verdict = context.limits.verdict(worst(error), limit)
         reason = (
-            f"worst of {count} round trips{measured.start} {worst(error):.1e} of its feature "
+            f"worst of {count} round trips{measured.start} {brief(worst(error))} of its feature "
             f"(limit {limit:g})"
         )
     reason += _because(measured, limit)
@@ -364,16 +365,16 @@ def _because(measured: _Measured, limit: float) -> str:
         return ""
     text = ""
     if precise is not None and measured.cause == "rounding":
-        return f"; in float64 they come back to {worst(precise):.1e}"
+        return f"; in float64 they come back to {brief(worst(precise))}"
     if precise is not None and measured.cause == "wrong inverse":
         text = (
             f"; the inverse is another map, not an inexact one: in float64 it is off by "
-            f"{worst(precise):.1e}, more than rounding explains"
+            f"{brief(worst(precise))}, more than rounding explains"
         )
     elif precise is not None and measured.cause == "tolerance":
-        text = f"; the inverse itself is inexact: float64 is off by {worst(precise):.1e}, too"
+        text = f"; the inverse itself is inexact: float64 is off by {brief(worst(precise))}, too"
     elif precise is not None and measured.deciding.start.dtype != torch.float64:
-        off = f"is off by {worst(precise):.1e}"
+        off = f"is off by {brief(worst(precise))}"
         if not math.isfinite(worst(precise)):
             off = "returns NaN or Inf"
         text = f"; float64 {off}, too"
@@ -396,7 +397,7 @@ def _floor(measured: _Measured) -> str:
         return ""
     if measured.deciding.start.dtype == torch.float64:
         return ""
-    return f"; the inverse itself is exact to {worst(precise):.1e} only, in float64, too"
+    return f"; the inverse itself is exact to {brief(worst(precise))} only, in float64, too"
 
 
 def _unconverged(context: AuditContext, rows: Tensor) -> str:

@@ -14,6 +14,7 @@ from inn_guard.audits.thresholds import data_scale, feature_scale
 from inn_guard.core.invertible import Invertible
 from inn_guard.core.tensors import finite_rows, nonzero_or_one, norms, per_sample
 from inn_guard.execution.parallel import SERIAL, WorkSharing
+from inn_guard.report.formatting import brief
 
 __all__ = [
     "GuardedRoundTrip",
@@ -181,7 +182,7 @@ def unconverged(model: Invertible, x: Tensor) -> dict[str, str]:
             residual = record.residual.nan_to_num(math.inf, posinf=math.inf).max().item()
             left = int((~record.converged).sum())
             found[_place(layers, k)] = (
-                f"{left} of {len(x)} samples, residual {residual:.1e} after {record.iterations} "
+                f"{left} of {len(x)} samples, residual {brief(residual)} after {record.iterations} "
                 "iterations"
             )
     return found

@@ -18,6 +18,7 @@ from inn_guard.audits.round_trip import RoundTrip
 from inn_guard.audits.thresholds import worst
 from inn_guard.core.missing import NotApplicable
 from inn_guard.execution.state import preserve_state
+from inn_guard.report.formatting import brief
 
 __all__ = ["HELPS", "SAMPLES", "Turned", "find_helpful_setting"]
 
@@ -67,15 +68,14 @@ class Turned:
 
     def sentence(self) -> str:
         """What was measured."""
-        return (
-            f"with {self.name} {self.after} in place of {self.before} it is {self.error_after:.1e}"
-        )
+        error = brief(self.error_after)
+        return f"with {self.name} {self.after} in place of {self.before} it is {error}"
 
     def advice(self) -> str:
         """What to do."""
         text = (
             f"Set {self.name} to {self.after} in place of {self.before}: the error of the inverse "
-            f"was measured to fall from {self.error_before:.1e} to {self.error_after:.1e}."
+            f"was measured to fall from {brief(self.error_before)} to {brief(self.error_after)}."
         )
         if not self.suffices:
             text += " Nothing finer was tried: a map that is less steep needs less."

@@ -9,6 +9,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from inn_guard.core.tensors import binary_scale, finite_rows, nonzero_or_one, norms
+from inn_guard.report.formatting import brief
 from inn_guard.report.limits import Limits
 
 __all__ = [
@@ -133,11 +134,13 @@ def worst(values: Tensor) -> float:
 def format_log10(power: float) -> str:
     """10 to that power with two digits, also where it fits no float.
 
-    >>> format_log10(-6.5), format_log10(412.0), format_log10(math.nan)
-    ('3.2e-07', '1.0e+412', 'nan')
+    >>> format_log10(-6.5), format_log10(1.38), format_log10(412.0), format_log10(math.nan)
+    ('3.2e-07', '24', '1.0e+412', 'nan')
     """
     if not math.isfinite(power):
         return str(power) if math.isnan(power) or power > 0 else "0"
+    if abs(power) < 5:
+        return brief(10**power)
     whole = math.floor(power)
     digits, _, carry = f"{10 ** (power - whole):.1e}".partition("e")
     whole += int(carry)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 __all__ = [
+    "brief",
     "format_amount",
     "format_number",
     "format_value",
@@ -48,6 +49,28 @@ def format_number(value: SupportsFloat) -> str:
     else:
         text = f"{_without_zeros(digits)}×10{str(power).translate(_SUPERSCRIPTS)}"
     return text.replace("-", "−")
+
+
+def brief(value: SupportsFloat, *, digits: int = 2) -> str:
+    """A number in a sentence; with a power of ten if it is small or large.
+
+    Args:
+        value: the number.
+        digits: that are shown at least; whole numbers are shown in full.
+
+    >>> [brief(value) for value in (3.24e-6, 0.0432, 1.26, 86.4, 12345.0, 4.2e11)]
+    ['3.2e-06', '0.043', '1.3', '86', '12,345', '4.2e+11']
+    >>> brief(86.42, digits=3), brief(0.5, digits=3), brief(0.0), brief(math.nan)
+    ('86.4', '0.5', '0', 'nan')
+    """
+    number = float(value)
+    if number == 0:
+        return "0"
+    if not 1e-3 <= abs(number) < 1e6:
+        mantissa, sign, power = f"{number:.{digits - 1}e}".partition("e")
+        return f"{_without_zeros(mantissa)}{sign}{power}"
+    decimals = digits - 1 - math.floor(math.log10(abs(number)))
+    return _without_zeros(f"{number:,.{max(0, decimals)}f}")
 
 
 def _without_zeros(digits: str) -> str:

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from inn_guard.report.formatting import brief
 from inn_guard.report.uses import Finding
 from inn_guard.report.verdict import Verdict
 
@@ -84,7 +85,7 @@ class AuditResult:
         return hash((self.name, self.verdict, self.reason))
 
     def __repr__(self) -> str:
-        figures = [f"{name}={self.values[name]:.3g}" for name in self.shown]
+        figures = [f"{name}={brief(self.values[name], digits=3)}" for name in self.shown]
         text = f"{self.name}: {self.verdict.label}"
         if figures:
             text += f" ({', '.join(figures)})"
@@ -95,7 +96,8 @@ class AuditResult:
         figures = []
         for name in self.shown:
             unit = self.units.get(name, "")
-            figures.append(f"{name.replace('_', ' ')} {self.values[name]:.3g} {unit}".rstrip())
+            figure = brief(self.values[name], digits=3)
+            figures.append(f"{name.replace('_', ' ')} {figure} {unit}".rstrip())
         head = f"{self.name:<{_NAME}}  {self.verdict.label:<{_VERDICT}}  {', '.join(figures)}"
         lines = [head.rstrip(), *wrapped(self.reason, "    ")]
         if self.advice:

@@ -139,7 +139,7 @@ def test_all_samples_are_looked_at_for_what_is_not_finite(value):
 def test_the_inverse_is_judged_apart():
     result = log_det(flow(inverse=lambda log_det, z: log_det + 1, at=1), data(64, 6))
     assert result.verdict == "stable"
-    assert "add up to 1.0e+00 nats, not 0" in result.reason
+    assert "add up to 1 nats, not 0" in result.reason
 
 
 def test_errors_that_cancel_are_no_error_of_the_density():
@@ -158,7 +158,7 @@ def test_one_nat_is_found_in_large_chains_and_no_right_one_is_accused(side):
         assert right.verdict.passed, right.reason
     wrong = log_det(images(side, lambda log_det, x: log_det + 1), x)
     assert wrong.verdict == "unstable"
-    assert "off in layer 1 (Mix) by 1.0e+00" in wrong.reason
+    assert "off in layer 1 (Mix) by 1" in wrong.reason
     forgotten = log_det(images(side, lambda log_det, x: log_det / side**2), x)
     assert "off in layer 1 (Mix)" in forgotten.reason
 

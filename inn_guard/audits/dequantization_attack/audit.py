@@ -26,6 +26,7 @@ from inn_guard.core.invertible import Invertible
 from inn_guard.core.layer_jacobian import NotApplicable
 from inn_guard.core.tensors import finite_rows
 from inn_guard.execution.time_limit import time_limit
+from inn_guard.report.formatting import brief
 from inn_guard.report.result import AuditResult, to_full_batch
 from inn_guard.report.verdict import Verdict
 
@@ -233,12 +234,12 @@ class _WorstPoints:
         if bad:
             reason = (
                 f"valid dequantized samples of {bad} of {count} images come back off by up to "
-                f"{worst:.1e}"
+                f"{brief(worst)}"
             )
             return Verdict.UNSTABLE, f"{reason} of their scale{self._before}"
         reason = (
-            f"no dequantized sample was found that comes back off by more than {worst:.1e} of its "
-            "scale"
+            f"no dequantized sample was found that comes back off by more than {brief(worst)} "
+            "of its scale"
         )
         return Verdict.STABLE, f"{reason}; an attack finds failures, it cannot rule them out"
 
@@ -247,9 +248,8 @@ class _WorstPoints:
         broken = int(self.at_centre.isinf().sum())
         if broken:
             return f" ({broken} of them at the centre of the cube already)"
-        return (
-            f" (at the centres of the cubes the largest error is {self.at_centre.max().item():.1e})"
-        )
+        largest = brief(self.at_centre.max().item())
+        return f" (at the centres of the cubes the largest error is {largest})"
 
     def values(self) -> dict[str, float]:
         growth = self.again / self.at_centre

@@ -33,6 +33,7 @@ from inn_guard.core.missing import NotApplicable
 from inn_guard.execution.memory import forward_footprint
 from inn_guard.execution.time_limit import TimedOut, time_limit
 from inn_guard.jacobian.rounding_error import unit_roundoff
+from inn_guard.report.formatting import brief
 from inn_guard.report.limits import Limits
 from inn_guard.report.result import AuditResult, to_full_batch
 from inn_guard.report.verdict import Verdict
@@ -375,12 +376,12 @@ def _verdict(limits: Limits, row: dict[str, Any], *, own: bool) -> tuple[Verdict
     if row["measured verdict"] == "breaks":
         return (
             Verdict.UNSTABLE,
-            f"{where} 5 % of the samples come back more than {row['measured']:.1e} of a feature "
+            f"{where} 5 % of the samples come back more than {brief(row['measured'])} of a feature "
             f"off ({row['usable']:g} is usable).",
         )
     return (
         limits.verdict(row["measured"], row["usable"]),
-        f"{where} 95 % of the samples come back within {row['measured']:.1e} of each feature "
+        f"{where} 95 % of the samples come back within {brief(row['measured'])} of each feature "
         f"({row['usable']:g} is usable).",
     )
 
