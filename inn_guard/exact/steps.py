@@ -109,7 +109,7 @@ def undo(steps: Sequence[Step], state: FixedPoint, tape: Tape) -> FixedPoint:
 
 
 class Moves(Step):
-    """A map that only moves entries: nothing is pushed out and nothing is logged.
+    """A map that only moves values: nothing is pushed out and nothing is logged.
 
     Args:
         rows: entry i of a flat result is entry rows[i] of a flat sample.
@@ -187,7 +187,10 @@ class Moves(Step):
 
 
 def _moved(state: FixedPoint, rows: Tensor, shape: tuple[int, ...]) -> FixedPoint:
-    return state.mapped(lambda t: _at(t, rows, shape))
+    """The values in another order. Pushed bits stay where they are: they belong to no value."""
+    exponent = None if state.exponent is None else _at(state.exponent, rows, shape)
+    pushed = state.pushed.reshape(-1, *shape)
+    return replace(state, units=_at(state.units, rows, shape), pushed=pushed, exponent=exponent)
 
 
 def _at(t: Tensor, rows: Tensor, shape: tuple[int, ...]) -> Tensor:
