@@ -26,6 +26,7 @@ from inn_guard.adapters.captured_modules import Closure
 from inn_guard.adapters.conventions.calls import Call, Pair, pairs, takes_several
 from inn_guard.adapters.conventions.recognise import Unrecognised, recognise
 from inn_guard.core.invertible import Context, Invertible
+from inn_guard.core.mismatch import check_is_context
 from inn_guard.layers.chain import Chain
 
 __all__ = ["ADAPTERS", "is_known", "wrap"]
@@ -119,6 +120,7 @@ def wrap(  # noqa: PLR0913
         TypeError: if the model is of an unknown kind, or the arguments do not describe one.
         ImportError: if a velocity is given and torchdiffeq is not installed.
     """
+    check_is_context(context)
     others = {"model": model, "encode": encode, "decode": decode, "layers": layers}
     others["log_det"] = log_det
     if velocity is not None or solver is not None or trace is not None:
@@ -229,10 +231,13 @@ def _from_callables(
     chain: list[Invertible] = []
     if layers is not None and (not isinstance(layers, Iterable) or isinstance(layers, Tensor)):
         raise TypeError(
-            f"expected layers as a list, got {layers!r:.60}: call wrap(layers=[first, second])"
+            f"expected layers as a list, got one {type(layers).__name__}: call wrap(model) for a "
+            "whole model, or wrap(layers=[first, second])"
         )
     if layers is not None:
         chain = [_layer(layer) for layer in layers]
+        if not chain:
+            raise TypeError("expected at least one layer, got none: call wrap(layers=[first])")
     if encode is not None and decode is not None:
         return Functions(encode, decode, layers=chain, log_det=log_det, context=context)
     if chain and encode is None and decode is None and log_det is None:

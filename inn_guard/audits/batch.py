@@ -10,12 +10,12 @@ from torch import Tensor, nn
 from torch.distributions import constraints
 from torch.utils.data import DataLoader, Dataset
 
-from inn_guard.core.context import Context, map_tensors
 from inn_guard.core.invertible import Invertible
+from inn_guard.core.mismatch import why_rejected
 from inn_guard.core.tensors import finite_rows
 from inn_guard.execution.state import preserve_state
 
-__all__ = ["as_batch", "check_context", "checked_batch", "checked_domain", "first_batch"]
+__all__ = ["as_batch", "checked_batch", "checked_domain", "first_batch"]
 
 MAX_SAMPLES = 256  #: taken from a DataLoader or a Dataset; a batch is used whole
 
@@ -57,8 +57,12 @@ def as_batch(model: Invertible, x: Any) -> Any:
 def _packed(model: Invertible, x: tuple | list) -> Tensor:
     pack: Callable[..., Tensor] | None = getattr(model, "pack", None)
     if pack is None:
+        what = "torch.stack(list(x))"
+        if not all(isinstance(part, Tensor) for part in x):
+            what = "torch.tensor(x)"
         raise TypeError(
-            f"expected one tensor (B, *data) for {model.name}, got a {type(x).__name__} of {len(x)}"
+            f"expected one tensor (B, *data) for {model.name}, got a {type(x).__name__} of "
+            f"{len(x)}: pass {what} if its parts are samples"
         )
     tensors = all(isinstance(part, Tensor) for part in x)
     if not tensors or len({len(part) for part in x if part.dim()}) > 1:
@@ -92,24 +96,6 @@ def _from_batches(model: Any, loader: Iterable[Any]) -> Tensor:
     return x if parameter is None else x.to(parameter.device)
 
 
-def check_context(context: Context, x: Tensor) -> None:
-    """See to it that the context has one row for each sample.
-
-    Raises:
-        ValueError: if a tensor in it has another number of rows.
-    """
-
-    def check(tensor: Tensor) -> Tensor:
-        if tensor.dim() == 0 or len(tensor) != len(x):
-            raise ValueError(
-                f"expected a context with {len(x)} rows, one for each sample; got shape "
-                f"{tuple(tensor.shape)}"
-            )
-        return tensor
-
-    map_tensors(context, check)
-
-
 def checked_batch(model: nn.Module, x: Any) -> Tensor:
     """``x`` if it can be a batch for ``model``.
 
@@ -118,10 +104,9 @@ def checked_batch(model: nn.Module, x: Any) -> Tensor:
         ValueError: if x has no samples, no data dimension, or another dtype or device than the
             model.
     """
-    weights = [p for p in model.parameters() if p.is_floating_point()]
-    dtypes = {p.dtype for p in weights}
-    devices = {p.device for p in weights}
-    usual = next(iter(dtypes), torch.get_default_dtype())
+    usual = next(
+        (p.dtype for p in model.parameters() if p.is_floating_point()), torch.get_default_dtype()
+    )
     if not isinstance(x, Tensor):
         raise TypeError(f"expected x as a tensor (B, *data), got {_named(x)}{_advice(x, usual)}")
     if not x.is_floating_point():
@@ -133,26 +118,18 @@ def checked_batch(model: nn.Module, x: Any) -> Tensor:
     if torch.finfo(x.dtype).bits < 16:
         raise TypeError(f"expected x of at least 16 bits, got {x.dtype}: pass x.to({usual})")
     if x.dim() < 2:
-        raise ValueError(
-            f"expected x of shape (B, *data), got {tuple(x.shape)}: pass x.reshape(B, -1)"
-        )
+        what = "x.reshape(1, 1)"
+        if x.dim() == 1:
+            what = "x[None] if it is one sample, x[:, None] if it is samples of one number each"
+        raise ValueError(f"expected x of shape (B, *data), got {tuple(x.shape)}: pass {what}")
     if x.numel() == 0:
         raise ValueError(
             f"expected at least one sample with at least one value, got x of shape {tuple(x.shape)}"
         )
     _check_values(model, x)
-    if weights and x.dtype not in dtypes:
-        wanted = ", ".join(sorted(map(str, dtypes)))
-        wanted = wanted if len(dtypes) == 1 else f"one of {wanted}"
-        raise ValueError(
-            f"expected x in the dtype of the model's parameters, {wanted}; got {x.dtype}: pass "
-            f"x.to({usual})"
-        )
-    if weights and x.device not in devices:
-        where = next(iter(devices))
-        raise ValueError(
-            f"expected x on the model's device, {where}; got {x.device}: pass x.to('{where}')"
-        )
+    why = why_rejected(model, x)
+    if why:
+        raise ValueError(why)
     return x
 
 

@@ -14,6 +14,7 @@ from inn_guard.audits.context import AuditContext, same_up_to_rounding
 from inn_guard.audits.cost_model import Cost, Passes, Task
 from inn_guard.audits.level import Level
 from inn_guard.audits.spec import audit_check
+from inn_guard.core.mismatch import shapes_of, why_rejected
 from inn_guard.core.missing import MissingContextError, NotApplicable
 from inn_guard.core.tensors import finite_rows
 from inn_guard.execution.state import changed_state, preserve_state
@@ -261,8 +262,16 @@ def _refused(model: AuditedModel, x: Tensor, error: ModelError) -> None:
         except (ModelError, NotApplicable):
             continue
         return
+    why = why_rejected(model, x, model.context)
+    if why:
+        raise InputRejected(f"{why}; {error}") from error
     shape = f"{tuple(x.shape[1:])} per sample in {x.dtype}"
-    raise InputRejected(f"expected x that the model accepts, got {shape}: {error}")
+    if model.context is None:
+        raise InputRejected(f"expected x that the model accepts, got {shape}: {error}")
+    raise InputRejected(
+        f"expected x and context that the model accepts, got x {shape} and context "
+        f"{shapes_of(model.context)}: {error}"
+    )
 
 
 def _is_one_map(model: AuditedModel, x: Tensor, z: Tensor, findings: _Findings) -> bool:

@@ -62,10 +62,10 @@ def _from_caller(prior: Any, x: Tensor) -> BaseDistribution:
     if isinstance(prior, BaseDistribution):
         return dataclasses.replace(prior, declared=True)
     draw = getattr(prior, "sample", prior)
-    if not callable(draw):
+    if not callable(draw) or isinstance(prior, type):
         raise TypeError(
             "expected prior as a distribution with sample((n,)), or as a function n -> latents "
-            f"(n, *latent); got {prior!r}"
+            f"(n, *latent); got {_in_words(prior)}"
         )
     takes_shape = isinstance(prior, torch.distributions.Distribution)
 
@@ -79,3 +79,14 @@ def _from_caller(prior: Any, x: Tensor) -> BaseDistribution:
 
     name = getattr(prior, "__name__", type(prior).__name__)
     return BaseDistribution(sample, x, description=f"prior {name}")
+
+
+def _in_words(prior: Any) -> str:
+    if isinstance(prior, type):
+        return f"the class {prior.__name__}: pass an instance of it"
+    if isinstance(prior, Tensor):
+        return (
+            f"a tensor of shape {tuple(prior.shape)}: pass prior=lambda n: "
+            "z[torch.randint(len(z), (n,))] to draw from its rows"
+        )
+    return f"{prior!r:.60}"

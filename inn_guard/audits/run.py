@@ -21,7 +21,6 @@ from inn_guard.adapters import wrap
 from inn_guard.audits.advice import advise
 from inn_guard.audits.batch import (
     as_batch,
-    check_context,
     checked_batch,
     checked_domain,
     first_batch,
@@ -34,6 +33,7 @@ from inn_guard.audits.registry import AUDITS, checks_of_level
 from inn_guard.audits.spec import AuditSpec
 from inn_guard.core.context import Context
 from inn_guard.core.invertible import Invertible
+from inn_guard.core.mismatch import check_rows
 from inn_guard.core.tensors import dtype_name
 from inn_guard.execution.parallel import Group, WorkSharing
 from inn_guard.execution.progress import ProgressBar
@@ -143,8 +143,13 @@ def audit(  # noqa: PLR0913
     wrapped = _inner_map(wrap(model, context=context, x=x))
     x = as_batch(wrapped, x)
     x = checked_batch(wrapped, x).detach().clone()
-    check_context(wrapped.context, x)
+    check_rows(wrapped.context, x)
     parallel.check_agreement(wrapped, x)
+    if loss is not None and (not callable(loss) or isinstance(loss, type)):
+        raise TypeError(
+            f"expected loss as a function z -> number or (z, log_det) -> number; got {loss!r:.60}: "
+            "pass loss=lambda z, log_det: (z.square().sum(1) / 2 - log_det).mean()"
+        )
     if limits is not None and not isinstance(limits, Limits):
         raise TypeError(f"expected limits as inn_guard.Limits(...); got {limits!r}")
     audited = uncompared_model(wrapped, x) if dry_run else audited_model(wrapped, x)
@@ -226,11 +231,11 @@ def _memory(memory: float | int | None) -> float | int | None:
 
 
 def _seed(seed: int) -> int:
-    if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:
+    if isinstance(seed, bool) or not isinstance(seed, numbers.Integral) or seed < 0:
         raise ValueError(f"expected seed as a whole number, at least 0; got {seed!r:.60}")
     if seed >= 2**63:
         raise ValueError(f"expected seed below 2**63; got a number of {len(str(seed))} digits")
-    return seed
+    return int(seed)
 
 
 def _inner_map(model: Invertible) -> Invertible:

@@ -337,7 +337,7 @@ def block_of_draws(context: AuditContext, block: int, *, shape: torch.Size) -> T
         raise ValueError(
             f"expected latents of shape {tuple(shape)} per draw from the {base.description}; "
             f"got {tuple(z.shape[1:])}: pass prior=lambda n: ..., which returns "
-            f"{('n', *shape)} numbers"
+            f"latents ({', '.join(['n', *map(str, shape)])})"
         )
     return z
 

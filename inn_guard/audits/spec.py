@@ -194,7 +194,13 @@ class AuditSpec:
         name = getattr(check, "__name__", type(check).__name__)
 
         def function(context: AuditContext, **settings: Any) -> AuditResult:
-            return check(context.model, context.x.clone(), **settings)
+            result = check(context.model, context.x.clone(), **settings)
+            if not isinstance(result, AuditResult):
+                raise TypeError(
+                    f"expected the check {name} to return an AuditResult, got "
+                    f"{type(result).__name__}: return inn_guard.AuditResult(name, verdict, reason)"
+                )
+            return result
 
         question = inspect.getdoc(check) or name
         return cls(name, question.splitlines()[0], function)

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from inn_guard.adapters import wrap
 from inn_guard.core.invertible import Invertible
+from inn_guard.core.mismatch import why_rejected
 from inn_guard.core.tensors import dtype_name
 from inn_guard.exact.fixed_point import (
     SEED,
@@ -170,14 +171,15 @@ class Coder:
 
         Raises:
             TypeError: if x is no floating-point tensor.
-            ValueError: if x is empty or not finite, or a layer maps it to values that are not.
+            ValueError: if x is empty or not finite, or the model refuses it, or a layer maps it to
+                values that are not finite.
         """
         check_data(x)
         x = x.detach()
         key = (tuple(x.shape), x.dtype, x.device)
         with preserve_state(self.model), torch.no_grad():
             if key not in self._known:
-                self._known[key] = _Known(opaque=_is_another_map(self.model, x))
+                self._known[key] = self._first_seen(x)
             known = self._known[key]
             state, quantization = _Quantization.of(x)
             tapes: list[Tape] = []
@@ -222,6 +224,20 @@ class Coder:
         )
         return z, kept
 
+    def _first_seen(self, x: Tensor) -> _Known:
+        """What the first batch of a shape shows.
+
+        Raises:
+            ValueError: if the model refuses it for its shape, dtype or device.
+        """
+        try:
+            return _Known(opaque=_is_another_map(self.model, x))
+        except (RuntimeError, ValueError) as error:
+            why = why_rejected(self.model, x, self.model.context)
+            if not why:
+                why = f"expected x that the model accepts, got shape {tuple(x.shape)}"
+            raise ValueError(f"{why}: {error}") from error
+
     def decode(self, z: Tensor, kept: Kept) -> Tensor:
         """The x that ``encode`` turned into (z, kept), bit for bit.
 
@@ -230,9 +246,15 @@ class Coder:
             kept: what was returned with it.
 
         Raises:
+            TypeError: if one of them is something else.
             ValueError: if z is another one, or the model has other layers.
             Mismatch: if a layer computes other bits than when x was encoded.
         """
+        if not isinstance(kept, Kept) or not isinstance(z, Tensor):
+            raise TypeError(
+                "expected z and kept as encode returned them, got "
+                f"{type(z).__name__} and {type(kept).__name__}: pass decode(*encode(x))"
+            )
         z = z.detach()
         if digest(z) != kept._latent:
             raise ValueError(

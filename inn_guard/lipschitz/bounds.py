@@ -6,11 +6,15 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from inn_guard.adapters import wrap
+from inn_guard.core.invertible import Invertible
+from inn_guard.execution.state import preserve_state
 from inn_guard.lipschitz.certificate import Certificate
 from inn_guard.lipschitz.computation import Computed, Conditions, Progress, compute
+from inn_guard.lipschitz.cross_check import FAILURES
 from inn_guard.lipschitz.fingerprint import fingerprint, weights_hash
 from inn_guard.lipschitz.maps.closed_forms import Pair
 from inn_guard.lipschitz.networks.conditioner import SearchBudget
@@ -152,7 +156,16 @@ def lipschitz_bounds(
         )
     model = wrap(model)
     conditions = Conditions(box, seconds, effort)
-    found = compute(model, conditions, data, progress)
+    try:
+        found = compute(model, conditions, data, progress)
+    except FAILURES as error:
+        why = _why_refused(model, box)
+        if why is None:
+            raise
+        raise ValueError(
+            f"expected a domain of the shape of one sample that the model accepts, got "
+            f"{tuple(box.shape)}: forward of the model raises {type(why).__name__}: {why}"
+        ) from error
     certificate = Certificate(
         found.factors_forward,
         found.factors_inverse,
@@ -162,6 +175,17 @@ def lipschitz_bounds(
         conditions,
     )
     return LipschitzBounds(**vars(found), certificate=certificate)
+
+
+def _why_refused(model: Invertible, box: Box) -> Exception | None:
+    """What the model raises at a point of the box; None if it accepts it."""
+    weight = next((p for p in model.parameters() if p.is_floating_point()), box.lo)
+    try:
+        with preserve_state(model), torch.no_grad():
+            model.eval()(torch.zeros_like(box.lo).clamp(box.lo, box.hi)[None].to(weight))
+    except FAILURES as error:
+        return error
+    return None
 
 
 def _as_box(domain: Any) -> Box:

@@ -11,6 +11,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from inn_guard.adapters import wrap
 from inn_guard.core.composition import Composition, compare_inverses, compare_layers
 from inn_guard.core.invertible import Invertible, InvertibleWrapper, NotApplicable
 from inn_guard.execution.state import preserve_state
@@ -74,7 +75,8 @@ def memory_saving(
     gradient of every coupling with that of autograd.
 
     Args:
-        model: an Invertible with layers(); parameters are shared, nothing in it is changed.
+        model: an Invertible with layers(), or anything that ``wrap`` accepts. Parameters are
+            shared, nothing in it is changed.
         guard: largest accepted relative error |x' - x| / |x| of a rebuilt layer input, per sample;
             None: rebuilt inputs are not checked.
         exact: restore the inputs of layers bit for bit. There is nothing to guard then.
@@ -86,7 +88,7 @@ def memory_saving(
         An Invertible to be called like ``model``, in both directions.
 
     Raises:
-        TypeError: if ``model`` is not an Invertible.
+        TypeError: if ``model`` is nothing that ``wrap`` accepts.
         NotApplicable: if ``model`` has no layers().
         ValueError: if ``guard`` is not positive, or given together with ``exact``; if ``keep`` is
             neither "input" nor "output", or "output" together with one of them.
@@ -97,10 +99,7 @@ def memory_saving(
         Understanding and Mitigating Exploding Inverses in Invertible Neural Networks (Behrmann,
         Vicol, Wang, Grosse, Jacobsen, 2021), section 4.
     """
-    if not isinstance(model, Invertible):
-        raise TypeError(
-            f"expected an Invertible, got {type(model).__name__}: call memory_saving(wrap(model))"
-        )
+    model = wrap(model)
     if isinstance(model, MemorySaving):
         model = model.inner
     with preserve_state(model):  # layers() may embed a context with a net whose statistics move

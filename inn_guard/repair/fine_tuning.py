@@ -23,6 +23,7 @@ from inn_guard.core.base import BaseDistribution, seeded
 from inn_guard.core.context import Context, select_rows
 from inn_guard.core.invertible import Invertible, InvertibleWrapper
 from inn_guard.core.missing import NotApplicable
+from inn_guard.core.tensors import finite_rows
 from inn_guard.execution.state import preserve_state
 from inn_guard.repair.copies import independent_copy
 from inn_guard.repair.measure import Examination, badness, excess, open_uses
@@ -426,6 +427,8 @@ class _Repair:
             return "No use that counts can be measured of this model: nothing was changed."
         if not failing:
             return "Every use that counts passes already: nothing was changed."
+        if not bool(finite_rows(self.audited).any()):
+            return "No sample is finite: nothing was changed. Pass batches of finite data."
         for name, parameter in self.model.named_parameters():
             if not bool(parameter.isfinite().all()):
                 return f"The weights hold NaN or Inf ({name}), which no gradient step repairs."

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from inn_guard.adapters import wrap
-from inn_guard.audits.batch import check_context, checked_batch
+from inn_guard.audits.batch import checked_batch
 from inn_guard.core.base import BaseDistribution
 from inn_guard.core.context import Context, cast_context
 from inn_guard.core.invertible import (
@@ -24,6 +24,7 @@ from inn_guard.core.invertible import (
     as_log_det,
     standard_normal_log_prob,
 )
+from inn_guard.core.mismatch import check_rows
 from inn_guard.core.missing import NotApplicable
 from inn_guard.core.readable import composes
 from inn_guard.core.tensors import dtype_name, finite_rows
@@ -326,7 +327,7 @@ def raise_precision(  # noqa: PLR0913
         raise TypeError(f"expected a model that is a torch.nn.Module; got {type(model).__name__}")
     own = wrap(model, context=context)
     x = checked_batch(own, x).detach().clone()
-    check_context(own.context, x)
+    check_rows(own.context, x)
     rest = rest or x.dtype
     if not rest.is_floating_point or torch.finfo(rest).eps < torch.finfo(x.dtype).eps:
         raise ValueError(

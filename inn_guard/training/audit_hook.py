@@ -12,10 +12,10 @@ from jaxtyping import Shaped
 from torch import Tensor, nn
 
 from inn_guard.adapters import wrap
-from inn_guard.audits.batch import check_context
 from inn_guard.audits.quick_check import quick_round_trip
 from inn_guard.audits.run import Check, resolve_check
 from inn_guard.core.invertible import Context, Invertible
+from inn_guard.core.mismatch import check_rows
 from inn_guard.core.tensors import dtype_name
 from inn_guard.memory_saving import MemorySaving
 from inn_guard.report.audit_report import AuditReport
@@ -189,7 +189,7 @@ class AuditHook:
         """Run the checks on the first samples of x, whether due or not, without a record."""
         model = self.model
         if context is not None:
-            check_context(context, x)
+            check_rows(context, x)
             model = model.with_context(context)
         if self.samples is not None and self.samples < len(x):
             rows = torch.arange(self.samples, device=x.device)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from inn_guard.adapters import wrap
 from inn_guard.core.invertible import Context, Invertible
+from inn_guard.core.mismatch import why_rejected
 from inn_guard.training.regularizers.checks import is_number
 from inn_guard.training.schedule import Schedule, checked_step, schedule
 
@@ -122,7 +123,13 @@ class RegularizerHook:
         model = self.model
         if context is not None:
             model = model.with_context(context)
-        penalties = [_penalty(regularizer, model, x, z) for regularizer in self.regularizers]
+        try:
+            penalties = [_penalty(regularizer, model, x, z) for regularizer in self.regularizers]
+        except (RuntimeError, ValueError) as error:
+            why = why_rejected(model, x, model.context)
+            if why:
+                raise ValueError(f"{why}; {error}") from error
+            raise
         # tensors, not numbers: ``last`` converts them, so that a step does not wait for the device
         detached = [penalty.detach() for penalty in penalties]
         self._last = dict(zip(self._names(), detached, strict=True))

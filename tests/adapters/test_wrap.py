@@ -139,7 +139,7 @@ def test_a_compiled_model_is_reported_under_its_own_name():
         ({"encode": abs}, "got encode"),
         ({"decode": abs}, "got decode"),
         ({"encode": abs, "layers": [Double()]}, "got encode and layers"),
-        ({"layers": []}, "got layers"),
+        ({"layers": [Double()], "log_det": abs}, "got layers"),
     ],
 )
 def test_half_a_map_is_refused(arguments, got):
