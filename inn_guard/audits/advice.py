@@ -4,10 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+import torch
 from torch import Tensor
 
+from inn_guard.audits.audited_model import ModelError
 from inn_guard.audits.context import AuditContext
+from inn_guard.core.missing import NotApplicable
 from inn_guard.core.tensors import finite_rows
+from inn_guard.execution.state import preserve_state
 from inn_guard.report.audit_report import AuditReport
 from inn_guard.report.uses import USES, UseVerdict
 from inn_guard.report.verdict import Verdict
@@ -17,6 +21,7 @@ __all__ = ["advise"]
 #: Features are far from standardised if a deviation or a mean is above this, or a deviation below
 #: its inverse.
 UNUSUAL_SCALE = 30.0
+ROWS = 2  #: samples at which it is tried whether there are gradients
 
 INITIALISE = (
     "Initialise the model first, on one batch of training data:\n"
@@ -37,8 +42,8 @@ BOUND_SAMPLING = (
     "or a sigmoid that stays above 1/2."
 )
 REPAIR_SAMPLING = (
-    "Else fine-tune it until its draws come back, on the batches that it was trained on:\n"
-    'flow = ig.stabilize(flow, batches, {loss}uses=["sampling"]).model'
+    "Else fine-tune it until its draws come back, on the batches that it was trained on{by}:\n"
+    '{first}flow = ig.stabilize(flow, batches, {loss}uses=["sampling"]).model'
 )
 SAMPLING_FLOAT64 = (
     "Draw with the layers that need it in float64, where the lost draws were measured to come "
@@ -51,10 +56,16 @@ RECONSTRUCTION_FLOAT64 = (
     'flow = ig.raise_precision(flow, x, uses=["reconstruction"])'
 )
 PENALISE_INVERSE = (
-    "Fine-tune it until its inverse comes back, on the batches that it was trained on; bound the "
-    "scales of {layer} if it will be trained again:\n"
-    'flow = ig.stabilize(flow, batches, {loss}uses=["reconstruction"]).model'
+    "Fine-tune it until its inverse comes back, on the batches that it was trained on{by}; bound "
+    "the scales of {layer} if it will be trained again:\n"
+    '{first}flow = ig.stabilize(flow, batches, {loss}uses=["reconstruction"]).model'
 )
+NO_GRADIENT = (
+    "No gradient comes through its {directions} (torch.no_grad, detach or an operation in place): "
+    "nothing can be trained. Let gradients through, then fine-tune it:\n"
+    '{first}flow = ig.stabilize(flow, batches, {loss}uses=["{use}"]).model'
+)
+BY_LIKELIHOOD = ", by likelihood under N(0, I) (pass loss= if it was trained otherwise)"
 REPLACE = "There is nothing to train in the model: replace {layer} by a map that can be inverted."
 WRONG_INVERSE = "Compare the inverse with the forward formula: it is the inverse of another map."
 ITERATIONS = (
@@ -141,7 +152,7 @@ def _sampling(report: AuditReport, context: AuditContext) -> Iterator[str]:
         yield REPLACE.format(layer=_layer(report))
         return
     yield BOUND_SAMPLING.format(layer=_layer(report))
-    yield REPAIR_SAMPLING.format(loss=_loss(context))
+    yield _fine_tuned(REPAIR_SAMPLING, "sampling", report, context)
 
 
 def _reconstruction(report: AuditReport, context: AuditContext) -> Iterator[str]:
@@ -157,17 +168,59 @@ def _reconstruction(report: AuditReport, context: AuditContext) -> Iterator[str]
     if not _can_be_trained(context):
         yield REPLACE.format(layer=_layer(report))
         return
-    yield PENALISE_INVERSE.format(layer=_layer(report), loss=_loss(context))
+    yield _fine_tuned(PENALISE_INVERSE, "reconstruction", report, context)
 
 
 def _can_be_trained(context: AuditContext) -> bool:
     return next(context.model.parameters(), None) is not None
 
 
-def _loss(context: AuditContext) -> str:
-    """The argument with the loss, which a model without a base distribution needs."""
-    declared = context.model.base() is not None
-    return "" if declared else "loss=loss, "
+def _fine_tuned(text: str, use: str, report: AuditReport, context: AuditContext) -> str:
+    """The advice to fine-tune, with what `stabilize` needs for this model."""
+    declared, has_log_det = context.model.base() is not None, _has_log_det(context)
+    needed = ["forward"]  # of the likelihood
+    if use == "sampling" or not has_log_det:
+        needed.append("inverse")
+    frozen = not any(parameter.requires_grad for parameter in context.model.parameters())
+    words = {
+        "use": use,
+        "layer": _layer(report),
+        "loss": "" if declared or has_log_det else "loss=loss, ",
+        "by": BY_LIKELIHOOD if has_log_det and not declared else "",
+        "first": "flow.requires_grad_(True)\n" if frozen else "",
+    }
+    without = [direction for direction in needed if not _gives_gradient(direction, context)]
+    if without:
+        return NO_GRADIENT.format(directions=" and ".join(without), **words)
+    return text.format(**words)
+
+
+def _has_log_det(context: AuditContext) -> bool:
+    model, x = context.at(context.usable_rows()[:ROWS])
+    try:
+        with preserve_state(model), torch.no_grad():
+            model.eval()
+            model.forward_and_log_det(x)
+    except (NotApplicable, ModelError):
+        return False
+    return model.bijective
+
+
+def _gives_gradient(direction: str, context: AuditContext) -> bool:
+    """Whether a gradient comes back through a direction at the first samples."""
+    model, x = context.at(context.usable_rows()[:ROWS])
+    if not len(x):
+        return True  # of no sample can it be told
+    try:
+        with preserve_state(model), torch.enable_grad():
+            model.eval()
+            start = x if direction == "forward" else model(x)
+            start = start.detach().requires_grad_()
+            end = model(start) if direction == "forward" else model.inverse(start)
+            torch.autograd.grad(end.sum(), start)
+    except (RuntimeError, ModelError):
+        return False
+    return True
 
 
 def _other(report: AuditReport) -> Iterator[str]:

@@ -23,7 +23,7 @@ from inn_guard.core.composition import Composition
 from inn_guard.core.invertible import Invertible
 from inn_guard.core.missing import NotApplicable
 from inn_guard.execution.parallel import SERIAL
-from inn_guard.execution.state import StateSnapshot
+from inn_guard.execution.state import StateSnapshot, without_autocast
 from inn_guard.report.limits import Limits
 from inn_guard.report.result import AuditResult
 from inn_guard.report.uses import Finding
@@ -74,6 +74,7 @@ class AuditSpec:
         settings = ", ".join(f"{name}={value!r}" for name, value in self.settings.items())
         return f"{self.name}({settings})"
 
+    @without_autocast()
     def __call__(self, model: Invertible, x: Any, **settings: Any) -> AuditResult:
         """Run this check alone.
 

@@ -215,7 +215,7 @@ REPAIR_HELP = f"""Fine-tune a model until it is fit for the uses.
 \b
   inn-guard repair nets.py:make_flow x.npy --weights flow.pt --uses sampling --out repaired.pt
 
-The loss is the negative log-likelihood if the model has a base distribution. For other models
+The loss is the negative log-likelihood, under N(0, I) if the model has no base. For other models
 --loss names the function (model, batch) -> scalar that they were trained with. --out gets the state
 dict of the best state, also where a use still fails; it is written at once or not at all.
 

@@ -27,7 +27,7 @@ from inn_guard.core.tensors import finite_rows
 from inn_guard.execution.state import preserve_state
 from inn_guard.repair.copies import independent_copy
 from inn_guard.repair.measure import Examination, badness, excess, open_uses
-from inn_guard.repair.penalties import Penalty, penalties_for
+from inn_guard.repair.penalties import Penalty, is_trainable, penalties_for
 from inn_guard.report.audit_report import AuditReport
 from inn_guard.report.comparison import Comparison, compare
 from inn_guard.report.limits import Limits
@@ -46,6 +46,14 @@ Part = Callable[[nn.Module], Any]
 AUDITED = 256  #: rows of the first batch that are audited
 KEPT = 4  #: batches at which the loss is compared before and after
 WARM_UP = 20  #: steps in which the learning rate rises, at most a quarter of all
+NO_GRADIENT = (
+    "the directions of the model run under torch.no_grad, detach, or write in place. Nothing was "
+    "changed: let gradients through, then call stabilize again."
+)
+ASSUMED = (
+    "The loss was the negative log-likelihood under N(0, I), since the model has no base: pass "
+    "its loss if it was trained otherwise."
+)
 EXACT = "Or keep what the inverse loses, which restores x bit for bit: coder = ig.exact(flow)"
 
 
@@ -205,7 +213,8 @@ def stabilize(  # noqa: PLR0913
         batches: what to train on: a DataLoader, a list of batches, or an iterator of them. A batch
             is a tensor (B, *data), or a tuple that begins with one.
         loss: (model, batch) -> scalar, of the copy, as in training. Default: the mean negative
-            log-likelihood of the batch in nats, if the model has a base distribution.
+            log-likelihood of the batch in nats; under N(0, I), as in ``audit``, if the model has no
+            base distribution, which the result says.
         uses: which uses must pass. Default: those that the model declares, as in ``audit``.
         limits: up to which figure the model is fit for a use. Default: ``Limits()``.
         part: model -> its invertible part, which is audited and penalised, such as
@@ -231,8 +240,8 @@ def stabilize(  # noqa: PLR0913
 
     Raises:
         TypeError: if the model is no module or cannot be copied, or a batch holds no tensor.
-        ValueError: if there is no batch, no loss, no parameter to train, or a setting is out of
-            range.
+        ValueError: if there is no batch, no loss, no gradient of it, no parameter to train, or a
+            setting is out of range.
 
     References:
         Understanding and Mitigating Exploding Inverses in Invertible Neural Networks (Behrmann,
@@ -389,6 +398,7 @@ class _Repair:
     audited: Tensor = field(init=False)
     before: AuditReport = field(init=False)
     best: _Best = field(init=False)
+    wrapped: Invertible | None = None
     loss_before: float = math.nan
     steps: int = 0
     skipped: int = 0
@@ -434,26 +444,26 @@ class _Repair:
                 return f"The weights hold NaN or Inf ({name}), which no gradient step repairs."
         settings = self.settings
         with preserve_state(self.model):
-            self.penalties = penalties_for(
-                failing,
-                self._audited_map(),
-                self.audited,
-                coefficient=settings.coefficient,
-                seed=settings.seed,
+            model = self._audited_map()
+            penalties = penalties_for(
+                failing, model, self.audited, coefficient=settings.coefficient, seed=settings.seed
             )
+            self.penalties = [p for p in penalties if is_trainable(p, model, self.audited)]
         for penalty in self.penalties:
             penalty.figure = max(
                 excess(use) for use in open_uses(self.before) if use.use in penalty.uses
             )
-        if not self.penalties:
+        if not penalties:
             return f"No penalty is known for {' and '.join(failing)}: nothing was changed."
+        if not self.penalties:
+            return f"No penalty for {' and '.join(failing)} has a gradient: {NO_GRADIENT}"
         return ""
 
     def _train(self, bar: Any) -> str:
         settings = self.settings
         trainable = [p for p in self.model.parameters() if p.requires_grad]
         optimizer = torch.optim.Adam(trainable, lr=settings.learning_rate)
-        hook = RegularizerHook(self._map(None), [])  # for its step alone
+        hook = RegularizerHook(self._audited_map(), [])  # for its step alone
         losses: list[float] = []
         warm_up = min(WARM_UP, max(1, settings.steps // 4))
         for step in range(1, settings.steps + 1):
@@ -465,6 +475,11 @@ class _Repair:
             for group in optimizer.param_groups:
                 group["lr"] = min(1.0, step / warm_up) * settings.learning_rate
             value = self._task_loss(batch)
+            if not value.requires_grad:
+                raise ValueError(
+                    "expected a loss with a gradient; got one without: let the forward run with "
+                    "gradients (without torch.no_grad and detach), or pass loss="
+                )
             if hook.step(value + self._penalty(batch), optimizer, clip=settings.clip):
                 self.steps += 1
                 losses.append(value.item())
@@ -543,23 +558,29 @@ class _Repair:
         return Stabilized(
             model=self.model,
             comparison=compare({"before": self.before, "after": after}),
-            reason=reason,
+            reason=f"{reason} {ASSUMED}" if self._assumes_normal() and self.steps else reason,
             steps=self.steps,
             kept_step=self.best.step,
             skipped_steps=self.skipped,
             loss_before=self.loss_before,
             loss_after=self.best.loss,
             looks=tuple(self.looks),
-            advice=_advice(after, self.settings),
+            advice=_advice(after, self.settings, trained=self.steps > 0),
             interrupted=interrupted,
         )
 
     def _map(self, context: Context) -> Invertible:
         """The invertible part in this context, with the caller's prior as its base."""
-        model = wrap(self.part(self.model), context=context)
+        model = self._wrapped(context)
         if self.prior is None:
             return model
         return _WithBase(model, base_of(model, self.audited, prior=self.prior))
+
+    def _wrapped(self, context: Context) -> Invertible:
+        """The part in this context; how it is to be called is found out once, on the data."""
+        if self.wrapped is None:
+            self.wrapped = wrap(self.part(self.model), context=context, x=self.audited)
+        return self.wrapped if context is None else self.wrapped.with_context(context)
 
     def _audited_map(self) -> Invertible:
         rows = torch.arange(len(self.audited))
@@ -592,14 +613,16 @@ class _Repair:
     def _negative_log_likelihood(self, batch: Any) -> Tensor:
         model = self._map(self.context(batch))
         try:
-            if model.base() is None:
-                raise NotApplicable("it has no base distribution")
             return -model.log_prob(self._data(batch)).mean()
         except NotApplicable as error:
             raise ValueError(
                 f"expected a loss, because {model.name} has no likelihood of its own ({error}): "
                 "pass loss=lambda model, batch: ..., the loss that it was trained with"
             ) from error
+
+    def _assumes_normal(self) -> bool:
+        """Whether the loss is the likelihood of a model that has no base of its own."""
+        return self.loss is None and self._audited_map().base() is None
 
     def _loss_at_kept(self) -> float:
         """Mean loss at the first batches in eval mode, with the same random numbers each time."""
@@ -614,12 +637,14 @@ def _copied(value: Any) -> Any:
     return value.detach().clone() if isinstance(value, Tensor) else copy.deepcopy(value)
 
 
-def _advice(report: AuditReport, settings: _Settings) -> tuple[str, ...]:
+def _advice(report: AuditReport, settings: _Settings, *, trained: bool) -> tuple[str, ...]:
     """What to try where a use is still open."""
     left = {use.use for use in open_uses(report)}
     if not left:
         return ()
-    advice = [f"Train longer, if the figures still fall: steps={3 * settings.steps}."]
+    advice = []
+    if trained:
+        advice.append(f"Train longer, if the figures still fall: steps={3 * settings.steps}.")
     advice += [text for text in report.advice if "ig.stabilize" not in text]
     if "reconstruction" in left:
         advice.append(EXACT)

@@ -14,7 +14,7 @@ from inn_guard.core.missing import NotApplicable
 from inn_guard.training.regularizer_hook import Regularizer
 from inn_guard.training.regularizers import FiniteDifferences
 
-__all__ = ["MOST", "Penalty", "VolumeAgainstSize", "penalties_for"]
+__all__ = ["MOST", "Penalty", "VolumeAgainstSize", "is_trainable", "penalties_for"]
 
 MOST = 1e3  #: times its first coefficient a penalty may grow; beyond it the loss no longer counts
 FACTOR = 3.0  #: by which a coefficient changes, and a figure must fall in a trial
@@ -123,6 +123,21 @@ def penalties_for(
         first = coefficient or FIRST_AT_DATA
         made.append(Penalty(at_data, regularizer, first, MOST * first))
     return made
+
+
+def is_trainable(penalty: Penalty, model: Invertible, x: Tensor) -> bool:
+    """Whether the penalty at a batch has a gradient.
+
+    It has none where the direction that it goes through runs under ``torch.no_grad``, detaches, or
+    writes into tensors that the gradient needs.
+    """
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    try:
+        with torch.enable_grad():
+            gradients = torch.autograd.grad(penalty(model, x), parameters, allow_unused=True)
+    except RuntimeError:
+        return False
+    return any(gradient is not None for gradient in gradients)
 
 
 def _has_log_det(model: Invertible, x: Tensor) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -20,9 +21,9 @@ USES = {
 }
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Finding:
-    """What one check found about one use.
+    """What one check found about one use. Figures that are NaN are equal.
 
     Attributes:
         verdict: on this use, by this check alone.
@@ -41,6 +42,15 @@ class Finding:
     reason: str
     samples: int
     of: int
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Finding):
+            return NotImplemented
+        pairs = zip(dataclasses.astuple(self), dataclasses.astuple(other), strict=True)
+        return all(a == b or (a != a and b != b) for a, b in pairs)
+
+    def __hash__(self) -> int:
+        return hash((self.verdict, self.reason))
 
 
 @dataclass(frozen=True)

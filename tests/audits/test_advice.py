@@ -104,16 +104,80 @@ def test_a_hundred_steps_of_fine_tuning_save_draws():
     failing = ig.audit(model, x, **SAMPLING)
     assert failing.verdict.failed
     assert begins(failing, advice.REPAIR_SAMPLING)
-    assert "loss=loss" in "".join(failing.advice)
-    steady = ig.stabilize(
-        model,
-        [x],
-        loss=lambda flow, batch: -flow.log_prob(batch).mean(),
-        uses=["sampling"],
-        steps=100,
-        learning_rate=5e-3,
-    )
+    assert advice.BY_LIKELIHOOD in "".join(failing.advice)
+    steady = ig.stabilize(model, [x], uses=["sampling"], steps=100, learning_rate=5e-3)
     assert ig.audit(steady.model, x, **SAMPLING).verdict.passed
+
+
+class WithoutGradients(Chain):
+    """The same map, whose directions of these names run under no_grad."""
+
+    directions: tuple[str, ...] = ()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.forward_and_log_det(x)[0]
+
+    def forward_and_log_det(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        with torch.set_grad_enabled("forward" not in self.directions):
+            return super().forward_and_log_det(x)
+
+    def inverse(self, z: Tensor) -> Tensor:
+        with torch.set_grad_enabled("inverse" not in self.directions):
+            return super().inverse(z)
+
+
+class Squeezed(ig.Invertible):
+    """z = x e^s + 1, which loses x in float32."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.log_scale = nn.Parameter(torch.full((6,), -14.0))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.log_scale.exp() + 1.0
+
+    def inverse(self, z: Tensor) -> Tensor:
+        return (z - 1.0) / self.log_scale.exp()
+
+    def forward_and_log_det(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return self(x), self.log_scale.sum().expand(len(x))
+
+
+@pytest.mark.parametrize(
+    ("directions", "use", "says"),
+    [
+        (("inverse",), "sampling", "through its inverse ("),
+        (("forward", "inverse"), "sampling", "through its forward and inverse ("),
+        (("forward",), "reconstruction", "through its forward ("),
+        (("inverse",), "reconstruction", ""),
+    ],
+)
+def test_what_gives_no_gradient_is_not_fine_tuned_as_it_is(directions, use, says):
+    torch.set_default_dtype(torch.float32)
+    layers = exponential(0.4).steps if use == "sampling" else [Squeezed()]
+    model = WithoutGradients(*layers).to_dtype(torch.float32)
+    model.directions = directions
+    x = 0.3 * data().float()
+    report = ig.audit(model, x, uses=[use], level="quick")
+    assert report.verdict.failed
+    fine_tuned = advice.REPAIR_SAMPLING if use == "sampling" else advice.PENALISE_INVERSE
+    assert begins(report, advice.NO_GRADIENT) is bool(says)
+    assert begins(report, fine_tuned) is not bool(says)
+    assert says in "".join(report.advice)
+    if use == "sampling":
+        steady = ig.stabilize(model, [x], uses=[use], steps=2)
+        assert "let gradients through" in steady.reason
+        assert steady.steps == 0
+        assert "Train longer" not in "".join(steady.advice)
+    model.directions = ()  # as the advice says
+    assert ig.stabilize(model, [x], uses=[use], steps=2, every=2).steps > 0
+
+
+def test_frozen_models_are_told_to_be_unfrozen_before_they_are_fine_tuned():
+    model = exponential(0.4).to_dtype(torch.float32).requires_grad_(False)
+    report = ig.audit(model, 0.3 * data().float(), **SAMPLING)
+    (text,) = (text for text in report.advice if "ig.stabilize" in text)
+    assert "flow.requires_grad_(True)\nflow = ig.stabilize" in text
 
 
 def test_float64_saves_draws_that_rounding_loses():
@@ -334,7 +398,7 @@ def test_every_advice_has_its_test():
     names = [
         name
         for name in vars(advice)
-        if name.isupper() and name not in ("UNUSUAL_SCALE", "GIVES", "USES")
+        if name.isupper() and name not in ("UNUSUAL_SCALE", "ROWS", "GIVES", "USES")
     ]
     assert [name for name in names if f"advice.{name}" not in text] == []
 
@@ -364,11 +428,11 @@ def test_log_determinants_of_the_exact_flow_need_small_steps():
     ids=["drawn at every call", "drawn once"],
 )
 def test_estimated_traces_are_exact_where_log_p_is_evaluated(seed, verdict, text):
-    net = nn.Sequential(nn.Linear(7, 16), nn.Tanh(), nn.Linear(16, 6)).double()
-    x, settings = data(16), {"uses": ["density"], "level": "quick"}
+    net = nn.Sequential(nn.Linear(4, 16), nn.Tanh(), nn.Linear(16, 3)).double()
+    x, settings = data(16, 3), {"uses": ["density"], "checks": ["density", "log_det"]}
 
     def report(trace) -> AuditReport:
-        return ig.audit(ig.wrap(velocity=net, solver=FixedStep(8), trace=trace), x, **settings)
+        return ig.audit(ig.wrap(velocity=net, solver=FixedStep(4), trace=trace), x, **settings)
 
     estimated = report(HutchinsonTrace(seed=seed))
     assert estimated.uses["density"].verdict == verdict

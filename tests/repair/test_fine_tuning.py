@@ -308,7 +308,53 @@ def test_bad_input_is_refused():
     with pytest.raises(TypeError, match="scalar tensor"):
         ig.stabilize(lossy(), [data()], loss=lambda m, b: m(b), uses=["sampling"])
     with pytest.raises(ValueError, match="pass loss="):
-        ig.stabilize(exponential(0.4).to_dtype(torch.float32), [data()], uses=["sampling"])
+        ig.stabilize(WithoutLogDet(), [data()], uses=["reconstruction"])
+
+
+class WithoutLogDet(nn.Module):
+    """Loses its last feature in float32."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.log_scale = nn.Parameter(torch.full((6,), -14.0))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.log_scale.exp() + 1.0
+
+    def inverse(self, z: Tensor) -> Tensor:
+        return (z - 1.0) / self.log_scale.exp()
+
+
+def test_without_a_base_the_loss_is_the_likelihood_of_a_normal_one_and_said():
+    """As `audit` draws from N(0, I)."""
+    model, x = exponential(0.7, layers=4).to_dtype(torch.float32), data()
+    steady = ig.stabilize(model, [x], uses=["sampling"], steps=2, every=2)
+    assert "under N(0, I), since the model has no base" in steady.reason
+    assert steady.loss_before == pytest.approx(-model.log_prob(x).mean().item())
+    given = ig.stabilize(
+        model, [x], loss=lambda m, b: -m.log_prob(b).mean(), uses=["sampling"], steps=2, every=2
+    )
+    assert "N(0, I)" not in given.reason
+    assert given.loss_after == steady.loss_after
+    assert "N(0, I)" not in ig.stabilize(lossy(), [x], uses=["sampling"], steps=2, every=2).reason
+
+
+class ReverseFlag(nn.Module):
+    """A convention that only a batch shows."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.chain = exponential(0.7, layers=4)
+
+    def forward(self, x: Tensor, *, reverse: bool = False) -> tuple[Tensor, Tensor, None]:
+        both = self.chain.inverse_and_log_det(x) if reverse else self.chain.forward_and_log_det(x)
+        return *both, None
+
+
+def test_a_model_with_a_convention_of_its_own_is_repaired():
+    steady = ig.stabilize(ReverseFlag().float(), [data()], uses=["sampling"], **QUICK)
+    assert isinstance(steady.model, ReverseFlag)
+    assert steady.passed, steady
 
 
 def test_the_result_prints_and_writes(tmp_path):
