@@ -131,7 +131,7 @@ class Network:
         if context is not None and absent:
             del absent[next(iter(absent))]
         try:
-            self.graph = _Tracer().trace(module, concrete_args=absent)
+            self.graph = _traced(module, absent)
         except Exception as error:
             name = type(module).__name__
             raise Unbounded(
@@ -261,7 +261,11 @@ METHODS: Mapping[Any, Callable[..., Any]] = {
 
 
 class TensorProxy(fx.Proxy):
-    """A proxy that is an instance of Tensor, for forward methods that check their annotations."""
+    """A proxy that is an instance of Tensor, for forward methods that check their annotations.
+
+    Torch takes it for a tensor, too, and some of its functions read memory that it has not, as
+    ``torch.pow(x, 1.7)``: the process ends.
+    """
 
     @property
     def __class__(self) -> type:  # type: ignore[override]
@@ -269,8 +273,20 @@ class TensorProxy(fx.Proxy):
 
 
 class _Tracer(fx.Tracer):
+    """Traces through everything that is no activation.
+
+    Args:
+        as_tensors: whether proxies are instances of Tensor.
+    """
+
+    def __init__(self, *, as_tensors: bool = False) -> None:
+        super().__init__()
+        self.as_tensors = as_tensors
+
     def proxy(self, node: fx.Node) -> fx.Proxy:
-        return TensorProxy(node, self)
+        if self.as_tensors:
+            return TensorProxy(node, self)
+        return fx.Proxy(node, self)
 
     def create_arg(self, a: Any) -> Any:
         if type(a) is TensorProxy:
@@ -280,6 +296,24 @@ class _Tracer(fx.Tracer):
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         known = not isinstance(class_of_call(m, activation.classes), Missing)
         return known or super().is_leaf_module(m, module_qualified_name)
+
+
+def _traced(module: nn.Module, absent: dict[str, Any]) -> fx.Graph:
+    """The graph of a module without the arguments ``absent``.
+
+    Only modules of this package are traced with proxies that are instances of Tensor: it is known
+    which functions they call.
+    """
+    try:
+        return _Tracer().trace(module, concrete_args=absent)
+    except Exception:
+        if not all(map(_is_of_torch_or_ours, module.modules())):
+            raise
+    return _Tracer(as_tensors=True).trace(module, concrete_args=absent)
+
+
+def _is_of_torch_or_ours(module: nn.Module) -> bool:
+    return type(module).__module__.startswith(("torch.", "inn_guard."))
 
 
 def _defaults(module: nn.Module) -> dict[str, Any]:

@@ -201,6 +201,40 @@ def test_data_dependent_control_flow_and_products_are_refused():
         subnetwork_lipschitz(DataDependent(), Box.everywhere((2,)))
 
 
+class Between(nn.Module):
+    """A function between two linear layers."""
+
+    def __init__(self, function):
+        super().__init__()
+        self.function = function
+        self.before, self.after = nn.Linear(2, 4), nn.Linear(4, 1)
+
+    def forward(self, x):
+        return self.after(self.function(self.before(x)))
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda h: torch.pow(h.abs() + 0.1, 1.7),
+        lambda h: torch.where(torch.ones(4) > 0, h, 2 * h),
+        lambda h: torch.xlogy(h, 1.7),
+        lambda h: torch.var(h, h),
+        lambda h: torch.zeros(h.shape) + h,
+    ],
+)
+def test_functions_that_would_read_a_proxy_as_a_tensor_are_bounded_or_refused(function):
+    """Torch ends the process where it takes a proxy for a tensor that has memory."""
+    torch.manual_seed(0)
+    net, box = Between(function), Box(-torch.ones(2), torch.ones(2))
+    try:
+        bound = subnetwork_lipschitz(net, box)
+    except Unbounded as error:
+        assert "Between" in str(error) or "known" in str(error)
+    else:
+        assert jacobian_norms(net, 2 * torch.rand(100, 2) - 1).max() <= bound
+
+
 def test_nothing_is_left_behind():
     net = mlp(nn.ReLU, [2, 4, 2])
     before = {name: value.clone() for name, value in net.state_dict().items()}
