@@ -98,7 +98,7 @@ def nflows(kind: Callable[..., object], *, dimension: int, blocks: int, hidden: 
 
 NETS: dict[str, Callable[..., Invertible]] = {
     "Glow": functools.partial(glow, size=8, levels=2, blocks=12, factor=1.0),
-    "Glow, networks x 1.5": functools.partial(glow, size=8, levels=2, blocks=12, factor=1.5),
+    "Glow, networks x 1.5": functools.partial(glow, size=16, levels=2, blocks=12, factor=1.5),
     "Glow, three levels": functools.partial(glow, size=8, levels=3, blocks=18, factor=1.0),
     "nflows affine": functools.partial(
         nflows, AffineCouplingTransform, dimension=64, blocks=16, hidden=64
@@ -109,7 +109,7 @@ NETS: dict[str, Callable[..., Invertible]] = {
 }
 SHAPES = {
     "Glow": (3, 8, 8),
-    "Glow, networks x 1.5": (3, 8, 8),
+    "Glow, networks x 1.5": (3, 16, 16),
     "Glow, three levels": (3, 8, 8),
     "nflows affine": (64,),
     "nflows additive": (256,),
