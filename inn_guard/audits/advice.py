@@ -135,9 +135,10 @@ def _density(report: AuditReport, *, fails: bool) -> Iterator[str]:
     if "not the base's" in report["density"].reason:
         yield report["density"].advice
         return
-    reference = report["density"].settings.get("reference")
-    if reference == "float64 copy":
+    if report["density"].settings.get("float64_suffices"):
         yield DENSITY_FLOAT64
+    else:
+        yield report["density"].advice
 
 
 def _sampling(report: AuditReport, context: AuditContext) -> Iterator[str]:

@@ -107,8 +107,9 @@ def density(context: AuditContext) -> AuditResult:
             "base": context.base.description,
             "outside_of_support": int(measured.outside.sum()),
             "random": measured.is_random,
+            "float64_suffices": measured.float64_suffices(finding.limit),
         },
-        advice="" if not finding.verdict.failed else _advice(measured),
+        advice="" if not finding.verdict.failed else _advice(measured, finding.limit),
     )
 
 
@@ -124,6 +125,8 @@ class _Measured:
         repeats: largest difference of two calls on the same x.
         apart: largest difference of log p(x) and log p(z) + log|det J| beyond rounding; 0 where
             there is no base with a density.
+        expected: of the error that float64 would leave, in nats; inf where its log p is not finite
+            either; None where there is no float64 copy.
     """
 
     own: Tensor
@@ -132,6 +135,11 @@ class _Measured:
     reference: str
     repeats: float
     apart: float = 0.0
+    expected: Tensor | None = None
+
+    def float64_suffices(self, limit: float) -> bool:
+        """Whether float64 can be expected to bring every error below the limit."""
+        return self.expected is not None and bool((self.expected <= limit).all())
 
     @property
     def is_random(self) -> bool:
@@ -144,6 +152,7 @@ class _Measured:
 def _measure(context: AuditContext, rows: Tensor) -> _Measured:
     model = context.model
     own = _log_prob(context, model, rows, context.x)
+    expected = None
     few = rows[: min(len(rows), FEW)]
     again = _log_prob(context, model, few, context.x)
     apart = (again - own[: len(few)]).abs()
@@ -160,12 +169,16 @@ def _measure(context: AuditContext, rows: Tensor) -> _Measured:
             return _unchecked(own, repeats, precise)
         outside = (own == -math.inf) & (precise == -math.inf)
         error, reference = (own - precise).abs(), "float64 copy"
+        # errors scale with the rounding unit; what is not finite in own tells nothing about float64
+        ratio = torch.finfo(torch.float64).eps / torch.finfo(context.x.dtype).eps
+        expected = (error * ratio).nan_to_num(nan=0.0, posinf=0.0)
+        expected = expected.where(precise.isfinite() | outside, math.inf)
     # where the latent itself overflows, -inf is no statement about the support
     outside = outside & torch.isin(rows, context.usable_rows()).cpu()
     error = torch.where(outside, torch.zeros_like(error), error)
     error = error.nan_to_num(nan=math.inf, posinf=math.inf)
     gap = _apart_from_parts(context, few, own[: len(few)])
-    return _Measured(own, error, outside, reference, repeats, gap)
+    return _Measured(own, error, outside, reference, repeats, gap, expected)
 
 
 def _apart_from_parts(context: AuditContext, rows: Tensor, own: Tensor) -> float:
@@ -315,9 +328,15 @@ def _values(context: AuditContext, measured: _Measured) -> dict[str, float]:
     }
 
 
-def _advice(measured: _Measured) -> str:
+def _advice(measured: _Measured, limit: float) -> str:
     if measured.apart > 0 and measured.apart >= worst(measured.error):
         return "Compare log_prob with its formula, or the base with the one that is sampled from."
-    if measured.reference == "float64 copy" and bool(measured.error.isfinite().all()):
+    if measured.float64_suffices(limit):
         return "Evaluate log p in float64: model.double().log_prob(x.double())."
+    if bool(measured.error.isfinite().all()):
+        largest = brief(measured.own.abs().max())
+        return (
+            f"log p(x) is of {largest} nats, of which float64 does not resolve {limit:g} either: "
+            "bound the scales of the layers, or standardise the data, and train again."
+        )
     return "Bound the scales of the layers: their log-determinants leave the range of the dtype."

@@ -22,6 +22,9 @@ def why_rejected(model: nn.Module, x: Tensor, context: Context = None) -> str:
     if weights:
         dtypes = {p.dtype for p in weights}
         usual = weights[0].dtype
+        own = getattr(model, "dtype", None)
+        if isinstance(own, torch.dtype):  # of its data, where layers compute in others
+            dtypes.add(own)
         if x.dtype not in dtypes:
             wanted = ", ".join(sorted(map(str, dtypes)))
             wanted = wanted if len(dtypes) == 1 else f"one of {wanted}"

@@ -57,6 +57,17 @@ def test_the_error_is_that_against_a_float64_copy(detour, verdict):
     assert (finding.limit, finding.unit, finding.samples, finding.of) == (0.1, "nats", 64, 64)
 
 
+def test_float64_is_advised_only_where_it_resolves_the_limit():
+    resolved = density(Lossy(1e7).to_dtype(torch.float32), data())
+    assert resolved.settings["float64_suffices"] is True
+    assert "model.double()" in resolved.advice
+    # log p(x) is of 1e24 nats: a rounding unit of float64 is 1e8 of them
+    huge = density(Lossy(0.0).to_dtype(torch.float32), 1e12 * data())
+    assert huge.verdict == "unstable"
+    assert huge.settings["float64_suffices"] is False
+    assert "of which float64 does not resolve 0.1 either" in huge.advice
+
+
 def test_the_share_of_wrong_samples_has_its_interval():
     model, x = Lossy(3e6).to_dtype(torch.float32), data(200)
     result = density(model, x)

@@ -309,3 +309,11 @@ def _zuko() -> nn.Module:
 
 
 LIBRARY = {"nflows": _nflows, "normflows": _normflows, "zuko": _zuko}
+
+
+def test_a_model_whose_layers_are_all_in_float64_takes_data_of_its_own_dtype():
+    chain, x = Chain(Scale(2.0), Scale(0.5)), torch.randn(16, 3)
+    mixed = MixedPrecision(chain, [FLOAT64, FLOAT64], dtype=FLOAT32)
+    report = ig.audit(mixed, x, uses=["reconstruction"], level="quick")
+    assert report.settings["dtype"] == "float32"
+    assert report["reconstruction"].verdict == "stable"
