@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import math
 
@@ -227,11 +228,8 @@ def test_functions_that_would_read_a_proxy_as_a_tensor_are_bounded_or_refused(fu
     """Torch ends the process where it takes a proxy for a tensor that has memory."""
     torch.manual_seed(0)
     net, box = Between(function), Box(-torch.ones(2), torch.ones(2))
-    try:
+    with contextlib.suppress(Unbounded):
         bound = subnetwork_lipschitz(net, box)
-    except Unbounded as error:
-        assert "Between" in str(error) or "known" in str(error)
-    else:
         assert jacobian_norms(net, 2 * torch.rand(100, 2) - 1).max() <= bound
 
 
