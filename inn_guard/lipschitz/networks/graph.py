@@ -131,7 +131,7 @@ class Network:
         if context is not None and absent:
             del absent[next(iter(absent))]
         try:
-            self.graph = _traced(module, absent)
+            self.graph = _Tracer().trace(module, concrete_args=absent)
         except Exception as error:
             name = type(module).__name__
             raise Unbounded(
@@ -223,7 +223,10 @@ class Network:
     def _is_in_place(self, node: fx.Node) -> bool:
         if node.op == "call_module" and getattr(self.modules[str(node.target)], "inplace", False):
             return True
-        return bool(node.kwargs.get("inplace")) or node.target in IN_PLACE
+        function: Any = node.target
+        if node.op == "call_method":
+            function = METHODS.get(function)
+        return bool(node.kwargs.get("inplace")) or function in IN_PLACE
 
     def _makes_new(self, node: fx.Node) -> bool:
         """Whether an operation returns memory of its own, and no view of its argument."""
@@ -250,6 +253,8 @@ class Dependent:
 #: tensor methods -> the function that does the same
 METHODS: Mapping[Any, Callable[..., Any]] = {
     "add": torch.add,
+    "add_": operator.iadd,  # also x += y
+    "mul_": operator.imul,  # also x *= y
     "flatten": torch.flatten,
     "index_select": torch.index_select,
     "neg": torch.neg,
@@ -260,33 +265,33 @@ METHODS: Mapping[Any, Callable[..., Any]] = {
 }
 
 
-class TensorProxy(fx.Proxy):
-    """A proxy that is an instance of Tensor, for forward methods that check their annotations.
+class TensorProxy(fx.Proxy, Tensor):
+    """A proxy that is a tensor, as forward methods may ask: without entries, and never computed.
 
-    Torch takes it for a tensor, too, and some of its functions read memory that it has not, as
-    ``torch.pow(x, 1.7)``: the process ends.
+    A proxy that only pretends to be one, by its ``__class__``, ends the process where a function of
+    torch reads its memory, as ``torch.pow(x, 1.7)`` does.
     """
 
-    @property
-    def __class__(self) -> type:  # type: ignore[override]
-        return Tensor
+    @staticmethod
+    def __new__(cls: type[TensorProxy], node: fx.Node, tracer: fx.Tracer) -> TensorProxy:
+        return Tensor._make_subclass(cls, torch.empty(0, device="cpu"))
+
+    __hash__ = object.__hash__
+
+    @classmethod
+    def __torch_function__(
+        cls, orig_method: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        if getattr(orig_method, "__name__", "") == "__get__":
+            # a property, such as x.shape
+            (proxy,) = args
+            return fx.proxy.Attribute(proxy, orig_method.__self__.__name__)
+        return super().__torch_function__(orig_method, types, args, kwargs)
 
 
 class _Tracer(fx.Tracer):
-    """Traces through everything that is no activation.
-
-    Args:
-        as_tensors: whether proxies are instances of Tensor.
-    """
-
-    def __init__(self, *, as_tensors: bool = False) -> None:
-        super().__init__()
-        self.as_tensors = as_tensors
-
     def proxy(self, node: fx.Node) -> fx.Proxy:
-        if self.as_tensors:
-            return TensorProxy(node, self)
-        return fx.Proxy(node, self)
+        return TensorProxy(node, self)
 
     def create_arg(self, a: Any) -> Any:
         if type(a) is TensorProxy:
@@ -296,24 +301,6 @@ class _Tracer(fx.Tracer):
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         known = not isinstance(class_of_call(m, activation.classes), Missing)
         return known or super().is_leaf_module(m, module_qualified_name)
-
-
-def _traced(module: nn.Module, absent: dict[str, Any]) -> fx.Graph:
-    """The graph of a module without the arguments ``absent``.
-
-    Only modules of this package are traced with proxies that are instances of Tensor: it is known
-    which functions they call.
-    """
-    try:
-        return _Tracer().trace(module, concrete_args=absent)
-    except Exception:
-        if not all(map(_is_of_torch_or_ours, module.modules())):
-            raise
-    return _Tracer(as_tensors=True).trace(module, concrete_args=absent)
-
-
-def _is_of_torch_or_ours(module: nn.Module) -> bool:
-    return type(module).__module__.startswith(("torch.", "inn_guard."))
 
 
 def _defaults(module: nn.Module) -> dict[str, Any]:

@@ -192,6 +192,42 @@ def test_what_is_changed_in_place_and_used_again_is_refused():
     )
 
 
+class Aliased(nn.Module):
+    """y += 1 changes the value behind the other name, too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Linear(2, 2)
+
+    def forward(self, x):
+        y = self.inner(x)
+        other = y
+        y += 1.0
+        return torch.relu(other) + y
+
+
+class Added(nn.Module):
+    """A residual that is added in place."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Linear(2, 2)
+
+    def forward(self, x):
+        y = self.inner(x)
+        y += x
+        y *= 3.0
+        return y
+
+
+def test_additions_in_place_are_read_and_their_aliases_refused():
+    with pytest.raises(Unbounded, match="in place"):
+        subnetwork_lipschitz(Aliased(), Box.everywhere((2,)))
+    net = Added()
+    truth = torch.linalg.matrix_norm(3 * (net.inner.weight + torch.eye(2)), 2)
+    assert truth <= subnetwork_lipschitz(net, Box.everywhere((2,))) <= 1.01 * truth
+
+
 class DataDependent(nn.Module):
     def forward(self, x):
         return x * x if x.sum() > 0 else x
